@@ -1,0 +1,35 @@
+"""run.toml: what the federation may dictate. Read by pydantic, unknown keys are errors; no torch."""
+
+from photon.config.load import (
+    load_run_config,
+    parse_run_config,
+    resolved_toml,
+    write_resolved,
+)
+from photon.config.run import (
+    DataConfig,
+    EvalConfig,
+    FederationConfig,
+    LocalConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    RunSection,
+    TrainConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "EvalConfig",
+    "FederationConfig",
+    "LocalConfig",
+    "ModelConfig",
+    "OuterConfig",
+    "RunConfig",
+    "RunSection",
+    "TrainConfig",
+    "load_run_config",
+    "parse_run_config",
+    "resolved_toml",
+    "write_resolved",
+]

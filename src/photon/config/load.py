@@ -1,0 +1,181 @@
+"""Reading run.toml: overrides, errors that name the nearest valid key, the resolved copy."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from photon.config.run import RunConfig
+from photon.errors import (
+    ConfigError,
+    IncompatibleConfigError,
+    InvalidValueError,
+    UnknownKeyError,
+)
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file.
+
+    Args:
+        path: the TOML file.
+        overrides: dotted assignments such as "local.steps=64"; values are TOML, or bare words.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+        UnknownKeyError: a key nobody reads; names the nearest valid one.
+        InvalidValueError: wrong type or out of bounds.
+        IncompatibleConfigError: values that can't work together.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no run file at {file}", hint="Start from one of the files in recipes/."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read run file {file}: {error}") from error
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+    return parse_run_config(tree, overrides, source=str(file))
+
+
+def parse_run_config(
+    tree: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "run config"
+) -> RunConfig:
+    """Validate a run config given as nested dicts; raises as `load_run_config`."""
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for override in overrides:
+        _assign(tree, override)
+    _refuse_unknown_keys(tree, RunConfig, "", source)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _translated(error, source) from None
+
+
+def resolved_toml(config: RunConfig) -> str:
+    """The whole config with its defaults written out, as TOML that loads to the same config."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def write_resolved(config: RunConfig, path: Path) -> None:
+    """Write `resolved_toml` atomically."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(resolved_toml(config), encoding="utf-8")
+    partial.replace(path)
+
+
+def _assign(tree: dict[str, Any], override: str) -> None:
+    key, equals, literal = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(
+            f"override {override!r} is not of the form section.key=value",
+            hint="Example: --set local.steps=64",
+        )
+    here = tree
+    for depth, part in enumerate(parts[:-1]):
+        here = here.setdefault(part, {})
+        if not isinstance(here, dict):
+            raise UnknownKeyError(
+                f"override {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a table"
+            )
+    here[parts[-1]] = _toml_value(literal.strip())
+
+
+def _toml_value(literal: str) -> Any:
+    # Shells eat quotes, so what does not read as TOML is taken as a string.
+    try:
+        return tomllib.loads(f"value = {literal}")["value"]
+    except tomllib.TOMLDecodeError:
+        return literal
+
+
+def _refuse_unknown_keys(
+    tree: dict[str, Any], model: type[BaseModel], prefix: str, source: str
+) -> None:
+    for key, value in tree.items():
+        field = model.model_fields.get(key)
+        dotted = f"{prefix}{key}"
+        if field is None:
+            raise UnknownKeyError(
+                f"{source}: unknown key {dotted!r}", hint=_suggestion(key, prefix, model)
+            )
+        section = _section_of(field.annotation)
+        if section is not None:
+            if not isinstance(value, dict):
+                raise InvalidValueError(
+                    f"{source}: {dotted} = {value!r} must be a table, [{dotted}]"
+                )
+            _refuse_unknown_keys(value, section, f"{dotted}.", source)
+
+
+def _suggestion(key: str, prefix: str, model: type[BaseModel]) -> str:
+    here = list(model.model_fields)
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
+    if near:
+        return f"Did you mean {prefix}{near[0]}?"
+    everywhere = {
+        name: f"{section}.{name}"
+        for section, field in RunConfig.model_fields.items()
+        if (table := _section_of(field.annotation)) is not None
+        for name in table.model_fields
+    }
+    if key in everywhere:
+        return f"{key} belongs to another table: {everywhere[key]}."
+    place = f"[{prefix.rstrip('.')}]" if prefix else "a run file"
+    return f"Valid keys of {place}: {', '.join(sorted(here))}."
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    for option in options:
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None
+
+
+def _translated(error: ValidationError, source: str) -> ConfigError:
+    details = error.errors(include_url=False)
+    first = details[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    others = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    if first["type"] == "value_error" and len(first["loc"]) <= 1:
+        where = f"[{key}]: " if key else ""
+        return IncompatibleConfigError(f"{source}: {where}{message}{others}")
+    if first["type"] == "missing":
+        return InvalidValueError(f"{source}: {key} is missing{others}", hint=_describe(key))
+    found = first.get("input")
+    return InvalidValueError(
+        f"{source}: {key} = {found!r}: {message[:1].lower()}{message[1:]}{others}",
+        hint=_describe(key),
+    )
+
+
+def _describe(dotted: str) -> str | None:
+    model: type[BaseModel] = RunConfig
+    field = None
+    for part in dotted.split("."):
+        field = model.model_fields.get(part)
+        if field is None:
+            return None
+        model = _section_of(field.annotation) or model
+    return f"{dotted}: {field.description}" if field is not None and field.description else None

@@ -1,0 +1,225 @@
+"""One drawn tree of exceptions; each has a stable exit code that scripts may rely on.
+
+docs/errors.md has a section per code (a test checks that none is missing). Every error carries
+what went wrong (naming the file, key or silo and the value) and, where there is one, what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PhotonError(Exception):
+    """Root of everything Photon raises on purpose.
+
+    Args:
+        message: what is wrong, naming the file, key or silo and the value found.
+        hint: what the reader can do about it; shown on a line of its own.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple:
+        return (_rebuild, (type(self), self.message, self.hint))
+
+
+def _rebuild(kind: type[PhotonError], message: str, hint: str | None) -> PhotonError:
+    # Errors cross process boundaries (workers); keyword-only arguments do not pickle by default.
+    return kind(message, hint=hint)
+
+
+# --- 10-19: what the user wrote -----------------------------------------------------------------
+
+
+class ConfigError(PhotonError):
+    """The run file can't be read at all: missing, not TOML, wrong encoding."""
+
+    exit_code = 10
+
+
+class UnknownKeyError(ConfigError):
+    """A key nobody reads; most often a misspelling."""
+
+    exit_code = 11
+
+
+class InvalidValueError(ConfigError):
+    """A key is known but its value has the wrong type or is out of bounds."""
+
+    exit_code = 12
+
+
+class IncompatibleConfigError(ConfigError):
+    """Each value is fine alone; together they can't work."""
+
+    exit_code = 13
+
+
+class PluginError(ConfigError):
+    """An entry point exists but can't be loaded, or is not what its group promises."""
+
+    exit_code = 14
+
+
+# --- 20-29: data --------------------------------------------------------------------------------
+
+
+class DataError(PhotonError):
+    """Input text or a prepared data folder can't be used."""
+
+    exit_code = 20
+
+
+class DataNotFoundError(DataError):
+    """The named data folder, file or dataset does not exist."""
+
+    exit_code = 21
+
+
+class EmptySiloError(DataError):
+    """A silo has no documents, or too few to train and hold out."""
+
+    exit_code = 22
+
+
+class SequenceTooLongError(DataError):
+    """A silo's text is shorter than one training sequence."""
+
+    exit_code = 23
+
+
+class ShardCorruptError(DataError):
+    """A shard is unreadable, truncated, or its sha256 is not the manifest's."""
+
+    exit_code = 24
+
+
+class VocabularyMismatchError(DataError):
+    """Shards, tokenizer and model do not speak the same vocabulary."""
+
+    exit_code = 25
+
+
+# --- 30-39: models ------------------------------------------------------------------------------
+
+
+class ModelError(PhotonError):
+    """A model can't be built, loaded, exported or sampled."""
+
+    exit_code = 30
+
+
+class ModelMismatchError(ModelError):
+    """A checkpoint belongs to a model of another shape."""
+
+    exit_code = 31
+
+
+# --- 40-49: runs --------------------------------------------------------------------------------
+
+
+class RunError(PhotonError):
+    """A run can't be started, continued or read."""
+
+    exit_code = 40
+
+
+class RunExistsError(RunError):
+    """The run folder already holds a run."""
+
+    exit_code = 41
+
+
+class RunNotFoundError(RunError):
+    """The folder holds no run, or no finished round."""
+
+    exit_code = 42
+
+
+class CheckpointCorruptError(RunError):
+    """No checkpoint of the run passes its hashes."""
+
+    exit_code = 43
+
+
+class QuorumLostError(RunError):
+    """Too few updates arrived to close the round; the run can be resumed."""
+
+    exit_code = 44
+
+
+class ResumeMismatchError(RunError):
+    """Config or data changed since the run started, in a way that would change its maths."""
+
+    exit_code = 45
+
+
+class RunBusyError(RunError):
+    """Another process is working in this run folder."""
+
+    exit_code = 46
+
+
+# --- 50-59: the machine -------------------------------------------------------------------------
+
+
+class MachineError(PhotonError):
+    """The machine can't do what was asked."""
+
+    exit_code = 50
+
+
+class DiskFullError(MachineError):
+    """Not enough room to write; nothing half-written is kept."""
+
+    exit_code = 51
+
+
+class DeviceError(MachineError):
+    """The requested device is not here."""
+
+    exit_code = 52
+
+
+# --- 60-69: nodes -------------------------------------------------------------------------------
+
+
+class NodeError(PhotonError):
+    """A node could not finish its task."""
+
+    exit_code = 60
+
+
+class NonFiniteError(NodeError):
+    """Loss or update of a node is NaN or infinite."""
+
+    exit_code = 61
+
+
+class WorkerLostError(NodeError):
+    """A worker process died or stopped answering."""
+
+    exit_code = 62
+
+
+#: Exit code after Ctrl-C: 128 + SIGINT, as shells expect. The run can be resumed.
+INTERRUPTED_EXIT_CODE = 130
+
+
+def all_errors() -> list[type[PhotonError]]:
+    """Every class of the tree, root first, by exit code."""
+    found: list[type[PhotonError]] = []
+    todo: list[type[PhotonError]] = [PhotonError]
+    while todo:
+        kind = todo.pop()
+        found.append(kind)
+        todo.extend(kind.__subclasses__())
+    return sorted(found, key=lambda kind: kind.exit_code)

@@ -1,0 +1,185 @@
+"""The events of a run, one model each. events.jsonl holds one a line.
+
+`time_s` is seconds since the run first started, counting only time in which it ran: a resumed run
+goes on where its last checkpoint stood. Bytes are payload bytes as the link carries them. Losses
+are nats per token.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Kind = Literal["simulate", "train"]
+
+
+class Event(BaseModel):
+    """Base of every event; `name` is what stands under "event" in the file."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    name: ClassVar[str]
+
+    time_s: float = 0.0
+
+
+class RunStarted(Event):
+    """The first line of a run, and of each process that works on it."""
+
+    name = "run_started"
+    kind: Kind
+    run: str
+    started_at: str
+    photon_version: str
+    silos: list[str]
+    rounds: int
+    local_steps: int
+    participants_per_round: int
+    batch_size: int
+    sequence_length: int
+    parameters: int
+    silo_tokens: dict[str, int]
+    device: str
+    precision: str
+    threads: int
+    workers: int
+    resumed_from_round: int | None = None
+
+
+class RoundStarted(Event):
+    """The aggregator drew this round's participants and dispatched their tasks."""
+
+    name = "round_started"
+    round: int
+    global_step: int
+    participants: list[str]
+
+
+class LocalProgress(Event):
+    """A node's local training, every `run.log_every` steps. `step` counts from 1 within the round."""
+
+    name = "local_progress"
+    round: int
+    silo: str
+    step: int
+    global_step: int
+    loss: float
+    lr: float
+    gradient_norm: float
+    tokens_per_s: float
+
+
+class LocalFinished(Event):
+    """A node finished its task; the loss is the mean over its local steps."""
+
+    name = "local_finished"
+    round: int
+    silo: str
+    loss: float
+    first_loss: float
+    last_loss: float
+    tokens: int
+    update_norm: float
+    train_s: float
+    load_s: float
+    publish_s: float
+    bytes_down: int
+    bytes_up: int
+    worker: int = 0
+
+
+class UpdateDropped(Event):
+    """An update that is not merged, and why. The round goes on without it."""
+
+    name = "update_dropped"
+    round: int
+    silo: str
+    reason: str
+
+
+class WorkerLost(Event):
+    """A worker process died; its task goes to a fresh one."""
+
+    name = "worker_lost"
+    round: int
+    silo: str
+    worker: int
+    reason: str
+
+
+class RoundMerged(Event):
+    """The outer optimizer stepped."""
+
+    name = "round_merged"
+    round: int
+    participants: list[str]
+    tokens: int
+    train_loss: float
+    pseudo_gradient_norm: float
+    merge_s: float
+
+
+class Evaluated(Event):
+    """Held-out loss of the global model. `silo` is null for the global held-out set."""
+
+    name = "evaluated"
+    round: int
+    silo: str | None
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    eval_s: float
+
+
+class CheckpointSaved(Event):
+    """An atomic checkpoint stands on disk."""
+
+    name = "checkpoint_saved"
+    round: int
+    bytes: int
+    save_s: float
+
+
+class RoundFinished(Event):
+    """Everything of a round is over. Totals count from the start of the run."""
+
+    name = "round_finished"
+    round: int
+    global_step: int
+    round_s: float
+    local_train_s: float
+    eval_s: float
+    merge_s: float
+    checkpoint_s: float
+    tokens: int
+    total_tokens: int
+    bytes_up: int
+    bytes_down: int
+    total_bytes_up: int
+    total_bytes_down: int
+    dropped: Annotated[list[str], Field(default_factory=list)]
+
+
+class RunFinished(Event):
+    """The last line of a run that reached its end; `summary` is what summary.json holds."""
+
+    name = "run_finished"
+    summary: dict[str, Any]
+
+
+class RunStopped(Event):
+    """The run stopped before its end and can be resumed."""
+
+    name = "run_stopped"
+    round: int
+    reason: str
+
+
+EVENTS: dict[str, type[Event]] = {kind.name: kind for kind in Event.__subclasses__()}
+
+
+def parse_event(record: dict[str, Any]) -> Event | None:
+    """The event a JSON object holds; None for a name this version does not know."""
+    kind = EVENTS.get(record.get("event", ""))
+    return kind.model_validate(record) if kind is not None else None
