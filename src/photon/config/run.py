@@ -122,6 +122,10 @@ class FederationConfig(Section):
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
         0, description="Local training processes; 0 trains in the aggregator's own process."
     )
+    silence_s: Annotated[float, Field(gt=0)] = Field(
+        600.0,
+        description="Seconds a worker may go without a step or an answer before it is replaced.",
+    )
     quorum: Positive | None = Field(
         None,
         description="Fewest good updates that close a round; half of the participants by default.",

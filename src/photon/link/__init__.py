@@ -2,18 +2,18 @@
 
 from photon.link.tensorfile import (
     TensorFile,
-    fingerprint,
-    read_tensors,
+    file_sha256,
     require_disk,
     tensors_sha256,
     write_tensors,
+    writing,
 )
 
 __all__ = [
     "TensorFile",
-    "fingerprint",
-    "read_tensors",
+    "file_sha256",
     "require_disk",
     "tensors_sha256",
     "write_tensors",
+    "writing",
 ]

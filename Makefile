@@ -1,0 +1,90 @@
+# Everything a contributor runs. `make` alone lists the targets.
+#
+# Needs python3 (3.11 or newer) with pip, and make; neither python3-venv nor a compiler. Nothing is
+# installed outside $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+# One word or several: TORCH="torch==2.13.0 --index-url URL" takes a CUDA build from another index.
+TORCH ?= torch==2.13.0
+# Passed on: make demo ARGS="--help", make test ARGS="tests/config -x".
+ARGS ?=
+
+PIP_VERSION := 26.3
+UV_VERSION := 0.13.8
+# What torch itself needs and nobody else here does. torch is not in the lock (its wheel depends on
+# the accelerator); these are.
+TORCH_NEEDS := sympy networkx setuptools
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip
+# pyright runs on the node of its own wheel and asks no registry whether there is a newer one.
+PYRIGHT := PYRIGHT_PYTHON_GLOBAL_NODE=0 PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+# The stamp's name holds a checksum of all that decides what is installed, so a second call of any
+# target costs nothing and a change of the lock reinstalls.
+KEY := $(shell printf '%s\n' '$(TORCH)' '$(PIP_VERSION)' \
+	| cat - pyproject.toml requirements.lock | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(KEY)
+
+.PHONY: help install demo test lint types imports budgets docs lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
+		| while IFS=$$'\t' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+install: $(STAMP) ## create the virtual environment from requirements.lock
+
+demo: $(STAMP) ## four silos train one model on real text; ends with a report (minutes)
+	@$(BIN)/photon demo $(ARGS)
+
+test: lint types imports budgets ## all checks, then all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## pyright: types
+	$(PYRIGHT)
+
+imports: $(STAMP) ## import-linter: imports go one way
+	$(BIN)/lint-imports
+
+budgets: $(STAMP) ## print what outgrew its size budget (a warning to think, never a failure)
+	@$(BIN)/python tests/house/budgets.py
+
+docs: $(STAMP) ## rewrite docs/configuration.md from the code
+	$(BIN)/python -m photon.config.reference --write docs/configuration.md
+
+lock: ## resolve requirements.lock again; ARGS=--upgrade takes the newest versions
+	$(PYTHON) -m pip install --quiet --upgrade --target build/lock uv==$(UV_VERSION)
+	echo torch > build/lock/excluded.txt
+	printf '%s\n' $(TORCH_NEEDS) | build/lock/bin/uv pip compile pyproject.toml - --extra dev \
+		--excludes build/lock/excluded.txt --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+		--no-python-downloads --quiet --output-file requirements.lock $(ARGS)
+
+clean: ## remove the virtual environment, builds and caches (runs/ and data/ stay)
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Photon needs Python 3.11 or newer: make PYTHON=python3.12, for example" >&2; exit 1; }
+	$(PYTHON) -m venv --without-pip $(VENV)
+
+# pip comes into the environment from outside, as Debian's python3 has no ensurepip; where the
+# outer python has no pip (or one older than 22.3), ensurepip it is.
+$(STAMP): | $(BIN)/python
+	$(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install \
+		--ignore-installed pip==$(PIP_VERSION) \
+		|| { $(BIN)/python -m ensurepip --upgrade && $(PIP) install pip==$(PIP_VERSION); }
+	$(PIP) install $(TORCH)
+	$(PIP) install --no-deps --require-hashes -r requirements.lock
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/.installed-*
+	touch $@

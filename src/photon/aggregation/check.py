@@ -1,0 +1,95 @@
+"""Is this update fit to be merged? Asked before anything is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from photon.errors import ModelMismatchError, NonFiniteError
+
+#: Elements whose squares are summed at once: bounds the fp64 temporary to 32 MiB.
+_CHUNK = 1 << 22
+
+
+def check_update(
+    tensors: Iterable[tuple[str, torch.Tensor]], reference: Mapping[str, torch.Tensor]
+) -> float:
+    """First pass over one participant's tensors: names, shapes, finite values.
+
+    Run it before `MergingRule.add`, so that a rejected update leaves the mean untouched. Nothing is
+    kept; at most one tensor is looked at, in pieces.
+
+    Args:
+        tensors: the participant's named tensors, any order, any floating dtype.
+        reference: the tensors an update must have; only names and shapes are read.
+
+    Returns:
+        The L2 norm of the whole update, accumulated in fp64.
+
+    Raises:
+        ModelMismatchError: a name is missing, unknown or given twice, a shape differs, or a tensor
+            is not floating point.
+        NonFiniteError: a value is NaN or infinite.
+    """
+    missing = dict.fromkeys(reference)
+    square = 0.0
+    for name, tensor in tensors:
+        if name not in missing:
+            what = "comes twice in" if name in reference else "is not part of"
+            raise ModelMismatchError(
+                f"tensor {name!r} {what} the update",
+                hint=None if name in reference else f"Expected {_some(reference)}.",
+            )
+        del missing[name]
+        require_shape(name, tensor, reference[name])
+        square += _square_sum(name, tensor)
+    if missing:
+        raise ModelMismatchError(
+            f"the update lacks {len(missing)} of {len(reference)} tensors: {_some(missing)}",
+            hint="The node trains another model, or its upload was cut.",
+        )
+    return math.sqrt(square)
+
+
+def require_shape(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise ModelMismatchError unless `tensor` is floating point and shaped like `expected`."""
+    if tensor.shape != expected.shape:
+        raise ModelMismatchError(
+            f"tensor {name!r} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}",
+            hint="The node trains another model than the aggregator.",
+        )
+    if not tensor.is_floating_point():
+        raise ModelMismatchError(f"tensor {name!r} is {tensor.dtype}, expected floating point")
+
+
+def require_same_names(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Raise ModelMismatchError unless both name the same tensors, in whatever order."""
+    found, expected = set(found), set(expected)
+    if found != expected:
+        missing, unknown = sorted(expected - found), sorted(found - expected)
+        raise ModelMismatchError(
+            f"{what}: missing {_some(missing) or 'nothing'}; unknown {_some(unknown) or 'nothing'}",
+            hint="These tensors belong to another model.",
+        )
+
+
+def _square_sum(name: str, tensor: torch.Tensor) -> float:
+    # A sum of fp64 squares of fp32 values can't overflow, so it is finite if they all are.
+    square = 0.0
+    for piece in tensor.detach().reshape(-1).split(_CHUNK):
+        square += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
+    if not math.isfinite(square):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(
+            f"tensor {name!r} holds {bad} NaN or infinite values of {tensor.numel()}",
+            hint="A lower learning rate or a clipped gradient norm keeps local training finite.",
+        )
+    return square
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    listed = list(names)
+    shown = ", ".join(repr(name) for name in listed[:most])
+    return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")

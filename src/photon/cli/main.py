@@ -1,0 +1,288 @@
+"""`photon`: every command, its help, and the exit code of every error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click import Context
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from photon.cli.data import data_app
+from photon.cli.demo import demo
+from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
+
+
+
+class _Photon(TyperGroup):
+    """Turns PhotonError into its message on stderr and its exit code, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: Context) -> Any:
+        console = Console(stderr=True)
+        try:
+            return super().invoke(ctx)
+        except PhotonError as error:
+            console.print(f"error: {error.message}", style="red", markup=False, soft_wrap=True)
+            if error.hint:
+                console.print(error.hint, markup=False, soft_wrap=True, highlight=False)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            console.print("Stopped. Finished rounds are saved; `photon resume DIR` continues.")
+            ctx.exit(INTERRUPTED_EXIT_CODE)
+
+
+app = typer.Typer(
+    name="photon",
+    cls=_Photon,
+    help="Train one language model across organisations that keep their data.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data_app, name="data")
+app.command("demo")(demo)
+
+RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", metavar="RUN.toml")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")
+]
+Folder = Annotated[Path, typer.Argument(help="The run folder.", metavar="DIR")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a key, e.g. local.steps=64. Repeatable."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
+
+
+@app.command()
+def simulate(
+    run_file: RunFile,
+    overrides: Sets = None,
+    run_dir: RunDir = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a whole federation on this machine.
+
+    Example: `photon simulate recipes/demo.toml --set federation.workers=2`
+
+    Ctrl-C stops at once; `photon resume DIR` goes on from the last finished round.
+    """
+    from photon.config import load_run_config
+    from photon.runs import simulate as start
+
+    config = load_run_config(run_file, overrides or [])
+    result = start(config, run_dir=run_dir, listener=_view(quiet), overwrite=overwrite)
+    _show_result(result.folder, result.summary, as_json)
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Sets = None,
+    run_dir: RunDir = None,
+    silo: Annotated[
+        list[str] | None,
+        typer.Option("--silo", help="Train on this silo's text only. Repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train without a federation, on pooled text: the centralised baseline.
+
+    Takes as many steps as the federated run, each on as many tokens as all participants together
+    (`[train] batch_size` says otherwise).
+
+    Example: `photon train recipes/demo.toml --run-dir runs/central`
+    """
+    from photon.config import load_run_config
+    from photon.runs import train as start
+
+    config = load_run_config(run_file, overrides or [])
+    result = start(
+        config, silos=silo or None, run_dir=run_dir, listener=_view(quiet), overwrite=overwrite
+    )
+    _show_result(result.folder, result.summary, as_json)
+
+
+@app.command()
+def resume(folder: Folder, overrides: Sets = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Continue a stopped or killed run from its newest checkpoint.
+
+    The result is the same as if it had never stopped. Example: `photon resume runs/demo`
+    """
+    from photon.runs import resume as start
+
+    result = start(folder, overrides=overrides or [], listener=_view(quiet))
+    _show_result(result.folder, result.summary, as_json)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option("--out", help="Where; DIR/report.html.")] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", metavar="LABEL=DIR", help="Another run beside it. Repeatable."),
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page with the pictures of a run.
+
+    Example: `photon report runs/demo --compare centralised=runs/central`
+    """
+    from photon.dashboard import write_report
+
+    others = dict(_pair(pair, "--compare", "LABEL=DIR") for pair in compare or [])
+    page = write_report(folder, out=out, compare={k: Path(v) for k, v in others.items()})
+    Console().print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", help="Hugging Face folder to make.")],
+    bf16: Annotated[bool, typer.Option("--bf16", help="Write bfloat16 weights.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the model as safetensors, config.json, tokenizer and model card.
+
+    Loads in transformers and vLLM unchanged. Example: `photon export runs/demo --out my-model`
+    """
+    from photon.products import export as write
+
+    path = write(
+        folder,
+        out,
+        dtype="bfloat16" if bf16 else "float32",
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    Console().print(f"Model: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="Run folder or Hugging Face folder.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder made by `photon data prepare`.")],
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Bound per held-out set.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity and bits per byte on the global held-out text and each silo's own.
+
+    Example: `photon eval runs/demo --data data/demo`
+    """
+    from photon.products import evaluate as run
+
+    scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "global": vars(scores.overall),
+                    "per_silo": {silo: vars(one) for silo, one in scores.per_silo.items()},
+                },
+                indent=1,
+            )
+        )
+        return
+    table = Table("held-out text", "perplexity", "bits per byte", "loss", "tokens")
+    for name, one in {"global": scores.overall, **scores.per_silo}.items():
+        table.add_row(
+            name,
+            f"{one.perplexity:.2f}",
+            f"{one.bits_per_byte:.4f}",
+            f"{one.loss:.4f}",
+            f"{one.tokens:,}",
+        )
+    Console().print(table)
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Run folder or Hugging Face folder.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = (
+        "The people of the United States"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Most likely tokens considered.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Probability mass considered.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    """Continue a prompt. Example: `photon generate runs/demo --prompt "Fellow citizens"`"""
+    from photon.products import generate as run
+
+    words = run(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    typer.echo(prompt + words)
+
+
+@app.command()
+def version() -> None:
+    """Print Photon's version."""
+    from photon.runs import photon_version
+
+    typer.echo(photon_version())
+
+
+def main() -> None:
+    """Entry point of the `photon` script."""
+    app()
+
+
+def _view(quiet: bool) -> Any:
+    if quiet:
+        return None
+    from photon.dashboard import progress_view
+
+    return progress_view(Console(stderr=True))
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (equals and key and value):
+        raise typer.BadParameter(f"{text!r} is not of the form {form}", param_hint=option)
+    return key, value
+
+
+def _show_result(folder: Path, summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
+        return
+    console = Console()
+    table = Table(show_header=False, box=None)
+    table.add_row("held-out perplexity", f"{summary['global_perplexity']:.2f}")
+    table.add_row("bits per byte", f"{summary['bits_per_byte']:.4f}")
+    table.add_row("rounds, tokens", f"{summary['rounds']}, {summary['tokens']:,}")
+    sent = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
+    table.add_row("exchanged", f"{sent:,.1f} MB")
+    table.add_row("time", f"{summary['wall_s']:.1f} s, {summary['utilisation']:.0%} training")
+    table.add_row("weights sha256", summary["weights_sha256"])
+    table.add_row("run folder", str(folder))
+    console.print(table)
+    console.print(f"Next: photon report {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

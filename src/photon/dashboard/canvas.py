@@ -1,0 +1,182 @@
+"""From matplotlib to an SVG that lives inside a page: themed, deterministic, free of id clashes."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from photon.dashboard import palette, wording
+
+#: Inches; a wide figure fills the page, a half one shares it with a neighbour.
+WIDE, HALF = (10.2, 3.9), (5.0, 3.4)
+
+_RC = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "photon",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9.0,
+    "path.simplify": True,
+}
+
+
+def new_axes(size: tuple[float, float], *, right: float = 0.0) -> tuple[Figure, Axes]:
+    """A figure with one bare plot; `right` is the share of its width kept free for labels."""
+    figure = Figure(figsize=size)
+    FigureCanvasSVG(figure)
+    left = 0.72 / size[0]
+    axes = figure.add_axes((left, 0.16, 1 - left - 0.02 - right, 0.79))
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(palette.MUTED)
+    axes.tick_params(colors=palette.MUTED, length=0, labelsize=8.5)
+    axes.tick_params(axis="x", length=3)
+    axes.grid(axis="y", color=palette.GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def name_axes(axes: Axes, x: str, y: str) -> None:
+    """Axis titles, in words."""
+    axes.set_xlabel(x, color=palette.MUTED, fontsize=9)
+    axes.set_ylabel(y, color=palette.MUTED, fontsize=9)
+
+
+def scale_perplexity(axes: Axes, values: Sequence[float]) -> bool:
+    """A logarithmic y axis where values span more than ten times; whether it is one."""
+    logarithmic = min(values) > 0 and max(values) / min(values) > 10
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="y", which="minor", length=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    return logarithmic
+
+
+def count_ticks(axes: Axes) -> None:
+    """x ticks like 200k, 1.5M."""
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda v, _: wording.count(v).replace(".0", "") if v else "0")
+    )
+
+
+def round_ticks(axes: Axes, rounds: Sequence[int]) -> None:
+    """Whole rounds on the x axis, also when there is only one."""
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+    low, high = min(rounds), max(rounds)
+    room = 0.6 if low == high else 0.0
+    axes.set_xlim(low - room - 0.02 * (high - low), high + room + 0.02 * (high - low))
+
+
+def label_ends(
+    axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, bold: str | None = None
+) -> None:
+    """Names lines at their right end instead of in a legend, pushed apart where they would touch.
+
+    Args:
+        ends: x, y, name and colour of each line, in data units.
+        bold: the name that stands out.
+    """
+    if not ends:
+        return
+    height_pt = axes.get_figure().get_size_inches()[1] * 72 * axes.get_position().height  # type: ignore[union-attr]
+    step = 11.5 / height_pt
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed = sorted(((to_axes.transform((x, y))[1], x, y, n, c) for x, y, n, c in ends))
+    ys = spread([y for y, *_ in placed], step)
+    for target, (_, x, y, name, colour) in zip(ys, placed, strict=True):
+        axes.annotate(
+            "",
+            xy=(x, y),
+            xycoords="data",
+            xytext=(1.018, target),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1.1, "shrinkA": 0, "shrinkB": 2},
+            annotation_clip=False,
+        )
+        axes.text(
+            1.024,
+            target,
+            shorten(name),
+            transform=axes.transAxes,
+            va="center",
+            color=palette.INK,
+            fontsize=8.5,
+            fontweight="bold" if name == bold else "normal",
+            parse_math=False,
+        )
+
+
+def spread(wanted: Sequence[float], step: float) -> list[float]:
+    """Ascending positions in 0..1 at least `step` apart and close to the wanted ones."""
+    placed: list[float] = []
+    for value in wanted:
+        placed.append(max(value, placed[-1] + step) if placed else max(0.0, value))
+    over = placed[-1] - 1.0 if placed else 0.0
+    if over > 0:
+        placed[-1] = 1.0
+        for i in range(len(placed) - 2, -1, -1):
+            placed[i] = min(placed[i], placed[i + 1] - step)
+    return placed
+
+
+def shorten(name: str, most: int = 20) -> str:
+    """A name that fits a margin."""
+    name = wording.one_line(name)
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def to_svg(figure: Figure, prefix: str, description: str) -> str:
+    """The figure as an `<svg>` element, with ids under `prefix` and colours from CSS variables.
+
+    Args:
+        description: what a screen reader says; plain text.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({**_RC, "svg.hashsalt": f"photon-{prefix}"}), warnings.catch_warnings():
+        # A silo may be called anything; the browser has glyphs that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
+    view = re.search(r'viewBox="([^"]+)"', svg)
+    box = view.group(1) if view else "0 0 100 100"
+    label = _attribute(description)
+    head = f'<svg viewBox="{box}" role="img" aria-label="{label}" class="figure">'
+    svg = head + svg[svg.index(">") + 1 :]
+    svg = re.sub(r"font: (?:(bold) )?([\d.]+)px [^;\"]*", _font, svg)
+    return themed(svg).strip()
+
+
+def themed(svg: str) -> str:
+    """Light palette colours become CSS variables, which follow the reader's colour scheme."""
+    for name, colour in palette.variables(dark=False).items():
+        if name != "card":
+            svg = svg.replace(colour, f"var(--{name})")
+    return svg
+
+
+def _font(match: re.Match[str]) -> str:
+    weight = f"font-weight: {match.group(1)}; " if match.group(1) else ""
+    return f"{weight}font-size: {match.group(2)}px"
+
+
+def _attribute(text: str) -> str:
+    for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
+        text = text.replace(plain, escaped)
+    return text

@@ -1,0 +1,82 @@
+"""Several runs side by side: the federated one against its baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from photon.dashboard import wording
+from photon.dashboard.digest import RunDigest, read_digest
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One run of a comparison.
+
+    Attributes:
+        label: what the run is called in the table, e.g. "federated", "alone: democratic".
+        tokens: tokens it trained on.
+        perplexity: on the global held-out text; None where it was not evaluated.
+        bits_per_byte: on the same text; None where it was not evaluated.
+        seconds: wall-clock time; None where it is not known.
+        federated: the row that the gap of the others is measured against.
+    """
+
+    label: str
+    tokens: int
+    perplexity: float | None
+    bits_per_byte: float | None
+    seconds: float | None
+    federated: bool = False
+
+    @classmethod
+    def of(cls, label: str, digest: RunDigest, *, federated: bool = False) -> ComparisonRow:
+        """The row of a run that was read already."""
+        last = digest.last
+        return cls(
+            label=label,
+            tokens=digest.tokens,
+            perplexity=last.perplexity if last else None,
+            bits_per_byte=last.bits_per_byte if last else None,
+            seconds=digest.wall_s,
+            federated=federated,
+        )
+
+    @classmethod
+    def read(cls, label: str, run_folder: Path, *, federated: bool = False) -> ComparisonRow:
+        """The row of a run folder; raises RunNotFoundError where there is no run."""
+        return cls.of(label, read_digest(Path(run_folder)), federated=federated)
+
+
+def gap(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> float | None:
+    """Perplexity over the federated run's, less one: positive is worse. None for that run itself."""
+    federated = next((other for other in rows if other.federated), None)
+    if federated is None or row.federated or not row.perplexity or not federated.perplexity:
+        return None
+    return row.perplexity / federated.perplexity - 1
+
+
+def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
+    """A table for the terminal; the gap is perplexity against the federated row, + is worse."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("run", overflow="ellipsis", no_wrap=True)
+    for title in ("tokens", "perplexity", "bits per byte", "vs federated", "time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        difference = gap(row, rows)
+        better = difference is not None and difference < 0
+        gap_text = "–" if difference is None else wording.signed_percent(difference)
+        seconds = "–" if row.seconds is None else wording.duration(row.seconds)
+        table.add_row(
+            Text(wording.one_line(row.label), style="bold" if row.federated else ""),
+            wording.count(row.tokens),
+            Text(wording.perplexity(row.perplexity), style="bold"),
+            wording.decimal(row.bits_per_byte),
+            Text(gap_text, style="" if difference is None else "green" if better else "yellow"),
+            seconds,
+        )
+    return table

@@ -1,0 +1,329 @@
+"""A run folder boiled down to the numbers its report shows. No drawing, no HTML."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from photon.telemetry import Event, RunHistory, read_events, read_history
+from photon.telemetry.events import (
+    Evaluated,
+    LocalFinished,
+    LocalProgress,
+    RoundFinished,
+    RoundMerged,
+    RoundStarted,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    UpdateDropped,
+    WorkerLost,
+)
+
+State = Literal["finished", "stopped", "unfinished"]
+
+
+@dataclass(frozen=True)
+class EvaluationPoint:
+    """Held-out loss after so many rounds and tokens; loss in nats per token."""
+
+    round: int
+    tokens: int
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """Bytes and wall-clock seconds of a finished round; `other_s` is what no phase accounts for."""
+
+    round: int
+    tokens: int
+    bytes_up: int
+    bytes_down: int
+    round_s: float
+    local_train_s: float
+    eval_s: float
+    merge_s: float
+    checkpoint_s: float
+    dropped: int
+
+    @property
+    def other_s(self) -> float:
+        known_s = self.local_train_s + self.eval_s + self.merge_s + self.checkpoint_s
+        return max(0.0, self.round_s - known_s)
+
+
+@dataclass
+class SiloDigest:
+    """One silo over the whole run. Throughput in tokens per second of local training."""
+
+    name: str
+    text_tokens: int | None = None
+    share: float | None = None
+    rounds: int = 0
+    tokens: int = 0
+    last_loss: float | None = None
+    dropped: int = 0
+    workers_lost: int = 0
+    throughput: list[float] = field(default_factory=list)
+    training: list[tuple[float, float]] = field(default_factory=list)
+    evaluations: list[EvaluationPoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Incident:
+    """Something a reader should know of. `undone` marks rounds that a resume ran again."""
+
+    time_s: float
+    round: int | None
+    kind: str
+    silo: str | None
+    text: str
+    undone: bool = False
+
+
+@dataclass
+class RunDigest:
+    """A run as its report sees it."""
+
+    folder: Path
+    started: RunStarted
+    state: State
+    stop: RunStopped | None
+    rounds: list[RoundCost]
+    silos: dict[str, SiloDigest]
+    evaluations: list[EvaluationPoint]
+    incidents: list[Incident]
+    tasks: int
+    wall_s: float
+    setup_eval_s: float
+    superseded: int
+
+    @property
+    def rounds_done(self) -> int:
+        return self.rounds[-1].round if self.rounds else 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(cost.tokens for cost in self.rounds)
+
+    @property
+    def bytes_up(self) -> int:
+        return sum(cost.bytes_up for cost in self.rounds)
+
+    @property
+    def bytes_down(self) -> int:
+        return sum(cost.bytes_down for cost in self.rounds)
+
+    @property
+    def first(self) -> EvaluationPoint | None:
+        return self.evaluations[0] if self.evaluations else None
+
+    @property
+    def last(self) -> EvaluationPoint | None:
+        return self.evaluations[-1] if self.evaluations else None
+
+    @property
+    def baseline_bytes(self) -> int:
+        """Bytes of the same local steps with a gradient exchange after each, in fp32.
+
+        4 bytes x parameters x 2 directions x local steps x tasks, a task being one participant in
+        one round. 0 where nothing would be exchanged: a single participant.
+        """
+        if self.started.kind == "train" or self.started.participants_per_round < 2:
+            return 0
+        return 4 * self.started.parameters * 2 * self.started.local_steps * self.tasks
+
+    @property
+    def phases_s(self) -> list[tuple[str, float]]:
+        """Seconds of the whole run by phase; what is left of the wall clock is `other`."""
+        known = [
+            ("local training", sum(cost.local_train_s for cost in self.rounds)),
+            ("evaluation", sum(cost.eval_s for cost in self.rounds) + self.setup_eval_s),
+            ("merging", sum(cost.merge_s for cost in self.rounds)),
+            ("checkpoint", sum(cost.checkpoint_s for cost in self.rounds)),
+        ]
+        return [*known, ("other", max(0.0, self.wall_s - sum(seconds for _, seconds in known)))]
+
+    @property
+    def utilisation(self) -> float | None:
+        """Share of the wall clock in which nodes trained; None before the first round's end."""
+        phases = self.phases_s
+        total_s = sum(seconds for _, seconds in phases)
+        return phases[0][1] / total_s if self.rounds and total_s > 0 else None
+
+
+def read_digest(folder: Path) -> RunDigest:
+    """Reads a run folder.
+
+    Raises:
+        RunNotFoundError: no events.jsonl, or none of its lines starts a run.
+    """
+    history = read_history(folder)
+    started = history.started
+    raw = list(read_events(folder))
+    state, stop = _state(raw)
+    before = _tokens_before(history)
+    silos = _silos(history, before)
+    points: list[EvaluationPoint] = []
+    for event in history.of(Evaluated):
+        point = _point(event, before)
+        target = points if event.silo is None else silos[event.silo].evaluations
+        # Evaluated again after a resume: the newer one counts.
+        target[:] = [old for old in target if old.round != point.round]
+        target.append(point)
+    rounds, drawn = _rounds(history), _once(history.of(RoundStarted))
+    return RunDigest(
+        folder=folder,
+        started=started,
+        state=state,
+        stop=stop,
+        rounds=rounds,
+        silos=silos,
+        evaluations=points,
+        incidents=_incidents(raw),
+        tasks=sum(len(drawn[cost.round].participants) for cost in rounds if cost.round in drawn),
+        wall_s=max((event.time_s for event in history.events), default=0.0),
+        setup_eval_s=sum(event.eval_s for event in history.of(Evaluated) if event.round == 0),
+        superseded=history.superseded,
+    )
+
+
+def finite(points: Iterable[EvaluationPoint]) -> list[EvaluationPoint]:
+    """Those a plot can show."""
+    return [p for p in points if math.isfinite(p.perplexity) and math.isfinite(p.loss)]
+
+
+def _state(raw: list[Event]) -> tuple[State, RunStopped | None]:
+    for event in reversed(raw):
+        match event:
+            case RunFinished():
+                return "finished", None
+            case RunStopped():
+                return "stopped", event
+            case RunStarted():
+                return "unfinished", None
+    return "unfinished", None
+
+
+def _once(events: Iterable[RoundStarted]) -> dict[int, RoundStarted]:
+    return {event.round: event for event in events}
+
+
+def _tokens_before(history: RunHistory) -> dict[int, int]:
+    """Tokens trained on before each round; under round r + 1, those after round r."""
+    per_round: dict[int, int] = {}
+    for event in history.of(LocalFinished):
+        per_round.setdefault(event.round, 0)
+    for event in history.of(RoundMerged):
+        per_round[event.round] = event.tokens
+    totals = {}
+    for event in history.of(RoundFinished):
+        per_round[event.round] = event.tokens
+        totals[event.round] = event.total_tokens
+    before, total = {0: 0, 1: 0}, 0
+    for number in range(1, max(per_round, default=0) + 1):
+        before[number] = total
+        total = totals.get(number, total + per_round.get(number, 0))
+        before[number + 1] = total
+    return before
+
+
+def _point(event: Evaluated, before: dict[int, int]) -> EvaluationPoint:
+    tokens = before.get(event.round + 1, max(before.values()))
+    return EvaluationPoint(
+        event.round, tokens, event.loss, event.perplexity, event.bits_per_byte
+    )
+
+
+def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]:
+    started = history.started
+    silos = {name: SiloDigest(name) for name in started.silos}
+    whole = sum(started.silo_tokens.values())
+    for name, tokens in started.silo_tokens.items():
+        silo = silos.setdefault(name, SiloDigest(name))
+        silo.text_tokens, silo.share = tokens, tokens / whole if whole else None
+    drawn = _once(history.of(RoundStarted))
+    per_task = started.local_steps * started.batch_size * started.sequence_length
+    for event in history.events:
+        name = getattr(event, "silo", None)
+        if name is None:
+            continue
+        silo = silos.setdefault(name, SiloDigest(name))
+        match event:
+            case LocalProgress():
+                beside = drawn[event.round].participants if event.round in drawn else [name]
+                within = len(beside) * per_task * event.step / max(1, started.local_steps)
+                silo.training.append((before.get(event.round, 0) + within, event.loss))
+            case LocalFinished():
+                silo.rounds += 1
+                silo.tokens += event.tokens
+                silo.last_loss = event.last_loss
+                if event.train_s > 0:
+                    silo.throughput.append(event.tokens / event.train_s)
+            case UpdateDropped():
+                silo.dropped += 1
+            case WorkerLost():
+                silo.workers_lost += 1
+    return silos
+
+
+def _rounds(history: RunHistory) -> list[RoundCost]:
+    costs: dict[int, RoundCost] = {}
+    for event in history.of(RoundFinished):
+        # Workers that train side by side may add up to more seconds than the round had.
+        rest_s = event.eval_s + event.merge_s + event.checkpoint_s
+        costs[event.round] = RoundCost(
+            round=event.round,
+            tokens=event.tokens,
+            bytes_up=event.bytes_up,
+            bytes_down=event.bytes_down,
+            round_s=event.round_s,
+            local_train_s=min(event.local_train_s, max(0.0, event.round_s - rest_s)),
+            eval_s=event.eval_s,
+            merge_s=event.merge_s,
+            checkpoint_s=event.checkpoint_s,
+            dropped=len(event.dropped),
+        )
+    return [costs[number] for number in sorted(costs)]
+
+
+def _incidents(raw: list[Event]) -> list[Incident]:
+    """From every line of the file: also of rounds that a resume took back."""
+    found: list[Incident] = []
+    for event in raw:
+        match event:
+            case UpdateDropped():
+                found.append(
+                    Incident(event.time_s, event.round, "update dropped", event.silo, event.reason)
+                )
+            case WorkerLost():
+                found.append(
+                    Incident(
+                        event.time_s,
+                        event.round,
+                        "worker lost",
+                        event.silo,
+                        f"worker {event.worker}: {event.reason}",
+                    )
+                )
+            case RunStopped():
+                found.append(
+                    Incident(event.time_s, event.round, "run stopped", None, event.reason)
+                )
+            case RunStarted() if event.resumed_from_round is not None:
+                last = event.resumed_from_round
+                found = [
+                    Incident(i.time_s, i.round, i.kind, i.silo, i.text, undone=True)
+                    if (i.round or 0) > last and i.kind not in ("run stopped", "resumed")
+                    else i
+                    for i in found
+                ]
+                text = f"goes on after round {last}, with its checkpoint"
+                found.append(Incident(event.time_s, last, "resumed", None, text))
+    return found

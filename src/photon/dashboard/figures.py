@@ -1,0 +1,333 @@
+"""The report's figures. Each returns an SVG and a caption, or None where there is nothing to draw."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.ticker import FuncFormatter
+
+from photon.dashboard import palette, wording
+from photon.dashboard.canvas import (
+    HALF,
+    WIDE,
+    count_ticks,
+    label_ends,
+    name_axes,
+    new_axes,
+    round_ticks,
+    scale_perplexity,
+    shorten,
+    to_svg,
+)
+from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, finite
+
+_PHASES = ("local training", "evaluation", "merging", "checkpoint", "other")
+_GLOBAL = "shared held-out"
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the page. `legend` holds names with their CSS colours, for those that need it."""
+
+    title: str
+    svg: str
+    caption: str
+    wide: bool = False
+    legend: Sequence[tuple[str, str]] = ()
+
+
+def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Drawing]:
+    """Every figure that has something to show, in the page's order."""
+    drawings = [
+        loss_against_tokens(digest),
+        comparison(digest, compare),
+        silo_perplexity(digest),
+        time_per_round(digest),
+        bytes_per_round(digest),
+        throughput(digest),
+    ]
+    return [drawing for drawing in drawings if drawing is not None]
+
+
+def loss_against_tokens(digest: RunDigest) -> Drawing | None:
+    """Training loss of each silo, thin, and the global model's held-out loss, thick."""
+    trained = [silo for silo in digest.silos.values() if silo.training]
+    points = finite(digest.evaluations)
+    if not trained and not points:
+        return None
+    named = len(trained) <= palette.MOST_NAMED
+    figure, axes = new_axes(WIDE, right=0.15)
+    ends: list[tuple[float, float, str, str]] = []
+    order = list(digest.silos)
+    for silo in trained:
+        colour, dash = palette.silo_style(order.index(silo.name))
+        xs, ys = zip(*_thin_out(silo.training), strict=True)
+        axes.plot(
+            xs,
+            ys,
+            color=colour if named else palette.MUTED,
+            linestyle=dash if named else "-",
+            linewidth=1.0 if named else 0.5,
+            alpha=0.75 if named else 0.35,
+        )
+        if named:
+            ends.append((xs[-1], ys[-1], silo.name, colour))
+    if points:
+        _plot_evaluations(axes, points, palette.INK, width=2.4)
+        ends.append((points[-1].tokens, points[-1].loss, _GLOBAL, palette.INK))
+    count_ticks(axes)
+    name_axes(axes, "tokens trained on, all silos together", "loss (nats per token)")
+    axes.margins(x=0.01)
+    label_ends(axes, ends, bold=_GLOBAL)
+    who = "each silo's training loss" if named else f"the training loss of {len(trained)} silos"
+    caption = (
+        f"Thin lines: {who}. Thick line: loss of the merged model on shared held-out text; "
+        "this is the one that counts."
+    )
+    caption += _left_out(digest.evaluations)
+    return Drawing("Loss", to_svg(figure, "loss", f"Line plot. {caption}"), caption, wide=True)
+
+
+def comparison(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Drawing | None:
+    """Held-out loss of the merged model and of other runs, against the tokens each trained on."""
+    others = {label: finite(other.evaluations) for label, other in compare.items()}
+    others = {label: points for label, points in others.items() if points}
+    points = finite(digest.evaluations)
+    if not others or not points:
+        return None
+    figure, axes = new_axes(WIDE, right=0.2)
+    names = list(digest.silos)
+    ends = []
+    for i, (label, line) in enumerate(others.items()):
+        colour, dash = _comparison_style(label, i, names)
+        _plot_evaluations(axes, line, colour, width=1.4, dash=dash)
+        ends.append((line[-1].tokens, line[-1].loss, label, colour))
+    _plot_evaluations(axes, points, palette.INK, width=2.4)
+    ends.append((points[-1].tokens, points[-1].loss, "this run", palette.INK))
+    count_ticks(axes)
+    name_axes(axes, "tokens the run trained on", "held-out loss (nats per token)")
+    label_ends(axes, ends, bold="this run")
+    caption = (
+        "Loss on the same shared held-out text. Lower is better; a line that ends further left "
+        "trained on fewer tokens."
+    )
+    svg = to_svg(figure, "comparison", f"Line plot. {caption}")
+    return Drawing("Against other runs", svg, caption, wide=True)
+
+
+def silo_perplexity(digest: RunDigest) -> Drawing | None:
+    """Perplexity of the merged model on each silo's own held-out text, over rounds."""
+    order = list(digest.silos)
+    lines = {name: finite(silo.evaluations) for name, silo in digest.silos.items()}
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return None
+    if len(lines) > palette.MOST_NAMED:
+        return _heat_strip(lines)
+    figure, axes = new_axes(HALF, right=0.25)
+    ends = []
+    for name, points in lines.items():
+        colour, dash = palette.silo_style(order.index(name))
+        xs, ys = [p.round for p in points], [p.perplexity for p in points]
+        axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.5, marker="o", markersize=2.5)
+        ends.append((xs[-1], ys[-1], name, colour))
+    flat = [p for points in lines.values() for p in points]
+    logarithmic = scale_perplexity(axes, [p.perplexity for p in flat])
+    round_ticks(axes, [p.round for p in flat])
+    name_axes(axes, "round", "perplexity" + (" (logarithmic)" if logarithmic else ""))
+    label_ends(axes, [(x, y, shorten(n, 15), c) for x, y, n, c in ends])
+    caption = "Perplexity of the merged model on each silo's own held-out text."
+    svg = to_svg(figure, "silos", f"Line plot. {caption}")
+    return Drawing("Perplexity in each silo", svg, caption)
+
+
+def _heat_strip(lines: Mapping[str, list[EvaluationPoint]]) -> Drawing:
+    """Many silos: one thin row each, best at the end on top, colour for perplexity."""
+    import numpy as np
+
+    rounds = sorted({p.round for points in lines.values() for p in points})
+    rows = sorted(lines.items(), key=lambda item: item[1][-1].perplexity)
+    grid = np.full((len(rows), len(rounds)), np.nan)
+    for i, (_, points) in enumerate(rows):
+        for point in points:
+            grid[i, rounds.index(point.round)] = point.perplexity
+    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+    figure, axes = new_axes(HALF, right=0.2)
+    axes.grid(visible=False)
+    norm = LogNorm(low, high) if low > 0 and high / low > 10 else Normalize(low, high)
+    colours = LinearSegmentedColormap.from_list("photon", palette.HEAT)
+    columns = np.arange(len(rounds) + 1) - 0.5
+    # Vector cells, not an image: sharp in print, and no encoder whose bytes may vary.
+    mesh = axes.pcolormesh(columns, np.arange(len(rows) + 1), grid, norm=norm, cmap=colours)
+    axes.invert_yaxis()
+    axes.set_yticks([])
+    every = max(1, len(rounds) // 8)
+    axes.set_xticks(range(0, len(rounds), every), [str(r) for r in rounds[::every]])
+    name_axes(axes, "round", f"{len(rows)} silos, best on top")
+    where = axes.get_position()
+    beside = figure.add_axes((where.x1 + 0.03, where.y0, 0.025, where.height))
+    scale = figure.colorbar(mesh, cax=beside)
+    scale.outline.set_visible(False)  # type: ignore[operator]
+    beside.tick_params(colors=palette.MUTED, length=0, labelsize=8.5, which="both")
+    ticks = [low, (low * high) ** 0.5, high] if low > 0 else [low, high]
+    beside.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
+    scale.set_ticks(ticks, labels=[wording.perplexity(t) for t in ticks])
+    best, worst = rows[0], rows[-1]
+    caption = (
+        f"Perplexity of the merged model on each silo's own held-out text, one row per silo. "
+        f"Last round: {best[0]} {wording.perplexity(best[1][-1].perplexity)} (best), "
+        f"{worst[0]} {wording.perplexity(worst[1][-1].perplexity)} (worst)."
+    )
+    svg = to_svg(figure, "silos", f"Heat strip. {caption}")
+    return Drawing("Perplexity in each silo", svg, caption)
+
+
+def time_per_round(digest: RunDigest) -> Drawing | None:
+    """Seconds of each round, stacked by phase."""
+    if not digest.rounds:
+        return None
+    longest = max(cost.round_s for cost in digest.rounds)
+    unit, scale = ("seconds", 1.0) if longest < 180 else ("minutes", 60.0)
+    unit, scale = (unit, scale) if longest < 3 * 3600 else ("hours", 3600.0)
+    figure, axes = new_axes(HALF)
+    xs = [cost.round for cost in digest.rounds]
+    bottom = [0.0] * len(xs)
+    for phase, colour in zip(_PHASES, palette.PHASES_LIGHT, strict=True):
+        heights = [_phase_s(cost, phase) / scale for cost in digest.rounds]
+        axes.bar(xs, heights, bottom=bottom, width=_bar_width(xs), color=colour)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    round_ticks(axes, [min(xs) - 1, max(xs) + 1] if len(xs) > 1 else xs)
+    name_axes(axes, "round", f"{unit} per round")
+    legend = [(phase, f"var(--phase-{i})") for i, phase in enumerate(_PHASES)]
+    caption = "Wall-clock time of each round and what it was spent on."
+    svg = to_svg(figure, "time", f"Stacked bars. {caption}")
+    return Drawing("Where the time went, round by round", svg, caption, legend=legend)
+
+
+def bytes_per_round(digest: RunDigest) -> Drawing | None:
+    """Payload bytes of each round: up above the line, down below it."""
+    most = max((max(c.bytes_up, c.bytes_down) for c in digest.rounds), default=0)
+    if not most:
+        return None
+    unit, scale = next(
+        (name, size)
+        for name, size in (("gigabytes", 1e9), ("megabytes", 1e6), ("kilobytes", 1e3), ("bytes", 1))
+        if most >= size
+    )
+    figure, axes = new_axes(HALF)
+    xs = [cost.round for cost in digest.rounds]
+    width = _bar_width(xs)
+    up, down = palette.PHASES_LIGHT[0], palette.PHASES_LIGHT[2]
+    axes.bar(xs, [cost.bytes_up / scale for cost in digest.rounds], width=width, color=up)
+    axes.bar(xs, [-cost.bytes_down / scale for cost in digest.rounds], width=width, color=down)
+    axes.axhline(0, color=palette.MUTED, linewidth=0.8)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):,g}"))
+    round_ticks(axes, [min(xs) - 1, max(xs) + 1] if len(xs) > 1 else xs)
+    name_axes(axes, "round", f"{unit} per round")
+    legend = [("up, to the aggregator", "var(--phase-0)"), ("down, to nodes", "var(--phase-2)")]
+    caption = "What moved between nodes and aggregator: model state and updates, never text."
+    svg = to_svg(figure, "bytes", f"Mirrored bars. {caption}")
+    return Drawing("Bytes exchanged", svg, caption, legend=legend)
+
+
+def throughput(digest: RunDigest) -> Drawing | None:
+    """Median tokens per second of each silo, with the range over its rounds."""
+    order = list(digest.silos)
+    rows = [silo for silo in digest.silos.values() if silo.throughput]
+    if not rows:
+        return None
+    rows.sort(key=lambda silo: statistics.median(silo.throughput))
+    named = len(rows) <= 2 * palette.MOST_NAMED
+    figure, axes = new_axes(HALF)
+    axes.grid(visible=False)
+    axes.grid(axis="x", color=palette.GRID, linewidth=0.8)
+    if named:
+        longest = max(len(shorten(silo.name, 16)) for silo in rows)
+        left = min(0.32, 0.05 + longest * 0.0155)
+        axes.set_position((left, 0.16, 0.97 - left, 0.79))
+    for y, silo in enumerate(rows):
+        colour, _ = palette.silo_style(order.index(silo.name))
+        colour = colour if len(order) <= palette.MOST_NAMED else palette.MUTED
+        size = 6 if named else 2.5
+        axes.plot([min(silo.throughput), max(silo.throughput)], [y, y], color=colour, linewidth=1.2)
+        axes.plot([statistics.median(silo.throughput)], [y], "o", color=colour, markersize=size)
+    if named:
+        axes.set_yticks(range(len(rows)))
+        for tick, silo in zip(axes.get_yticklabels(), rows, strict=True):
+            tick.set_parse_math(False)
+        axes.set_yticklabels([shorten(silo.name, 16) for silo in rows], parse_math=False)
+        axes.tick_params(axis="y", colors=palette.INK)
+    else:
+        axes.set_yticks([])
+    axes.set_ylim(-0.8, len(rows) - 0.2)
+    axes.set_xlim(0, max(max(silo.throughput) for silo in rows) * 1.06)
+    count_ticks(axes)
+    name_axes(axes, "tokens per second of local training", "" if named else f"{len(rows)} silos")
+    caption = "Dot: median over the rounds a silo took part in. Line: slowest to fastest round."
+    if not named:
+        caption += f" Slowest: {rows[0].name}. Fastest: {rows[-1].name}."
+    svg = to_svg(figure, "throughput", f"Dot plot. {caption}")
+    return Drawing("Training speed of each silo", svg, caption)
+
+
+def _plot_evaluations(
+    axes: Axes, points: Sequence[EvaluationPoint], colour: str, *, width: float, dash: str = "-"
+) -> None:
+    marker = "o" if len(points) <= 40 else ""
+    axes.plot(
+        [point.tokens for point in points],
+        [point.loss for point in points],
+        color=colour,
+        linewidth=width,
+        linestyle=dash,
+        marker=marker,
+        markersize=width + 1.2,
+    )
+
+
+def _comparison_style(label: str, index: int, silos: list[str]) -> tuple[str, str]:
+    """A silo that trained alone keeps its colour; any other baseline is dashed and muted."""
+    name = label.rpartition(":")[2].strip()
+    if name in silos and len(silos) <= palette.MOST_NAMED:
+        return palette.silo_style(silos.index(name))
+    return palette.MUTED, ("--", ":", "-.")[index % 3]
+
+
+def _left_out(points: Sequence[EvaluationPoint]) -> str:
+    missing = len(points) - len(finite(points))
+    if not missing:
+        return ""
+    word = wording.several(missing, "evaluation")
+    return f" {wording.sentence(word)} gave no finite number and can't be drawn."
+
+
+def _phase_s(cost: object, phase: str) -> float:
+    attribute = {
+        "local training": "local_train_s",
+        "evaluation": "eval_s",
+        "merging": "merge_s",
+        "checkpoint": "checkpoint_s",
+        "other": "other_s",
+    }[phase]
+    return getattr(cost, attribute)
+
+
+def _bar_width(xs: Sequence[int]) -> float:
+    return 0.45 if len(xs) == 1 else 0.74 if len(xs) <= 60 else 1.0
+
+
+def _thin_out(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
+    """At most so many points, as means of neighbours: a page stays small after a long run."""
+    points = [point for point in points if abs(point[1]) < float("inf")]
+    if not points:
+        return [(float("nan"), float("nan"))]
+    group = -(-len(points) // most)
+    chunks = [points[i : i + group] for i in range(0, len(points), group)]
+    return [(c[-1][0], sum(loss for _, loss in c) / len(c)) for c in chunks]
+
+
+__all__ = ["Drawing", "SiloDigest", "all_drawings"]

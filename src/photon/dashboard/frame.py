@@ -1,0 +1,264 @@
+"""One frame of the live view, drawn straight as styled segments: a few hundred microseconds.
+
+rich's tables and progress bars measure and wrap every cell; at this frame's size that costs ten
+times as much, in the process that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.segment import Segment
+from rich.style import Style
+
+from photon.dashboard import wording
+from photon.dashboard.progress import RoundRow, RunProgress, SiloProgress
+
+#: A line: texts with the name of their style.
+Line = list[tuple[str, str]]
+
+_STYLES = {
+    "": Style(),
+    "title": Style(bold=True),
+    "dim": Style(dim=True),
+    "bar": Style(color="cyan"),
+    "rail": Style(color="bright_black"),
+    "training": Style(color="cyan"),
+    "done": Style(color="green"),
+    "dropped": Style(color="yellow"),
+    "waiting": Style(dim=True),
+    "better": Style(color="green"),
+    "worse": Style(color="yellow"),
+    "value": Style(bold=True),
+}
+_MARKS = {"waiting": "·", "training": "▸", "done": "✓", "dropped": "✗"}
+#: Shown first when there is no room for all.
+_ORDER = {"dropped": 0, "training": 1, "done": 2, "waiting": 3}
+_HISTORY_ROWS = 5
+_WIDEST = 120
+
+
+class Frame:
+    """A rich renderable of where a run stands; always within the width and height it is given."""
+
+    def __init__(self, progress: RunProgress) -> None:
+        self._progress = progress
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = max(20, min(options.max_width, _WIDEST))
+        newline = Segment.line()
+        # One row stays free: a full screen would scroll the frame's top out of reach.
+        for line in frame_lines(self._progress, width, max(8, console.size.height - 1)):
+            for text, style in fit(line, min(width, options.max_width)):
+                yield Segment(text, _STYLES[style])
+            yield newline
+
+
+def frame_lines(progress: RunProgress, width: int, height: int) -> list[Line]:
+    """All lines of a frame; silos, then past rounds, give way when the terminal is low."""
+    header = list(_header(progress, width))
+    footer = [*_evaluation(progress), *_totals(progress)]
+    rows = list(progress.history)[-_HISTORY_ROWS:]
+    room = height - len(header) - len(footer) - 3
+    if room < len(rows) + min(len(progress.silos), 4) + 3:
+        rows = rows[-1:]
+    history = list(_history(rows, progress, width))
+    room -= len(history)
+    silos = list(_silos(progress, width, max(2, room)))
+    blocks = [header, silos, footer, history]
+    lines: list[Line] = []
+    for block in blocks:
+        if block and lines:
+            lines.append([])
+        lines.extend(block)
+    return lines[:height]
+
+
+def fit(line: Line, width: int) -> Line:
+    """The line cut to a width in cells, with an ellipsis where something is lost."""
+    total = sum(cell_len(text) for text, _ in line)
+    if total <= width:
+        return line
+    kept: Line = []
+    left = width - 1
+    for text, style in line:
+        cells = cell_len(text)
+        if cells > left:
+            kept.append((set_cell_size(text, left) + "…", style))
+            break
+        kept.append((text, style))
+        left -= cells
+    return kept
+
+
+def bar(share: float, cells: int) -> Line:
+    """A progress bar of so many cells."""
+    full = round(min(1.0, max(0.0, share)) * cells)
+    return [("━" * full, "bar"), ("─" * (cells - full), "rail")]
+
+
+def _header(progress: RunProgress, width: int) -> Iterator[Line]:
+    started = progress.started
+    if started is None:
+        yield [("Photon ", "title"), ("starting", "dim")]
+        return
+    facts = [
+        f"{wording.count(started.parameters)} parameters",
+        f"{len(started.silos)} {'silo' if len(started.silos) == 1 else 'silos'}",
+        f"{started.device} {started.precision}",
+    ]
+    if started.resumed_from_round is not None:
+        facts.append(f"resumed after round {started.resumed_from_round}")
+    yield [
+        (f"photon {started.kind} ", "dim"),
+        (wording.one_line(started.run), "title"),
+        ("  " + " · ".join(facts), "dim"),
+    ]
+    done = f" {progress.rounds_done}/{progress.rounds} "
+    times = f"  {wording.clock(progress.now_s)} elapsed · {_left(progress)}"
+    label = "Rounds "
+    cells = max(8, width - len(label) - len(done) - len(times))
+    share = 1.0 if progress.finished else progress.share_done
+    yield [(label, "title"), *bar(share, cells), (done, "value"), (times, "dim")]
+
+
+def _left(progress: RunProgress) -> str:
+    if progress.finished:
+        return "finished"
+    if progress.stopped is not None:
+        return "stopped"
+    left_s = progress.left_s
+    return "time left after a round" if left_s is None else f"{wording.clock(left_s)} left"
+
+
+def _silos(progress: RunProgress, width: int, room: int) -> Iterator[Line]:
+    if progress.stopped is not None:
+        yield [
+            (f"Stopped in round {progress.stopped.round} ", "worse"),
+            (wording.one_line(progress.stopped.reason), ""),
+        ]
+        return
+    if progress.finished or not progress.silos:
+        return
+    yield [(f"Round {progress.round} ", "title"), (progress.phase, "dim")]
+    silos = list(progress.silos.values())
+    shown = silos
+    if len(silos) > room - 1:
+        chosen = sorted(silos, key=lambda s: _ORDER[s.state])[: max(1, room - 2)]
+        names = {silo.name for silo in chosen}
+        shown = [silo for silo in silos if silo.name in names]
+    widest = max(cell_len(wording.one_line(silo.name)) for silo in silos)
+    name_cells = min(widest, max(10, width // 4))
+    for silo in shown:
+        yield _silo_line(silo, progress.local_steps, name_cells, width)
+    if len(shown) < len(silos):
+        names = {silo.name for silo in shown}
+        yield [("  … and " + _count_states(s for s in silos if s.name not in names), "dim")]
+
+
+def _silo_line(silo: SiloProgress, local_steps: int, name_cells: int, width: int) -> Line:
+    name = wording.one_line(silo.name)
+    if cell_len(name) > name_cells:
+        name = set_cell_size(name, name_cells - 1) + "…"
+    line: Line = [
+        (f"  {_MARKS[silo.state]} ", silo.state),
+        (set_cell_size(name, name_cells), "" if silo.state != "waiting" else "dim"),
+        (f"  {silo.state:<8}  ", silo.state),
+    ]
+    if silo.note and silo.state in ("dropped", "waiting"):
+        return [*line, (wording.one_line(silo.note), "dim")]
+    digits = len(str(local_steps))
+    steps = f" {silo.step:>{digits}}/{local_steps}"
+    loss = f"  loss {wording.decimal(silo.loss):>6}"
+    speed = wording.count(silo.tokens_per_s) if silo.tokens_per_s is not None else "–"
+    rest = f"{loss}  {speed:>5} tokens/s"
+    used = 4 + name_cells + 12 + len(steps) + len(rest)
+    cells = max(4, min(40, width - used))
+    share = silo.step / local_steps if local_steps else 0.0
+    return [*line, *bar(share, cells), (steps, ""), (rest, "")]
+
+
+def _count_states(silos: Iterable[SiloProgress]) -> str:
+    counts: dict[str, int] = {}
+    for silo in silos:
+        counts[silo.state] = counts.get(silo.state, 0) + 1
+    parts = [f"{number} {state}" for state, number in counts.items()]
+    return f"{sum(counts.values())} more ({', '.join(parts)})"
+
+
+def _evaluation(progress: RunProgress) -> Iterator[Line]:
+    last, before = progress.evaluation, progress.evaluation_before
+    if last is None:
+        return
+    line: Line = [
+        ("Held-out  ", "title"),
+        ("perplexity ", "dim"),
+        (wording.perplexity(last.perplexity), "value"),
+    ]
+    if before is not None:
+        line.append((" " + change(last.perplexity, before.perplexity), _side(last, before)))
+    line += [
+        ("   loss ", "dim"),
+        (wording.decimal(last.loss), ""),
+        ("   bits per byte ", "dim"),
+        (wording.decimal(last.bits_per_byte), ""),
+        (f"   round {last.round}", "dim"),
+    ]
+    yield line
+
+
+def change(now: float, before: float) -> str:
+    """How a perplexity moved, with an arrow: `▼ 4.2`."""
+    difference = now - before
+    if difference != difference or difference in (float("inf"), float("-inf")):
+        return "–"
+    arrow = "▼" if difference < 0 else "▲" if difference > 0 else "="
+    return f"{arrow} {wording.perplexity(abs(difference))}"
+
+
+def _side(last: object, before: object) -> str:
+    now, then = getattr(last, "perplexity", 0.0), getattr(before, "perplexity", 0.0)
+    return "better" if now < then else "worse"
+
+
+def _totals(progress: RunProgress) -> Iterator[Line]:
+    if not progress.total_tokens:
+        return
+    speed = progress.tokens_per_s
+    parts = [
+        f"{wording.count(progress.total_tokens)} tokens",
+        f"{wording.size(progress.total_bytes_up)} up",
+        f"{wording.size(progress.total_bytes_down)} down",
+    ]
+    if speed is not None:
+        parts.append(f"{wording.count(speed)} tokens/s")
+    if progress.updates_dropped:
+        parts.append(f"{progress.updates_dropped} dropped")
+    if progress.workers_lost:
+        parts.append(f"{progress.workers_lost} workers lost")
+    yield [("Totals    ", "title"), (" · ".join(parts), "")]
+
+
+def _history(rows: list[RoundRow], progress: RunProgress, width: int) -> Iterator[Line]:
+    if not rows:
+        return
+    digits = max(5, len(str(progress.rounds)))
+    roomy = width >= 72
+    head = f"{'Round':>{digits}}  train loss  perplexity"
+    if roomy:
+        head += f"  {'up':>9}  {'down':>9}  {'time':>12}  dropped"
+    yield [(head, "dim")]
+    for row in rows:
+        loss = wording.decimal(row.train_loss)
+        text = f"{row.round:>{digits}}  {loss:>10}  {wording.perplexity(row.perplexity):>10}"
+        if roomy:
+            up, down = wording.size(row.bytes_up), wording.size(row.bytes_down)
+            text += f"  {up:>9}  {down:>9}  {wording.duration(row.round_s):>12}"
+        line: Line = [(text, "")]
+        if roomy and row.dropped:
+            line.append((f"  {row.dropped:>7}", "dropped"))
+        elif roomy:
+            line.append((f"  {'–':>7}", "dim"))
+        yield line

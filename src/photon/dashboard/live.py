@@ -1,0 +1,204 @@
+"""The progress of a run in the terminal: a live view, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.live import Live
+
+from photon.dashboard import wording
+from photon.dashboard.frame import Frame
+from photon.dashboard.progress import RunProgress
+from photon.telemetry import Event, Listener
+from photon.telemetry.events import (
+    Evaluated,
+    RoundFinished,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    UpdateDropped,
+    WorkerLost,
+)
+
+#: Seconds between two renderings while nothing but steps goes by.
+_FRAME_S = 0.2
+#: The view lives in the training process: it may spend this share of one core, over any while.
+_BUDGET = 0.004
+#: Seconds of rendering it may save up, so that a change of phase shows at once.
+_SAVINGS_S = 0.05
+_MILESTONES = (RoundFinished, Evaluated, UpdateDropped, WorkerLost)
+
+
+def progress_view(console: Console | None = None) -> Listener:
+    """The live view on a terminal, plain lines elsewhere (a pipe, CI). Standard error by default."""
+    if console is None:
+        console = Console(stderr=True)
+    return LiveView(console) if console.is_terminal else PlainView(console)
+
+
+class LiveView:
+    """A listener that redraws one frame in place.
+
+    Events are folded as they come (microseconds). Rendering takes a few milliseconds, so it is
+    rationed: at most 5 frames a second, and over time no more than 0.4% of one core, however many
+    events there are. There is no thread: a frame is drawn on an event, and at close.
+
+    Args:
+        console: where to; its height caps the number of silos shown.
+        clock: seconds; tests put their own.
+    """
+
+    def __init__(
+        self, console: Console, *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.progress = RunProgress()
+        self.frames = 0
+        self._console = console
+        self._clock = clock
+        self._live: Live | None = None
+        self._gone = False
+        self._drawn_s = float("-inf")
+        self._earned_s = clock()
+        self._savings_s = _SAVINGS_S
+
+    def on_event(self, event: Event) -> None:
+        self.progress.fold(event)
+        if self._gone:
+            return
+        if self._live is None:
+            self._start()
+            self._draw()
+        elif self._may_draw(isinstance(event, _MILESTONES)):
+            self._draw()
+
+    def close(self) -> None:
+        """Draws the last frame and leaves it on the screen; closing twice does no harm."""
+        live, self._live = self._live, None
+        if live is None:
+            return
+        self._drawn_s = self._clock()
+        live.update(Frame(self.progress))
+        live.stop()
+
+    def _start(self) -> None:
+        # A redirected standard output (--json > file) must not end up in the view's console.
+        self._live = Live(
+            Frame(self.progress),
+            console=self._console,
+            auto_refresh=False,
+            transient=False,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self._live.start()
+
+    def _may_draw(self, milestone: bool) -> bool:
+        now_s = self._clock()
+        earned_s = (now_s - self._earned_s) * _BUDGET
+        self._savings_s = min(_SAVINGS_S, self._savings_s + earned_s)
+        self._earned_s = now_s
+        # Steps leave half of the savings to milestones.
+        floor_s = 0.0 if milestone else _SAVINGS_S / 2
+        return now_s - self._drawn_s >= _FRAME_S and self._savings_s > floor_s
+
+    def _draw(self) -> None:
+        if self._live is None:
+            return
+        begin_s = self._clock()
+        try:
+            self._live.refresh()
+        except OSError:
+            # The terminal is gone (a dropped connection). Training goes on without an audience.
+            self._gone, self._live = True, None
+            return
+        self._drawn_s = self._clock()
+        self._savings_s -= self._drawn_s - begin_s
+        self.frames += 1
+
+
+class PlainView:
+    """A listener that prints one readable line per milestone, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = RunProgress()
+        self._console = console
+
+    def on_event(self, event: Event) -> None:
+        self.progress.fold(event)
+        line = self._line(event)
+        if line is not None:
+            self._console.print(
+                wording.one_line(line), markup=False, highlight=False, emoji=False, soft_wrap=True
+            )
+
+    def close(self) -> None:
+        """Nothing to put away."""
+
+    def _line(self, event: Event) -> str | None:
+        match event:
+            case RunStarted():
+                return _describe_start(event)
+            case UpdateDropped():
+                return f"{self._round(event.round)} dropped {event.silo}: {event.reason}"
+            case WorkerLost():
+                return (
+                    f"{self._round(event.round)} lost worker {event.worker} while it trained "
+                    f"{event.silo}: {event.reason}"
+                )
+            case Evaluated(silo=None):
+                when = self._round(event.round) if event.round else "before training"
+                return f"{when} evaluated: {self._describe_evaluation(event)}"
+            case RoundFinished():
+                return f"{self._round(event.round)} finished: {self._describe_round(event)}"
+            case RunStopped():
+                return (
+                    f"run stopped in round {event.round}: {event.reason}; it can be resumed"
+                )
+            case RunFinished():
+                progress = self.progress
+                return (
+                    f"run finished: {wording.count(progress.total_tokens)} tokens in "
+                    f"{wording.duration(progress.now_s)}"
+                )
+        return None
+
+    def _round(self, number: int) -> str:
+        total = str(self.progress.rounds or "?")
+        return f"round {number:>{len(total)}}/{total}"
+
+    def _describe_evaluation(self, event: Evaluated) -> str:
+        before = self.progress.evaluation_before
+        was = f" (was {wording.perplexity(before.perplexity)})" if before is not None else ""
+        return (
+            f"perplexity {wording.perplexity(event.perplexity)}{was}, "
+            f"loss {wording.decimal(event.loss)}, "
+            f"{wording.decimal(event.bits_per_byte)} bits per byte"
+        )
+
+    def _describe_round(self, event: RoundFinished) -> str:
+        row = self.progress.history[-1]
+        parts = []
+        if row.train_loss is not None:
+            parts.append(f"train loss {wording.decimal(row.train_loss)}")
+        parts.append(f"{wording.count(event.tokens)} tokens")
+        parts.append(f"up {wording.size(event.bytes_up)}, down {wording.size(event.bytes_down)}")
+        parts.append(wording.duration(event.round_s))
+        if event.dropped:
+            parts.append(f"dropped {', '.join(event.dropped)}")
+        left_s = self.progress.left_s
+        if left_s:
+            parts.append(f"about {wording.duration(left_s)} left")
+        return ", ".join(parts)
+
+
+def _describe_start(event: RunStarted) -> str:
+    silos = wording.several(len(event.silos), "silo")
+    resumed = event.resumed_from_round
+    again = f", resumed after round {resumed}" if resumed is not None else ""
+    return (
+        f"{event.kind} {event.run}: {wording.count(event.parameters)} parameters, {silos}, "
+        f"{wording.several(event.rounds, 'round')} of {event.local_steps} local steps, "
+        f"{event.device} {event.precision}{again}"
+    )

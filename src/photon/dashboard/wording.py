@@ -1,0 +1,115 @@
+"""Numbers as people read them: 1.1M parameters, 44 MB, 4 min 20 s, perplexity 96.3."""
+
+from __future__ import annotations
+
+import math
+
+_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def count(value: float) -> str:
+    """A count in at most four figures: 987, 12.3k, 1.1M, 6.7B, 1.2T."""
+    for limit, scale, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "B")):
+        # The limit allows for rounding: 999,960 is 1.0M, not 1000.0k.
+        if abs(value) < limit * 0.9995:
+            return f"{value:.0f}" if scale == 1 else f"{value / scale:.{_places(value / scale)}f}{unit}"
+    return f"{value / 1e12:.1f}T"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units: 812 B, 4.4 MB, 1.3 GB."""
+    for limit, scale, unit in ((1e3, 1, "B"), (1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
+        if abs(value) < limit * 0.9995:
+            number = f"{value:.0f}" if scale == 1 else f"{value / scale:.{_places(value / scale)}f}"
+            return f"{number} {unit}"
+    return f"{value / 1e12:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A span in words: 3.2 s, 48 s, 4 min 20 s, 2 h 05 min, 3 d 4 h."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.0f} ms"
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def clock(seconds: float) -> str:
+    """A span as a clock shows it, of steady width: 0:07, 4:20, 2:05:09."""
+    whole = max(0, int(seconds))
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def perplexity(value: float | None) -> str:
+    """Four figures or so; words where it is no number."""
+    if value is None:
+        return "–"
+    if math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "infinite"
+    if value >= 1e5:
+        return f"{value:.2g}"
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def decimal(value: float | None, places: int = 3) -> str:
+    """A loss or bits per byte; a dash for none, words for no number."""
+    if value is None:
+        return "–"
+    if math.isnan(value):
+        return "undefined"
+    if math.isinf(value):
+        return "infinite"
+    return f"{value:.{places}f}"
+
+
+def percent(share: float, places: int = 0) -> str:
+    """A share of one, in percent."""
+    return f"{share * 100:.{places}f}%"
+
+
+def signed_percent(share: float) -> str:
+    """A change of one part, with its sign: +4.2%, −13%."""
+    if not math.isfinite(share):
+        return "–"
+    text = f"{abs(share) * 100:.1f}%"
+    sign = "±" if text == "0.0%" else "+" if share > 0 else "−"
+    return sign + text
+
+
+def ratio(value: float) -> str:
+    """How many times: 1.4×, 32×, 1,024×."""
+    return f"{value:,.0f}×" if value >= 9.95 else f"{value:.1f}×"
+
+
+def several(number: int, singular: str, plural: str | None = None) -> str:
+    """`four silos`, `one round`, `64 silos`."""
+    word = _WORDS[number] if 0 <= number < len(_WORDS) else f"{number:,}"
+    return f"{word} {singular if number == 1 else plural or singular + 's'}"
+
+
+def sentence(text: str) -> str:
+    """With a capital first letter; the rest stays."""
+    return text[:1].upper() + text[1:]
+
+
+def one_line(text: str) -> str:
+    """Without line breaks and control characters, so that a name can't break a layout."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _places(value: float) -> int:
+    return 1 if abs(value) < 99.95 else 0

@@ -1,0 +1,185 @@
+"""A run on disk: one atomic checkpoint a round, hashed, the oldest pruned."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from photon.errors import CheckpointCorruptError, RunNotFoundError
+from photon.link import TensorFile, file_sha256, require_disk, write_tensors, writing
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything but tensors that the next round needs.
+
+    Sampling, data order, dropout and schedule are functions of (seed, round, step), so no RNG
+    state is among it.
+
+    Attributes:
+        round: rounds completed.
+        global_step: the server's clock.
+        node_rounds: silo -> round after which its newest committed node state was saved.
+        cursor: next unread sequence (centralised training only).
+        model_fingerprint: of the shapes that the tensors belong to.
+        data_sha256: of the prepared data the run started with.
+    """
+
+    round: int
+    global_step: int
+    model_fingerprint: str
+    data_sha256: str
+    node_rounds: dict[str, int] = field(default_factory=dict)
+    cursor: int = 0
+    total_tokens: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    local_train_s: float = 0.0
+    elapsed_s: float = 0.0
+
+
+class CheckpointStore:
+    """DIR/checkpoints/round-000012/{state.json, <group>.safetensors}.
+
+    A folder of that name is complete: it is written under another name, flushed to disk and
+    renamed. state.json holds the sha256 of every tensor file.
+
+    Args:
+        folder: DIR/checkpoints.
+        keep: newest checkpoints kept.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def save(self, state: RunState, groups: Mapping[str, Mapping[str, Tensor]]) -> int:
+        """Write a checkpoint and prune old ones; returns its payload bytes.
+
+        Raises:
+            DiskFullError: no room; the checkpoints that were there stay.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        final = self.folder / _name(state.round)
+        partial = self.folder / f".{final.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        size = 0
+        try:
+            with writing("a checkpoint", final):
+                partial.mkdir()
+                for group, tensors in groups.items():
+                    size += write_tensors(partial / f"{group}.safetensors", tensors)
+                hashes = {
+                    f"{group}.safetensors": file_sha256(partial / f"{group}.safetensors")
+                    for group in groups
+                }
+                _write_json(
+                    partial / "state.json", {"format": FORMAT, "files": hashes, **asdict(state)}
+                )
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                _sync_folder(self.folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in self.rounds()[: -self._keep]:
+            shutil.rmtree(self.folder / _name(old), ignore_errors=True)
+        return size
+
+    def rounds(self) -> list[int]:
+        """Rounds with a complete checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name[6:]) for path in self.folder.glob("round-*") if path.is_dir())
+
+    def kept_states(self) -> list[RunState]:
+        """The states of all checkpoints that can be read, oldest first."""
+        found = []
+        for number in self.rounds():
+            try:
+                found.append(self._read_state(number)[0])
+            except CheckpointCorruptError:
+                continue
+        return found
+
+    def load_latest(self) -> tuple[RunState, dict[str, dict[str, Tensor]], list[str]]:
+        """The newest checkpoint whose files pass their hashes.
+
+        Returns:
+            its state, its tensor groups, and what was wrong with newer ones (empty mostly).
+
+        Raises:
+            RunNotFoundError: there is none at all.
+            CheckpointCorruptError: none passes.
+        """
+        problems: list[str] = []
+        for number in reversed(self.rounds()):
+            try:
+                state, hashes = self._read_state(number)
+                return state, self._read_groups(number, hashes), problems
+            except CheckpointCorruptError as error:
+                problems.append(error.message)
+        if not problems:
+            raise RunNotFoundError(f"no checkpoint under {self.folder}")
+        raise CheckpointCorruptError(
+            "no checkpoint of this run can be read:\n" + "\n".join(problems),
+            hint="Restore the run folder from a backup, or start the run again.",
+        )
+
+    def _read_state(self, number: int) -> tuple[RunState, dict[str, str]]:
+        path = self.folder / _name(number) / "state.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            version, hashes = record.pop("format"), record.pop("files")
+            if version != FORMAT:
+                raise ValueError(f"format {version}, this Photon reads {FORMAT}")
+            return RunState(**record), hashes
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointCorruptError(f"can't read {path}: {error}") from error
+
+    def _read_groups(self, number: int, hashes: dict[str, str]) -> dict[str, dict[str, Tensor]]:
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, expected in hashes.items():
+            path = self.folder / _name(number) / name
+            if not path.is_file():
+                raise CheckpointCorruptError(f"{path} is missing")
+            found = file_sha256(path)
+            if found != expected:
+                raise CheckpointCorruptError(
+                    f"{path} has sha256 {found[:12]}..., its state.json says {expected[:12]}..."
+                )
+            with TensorFile(path) as file:
+                groups[path.stem] = file.read()
+        return groups
+
+
+def require_room(folder: Path, *, checkpoint_bytes: int, node_bytes: int, keep: int) -> None:
+    """Raise DiskFullError unless a run's checkpoints and node states fit on the disk."""
+    require_disk(folder, (keep + 1) * (checkpoint_bytes + node_bytes), "this run")
+
+
+def _name(number: int) -> str:
+    return f"round-{number:06d}"
+
+
+def _write_json(path: Path, record: dict) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""The books of a run: totals, evaluations, checkpoints, and the events that tell of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from photon.federation.checkpoint import CheckpointStore, RunState
+from photon.federation.tasks import EvalReceipt
+from photon.telemetry import Recorder
+from photon.telemetry.events import CheckpointSaved, Evaluated, RoundFinished
+
+
+@dataclass
+class RoundCosts:
+    """What a round took, in seconds, tokens and payload bytes.
+
+    local_train_s is wall time: with several training processes, their busy seconds shared out.
+    """
+
+    started: float = field(default_factory=time.perf_counter)
+    local_train_s: float = 0.0
+    eval_s: float = 0.0
+    merge_s: float = 0.0
+    tokens: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    dropped: list[str] = field(default_factory=list)
+
+
+class Ledger:
+    """Keeps a run's state between rounds and writes it down.
+
+    Attributes:
+        state: as of the last finished round.
+        evaluation: newest scores by silo (None: the global set), empty before the first.
+    """
+
+    def __init__(self, state: RunState, recorder: Recorder, checkpoints: CheckpointStore) -> None:
+        self.state = state
+        self.evaluation: dict[str | None, EvalReceipt] = {}
+        self.recorder = recorder
+        self.checkpoints = checkpoints
+
+    def save(self, groups: Mapping[str, Mapping[str, Tensor]]) -> float:
+        """Checkpoint the current state; returns the seconds it took."""
+        started = time.perf_counter()
+        self.state = replace(self.state, elapsed_s=self.recorder.elapsed_s)
+        size = self.checkpoints.save(self.state, groups)
+        save_s = time.perf_counter() - started
+        self.recorder.emit(CheckpointSaved(round=self.state.round, bytes=size, save_s=save_s))
+        return save_s
+
+    def record_evaluation(self, number: int, receipts: Iterable[EvalReceipt]) -> float:
+        """Note and tell scores as they arrive; returns the seconds all of them took."""
+        started = time.perf_counter()
+        self.evaluation = {}
+        for receipt in receipts:
+            self.evaluation[receipt.silo] = receipt
+            self.recorder.emit(
+                Evaluated(
+                    round=number,
+                    silo=receipt.silo,
+                    loss=receipt.loss,
+                    perplexity=receipt.perplexity,
+                    bits_per_byte=receipt.bits_per_byte,
+                    tokens=receipt.tokens,
+                    eval_s=receipt.eval_s,
+                )
+            )
+        return time.perf_counter() - started
+
+    def close_round(
+        self,
+        costs: RoundCosts,
+        groups: Mapping[str, Mapping[str, Tensor]],
+        *,
+        global_step: int,
+        node_rounds: dict[str, int],
+        cursor: int = 0,
+    ) -> None:
+        """Add a round's costs to the totals, checkpoint, and tell that it is over."""
+        old = self.state
+        self.state = replace(
+            old,
+            round=old.round + 1,
+            global_step=global_step,
+            node_rounds=node_rounds,
+            cursor=cursor,
+            total_tokens=old.total_tokens + costs.tokens,
+            bytes_up=old.bytes_up + costs.bytes_up,
+            bytes_down=old.bytes_down + costs.bytes_down,
+            local_train_s=old.local_train_s + costs.local_train_s,
+        )
+        checkpoint_s = self.save(groups)
+        self.recorder.emit(
+            RoundFinished(
+                round=self.state.round,
+                global_step=global_step,
+                round_s=time.perf_counter() - costs.started,
+                local_train_s=costs.local_train_s,
+                eval_s=costs.eval_s,
+                merge_s=costs.merge_s,
+                checkpoint_s=checkpoint_s,
+                tokens=costs.tokens,
+                total_tokens=self.state.total_tokens,
+                bytes_up=costs.bytes_up,
+                bytes_down=costs.bytes_down,
+                total_bytes_up=self.state.bytes_up,
+                total_bytes_down=self.state.bytes_down,
+                dropped=costs.dropped,
+            )
+        )
+
+
+def due(every: int, number: int, rounds: int) -> bool:
+    """Whether round `number` ends with an evaluation; the last one always does."""
+    return number == rounds or (every > 0 and number % every == 0)

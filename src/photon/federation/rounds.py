@@ -1,0 +1,245 @@
+"""The federated round: sample, dispatch, merge as updates arrive, step, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from photon.aggregation import (
+    MergingRule,
+    OuterOptimizer,
+    build_merging_rule,
+    build_outer_optimizer,
+    check_update,
+)
+from photon.config import RunConfig
+from photon.errors import ModelMismatchError, NonFiniteError, QuorumLostError
+from photon.federation.ledger import Ledger, RoundCosts, due
+from photon.federation.node_state import NodeStateStore
+from photon.federation.sampling import sample_participants
+from photon.federation.tasks import (
+    OPTIMIZER,
+    WEIGHTS,
+    Engine,
+    EvalTask,
+    FitTask,
+    Receipt,
+    Update,
+    section,
+)
+from photon.telemetry.events import LocalFinished, RoundMerged, RoundStarted, UpdateDropped
+
+
+class Federation:
+    """The aggregator's loop over rounds.
+
+    Memory: the global state, one accumulator, the outer optimizer's state, and one tensor of the
+    update being merged; the number of participants does not enter.
+
+    Args:
+        config: the run file.
+        silo_tokens: training tokens of each silo present.
+        engine: carries tasks to participants.
+        ledger: totals, events and checkpoints; its state says where to go on.
+        node_states: pruned as checkpoints are.
+        tensors: "global" state and "outer" optimizer state, fresh or from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        silo_tokens: Mapping[str, int],
+        engine: Engine,
+        ledger: Ledger,
+        node_states: NodeStateStore,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+    ) -> None:
+        self._config = config
+        self._silo_tokens = dict(silo_tokens)
+        self._engine = engine
+        self._ledger = ledger
+        self._node_states = node_states
+        self.state: dict[str, Tensor] = dict(tensors["global"])
+        self._rule: MergingRule = build_merging_rule(config.federation.merging_rule)
+        self._outer: OuterOptimizer = build_outer_optimizer(config.outer)
+        if tensors.get("outer"):
+            self._outer.load_state_tensors(dict(tensors["outer"]))
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The global weights by parameter name."""
+        return section(self.state, WEIGHTS)
+
+    def run(self) -> None:
+        """Run the rounds that are left, and evaluate what came out.
+
+        Raises:
+            QuorumLostError: a round had too few good updates; the last checkpoint stands.
+        """
+        rounds = self._config.federation.rounds
+        if self._ledger.state.round == 0:
+            self._ledger.save(self._groups())
+        while self._ledger.state.round < rounds:
+            self._run_round(self._ledger.state.round + 1)
+        if None not in self._ledger.evaluation:
+            self._evaluate(rounds)
+
+    def _run_round(self, number: int) -> None:
+        config, ledger = self._config, self._ledger
+        costs = RoundCosts()
+        participants = sample_participants(
+            self._silo_tokens,
+            count=config.federation.sample,
+            sampling=config.federation.sampling,
+            seed=config.run.seed,
+            round_number=number,
+        )
+        global_step = ledger.state.global_step
+        ledger.recorder.emit(
+            RoundStarted(round=number, global_step=global_step, participants=participants)
+        )
+        tasks = [
+            FitTask(
+                run=config.run.name,
+                round=number,
+                silo=silo,
+                global_step=global_step,
+                steps=config.local.steps,
+                node_round=ledger.state.node_rounds.get(silo),
+            )
+            for silo in participants
+        ]
+        merged = self._merge_updates(number, tasks, costs)
+        self._require_quorum(number, merged, len(tasks), costs)
+        self._step(number, merged, costs)
+        if due(config.eval.every, number, config.federation.rounds):
+            costs.eval_s = self._evaluate(number)
+        node_rounds = ledger.state.node_rounds | {receipt.silo: number for receipt in merged}
+        ledger.close_round(
+            costs,
+            self._groups(),
+            global_step=global_step + config.local.steps,
+            node_rounds=node_rounds,
+        )
+        self._prune_node_states()
+
+    def _merge_updates(self, number: int, tasks: list[FitTask], costs: RoundCosts) -> list[Receipt]:
+        """Fold good updates into the running mean, in task order, and name the bad ones."""
+        merged: list[Receipt] = []
+        busy_s = 0.0
+        try:
+            for update in self._engine.fit(tasks, self.state):
+                receipt = update.receipt
+                busy_s += receipt.train_s
+                costs.bytes_down += receipt.bytes_down
+                costs.bytes_up += receipt.bytes_up
+                started = time.perf_counter()
+                reason = receipt.failure or self._merge_one(update)
+                costs.merge_s += time.perf_counter() - started
+                if reason is None:
+                    merged.append(receipt)
+                    costs.tokens += receipt.tokens
+                else:
+                    costs.dropped.append(receipt.silo)
+                    self._ledger.recorder.emit(
+                        UpdateDropped(round=number, silo=receipt.silo, reason=reason)
+                    )
+        except BaseException:
+            self._rule.discard()
+            raise
+        costs.local_train_s = busy_s / self._engine.processes
+        return merged
+
+    def _merge_one(self, update: Update) -> str | None:
+        """Check and add one update; the reason if it is refused."""
+        receipt = update.receipt
+        try:
+            norm = check_update(update.tensors(), self.state)
+        except (NonFiniteError, ModelMismatchError) as error:
+            return error.message
+        weight = 1.0 if self._config.federation.weighting == "equal" else float(receipt.tokens)
+        self._rule.add(update.tensors(), weight)
+        self._ledger.recorder.emit(
+            LocalFinished(
+                round=receipt.round,
+                silo=receipt.silo,
+                loss=receipt.loss,
+                first_loss=receipt.first_loss,
+                last_loss=receipt.last_loss,
+                tokens=receipt.tokens,
+                update_norm=norm,
+                train_s=receipt.train_s,
+                load_s=receipt.load_s,
+                publish_s=receipt.publish_s,
+                bytes_down=receipt.bytes_down,
+                bytes_up=receipt.bytes_up,
+                worker=receipt.worker,
+            )
+        )
+        return None
+
+    def _require_quorum(
+        self, number: int, merged: list[Receipt], asked: int, costs: RoundCosts
+    ) -> None:
+        quorum = self._config.quorum_of(asked)
+        if len(merged) >= quorum:
+            return
+        if merged:
+            self._rule.discard()
+        raise QuorumLostError(
+            f"round {number} has {len(merged)} good updates of {asked}, the quorum is {quorum}; "
+            f"dropped: {', '.join(costs.dropped) or 'none'}",
+            hint=f"Round {number - 1} is saved. See update_dropped in events.jsonl, mend the "
+            "silo, then `photon resume`.",
+        )
+
+    @torch.no_grad()
+    def _step(self, number: int, merged: list[Receipt], costs: RoundCosts) -> None:
+        """Turn the merged mean into the next global state."""
+        started = time.perf_counter()
+        mean = self._rule.result()
+        norm_square = 0.0
+        if self._config.federation.merge == "adopt":
+            for name, weight in section(self.state, WEIGHTS).items():
+                adopted = mean[WEIGHTS + name]
+                norm_square += float(torch.dist(weight, adopted)) ** 2
+                weight.copy_(adopted)
+        else:
+            pseudo_gradient = section(mean, WEIGHTS)
+            norm_square = sum(float(tensor.norm()) ** 2 for tensor in pseudo_gradient.values())
+            self._outer.step(section(self.state, WEIGHTS), pseudo_gradient)
+        for name, tensor in section(self.state, OPTIMIZER).items():
+            tensor.copy_(mean[OPTIMIZER + name])
+        costs.merge_s += time.perf_counter() - started
+        tokens = sum(receipt.tokens for receipt in merged)
+        loss = sum(receipt.loss * receipt.tokens for receipt in merged) / max(1, tokens)
+        self._ledger.recorder.emit(
+            RoundMerged(
+                round=number,
+                participants=[receipt.silo for receipt in merged],
+                tokens=tokens,
+                train_loss=loss,
+                pseudo_gradient_norm=math.sqrt(norm_square),
+                merge_s=costs.merge_s,
+            )
+        )
+
+    def _evaluate(self, number: int) -> float:
+        tasks = [EvalTask(number, None)]
+        if self._config.eval.per_silo:
+            tasks += [EvalTask(number, silo) for silo in sorted(self._silo_tokens)]
+        return self._ledger.record_evaluation(number, self._engine.evaluate(tasks, self.state))
+
+    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
+        return {"global": self.state, "outer": self._outer.state_tensors()}
+
+    def _prune_node_states(self) -> None:
+        needed: dict[str, set[int]] = {}
+        for state in self._ledger.checkpoints.kept_states():
+            for silo, number in state.node_rounds.items():
+                needed.setdefault(silo, set()).add(number)
+        self._node_states.prune(needed)

@@ -1,0 +1,120 @@
+"""What aggregator and participants say to each other, and the engine that carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+#: The global state: "weights/<parameter>", and with averaged inner state "optimizer/<parameter>.<key>".
+GlobalState = Mapping[str, Tensor]
+
+WEIGHTS = "weights/"
+OPTIMIZER = "optimizer/"
+
+
+def section(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one part of a state, with the prefix taken off (no copies)."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """Train one silo for tau steps. Idempotent by (run, round, silo).
+
+    Attributes:
+        round: counts from 1.
+        global_step: the server's clock at the first local step.
+        steps: tau.
+        node_round: round after which the silo's kept state (cursor, inner optimizer) was saved;
+            None when it never took part.
+    """
+
+    run: str
+    round: int
+    silo: str
+    global_step: int
+    steps: int
+    node_round: int | None
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A participant's answer. Losses are nats per token; bytes are payload bytes.
+
+    Attributes:
+        failure: why there is no update; None when there is one.
+        worker: which training process did it.
+    """
+
+    round: int
+    silo: str
+    tokens: int = 0
+    loss: float = 0.0
+    first_loss: float = 0.0
+    last_loss: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    train_s: float = 0.0
+    load_s: float = 0.0
+    publish_s: float = 0.0
+    worker: int = 0
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """A receipt and the way to its tensors, which are read one at a time, more than once.
+
+    The tensors are valid until the engine is asked for the next update.
+    """
+
+    receipt: Receipt
+    tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """Score the global state on a silo's held-out text, or on the global set (silo None)."""
+
+    round: int
+    silo: str | None
+
+
+@dataclass(frozen=True)
+class EvalReceipt:
+    """Held-out loss in nats per token, and what follows from it."""
+
+    silo: str | None
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    eval_s: float
+
+
+class Engine(Protocol):
+    """Carries tasks to participants and answers back. Every engine passes one contract suite."""
+
+    @property
+    def processes(self) -> int:
+        """Training processes that work at the same time."""
+        ...
+
+    def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
+        """Answers in the order of `tasks`; each is valid until the next is asked for."""
+        ...
+
+    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
+        """Scores in the order of `tasks`."""
+        ...
+
+    def close(self) -> None:
+        """End every process and remove what was exchanged."""
+        ...

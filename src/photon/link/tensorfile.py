@@ -1,0 +1,159 @@
+"""Files of named tensors (safetensors), whole or absent, read one tensor at a time."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from photon.errors import CheckpointCorruptError, DiskFullError
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def writing(what: str, path: Path) -> Iterator[None]:
+    """Turn a full disk into DiskFullError naming the file; `what` says what was being written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = error.errno if isinstance(error, OSError) else None
+        text = str(error)
+        if code in _NO_ROOM or any(f"os error {known}" in text for known in _NO_ROOM):
+            raise DiskFullError(
+                f"no room to write {what} to {path}: {error}",
+                hint="Free space on that disk, then continue with `photon resume`.",
+            ) from error
+        raise
+
+
+def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
+    """Check room before work starts.
+
+    Args:
+        folder: where the files will go; its nearest existing parent is asked.
+        needed_bytes: bytes that must be free.
+        what: what needs them, for the message.
+
+    Raises:
+        DiskFullError: less is free; says how much of each.
+    """
+    here = folder
+    while not here.exists():
+        here = here.parent
+    free = shutil.disk_usage(here).free
+    if free < needed_bytes:
+        raise DiskFullError(
+            f"{what} needs {needed_bytes / 1e9:.2f} GB at {folder}, {free / 1e9:.2f} GB are free",
+            hint="Free space, choose another folder with --run-dir, or keep fewer checkpoints "
+            "(run.keep_checkpoints).",
+        )
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = True,
+) -> int:
+    """Write tensors to `path` through a sibling that is renamed when complete.
+
+    Args:
+        tensors: by name; any device, moved to CPU and made contiguous.
+        metadata: strings kept in the header.
+        durable: also wait until the disk has it (a power cut can't undo it).
+
+    Returns:
+        Payload bytes: the sum of the tensors' sizes, without the header.
+
+    Raises:
+        DiskFullError: no room; the partial file is removed.
+    """
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing("tensors", path):
+            save_file(ready, partial, metadata=dict(metadata or {}))
+            if durable:
+                _sync(partial)
+            partial.replace(path)
+            if durable:
+                _sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return sum(tensor.nbytes for tensor in ready.values())
+
+
+class TensorFile:
+    """A tensor file open for reading; one tensor is in memory at a time.
+
+    Raises:
+        CheckpointCorruptError: the file is missing, truncated or not a tensor file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: Any = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointCorruptError(f"can't read tensor file {path}: {error}") from error
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file = None
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name in self._file.keys():  # noqa: SIM118 - not a mapping
+            yield name, self._file.get_tensor(name)
+
+    def read(self) -> dict[str, Tensor]:
+        """All tensors, in memory of their own (the file may go away afterwards)."""
+        return {name: tensor.clone() for name, tensor in self.named_tensors()}
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and raw bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

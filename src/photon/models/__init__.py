@@ -1,0 +1,37 @@
+"""Models: the paper's shapes, any Hugging Face causal LM, and the way back to Hugging Face."""
+
+from photon.models.build import (
+    build_model,
+    context_length,
+    load_config,
+    load_pretrained,
+    parameter_count,
+    tokenizer_file_of,
+)
+from photon.models.export import ModelCard, export_model
+from photon.models.generate import generate_text, load_exported
+from photon.models.loss import next_token_loss
+from photon.models.parameters import hidden_matrices, model_fingerprint, trainable_parameters
+from photon.models.presets import SHAPES, Shape, preset_config
+from photon.models.quiet import quiet_transformers
+
+__all__ = [
+    "SHAPES",
+    "ModelCard",
+    "Shape",
+    "build_model",
+    "context_length",
+    "export_model",
+    "generate_text",
+    "hidden_matrices",
+    "load_config",
+    "load_exported",
+    "load_pretrained",
+    "model_fingerprint",
+    "next_token_loss",
+    "parameter_count",
+    "preset_config",
+    "quiet_transformers",
+    "tokenizer_file_of",
+    "trainable_parameters",
+]

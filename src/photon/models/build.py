@@ -1,0 +1,254 @@
+"""From [model] of run.toml to a torch module."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from photon.config import ModelConfig
+from photon.errors import ModelError, VocabularyMismatchError
+from photon.models.presets import preset_config
+from photon.models.quiet import quiet_transformers
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def build_model(
+    config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int
+) -> torch.nn.Module:
+    """A Hugging Face causal LM on the CPU, fp32, in training mode, its cache off.
+
+    The same arguments give the same weights, bit for bit; no global random state is touched. The
+    network is used only if `config.path` is a hub name and no folder of that name exists.
+
+    Args:
+        config: [model] of run.toml.
+        vocab_size: tokens of the data's tokenizer. A preset takes it as its own.
+        sequence_length: tokens a training sequence predicts.
+        eos_id: the data's token between documents. A pretrained model keeps its own.
+        seed: of the initial weights.
+
+    Raises:
+        ModelError: the folder or hub model can't be read, is not a causal LM, needs its own code,
+            is quantised, lacks weights, or is too short for `sequence_length`.
+        VocabularyMismatchError: the model knows fewer tokens than the data.
+    """
+    hf_config = _hf_config(config, vocab_size, sequence_length, eos_id)
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it would seed the accelerators too, which are not forked.
+        torch.default_generator.manual_seed(seed)
+        if config.init == "pretrained":
+            model = load_pretrained(str(config.path))
+        else:
+            model = _from_config(hf_config, str(config.path or config.preset))
+    model.config.use_cache = False
+    if config.path is not None:
+        _require_causal(model, config.path)
+    return model.train()
+
+
+def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
+    """Trainable parameters of the model `config` describes, tied ones once; allocates nothing.
+
+    Raises:
+        ModelError, VocabularyMismatchError: as `build_model`, but weights are not looked at.
+    """
+    hf_config = _hf_config(config, vocab_size, sequence_length, eos_id=0)
+    with torch.device("meta"):
+        model = _from_config(hf_config, str(config.path or config.preset))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tokenizer_file_of(path: str) -> Path | None:
+    """tokenizer.json of a local model folder, to compare with the data's; None without one."""
+    folder = local_folder(path)
+    file = folder / "tokenizer.json" if folder else None
+    return file if file and file.is_file() else None
+
+
+def local_folder(path: str) -> Path | None:
+    """`model.path` as a folder that exists here, or None if it is a hub name.
+
+    Raises:
+        ModelError: it is a file, or reads like a folder that isn't there.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"model.path {path!r} is a file, not a model folder")
+    if not _HUB_NAME.fullmatch(path):
+        raise ModelError(
+            f"model folder {path!r} does not exist",
+            hint="Relative paths start at the current directory; a hub name is owner/name.",
+        )
+    return None
+
+
+def load_pretrained(path: str) -> Any:
+    """The causal LM in a folder or on the hub, fp32, every weight from its safetensors.
+
+    Raises:
+        ModelError: as `build_model`.
+    """
+    folder = local_folder(path)
+    load_config(path)
+    with _model_errors(path), quiet_transformers(progress=folder is None):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder or path,
+            dtype=torch.float32,
+            local_files_only=folder is not None,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {path!r} holds no weights for {len(missing)} tensors, first {missing[0]!r}",
+            hint="The checkpoint is incomplete, or of another model than its config.json says.",
+        )
+    return model
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The checked configuration of a causal LM in a folder or on the hub.
+
+    Raises:
+        ModelError: no config.json, an unknown or non-causal model type, custom code, quantised.
+    """
+    folder = local_folder(path)
+    if folder is not None:
+        _require_known_type(folder)
+    with _model_errors(path), quiet_transformers(progress=folder is None):
+        config = AutoConfig.from_pretrained(
+            folder or path, local_files_only=folder is not None, trust_remote_code=False
+        )
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        raise ModelError(
+            f"model {path!r} is of type {config.model_type!r}, not a causal language model",
+            hint="Photon trains models that AutoModelForCausalLM can load.",
+        )
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"model {path!r} is quantised, which can't be trained in fp32",
+            hint="Use the unquantised model.",
+        )
+    return config
+
+
+def _hf_config(
+    config: ModelConfig, vocab_size: int, sequence_length: int, eos_id: int
+) -> PretrainedConfig:
+    if config.preset is not None:
+        return preset_config(
+            config.preset,
+            config.family,
+            vocab_size=vocab_size,
+            sequence_length=sequence_length,
+            eos_id=eos_id,
+        )
+    path = str(config.path)
+    hf_config = load_config(path)
+    text = hf_config.get_text_config()
+    if text.vocab_size < vocab_size:
+        raise VocabularyMismatchError(
+            f"model {path!r} knows {text.vocab_size} tokens, the data {vocab_size}",
+            hint="Prepare the data with the model's own tokenizer.",
+        )
+    limit = context_length(hf_config)
+    if limit is not None and sequence_length > limit:
+        raise ModelError(
+            f"data.sequence_length = {sequence_length} exceeds the {limit} positions of {path!r}",
+            hint=f"Use data.sequence_length = {limit} or less.",
+        )
+    if config.init == "random":
+        text.eos_token_id = text.bos_token_id = eos_id
+        text.pad_token_id = None
+    return hf_config
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Most tokens the model was made for at once; None where its configuration names no limit."""
+    text = config.get_text_config()
+    for key in ("max_position_embeddings", "max_seq_len"):
+        limit = getattr(text, key, None)
+        if limit:
+            return int(limit)
+    return None
+
+
+def _from_config(config: PretrainedConfig, name: str) -> Any:
+    with _model_errors(name), quiet_transformers():
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
+
+
+def _require_known_type(folder: Path) -> None:
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        kind = content.get("model_type")
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder} has no config.json, so it is not a Hugging Face model folder",
+            hint="`photon export` writes such a folder from a run.",
+        ) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{file} can't be read as a model configuration: {error}") from error
+    if "auto_map" in content:
+        raise ModelError(
+            f"model {str(folder)!r} needs Python code of its own, which Photon never runs",
+            hint="Use a model whose architecture is part of transformers.",
+        )
+    if not isinstance(kind, str):
+        raise ModelError(f"{file} names no model_type")
+
+
+def _require_causal(model: Any, path: str) -> None:
+    """Bidirectional models (BERT) load as causal LMs, then learn by reading the answer."""
+    probe = torch.zeros(2, 4, dtype=torch.int64)
+    probe[1, -1] = 1
+    training = model.training
+    with torch.inference_mode(), _model_errors(path):
+        logits = model.eval()(input_ids=probe).logits[:, :-1].float()
+    model.train(training)
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4):
+        raise ModelError(
+            f"model {path!r} looks at later tokens, so it is not a causal language model",
+            hint="Encoders such as BERT can't be trained to predict the next token.",
+        )
+
+
+@contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    # What transformers raises is not one tree: OSError, ValueError, KeyError, SafetensorError, ...
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        cause = str(error).strip().splitlines()
+        raise ModelError(
+            f"model {name!r} can't be loaded: {cause[0] if cause else type(error).__name__}",
+            hint=_hint(error),
+        ) from error
+
+
+def _hint(error: Exception) -> str | None:
+    kind = type(error).__name__
+    if kind == "SafetensorError":
+        return "A weights file is cut or damaged; copy or download it again."
+    if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError"):
+        return "No folder of that name is here, so it was looked up on the Hugging Face hub."
+    return None

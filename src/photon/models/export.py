@@ -1,0 +1,240 @@
+"""A trained model as a Hugging Face folder that transformers and vLLM load unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from photon.errors import DiskFullError, ModelError
+from photon.models.quiet import quiet_transformers
+
+# Patterns, not everything: a tokenizer folder may be a model folder with weights of its own.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+
+# Without tokenizer_config.json, transformers 5 picks a class by model type, and its LlamaTokenizer
+# rebuilds the pre-tokenizer: other tokens than the model was trained on. This class reads
+# tokenizer.json as it is.
+_TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+_BYTES_OF = {torch.float32: 4, torch.bfloat16: 2}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What README.md says of a model; a field left None is left out.
+
+    Args:
+        run: name of the run.
+        photon_version: of the package that trained it.
+        rounds: exchanges between silos and aggregator.
+        tokens: trained on, over all silos.
+        silos: number of organisations that took part.
+        perplexity: exp of the held-out loss in nats per token.
+        bits_per_byte: held-out loss, comparable between tokenizers.
+        weights_sha256: of the trained fp32 weights.
+        base_model: folder or hub name of the model that training started from.
+        license: identifier of the weights' license, as the hub spells it.
+        notes: paragraphs of Markdown added at the end.
+    """
+
+    run: str
+    photon_version: str
+    rounds: int | None = None
+    tokens: int | None = None
+    silos: int | None = None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    weights_sha256: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    notes: str | None = None
+
+
+def export_model(
+    model: torch.nn.Module,
+    out: Path,
+    *,
+    tokenizer_folder: Path,
+    card: ModelCard,
+    max_shard_size: str = "5GB",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Write weights, configuration, tokenizer and model card into `out`, whole or not at all.
+
+    Files: model.safetensors (or shards and their index), config.json, generation_config.json, the
+    tokenizer's, README.md. The model itself is left as it is.
+
+    Args:
+        model: a Hugging Face causal LM, fp32.
+        out: folder to make; its parents are made too.
+        tokenizer_folder: holds tokenizer.json and whatever else belongs to the tokenizer.
+        card: what README.md says.
+        max_shard_size: of one safetensors file, a number with unit.
+        dtype: of the weights written; bfloat16 rounds them and halves the size.
+        overwrite: replace what is at `out`.
+
+    Raises:
+        ModelError: `out` exists, tokenizer.json is missing, or the model can't be saved.
+        DiskFullError: not enough room; nothing is left behind.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise ModelError(f"{out} already exists", hint="Name another folder, or ask to overwrite.")
+    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or _empty(out))):
+        raise ModelError(
+            f"{out} is not a model folder, so it is not overwritten", hint="Name another folder."
+        )
+    if not (tokenizer_folder / "tokenizer.json").is_file():
+        raise ModelError(f"{tokenizer_folder} has no tokenizer.json to export with the model")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch_dtype = getattr(torch, dtype)
+    _require_room(model, out.parent, _BYTES_OF[torch_dtype])
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        with _exporting(out):
+            _save_weights(model, part, max_shard_size, torch_dtype)
+            _copy_tokenizer(tokenizer_folder, part)
+            (part / "README.md").write_text(render_card(card, model), encoding="utf-8")
+            part.chmod(0o777 & ~_umask())
+            _replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def render_card(card: ModelCard, model: Any) -> str:
+    """README.md: YAML front matter as the hub reads it, then the facts of the run."""
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": card.license,
+        "base_model": card.base_model,
+        "tags": ["photon", "federated-learning", model.config.model_type],
+    }
+    facts: list[tuple[str, Any]] = [
+        ("Architecture", type(model).__name__),
+        ("Parameters", sum(p.numel() for p in model.parameters())),
+        ("Silos", card.silos),
+        ("Rounds", card.rounds),
+        ("Training tokens", card.tokens),
+        ("Held-out perplexity", card.perplexity),
+        ("Held-out bits per byte", card.bits_per_byte),
+        ("Weights sha256 (fp32)", card.weights_sha256),
+        ("Photon version", card.photon_version),
+    ]
+    # JSON strings and lists are YAML.
+    yaml = "".join(f"{k}: {json.dumps(v)}\n" for k, v in front.items() if v is not None)
+    table = "".join(f"| {name} | {_show(v)} |\n" for name, v in facts if v is not None)
+    notes = f"\n{card.notes.strip()}\n" if card.notes else ""
+    return (
+        f"---\n{yaml}---\n\n# {card.run}\n\n"
+        "A language model trained with Photon across organisations that kept their data: they\n"
+        "shared model updates only.\n\n"
+        f"| | |\n|---|---|\n{table}\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
+        f"```\n{notes}"
+    )
+
+
+def _save_weights(model: Any, folder: Path, max_shard_size: str, dtype: torch.dtype) -> None:
+    config, generation = model.config, model.generation_config
+    before = (config.use_cache, generation.use_cache, config.dtype, config.architectures)
+    # Training turns the cache off; whoever samples from the export wants it.
+    config.use_cache = generation.use_cache = True
+    try:
+        with quiet_transformers():
+            tensors = {
+                name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in model.state_dict().items()
+            }
+            model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
+    finally:
+        config.use_cache, generation.use_cache, config.dtype, config.architectures = before
+    if dtype != model.dtype:
+        file = folder / "config.json"
+        written = json.loads(file.read_text(encoding="utf-8"))
+        written["dtype"] = str(dtype).removeprefix("torch.")
+        file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for pattern in _TOKENIZER_FILES:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    config = folder / "tokenizer_config.json"
+    if not config.exists():
+        config.write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(part: Path, out: Path) -> None:
+    if not out.exists():
+        part.rename(out)
+        return
+    # A folder can't be swapped in one step everywhere; the old one stays until the new is there.
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
+    out.rename(old)
+    try:
+        part.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _require_room(model: torch.nn.Module, folder: Path, bytes_each: int) -> None:
+    needed = sum(p.numel() for p in model.parameters()) * bytes_each + (16 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskFullError(f"exporting needs {needed:,} bytes in {folder}, {free:,} are free")
+
+
+@contextmanager
+def _exporting(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:
+        # safetensors has an error of its own around the operating system's.
+        if "No space left" in str(error):
+            raise DiskFullError(f"no room left while exporting to {out}") from error
+        raise ModelError(f"the model can't be exported to {out}: {error}") from error
+
+
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if value >= 1000 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

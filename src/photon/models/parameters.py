@@ -1,0 +1,45 @@
+"""What is in a model: names, shapes, and which weights are which."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+
+def trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters that want gradients, by name; a tied weight once, under its first name."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def model_fingerprint(module: torch.nn.Module) -> str:
+    """sha256 (hex) of the sorted parameter names and shapes: equal means updates can be merged."""
+    shapes = sorted((name, list(p.shape)) for name, p in module.named_parameters())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+
+
+def hidden_matrices(module: Any) -> list[str]:
+    """Names of the trainable 2-D weights that are neither embeddings nor the output head.
+
+    These are what Muon orthogonalises; GPT-2's transposed Conv1D weights count, position
+    embeddings don't, nor do experts stacked into 3-D weights.
+
+    Args:
+        module: a Hugging Face causal LM.
+    """
+    excluded = {
+        id(parameter)
+        for part in module.modules()
+        if isinstance(part, torch.nn.Embedding)
+        for parameter in part.parameters(recurse=False)
+    }
+    for part in (module.get_input_embeddings(), module.get_output_embeddings()):
+        if part is not None:
+            excluded.update(id(parameter) for parameter in part.parameters())
+    return [
+        name
+        for name, parameter in trainable_parameters(module).items()
+        if parameter.ndim == 2 and id(parameter) not in excluded
+    ]

@@ -1,0 +1,162 @@
+"""What comes out of a run: a Hugging Face model, its scores, its words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from photon.config import RunSection
+from photon.data import PreparedData, held_out_text, open_data
+from photon.errors import ModelError, VocabularyMismatchError
+from photon.evaluation import HeldOutScore, evaluate_loss, score
+from photon.models import ModelCard, context_length, export_model, generate_text, load_pretrained
+from photon.runs import load_weights, read_summary
+from photon.training import plan_compute
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on the global held-out set and on each silo's own."""
+
+    overall: HeldOutScore
+    per_silo: dict[str, HeldOutScore]
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a run's (and not an exported model)."""
+    return (Path(folder) / "run.json").is_file()
+
+
+def export(
+    run_folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """Write a run's newest checkpoint as a Hugging Face folder: safetensors, config, tokenizer, card.
+
+    Raises:
+        RunNotFoundError: no run there.
+        ModelError: `out` exists and `overwrite` is not set.
+    """
+    model, config, data = load_weights(run_folder)
+    summary = read_summary(run_folder) or {}
+    card = ModelCard(
+        run=config.run.name,
+        photon_version=summary.get("photon_version", ""),
+        rounds=summary.get("rounds"),
+        tokens=summary.get("tokens"),
+        silos=len(summary.get("per_silo", {})) or None,
+        perplexity=summary.get("global_perplexity"),
+        bits_per_byte=summary.get("bits_per_byte"),
+        weights_sha256=summary.get("weights_sha256"),
+        base_model=config.model.path if config.model.init == "pretrained" else None,
+    )
+    export_model(
+        model,
+        Path(out),
+        tokenizer_folder=data.tokenizer_file.parent,
+        card=card,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    return Path(out)
+
+
+def evaluate(
+    folder: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    sequence_length: int | None = None,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+) -> Evaluation:
+    """Score a run folder or a Hugging Face folder on prepared data.
+
+    Args:
+        sequence_length: context of a scored window; the run's own, or for other models the
+            smaller of 1,024 and what the model reads.
+
+    Raises:
+        VocabularyMismatchError: the data's token ids reach beyond the model's vocabulary.
+    """
+    text = open_data(data)
+    if is_run(folder):
+        model, config, _ = load_weights(folder)
+        length = sequence_length or config.data.sequence_length
+    else:
+        model = load_pretrained(str(folder))
+        length = sequence_length or min(1024, context_length(model.config) or 1024)
+    _require_vocabulary(model, text, folder)
+    plan = plan_compute(RunSection(device=device))
+    plan.apply()
+    model.to(plan.device)
+
+    def scored(silo: str | None) -> HeldOutScore:
+        held_out = held_out_text(text, silo)
+        total = evaluate_loss(
+            model,
+            held_out.windows(length, max_tokens),
+            device=plan.device,
+            batch_size=batch_size,
+            autocast_dtype=plan.autocast_dtype,
+        )
+        return score(total, held_out_bytes=held_out.bytes, held_out_tokens=held_out.tokens)
+
+    return Evaluation(scored(None), {silo: scored(silo) for silo in sorted(text.silos)})
+
+
+def generate(
+    folder: str | os.PathLike[str],
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> str:
+    """Continue a prompt with a run's model or an exported one; returns the continuation only.
+
+    Raises:
+        ModelError: the folder is neither a run nor a model.
+    """
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    if not is_run(folder):
+        return generate_text(Path(folder), prompt, **settings)
+    scratch = Path(tempfile.mkdtemp(prefix="photon-generate-"))
+    try:
+        export(folder, scratch / "model")
+        return generate_text(scratch / "model", prompt, **settings)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _require_vocabulary(model: nn.Module, data: PreparedData, folder: object) -> None:
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        raise ModelError(f"{folder} holds a model without token embeddings")
+    if weight.shape[0] < data.vocab_size:
+        raise VocabularyMismatchError(
+            f"the model in {folder} knows {weight.shape[0]} tokens, the data at {data.path} uses "
+            f"a vocabulary of {data.vocab_size}",
+            hint="Prepare the data with the model's own tokenizer (--tokenizer).",
+        )

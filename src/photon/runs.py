@@ -1,0 +1,555 @@
+"""A run from start to summary: checks, folder, engine, loop. What the CLI and `import photon` call."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from photon.config import RunConfig, load_run_config, write_resolved
+from photon.data import PreparedData, open_data
+from photon.engines import LocalEngine, WorkerEngine
+from photon.errors import (
+    EmptySiloError,
+    IncompatibleConfigError,
+    ModelMismatchError,
+    ResumeMismatchError,
+    RunBusyError,
+    RunExistsError,
+    RunNotFoundError,
+)
+from photon.federation import (
+    CentralisedTraining,
+    CheckpointStore,
+    Engine,
+    Federation,
+    Node,
+    NodeSettings,
+    RunState,
+    sample_participants,
+)
+from photon.federation.checkpoint import require_room
+from photon.federation.ledger import Ledger
+from photon.federation.node import empty_model, initial_model, open_stream
+from photon.federation.node_state import NodeStateStore
+from photon.federation.tasks import OPTIMIZER, WEIGHTS
+from photon.link import tensors_sha256, writing
+from photon.models import model_fingerprint, parameter_count, trainable_parameters
+from photon.telemetry import Event, JsonlWriter, Listener, Recorder
+from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
+from photon.telemetry.tensorboard import TensorBoardWriter
+from photon.training import InnerOptimizer, plan_compute
+
+Groups = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: events.jsonl, summary.json, config.resolved.toml, checkpoints/.
+        summary: what summary.json holds.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def photon_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("photon-federated")
+    except PackageNotFoundError:
+        return "0+uninstalled"
+
+
+def simulate(
+    config: RunConfig,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    listener: Listener | None = None,
+    overwrite: bool = False,
+) -> RunResult:
+    """Run a whole federation on this machine.
+
+    Args:
+        config: the run file.
+        run_dir: the run folder; runs/<run.name> by default.
+        listener: told every event, e.g. a live view.
+        overwrite: replace a run that is in the folder already.
+
+    Raises:
+        PhotonError: see docs/errors.md; all checks that can be made are made before training.
+    """
+    return _start("simulate", config, None, run_dir, listener, overwrite)
+
+
+def train(
+    config: RunConfig,
+    *,
+    silos: Sequence[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    listener: Listener | None = None,
+    overwrite: bool = False,
+) -> RunResult:
+    """Train without a federation, on the pooled text of some silos: the centralised baseline.
+
+    Args:
+        silos: whose text; all by default. With a subset the default batch is that many times
+            local.batch_size, so one silo alone takes the steps it would take in the federation.
+    """
+    return _start("train", config, silos, run_dir, listener, overwrite)
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    listener: Listener | None = None,
+) -> RunResult:
+    """Continue a run from its newest good checkpoint, to the same weights as if never stopped.
+
+    Args:
+        folder: the run folder.
+        overrides: only keys that do not change the maths of rounds already run.
+
+    Raises:
+        RunNotFoundError: no run there.
+        ResumeMismatchError: config or data are not those the run started with.
+        ModelMismatchError: the checkpoint is of another model.
+        CheckpointCorruptError: no checkpoint passes its hashes.
+    """
+    folder = Path(folder)
+    record = _read_record(folder)
+    _check_overrides(overrides)
+    config = load_run_config(folder / "config.resolved.toml", overrides)
+    finished = _finished_summary(folder, config)
+    if finished is not None:
+        return RunResult(folder, finished)
+    run = _Run(record["kind"], config, record["silos"], folder, listener)
+    return run.execute(record)
+
+
+#: Changing these does not alter rounds that were run already.
+RESUMABLE_KEYS = (
+    "federation.workers",
+    "federation.silence_s",
+    "federation.quorum",
+    "run.keep_checkpoints",
+    "run.log_every",
+    "eval.every",
+    "data.path",
+)
+
+
+def _start(
+    kind: Kind,
+    config: RunConfig,
+    silos: Sequence[str] | None,
+    run_dir: str | os.PathLike[str] | None,
+    listener: Listener | None,
+    overwrite: bool,
+) -> RunResult:
+    folder = Path(run_dir) if run_dir is not None else Path("runs") / config.run.name
+    if _holds_run(folder):
+        if not overwrite:
+            raise RunExistsError(
+                f"{folder} already holds a run",
+                hint=f"Continue it with `photon resume {folder}`, choose another --run-dir, or "
+                "replace it with --overwrite.",
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunExistsError(
+            f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
+        )
+    run = _Run(kind, config, list(silos) if silos is not None else None, folder, listener)
+    return run.execute(None)
+
+
+class _Run:
+    """One process's work on a run folder."""
+
+    def __init__(
+        self,
+        kind: Kind,
+        config: RunConfig,
+        silos: list[str] | None,
+        folder: Path,
+        listener: Listener | None,
+    ) -> None:
+        self.kind: Kind = kind
+        self.folder = folder
+        self.listener = listener
+        self.data = open_data(config.data.path)
+        self.silos = _chosen_silos(self.data, silos)
+        self.config = _resolved(kind, config, self.data)
+        self._check()
+
+    def _check(self) -> None:
+        """Everything that can go wrong and can be known before training."""
+        config, data = self.config, self.data
+        participants = self._participants()
+        if config.federation.quorum is not None and config.federation.quorum > participants:
+            raise IncompatibleConfigError(
+                f"federation.quorum = {config.federation.quorum} exceeds the {participants} "
+                "participants of a round"
+            )
+        for silo in self.silos:
+            open_stream(config, data, [silo]).close()
+        if config.data.verify:
+            data.verify()
+        weights_bytes = 4 * parameter_count(
+            config.model, data.vocab_size, config.data.sequence_length
+        )
+        moments = {"adamw": 2, "muon": 2, "sgd": 0}[config.local.optimizer]
+        keeps = config.federation.optimizer_state == "keep" and self.kind == "simulate"
+        require_room(
+            self.folder,
+            checkpoint_bytes=weights_bytes * (1 + moments),
+            node_bytes=weights_bytes * moments * len(self.silos) if keeps else 0,
+            keep=config.run.keep_checkpoints,
+        )
+
+    def execute(self, record: dict[str, Any] | None) -> RunResult:
+        """Run to the end; `record` is run.json when the run is resumed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _only_process(self.folder), writing("the run", self.folder):
+            model = initial_model(self.config, self.data)
+            fingerprint = model_fingerprint(model)
+            checkpoints = CheckpointStore(
+                self.folder / "checkpoints", self.config.run.keep_checkpoints
+            )
+            if record is None:
+                self._make_folder(fingerprint)
+            else:
+                self._check_same(record, fingerprint)
+            state, tensors = RunState(0, 0, fingerprint, self.data.sha256), {}
+            resumed = bool(checkpoints.rounds())
+            problems: list[str] = []
+            if resumed:
+                state, tensors, problems = checkpoints.load_latest()
+            recorder = self._recorder(state)
+            try:
+                recorder.emit(self._started(model, state.round if record is not None else None))
+                ledger = Ledger(state, recorder, checkpoints)
+                for problem in problems:
+                    recorder.emit(RunStopped(round=state.round, reason=f"skipped: {problem}"))
+                return self._run_loop(model, ledger, recorder, tensors)
+            finally:
+                recorder.close()
+
+    def _run_loop(
+        self, model: nn.Module, ledger: Ledger, recorder: Recorder, tensors: Groups
+    ) -> RunResult:
+        loop, close = self._loop(model, ledger, recorder.emit, tensors)
+        try:
+            with _stopping_on_sigterm():
+                loop.run()
+            summary = self._summary(ledger, loop.weights, recorder.elapsed_s)
+        except BaseException as error:
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            with contextlib.suppress(OSError):
+                recorder.emit(RunStopped(round=ledger.state.round, reason=reason))
+            raise
+        finally:
+            close()
+        recorder.emit(RunFinished(summary=summary))
+        _write_json(self.folder / "summary.json", summary)
+        return RunResult(self.folder, summary)
+
+    def _loop(
+        self,
+        model: nn.Module,
+        ledger: Ledger,
+        on_event: Callable[[Event], None],
+        tensors: Groups,
+    ) -> tuple[Federation | CentralisedTraining, Callable[[], None]]:
+        config = self.config
+        if self.kind == "train":
+            loop = CentralisedTraining(
+                config,
+                self.data,
+                self.silos,
+                batch_size=self._central_batch_size(),
+                model=model,
+                ledger=ledger,
+                tensors=tensors,
+            )
+            return loop, lambda: None
+        node_folder = self.folder / "nodes"
+        if not tensors:
+            tensors = {"global": self._initial_state(model)}
+        engine = self._engine(node_folder, model, on_event)
+        silo_tokens = {silo: self.data.silos[silo].train_tokens for silo in self.silos}
+        federation = Federation(
+            config, silo_tokens, engine, ledger, NodeStateStore(node_folder), tensors
+        )
+        return federation, engine.close
+
+    def _engine(
+        self, node_folder: Path, model: nn.Module, on_event: Callable[[Event], None]
+    ) -> Engine:
+        workers = self.config.federation.workers
+        if not workers:
+            settings = NodeSettings(self.config, node_folder)
+            return LocalEngine(Node(settings, on_event, data=self.data, model=model))
+        settings = NodeSettings(self.config, node_folder, processes=workers)
+        return WorkerEngine(settings, self.folder / "exchange", on_event)
+
+    def _initial_state(self, model: nn.Module) -> dict[str, Tensor]:
+        state = {
+            WEIGHTS + name: parameter.detach().clone()
+            for name, parameter in trainable_parameters(model).items()
+        }
+        if self.config.federation.optimizer_state == "average":
+            zeros = InnerOptimizer(model, self.config.local).initial_state()
+            state |= {OPTIMIZER + name: tensor for name, tensor in zeros.items()}
+        return state
+
+    def _participants(self) -> int:
+        return len(
+            sample_participants(
+                {silo: self.data.silos[silo].train_tokens for silo in self.silos},
+                count=self.config.federation.sample if self.kind == "simulate" else None,
+                sampling="uniform",
+                seed=0,
+                round_number=1,
+            )
+        )
+
+    def _central_batch_size(self) -> int:
+        """Equal tokens a step: local.batch_size for each participant a round would have."""
+        config = self.config
+        if config.train.batch_size is not None:
+            return config.train.batch_size
+        participants = min(len(self.silos), config.federation.sample or len(self.silos))
+        return config.local.batch_size * participants
+
+    def _started(self, model: nn.Module, resumed_from: int | None) -> RunStarted:
+        config = self.config
+        workers = config.federation.workers if self.kind == "simulate" else 0
+        plan = plan_compute(config.run, processes=max(1, workers))
+        central = self.kind == "train"
+        return RunStarted(
+            kind=self.kind,
+            run=config.run.name,
+            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            photon_version=photon_version(),
+            silos=self.silos,
+            rounds=config.federation.rounds,
+            local_steps=config.local.steps,
+            participants_per_round=1 if central else self._participants(),
+            batch_size=self._central_batch_size() if central else config.local.batch_size,
+            sequence_length=config.data.sequence_length,
+            parameters=sum(
+                parameter.numel() for parameter in trainable_parameters(model).values()
+            ),
+            silo_tokens={silo: self.data.silos[silo].train_tokens for silo in self.silos},
+            device=plan.device.type,
+            precision=plan.precision,
+            threads=plan.threads,
+            workers=workers,
+            resumed_from_round=resumed_from,
+        )
+
+    def _recorder(self, state: RunState) -> Recorder:
+        listeners: list[Listener] = [
+            JsonlWriter(self.folder / "events.jsonl"),
+            TensorBoardWriter(self.folder / "tensorboard"),
+        ]
+        if self.listener is not None:
+            listeners.append(self.listener)
+        return Recorder(listeners, elapsed_s=state.elapsed_s)
+
+    def _make_folder(self, fingerprint: str) -> None:
+        for path in self.folder.iterdir():
+            if path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_resolved(self.config, self.folder / "config.resolved.toml")
+        _write_json(
+            self.folder / "run.json",
+            {
+                "format": 1,
+                "kind": self.kind,
+                "silos": self.silos,
+                "model_fingerprint": fingerprint,
+                "data_sha256": self.data.sha256,
+                "photon_version": photon_version(),
+            },
+        )
+
+    def _check_same(self, record: dict[str, Any], fingerprint: str) -> None:
+        if record["data_sha256"] != self.data.sha256:
+            raise ResumeMismatchError(
+                f"the data at {self.config.data.path} is not what this run started with "
+                f"(sha256 {self.data.sha256[:12]}..., then {record['data_sha256'][:12]}...)",
+                hint="Point data.path at the original folder, or start a new run.",
+            )
+        if record["model_fingerprint"] != fingerprint:
+            raise ModelMismatchError(
+                f"config.resolved.toml in {self.folder} describes another model than the run "
+                "started with (its parameter names or shapes differ)",
+                hint="Undo the change to [model] or [data], or start a new run.",
+            )
+
+    def _summary(
+        self, ledger: Ledger, weights: dict[str, Tensor], elapsed_s: float
+    ) -> dict[str, Any]:
+        state, overall = ledger.state, ledger.evaluation[None]
+        return {
+            "rounds": state.round,
+            "tokens": state.total_tokens,
+            "global_loss": overall.loss,
+            "global_perplexity": overall.perplexity,
+            "bits_per_byte": overall.bits_per_byte,
+            "per_silo": {
+                silo: receipt.perplexity
+                for silo, receipt in ledger.evaluation.items()
+                if silo is not None
+            },
+            "bytes_up": state.bytes_up,
+            "bytes_down": state.bytes_down,
+            "wall_s": elapsed_s,
+            "local_train_s": state.local_train_s,
+            "utilisation": state.local_train_s / elapsed_s if elapsed_s > 0 else 0.0,
+            "weights_sha256": tensors_sha256(weights),
+            "photon_version": photon_version(),
+        }
+
+
+def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig, PreparedData]:
+    """The model a run has come to: its newest checkpoint in the run's own architecture.
+
+    Raises:
+        RunNotFoundError, CheckpointCorruptError, DataNotFoundError: as their names say.
+    """
+    folder = Path(folder)
+    _read_record(folder)
+    config = load_run_config(folder / "config.resolved.toml")
+    data = open_data(config.data.path)
+    checkpoints = CheckpointStore(folder / "checkpoints", config.run.keep_checkpoints)
+    _, tensors, _ = checkpoints.load_latest()
+    model = empty_model(config, data)
+    parameters = trainable_parameters(model)
+    for name, tensor in tensors["global"].items():
+        plain = name.removeprefix(WEIGHTS)
+        if plain in parameters and not name.startswith(OPTIMIZER):
+            parameters[plain].data.copy_(tensor)
+    return model, config, data
+
+
+def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What DIR/summary.json holds; None while the run is not finished."""
+    try:
+        return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
+    """Pin what this machine decides and the maths depends on: threads, precision; absolute paths."""
+    workers = config.federation.workers if kind == "simulate" else 0
+    plan = plan_compute(config.run, processes=max(1, workers))
+    run = config.run.model_copy(update={"threads": plan.threads, "precision": plan.precision})
+    resolved = {"run": run, "data": config.data.model_copy(update={"path": str(data.path)})}
+    if config.model.path is not None and Path(config.model.path).exists():
+        path = str(Path(config.model.path).resolve())
+        resolved["model"] = config.model.model_copy(update={"path": path})
+    return config.model_copy(update=resolved)
+
+
+def _chosen_silos(data: PreparedData, silos: Sequence[str] | None) -> list[str]:
+    if silos is None:
+        return sorted(data.silos)
+    unknown = sorted(set(silos) - set(data.silos))
+    if unknown or not silos:
+        raise EmptySiloError(
+            f"no silo named {', '.join(map(repr, unknown)) or '(none given)'} in {data.path}",
+            hint=f"Its silos: {', '.join(sorted(data.silos))}.",
+        )
+    return sorted(set(silos))
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / "run.json").exists() or (folder / "events.jsonl").exists()
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunNotFoundError(
+            f"no run in {folder}: {path} does not exist",
+            hint="Name a folder that `photon simulate` or `photon train` made.",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunNotFoundError(f"can't read {path}: {error}") from error
+
+
+def _finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    summary = read_summary(folder)
+    if summary is None:
+        return None
+    return summary if summary.get("rounds", 0) >= config.federation.rounds else None
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in RESUMABLE_KEYS:
+            raise ResumeMismatchError(
+                f"{key} can't change in a run that has begun",
+                hint=f"A resume may set: {', '.join(RESUMABLE_KEYS)}. For anything else start a "
+                "new run.",
+            )
+
+
+@contextlib.contextmanager
+def _only_process(folder: Path) -> Iterator[None]:
+    """Hold the run folder; a second process is refused."""
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunBusyError(
+                f"another process is working in {folder}",
+                hint="Wait for it, or stop it first.",
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does (main thread only)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)

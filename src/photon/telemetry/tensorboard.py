@@ -1,0 +1,233 @@
+"""Scalars for TensorBoard: RUN/tensorboard, written with the `tensorboard` package alone.
+
+Two TensorBoard runs: `.` has the global step on its x axis, `by_tokens` the tokens trained on so
+far. A process that takes a run up again opens a new file that begins by taking back every step
+after the checkpoint, so that no step shows twice.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from photon.telemetry.events import (
+    Evaluated,
+    Event,
+    LocalFinished,
+    LocalProgress,
+    RoundFinished,
+    RoundMerged,
+    RoundStarted,
+    RunStarted,
+)
+
+BY_TOKENS = "by_tokens"
+
+#: Flushed to the operating system after so many scalars, and at the end of each round.
+_FLUSH_EVERY = 256
+
+
+class TensorBoardWriter:
+    """A listener that writes scalars as events come in.
+
+    Tags, x axis global step: train/loss/SILO, train/gradient_norm/SILO, train/tokens_per_s/SILO,
+    train/lr, eval/{loss,perplexity,bits_per_byte} and eval/perplexity/SILO, round/*, time/*,
+    total/*. In `by_tokens`, x axis tokens: eval_by_tokens/*.
+
+    Args:
+        folder: made at the first event; RUN/tensorboard by convention.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = Path(folder)
+        self._by_step: _EventFile | None = None
+        self._by_tokens: _EventFile | None = None
+        self._local_steps = 1
+        self._resumed = False
+        self._lr_step = -1
+        self._evaluations: list[Evaluated] = []
+        self._write: dict[type[Event], Callable[[Any], None]] = {
+            RunStarted: self._run_started,
+            RoundStarted: self._round_started,
+            LocalProgress: self._local_progress,
+            LocalFinished: self._local_finished,
+            RoundMerged: self._round_merged,
+            Evaluated: self._evaluated,
+            RoundFinished: self._round_finished,
+        }
+
+    def on_event(self, event: Event) -> None:
+        write = self._write.get(type(event))
+        if write is not None:
+            write(event)
+
+    def close(self) -> None:
+        self._write_evaluations_by_tokens(None)
+        for file in (self._by_step, self._by_tokens):
+            if file is not None:
+                file.close()
+        self._by_step = self._by_tokens = None
+
+    # --- one method per event -------------------------------------------------------------------
+
+    def _run_started(self, event: RunStarted) -> None:
+        self._local_steps = event.local_steps
+        resumed = event.resumed_from_round
+        if self._by_step is not None:
+            self.close()
+        self._resumed = resumed is not None
+        purge = None if resumed is None else resumed * event.local_steps + 1
+        self._by_step = _EventFile(self._folder, purge_from=purge)
+
+    def _round_started(self, event: RoundStarted) -> None:
+        self._step(event.global_step, {"round/participants": len(event.participants)})
+
+    def _local_progress(self, event: LocalProgress) -> None:
+        scalars = {
+            f"train/loss/{event.silo}": event.loss,
+            f"train/gradient_norm/{event.silo}": event.gradient_norm,
+            f"train/tokens_per_s/{event.silo}": event.tokens_per_s,
+        }
+        if event.global_step > self._lr_step:
+            # The server owns the clock: every silo has the same learning rate at a step.
+            self._lr_step = event.global_step
+            scalars["train/lr"] = event.lr
+        self._step(event.global_step, scalars)
+
+    def _local_finished(self, event: LocalFinished) -> None:
+        scalars = {
+            f"round/train_loss/{event.silo}": event.loss,
+            f"round/update_norm/{event.silo}": event.update_norm,
+        }
+        self._step(event.round * self._local_steps, scalars)
+
+    def _round_merged(self, event: RoundMerged) -> None:
+        scalars = {
+            "round/train_loss": event.train_loss,
+            "round/pseudo_gradient_norm": event.pseudo_gradient_norm,
+        }
+        self._step(event.round * self._local_steps, scalars)
+
+    def _evaluated(self, event: Evaluated) -> None:
+        if event.silo is None:
+            scalars = {
+                "eval/loss": event.loss,
+                "eval/perplexity": event.perplexity,
+                "eval/bits_per_byte": event.bits_per_byte,
+            }
+        else:
+            scalars = {f"eval/perplexity/{event.silo}": event.perplexity}
+        self._evaluations.append(event)
+        self._step(event.round * self._local_steps, scalars)
+        if event.round == 0:
+            self._write_evaluations_by_tokens(0)
+
+    def _round_finished(self, event: RoundFinished) -> None:
+        scalars = {
+            "round/bytes_up": event.bytes_up,
+            "round/bytes_down": event.bytes_down,
+            "round/tokens": event.tokens,
+            "round/dropped": len(event.dropped),
+            "total/tokens": event.total_tokens,
+            "total/bytes_up": event.total_bytes_up,
+            "total/bytes_down": event.total_bytes_down,
+            "time/round_s": event.round_s,
+            "time/local_train_s": event.local_train_s,
+            "time/eval_s": event.eval_s,
+            "time/merge_s": event.merge_s,
+            "time/checkpoint_s": event.checkpoint_s,
+        }
+        self._step(event.global_step, scalars)
+        if self._by_tokens is None:
+            # Only now are the tokens before this round known, and so where a resume takes back.
+            before = event.total_tokens - event.tokens
+            self._open_by_tokens(before + 1 if self._resumed else None)
+        self._write_evaluations_by_tokens(event.total_tokens)
+        for file in (self._by_step, self._by_tokens):
+            if file is not None:
+                file.flush()
+
+    # --- files ----------------------------------------------------------------------------------
+
+    def _step(self, global_step: int, scalars: dict[str, float]) -> None:
+        if self._by_step is None:  # A stream without its run_started event.
+            self._by_step = _EventFile(self._folder, purge_from=None)
+        self._by_step.write(global_step, scalars)
+
+    def _open_by_tokens(self, purge_from: int | None) -> None:
+        self._by_tokens = _EventFile(self._folder / BY_TOKENS, purge_from=purge_from)
+
+    def _write_evaluations_by_tokens(self, tokens: int | None) -> None:
+        waiting, self._evaluations = self._evaluations, []
+        if tokens is None or not waiting:
+            return
+        if self._by_tokens is None:
+            self._open_by_tokens(None)
+        assert self._by_tokens is not None
+        for event in waiting:
+            if event.silo is None:
+                scalars = {
+                    "eval_by_tokens/loss": event.loss,
+                    "eval_by_tokens/perplexity": event.perplexity,
+                    "eval_by_tokens/bits_per_byte": event.bits_per_byte,
+                }
+            else:
+                scalars = {f"eval_by_tokens/perplexity/{event.silo}": event.perplexity}
+            self._by_tokens.write(tokens, scalars)
+
+
+class _EventFile:
+    """One events.out.tfevents file, in TensorFlow's record format.
+
+    Args:
+        folder: TensorBoard calls each such folder a run.
+        purge_from: first step of earlier files that readers must forget; None forgets nothing.
+    """
+
+    def __init__(self, folder: Path, *, purge_from: int | None) -> None:
+        # Slow to import (protobuf, and numpy behind it), and not everybody writes TensorBoard files.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = event_pb2.Event
+        self._summary = summary_pb2.Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / _next_name(folder)).open("xb", buffering=1 << 16)
+        self._records = RecordWriter(self._file)
+        self._unflushed = 0
+        version = self._event(wall_time=time.time(), file_version="brain.Event:2")
+        self._records.write(version.SerializeToString())
+        if purge_from is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            mark = self._event(wall_time=time.time(), step=purge_from, session_log=start)
+            self._records.write(mark.SerializeToString())
+        self.flush()
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]
+        event = self._event(
+            wall_time=time.time(), step=step, summary=self._summary(value=values)
+        )
+        self._records.write(event.SerializeToString())
+        self._unflushed += len(values)
+        if self._unflushed >= _FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        self._records.flush()
+        self._unflushed = 0
+
+    def close(self) -> None:
+        self._records.close()
+
+
+def _next_name(folder: Path) -> str:
+    """A file name that sorts after those already there, as readers take files by name."""
+    stamps = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+    newest = max((int(stamp) for stamp in stamps if stamp.isdigit()), default=0)
+    stamp = max(int(time.time()), newest + 1)
+    return f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
