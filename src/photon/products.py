@@ -42,7 +42,7 @@ def export(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Write a run's newest checkpoint as a Hugging Face folder: safetensors, config, tokenizer, card.
+    """Write a run's newest checkpoint as a Hugging Face folder.
 
     Raises:
         RunNotFoundError: no run there.
@@ -112,7 +112,7 @@ def evaluate(
             batch_size=batch_size,
             autocast_dtype=plan.autocast_dtype,
         )
-        return score(total, held_out_bytes=held_out.bytes, held_out_tokens=held_out.tokens)
+        return score(total, text_tokens=held_out.tokens, text_bytes=held_out.bytes)
 
     return Evaluation(scored(None), {silo: scored(silo) for silo in sorted(text.silos)})
 

@@ -1,4 +1,4 @@
-"""A run from start to summary: checks, folder, engine, loop. What the CLI and `import photon` call."""
+"""A run from start to summary: checks, folder, engine, loop. CLI and `import photon` call it."""
 
 from __future__ import annotations
 
@@ -354,9 +354,7 @@ class _Run:
             participants_per_round=1 if central else self._participants(),
             batch_size=self._central_batch_size() if central else config.local.batch_size,
             sequence_length=config.data.sequence_length,
-            parameters=sum(
-                parameter.numel() for parameter in trainable_parameters(model).values()
-            ),
+            parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
             silo_tokens={silo: self.data.silos[silo].train_tokens for silo in self.silos},
             device=plan.device.type,
             precision=plan.precision,
@@ -460,7 +458,7 @@ def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
-    """Pin what this machine decides and the maths depends on: threads, precision; absolute paths."""
+    """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
     workers = config.federation.workers if kind == "simulate" else 0
     plan = plan_compute(config.run, processes=max(1, workers))
     run = config.run.model_copy(update={"threads": plan.threads, "precision": plan.precision})

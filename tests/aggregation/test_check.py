@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from photon.aggregation import check_update
 from photon.aggregation import check as check_module
+from photon.aggregation import check_update
 from photon.errors import ModelMismatchError, NonFiniteError
 
 REFERENCE = {

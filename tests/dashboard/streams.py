@@ -176,7 +176,9 @@ class Stream:
         losses = []
         for step in range(self.log_every, self.local_steps + 1, self.log_every):
             self.time_s += train_s * self.log_every / self.local_steps
-            tokens = self.tokens + self.participants * self.tokens_per_task * step / self.local_steps
+            tokens = (
+                self.tokens + self.participants * self.tokens_per_task * step / self.local_steps
+            )
             losses.append(self.loss(tokens) + spread)
             yield LocalProgress(
                 time_s=self.time_s,

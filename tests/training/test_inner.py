@@ -43,9 +43,7 @@ def test_fp32_muon_takes_torchs_steps():
         for mine, other in zip(ours, theirs, strict=True):
             moved = 3 * 1e-2 * 0.2 * 24**0.5
             assert float((mine - other).detach().abs().max()) < 0.05 * moved
-            assert torch.equal(
-                a.state[mine]["momentum_buffer"], b.state[other]["momentum_buffer"]
-            )
+            assert torch.equal(a.state[mine]["momentum_buffer"], b.state[other]["momentum_buffer"])
             other.data.copy_(mine.data)
 
 
@@ -102,7 +100,7 @@ def test_a_reset_forgets():
 
 def test_foreign_state_is_refused():
     optimizer = InnerOptimizer(tiny(), LocalConfig())
-    with pytest.raises(ModelMismatchError, match="nothing.exp_avg"):
+    with pytest.raises(ModelMismatchError, match=r"nothing\.exp_avg"):
         optimizer.load_state_tensors({"nothing.exp_avg": torch.zeros(3)})
     name = next(name for name, value in optimizer.parameters.items() if value.ndim == 2)
     with pytest.raises(ModelMismatchError, match="shape"):

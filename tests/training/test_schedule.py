@@ -15,7 +15,9 @@ def test_recipe_is_the_papers_example():
     assert (local.lr, local.min_lr) == (6e-4, 6e-5)
 
 
-@pytest.mark.parametrize(("batch_size", "local_steps"), [(0, 128), (512, 128), (32, 0), (32, 10**6)])
+@pytest.mark.parametrize(
+    ("batch_size", "local_steps"), [(0, 128), (512, 128), (32, 0), (32, 10**6)]
+)
 def test_recipe_refuses_what_cannot_be_stretched(batch_size, local_steps):
     central = CentralRecipe(steps=5120, batch_size=256, warmup_steps=100, lr=6e-4, min_lr=6e-5)
     with pytest.raises(IncompatibleConfigError, match="must lie between 1 and"):

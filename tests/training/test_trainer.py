@@ -48,8 +48,9 @@ def test_splitting_the_steps_changes_nothing():
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_accumulated_gradients_equal_the_whole_batch(micro):
-    whole, parts = trainer(optimizer="sgd", lr=0.1), trainer(
-        optimizer="sgd", lr=0.1, micro_batch_size=micro
+    whole, parts = (
+        trainer(optimizer="sgd", lr=0.1),
+        trainer(optimizer="sgd", lr=0.1, micro_batch_size=micro),
     )
     a = whole.fit(CountingText(), cursor=0, global_step=0, steps=3)
     b = parts.fit(CountingText(), cursor=0, global_step=0, steps=3)
@@ -87,8 +88,7 @@ def test_clipping_bounds_the_step():
         before = {name: weight.clone() for name, weight in one.weights().items()}
         one.fit(CountingText(), cursor=0, global_step=0, steps=1)
         moved = sum(
-            float((weight - before[name]).square().sum())
-            for name, weight in one.weights().items()
+            float((weight - before[name]).square().sum()) for name, weight in one.weights().items()
         )
         steps.append(moved**0.5)
     assert steps[1] == pytest.approx(1e-3, rel=1e-3)

@@ -17,7 +17,6 @@ from photon.cli.demo import demo
 from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
 
 
-
 class _Photon(TyperGroup):
     """Turns PhotonError into its message on stderr and its exit code, and Ctrl-C into 130."""
 
@@ -49,9 +48,7 @@ app.add_typer(data_app, name="data")
 app.command("demo")(demo)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", metavar="RUN.toml")]
-RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")
-]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]
 Folder = Annotated[Path, typer.Argument(help="The run folder.", metavar="DIR")]
 Sets = Annotated[
     list[str] | None,
@@ -118,7 +115,9 @@ def train(
 
 
 @app.command()
-def resume(folder: Folder, overrides: Sets = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def resume(
+    folder: Folder, overrides: Sets = None, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
     """Continue a stopped or killed run from its newest checkpoint.
 
     The result is the same as if it had never stopped. Example: `photon resume runs/demo`

@@ -29,43 +29,49 @@ class RunSection(Section):
     """[run]: the run itself."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        "run", description="Names the run folder (runs/NAME) and the report."
+        default="run", description="Names the run folder (runs/NAME) and the report."
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
-        0, description="Seeds initial weights, data order, sampling of participants and dropout."
+        default=0,
+        description="Seeds initial weights, data order, sampling of participants and dropout.",
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        "auto", description="Where local training runs; auto takes CUDA, then MPS, then CPU."
+        default="auto",
+        description="Where local training runs; auto takes CUDA, then MPS, then CPU.",
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto",
+        default="auto",
         description="Arithmetic of forward and backward. Weights and optimizer state are always "
         "fp32. auto takes bf16 autocast where the hardware gains from it.",
     )
     threads: Annotated[int, Field(ge=0, le=1024)] = Field(
-        0,
+        default=0,
         description="CPU threads of each training process; 0 shares the cores among the "
         "processes. Resolved when the run starts, as the number changes rounding.",
     )
-    log_every: Positive = Field(10, description="Local steps between two progress events.")
-    keep_checkpoints: Positive = Field(2, description="Newest checkpoints kept in the run folder.")
+    log_every: Positive = Field(default=10, description="Local steps between two progress events.")
+    keep_checkpoints: Positive = Field(
+        default=2, description="Newest checkpoints kept in the run folder."
+    )
 
 
 class ModelConfig(Section):
     """[model]: a preset, or any Hugging Face causal language model."""
 
     preset: Literal["tiny", "75m", "125m", "350m", "1.3b", "3b", "7b"] | None = Field(
-        None, description="A shape from the Photon paper, or `tiny` for a CPU."
+        default=None, description="A shape from the Photon paper, or `tiny` for a CPU."
     )
     family: Literal["llama", "mpt"] = Field(
-        "llama",
+        default="llama",
         description="Blocks of a preset: llama (serves everywhere) or mpt with ALiBi (the paper).",
     )
     path: str | None = Field(
-        None, description="A folder or hub name of a Hugging Face causal LM, instead of a preset."
+        default=None,
+        description="A folder or hub name of a Hugging Face causal LM, instead of a preset.",
     )
     init: Literal["random", "pretrained"] = Field(
-        "random", description="With path: fresh weights of that shape, or the weights it holds."
+        default="random",
+        description="With path: fresh weights of that shape, or the weights it holds.",
     )
 
     @model_validator(mode="after")
@@ -85,49 +91,49 @@ class DataConfig(Section):
         description="Folder made by `photon data prepare`; relative to the current directory."
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(
-        128, description="Tokens a training sequence predicts."
+        default=128, description="Tokens a training sequence predicts."
     )
     mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="Weight of each source inside a silo; empty takes sources by their size.",
     )
-    verify: bool = Field(True, description="Check every shard's sha256 before training.")
+    verify: bool = Field(default=True, description="Check every shard's sha256 before training.")
 
 
 class FederationConfig(Section):
     """[federation]: rounds, who takes part, and what happens to their updates."""
 
-    rounds: Positive = Field(10, description="Exchanges between silos and aggregator.")
+    rounds: Positive = Field(default=10, description="Exchanges between silos and aggregator.")
     sample: Positive | None = Field(
-        None, description="Participants of a round; every silo by default."
+        default=None, description="Participants of a round; every silo by default."
     )
     sampling: Literal["uniform", "weighted"] = Field(
-        "uniform",
+        default="uniform",
         description="How participants are drawn: alike, or with odds given by their token counts.",
     )
     merge: Literal["delta", "adopt"] = Field(
-        "delta",
+        default="delta",
         description="What is averaged: deltas through the outer optimizer, or the nodes' weights "
         "themselves (adopt; bit-exact for one participant).",
     )
     weighting: Literal["tokens", "equal"] = Field(
-        "tokens", description="Weight of an update: the tokens behind it, or one each."
+        default="tokens", description="Weight of an update: the tokens behind it, or one each."
     )
-    merging_rule: str = Field("mean", description="mean, or a rule a plugin registered.")
+    merging_rule: str = Field(default="mean", description="mean, or a rule a plugin registered.")
     optimizer_state: Literal["reset", "keep", "average"] = Field(
-        "reset",
+        default="reset",
         description="Inner optimizer state between rounds: forgotten, kept by the node, or "
         "averaged by the aggregator with the weights.",
     )
     workers: Annotated[int, Field(ge=0, le=1024)] = Field(
-        0, description="Local training processes; 0 trains in the aggregator's own process."
+        default=0, description="Local training processes; 0 trains in the aggregator's own process."
     )
     silence_s: Annotated[float, Field(gt=0)] = Field(
-        600.0,
+        default=600.0,
         description="Seconds a worker may go without a step or an answer before it is replaced.",
     )
     quorum: Positive | None = Field(
-        None,
+        default=None,
         description="Fewest good updates that close a round; half of the participants by default.",
     )
 
@@ -140,37 +146,44 @@ class FederationConfig(Section):
 class LocalConfig(Section):
     """[local]: the recipe of a node's tau local steps."""
 
-    steps: Positive = Field(32, description="tau: optimizer steps between exchanges.")
-    batch_size: Positive = Field(16, description="Sequences per optimizer step, per participant.")
-    micro_batch_size: Positive | None = Field(
-        None, description="Sequences per forward pass; gradients accumulate to batch_size."
+    steps: Positive = Field(default=32, description="tau: optimizer steps between exchanges.")
+    batch_size: Positive = Field(
+        default=16, description="Sequences per optimizer step, per participant."
     )
-    lr: Annotated[float, Field(gt=0)] = Field(1e-3, description="Peak learning rate.")
+    micro_batch_size: Positive | None = Field(
+        default=None, description="Sequences per forward pass; gradients accumulate to batch_size."
+    )
+    lr: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="Peak learning rate.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="Last learning rate over the peak."
+        default=0.1, description="Last learning rate over the peak."
     )
     optimizer: Literal["adamw", "muon", "sgd"] = Field(
-        "adamw",
+        default="adamw",
         description="Inner optimizer. muon: hidden matrices by Muon, the rest by AdamW. sgd: plain "
         "SGD, for checking the maths.",
     )
     schedule: Literal["cosine", "wsd", "constant"] = Field(
-        "cosine", description="Learning rate over global steps, after the warm-up."
+        default="cosine", description="Learning rate over global steps, after the warm-up."
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="Global steps of linear warm-up."
+        default=0, description="Global steps of linear warm-up."
     )
     decay_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Global steps of the final decay (wsd); a tenth of all by default."
+        default=None,
+        description="Global steps of the final decay (wsd); a tenth of all by default.",
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Decoupled weight decay."
+    )
     clip_norm: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Largest gradient norm of a step; 0 does not clip."
+        default=1.0, description="Largest gradient norm of a step; 0 does not clip."
     )
-    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW beta1.")
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="AdamW beta2.")
-    epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon.")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="Muon momentum.")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="AdamW beta1.")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="AdamW beta2.")
+    epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW epsilon.")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.95, description="Muon momentum."
+    )
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> LocalConfig:
@@ -186,20 +199,20 @@ class OuterConfig(Section):
     """[outer]: the aggregator's optimizer."""
 
     name: str = Field(
-        "fedavg", description=", ".join(OUTER_NAMES) + ", or one a plugin registered."
+        default="fedavg", description=", ".join(OUTER_NAMES) + ", or one a plugin registered."
     )
-    lr: Annotated[float, Field(gt=0)] = Field(1.0, description="Outer learning rate.")
+    lr: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Outer learning rate.")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.9, description="Momentum of fedavgm and nesterov."
+        default=0.9, description="Momentum of fedavgm and nesterov."
     )
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.9, description="First-moment decay of fedadam, fedyogi, fedadagrad."
+        default=0.9, description="First-moment decay of fedadam, fedyogi, fedadagrad."
     )
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99, description="Second-moment decay of fedadam, fedyogi."
+        default=0.99, description="Second-moment decay of fedadam, fedyogi."
     )
     epsilon: Annotated[float, Field(gt=0)] = Field(
-        1e-3, description="Adaptivity tau of Reddi et al. 2021: added to the root of v."
+        default=1e-3, description="Adaptivity tau of Reddi et al. 2021: added to the root of v."
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="Passed as they are to a plugin's outer optimizer."
@@ -215,24 +228,26 @@ class EvalConfig(Section):
     """[eval]: perplexity on held-out text."""
 
     every: Annotated[int, Field(ge=0)] = Field(
-        1, description="Rounds between evaluations; 0 evaluates only at the end."
+        default=1, description="Rounds between evaluations; 0 evaluates only at the end."
     )
-    batch_size: Positive = Field(32, description="Sequences per forward pass.")
+    batch_size: Positive = Field(default=32, description="Sequences per forward pass.")
     max_tokens: Positive | None = Field(
-        None, description="Upper bound of held-out tokens per set; all of them by default."
+        default=None, description="Upper bound of held-out tokens per set; all of them by default."
     )
-    per_silo: bool = Field(True, description="Also evaluate on each silo's own held-out text.")
+    per_silo: bool = Field(
+        default=True, description="Also evaluate on each silo's own held-out text."
+    )
 
 
 class TrainConfig(Section):
     """[train]: `photon train`, the centralised baseline. Defaults give equal tokens and steps."""
 
     batch_size: Positive | None = Field(
-        None,
+        default=None,
         description="Sequences per step; local.batch_size x participants of a round by default.",
     )
     lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Peak learning rate; local.lr by default."
+        default=None, description="Peak learning rate; local.lr by default."
     )
 
 

@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from photon.dashboard import palette, wording
 #: Inches; a wide figure fills the page, a half one shares it with a neighbour.
 WIDE, HALF = (10.2, 3.9), (5.0, 3.4)
 
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "photon",
     "font.family": ["DejaVu Sans"],
@@ -31,8 +32,8 @@ def new_axes(size: tuple[float, float], *, right: float = 0.0) -> tuple[Figure, 
     """A figure with one bare plot; `right` is the share of its width kept free for labels."""
     figure = Figure(figsize=size)
     FigureCanvasSVG(figure)
-    left = 0.72 / size[0]
-    axes = figure.add_axes((left, 0.16, 1 - left - 0.02 - right, 0.79))
+    left, bottom = 0.62 / size[0], 0.5 / size[1]
+    axes = figure.add_axes((left, bottom, 1 - left - 0.02 - right, 0.96 - bottom))
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(palette.MUTED)
@@ -86,47 +87,62 @@ def label_ends(
         ends: x, y, name and colour of each line, in data units.
         bold: the name that stands out.
     """
-    if not ends:
-        return
-    height_pt = axes.get_figure().get_size_inches()[1] * 72 * axes.get_position().height  # type: ignore[union-attr]
+    axes.autoscale_view()  # Limits are settled lazily; the transform below needs them now.
+    height_pt = axes.bbox.height / axes.get_figure(root=True).dpi * 72  # type: ignore[union-attr]
     step = 11.5 / height_pt
     to_axes = axes.transData + axes.transAxes.inverted()
-    placed = sorted(((to_axes.transform((x, y))[1], x, y, n, c) for x, y, n, c in ends))
-    ys = spread([y for y, *_ in placed], step)
-    for target, (_, x, y, name, colour) in zip(ys, placed, strict=True):
-        axes.annotate(
-            "",
-            xy=(x, y),
-            xycoords="data",
-            xytext=(1.018, target),
-            textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 1.1, "shrinkA": 0, "shrinkB": 2},
-            annotation_clip=False,
-        )
-        axes.text(
-            1.024,
-            target,
-            shorten(name),
-            transform=axes.transAxes,
-            va="center",
-            color=palette.INK,
-            fontsize=8.5,
-            fontweight="bold" if name == bold else "normal",
-            parse_math=False,
-        )
+    columns: dict[float, list[tuple[float, float, float, str, str]]] = {}
+    for x, y, name, colour in ends:
+        along, up = to_axes.transform((x, y))
+        # Lines that reach the right edge share its margin; one that stops early is named there.
+        column = 1.0 if along > 0.9 else round(along, 2)
+        columns.setdefault(column, []).append((up, x, y, name, colour))
+    for column, placed in columns.items():
+        placed.sort()
+        targets = spread([up for up, *_ in placed], step)
+        for target, (_, x, y, name, colour) in zip(targets, placed, strict=True):
+            axes.annotate(
+                shorten(name),
+                xy=(x, y),
+                xytext=(column + 0.022, target),
+                textcoords="axes fraction",
+                va="center",
+                color=palette.INK,
+                fontsize=8.5,
+                fontweight="bold" if name == bold else "normal",
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": colour,
+                    "lw": 1.0,
+                    "shrinkA": 0,
+                    "shrinkB": 3,
+                    "relpos": (0, 0.5),
+                },
+                bbox={
+                    "facecolor": palette.CARD_LIGHT,
+                    "edgecolor": "none",
+                    "alpha": 0.8,
+                    "pad": 0.4,
+                },
+                annotation_clip=False,
+                parse_math=False,
+            )
 
 
 def spread(wanted: Sequence[float], step: float) -> list[float]:
-    """Ascending positions in 0..1 at least `step` apart and close to the wanted ones."""
-    placed: list[float] = []
-    for value in wanted:
-        placed.append(max(value, placed[-1] + step) if placed else max(0.0, value))
-    over = placed[-1] - 1.0 if placed else 0.0
-    if over > 0:
-        placed[-1] = 1.0
-        for i in range(len(placed) - 2, -1, -1):
-            placed[i] = min(placed[i], placed[i + 1] - step)
-    return placed
+    """Ascending positions in 0..1 at least `step` apart, as close to the wanted ones as can be."""
+    # Least squares under spacing is isotonic regression of (wanted - i step): pool what collides.
+    pools: list[tuple[float, int]] = []
+    for i, value in enumerate(wanted):
+        mean, size = value - i * step, 1
+        while pools and pools[-1][0] > mean:
+            other, count = pools.pop()
+            mean = (mean * size + other * count) / (size + count)
+            size += count
+        pools.append((mean, size))
+    flat = [mean for mean, size in pools for _ in range(size)]
+    highest = max(0.0, 1.0 - (len(flat) - 1) * step)
+    return [min(max(mean, 0.0), highest) + i * step for i, mean in enumerate(flat)]
 
 
 def shorten(name: str, most: int = 20) -> str:
@@ -166,8 +182,7 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
 def themed(svg: str) -> str:
     """Light palette colours become CSS variables, which follow the reader's colour scheme."""
     for name, colour in palette.variables(dark=False).items():
-        if name != "card":
-            svg = svg.replace(colour, f"var(--{name})")
+        svg = svg.replace(colour, f"var(--{name})")
     return svg
 
 

@@ -53,7 +53,7 @@ class ComparisonRow:
 
 
 def gap(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> float | None:
-    """Perplexity over the federated run's, less one: positive is worse. None for that run itself."""
+    """Perplexity over the federated run's, less one: + is worse. None for that run itself."""
     federated = next((other for other in rows if other.federated), None)
     if federated is None or row.federated or not row.perplexity or not federated.perplexity:
         return None

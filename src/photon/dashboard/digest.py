@@ -236,9 +236,7 @@ def _tokens_before(history: RunHistory) -> dict[int, int]:
 
 def _point(event: Evaluated, before: dict[int, int]) -> EvaluationPoint:
     tokens = before.get(event.round + 1, max(before.values()))
-    return EvaluationPoint(
-        event.round, tokens, event.loss, event.perplexity, event.bits_per_byte
-    )
+    return EvaluationPoint(event.round, tokens, event.loss, event.perplexity, event.bits_per_byte)
 
 
 def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]:
@@ -313,9 +311,7 @@ def _incidents(raw: list[Event]) -> list[Incident]:
                     )
                 )
             case RunStopped():
-                found.append(
-                    Incident(event.time_s, event.round, "run stopped", None, event.reason)
-                )
+                found.append(Incident(event.time_s, event.round, "run stopped", None, event.reason))
             case RunStarted() if event.resumed_from_round is not None:
                 last = event.resumed_from_round
                 found = [

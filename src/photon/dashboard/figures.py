@@ -1,7 +1,8 @@
-"""The report's figures. Each returns an SVG and a caption, or None where there is nothing to draw."""
+"""The report's figures: each an SVG with a caption, or None where there is nothing to draw."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from photon.dashboard.canvas import (
     shorten,
     to_svg,
 )
-from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, finite
+from photon.dashboard.digest import EvaluationPoint, RoundCost, RunDigest, finite
 
 _PHASES = ("local training", "evaluation", "merging", "checkpoint", "other")
 _GLOBAL = "shared held-out"
+_MOST_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,14 @@ def _heat_strip(lines: Mapping[str, list[EvaluationPoint]]) -> Drawing:
     import numpy as np
 
     rounds = sorted({p.round for points in lines.values() for p in points})
+    # Every n-th round and the last: a cell is a path, and a page must stay small.
+    stride = -(-len(rounds) // _MOST_COLUMNS)
+    rounds = rounds[::-1][::stride][::-1]
     rows = sorted(lines.items(), key=lambda item: item[1][-1].perplexity)
     grid = np.full((len(rows), len(rounds)), np.nan)
     for i, (_, points) in enumerate(rows):
-        for point in points:
-            grid[i, rounds.index(point.round)] = point.perplexity
+        values = {point.round: point.perplexity for point in points}
+        grid[i] = [values.get(number, np.nan) for number in rounds]
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
     figure, axes = new_axes(HALF, right=0.2)
     axes.grid(visible=False)
@@ -162,7 +167,10 @@ def _heat_strip(lines: Mapping[str, list[EvaluationPoint]]) -> Drawing:
     colours = LinearSegmentedColormap.from_list("photon", palette.HEAT)
     columns = np.arange(len(rounds) + 1) - 0.5
     # Vector cells, not an image: sharp in print, and no encoder whose bytes may vary.
-    mesh = axes.pcolormesh(columns, np.arange(len(rows) + 1), grid, norm=norm, cmap=colours)
+    edges = np.arange(len(rows) + 1)
+    mesh = axes.pcolormesh(
+        columns, edges, grid, norm=norm, cmap=colours, edgecolors="face", linewidth=0.3
+    )
     axes.invert_yaxis()
     axes.set_yticks([])
     every = max(1, len(rounds) // 8)
@@ -248,7 +256,8 @@ def throughput(digest: RunDigest) -> Drawing | None:
     if named:
         longest = max(len(shorten(silo.name, 16)) for silo in rows)
         left = min(0.32, 0.05 + longest * 0.0155)
-        axes.set_position((left, 0.16, 0.97 - left, 0.79))
+        box = axes.get_position()
+        axes.set_position((left, box.y0, 0.97 - left, box.height))
     for y, silo in enumerate(rows):
         colour, _ = palette.silo_style(order.index(silo.name))
         colour = colour if len(order) <= palette.MOST_NAMED else palette.MUTED
@@ -257,8 +266,6 @@ def throughput(digest: RunDigest) -> Drawing | None:
         axes.plot([statistics.median(silo.throughput)], [y], "o", color=colour, markersize=size)
     if named:
         axes.set_yticks(range(len(rows)))
-        for tick, silo in zip(axes.get_yticklabels(), rows, strict=True):
-            tick.set_parse_math(False)
         axes.set_yticklabels([shorten(silo.name, 16) for silo in rows], parse_math=False)
         axes.tick_params(axis="y", colors=palette.INK)
     else:
@@ -305,7 +312,7 @@ def _left_out(points: Sequence[EvaluationPoint]) -> str:
     return f" {wording.sentence(word)} gave no finite number and can't be drawn."
 
 
-def _phase_s(cost: object, phase: str) -> float:
+def _phase_s(cost: RoundCost, phase: str) -> float:
     attribute = {
         "local training": "local_train_s",
         "evaluation": "eval_s",
@@ -322,12 +329,9 @@ def _bar_width(xs: Sequence[int]) -> float:
 
 def _thin_out(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
     """At most so many points, as means of neighbours: a page stays small after a long run."""
-    points = [point for point in points if abs(point[1]) < float("inf")]
+    points = [point for point in points if math.isfinite(point[1])]
     if not points:
         return [(float("nan"), float("nan"))]
     group = -(-len(points) // most)
     chunks = [points[i : i + group] for i in range(0, len(points), group)]
     return [(c[-1][0], sum(loss for _, loss in c) / len(c)) for c in chunks]
-
-
-__all__ = ["Drawing", "SiloDigest", "all_drawings"]

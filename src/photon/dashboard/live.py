@@ -33,7 +33,7 @@ _MILESTONES = (RoundFinished, Evaluated, UpdateDropped, WorkerLost)
 
 
 def progress_view(console: Console | None = None) -> Listener:
-    """The live view on a terminal, plain lines elsewhere (a pipe, CI). Standard error by default."""
+    """The live view on a terminal, plain lines in a pipe or CI. Standard error by default."""
     if console is None:
         console = Console(stderr=True)
     return LiveView(console) if console.is_terminal else PlainView(console)
@@ -51,9 +51,7 @@ class LiveView:
         clock: seconds; tests put their own.
     """
 
-    def __init__(
-        self, console: Console, *, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self.progress = RunProgress()
         self.frames = 0
         self._console = console
@@ -153,9 +151,7 @@ class PlainView:
             case RoundFinished():
                 return f"{self._round(event.round)} finished: {self._describe_round(event)}"
             case RunStopped():
-                return (
-                    f"run stopped in round {event.round}: {event.reason}; it can be resumed"
-                )
+                return f"run stopped in round {event.round}: {event.reason}; it can be resumed"
             case RunFinished():
                 progress = self.progress
                 return (

@@ -1,5 +1,355 @@
+"""One HTML page about a run: self-contained, readable without scripts, light, dark and printed."""
+
 from __future__ import annotations
+
+import errno
+import math
+import os
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-def write_report(run_folder: Path, *, out: Path | None = None, compare: Mapping[str, Path] | None = None) -> Path:
-    return out or run_folder / "report.html"
+from typing import Any
+
+from photon.dashboard import palette, wording
+from photon.dashboard.comparison import ComparisonRow, gap
+from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, read_digest
+from photon.errors import DiskFullError
+
+_TEMPLATE = "report.html.j2"
+
+GLOSSARY = (
+    ("Silo", "An organisation that takes part with its own text and machines. Its text stays."),
+    ("Round", "Silos train on their own, then their updates are merged into one model."),
+    ("Local steps (tau)", "Optimizer steps a silo takes between two exchanges."),
+    (
+        "Perplexity",
+        "How many tokens the model hesitates between, on average, when it predicts the next one. "
+        "Lower is better.",
+    ),
+    (
+        "Bits per byte",
+        "The same quality per byte of text, so that models with other tokenizers compare. "
+        "Lower is better.",
+    ),
+    (
+        "Pseudo-gradient",
+        "Global weights minus a silo's weights after its local steps: what is averaged.",
+    ),
+    ("Outer optimizer", "The rule by which the averaged pseudo-gradient moves the global model."),
+    ("Utilisation", "Share of the wall clock in which nodes trained, not waited, sent or saved."),
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure in large type, what it is, and one line of context."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+def write_report(
+    run_folder: Path | str,
+    *,
+    out: Path | str | None = None,
+    compare: Mapping[str, Path] | None = None,
+) -> Path:
+    """Writes the page and returns where it stands.
+
+    The page depends on the run folder alone: the same events give the same bytes.
+
+    Args:
+        run_folder: with events.jsonl; the run may be finished, stopped or still going.
+        out: the file to write, atomically; RUN/report.html by default.
+        compare: other run folders by the label they get, e.g. "centralised" or "alone: SILO".
+
+    Raises:
+        RunNotFoundError: a folder without a run.
+        DiskFullError: no room; an older report stays as it was.
+    """
+    folder = Path(run_folder)
+    digest = read_digest(folder)
+    others = {label: read_digest(Path(path)) for label, path in (compare or {}).items()}
+    target = Path(out) if out is not None else folder / "report.html"
+    _write_atomically(target, render(digest, others))
+    return target
+
+
+def render(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:
+    """The page as text."""
+    # Slow to import, and a run that only shows its progress needs neither.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from photon.dashboard.figures import all_drawings
+
+    environment = Environment(
+        loader=PackageLoader("photon.dashboard", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    started = digest.started
+    template = environment.get_template(_TEMPLATE)
+    return template.render(
+        title=wording.one_line(started.run),
+        headline=headline(digest),
+        notice=notice(digest),
+        tiles=tiles(digest),
+        drawings=all_drawings(digest, others),
+        evaluated=bool(digest.evaluations),
+        phases=_phases(digest),
+        silos=[_silo_row(digest, i, silo) for i, silo in enumerate(digest.silos.values())],
+        shares=any(silo.share is not None for silo in digest.silos.values()),
+        incidents=[_incident_row(incident) for incident in digest.incidents],
+        comparison=_comparison_rows(digest, others),
+        config=_config(digest.folder),
+        glossary=GLOSSARY,
+        facts=_facts(digest),
+        formula=baseline_formula(digest),
+        superseded=digest.superseded,
+        light=palette.variables(dark=False),
+        dark=palette.variables(dark=True),
+    )
+
+
+def headline(digest: RunDigest) -> str:
+    """The run in one sentence that needs no glossary."""
+    started, first, last = digest.started, digest.first, digest.last
+    size = wording.count(started.parameters)
+    done, total = digest.rounds_done, started.rounds
+    rounds = wording.several(total, "round")
+    if digest.state != "finished":
+        rounds = f"{done} of {rounds}"
+    verb = "trained" if digest.state == "finished" else "have trained so far"
+    if started.kind == "train" or len(started.silos) == 1:
+        where = " centrally, on pooled text" if started.kind == "train" else " in one silo"
+        was = "was trained" if digest.state == "finished" else "has been trained so far"
+        steps = done * started.local_steps
+        text = f"one model of {size} parameters {was}{where}, over {steps:,} optimizer steps"
+    else:
+        silos = wording.several(len(started.silos), "silo")
+        text = (
+            f"{silos} {verb} one model of {size} parameters over {rounds} without moving their text"
+        )
+    return wording.sentence(text) + "; " + _outcome(first, last) + "."
+
+
+def _outcome(first: EvaluationPoint | None, last: EvaluationPoint | None) -> str:
+    if first is None or last is None:
+        return "it has not been evaluated on held-out text yet"
+    subject = "perplexity on shared held-out text"
+    now = wording.perplexity(last.perplexity)
+    if not math.isfinite(last.perplexity):
+        return f"{subject} is {now}: the model has diverged"
+    if first is last:
+        return f"{subject} is {now}"
+    before = wording.perplexity(first.perplexity)
+    if not math.isfinite(first.perplexity):
+        return f"{subject} went from {before} to {now}"
+    if before == now:
+        return f"{subject} stayed at {now}"
+    verb = "fell" if last.perplexity < first.perplexity else "rose"
+    return f"{subject} {verb} from {before} to {now}"
+
+
+def notice(digest: RunDigest) -> str | None:
+    """What a reader must know first, where the run has not reached its end."""
+    done, total = digest.rounds_done, digest.started.rounds
+    progress = (
+        f"{done} of {wording.several(total, 'round')} {'is' if done == 1 else 'are'} complete"
+    )
+    if digest.state == "stopped" and digest.stop is not None:
+        reason = wording.one_line(digest.stop.reason).rstrip(".")
+        return (
+            f"This run was stopped in round {digest.stop.round} ({reason}). {progress}; "
+            "it can be resumed from its last checkpoint."
+        )
+    if digest.state == "unfinished":
+        return (
+            f"This run is not finished: {progress}. It is still going, or its process ended "
+            "without saying so; it can be resumed from its last checkpoint."
+        )
+    return None
+
+
+def tiles(digest: RunDigest) -> list[Tile]:
+    """The figures a manager asks for."""
+    started, first, last = digest.started, digest.first, digest.last
+    was = ""
+    if first is not None and last is not None and first is not last:
+        when = "before training" if first.round == 0 else f"after round {first.round}"
+        was = f"{wording.perplexity(first.perplexity)} {when}"
+    moved = digest.bytes_up + digest.bytes_down
+    speed = digest.tokens / digest.wall_s if digest.wall_s > 0 else 0.0
+    utilisation = digest.utilisation
+    return [
+        Tile("perplexity", wording.perplexity(last.perplexity if last else None), was),
+        Tile(
+            "bits per byte",
+            wording.decimal(last.bits_per_byte if last else None, 2),
+            "of held-out text",
+        ),
+        Tile(
+            "rounds",
+            f"{digest.rounds_done} of {started.rounds}",
+            f"{started.local_steps} local steps each",
+        ),
+        Tile("tokens trained on", wording.count(digest.tokens), f"{wording.count(speed)} a second"),
+        Tile("bytes exchanged", wording.size(moved), _ratio_note(digest, moved)),
+        Tile("wall-clock time", wording.duration(digest.wall_s), f"on {started.device}"),
+        Tile(
+            "utilisation",
+            wording.percent(utilisation) if utilisation is not None else "–",
+            "of the time, nodes trained",
+        ),
+    ]
+
+
+def _ratio_note(digest: RunDigest, moved: int) -> str:
+    if digest.started.kind == "train":
+        return "a central run exchanges nothing"
+    if not moved or not digest.baseline_bytes:
+        return ""
+    factor = digest.baseline_bytes / moved
+    if factor >= 1:
+        return f"{wording.ratio(factor)} less than an exchange every step"
+    return f"{wording.ratio(1 / factor)} more than an exchange every step"
+
+
+def baseline_formula(digest: RunDigest) -> str | None:
+    """The per-step baseline, with its numbers in."""
+    if not digest.baseline_bytes or not digest.rounds:
+        return None
+    started = digest.started
+    return (
+        "An exchange every step, for the same local steps, in fp32: "
+        f"4 bytes × {started.parameters:,} parameters × 2 directions × "
+        f"{started.local_steps} local steps × {digest.tasks} tasks (participants summed over "
+        f"{wording.several(len(digest.rounds), 'round')}) = {wording.size(digest.baseline_bytes)}. "
+        f"This run: {wording.size(digest.bytes_up)} up + {wording.size(digest.bytes_down)} down."
+    )
+
+
+def _phases(digest: RunDigest) -> list[dict[str, Any]]:
+    phases = digest.phases_s
+    total_s = sum(seconds for _, seconds in phases)
+    if not digest.rounds or total_s <= 0:
+        return []
+    return [
+        {
+            "name": name,
+            "width": f"{seconds / total_s * 100:.2f}",
+            "share": wording.percent(seconds / total_s, 0 if seconds / total_s >= 0.0995 else 1),
+            "time": wording.duration(seconds),
+            "colour": f"var(--phase-{i})",
+        }
+        for i, (name, seconds) in enumerate(phases)
+    ]
+
+
+def _silo_row(digest: RunDigest, index: int, silo: SiloDigest) -> dict[str, Any]:
+    first = silo.evaluations[0] if silo.evaluations else None
+    last = silo.evaluations[-1] if silo.evaluations else None
+    crowd = len(digest.silos) > palette.MOST_NAMED
+    return {
+        "name": wording.one_line(silo.name),
+        "colour": "var(--muted)" if crowd else palette.silo_variable(index),
+        "text": wording.count(silo.text_tokens) if silo.text_tokens is not None else "–",
+        "share": wording.percent(silo.share, 1) if silo.share is not None else "–",
+        "width": f"{(silo.share or 0.0) * 100:.2f}",
+        "rounds": silo.rounds,
+        "loss": wording.decimal(silo.last_loss),
+        "first": wording.perplexity(first.perplexity if first else None),
+        "last": wording.perplexity(last.perplexity if last else None),
+        "dropped": silo.dropped or "–",
+    }
+
+
+def _incident_row(incident: Any) -> dict[str, Any]:
+    return {
+        "time": wording.clock(incident.time_s),
+        "round": "–" if incident.round is None else incident.round,
+        "kind": incident.kind,
+        "silo": wording.one_line(incident.silo) if incident.silo else "–",
+        "text": wording.one_line(incident.text),
+        "undone": incident.undone,
+    }
+
+
+def _comparison_rows(digest: RunDigest, others: Mapping[str, RunDigest]) -> list[dict[str, Any]]:
+    if not others:
+        return []
+    rows = [ComparisonRow.of("this run", digest, federated=True)]
+    rows += [ComparisonRow.of(label, other) for label, other in others.items()]
+    table = []
+    for row, other in zip(rows, [digest, *others.values()], strict=True):
+        difference = gap(row, rows)
+        table.append(
+            {
+                "label": wording.one_line(row.label),
+                "this": row.federated,
+                "tokens": wording.count(row.tokens),
+                "perplexity": wording.perplexity(row.perplexity),
+                "bits": wording.decimal(row.bits_per_byte),
+                "gap": "–" if difference is None else wording.signed_percent(difference),
+                "time": wording.duration(row.seconds or 0.0),
+                "unfinished": other.state != "finished",
+            }
+        )
+    return table
+
+
+def _facts(digest: RunDigest) -> list[tuple[str, str]]:
+    started = digest.started
+    facts = [
+        ("Run", f"{wording.one_line(started.run)} ({started.kind})"),
+        ("Started", wording.one_line(started.started_at)),
+        ("Photon", started.photon_version),
+        ("Model", f"{started.parameters:,} parameters"),
+        ("Participants of a round", f"{started.participants_per_round} of {len(started.silos)}"),
+        ("Batch", f"{started.batch_size} sequences of {started.sequence_length} tokens"),
+        ("Device", f"{started.device}, {started.precision}"),
+        ("Processes", f"{max(1, started.workers)}, {started.threads} threads each"),
+    ]
+    versions = _summary_versions(digest)
+    return facts + [(name, version) for name, version in sorted(versions.items())]
+
+
+def _summary_versions(digest: RunDigest) -> dict[str, str]:
+    path = digest.folder / "summary.json"
+    try:
+        import json
+
+        versions = json.loads(path.read_text("utf-8")).get("versions", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {}
+
+
+def _config(folder: Path) -> str | None:
+    try:
+        return (folder / "config.resolved.toml").read_text("utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space, or write the report elsewhere"
+            raise DiskFullError(f"no room for {path}", hint=hint) from error
+        raise

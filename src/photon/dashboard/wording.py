@@ -12,13 +12,22 @@ def count(value: float) -> str:
     for limit, scale, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "B")):
         # The limit allows for rounding: 999,960 is 1.0M, not 1000.0k.
         if abs(value) < limit * 0.9995:
-            return f"{value:.0f}" if scale == 1 else f"{value / scale:.{_places(value / scale)}f}{unit}"
+            return (
+                f"{value:.0f}"
+                if scale == 1
+                else f"{value / scale:.{_places(value / scale)}f}{unit}"
+            )
     return f"{value / 1e12:.1f}T"
 
 
 def size(value: float) -> str:
     """Bytes in decimal units: 812 B, 4.4 MB, 1.3 GB."""
-    for limit, scale, unit in ((1e3, 1, "B"), (1e6, 1e3, "kB"), (1e9, 1e6, "MB"), (1e12, 1e9, "GB")):
+    for limit, scale, unit in (
+        (1e3, 1, "B"),
+        (1e6, 1e3, "kB"),
+        (1e9, 1e6, "MB"),
+        (1e12, 1e9, "GB"),
+    ):
         if abs(value) < limit * 0.9995:
             number = f"{value:.0f}" if scale == 1 else f"{value / scale:.{_places(value / scale)}f}"
             return f"{number} {unit}"
@@ -26,7 +35,7 @@ def size(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A span in words: 3.2 s, 48 s, 4 min 20 s, 2 h 05 min, 3 d 4 h."""
+    """A span in words: 3.2 s, 48 s, 4 min 20 s, 35 min, 2 h 05 min, 3 d 4 h."""
     if seconds < 0.9995:
         return f"{seconds * 1e3:.0f} ms"
     if seconds < 9.95:
@@ -34,9 +43,11 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
-    if whole < 3600:
+    if whole < 600:
         return f"{whole // 60} min {whole % 60:02d} s"
     minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
     if minutes < 24 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)

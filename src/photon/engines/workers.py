@@ -170,9 +170,7 @@ class WorkerEngine:
         assert position is not None
         task = batch.tasks[position]
         silo = task.silo or ""
-        self._on_event(
-            WorkerLost(round=task.round, silo=silo, worker=worker.index, reason=reason)
-        )
+        self._on_event(WorkerLost(round=task.round, silo=silo, worker=worker.index, reason=reason))
         self._end(worker)
         self._workers[self._workers.index(worker)] = self._start(worker.index)
         batch.attempts[position] += 1

@@ -125,9 +125,7 @@ class Node:
             return Update(receipt, lambda: iter(()))
         published = time.perf_counter()
         kept = (
-            trainer.optimizer.state_tensors()
-            if config.federation.optimizer_state == "keep"
-            else {}
+            trainer.optimizer.state_tensors() if config.federation.optimizer_state == "keep" else {}
         )
         self._states.save(task.silo, task.round, NodeState(result.cursor, kept))
         receipt = Receipt(
@@ -216,7 +214,7 @@ def evaluate_silo(
         batch_size=config.eval.batch_size,
         autocast_dtype=trainer.plan.autocast_dtype,
     )
-    scored = score(total, held_out_bytes=text.bytes, held_out_tokens=text.tokens)
+    scored = score(total, text_tokens=text.tokens, text_bytes=text.bytes)
     return EvalReceipt(
         task.silo,
         scored.loss,

@@ -1,4 +1,4 @@
-"""What a silo keeps between its tasks: data cursor and, if the run says so, inner-optimizer state."""
+"""What a silo keeps between tasks: data cursor and, if the run says so, inner-optimizer state."""
 
 from __future__ import annotations
 

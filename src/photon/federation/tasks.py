@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-#: The global state: "weights/<parameter>", and with averaged inner state "optimizer/<parameter>.<key>".
+#: The global state: "weights/<parameter>" and, where inner state is averaged,
+#: "optimizer/<parameter>.<key>".
 GlobalState = Mapping[str, Tensor]
 
 WEIGHTS = "weights/"

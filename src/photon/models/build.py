@@ -101,7 +101,7 @@ def load_pretrained(path: str) -> Any:
     """
     folder = local_folder(path)
     load_config(path)
-    with _model_errors(path), quiet_transformers(progress=folder is None):
+    with _model_errors(path, hub=folder is None), quiet_transformers(progress=folder is None):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder or path,
             dtype=torch.float32,
@@ -129,7 +129,7 @@ def load_config(path: str) -> PretrainedConfig:
     folder = local_folder(path)
     if folder is not None:
         _require_known_type(folder)
-    with _model_errors(path), quiet_transformers(progress=folder is None):
+    with _model_errors(path, hub=folder is None), quiet_transformers(progress=folder is None):
         config = AutoConfig.from_pretrained(
             folder or path, local_files_only=folder is not None, trust_remote_code=False
         )
@@ -231,24 +231,22 @@ def _require_causal(model: Any, path: str) -> None:
 
 
 @contextmanager
-def _model_errors(name: str) -> Iterator[None]:
+def _model_errors(name: str, *, hub: bool = False) -> Iterator[None]:
     # What transformers raises is not one tree: OSError, ValueError, KeyError, SafetensorError, ...
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        cause = str(error).strip().splitlines()
-        raise ModelError(
-            f"model {name!r} can't be loaded: {cause[0] if cause else type(error).__name__}",
-            hint=_hint(error),
-        ) from error
+        hint = "No folder of that name is here, so it was looked up on the Hugging Face hub."
+        if type(error).__name__ == "SafetensorError":
+            hint = "A weights file is cut or damaged; copy or download it again."
+        elif not hub:
+            hint = None
+        raise ModelError(f"model {name!r} can't be loaded: {_gist(error)}", hint=hint) from error
 
 
-def _hint(error: Exception) -> str | None:
-    kind = type(error).__name__
-    if kind == "SafetensorError":
-        return "A weights file is cut or damaged; copy or download it again."
-    if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError"):
-        return "No folder of that name is here, so it was looked up on the Hugging Face hub."
-    return None
+def _gist(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    more = lines[0].endswith(":") and len(lines) > 1
+    return f"{lines[0]} {lines[1].strip()}" if more else lines[0]

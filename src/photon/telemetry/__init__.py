@@ -1,4 +1,4 @@
-"""What a run says about itself: an event schema with units in every name, and who listens; no torch."""
+"""What a run says about itself: events with units in every name, and who listens; no torch."""
 
 from photon.telemetry.events import EVENTS, Event, parse_event
 from photon.telemetry.history import RunHistory, read_events, read_history

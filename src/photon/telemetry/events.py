@@ -56,7 +56,7 @@ class RoundStarted(Event):
 
 
 class LocalProgress(Event):
-    """A node's local training, every `run.log_every` steps. `step` counts from 1 within the round."""
+    """A node's local training, every `run.log_every` steps; `step` is 1 to tau in the round."""
 
     name = "local_progress"
     round: int

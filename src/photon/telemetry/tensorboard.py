@@ -189,10 +189,14 @@ class _EventFile:
     """
 
     def __init__(self, folder: Path, *, purge_from: int | None) -> None:
-        # Slow to import (protobuf, and numpy behind it), and not everybody writes TensorBoard files.
-        from tensorboard.compat.proto import event_pb2, summary_pb2
+        # Slow to import (protobuf, numpy), and not everybody writes TensorBoard files.
+        from tensorboard.compat.proto import event_pb2 as event_module
+        from tensorboard.compat.proto import summary_pb2 as summary_module
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        # protobuf makes its classes at import, where a type checker does not look.
+        event_pb2: Any = event_module
+        summary_pb2: Any = summary_module
         self._event = event_pb2.Event
         self._summary = summary_pb2.Summary
         folder.mkdir(parents=True, exist_ok=True)
@@ -209,9 +213,7 @@ class _EventFile:
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]
-        event = self._event(
-            wall_time=time.time(), step=step, summary=self._summary(value=values)
-        )
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
         self._records.write(event.SerializeToString())
         self._unflushed += len(values)
         if self._unflushed >= _FLUSH_EVERY:

@@ -26,7 +26,9 @@ class InnerOptimizer:
 
     def __init__(self, model: nn.Module, config: LocalConfig) -> None:
         self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
-        self._names = {parameter: name for name, parameter in self.parameters.items()}
+        self._names: dict[Tensor, str] = {
+            parameter: name for name, parameter in self.parameters.items()
+        }
         self._optimizers = _build(model, self.parameters, config)
         for group in self._groups():
             group["peak_lr"] = group["lr"]

@@ -63,22 +63,21 @@ def _update(
     group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor]
 ) -> None:
     momentum, lr = group["momentum"], float(group["lr"])
-    torch._foreach_lerp_(momenta, gradients, 1 - momentum)
-    directions = (
-        torch._foreach_lerp(gradients, momenta, momentum) if group["nesterov"] else tuple(momenta)
-    )
     by_shape: dict[torch.Size, list[int]] = defaultdict(list)
     for index, parameter in enumerate(parameters):
         by_shape[parameter.shape].append(index)
-    if group["weight_decay"]:
-        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
     for shape, indices in by_shape.items():
-        batch = torch.stack([directions[index] for index in indices]).float()
-        updates = orthogonalise(batch, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        scaled = -lr * _shape_factor(group["adjust_lr_fn"], shape)
-        torch._foreach_add_(
-            [parameters[index] for index in indices], list(updates.unbind()), alpha=scaled
+        batch = torch.stack([gradients[index] for index in indices])
+        buffers = torch.stack([momenta[index] for index in indices]).lerp_(batch, 1 - momentum)
+        directions = batch.lerp(buffers, momentum) if group["nesterov"] else buffers
+        updates = orthogonalise(
+            directions.float(), group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
+        step = -lr * _shape_factor(group["adjust_lr_fn"], shape)
+        for position, index in enumerate(indices):
+            momenta[index].copy_(buffers[position])
+            parameters[index].mul_(1 - lr * group["weight_decay"])
+            parameters[index].add_(updates[position], alpha=step)
 
 
 def _shape_factor(rule: str | None, shape: torch.Size) -> float:

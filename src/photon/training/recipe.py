@@ -1,4 +1,4 @@
-"""Photon's recipe rule (arXiv 2411.02908): keep the peak LR, shrink the batch, stretch the schedule."""
+"""Photon's recipe rule (arXiv 2411.02908): keep peak LR, shrink the batch, stretch the schedule."""
 
 from __future__ import annotations
 

@@ -83,9 +83,7 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """References to the trainable weights, by name."""
-        return {
-            name: parameter.detach() for name, parameter in self.optimizer.parameters.items()
-        }
+        return {name: parameter.detach() for name, parameter in self.optimizer.parameters.items()}
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,326 @@
+"""From [model] to a module: shapes, seeds, errors that name what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, T5Config
+
+from photon.config import ModelConfig
+from photon.config.run import PRESETS
+from photon.errors import ModelError, VocabularyMismatchError
+from photon.models import (
+    SHAPES,
+    build_model,
+    hidden_matrices,
+    model_fingerprint,
+    parameter_count,
+    tokenizer_file_of,
+    trainable_parameters,
+)
+
+VOCABULARY, LENGTH = 320, 32  # of conftest.py
+ConfigOf = Callable[[str], ModelConfig]
+
+
+def build(config: ModelConfig, seed: int = 0, **changes: Any) -> Any:
+    settings = {"vocab_size": VOCABULARY, "sequence_length": LENGTH, "eos_id": 0, "seed": seed}
+    return build_model(config, **{**settings, **changes})
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def test_the_table_holds_every_preset_of_the_config() -> None:
+    assert tuple(SHAPES) == PRESETS
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+@pytest.mark.parametrize(
+    ("preset", "billions"), [("125m", 0.125), ("1.3b", 1.32), ("3b", 2.65), ("7b", 6.66)]
+)
+def test_presets_have_the_papers_parameter_counts(
+    preset: str, billions: float, family: str
+) -> None:
+    config = ModelConfig.model_validate({"preset": preset, "family": family})
+    count = parameter_count(config, vocab_size=50_368, sequence_length=2048)
+    assert count == pytest.approx(billions * 1e9, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "mpt"])
+def test_tiny_is_about_a_million(family: str) -> None:
+    config = ModelConfig.model_validate({"preset": "tiny", "family": family})
+    count = parameter_count(config, vocab_size=2048, sequence_length=128)
+    assert count == pytest.approx(1e6, rel=0.1)
+    model = build(config, vocab_size=2048, sequence_length=128)
+    assert count == sum(p.numel() for p in model.parameters())
+
+
+def test_swiglu_costs_about_what_expansion_4_does() -> None:
+    for shape in SHAPES.values():
+        assert 3 * shape.swiglu_width == pytest.approx(8 * shape.d_model, rel=0.02)
+
+
+def test_it_is_fp32_training_and_uncached(family: str, config_of: ConfigOf) -> None:
+    model = build(config_of(family))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert model.training
+    assert model.config.use_cache is False
+    tokens = torch.arange(LENGTH + 1).unsqueeze(0)
+    assert model(input_ids=tokens[:, :-1]).logits.shape == (1, LENGTH, VOCABULARY)
+
+
+def test_the_seed_alone_decides_random_weights(family: str, config_of: ConfigOf) -> None:
+    config = config_of(family)
+    torch.manual_seed(1)
+    one = weights(build(config, seed=5))
+    torch.manual_seed(2)
+    same = weights(build(config, seed=5))
+    other = weights(build(config, seed=6))
+    assert all(one[name].equal(same[name]) for name in one)
+    pretrained = family.endswith("pretrained")
+    assert all(one[name].equal(other[name]) for name in one) == pretrained
+
+
+def test_no_global_random_state_is_touched(family: str, config_of: ConfigOf) -> None:
+    config = config_of(family)
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
+    build(config, seed=11)
+    assert torch.get_rng_state().equal(before)
+    assert (np.random.get_state()[1] == before_numpy).all()
+
+
+def test_pretrained_weights_are_the_folders(folders: dict[str, Path], config_of: ConfigOf) -> None:
+    for name in ("gpt2", "mistral", "qwen2"):
+        found = weights(build(config_of(f"{name}-pretrained")))
+        saved = weights(AutoModelForCausalLM.from_pretrained(folders[name]))
+        assert found.keys() == saved.keys()
+        assert all(found[key].equal(saved[key]) for key in saved)
+
+
+def test_bf16_weights_are_read_as_fp32(folders: dict[str, Path], tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folders["qwen2"]).bfloat16().save_pretrained(tmp_path)
+    for init in ("pretrained", "random"):
+        model = build(ModelConfig.model_validate({"path": str(tmp_path), "init": init}))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_random_model_takes_the_datas_end_of_text(config_of: ConfigOf) -> None:
+    for family in ("llama", "mpt", "qwen2-random"):
+        model = build(config_of(family), eos_id=3)
+        assert model.config.eos_token_id == model.config.bos_token_id == 3
+        assert model.generation_config.eos_token_id == 3
+        assert model.get_input_embeddings().padding_idx is None
+
+
+def test_tied_weights_come_once(family: str, config_of: ConfigOf) -> None:
+    model = build(config_of(family))
+    named = trainable_parameters(model)
+    assert len({p.data_ptr() for p in named.values()}) == len(named)
+    tied = not family.startswith("mistral")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is embedding.weight) == tied
+    assert ("lm_head.weight" in named) == (not tied)
+
+
+def test_frozen_parameters_are_not_trainable(config_of: ConfigOf) -> None:
+    model = build(config_of("gpt2-random"))
+    model.transformer.wpe.weight.requires_grad_(False)
+    assert "transformer.wpe.weight" not in trainable_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "per_layer", "layers"),
+    [("llama", 7, 4), ("mpt", 4, 4), ("gpt2-random", 4, 2), ("mistral-random", 7, 2)],
+)
+def test_hidden_matrices_are_those_of_the_blocks(
+    family: str, per_layer: int, layers: int, config_of: ConfigOf
+) -> None:
+    model = build(config_of(family))
+    names = hidden_matrices(model)
+    named = trainable_parameters(model)
+    assert len(names) == per_layer * layers
+    assert all(named[name].ndim == 2 for name in names)
+    rest = {n for n, p in named.items() if p.ndim == 2} - set(names)
+    assert all(any(e in n for e in ("embed", "wte", "wpe", "lm_head")) for n in rest)
+    assert len(rest) == {"gpt2-random": 2, "mistral-random": 2}.get(family, 1)
+
+
+def test_the_fingerprint_is_of_names_and_shapes() -> None:
+    tiny = ModelConfig(preset="tiny")
+    one = model_fingerprint(build(tiny, seed=0))
+    assert one == model_fingerprint(build(tiny, seed=1)), "not of values"
+    assert one != model_fingerprint(build(tiny, vocab_size=VOCABULARY + 8))
+    assert one != model_fingerprint(build(ModelConfig(preset="tiny", family="mpt")))
+    assert len(one) == 64
+
+
+def test_a_smaller_vocabulary_than_the_datas_is_refused(config_of: ConfigOf) -> None:
+    config = config_of("qwen2-random")
+    with pytest.raises(VocabularyMismatchError, match="knows 320 tokens, the data 321"):
+        build(config, vocab_size=VOCABULARY + 1)
+    build(config, vocab_size=VOCABULARY - 20)
+
+
+def test_a_sequence_longer_than_the_model_is_refused(config_of: ConfigOf) -> None:
+    with pytest.raises(ModelError, match="33 exceeds the 32 positions"):
+        build(config_of("gpt2-random"), sequence_length=33)
+    for family in ("llama", "mpt"):
+        model = build(config_of(family), sequence_length=2100, vocab_size=300)
+        assert model(input_ids=torch.zeros(1, 2100, dtype=torch.int64)).logits.shape[1] == 2100
+
+
+def copy_of(folder: Path, tmp_path: Path, **config: Any) -> Path:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = copy / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    return copy
+
+
+def pretrained(folder: Path) -> ModelConfig:
+    return ModelConfig(path=str(folder), init="pretrained")
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        build(pretrained(tmp_path))
+
+
+def test_a_configuration_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json can't be read"):
+        build(pretrained(tmp_path))
+
+
+def test_a_configuration_without_a_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="model_type"):
+        build(pretrained(tmp_path))
+
+
+def test_an_unknown_model_type(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "perceptron9000"}')
+    with pytest.raises(ModelError, match="perceptron9000"):
+        build(pretrained(tmp_path))
+
+
+def test_values_that_can_not_be(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(folders["qwen2"], tmp_path, hidden_size="wide")
+    with pytest.raises(ModelError, match="can't be loaded"):
+        build(pretrained(folder))
+
+
+def test_a_model_that_is_not_a_causal_lm(tmp_path: Path) -> None:
+    T5Config(d_model=16, num_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="'t5', not a causal"):
+        build(ModelConfig(path=str(tmp_path)))
+
+
+def test_an_encoder_would_read_the_answer(tmp_path: Path) -> None:
+    BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="looks at later tokens"):
+        build(ModelConfig(path=str(tmp_path)))
+
+
+def test_a_model_that_wants_to_run_code(folders: dict[str, Path], tmp_path: Path) -> None:
+    auto = {"AutoModelForCausalLM": "evil.Model"}
+    folder = copy_of(folders["qwen2"], tmp_path, auto_map=auto)
+    with pytest.raises(ModelError, match="never runs"):
+        build(pretrained(folder))
+
+
+def test_a_quantised_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    quantised = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    folder = copy_of(folders["qwen2"], tmp_path, quantization_config=quantised)
+    with pytest.raises(ModelError, match="quantised"):
+        build(pretrained(folder))
+
+
+def test_cut_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(folders["qwen2"], tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ModelError, match="can't be loaded") as raised:
+        build(pretrained(folder))
+    assert "cut or damaged" in str(raised.value)
+
+
+def test_no_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(folders["qwen2"], tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="can't be loaded"):
+        build(pretrained(folder))
+    build(ModelConfig(path=str(folder)))
+
+
+def test_missing_weights_are_never_made_up(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(folders["mistral"], tmp_path, num_hidden_layers=3)
+    with pytest.raises(ModelError, match=r"no weights for \d+ tensors"):
+        build(pretrained(folder))
+
+
+def test_weights_of_another_shape(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(folders["qwen2"], tmp_path, intermediate_size=128)
+    with pytest.raises(ModelError, match="can't be loaded"):
+        build(pretrained(folder))
+
+
+def test_a_folder_that_is_not_there() -> None:
+    for path in ("./nowhere/model", "/nowhere/model", "~/no/model", "a/b/c"):
+        with pytest.raises(ModelError, match="does not exist"):
+            build(ModelConfig(path=path))
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").touch()
+    with pytest.raises(ModelError, match="is a file"):
+        build(ModelConfig(path=str(tmp_path / "model")))
+
+
+def test_a_hub_name_that_can_not_be_reached() -> None:
+    with pytest.raises(ModelError, match="nobody/nothing") as raised:
+        build(ModelConfig(path="nobody/nothing"))
+    assert "hub" in str(raised.value)
+
+
+def test_a_local_folder_never_asks_the_network(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in folders:
+        build(pretrained(folders[name]))
+
+
+def test_building_is_silent(
+    family: str, config_of: ConfigOf, capfd: pytest.CaptureFixture[str]
+) -> None:
+    build(config_of(family))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_tokenizer_of_a_local_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert tokenizer_file_of(str(folders["gpt2"])) is None
+    assert tokenizer_file_of("owner/name") is None
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert tokenizer_file_of(str(tmp_path)) == tmp_path / "tokenizer.json"

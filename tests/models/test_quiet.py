@@ -1,0 +1,35 @@
+"""quiet_transformers gives the library its voice back."""
+
+from __future__ import annotations
+
+import pytest
+from transformers.utils import logging
+
+from photon.models import quiet_transformers
+
+
+def test_everything_is_as_before_even_after_an_error() -> None:
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with pytest.raises(KeyError), quiet_transformers():
+        assert logging.get_verbosity() == logging.ERROR
+        assert not logging.is_progress_bar_enabled()
+        raise KeyError
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_errors_are_heard(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.get_logger("transformers.photon_test")
+    logging.enable_propagation()
+    try:
+        with quiet_transformers():
+            logger.warning("chatter")
+            logger.error("a fault")
+    finally:
+        logging.disable_propagation()
+    assert [record.message for record in caplog.records] == ["a fault"]
+
+
+def test_bars_may_stay_for_a_download() -> None:
+    before = logging.is_progress_bar_enabled()
+    with quiet_transformers(progress=True):
+        assert logging.is_progress_bar_enabled() == before
