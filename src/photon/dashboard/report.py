@@ -123,10 +123,10 @@ def headline(digest: RunDigest) -> str:
     rounds = wording.several(total, "round")
     if digest.state != "finished":
         rounds = f"{done} of {rounds}"
-    verb = "trained" if digest.state == "finished" else "have trained so far"
+    verb = "trained" if digest.state == "finished" else "have so far trained"
     if started.kind == "train" or len(started.silos) == 1:
         where = " centrally, on pooled text" if started.kind == "train" else " in one silo"
-        was = "was trained" if digest.state == "finished" else "has been trained so far"
+        was = "was trained" if digest.state == "finished" else "has so far been trained"
         steps = done * started.local_steps
         text = f"one model of {size} parameters {was}{where}, over {steps:,} optimizer steps"
     else:

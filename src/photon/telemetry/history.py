@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from photon.errors import RunNotFoundError
+from pydantic import ValidationError
+
+from photon.errors import RunError, RunNotFoundError
 from photon.telemetry.events import Event, RunFinished, RunStarted, parse_event
 
 E = TypeVar("E", bound=Event)
@@ -58,18 +60,27 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[Event]:
 
     Raises:
         RunNotFoundError: no such file.
+        RunError: a whole line that is not what its event should be.
     """
     path = Path(folder) / "events.jsonl"
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         raise RunNotFoundError(f"no run in {folder}: {path} does not exist") from None
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        event = parse_event(record) if isinstance(record, dict) else None
+        try:
+            event = parse_event(record) if isinstance(record, dict) else None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            raise RunError(
+                f"{path}, line {number}: event {record['event']!r} has no good "
+                f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}",
+                hint="it was written by another version of Photon, or changed by hand",
+            ) from error
         if event is not None:
             yield event
 

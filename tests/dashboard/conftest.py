@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 from photon.telemetry.events import (
     CheckpointSaved,
@@ -219,8 +222,39 @@ class Stream:
             eval_s=0.3,
         )
 
+    def resumed(self, stop_in: int) -> Iterator[Event]:
+        """Stopped in the middle of a round, then taken up from the checkpoint before it."""
+        yield self.started()
+        yield from self.evaluations(0)
+        for number in range(1, stop_in):
+            yield from self.round(number)
+        lost = copy.deepcopy(self)
+        cut = [e for e in lost.round(stop_in) if isinstance(e, RoundStarted | LocalProgress)]
+        yield from cut
+        yield self.stopped(stop_in)
+        yield self.started(resumed_from_round=stop_in - 1)
+        for number in range(stop_in, self.rounds + 1):
+            yield from self.round(number)
+        yield self.finished()
 
-def write_events(folder: Path, events: Iterator[Event] | Sequence[Event]) -> Path:
+
+@pytest.fixture
+def stream() -> type[Stream]:
+    """Makes event streams."""
+    return Stream
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes events into a run folder of their own."""
+
+    def write(events: Iterable[Event], name: str = "run") -> Path:
+        return write_events(tmp_path / name, events)
+
+    return write
+
+
+def write_events(folder: Path, events: Iterable[Event]) -> Path:
     """A run folder that holds these events."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
