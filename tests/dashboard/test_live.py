@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 
 import pytest
@@ -210,7 +211,7 @@ def test_rendering_is_rationed_over_time_and_at_most_five_a_second(stream):
             view.on_event(event)
     passed_s = clock.now_s - began_s
     assert passed_s > 200
-    gaps = [b - a for a, b in zip(drawn_at, drawn_at[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(drawn_at)]
     assert min(gaps) >= 0.2
     assert len(drawn_at) * 0.003 <= 0.004 * passed_s + 0.05 + 0.003
     assert len(drawn_at) > 0.8 * passed_s  # And yet the view moves.
@@ -268,7 +269,14 @@ def test_plain_lines_say_what_happened(stream):
     ]
 
 
-def test_the_console_decides_which_view():
+def test_the_console_decides_which_view(monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
     assert isinstance(progress_view(Console(force_terminal=True)), LiveView)
     assert isinstance(progress_view(Console(file=io.StringIO())), PlainView)
     assert progress_view() is not None
+    monkeypatch.setenv("FORCE_COLOR", "1")  # A log with colours is not a screen.
+    assert isinstance(progress_view(Console(file=io.StringIO())), PlainView)
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert isinstance(progress_view(Console(force_terminal=True)), PlainView)

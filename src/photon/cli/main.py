@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click import Context
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
@@ -20,7 +19,7 @@ from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
 class _Photon(TyperGroup):
     """Turns PhotonError into its message on stderr and its exit code, and Ctrl-C into 130."""
 
-    def invoke(self, ctx: Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> Any:
         console = Console(stderr=True)
         try:
             return super().invoke(ctx)

@@ -1,4 +1,4 @@
-"""run.toml: what the federation may dictate. Read by pydantic, unknown keys are errors; no torch."""
+"""run.toml: what the federation may dictate. Unknown keys are errors; no torch in here."""
 
 from photon.config.load import (
     load_run_config,

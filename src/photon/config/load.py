@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 import tomllib
@@ -13,6 +14,7 @@ from typing import Any
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from photon.config.run import RunConfig
 from photon.errors import (
@@ -38,7 +40,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors on Windows write a BOM
     except FileNotFoundError:
         raise ConfigError(
             f"no run file at {file}", hint="Start from one of the files in recipes/."
@@ -56,7 +58,7 @@ def parse_run_config(
     tree: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "run config"
 ) -> RunConfig:
     """Validate a run config given as nested dicts; raises as `load_run_config`."""
-    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    tree = copy.deepcopy(tree)
     for override in overrides:
         _assign(tree, override)
     _refuse_unknown_keys(tree, RunConfig, "", source)
@@ -93,15 +95,22 @@ def _assign(tree: dict[str, Any], override: str) -> None:
             raise UnknownKeyError(
                 f"override {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a table"
             )
-    here[parts[-1]] = _toml_value(literal.strip())
+    here[parts[-1]] = _toml_value(literal.strip(), _takes_text(parts))
 
 
-def _toml_value(literal: str) -> Any:
-    # Shells eat quotes, so what does not read as TOML is taken as a string.
+def _toml_value(literal: str, text: bool) -> Any:
+    # Shells eat quotes, so what does not read as TOML is taken as a string; so is run.name=2026,
+    # as nothing but a string can be meant there.
     try:
-        return tomllib.loads(f"value = {literal}")["value"]
+        value = tomllib.loads(f"value = {literal}")["value"]
     except tomllib.TOMLDecodeError:
         return literal
+    return literal if text and not isinstance(value, str) else value
+
+
+def _takes_text(parts: list[str]) -> bool:
+    field = _field_of(parts)
+    return field is not None and str in _options_of(field.annotation)
 
 
 def _refuse_unknown_keys(
@@ -125,31 +134,42 @@ def _refuse_unknown_keys(
 
 def _suggestion(key: str, prefix: str, model: type[BaseModel]) -> str:
     here = list(model.model_fields)
+    elsewhere = [
+        f"{section}.{key}"
+        for section, field in RunConfig.model_fields.items()
+        if (table := _section_of(field.annotation)) is not None and key in table.model_fields
+    ]
+    if elsewhere:
+        return f"{key} belongs to another table: {' or '.join(elsewhere)}."
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
     if near:
         return f"Did you mean {prefix}{near[0]}?"
-    everywhere = {
-        name: f"{section}.{name}"
-        for section, field in RunConfig.model_fields.items()
-        if (table := _section_of(field.annotation)) is not None
-        for name in table.model_fields
-    }
-    if key in everywhere:
-        return f"{key} belongs to another table: {everywhere[key]}."
     place = f"[{prefix.rstrip('.')}]" if prefix else "a run file"
     return f"Valid keys of {place}: {', '.join(sorted(here))}."
 
 
+def _options_of(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    options = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        else (annotation,)
-    )
-    for option in options:
+    for option in _options_of(annotation):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option
     return None
+
+
+def _field_of(parts: Sequence[str]) -> FieldInfo | None:
+    model: type[BaseModel] | None = RunConfig
+    field = None
+    for part in parts:
+        field = model.model_fields.get(part) if model is not None else None
+        if field is None:
+            return None
+        model = _section_of(field.annotation)
+    return field
 
 
 def _translated(error: ValidationError, source: str) -> ConfigError:
@@ -171,11 +191,10 @@ def _translated(error: ValidationError, source: str) -> ConfigError:
 
 
 def _describe(dotted: str) -> str | None:
-    model: type[BaseModel] = RunConfig
-    field = None
-    for part in dotted.split("."):
-        field = model.model_fields.get(part)
-        if field is None:
-            return None
-        model = _section_of(field.annotation) or model
-    return f"{dotted}: {field.description}" if field is not None and field.description else None
+    parts = dotted.split(".")
+    field = _field_of(parts[:2])  # what stands inside data.mixture is described with it
+    if field is None:
+        return None
+    if _section_of(field.annotation) is not None:
+        return f"Add a table [{dotted}]; docs/configuration.md starts with an example."
+    return f"{'.'.join(parts[:2])}: {field.description}"

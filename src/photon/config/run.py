@@ -20,9 +20,12 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    """A table of run.toml: frozen, and a key it does not know is an error."""
+    """A table of run.toml: frozen, and a key it does not know is an error.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    Strict: `rounds = true` or `rounds = "3"` is a mistake, not 1 or 3.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class RunSection(Section):

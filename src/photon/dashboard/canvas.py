@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -26,6 +27,15 @@ _RC: dict[Any, Any] = {
     "font.size": 9.0,
     "path.simplify": True,
 }
+
+
+@contextlib.contextmanager
+def drawing_style() -> Iterator[None]:
+    """Draw within it: matplotlib's own defaults and ours, whatever a matplotlibrc says."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_RC)
+        yield
 
 
 def new_axes(size: tuple[float, float], *, right: float = 0.0) -> tuple[Figure, Axes]:
@@ -158,7 +168,7 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
         description: what a screen reader says; plain text.
     """
     buffer = io.StringIO()
-    with mpl.rc_context({**_RC, "svg.hashsalt": f"photon-{prefix}"}), warnings.catch_warnings():
+    with mpl.rc_context({"svg.hashsalt": f"photon-{prefix}"}), warnings.catch_warnings():
         # A silo may be called anything; the browser has glyphs that matplotlib's font lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -175,7 +185,7 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
     label = _attribute(description)
     head = f'<svg viewBox="{box}" role="img" aria-label="{label}" class="figure">'
     svg = head + svg[svg.index(">") + 1 :]
-    svg = re.sub(r"font: (?:(bold) )?([\d.]+)px [^;\"]*", _font, svg)
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # The page's own font.
     return themed(svg).strip()
 
 
@@ -184,11 +194,6 @@ def themed(svg: str) -> str:
     for name, colour in palette.variables(dark=False).items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg
-
-
-def _font(match: re.Match[str]) -> str:
-    weight = f"font-weight: {match.group(1)}; " if match.group(1) else ""
-    return f"{weight}font-size: {match.group(2)}px"
 
 
 def _attribute(text: str) -> str:

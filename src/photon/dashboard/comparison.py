@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,16 +56,19 @@ class ComparisonRow:
 def gap(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> float | None:
     """Perplexity over the federated run's, less one: + is worse. None for that run itself."""
     federated = next((other for other in rows if other.federated), None)
-    if federated is None or row.federated or not row.perplexity or not federated.perplexity:
+    if federated is None or row.federated:
         return None
-    return row.perplexity / federated.perplexity - 1
+    ours, theirs = federated.perplexity, row.perplexity
+    if not ours or not theirs or not math.isfinite(ours) or not math.isfinite(theirs):
+        return None
+    return theirs / ours - 1
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     """A table for the terminal; the gap is perplexity against the federated row, + is worse."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("run", overflow="ellipsis", no_wrap=True)
-    for title in ("tokens", "perplexity", "bits per byte", "vs federated", "time"):
+    table.add_column("run", overflow="fold")  # Alone in giving way: no number is ever cut.
+    for title in ("tokens", "perplexity", "bits/byte", "vs federated", "time"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         difference = gap(row, rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from photon.telemetry import Event, RunHistory, read_events, read_history
+from photon.telemetry import Event, RunHistory, read_events
 from photon.telemetry.events import (
     Evaluated,
     LocalFinished,
@@ -100,6 +100,9 @@ class RunDigest:
     evaluations: list[EvaluationPoint]
     incidents: list[Incident]
     tasks: int
+    tokens: int
+    bytes_up: int
+    bytes_down: int
     wall_s: float
     setup_eval_s: float
     superseded: int
@@ -107,18 +110,6 @@ class RunDigest:
     @property
     def rounds_done(self) -> int:
         return self.rounds[-1].round if self.rounds else 0
-
-    @property
-    def tokens(self) -> int:
-        return sum(cost.tokens for cost in self.rounds)
-
-    @property
-    def bytes_up(self) -> int:
-        return sum(cost.bytes_up for cost in self.rounds)
-
-    @property
-    def bytes_down(self) -> int:
-        return sum(cost.bytes_down for cost in self.rounds)
 
     @property
     def first(self) -> EvaluationPoint | None:
@@ -164,9 +155,9 @@ def read_digest(folder: Path) -> RunDigest:
     Raises:
         RunNotFoundError: no events.jsonl, or none of its lines starts a run.
     """
-    history = read_history(folder)
-    started = history.started
     raw = list(read_events(folder))
+    history = RunHistory.of_events(folder, raw)
+    started = history.started
     state, stop = _state(raw)
     before = _tokens_before(history)
     silos = _silos(history, before)
@@ -178,6 +169,9 @@ def read_digest(folder: Path) -> RunDigest:
         target[:] = [old for old in target if old.round != point.round]
         target.append(point)
     rounds, drawn = _rounds(history), _once(history.of(RoundStarted))
+    # Totals are the aggregator's own: they hold even where a kill cost one round's last line.
+    closed = history.of(RoundFinished)[-1:]
+    done = closed[0].round if closed else 0
     return RunDigest(
         folder=folder,
         started=started,
@@ -187,7 +181,10 @@ def read_digest(folder: Path) -> RunDigest:
         silos=silos,
         evaluations=points,
         incidents=_incidents(raw),
-        tasks=sum(len(drawn[cost.round].participants) for cost in rounds if cost.round in drawn),
+        tasks=sum(len(event.participants) for event in drawn.values() if event.round <= done),
+        tokens=closed[0].total_tokens if closed else 0,
+        bytes_up=closed[0].total_bytes_up if closed else 0,
+        bytes_down=closed[0].total_bytes_down if closed else 0,
         wall_s=max((event.time_s for event in history.events), default=0.0),
         setup_eval_s=sum(event.eval_s for event in history.of(Evaluated) if event.round == 0),
         superseded=history.superseded,

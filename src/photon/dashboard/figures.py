@@ -16,6 +16,7 @@ from photon.dashboard.canvas import (
     HALF,
     WIDE,
     count_ticks,
+    drawing_style,
     label_ends,
     name_axes,
     new_axes,
@@ -44,30 +45,32 @@ class Drawing:
 
 def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Drawing]:
     """Every figure that has something to show, in the page's order."""
-    drawings = [
-        loss_against_tokens(digest),
-        comparison(digest, compare),
-        silo_perplexity(digest),
-        time_per_round(digest),
-        bytes_per_round(digest),
-        throughput(digest),
-    ]
+    with drawing_style():
+        drawings = [
+            loss_against_tokens(digest),
+            comparison(digest, compare),
+            silo_perplexity(digest),
+            time_per_round(digest),
+            bytes_per_round(digest),
+            throughput(digest),
+        ]
     return [drawing for drawing in drawings if drawing is not None]
 
 
 def loss_against_tokens(digest: RunDigest) -> Drawing | None:
     """Training loss of each silo, thin, and the global model's held-out loss, thick."""
-    trained = [silo for silo in digest.silos.values() if silo.training]
+    curves = {name: _thin_out(silo.training) for name, silo in digest.silos.items()}
+    curves = {name: curve for name, curve in curves.items() if curve}
     points = finite(digest.evaluations)
-    if not trained and not points:
+    if not curves and not points:
         return None
-    named = len(trained) <= palette.MOST_NAMED
+    named = len(curves) <= palette.MOST_NAMED
     figure, axes = new_axes(WIDE, right=0.15)
     ends: list[tuple[float, float, str, str]] = []
     order = list(digest.silos)
-    for silo in trained:
-        colour, dash = palette.silo_style(order.index(silo.name))
-        xs, ys = zip(*_thin_out(silo.training), strict=True)
+    for name, curve in curves.items():
+        colour, dash = palette.silo_style(order.index(name))
+        xs, ys = zip(*curve, strict=True)
         axes.plot(
             xs,
             ys,
@@ -77,7 +80,7 @@ def loss_against_tokens(digest: RunDigest) -> Drawing | None:
             alpha=0.75 if named else 0.35,
         )
         if named:
-            ends.append((xs[-1], ys[-1], silo.name, colour))
+            ends.append((xs[-1], ys[-1], name, colour))
     if points:
         _plot_evaluations(axes, points, palette.INK, width=2.4)
         ends.append((points[-1].tokens, points[-1].loss, _GLOBAL, palette.INK))
@@ -85,7 +88,7 @@ def loss_against_tokens(digest: RunDigest) -> Drawing | None:
     name_axes(axes, "tokens trained on, all silos together", "loss (nats per token)")
     axes.margins(x=0.01)
     label_ends(axes, ends, bold=_GLOBAL)
-    who = "each silo's training loss" if named else f"the training loss of {len(trained)} silos"
+    who = "each silo's training loss" if named else f"the training loss of {len(curves)} silos"
     caption = (
         f"Thin lines: {who}. Thick line: loss of the merged model on shared held-out text; "
         "this is the one that counts."
@@ -160,9 +163,13 @@ def _heat_strip(lines: Mapping[str, list[EvaluationPoint]]) -> Drawing:
     for i, (_, points) in enumerate(rows):
         values = {point.round: point.perplexity for point in points}
         grid[i] = [values.get(number, np.nan) for number in rounds]
-    low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
+    # Before training all silos are far off alike; that column would eat the scale.
+    judged = grid[:, 1:] if len(rounds) > 3 and np.isfinite(grid[:, 1:]).any() else grid
+    low, high = float(np.nanmin(grid)), float(np.nanmax(judged))
+    clipped = float(np.nanmax(grid)) > high
     figure, axes = new_axes(HALF, right=0.2)
     axes.grid(visible=False)
+    high = max(high, low)
     norm = LogNorm(low, high) if low > 0 and high / low > 10 else Normalize(low, high)
     colours = LinearSegmentedColormap.from_list("photon", palette.HEAT)
     columns = np.arange(len(rounds) + 1) - 0.5
@@ -183,7 +190,9 @@ def _heat_strip(lines: Mapping[str, list[EvaluationPoint]]) -> Drawing:
     beside.tick_params(colors=palette.MUTED, length=0, labelsize=8.5, which="both")
     ticks = [low, (low * high) ** 0.5, high] if low > 0 else [low, high]
     beside.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
-    scale.set_ticks(ticks, labels=[wording.perplexity(t) for t in ticks])
+    labels = [wording.perplexity(tick) for tick in ticks]
+    labels[-1] = f"≥ {labels[-1]}" if clipped else labels[-1]
+    scale.set_ticks(ticks, labels=labels)
     best, worst = rows[0], rows[-1]
     caption = (
         f"Perplexity of the merged model on each silo's own held-out text, one row per silo. "
@@ -330,8 +339,6 @@ def _bar_width(xs: Sequence[int]) -> float:
 def _thin_out(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
     """At most so many points, as means of neighbours: a page stays small after a long run."""
     points = [point for point in points if math.isfinite(point[1])]
-    if not points:
-        return [(float("nan"), float("nan"))]
-    group = -(-len(points) // most)
+    group = max(1, -(-len(points) // most))
     chunks = [points[i : i + group] for i in range(0, len(points), group)]
     return [(c[-1][0], sum(loss for _, loss in c) / len(c)) for c in chunks]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -36,7 +38,9 @@ def progress_view(console: Console | None = None) -> Listener:
     """The live view on a terminal, plain lines in a pipe or CI. Standard error by default."""
     if console is None:
         console = Console(stderr=True)
-    return LiveView(console) if console.is_terminal else PlainView(console)
+    # CI systems set FORCE_COLOR to have colours in logs, which makes rich believe in a terminal.
+    real = console.file.isatty() or not os.environ.get("FORCE_COLOR")
+    return LiveView(console) if console.is_interactive and real else PlainView(console)
 
 
 class LiveView:
@@ -66,20 +70,24 @@ class LiveView:
         self.progress.fold(event)
         if self._gone:
             return
-        if self._live is None:
-            self._start()
-            self._draw()
-        elif self._may_draw(isinstance(event, _MILESTONES)):
-            self._draw()
+        try:
+            if self._live is None:
+                self._start()
+                self._draw()
+            elif self._may_draw(isinstance(event, _MILESTONES)):
+                self._draw()
+        except OSError:
+            # The terminal is gone (a dropped connection). Training goes on without an audience.
+            self._gone = True
+            self.close()
 
     def close(self) -> None:
         """Draws the last frame and leaves it on the screen; closing twice does no harm."""
         live, self._live = self._live, None
         if live is None:
             return
-        self._drawn_s = self._clock()
-        live.update(Frame(self.progress))
-        live.stop()
+        with contextlib.suppress(OSError):
+            live.stop()  # Draws once more.
 
     def _start(self) -> None:
         # A redirected standard output (--json > file) must not end up in the view's console.
@@ -105,12 +113,7 @@ class LiveView:
         if self._live is None:
             return
         begin_s = self._clock()
-        try:
-            self._live.refresh()
-        except OSError:
-            # The terminal is gone (a dropped connection). Training goes on without an audience.
-            self._gone, self._live = True, None
-            return
+        self._live.refresh()
         self._drawn_s = self._clock()
         self._savings_s -= self._drawn_s - begin_s
         self.frames += 1

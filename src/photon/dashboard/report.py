@@ -147,12 +147,13 @@ def _outcome(first: EvaluationPoint | None, last: EvaluationPoint | None) -> str
     if first is last:
         return f"{subject} is {now}"
     before = wording.perplexity(first.perplexity)
+    since = f" after round {first.round}" if first.round else ""
     if not math.isfinite(first.perplexity):
-        return f"{subject} went from {before} to {now}"
+        return f"{subject} went from {before}{since} to {now}"
     if before == now:
         return f"{subject} stayed at {now}"
     verb = "fell" if last.perplexity < first.perplexity else "rose"
-    return f"{subject} {verb} from {before} to {now}"
+    return f"{subject} {verb} from {before}{since} to {now}"
 
 
 def notice(digest: RunDigest) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,19 @@ class RunHistory:
     folder: Path
     events: list[Event] = field(default_factory=list)
     superseded: int = 0
+
+    @classmethod
+    def of_events(cls, folder: Path, events: Iterable[Event]) -> RunHistory:
+        """Takes events as written and leaves out those of rounds that a later resume ran again."""
+        kept: list[Event] = []
+        superseded = 0
+        for event in events:
+            if isinstance(event, RunStarted) and event.resumed_from_round is not None:
+                before = len(kept)
+                kept = [old for old in kept if getattr(old, "round", 0) <= event.resumed_from_round]
+                superseded += before - len(kept)
+            kept.append(event)
+        return cls(folder, kept, superseded)
 
     def of(self, kind: type[E]) -> list[E]:
         """All events of one kind, in order."""
@@ -87,12 +100,4 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[Event]:
 
 def read_history(folder: str | os.PathLike[str]) -> RunHistory:
     """A run's events without the rounds that a later resume ran again."""
-    kept: list[Event] = []
-    superseded = 0
-    for event in read_events(folder):
-        if isinstance(event, RunStarted) and event.resumed_from_round is not None:
-            before = len(kept)
-            kept = [old for old in kept if getattr(old, "round", 0) <= event.resumed_from_round]
-            superseded += before - len(kept)
-        kept.append(event)
-    return RunHistory(Path(folder), kept, superseded)
+    return RunHistory.of_events(Path(folder), read_events(folder))

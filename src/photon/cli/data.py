@@ -1,0 +1,242 @@
+"""`photon data`: text in, tokenised silos out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from photon.data import PreparedData, PrepareOptions, open_data, prepare
+from photon.data.shards import HELD_OUT, TRAIN
+from photon.errors import DataError
+
+data_app = typer.Typer(
+    help="Prepare text for training, and look at what is prepared.", no_args_is_help=True
+)
+
+_HOW = "How to make silos (one of these)"
+_TEXT = "What to read"
+_TOKENS = "Tokenizer"
+_SPLIT = "Held-out text"
+
+
+@data_app.command("prepare")
+def prepare_command(
+    input_: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            metavar="PATH_OR_NAME",
+            help="Text file, JSONL (.gz, .zst), parquet, a folder of these, a saved Hugging Face "
+            "dataset, or hf:NAME[:SPLIT] for one on the hub.",
+            rich_help_panel=_TEXT,
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to make.")],
+    silo_field: Annotated[
+        str | None,
+        typer.Option(help="One silo per value of this field.", rich_help_panel=_HOW),
+    ] = None,
+    iid: Annotated[
+        int | None, typer.Option(help="N silos, documents at random.", rich_help_panel=_HOW)
+    ] = None,
+    dirichlet: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N:ALPHA",
+            help="N silos with label skew; see --label-field.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    contiguous: Annotated[
+        int | None, typer.Option(help="N consecutive slices.", rich_help_panel=_HOW)
+    ] = None,
+    silo_folders: Annotated[
+        bool,
+        typer.Option(
+            "--silo-folders", help="One silo per first-level folder.", rich_help_panel=_HOW
+        ),
+    ] = False,
+    partitioner: Annotated[
+        str | None, typer.Option(help="One that a plugin registered.", rich_help_panel=_HOW)
+    ] = None,
+    partitioner_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="For --partitioner. Repeatable.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    label_field: Annotated[
+        str, typer.Option(help="Whose values --dirichlet skews.", rich_help_panel=_HOW)
+    ] = "file",
+    min_documents: Annotated[
+        int,
+        typer.Option(help="Fold silos with fewer documents into 'other'.", rich_help_panel=_HOW),
+    ] = 1,
+    text_key: Annotated[
+        str,
+        typer.Option(help="Key of the text in JSONL, parquet, datasets.", rich_help_panel=_TEXT),
+    ] = "text",
+    metadata: Annotated[
+        Path | None,
+        typer.Option(help="CSV joined to text files by file stem.", rich_help_panel=_TEXT),
+    ] = None,
+    metadata_key: Annotated[
+        str | None, typer.Option(help="Its column of stems; the first.", rich_help_panel=_TEXT)
+    ] = None,
+    source_field: Annotated[
+        str | None,
+        typer.Option(help="Several sources inside a silo, for mixtures.", rich_help_panel=_TEXT),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="tokenizer.json or folder; else one is trained.", rich_help_panel=_TOKENS
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int, typer.Option(help="Of the tokenizer that is trained.", rich_help_panel=_TOKENS)
+    ] = 4096,
+    train_bytes: Annotated[
+        int, typer.Option(help="Most text it is trained on.", rich_help_panel=_TOKENS)
+    ] = 50_000_000,
+    eos: Annotated[
+        str | None, typer.Option(help="Its end-of-text token.", rich_help_panel=_TOKENS)
+    ] = None,
+    global_fraction: Annotated[
+        float, typer.Option(help="Of documents, for the global set.", rich_help_panel=_SPLIT)
+    ] = 0.03,
+    silo_fraction: Annotated[
+        float, typer.Option(help="Of documents, for each silo's own.", rich_help_panel=_SPLIT)
+    ] = 0.03,
+    seed: Annotated[int, typer.Option(help="Of splits and random silos.")] = 0,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard file.")] = 2**26,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Turn text into tokenised, hashed shards: DIR/silos/NAME, DIR/held_out, DIR/manifest.json.
+
+    Example: `photon data prepare --input speeches/ --metadata speeches.csv --silo-field party
+    --out data/speeches`
+
+    The held-out documents are chosen by a hash of their text, so they are the same however the
+    documents are cut into silos. Nothing is fetched unless --input says hf:NAME.
+    """
+    options = PrepareOptions(
+        input=input_,
+        out=out,
+        text_key=text_key,
+        metadata=metadata,
+        metadata_key=metadata_key,
+        silo_field=silo_field,
+        iid=iid,
+        dirichlet=_count_and_alpha(dirichlet) if dirichlet is not None else None,
+        contiguous=contiguous,
+        silo_folders=silo_folders,
+        partitioner=partitioner,
+        partitioner_options=dict(_pair(option) for option in partitioner_option or []),
+        label_field=label_field,
+        min_documents=min_documents,
+        source_field=source_field,
+        tokenizer=tokenizer,
+        eos=eos,
+        vocab_size=vocab_size,
+        train_bytes=train_bytes,
+        global_fraction=global_fraction,
+        silo_fraction=silo_fraction,
+        shard_tokens=shard_tokens,
+        seed=seed,
+        overwrite=overwrite,
+    )
+    with progress_bar(Console(stderr=True)) as report:
+        data = prepare(options, report)
+    _show(data, as_json)
+
+
+@data_app.command("show")
+def show_command(
+    folder: Annotated[Path, typer.Argument(help="Folder made by `photon data prepare`.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every hash and token.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """What a prepared folder holds. Example: `photon data show data/speeches --verify`"""
+    data = open_data(folder)
+    if verify:
+        with progress_bar(Console(stderr=True)) as report:
+            data.verify(lambda done, total: report("verifying", done, total))
+    _show(data, as_json)
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for (stage, done, total); total 0 only counts."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None, amount="")
+
+        def report(stage: str, done: int, total: int) -> None:
+            amount = f"{done:,}" + (f" of {total:,}" if total else "")
+            progress.update(
+                task, description=stage, completed=done, total=total or None, amount=amount
+            )
+
+        yield report
+
+
+def _count_and_alpha(text: str) -> tuple[int, float]:
+    count, colon, alpha = text.partition(":")
+    try:
+        return int(count), float(alpha if colon else 0.5)
+    except ValueError:
+        raise DataError(f"--dirichlet {text!r} is not N:ALPHA, for example 4:0.5") from None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise DataError(f"--partitioner-option {text!r} is not KEY=VALUE")
+    return key, value
+
+
+def _show(data: PreparedData, as_json: bool) -> None:
+    sets = {**data.silos, "(global held-out)": data.held_out}
+    rows = {
+        name: {
+            "documents": text_set.count(TRAIN, "documents"),
+            "tokens": text_set.train_tokens,
+            "held_out_documents": text_set.count(HELD_OUT, "documents"),
+            "held_out_tokens": text_set.count(HELD_OUT, "tokens"),
+            "bytes": text_set.count(TRAIN, "bytes") + text_set.count(HELD_OUT, "bytes"),
+        }
+        for name, text_set in sets.items()
+    }
+    if as_json:
+        record = {
+            "path": str(data.path),
+            "sha256": data.sha256,
+            "vocab_size": data.vocab_size,
+            "silos": {name: row for name, row in rows.items() if name in data.silos},
+            "held_out": rows["(global held-out)"],
+        }
+        typer.echo(json.dumps(record, indent=1))
+        return
+    table = Table("silo", title=f"{data.path}", title_justify="left")
+    for heading in ("documents", "tokens", "held-out documents", "held-out tokens", "text MB"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        *counts, size = row.values()
+        table.add_row(name, *(f"{count:,}" for count in counts), f"{size / 1e6:.2f}")
+    Console().print(table)

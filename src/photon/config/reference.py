@@ -1,0 +1,131 @@
+"""Writes docs/configuration.md from the models; `make docs` runs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from photon.config.run import RunConfig
+
+_INTRODUCTION = """\
+# run.toml, key by key
+
+A run file says what the federation does. Only a model and a data folder must be named; everything
+else has a default. The smallest run file, annotated:
+
+```toml
+[model]
+preset = "tiny"        # a shape; or path = "a Hugging Face folder"
+
+[data]
+path = "data/demo"     # made by `photon data prepare`
+```
+
+Any key can be set on the command line, as often as needed:
+
+    photon simulate run.toml --set local.steps=64 --set outer.name=nesterov --set outer.lr=0.7
+
+What stands after `=` is read as TOML (`true`, `64`, `1e-3`, `"a string"`); what is not TOML, and
+whatever is given for a key that takes text, is read as the text itself.
+
+- A key nobody reads is an error (exit code 11) that names the nearest valid one.
+- A value of the wrong type or out of bounds is an error (12), and `"3"` is no number.
+- Values that can't work together are an error when the file is read (13), not at round 40.
+- Run folders keep the resolved file, every default written out: what ran is what is there.
+
+This page is written by `make docs` from the models in `src/photon/config/run.py`.
+"""
+
+_BOUNDS = (
+    ("minimum", ">= {}"),
+    ("exclusiveMinimum", "> {}"),
+    ("maximum", "<= {}"),
+    ("exclusiveMaximum", "< {}"),
+    ("pattern", "matches `{}`"),
+)
+
+
+def reference_page() -> str:
+    """docs/configuration.md: a section for each table of run.toml, a row for each key."""
+    schema = RunConfig.model_json_schema()
+    parts = [_INTRODUCTION]
+    for section, table in schema["properties"].items():
+        parts.append(_section(section, schema["$defs"][table["$ref"].rsplit("/", 1)[1]]))
+    return "\n".join(parts)
+
+
+def _section(name: str, schema: dict[str, Any]) -> str:
+    about = schema["description"].splitlines()[0].removeprefix(f"[{name}]: ")
+    required = schema.get("required", ())
+    lines = [
+        f"## [{name}]",
+        "",
+        about[0].upper() + about[1:],
+        "",
+        "| key | type | default | allowed | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for key, field in schema["properties"].items():
+        cells = (
+            f"`{key}`",
+            _type_of(field),
+            "**required**" if key in required else _default_of(field),
+            _bounds_of(field),
+            field["description"],
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _value_schema(field: dict[str, Any]) -> dict[str, Any]:
+    # A key that may be absent is {"anyOf": [what it holds, {"type": "null"}]}.
+    options = [option for option in field.get("anyOf", ()) if option.get("type") != "null"]
+    return options[0] if options else field
+
+
+def _type_of(field: dict[str, Any]) -> str:
+    value = _value_schema(field)
+    if value["type"] != "object":
+        return value["type"]
+    inside = value.get("additionalProperties")
+    return f"table of {inside['type']}s" if isinstance(inside, dict) else "table"
+
+
+def _default_of(field: dict[str, Any]) -> str:
+    if "default" not in field:
+        return "`{}`"  # the only defaults a schema leaves out are empty tables
+    if field["default"] is None:
+        return "not set"
+    literal = tomli_w.dumps({"v": field["default"]}).removeprefix("v = ").strip()
+    return f"`{literal}`"
+
+
+def _bounds_of(field: dict[str, Any]) -> str:
+    value = _value_schema(field)
+    if "enum" in value:
+        return ", ".join(f"`{choice}`" for choice in value["enum"])
+    inside = value.get("additionalProperties")
+    bounded = inside if isinstance(inside, dict) else value
+    bounds = [text.format(bounded[key]) for key, text in _BOUNDS if key in bounded]
+    return ", ".join(bounds) or "any"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the page, or with `--write PATH` write it there."""
+    match list(arguments):
+        case []:
+            sys.stdout.write(reference_page())
+        case ["--write", path]:
+            Path(path).write_text(reference_page(), encoding="utf-8")
+        case _:
+            sys.stderr.write("usage: python -m photon.config.reference [--write PATH]\n")
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""Every `photon ...` line in the pages names a real command with real options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from photon.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+#: Design pages may speak of commands that later versions bring; these speak of this one.
+PROMISES = [page for page in PAGES if page.name not in {"ARCHITECTURE.md", "LAB.md"}]
+
+
+def commands_in(text: str) -> list[str]:
+    """Command lines in code blocks and in `inline code`, with continuation lines joined."""
+    text = text.replace("\\\n", " ")
+    blocks = re.findall(r"^(?: {4}|\$ )?\s*(?:\.venv/bin/)?(photon [a-z].*)$", text, re.MULTILINE)
+    inline = re.findall(r"`(photon [a-z][^`]*)`", text)
+    prose = re.compile(r"^photon [a-z]+ [a-z]+ [a-z]+ [a-z]+")  # a wrapped sentence, not a command
+    return [line for line in [*blocks, *inline] if not prose.match(line)]
+
+
+def wrong_with(line: str) -> str | None:
+    """What is not there: the command or the option that a command line names."""
+    words = shlex.split(line, comments=True)[1:]
+    command: Any = get_command(app)
+    while hasattr(command, "commands") and words and re.match(r"[a-z]", words[0]):
+        if words[0] not in command.commands:
+            return f"no command {words[0]!r}"
+        command = command.commands[words.pop(0)]
+    known = {"--help", "-h"}
+    for parameter in command.params:
+        known |= {*parameter.opts, *parameter.secondary_opts}
+    unknown = [
+        word
+        for word in words
+        if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known
+    ]
+    return f"no option {unknown[0]!r}" if unknown else None
+
+
+@pytest.mark.parametrize("page", PROMISES, ids=lambda page: page.name)
+def test_documented_commands_exist(page: Path) -> None:
+    for line in commands_in(page.read_text(encoding="utf-8")):
+        assert wrong_with(line) is None, f"{page.name}: `{line}`"
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(commands_in((ROOT / "README.md").read_text(encoding="utf-8"))) >= 8
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("photon simulate run.toml --set local.steps=3", None),
+        ("photon simulat run.toml", "no command 'simulat'"),
+        ("photon simulate run.toml --sets a=1", "no option '--sets'"),
+        ("photon data prepar", "no command 'prepar'"),
+    ],
+)
+def test_what_is_not_there_is_found(line: str, problem: str | None) -> None:
+    assert wrong_with(line) == problem
+
+
+def test_every_command_shows_an_example_in_its_help() -> None:
+    def leaves(command: Any, path: str) -> list[tuple[str, Any]]:
+        if not hasattr(command, "commands"):
+            return [(path, command)]
+        found: list[tuple[str, Any]] = []
+        for name, child in command.commands.items():
+            found += leaves(child, f"{path} {name}")
+        return found
+
+    for path, command in leaves(get_command(app), "photon"):
+        if path != "photon version":
+            assert f"`{path}" in (command.help or ""), f"{path} --help has no example"
+        for line in commands_in(command.help or ""):
+            assert wrong_with(line) is None, f"{path} --help: `{line}`"

@@ -1,0 +1,52 @@
+"""The wheel holds the package whole: types, templates, recipes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel"],
+        cwd=source,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (built,) = (source / "dist").glob("*.whl")
+    return zipfile.ZipFile(built)
+
+
+def test_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> None:
+    package = ROOT / "src" / "photon"
+    wanted = {
+        str(path.relative_to(ROOT / "src"))
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    held = set(wheel.namelist())
+    assert wanted - held == set()
+    assert "photon/py.typed" in held
+
+
+def test_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
+    texts = {
+        Path(name).name: wheel.read(name).decode()
+        for name in wheel.namelist()
+        if ".dist-info/" in name
+    }
+    assert "photon = photon.cli.main:main" in texts["entry_points.txt"]
+    assert "Apache License" in texts["LICENSE"]

@@ -1,0 +1,66 @@
+"""The schema: every event survives the file, and units stand in names."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from photon.telemetry import EVENTS, parse_event
+from photon.telemetry.events import Event, RunFinished, RunStopped, UpdateDropped, WorkerLost
+
+
+@pytest.fixture
+def one_of_each(begin, one_round):
+    found = {type(event): event for event in one_round(1)}
+    found |= {
+        type(event): event
+        for event in (
+            begin(resumed_from_round=3),
+            UpdateDropped(round=1, silo="north", reason="not finite"),
+            WorkerLost(round=1, silo="north", worker=2, reason="exit code -9"),
+            RunFinished(summary={"perplexity": 12.5, "nested": {"a": [1, 2]}}),
+            RunStopped(round=2, reason="interrupted"),
+        )
+    }
+    return found
+
+
+def test_every_event_has_a_name_and_survives_json(one_of_each):
+    assert set(one_of_each) == set(EVENTS.values())
+    for event in one_of_each.values():
+        record = {"event": event.name, **event.model_dump(mode="json")}
+        assert parse_event(json.loads(json.dumps(record))) == event
+
+
+def test_names_are_the_snake_case_of_their_class():
+    for name, kind in EVENTS.items():
+        assert name == re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower()
+
+
+def test_numbers_that_are_none_survive_json(evaluation):
+    event = evaluation(1, math.inf)
+    back = parse_event(json.loads(json.dumps({"event": event.name, **event.model_dump()})))
+    assert math.isinf(back.perplexity)
+
+
+def test_a_newer_version_may_say_more(evaluation):
+    record = {"event": "evaluated", **evaluation(1, 2.0).model_dump(), "from_the_future": 1}
+    assert parse_event(record) == evaluation(1, 2.0)
+    assert parse_event({"event": "from_the_future"}) is None
+    assert parse_event({}) is None
+
+
+def test_events_are_frozen(evaluation):
+    with pytest.raises(ValidationError):
+        evaluation(1, 2.0).loss = 3.0
+
+
+def test_times_and_sizes_carry_their_unit():
+    seconds = re.compile(r"(time|elapsed|duration|seconds)$")
+    for kind in EVENTS.values():
+        assert issubclass(kind, Event)
+        assert not [name for name in kind.model_fields if seconds.search(name)]
