@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Set before any test module imports a library that reads them.
@@ -14,3 +17,81 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # The same examples on every machine, and no failure because a shared one was slow.
 settings.register_profile("photon", deadline=None, derandomize=True)
 settings.load_profile("photon")
+
+
+def write_corpus(folder: Path, parties: dict[str, int], *, words: int = 220, seed: int = 0) -> Path:
+    """Text files of made-up sentences and a metadata.csv with a party for each.
+
+    Sentences come from a small grammar that differs by party, so there is something to learn and
+    silos are not alike.
+    """
+    draw = random.Random(seed)
+    nouns = ["bank", "river", "treaty", "harbor", "farm", "court", "road", "school", "army", "mine"]
+    verbs = ["serves", "guards", "needs", "opens", "builds", "crosses", "feeds", "keeps"]
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ["fileid,party,year"]
+    number = 0
+    for place, (party, count) in enumerate(parties.items()):
+        own_nouns = nouns[place * 2 :] + nouns[: place * 2]
+        for _ in range(count):
+            sentences = []
+            while sum(map(len, sentences)) < words * 6:
+                subject = draw.choice(own_nouns[:6])
+                sentences.append(
+                    f"The {subject} {draw.choice(verbs)} the {draw.choice(own_nouns)} of "
+                    f"{draw.randint(1790, 2020)}."
+                )
+            name = f"doc-{number:04d}"
+            (folder / f"{name}.txt").write_text(" ".join(sentences), encoding="utf-8")
+            rows.append(f"{name},{party},{1790 + number}")
+            number += 1
+    (folder.parent / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def prepare_silos(root: Path, parties: dict[str, int]) -> Path:
+    """A prepared folder with one silo per party."""
+    from photon.data import PrepareOptions, prepare
+
+    text = write_corpus(root / "text", parties)
+    options = PrepareOptions(
+        input=str(text),
+        out=root / "data",
+        metadata=root / "metadata.csv",
+        silo_field="party",
+        vocab_size=300,
+        global_fraction=0.1,
+        silo_fraction=0.1,
+    )
+    return prepare(options).path
+
+
+@pytest.fixture(scope="session")
+def three_silos(tmp_path_factory) -> Path:
+    """Prepared data: silos "blue", "green" and "red" of different sizes."""
+    return prepare_silos(tmp_path_factory.mktemp("three"), {"red": 16, "green": 12, "blue": 20})
+
+
+@pytest.fixture(scope="session")
+def one_silo(tmp_path_factory) -> Path:
+    """Prepared data with the single silo "red"."""
+    return prepare_silos(tmp_path_factory.mktemp("one"), {"red": 24})
+
+
+@pytest.fixture(scope="session")
+def make_config():
+    """A small run over prepared data: three rounds of four steps; overrides as on the CLI."""
+    from photon.config import parse_run_config
+
+    def make(data: Path, *overrides: str):
+        tree = {
+            "run": {"name": "test", "seed": 11, "threads": 1, "log_every": 2},
+            "model": {"preset": "tiny"},
+            "data": {"path": str(data), "sequence_length": 32},
+            "federation": {"rounds": 3},
+            "local": {"steps": 4, "batch_size": 4, "lr": 3e-3},
+            "eval": {"max_tokens": 2000},
+        }
+        return parse_run_config(tree, overrides)
+
+    return make

@@ -32,6 +32,14 @@ def test_round_trip(tmp_path):
     assert tensors_sha256(back) == tensors_sha256(TENSORS)
 
 
+@pytest.mark.parametrize("metadata", [None, {}, {"cursor": "3"}])
+def test_nothing_round_trips_too(tmp_path, metadata):
+    write_tensors(tmp_path / "empty.safetensors", {}, metadata)
+    with TensorFile(tmp_path / "empty.safetensors") as file:
+        assert file.read() == {}
+        assert file.metadata == (metadata or {})
+
+
 def test_hash_sees_names_shapes_dtypes_and_values():
     base = {"a": torch.zeros(4)}
     others = [

@@ -155,7 +155,7 @@ def spread(wanted: Sequence[float], step: float) -> list[float]:
     return [min(max(mean, 0.0), highest) + i * step for i, mean in enumerate(flat)]
 
 
-def shorten(name: str, most: int = 20) -> str:
+def shorten(name: str, most: int = 22) -> str:
     """A name that fits a margin."""
     name = wording.one_line(name)
     return name if len(name) <= most else name[: most - 1] + "…"

@@ -133,7 +133,8 @@ def silo_perplexity(digest: RunDigest) -> Drawing | None:
         return None
     if len(lines) > palette.MOST_NAMED:
         return _heat_strip(lines)
-    figure, axes = new_axes(HALF, right=0.25)
+    longest = max(len(shorten(name)) for name in lines)
+    figure, axes = new_axes(HALF, right=max(0.12, 0.05 + 0.014 * longest))
     ends = []
     for name, points in lines.items():
         colour, dash = palette.silo_style(order.index(name))
@@ -144,7 +145,7 @@ def silo_perplexity(digest: RunDigest) -> Drawing | None:
     logarithmic = scale_perplexity(axes, [p.perplexity for p in flat])
     round_ticks(axes, [p.round for p in flat])
     name_axes(axes, "round", "perplexity" + (" (logarithmic)" if logarithmic else ""))
-    label_ends(axes, [(x, y, shorten(n, 15), c) for x, y, n, c in ends])
+    label_ends(axes, ends)
     caption = "Perplexity of the merged model on each silo's own held-out text."
     svg = to_svg(figure, "silos", f"Line plot. {caption}")
     return Drawing("Perplexity in each silo", svg, caption)
@@ -217,7 +218,8 @@ def time_per_round(digest: RunDigest) -> Drawing | None:
         heights = [_phase_s(cost, phase) / scale for cost in digest.rounds]
         axes.bar(xs, heights, bottom=bottom, width=_bar_width(xs), color=colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    round_ticks(axes, [min(xs) - 1, max(xs) + 1] if len(xs) > 1 else xs)
+    round_ticks(axes, xs)
+    axes.set_xlim(min(xs) - 0.7, max(xs) + 0.7)
     name_axes(axes, "round", f"{unit} per round")
     legend = [(phase, f"var(--phase-{i})") for i, phase in enumerate(_PHASES)]
     caption = "Wall-clock time of each round and what it was spent on."
@@ -243,7 +245,8 @@ def bytes_per_round(digest: RunDigest) -> Drawing | None:
     axes.bar(xs, [-cost.bytes_down / scale for cost in digest.rounds], width=width, color=down)
     axes.axhline(0, color=palette.MUTED, linewidth=0.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):,g}"))
-    round_ticks(axes, [min(xs) - 1, max(xs) + 1] if len(xs) > 1 else xs)
+    round_ticks(axes, xs)
+    axes.set_xlim(min(xs) - 0.7, max(xs) + 0.7)
     name_axes(axes, "round", f"{unit} per round")
     legend = [("up, to the aggregator", "var(--phase-0)"), ("down, to nodes", "var(--phase-2)")]
     caption = "What moved between nodes and aggregator: model state and updates, never text."
@@ -263,8 +266,8 @@ def throughput(digest: RunDigest) -> Drawing | None:
     axes.grid(visible=False)
     axes.grid(axis="x", color=palette.GRID, linewidth=0.8)
     if named:
-        longest = max(len(shorten(silo.name, 16)) for silo in rows)
-        left = min(0.32, 0.05 + longest * 0.0155)
+        longest = max(len(shorten(silo.name)) for silo in rows)
+        left = 0.06 + longest * 0.0155
         box = axes.get_position()
         axes.set_position((left, box.y0, 0.97 - left, box.height))
     for y, silo in enumerate(rows):
@@ -275,7 +278,7 @@ def throughput(digest: RunDigest) -> Drawing | None:
         axes.plot([statistics.median(silo.throughput)], [y], "o", color=colour, markersize=size)
     if named:
         axes.set_yticks(range(len(rows)))
-        axes.set_yticklabels([shorten(silo.name, 16) for silo in rows], parse_math=False)
+        axes.set_yticklabels([shorten(silo.name) for silo in rows], parse_math=False)
         axes.tick_params(axis="y", colors=palette.INK)
     else:
         axes.set_yticks([])

@@ -85,7 +85,8 @@ def write_tensors(
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing("tensors", path):
-            save_file(ready, partial, metadata=dict(metadata or {}))
+            # safetensors 0.8 writes a broken header for an empty mapping; None is fine.
+            save_file(ready, partial, metadata=dict(metadata) if metadata else None)
             if durable:
                 _sync(partial)
             partial.replace(path)
