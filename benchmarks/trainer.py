@@ -51,9 +51,7 @@ def compare_trainer(config: RunConfig, steps: int, repeats: int) -> dict:
     data = open_data(config.data.path)
     silos = sorted(data.silos)
     plan = plan_compute(config.run)
-    trainer = Trainer(
-        initial_model(config, data), config.local, Schedule("constant", steps), plan
-    )
+    trainer = Trainer(initial_model(config, data), config.local, Schedule("constant", steps), plan)
     model = initial_model(config, data)
     optimizer = InnerOptimizer(model, config.local)
     ours, bare = [], []

@@ -159,7 +159,9 @@ def test_killed_workers_are_replaced_and_change_nothing(run_file, undisturbed, t
         time.sleep(0.02)
     assert process.wait(timeout=120) == 0
     assert killed == 2
-    lost = [line for line in (folder / "events.jsonl").read_text().splitlines() if "worker_lost" in line]
+    lost = [
+        line for line in (folder / "events.jsonl").read_text().splitlines() if "worker_lost" in line
+    ]
     assert lost
     assert summary_of(folder)["weights_sha256"] == undisturbed[0]["weights_sha256"]
 

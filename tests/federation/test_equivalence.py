@@ -27,7 +27,9 @@ def moved(folder, config) -> float:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-def test_one_participant_adopted_is_centralised_bit_for_bit(one_silo, make_config, tmp_path, optimizer):
+def test_one_participant_adopted_is_centralised_bit_for_bit(
+    one_silo, make_config, tmp_path, optimizer
+):
     config = make_config(
         one_silo,
         "federation.merge=adopt",

@@ -19,7 +19,7 @@ from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
 class _Photon(TyperGroup):
     """Turns PhotonError into its message on stderr and its exit code, and Ctrl-C into 130."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         console = Console(stderr=True)
         try:
             return super().invoke(ctx)

@@ -33,6 +33,12 @@ Task = FitTask | EvalTask
 #: How often one task is tried before its silo is dropped from the round.
 ATTEMPTS = 3
 
+#: A new process may take so long to import PyTorch and build its model before silence counts.
+STARTUP_S = 120.0
+
+#: A worker's first message: it is up.
+_READY = "ready"
+
 
 @dataclass
 class _Worker:
@@ -43,6 +49,7 @@ class _Worker:
     pipe: Connection
     position: int | None = None
     heard_s: float = 0.0
+    ready: bool = False
 
 
 @dataclass
@@ -137,14 +144,18 @@ class WorkerEngine:
     def _hear(self, batch: _Batch) -> None:
         """Wait until a busy worker speaks, dies, or has been silent for too long."""
         busy = [worker for worker in self._workers if worker.position is not None]
-        oldest_s = min(worker.heard_s for worker in busy)
-        left_s = max(0.0, oldest_s + self._silence_s - time.monotonic())
-        ready = set(wait([worker.pipe for worker in busy], timeout=left_s + 0.01))
-        for worker in busy:
-            if worker.pipe in ready:
+        deadlines = [worker.heard_s + self._patience_s(worker) for worker in busy]
+        left_s = max(0.0, min(deadlines) - time.monotonic())
+        spoke = set(wait([worker.pipe for worker in busy], timeout=left_s + 0.01))
+        for worker, deadline in zip(busy, deadlines, strict=True):
+            if worker.pipe in spoke:
                 self._read(worker, batch)
-            elif time.monotonic() - worker.heard_s > self._silence_s:
-                self._lose(worker, f"no step and no answer for {self._silence_s:g} s", batch)
+            elif time.monotonic() > deadline:
+                silence = f"no step and no answer for {self._patience_s(worker):g} s"
+                self._lose(worker, silence, batch)
+
+    def _patience_s(self, worker: _Worker) -> float:
+        return self._silence_s if worker.ready else max(self._silence_s, STARTUP_S)
 
     def _read(self, worker: _Worker, batch: _Batch) -> None:
         try:
@@ -155,7 +166,9 @@ class WorkerEngine:
             self._lose(worker, f"its process ended with exit code {code}", batch)
             return
         worker.heard_s = time.monotonic()
-        if isinstance(message, Event):
+        if message == _READY:
+            worker.ready = True
+        elif isinstance(message, Event):
             self._on_event(message)
         elif isinstance(message, PhotonError):
             raise message
@@ -204,25 +217,22 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection) -> None:
     """A worker process: one node, answering tasks until told to stop or left alone."""
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the aggregator's to handle
-    node: Node | None = None
-    while True:
+    # The aggregator being gone is no error of this process.
+    with contextlib.suppress(BrokenPipeError, EOFError, ConnectionResetError):
         try:
-            message = pipe.recv()
-        except (EOFError, OSError):
-            return
-        if message is None:
-            return
-        task, state_path = message
-        try:
-            if node is None:
-                node = Node(settings, pipe.send)
-            with TensorFile(state_path) as file:
-                answer = _answer(node, task, file, exchange)
-            pipe.send(answer)
+            node = Node(settings, pipe.send)
         except PhotonError as error:
             pipe.send(error)
-        except BrokenPipeError:
             return
+        pipe.send(_READY)
+        while (message := pipe.recv()) is not None:
+            task, state_path = message
+            try:
+                with TensorFile(state_path) as file:
+                    answer = _answer(node, task, file, exchange)
+            except PhotonError as error:
+                answer = error
+            pipe.send(answer)
 
 
 def _answer(node: Node, task: Task, state: TensorFile, exchange: Path) -> Any:

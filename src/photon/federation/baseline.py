@@ -78,11 +78,13 @@ class CentralisedTraining:
         rounds = config.federation.rounds
         if ledger.state.round == 0:
             ledger.save(self._groups())
+            if config.eval.every:
+                self._evaluate(0)
         seed = stream_seed(config.run.seed, self._silos)
         with open_stream(config, self._data, self._silos) as stream:
             while ledger.state.round < rounds:
                 self._run_span(ledger.state.round + 1, stream, seed)
-        if None not in ledger.evaluation:
+        if ledger.evaluated_round != rounds:
             self._evaluate(rounds)
 
     def _run_span(self, number: int, stream, seed: int) -> None:

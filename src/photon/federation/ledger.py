@@ -37,11 +37,13 @@ class Ledger:
     Attributes:
         state: as of the last finished round.
         evaluation: newest scores by silo (None: the global set), empty before the first.
+        evaluated_round: the round they are of.
     """
 
     def __init__(self, state: RunState, recorder: Recorder, checkpoints: CheckpointStore) -> None:
         self.state = state
         self.evaluation: dict[str | None, EvalReceipt] = {}
+        self.evaluated_round: int | None = None
         self.recorder = recorder
         self.checkpoints = checkpoints
 
@@ -57,7 +59,7 @@ class Ledger:
     def record_evaluation(self, number: int, receipts: Iterable[EvalReceipt]) -> float:
         """Note and tell scores as they arrive; returns the seconds all of them took."""
         started = time.perf_counter()
-        self.evaluation = {}
+        self.evaluation, self.evaluated_round = {}, number
         for receipt in receipts:
             self.evaluation[receipt.silo] = receipt
             self.recorder.emit(

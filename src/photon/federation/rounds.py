@@ -83,9 +83,11 @@ class Federation:
         rounds = self._config.federation.rounds
         if self._ledger.state.round == 0:
             self._ledger.save(self._groups())
+            if self._config.eval.every:
+                self._evaluate(0)
         while self._ledger.state.round < rounds:
             self._run_round(self._ledger.state.round + 1)
-        if None not in self._ledger.evaluation:
+        if self._ledger.evaluated_round != rounds:
             self._evaluate(rounds)
 
     def _run_round(self, number: int) -> None:
