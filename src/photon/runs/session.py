@@ -1,24 +1,20 @@
-"""A run from start to summary: checks, folder, engine, loop. CLI and `import photon` call it."""
+"""One process's work on a run: checks, engine, loop, summary."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from photon.config import RunConfig, load_run_config, write_resolved
+from photon.config import RunConfig, write_resolved
 from photon.data import PreparedData, open_data
 from photon.engines import LocalEngine, WorkerEngine
 from photon.errors import (
@@ -26,9 +22,6 @@ from photon.errors import (
     IncompatibleConfigError,
     ModelMismatchError,
     ResumeMismatchError,
-    RunBusyError,
-    RunExistsError,
-    RunNotFoundError,
 )
 from photon.federation import (
     CentralisedTraining,
@@ -42,11 +35,12 @@ from photon.federation import (
 )
 from photon.federation.checkpoint import require_room
 from photon.federation.ledger import Ledger
-from photon.federation.node import empty_model, initial_model, open_stream
+from photon.federation.node import initial_model, open_stream
 from photon.federation.node_state import NodeStateStore
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.link import tensors_sha256, writing
 from photon.models import model_fingerprint, parameter_count, trainable_parameters
+from photon.runs.folder import finite, only_process, photon_version, write_json
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
 from photon.telemetry.tensorboard import TensorBoardWriter
@@ -68,118 +62,7 @@ class RunResult:
     summary: dict[str, Any]
 
 
-def photon_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("photon-federated")
-    except PackageNotFoundError:
-        return "0+uninstalled"
-
-
-def simulate(
-    config: RunConfig,
-    *,
-    run_dir: str | os.PathLike[str] | None = None,
-    listener: Listener | None = None,
-    overwrite: bool = False,
-) -> RunResult:
-    """Run a whole federation on this machine.
-
-    Args:
-        config: the run file.
-        run_dir: the run folder; runs/<run.name> by default.
-        listener: told every event, e.g. a live view.
-        overwrite: replace a run that is in the folder already.
-
-    Raises:
-        PhotonError: see docs/errors.md; all checks that can be made are made before training.
-    """
-    return _start("simulate", config, None, run_dir, listener, overwrite)
-
-
-def train(
-    config: RunConfig,
-    *,
-    silos: Sequence[str] | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    listener: Listener | None = None,
-    overwrite: bool = False,
-) -> RunResult:
-    """Train without a federation, on the pooled text of some silos: the centralised baseline.
-
-    Args:
-        silos: whose text; all by default. With a subset the default batch is that many times
-            local.batch_size, so one silo alone takes the steps it would take in the federation.
-    """
-    return _start("train", config, silos, run_dir, listener, overwrite)
-
-
-def resume(
-    folder: str | os.PathLike[str],
-    *,
-    overrides: Sequence[str] = (),
-    listener: Listener | None = None,
-) -> RunResult:
-    """Continue a run from its newest good checkpoint, to the same weights as if never stopped.
-
-    Args:
-        folder: the run folder.
-        overrides: only keys that do not change the maths of rounds already run.
-
-    Raises:
-        RunNotFoundError: no run there.
-        ResumeMismatchError: config or data are not those the run started with.
-        ModelMismatchError: the checkpoint is of another model.
-        CheckpointCorruptError: no checkpoint passes its hashes.
-    """
-    folder = Path(folder)
-    record = _read_record(folder)
-    _check_overrides(overrides)
-    config = load_run_config(folder / "config.resolved.toml", overrides)
-    finished = _finished_summary(folder, config)
-    if finished is not None:
-        return RunResult(folder, finished)
-    run = _Run(record["kind"], config, record["silos"], folder, listener)
-    return run.execute(record)
-
-
-#: Changing these does not alter rounds that were run already.
-RESUMABLE_KEYS = (
-    "federation.workers",
-    "federation.silence_s",
-    "federation.quorum",
-    "run.keep_checkpoints",
-    "run.log_every",
-    "eval.every",
-    "data.path",
-)
-
-
-def _start(
-    kind: Kind,
-    config: RunConfig,
-    silos: Sequence[str] | None,
-    run_dir: str | os.PathLike[str] | None,
-    listener: Listener | None,
-    overwrite: bool,
-) -> RunResult:
-    folder = Path(run_dir) if run_dir is not None else Path("runs") / config.run.name
-    if _holds_run(folder):
-        if not overwrite:
-            raise RunExistsError(
-                f"{folder} already holds a run",
-                hint=f"Continue it with `photon resume {folder}`, choose another --run-dir, or "
-                "replace it with --overwrite.",
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise RunExistsError(
-            f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
-        )
-    run = _Run(kind, config, list(silos) if silos is not None else None, folder, listener)
-    return run.execute(None)
-
-
-class _Run:
+class Session:
     """One process's work on a run folder."""
 
     def __init__(
@@ -226,7 +109,7 @@ class _Run:
     def execute(self, record: dict[str, Any] | None) -> RunResult:
         """Run to the end; `record` is run.json when the run is resumed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _only_process(self.folder), writing("the run", self.folder):
+        with only_process(self.folder), writing("the run", self.folder):
             model = initial_model(self.config, self.data)
             fingerprint = model_fingerprint(model)
             checkpoints = CheckpointStore(
@@ -267,7 +150,7 @@ class _Run:
         finally:
             close()
         recorder.emit(RunFinished(summary=summary))
-        _write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", summary)
         return RunResult(self.folder, summary)
 
     def _loop(
@@ -377,7 +260,7 @@ class _Run:
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_resolved(self.config, self.folder / "config.resolved.toml")
-        _write_json(
+        write_json(
             self.folder / "run.json",
             {
                 "format": 1,
@@ -410,11 +293,11 @@ class _Run:
         return {
             "rounds": state.round,
             "tokens": state.total_tokens,
-            "global_loss": overall.loss,
-            "global_perplexity": overall.perplexity,
-            "bits_per_byte": overall.bits_per_byte,
+            "global_loss": finite(overall.loss),
+            "global_perplexity": finite(overall.perplexity),
+            "bits_per_byte": finite(overall.bits_per_byte),
             "per_silo": {
-                silo: receipt.perplexity
+                silo: finite(receipt.perplexity)
                 for silo, receipt in ledger.evaluation.items()
                 if silo is not None
             },
@@ -426,35 +309,6 @@ class _Run:
             "weights_sha256": tensors_sha256(weights),
             "photon_version": photon_version(),
         }
-
-
-def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig, PreparedData]:
-    """The model a run has come to: its newest checkpoint in the run's own architecture.
-
-    Raises:
-        RunNotFoundError, CheckpointCorruptError, DataNotFoundError: as their names say.
-    """
-    folder = Path(folder)
-    _read_record(folder)
-    config = load_run_config(folder / "config.resolved.toml")
-    data = open_data(config.data.path)
-    checkpoints = CheckpointStore(folder / "checkpoints", config.run.keep_checkpoints)
-    _, tensors, _ = checkpoints.load_latest()
-    model = empty_model(config, data)
-    parameters = trainable_parameters(model)
-    for name, tensor in tensors["global"].items():
-        plain = name.removeprefix(WEIGHTS)
-        if plain in parameters and not name.startswith(OPTIMIZER):
-            parameters[plain].data.copy_(tensor)
-    return model, config, data
-
-
-def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What DIR/summary.json holds; None while the run is not finished."""
-    try:
-        return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
@@ -481,55 +335,6 @@ def _chosen_silos(data: PreparedData, silos: Sequence[str] | None) -> list[str]:
     return sorted(set(silos))
 
 
-def _holds_run(folder: Path) -> bool:
-    return (folder / "run.json").exists() or (folder / "events.jsonl").exists()
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunNotFoundError(
-            f"no run in {folder}: {path} does not exist",
-            hint="Name a folder that `photon simulate` or `photon train` made.",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunNotFoundError(f"can't read {path}: {error}") from error
-
-
-def _finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    summary = read_summary(folder)
-    if summary is None:
-        return None
-    return summary if summary.get("rounds", 0) >= config.federation.rounds else None
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key not in RESUMABLE_KEYS:
-            raise ResumeMismatchError(
-                f"{key} can't change in a run that has begun",
-                hint=f"A resume may set: {', '.join(RESUMABLE_KEYS)}. For anything else start a "
-                "new run.",
-            )
-
-
-@contextlib.contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """Hold the run folder; a second process is refused."""
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunBusyError(
-                f"another process is working in {folder}",
-                hint="Wait for it, or stop it first.",
-            ) from None
-        yield
-
-
 @contextlib.contextmanager
 def _stopping_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end a run as Ctrl-C does (main thread only)."""
@@ -545,9 +350,3 @@ def _stopping_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -1,0 +1,102 @@
+"""A run's folder: what it holds, who may work in it, what a finished run left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from photon.config import RunConfig, load_run_config
+from photon.data import PreparedData, open_data
+from photon.errors import RunBusyError, RunNotFoundError
+from photon.federation import CheckpointStore
+from photon.federation.node import empty_model
+from photon.federation.tasks import OPTIMIZER, WEIGHTS
+from photon.models import trainable_parameters
+
+
+def photon_version() -> str:
+    """Version of the installed package."""
+    try:
+        return version("photon-federated")
+    except PackageNotFoundError:
+        return "0+uninstalled"
+
+
+def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What DIR/summary.json holds; None while the run is not finished."""
+    try:
+        return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def holds_run(folder: Path) -> bool:
+    return (folder / "run.json").exists() or (folder / "events.jsonl").exists()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunNotFoundError(
+            f"no run in {folder}: {path} does not exist",
+            hint="Name a folder that `photon simulate` or `photon train` made.",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunNotFoundError(f"can't read {path}: {error}") from error
+
+
+def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig, PreparedData]:
+    """The model a run has come to: its newest checkpoint in the run's own architecture.
+
+    Raises:
+        RunNotFoundError, CheckpointCorruptError, DataNotFoundError: as their names say.
+    """
+    folder = Path(folder)
+    read_record(folder)
+    config = load_run_config(folder / "config.resolved.toml")
+    data = open_data(config.data.path)
+    checkpoints = CheckpointStore(folder / "checkpoints", config.run.keep_checkpoints)
+    _, tensors, _ = checkpoints.load_latest()
+    model = empty_model(config, data)
+    parameters = trainable_parameters(model)
+    for name, tensor in tensors["global"].items():
+        plain = name.removeprefix(WEIGHTS)
+        if plain in parameters and not name.startswith(OPTIMIZER):
+            parameters[plain].data.copy_(tensor)
+    return model, config, data
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold the run folder; a second process is refused."""
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunBusyError(
+                f"another process is working in {folder}",
+                hint="Wait for it, or stop it first.",
+            ) from None
+        yield
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where JSON has no word for it (a diverged model's perplexity)."""
+    return value if math.isfinite(value) else None
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)

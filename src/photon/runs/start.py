@@ -1,0 +1,135 @@
+"""Starting and resuming runs: what the CLI and `import photon` call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from photon.config import RunConfig, load_run_config
+from photon.errors import ResumeMismatchError, RunExistsError
+from photon.runs.folder import holds_run, read_record, read_summary
+from photon.runs.session import RunResult, Session
+from photon.telemetry import Listener
+from photon.telemetry.events import Kind
+
+#: Changing these does not alter rounds that were run already.
+RESUMABLE_KEYS = (
+    "federation.workers",
+    "federation.silence_s",
+    "federation.quorum",
+    "run.keep_checkpoints",
+    "run.log_every",
+    "eval.every",
+    "data.path",
+)
+
+
+def simulate(
+    config: RunConfig,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    listener: Listener | None = None,
+    overwrite: bool = False,
+) -> RunResult:
+    """Run a whole federation on this machine.
+
+    Args:
+        config: the run file.
+        run_dir: the run folder; runs/<run.name> by default.
+        listener: told every event, e.g. a live view.
+        overwrite: replace a run that is in the folder already.
+
+    Raises:
+        PhotonError: see docs/errors.md; all checks that can be made are made before training.
+    """
+    return _start("simulate", config, None, run_dir, listener, overwrite)
+
+
+def train(
+    config: RunConfig,
+    *,
+    silos: Sequence[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    listener: Listener | None = None,
+    overwrite: bool = False,
+) -> RunResult:
+    """Train without a federation, on the pooled text of some silos: the centralised baseline.
+
+    Args:
+        silos: whose text; all by default. With a subset the default batch is that many times
+            local.batch_size, so one silo alone takes the steps it would take in the federation.
+    """
+    return _start("train", config, silos, run_dir, listener, overwrite)
+
+
+def resume(
+    folder: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    listener: Listener | None = None,
+) -> RunResult:
+    """Continue a run from its newest good checkpoint, to the same weights as if never stopped.
+
+    Args:
+        folder: the run folder.
+        overrides: only keys that do not change the maths of rounds already run.
+
+    Raises:
+        RunNotFoundError: no run there.
+        ResumeMismatchError: config or data are not those the run started with.
+        ModelMismatchError: the checkpoint is of another model.
+        CheckpointCorruptError: no checkpoint passes its hashes.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    _check_overrides(overrides)
+    config = load_run_config(folder / "config.resolved.toml", overrides)
+    finished = _finished_summary(folder, config)
+    if finished is not None:
+        return RunResult(folder, finished)
+    run = Session(record["kind"], config, record["silos"], folder, listener)
+    return run.execute(record)
+
+
+def _start(
+    kind: Kind,
+    config: RunConfig,
+    silos: Sequence[str] | None,
+    run_dir: str | os.PathLike[str] | None,
+    listener: Listener | None,
+    overwrite: bool,
+) -> RunResult:
+    folder = Path(run_dir) if run_dir is not None else Path("runs") / config.run.name
+    if holds_run(folder):
+        if not overwrite:
+            raise RunExistsError(
+                f"{folder} already holds a run",
+                hint=f"Continue it with `photon resume {folder}`, choose another --run-dir, or "
+                "replace it with --overwrite.",
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunExistsError(
+            f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
+        )
+    run = Session(kind, config, list(silos) if silos is not None else None, folder, listener)
+    return run.execute(None)
+
+
+def _finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    summary = read_summary(folder)
+    if summary is None:
+        return None
+    return summary if summary.get("rounds", 0) >= config.federation.rounds else None
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key not in RESUMABLE_KEYS:
+            raise ResumeMismatchError(
+                f"{key} can't change in a run that has begun",
+                hint=f"A resume may set: {', '.join(RESUMABLE_KEYS)}. For anything else start a "
+                "new run.",
+            )
