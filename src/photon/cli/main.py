@@ -239,7 +239,7 @@ def generate(
 @app.command()
 def version() -> None:
     """Print Photon's version."""
-    from photon.runs import photon_version
+    from photon.version import photon_version
 
     typer.echo(photon_version())
 

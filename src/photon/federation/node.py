@@ -136,7 +136,7 @@ class Node:
             first_loss=result.first_loss,
             last_loss=result.last_loss,
             bytes_down=bytes_down,
-            bytes_up=sum(tensor.nbytes for _, tensor in self._shared(state, references=True)),
+            bytes_up=self._update_bytes(),
             train_s=result.train_s,
             load_s=load_s,
             publish_s=time.perf_counter() - published,
@@ -159,24 +159,29 @@ class Node:
         else:
             optimizer.load_state_tensors(node_state.optimizer)
 
-    def _shared(
-        self, state: GlobalState, *, references: bool = False
-    ) -> Iterator[tuple[str, Tensor]]:
-        """What leaves the node, a tensor at a time: deltas (or weights), and averaged inner state.
-
-        With `references` nothing is computed; the tensors then only have the right sizes.
-        """
-        federation = self._config.federation
+    def _shared(self, state: GlobalState) -> Iterator[tuple[str, Tensor]]:
+        """What leaves the node, a tensor at a time: deltas (or weights), averaged inner state."""
+        adopt = self._config.federation.merge == "adopt"
         for name, local in self._trainer.weights().items():
-            if references or federation.merge == "adopt":
-                yield WEIGHTS + name, local.cpu() if not references else local
-            else:
-                shared = state[WEIGHTS + name]
-                yield WEIGHTS + name, shared - local.to(shared.device)
-        if federation.optimizer_state == "average":
-            for name, tensor in self._trainer.optimizer.state_tensors().items():
-                if not name.endswith(".step"):
-                    yield OPTIMIZER + name, tensor.cpu()
+            shared = state[WEIGHTS + name]
+            mine = local.to(shared.device)
+            yield WEIGHTS + name, mine if adopt else shared - mine
+        for name, tensor in self._averaged_state().items():
+            yield OPTIMIZER + name, tensor.cpu()
+
+    def _averaged_state(self) -> dict[str, Tensor]:
+        """Inner state that travels with the weights; step counters follow the server's clock."""
+        if self._config.federation.optimizer_state != "average":
+            return {}
+        return {
+            name: tensor
+            for name, tensor in self._trainer.optimizer.state_tensors().items()
+            if not name.endswith(".step")
+        }
+
+    def _update_bytes(self) -> int:
+        travelling = [*self._trainer.weights().values(), *self._averaged_state().values()]
+        return sum(tensor.nbytes for tensor in travelling)
 
 
 def empty_model(config: RunConfig, data: PreparedData) -> nn.Module:

