@@ -17,7 +17,7 @@ from photon.data import PreparedData, held_out_text, open_data
 from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
 from photon.models import ModelCard, context_length, export_model, generate_text, load_pretrained
-from photon.runs import load_weights, read_summary
+from photon.runs import load_weights, read_summary, tokenizer_folder
 from photon.training import plan_compute
 
 
@@ -48,7 +48,7 @@ def export(
         RunNotFoundError: no run there.
         ModelError: `out` exists and `overwrite` is not set.
     """
-    model, config, data = load_weights(run_folder)
+    model, config = load_weights(run_folder)
     summary = read_summary(run_folder) or {}
     card = ModelCard(
         run=config.run.name,
@@ -64,7 +64,7 @@ def export(
     export_model(
         model,
         Path(out),
-        tokenizer_folder=data.tokenizer_file.parent,
+        tokenizer_folder=tokenizer_folder(run_folder),
         card=card,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -93,7 +93,7 @@ def evaluate(
     """
     text = open_data(data)
     if is_run(folder):
-        model, config, _ = load_weights(folder)
+        model, config = load_weights(folder)
         length = sequence_length or config.data.sequence_length
     else:
         model = load_pretrained(str(folder))

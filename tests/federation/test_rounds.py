@@ -8,6 +8,7 @@ import torch
 
 from photon.engines import LocalEngine
 from photon.errors import (
+    DiskFullError,
     IncompatibleConfigError,
     QuorumLostError,
     RunExistsError,
@@ -219,6 +220,13 @@ def test_a_run_folder_is_not_overwritten_by_accident(three_silos, make_config, t
     with pytest.raises(RunExistsError, match="not empty"):
         simulate(config, run_dir=tmp_path / "full", overwrite=True)
     assert (tmp_path / "full/notes.txt").read_text() == "mine"
+
+
+def test_a_disk_too_small_is_known_before_training(three_silos, make_config, tmp_path):
+    config = make_config(three_silos, "run.keep_checkpoints=100000000")
+    with pytest.raises(DiskFullError, match=r"this run needs .* GB at .*, .* GB are free"):
+        simulate(config, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_token_weights_merge_by_tokens(three_silos, make_config, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from photon.errors import CheckpointCorruptError, RunNotFoundError
-from photon.link import TensorFile, file_sha256, require_disk, write_tensors, writing
+from photon.link import TensorFile, file_sha256, require_disk, sync_to_disk, write_tensors, writing
 
 FORMAT = 1
 
@@ -86,7 +86,7 @@ class CheckpointStore:
                 )
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
-                _sync_folder(self.folder)
+                sync_to_disk(self.folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -175,11 +175,3 @@ def _write_json(path: Path, record: dict) -> None:
         json.dump(record, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from photon.config import RunConfig
+from photon.config import ModelConfig, RunConfig
 from photon.data import PreparedData, held_out_text, open_data, token_stream
 from photon.errors import NonFiniteError
 from photon.evaluation import evaluate_loss, score
@@ -77,8 +77,12 @@ class Node:
         self._on_event = on_event
         self._worker = settings.worker
         self._fault = fault
+        if model is None:
+            model = empty_model(
+                config, vocab_size=self._data.vocab_size, eos_id=self._data.eos_id
+            )
         self._trainer = Trainer(
-            model if model is not None else empty_model(config, self._data),
+            model,
             config.local,
             Schedule.of(config),
             plan_compute(config.run, processes=settings.processes),
@@ -184,14 +188,15 @@ class Node:
         return sum(tensor.nbytes for tensor in travelling)
 
 
-def empty_model(config: RunConfig, data: PreparedData) -> nn.Module:
-    """The run's model with weights that are about to be overwritten (never read from a folder)."""
-    return _build(config.model_copy(update={"model": _random(config)}), data)
-
-
 def initial_model(config: RunConfig, data: PreparedData) -> nn.Module:
     """The run's model with its initial weights."""
-    return _build(config, data)
+    return _build(config, config.model, data.vocab_size, data.eos_id)
+
+
+def empty_model(config: RunConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
+    """The run's model with weights that are about to be overwritten (never read from a folder)."""
+    shape = config.model.model_copy(update={"init": "random"})
+    return _build(config, shape, vocab_size, eos_id)
 
 
 def open_stream(config: RunConfig, data: PreparedData, silos: Sequence[str]):
@@ -230,15 +235,11 @@ def evaluate_silo(
     )
 
 
-def _random(config: RunConfig):
-    return config.model.model_copy(update={"init": "random"})
-
-
-def _build(config: RunConfig, data: PreparedData) -> nn.Module:
+def _build(config: RunConfig, shape: ModelConfig, vocab_size: int, eos_id: int) -> nn.Module:
     return build_model(
-        config.model,
-        vocab_size=data.vocab_size,
+        shape,
+        vocab_size=vocab_size,
         sequence_length=config.data.sequence_length,
-        eos_id=data.eos_id,
+        eos_id=eos_id,
         seed=config.run.seed,
     )

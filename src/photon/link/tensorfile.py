@@ -88,10 +88,10 @@ def write_tensors(
             # safetensors 0.8 writes a broken header for an empty mapping; None is fine.
             save_file(ready, partial, metadata=dict(metadata) if metadata else None)
             if durable:
-                _sync(partial)
+                sync_to_disk(partial)
             partial.replace(path)
             if durable:
-                _sync(path.parent)
+                sync_to_disk(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -152,7 +152,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Wait until the disk has a file's bytes, or a folder's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
 """A run from start to summary; the same functions serve the command line and `import photon`."""
 
-from photon.runs.folder import load_weights, read_summary
+from photon.runs.folder import load_weights, read_summary, tokenizer_folder
 from photon.runs.session import RunResult
 from photon.runs.start import resume, simulate, train
 
@@ -10,5 +10,6 @@ __all__ = [
     "read_summary",
     "resume",
     "simulate",
+    "tokenizer_folder",
     "train",
 ]

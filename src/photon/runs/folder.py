@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from photon.config import RunConfig, load_run_config
-from photon.data import PreparedData, open_data
 from photon.errors import RunBusyError, RunNotFoundError
 from photon.federation import CheckpointStore
 from photon.federation.node import empty_model
@@ -47,25 +46,34 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise RunNotFoundError(f"can't read {path}: {error}") from error
 
 
-def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig, PreparedData]:
+def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig]:
     """The model a run has come to: its newest checkpoint in the run's own architecture.
 
+    Reads the run folder only (and a Hugging Face folder that model.path names, for its shapes).
+
     Raises:
-        RunNotFoundError, CheckpointCorruptError, DataNotFoundError: as their names say.
+        RunNotFoundError: no run there, or one without a checkpoint.
+        CheckpointCorruptError: no checkpoint passes its hashes.
     """
     folder = Path(folder)
-    read_record(folder)
+    record = read_record(folder)
     config = load_run_config(folder / "config.resolved.toml")
-    data = open_data(config.data.path)
     checkpoints = CheckpointStore(folder / "checkpoints", config.run.keep_checkpoints)
     _, tensors, _ = checkpoints.load_latest()
-    model = empty_model(config, data)
-    parameters = trainable_parameters(model)
-    for name, tensor in tensors["global"].items():
-        plain = name.removeprefix(WEIGHTS)
-        if plain in parameters and not name.startswith(OPTIMIZER):
-            parameters[plain].data.copy_(tensor)
-    return model, config, data
+    model = empty_model(config, vocab_size=record["vocab_size"], eos_id=record["eos_id"])
+    weights = {
+        name.removeprefix(WEIGHTS): tensor
+        for name, tensor in tensors["global"].items()
+        if not name.startswith(OPTIMIZER)
+    }
+    for name, parameter in trainable_parameters(model).items():
+        parameter.data.copy_(weights[name])
+    return model, config
+
+
+def tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where a run keeps the tokenizer of its data."""
+    return Path(folder) / "tokenizer"
 
 
 @contextlib.contextmanager

@@ -129,6 +129,7 @@ class Session:
                 self._make_folder(fingerprint)
             else:
                 self._check_same(record, fingerprint)
+                write_resolved(self.config, self.folder / "config.resolved.toml")
             state, tensors = RunState(0, 0, fingerprint, self.data.sha256), {}
             resumed = bool(checkpoints.rounds())
             problems: list[str] = []
@@ -268,12 +269,16 @@ class Session:
             if path.name != ".lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_resolved(self.config, self.folder / "config.resolved.toml")
+        # With the tokenizer beside it, a run can be exported where its data is not.
+        shutil.copytree(self.data.tokenizer_file.parent, self.folder / "tokenizer")
         write_json(
             self.folder / "run.json",
             {
                 "format": 1,
                 "kind": self.kind,
                 "silos": self.silos,
+                "vocab_size": self.data.vocab_size,
+                "eos_id": self.data.eos_id,
                 "model_fingerprint": fingerprint,
                 "data_sha256": self.data.sha256,
                 "photon_version": photon_version(),
