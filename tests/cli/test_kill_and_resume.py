@@ -230,7 +230,7 @@ def test_a_second_process_is_refused(run_file, tmp_path):
 
 
 def test_a_full_disk_stops_resumably(run_file, undisturbed, tmp_path):
-    """The kernel refuses writes beyond a file-size limit: the run stops, then goes on without it."""
+    """The kernel refuses writes beyond a size limit: the run stops, then goes on without it."""
     folder = tmp_path / "run"
     script = (
         "import resource, signal, sys\n"

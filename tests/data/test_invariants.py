@@ -49,8 +49,10 @@ def test_an_epoch_holds_each_window_once_and_the_next_another_order(three_silos,
     expected = []
     for silo in silos:
         tokens = shard_tokens(data, silo)
-        for window in range((len(tokens) - 1) // LENGTH):
-            expected.append(tuple(tokens[window * LENGTH : window * LENGTH + LENGTH + 1]))
+        expected += [
+            tuple(tokens[start : start + LENGTH + 1])
+            for start in range(0, len(tokens) - LENGTH, LENGTH)
+        ]
     assert sorted(map(tuple, first)) == sorted(expected)
     assert sorted(map(tuple, second)) == sorted(expected)
     assert not np.array_equal(first, second)

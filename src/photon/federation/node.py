@@ -78,9 +78,7 @@ class Node:
         self._worker = settings.worker
         self._fault = fault
         if model is None:
-            model = empty_model(
-                config, vocab_size=self._data.vocab_size, eos_id=self._data.eos_id
-            )
+            model = empty_model(config, vocab_size=self._data.vocab_size, eos_id=self._data.eos_id)
         self._trainer = Trainer(
             model,
             config.local,
