@@ -1,6 +1,6 @@
 """Trainer speed: `photon train`'s loop against a bare PyTorch loop, and two workers against one.
 
-    python benchmarks/trainer.py --data DIR [--steps 60] [--repeats 5]
+    python benchmarks/trainer.py --data DIR [--steps 10] [--repeats 15]
 
 Part 1 trains the same model on the same batches with the same optimizer, Photon's Trainer and a
 bare loop alternating within one process; the ratio of tokens/s is the figure. Part 2 runs the same
@@ -58,10 +58,14 @@ def compare_trainer(config: RunConfig, steps: int, repeats: int) -> dict:
     with open_stream(config, data, silos) as stream:
         trainer.fit(stream, cursor=0, global_step=0, steps=5)
         bare_loop(config, model, optimizer, stream, 5)
-        for _ in range(repeats):
-            bare.append(bare_loop(config, model, optimizer, stream, steps))
-            result = trainer.fit(stream, cursor=0, global_step=0, steps=steps)
-            ours.append(result.tokens / result.train_s)
+        for repeat in range(repeats):
+            # Who goes first alternates, so that a drift of the machine favours neither.
+            for who in ("bare", "ours") if repeat % 2 else ("ours", "bare"):
+                if who == "bare":
+                    bare.append(bare_loop(config, model, optimizer, stream, steps))
+                else:
+                    result = trainer.fit(stream, cursor=0, global_step=0, steps=steps)
+                    ours.append(result.tokens / result.train_s)
     ratios = [mine / other for mine, other in zip(ours, bare, strict=True)]
     return {
         "optimizer": config.local.optimizer,
@@ -101,8 +105,9 @@ def compare_workers(config: RunConfig, repeats: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder made by `photon data prepare`")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--worker-repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     results = {}
@@ -118,7 +123,7 @@ def main() -> None:
         )
         results[optimizer] = compare_trainer(config, options.steps, options.repeats)
         print(json.dumps(results[optimizer], indent=1))
-    results["workers"] = compare_workers(config, max(1, options.repeats // 2))
+    results["workers"] = compare_workers(config, options.worker_repeats)
     print(json.dumps(results["workers"], indent=1))
 
 

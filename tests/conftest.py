@@ -19,13 +19,15 @@ settings.register_profile("photon", deadline=None, derandomize=True)
 settings.load_profile("photon")
 
 
-def write_corpus(folder: Path, parties: dict[str, int], *, words: int = 220, seed: int = 0) -> Path:
+def _write_corpus(
+    folder: Path, parties: dict[str, int], *, words: int = 220, seed: int = 0
+) -> Path:
     """Text files of made-up sentences and a metadata.csv with a party for each.
 
     Sentences come from a small grammar that differs by party, so there is something to learn and
     silos are not alike.
     """
-    draw = random.Random(seed)
+    draw = random.Random(0)
     nouns = ["bank", "river", "treaty", "harbor", "farm", "court", "road", "school", "army", "mine"]
     verbs = ["serves", "guards", "needs", "opens", "builds", "crosses", "feeds", "keeps"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ def prepare_silos(root: Path, parties: dict[str, int]) -> Path:
     """A prepared folder with one silo per party."""
     from photon.data import PrepareOptions, prepare
 
-    text = write_corpus(root / "text", parties)
+    text = _write_corpus(root / "text", parties)
     options = PrepareOptions(
         input=str(text),
         out=root / "data",
@@ -64,6 +66,12 @@ def prepare_silos(root: Path, parties: dict[str, int]) -> Path:
         silo_fraction=0.1,
     )
     return prepare(options).path
+
+
+@pytest.fixture(scope="session")
+def write_corpus():
+    """Writes text files with something to learn; see `_write_corpus`."""
+    return _write_corpus
 
 
 @pytest.fixture(scope="session")

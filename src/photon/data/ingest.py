@@ -160,9 +160,42 @@ def _open_text(path: Path) -> IO[str]:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
     if path.suffix == ".zst":
-        raw = zstandard.open(path, "rb")
-        return io.TextIOWrapper(raw, encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path)), encoding="utf-8")
     return path.open(encoding="utf-8")
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of a .zst file; unlike zstandard's reader it notices a missing end."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            raw = self._file.read(1 << 16)
+            if not raw:
+                if self._frame is not None:
+                    raise EOFError("the last zstd frame has no end")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(raw)
+            if self._frame.eof:  # what follows belongs to another frame
+                self._file.seek(-len(self._frame.unused_data), io.SEEK_CUR)
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,0 +1,259 @@
+"""The commands as a person or a script calls them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from photon.cli.main import app
+from photon.runs import load_weights
+
+COMMANDS = [
+    ["simulate"],
+    ["train"],
+    ["resume"],
+    ["report"],
+    ["export"],
+    ["eval"],
+    ["generate"],
+    ["demo"],
+    ["data", "prepare"],
+    ["data", "show"],
+]
+
+
+def photon(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def run_file(three_silos, tmp_path_factory):
+    path = tmp_path_factory.mktemp("commands") / "run.toml"
+    path.write_text(
+        f"""
+[run]
+name = "commands"
+threads = 1
+[model]
+preset = "tiny"
+[data]
+path = "{three_silos}"
+sequence_length = 32
+[federation]
+rounds = 3
+[local]
+steps = 6
+batch_size = 4
+optimizer = "muon"
+lr = 1e-2
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(run_file):
+    """A finished run, and what `--json` printed of it."""
+    folder = run_file.parent / "run"
+    result = photon("simulate", run_file, "--run-dir", folder, "--json")
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    out = run[0].parent / "hf"
+    result = photon("export", run[0], "--out", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_teaches_by_example(command):
+    result = photon(*command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert "photon" in result.stdout
+
+
+def test_json_is_one_object_on_stdout_and_the_view_is_on_stderr(run):
+    folder, summary = run
+    assert summary["run_dir"] == str(folder)
+    written = json.loads((folder / "summary.json").read_text())
+    assert {key: value for key, value in summary.items() if key != "run_dir"} == written
+    assert (folder / "config.resolved.toml").exists()
+    assert list((folder / "tensorboard").rglob("events.*"))
+
+
+def test_default_folder_and_overrides(run_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["simulate", run_file, "--quiet", "--json", "--set", "federation.rounds=1"]
+    result = photon(*words, "--set", "run.name=other", "--set", "local.steps=1")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["rounds"] == 1
+    assert (tmp_path / "runs/other/summary.json").exists()
+
+
+def test_one_silo_alone_takes_its_own_steps(run_file, run, tmp_path):
+    folder = tmp_path / "alone"
+    result = photon("train", run_file, "--run-dir", folder, "--silo", "red", "--json", "-q")
+    alone = json.loads(result.stdout)
+    assert alone["tokens"] * 3 == run[1]["tokens"]
+    pooled = photon("train", run_file, "--run-dir", tmp_path / "pooled", "--json", "-q")
+    assert json.loads(pooled.stdout)["tokens"] == run[1]["tokens"]
+    assert json.loads(pooled.stdout)["bytes_up"] == 0
+
+
+def test_a_report_compares(run, run_file, tmp_path):
+    photon("train", run_file, "--run-dir", tmp_path / "central", "-q")
+    result = photon("report", run[0], "--compare", f"centralised={tmp_path / 'central'}")
+    assert result.exit_code == 0, result.output
+    page = (run[0] / "report.html").read_text()
+    assert "centralised" in page
+    assert f"{run[1]['global_perplexity']:.0f}"[:2] in page
+    assert photon("report", run[0], "--compare", "nonsense").exit_code == 2
+
+
+def test_evaluation_agrees_with_the_run_and_with_the_export(run, exported, three_silos):
+    folder, summary = run
+    scores = json.loads(photon("eval", folder, "--data", three_silos, "--json").stdout)
+    assert scores["global"]["perplexity"] == pytest.approx(summary["global_perplexity"])
+    assert scores["global"]["bits_per_byte"] == pytest.approx(summary["bits_per_byte"])
+    for silo, perplexity in summary["per_silo"].items():
+        assert scores["per_silo"][silo]["perplexity"] == pytest.approx(perplexity)
+    words = ["eval", exported, "--data", three_silos, "--json", "--sequence-length", "32"]
+    again = json.loads(photon(*words).stdout)
+    assert again["global"]["loss"] == pytest.approx(scores["global"]["loss"], rel=1e-6)
+    table = photon("eval", folder, "--data", three_silos)
+    assert "global" in table.stdout
+    assert "red" in table.stdout
+
+
+def test_exported_logits_are_ours(run, exported):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ours, _ = load_weights(run[0])
+    theirs = AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ids = tokenizer("The bank serves the river of 1812.", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "The bank serves the river of 1812."
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(ids).logits, theirs(ids).logits)
+    card = (exported / "README.md").read_text()
+    assert run[1]["weights_sha256"] in card
+    second = photon("export", run[0], "--out", exported)
+    assert second.exit_code == 30
+    assert "already exists" in second.output
+
+
+def test_an_export_needs_the_run_folder_only(run, three_silos, tmp_path):
+    """The data may be elsewhere by then."""
+    hidden = three_silos.rename(three_silos.with_name("hidden"))
+    try:
+        result = photon("export", run[0], "--out", tmp_path / "hf")
+    finally:
+        hidden.rename(three_silos)
+    assert result.exit_code == 0, result.output
+
+
+def test_generation_is_the_same_from_run_and_export_and_seeded(run, exported):
+    words = ["--prompt", "The bank", "--max-new-tokens", "20"]
+    first = photon("generate", run[0], *words).stdout
+    assert first == photon("generate", exported, *words).stdout
+    assert first.startswith("The bank")
+    assert len(first) > len("The bank") + 10
+    assert first != photon("generate", run[0], *words, "--seed", "5").stdout
+
+
+def test_data_show_and_partitions(three_silos, tmp_path):
+    shown = json.loads(photon("data", "show", three_silos, "--verify", "--json").stdout)
+    assert sorted(shown["silos"]) == ["blue", "green", "red"]
+    text = three_silos.parent / "text"
+    for option, value, count in [
+        ("--iid", 4, 4),
+        ("--dirichlet", "3:10", 3),
+        ("--contiguous", 2, 2),
+    ]:
+        out = tmp_path / option.strip("-")
+        words = ["data", "prepare", "--input", text, option, value, "--out", out]
+        result = photon(*words, "--vocab-size", "300", "--json")
+        assert result.exit_code == 0, result.output
+        assert len(json.loads(result.stdout)["silos"]) == count
+    both = ["data", "prepare", "--input", text, "--iid", "2", "--contiguous", "2"]
+    result = photon(*both, "--out", tmp_path / "both")
+    assert result.exit_code == 13
+    assert "--iid and --contiguous" in result.output
+
+
+@pytest.mark.parametrize("family", ["mpt", "gpt2", "gpt2 pretrained"])
+def test_other_models_train_export_and_reload(run_file, tmp_path, family):
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    text = run_file.read_text()
+    if family == "mpt":
+        text = text.replace('preset = "tiny"', 'preset = "tiny"\nfamily = "mpt"')
+    else:
+        config = GPT2Config(
+            vocab_size=304,
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+        init = "pretrained" if "pretrained" in family else "random"
+        text = text.replace('preset = "tiny"', f'path = "{tmp_path / "gpt2"}"\ninit = "{init}"')
+    (tmp_path / "run.toml").write_text(text)
+    words = ["simulate", tmp_path / "run.toml", "--run-dir", tmp_path / "run", "-q"]
+    result = photon(*words, "--set", "federation.rounds=2", "--set", "local.steps=2")
+    assert result.exit_code == 0, result.output
+    assert photon("export", tmp_path / "run", "--out", tmp_path / "hf").exit_code == 0
+    ours, _ = load_weights(tmp_path / "run")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(ids).logits, theirs.eval()(ids).logits)
+
+
+def test_nothing_is_asked_of_the_network(run_file, three_silos, tmp_path):
+    """Invariant 8: an audit hook sees every connection and look-up the process attempts."""
+    script = """
+import sys
+reached = []
+def hook(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        reached.append((event, str(args[-1] if event == "socket.connect" else args[0])))
+sys.addaudithook(hook)
+from photon.cli.main import app
+import typer
+for words in COMMANDS:
+    try:
+        app(words, standalone_mode=False)
+    except SystemExit as stop:
+        assert not stop.code, (words, stop.code)
+import socket
+try:
+    socket.create_connection(("127.0.0.1", 9), timeout=0.2)
+except OSError:
+    pass
+assert reached, "the hook does not see connections, so this test shows nothing"
+assert len(reached) <= 2 and all("127.0.0.1" in place for _, place in reached), reached
+"""
+    text = three_silos.parent / "text"
+    prepare = ["data", "prepare", "--input", str(text), "--iid", "2", "--vocab-size", "300"]
+    prepare += ["--out", str(tmp_path / "data")]
+    simulate = ["simulate", str(run_file), "--run-dir", str(tmp_path / "run"), "-q"]
+    simulate += ["--set", "federation.rounds=1", "--set", "local.steps=1"]
+    export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "hf")]
+    script = script.replace("COMMANDS", repr([prepare, simulate, export]))
+    environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

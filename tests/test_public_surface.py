@@ -1,0 +1,107 @@
+"""`import photon`: small, lazy, documented, and enough for a notebook."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import photon
+
+PUBLIC = [
+    "MergingRule",
+    "OuterOptimizer",
+    "Partitioner",
+    "PhotonError",
+    "PrepareOptions",
+    "PreparedData",
+    "RunConfig",
+    "RunHistory",
+    "RunResult",
+    "build_config",
+    "evaluate",
+    "events",
+    "export",
+    "generate",
+    "load_config",
+    "open_data",
+    "photon_recipe",
+    "prepare_data",
+    "read_run",
+    "report",
+    "resume",
+    "simulate",
+    "train",
+]
+
+
+def test_the_surface_is_what_we_promise():
+    assert photon.__all__ == PUBLIC
+    assert sorted(photon._HOMES) == PUBLIC
+    assert dir(photon) == PUBLIC
+    for name in PUBLIC:
+        home, attribute = photon._HOMES[name]
+        assert getattr(photon, name) is getattr(importlib.import_module(home), attribute)
+        assert inspect.getdoc(getattr(photon, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        photon.nothing  # noqa: B018
+
+
+def test_type_checkers_see_the_same_names():
+    source = inspect.getsource(photon)
+    block = source[source.index("if TYPE_CHECKING:") : source.index("_HOMES")]
+    for name in PUBLIC:
+        assert f" {name}" in block, name
+
+
+def test_import_is_light():
+    code = (
+        "import sys, photon\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'grain'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "photon.load_config\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_notebook_from_text_to_words(three_silos, tmp_path):
+    text = three_silos.parent / "text"
+    data = photon.prepare_data(
+        photon.PrepareOptions(input=text, out=tmp_path / "data", iid=2, vocab_size=300)
+    )
+    assert sorted(photon.open_data(data.path).silos) == ["silo-0", "silo-1"]
+    config = photon.build_config(
+        {
+            "run": {"name": "notebook", "threads": 1},
+            "model": {"preset": "tiny"},
+            "data": {"path": str(data.path), "sequence_length": 32},
+            "federation": {"rounds": 2},
+        },
+        ["local.steps=2", "local.batch_size=2", "eval.max_tokens=500"],
+    )
+    heard = []
+
+    class Ear:
+        def on_event(self, event):
+            heard.append(event)
+
+        def close(self):
+            heard.append(None)
+
+    result = photon.simulate(config, run_dir=tmp_path / "run", listener=Ear())
+    assert heard[-1] is None
+    assert any(isinstance(event, photon.events.RoundMerged) for event in heard)
+    history = photon.read_run(result.folder)
+    table = history.table(photon.events.Evaluated)
+    overall = [loss for loss, silo in zip(table["loss"], table["silo"], strict=True) if not silo]
+    assert overall[-1] == result.summary["global_loss"]
+    assert len(overall) == 3
+    assert photon.resume(result.folder).summary == result.summary
+    assert photon.report(result.folder).exists()
+    folder = photon.export(result.folder, tmp_path / "hf")
+    assert photon.evaluate(folder, data.path, max_tokens=500).overall.loss > 0
+    assert isinstance(photon.generate(folder, "The bank", max_new_tokens=5), str)
+    with pytest.raises(photon.PhotonError):
+        photon.read_run(tmp_path / "nothing")
