@@ -13,6 +13,7 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # The same examples on every machine, and no failure because a shared one was slow.
 settings.register_profile("photon", deadline=None, derandomize=True)
