@@ -1,0 +1,41 @@
+"""Invariant 6: the aggregator's peak memory does not grow with the number of clients."""
+
+import subprocess
+import sys
+
+import pytest
+
+from photon.data import PrepareOptions, prepare
+
+SCRIPT = """
+import resource, sys
+from photon.config import parse_run_config
+from photon.runs import simulate
+config = parse_run_config({
+    "run": {"threads": 1},
+    "model": {"preset": "tiny"},
+    "data": {"path": sys.argv[1], "sequence_length": 32},
+    "federation": {"rounds": 3, "sample": 8, "workers": 1, "optimizer_state": "keep"},
+    "local": {"steps": 1, "batch_size": 2},
+    "eval": {"every": 0, "max_tokens": 300},
+})
+simulate(config, run_dir=sys.argv[2])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_64_virtual_clients_take_no_more_memory_than_8(tmp_path, write_corpus):
+    text = write_corpus(tmp_path / "text", {"any": 448})
+    peak_kib = {}
+    for clients in (8, 64):
+        data = prepare(
+            PrepareOptions(
+                input=text, out=tmp_path / f"data-{clients}", iid=clients, vocab_size=300
+            )
+        )
+        assert len(data.silos) == clients
+        words = [sys.executable, "-c", SCRIPT, str(data.path), str(tmp_path / f"run-{clients}")]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        peak_kib[clients] = int(done.stdout)
+    assert peak_kib[64] == pytest.approx(peak_kib[8], rel=0.05)
