@@ -1,11 +1,12 @@
 """Trainer speed: `photon train`'s loop against a bare PyTorch loop, and two workers against one.
 
-    python benchmarks/trainer.py --data DIR [--steps 10] [--repeats 15]
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/trainer.py --data DIR [--steps 10] [--repeats 15]
 
 Part 1 trains the same model on the same batches with the same optimizer, Photon's Trainer and a
 bare loop alternating within one process; the ratio of tokens/s is the figure. Part 2 runs the same
 federated rounds in-process and with two workers (start-up of the workers included and excluded).
-Absolute times drift on a shared machine; ratios of alternated runs do not.
+Absolute times drift on a shared machine; ratios of alternated runs do not. The variable is what the
+`photon` command sets for itself.
 """
 
 from __future__ import annotations

@@ -83,7 +83,13 @@ def state_hashes(folder):
 
 def start(*words):
     command = [sys.executable, "-m", "photon.cli.main", *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A suite started in the background inherits an ignored SIGINT; a person's shell does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def kill_after(process, folder, event, number, delay_s):

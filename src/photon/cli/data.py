@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from photon.data import PreparedData, PrepareOptions, open_data, prepare
-from photon.data.shards import HELD_OUT, TRAIN
-from photon.errors import DataError
+from photon.data import PreparedData, PrepareOptions, SiloData, open_data, prepare
+from photon.errors import InvalidValueError
 
 data_app = typer.Typer(
     help="Prepare text for training, and look at what is prepared.", no_args_is_help=True
@@ -35,7 +34,7 @@ def prepare_command(
             "--input",
             metavar="PATH_OR_NAME",
             help="Text file, JSONL (.gz, .zst), parquet, a folder of these, a saved Hugging Face "
-            "dataset, or hf:NAME[:SPLIT] for one on the hub.",
+            "dataset, or hf:OWNER/NAME or hf:OWNER/NAME/CONFIG:SPLIT for one on the hub.",
             rich_help_panel=_TEXT,
         ),
     ],
@@ -74,8 +73,12 @@ def prepare_command(
         ),
     ] = None,
     label_field: Annotated[
-        str, typer.Option(help="Whose values --dirichlet skews.", rich_help_panel=_HOW)
-    ] = "file",
+        str | None,
+        typer.Option(
+            help="Field whose values --dirichlet skews; the document's file or folder by default.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     min_documents: Annotated[
         int,
         typer.Option(help="Fold silos with fewer documents into 'other'.", rich_help_panel=_HOW),
@@ -90,6 +93,13 @@ def prepare_command(
     ] = None,
     metadata_key: Annotated[
         str | None, typer.Option(help="Its column of stems; the first.", rich_help_panel=_TEXT)
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(
+            help=r"Parts text files into documents, e.g. '\n\n\n'; else a file is one document.",
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     source_field: Annotated[
         str | None,
@@ -135,6 +145,7 @@ def prepare_command(
         text_key=text_key,
         metadata=metadata,
         metadata_key=metadata_key,
+        separator=_unescaped(separator) if separator is not None else None,
         silo_field=silo_field,
         iid=iid,
         dirichlet=_count_and_alpha(dirichlet) if dirichlet is not None else None,
@@ -201,42 +212,52 @@ def _count_and_alpha(text: str) -> tuple[int, float]:
     try:
         return int(count), float(alpha if colon else 0.5)
     except ValueError:
-        raise DataError(f"--dirichlet {text!r} is not N:ALPHA, for example 4:0.5") from None
+        raise InvalidValueError(f"--dirichlet {text!r} is not N:ALPHA, for example 4:0.5") from None
 
 
 def _pair(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise DataError(f"--partitioner-option {text!r} is not KEY=VALUE")
+        raise InvalidValueError(f"--partitioner-option {text!r} is not KEY=VALUE")
     return key, value
 
 
+def _unescaped(text: str) -> str:
+    # What a shell can't easily pass.
+    for written, meant in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t"), ("\\0", "\0")):
+        text = text.replace(written, meant)
+    return text
+
+
 def _show(data: PreparedData, as_json: bool) -> None:
-    sets = {**data.silos, "(global held-out)": data.held_out}
-    rows = {
-        name: {
-            "documents": text_set.count(TRAIN, "documents"),
-            "tokens": text_set.train_tokens,
-            "held_out_documents": text_set.count(HELD_OUT, "documents"),
-            "held_out_tokens": text_set.count(HELD_OUT, "tokens"),
-            "bytes": text_set.count(TRAIN, "bytes") + text_set.count(HELD_OUT, "bytes"),
-        }
-        for name, text_set in sets.items()
-    }
     if as_json:
         record = {
             "path": str(data.path),
             "sha256": data.sha256,
             "vocab_size": data.vocab_size,
-            "silos": {name: row for name, row in rows.items() if name in data.silos},
-            "held_out": rows["(global held-out)"],
+            "eos_id": data.eos_id,
+            "silos": {name: _counts(silo) for name, silo in data.silos.items()},
+            "held_out": _counts(data.held_out),
+            "remarks": list(data.remarks),
         }
         typer.echo(json.dumps(record, indent=1))
         return
-    table = Table("silo", title=f"{data.path}", title_justify="left")
+    table = Table("silo", title=str(data.path), title_justify="left")
     for heading in ("documents", "tokens", "held-out documents", "held-out tokens", "text MB"):
         table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        *counts, size = row.values()
+    for name, part in {**data.silos, "(global held-out)": data.held_out}.items():
+        *counts, size = _counts(part).values()
         table.add_row(name, *(f"{count:,}" for count in counts), f"{size / 1e6:.2f}")
     Console().print(table)
+    for remark in data.remarks:
+        Console(stderr=True).print(f"note: {remark}", markup=False, highlight=False)
+
+
+def _counts(part: SiloData) -> dict[str, int]:
+    return {
+        "documents": part.train_documents,
+        "tokens": part.train_tokens,
+        "held_out_documents": part.held_out_documents,
+        "held_out_tokens": part.held_out_tokens,
+        "bytes": part.bytes,
+    }

@@ -2,9 +2,10 @@
 
 from photon.data.held_out import HeldOut, held_out_text
 from photon.data.ingest import Document, Source
+from photon.data.options import PrepareOptions
 from photon.data.partition import DocumentInfo, Partitioner
-from photon.data.prepare import PrepareOptions, prepare
-from photon.data.prepared import PreparedData, TextSet, open_data
+from photon.data.prepare import prepare
+from photon.data.prepared import PreparedData, SiloData, open_data
 from photon.data.stream import TokenStream, token_stream
 from photon.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -15,8 +16,8 @@ __all__ = [
     "Partitioner",
     "PrepareOptions",
     "PreparedData",
+    "SiloData",
     "Source",
-    "TextSet",
     "TextTokenizer",
     "TokenStream",
     "held_out_text",

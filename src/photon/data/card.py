@@ -2,57 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from photon.data.prepared import PreparedData, TextSet
-from photon.data.shards import HELD_OUT, TRAIN
+from photon.data.prepared import PreparedData, SiloData
+from photon.data.shards import HELD_OUT
+
+_HEADINGS = ("silo", "split", "documents", "tokens", "text bytes", "bytes per token")
 
 
-def data_card(data: PreparedData, manifest: dict[str, Any]) -> str:
-    """README.md of a prepared folder, Markdown."""
+def data_card(data: PreparedData, manifest: Mapping[str, Any]) -> str:
+    """README.md of a prepared folder, Markdown.
+
+    Args:
+        data: the folder, opened.
+        manifest: its top manifest.
+    """
     options = manifest["options"]
+    skipped = [name for name in ("text_key", "metadata") if options.get(name) not in (None, "text")]
     lines = [
         "# Data card",
         "",
-        f"Made by `photon data prepare` {manifest['photon_version']} from `{options['input']}`.",
+        f"Made by `photon data prepare` {manifest['photon_version']} from `{options['input']}`"
+        + "".join(f", {name} `{options[name]}`" for name in skipped)
+        + ".",
         "",
-        "| silo | training documents | training tokens | held-out documents | held-out tokens "
-        "| text MB |",
-        "|---|---:|---:|---:|---:|---:|",
-        *(_row(silo) for silo in data.silos.values()),
-        _row(data.held_out),
+        "## What is in it",
         "",
-        f"Tokenizer: {data.vocab_size:,} tokens, {_bytes_per_token(data):.2f} bytes of text a "
-        f"token, sha256 `{data.tokenizer_sha256[:16]}...`; documents end with "
-        f"`{manifest['tokenizer']['eos_token']}`.",
+        f"| {' | '.join(_HEADINGS)} |",
+        "|---|---|---:|---:|---:|---:|",
+        *(row for silo in data.silos.values() for row in _rows(silo)),
+        *_rows(data.held_out),
+        "",
+        "Tokens count the end-of-text token of each document; bytes are of its text in UTF-8.",
+        "",
+        "## How it was cut",
+        "",
+        f"Silos: {manifest['partition']}.",
         "",
         f"Held out by document, by a hash of its text (seed {options['seed']}): "
         f"{options['global_fraction']:.1%} for the global set, {options['silo_fraction']:.1%} for "
-        "the silo's own. Copies of one text always fall together, and the choice does not depend "
-        "on how documents were cut into silos.",
+        "the silo's own, as expected shares. Copies of one text always fall together. The choice "
+        "does not depend on how documents were cut into silos, unless a remark below says that a "
+        "set was empty and had to be helped.",
+        "",
+        f"Sources inside silos: {_sources(data)}.",
+        "",
+        "## Tokenizer",
+        "",
+        f"{data.vocab_size:,} tokens, {_origin(options)}. Documents end with "
+        f"`{manifest['tokenizer']['eos_token']}` (id {data.eos_id}). sha256 of "
+        f"`tokenizer/tokenizer.json`: `{data.tokenizer_sha256}`.",
     ]
-    if manifest["remarks"]:
-        lines += ["", "Remarks:", "", *(f"- {remark}" for remark in manifest["remarks"])]
+    if data.remarks:
+        lines += ["", "## Remarks", "", *(f"- {remark}" for remark in data.remarks)]
     return "\n".join(lines) + "\n"
 
 
-def _row(text_set: TextSet) -> str:
-    size = text_set.count(TRAIN, "bytes") + text_set.count(HELD_OUT, "bytes")
-    name = "(global held-out)" if text_set.name == HELD_OUT else text_set.name
+def _rows(part: SiloData) -> list[str]:
+    held_out = ("held out", part.held_out_documents, part.held_out_tokens, part.held_out_bytes)
+    if part.name == HELD_OUT and not part.train_tokens:
+        return [_row("(global)", *held_out)]
+    train = ("train", part.train_documents, part.train_tokens, part.train_bytes)
+    return [_row(part.name, *train), _row(part.name, *held_out)]
+
+
+def _row(name: str, split: str, documents: int, tokens: int, size: int) -> str:
+    ratio = f"{size / tokens:.2f}" if tokens else "-"
+    return f"| {name} | {split} | {documents:,} | {tokens:,} | {size:,} | {ratio} |"
+
+
+def _sources(data: PreparedData) -> str:
+    names = sorted({source for silo in data.silos.values() for source in silo.sources})
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _origin(options: Mapping[str, Any]) -> str:
+    if options["tokenizer"] is not None:
+        return f"given as `{options['tokenizer']}`"
     return (
-        f"| {name} | {text_set.count(TRAIN, 'documents'):,} | {text_set.train_tokens:,} "
-        f"| {text_set.count(HELD_OUT, 'documents'):,} | {text_set.count(HELD_OUT, 'tokens'):,} "
-        f"| {size / 1e6:.2f} |"
+        "a byte-level BPE trained on training text only (at most "
+        f"{options['train_bytes'] / 1e6:g} MB, spread over the input)"
     )
-
-
-def _bytes_per_token(data: PreparedData) -> float:
-    counts = {
-        what: sum(
-            text_set.count(split, what)
-            for text_set in data.text_sets()
-            for split in (TRAIN, HELD_OUT)
-        )
-        for what in ("bytes", "tokens")
-    }
-    return counts["bytes"] / max(1, counts["tokens"])

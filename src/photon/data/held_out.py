@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from photon.data.prepared import PreparedData, TextSet
+from photon.data.prepared import PreparedData, SiloData
 from photon.data.shards import HELD_OUT
+from photon.data.tokens import TokenRun
 from photon.errors import EmptySiloError
 
 
@@ -17,41 +18,51 @@ class HeldOut:
     """One held-out set.
 
     Attributes:
-        tokens: all of them.
+        part: whose.
+        dtype: of its token files.
+        tokens: all of them, end-of-text included.
         bytes: UTF-8 bytes of the text behind them.
     """
 
-    text_set: TextSet
+    part: SiloData
     dtype: np.dtype
     tokens: int
     bytes: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes a token stands for, on average."""
+        return self.bytes / self.tokens
+
+    def bits_per_byte(self, loss: float) -> float:
+        """loss / ln 2 / bytes_per_token: comparable between tokenizers.
+
+        Args:
+            loss: mean cross-entropy, in nats per token.
+        """
+        return loss / float(np.log(2)) / self.bytes_per_token
 
     def windows(self, sequence_length: int, max_tokens: int | None = None) -> Iterator[np.ndarray]:
         """int64 windows of up to sequence_length + 1 tokens, in order.
 
         Neighbours share one token (the target of one, the first input of the next); the last
-        window may be shorter.
+        window may be shorter, with at least 2 tokens.
 
         Args:
             sequence_length: predictions of a full window.
             max_tokens: stop once so many tokens are predicted.
+
+        Raises:
+            ValueError: sequence_length is below 1.
         """
-        left = self.tokens if max_tokens is None else min(self.tokens, max_tokens + 1)
-        carry = np.empty(0, dtype=np.int64)
-        for shard in self.text_set.shards(HELD_OUT):
-            tokens = np.memmap(self.text_set.path / shard.file, dtype=self.dtype, mode="r")
-            tokens = tokens[:left]
-            left -= len(tokens)
-            start = 0
-            while start < len(tokens):
-                take = sequence_length + 1 - len(carry)
-                carry = np.concatenate([carry, tokens[start : start + take].astype(np.int64)])
-                start += take
-                if len(carry) == sequence_length + 1:
-                    yield carry
-                    carry = carry[-1:]
-        if len(carry) > 1:
-            yield carry
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length = {sequence_length} must be at least 1")
+        run = TokenRun(self.part.path, self.part.shards(HELD_OUT), self.dtype)
+        end = self.tokens if max_tokens is None else min(self.tokens, max_tokens + 1)
+        for start in range(0, end - 1, sequence_length):
+            window = np.empty(min(sequence_length + 1, end - start), dtype=np.int64)
+            run.read(start, window)
+            yield window
 
 
 def held_out_text(data: PreparedData, silo: str | None) -> HeldOut:
@@ -64,11 +75,13 @@ def held_out_text(data: PreparedData, silo: str | None) -> HeldOut:
         raise EmptySiloError(
             f"no silo named {silo!r} in {data.path}", hint=f"Its silos: {', '.join(data.silos)}."
         )
-    text_set = data.held_out if silo is None else data.silos[silo]
-    tokens = text_set.count(HELD_OUT, "tokens")
+    part = data.held_out if silo is None else data.silos[silo]
+    tokens = part.held_out_tokens
     if tokens < 2:
+        whose = f"silo {silo!r}" if silo is not None else str(data.path)
         raise EmptySiloError(
-            f"the held-out set of {silo or data.path} has {tokens} tokens, at least 2 are needed",
-            hint="Prepare the data again with more text held out.",
+            f"the held-out set of {whose} has {tokens} tokens; at least 2 are needed",
+            hint="Prepare the data again with more text held out (--global-fraction, "
+            "--silo-fraction).",
         )
-    return HeldOut(text_set, data.dtype, tokens, text_set.count(HELD_OUT, "bytes"))
+    return HeldOut(part, data.dtype, tokens, part.held_out_bytes)

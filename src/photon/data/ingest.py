@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import zstandard
-
+from photon.data.readers import (
+    HUB_PREFIX,
+    hub_rows,
+    is_saved_dataset,
+    json_rows,
+    parquet_rows,
+    read_metadata,
+    saved_rows,
+    text_and_fields,
+    text_parts,
+)
 from photon.errors import DataError, DataNotFoundError
 
 TEXT_ENDINGS = (".txt", ".text", ".md")
-JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".json.gz", ".json.zst")
+JSONL_ENDINGS = (
+    *(ending + packed for ending in (".jsonl", ".ndjson") for packed in ("", ".gz", ".zst")),
+    ".json.gz",
+    ".json.zst",
+)
 PARQUET_ENDINGS = (".parquet",)
 ENDINGS = (*TEXT_ENDINGS, *JSONL_ENDINGS, *PARQUET_ENDINGS)
-
-#: "hf:name", "hf:name/config:split": the only spelling that may reach a hub.
-HUB_PREFIX = "hf:"
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,52 @@ class Document:
 
     Attributes:
         text: never empty.
-        fields: other columns, as strings; "file" and "folder" are always there for files.
+        fields: other columns, as strings; "file" and "folder" (first level) where there are files.
+        source: what it came out of: the JSONL or parquet file, the folder of a text file (both
+            relative to the input), or the split of a dataset. Shared by many documents.
+        place: for messages, e.g. "wiki.jsonl:12".
+        bytes: of the text in UTF-8.
     """
 
     text: str
     fields: Mapping[str, str]
+    source: str
+    place: str
+    bytes: int
+
+
+@dataclass
+class Tally:
+    """What reading left out.
+
+    Attributes:
+        empty: documents of white space only.
+        unread: files of a folder by their ending, which Photon does not read.
+    """
+
+    empty: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def remarks(self) -> list[str]:
+        """In words, for the manifest and the reader."""
+        lines = []
+        if self.empty:
+            lines.append(f"{self.empty} empty documents were left out")
+        if self.unread:
+            kinds = ", ".join(f"{count} x {end}" for end, count in sorted(self.unread.items()))
+            lines.append(f"files with endings Photon does not read were left out: {kinds}")
+        return lines
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A document as it was found: its text may be empty; `stem` is set for text files."""
+
+    place: str
+    source: str
+    text: str
+    fields: Mapping[str, str]
+    stem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,248 +90,123 @@ class Source:
     """What to read and how.
 
     Attributes:
-        input: a file, a folder, or "hf:NAME[:SPLIT]".
+        input: a file, a folder, or "hf:OWNER/NAME[/CONFIG][:SPLIT]".
         text_key: column of the text in JSONL, parquet and datasets.
-        metadata: a CSV whose rows are joined to text files by file stem.
-        metadata_key: its column that holds the stem; the first by default.
+        metadata: a CSV whose rows are joined to text files by file name or stem.
+        metadata_key: its column that holds it; the first by default.
+        separator: parts the documents of a text file; a file is one document without it.
     """
 
     input: str
     text_key: str = "text"
     metadata: Path | None = None
     metadata_key: str | None = None
+    separator: str | None = None
 
-    def documents(self) -> Iterator[Document]:
-        """Every non-empty document, in an order that depends on names only.
+    def documents(self, tally: Tally | None = None) -> Iterator[Document]:
+        """Every non-empty document, in an order that depends on file names only.
+
+        Nothing but the document at hand is kept, so this may be called again for a second pass.
+
+        Args:
+            tally: counts what is left out.
 
         Raises:
             DataNotFoundError: the input does not exist, or holds nothing that can be read.
             DataError: broken compression, JSON, encoding or parquet; names file and line.
         """
-        extra = _read_metadata(self.metadata, self.metadata_key) if self.metadata else {}
-        unmatched = set(extra)
-        for document, stem in self._raw():
-            if extra and stem is not None:
-                unmatched.discard(stem)
-                document = Document(document.text, {**document.fields, **extra.get(stem, {})})
-            if document.text.strip():
-                yield document
-        if extra and len(unmatched) == len(extra):
+        tally = tally if tally is not None else Tally()
+        extra = read_metadata(self.metadata, self.metadata_key) if self.metadata else {}
+        joined = False
+        for row in self._rows(tally):
+            fields = row.fields
+            if extra and row.stem is not None:
+                more = extra.get(fields["file"], extra.get(row.stem))
+                joined = joined or more is not None
+                fields = {**fields, **(more or {})}
+            if not row.text.strip():
+                tally.empty += 1
+                continue
+            yield Document(row.text, fields, row.source, row.place, _size(row.text, row.place))
+        if self.metadata and not joined:
+            example = f": for instance {min(extra)!r} is no file's name or stem" if extra else ""
             raise DataError(
-                f"no row of {self.metadata} belongs to a file of {self.input}: for instance "
-                f"{sorted(extra)[0]!r} is no file's stem",
+                f"no row of {self.metadata} belongs to a file of {self.input}{example}",
                 hint="Name the column that holds file stems with --metadata-key.",
             )
 
-    def _raw(self) -> Iterator[tuple[Document, str | None]]:
+    def _rows(self, tally: Tally) -> Iterator[_Row]:
         if self.input.startswith(HUB_PREFIX):
-            for document in _from_hub(self.input.removeprefix(HUB_PREFIX), self.text_key):
-                yield document, None
+            name = self.input.removeprefix(HUB_PREFIX)
+            for place, row in hub_rows(name):
+                text, fields = text_and_fields(row, self.text_key, place)
+                yield _Row(place, name, text, fields)
             return
         root = Path(self.input)
         if not root.exists():
             raise DataNotFoundError(
                 f"no input at {root}",
-                hint=f"Name a file, a folder, or a hub dataset as {HUB_PREFIX}NAME.",
+                hint=f"Name a file, a folder, or a hub dataset as {HUB_PREFIX}OWNER/NAME.",
             )
-        if root.is_dir() and _is_saved_dataset(root):
-            for document in _from_saved(root, self.text_key):
-                yield document, None
+        if root.is_dir() and is_saved_dataset(root):
+            for split, place, row in saved_rows(root):
+                text, fields = text_and_fields(row, self.text_key, place)
+                yield _Row(place, split or root.name, text, {"split": split, **fields})
             return
-        for path in _files(root):
-            folder = "" if root.is_file() else _first_folder(path, root)
-            base = {"file": path.name, "folder": folder}
-            if path.name.endswith(TEXT_ENDINGS):
-                yield Document(_read_text(path), base), path.stem
-            else:
-                rows = _parquet_rows if path.name.endswith(PARQUET_ENDINGS) else _jsonl_rows
-                for place, row in rows(path):
-                    yield _document(row, self.text_key, base, place), None
+        for path in _files(root, tally):
+            yield from self._file_rows(path, root)
+
+    def _file_rows(self, path: Path, root: Path) -> Iterator[_Row]:
+        inside = path.relative_to(root).parts if root.is_dir() else (path.name,)
+        base = {"file": path.name, "folder": inside[0] if len(inside) > 1 else ""}
+        if _ends(path, TEXT_ENDINGS):
+            source = "/".join(inside[:-1]) or (root.name if root.is_dir() else path.stem)
+            for number, text in enumerate(text_parts(path, self.separator), start=1):
+                place = f"{path}, document {number}" if self.separator is not None else str(path)
+                yield _Row(place, source, text, base, path.stem)
+            return
+        rows: Iterator[tuple[str, dict[str, Any]]] = (
+            parquet_rows(path, self.text_key) if _ends(path, PARQUET_ENDINGS) else json_rows(path)
+        )
+        for place, row in rows:
+            text, fields = text_and_fields(row, self.text_key, place)
+            yield _Row(place, "/".join(inside), text, {**base, **fields})
 
 
-def _files(root: Path) -> list[Path]:
+def _ends(path: Path, endings: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(endings)
+
+
+def _size(text: str, place: str) -> int:
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: the text holds half a character (surrogate {text[error.start]!a}), which "
+            "UTF-8 can't write",
+            hint="Repair the escape sequence, or leave the document out.",
+        ) from error
+
+
+def _files(root: Path, tally: Tally) -> list[Path]:
+    """Readable files, sorted by path; hidden files and folders are passed over."""
     if root.is_file():
-        if not root.name.endswith(ENDINGS):
+        if not _ends(root, ENDINGS):
             raise DataError(
-                f"{root} has an ending Photon does not read",
+                f"{root} has an ending Photon does not read ({root.suffix or root.name!r})",
                 hint=f"It reads {', '.join(ENDINGS)}.",
             )
         return [root]
-    found = sorted(path for path in root.rglob("*") if path.is_file())
-    readable = [path for path in found if path.name.endswith(ENDINGS)]
+    found = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not any(part[0] == "." for part in path.relative_to(root).parts)
+    ]
+    readable = [path for path in found if _ends(path, ENDINGS)]
+    tally.unread.update(path.suffix or path.name for path in found if not _ends(path, ENDINGS))
     if not readable:
         raise DataNotFoundError(
             f"{root} holds no file that Photon reads ({len(found)} files in all)",
             hint=f"It reads {', '.join(ENDINGS)}.",
         )
     return readable
-
-
-def _first_folder(path: Path, root: Path) -> str:
-    inside = path.relative_to(root).parts
-    return inside[0] if len(inside) > 1 else ""
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: {error}", hint="Convert it, for instance with iconv."
-        ) from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
-    try:
-        with _open_text(path) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: expected an object, found {line[:40]!r}")
-                yield f"{path}:{number}", row
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{number}: not JSON: {error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number + 1}: not UTF-8: {error}") from error
-    except (zstandard.ZstdError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path} is damaged or cut short after line {number}: {error}",
-            hint="Fetch or compress it again.",
-        ) from error
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path)), encoding="utf-8")
-    return path.open(encoding="utf-8")
-
-
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a .zst file; unlike zstandard's reader it notices a missing end."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._file = path.open("rb")
-        self._frame: Any = None
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            raw = self._file.read(1 << 16)
-            if not raw:
-                if self._frame is not None:
-                    raise EOFError("the last zstd frame has no end")
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready = self._frame.decompress(raw)
-            if self._frame.eof:  # what follows belongs to another frame
-                self._file.seek(-len(self._frame.unused_data), io.SEEK_CUR)
-                self._frame = None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a readable parquet file: {error}") from error
-
-
-def _document(row: Mapping[str, Any], key: str, base: Mapping[str, str], place: str) -> Document:
-    text = row.get(key)
-    if not isinstance(text, str):
-        found = "no such key" if key not in row else f"a {type(text).__name__}"
-        raise DataError(
-            f"{place}: expected text under {key!r}, found {found}; "
-            f"keys: {', '.join(map(str, row))}",
-            hint="Name the key that holds the text with --text-key.",
-        )
-    fields = {
-        str(name): str(value)
-        for name, value in row.items()
-        if name != key and isinstance(value, str | int | float | bool)
-    }
-    return Document(text, {**base, **fields})
-
-
-def _is_saved_dataset(root: Path) -> bool:
-    return (root / "dataset_info.json").exists() or (root / "dataset_dict.json").exists()
-
-
-def _from_saved(root: Path, key: str) -> Iterator[Document]:
-    import datasets
-
-    try:
-        loaded = datasets.load_from_disk(str(root))
-    except Exception as error:
-        raise DataError(f"{root} is not a readable Hugging Face dataset: {error}") from error
-    parts: dict[str, Any] = (
-        {str(name): part for name, part in loaded.items()}
-        if isinstance(loaded, datasets.DatasetDict)
-        else {"train": loaded}
-    )
-    for split in sorted(parts):
-        for number, row in enumerate(parts[split]):
-            yield _document(row, key, {"split": split}, f"{root}, {split} row {number}")
-
-
-def _from_hub(name: str, key: str) -> Iterator[Document]:
-    import datasets
-
-    name, _, split = name.partition(":")
-    try:
-        rows: Any = datasets.load_dataset(name, split=split or "train", streaming=True)
-        for number, row in enumerate(rows):
-            yield _document(row, key, {}, f"{HUB_PREFIX}{name}, row {number}")
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataNotFoundError(
-            f"the hub dataset {name!r} (split {split or 'train'!r}) can't be read: {error}",
-            hint="Check the name and the connection, or download it and name the folder.",
-        ) from error
-
-
-def _read_metadata(path: Path, key: str | None) -> dict[str, dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = list(reader.fieldnames or [])
-            column = key or (columns[0] if columns else "")
-            if column not in columns:
-                raise DataError(
-                    f"{path} has no column {column!r}; its columns: {', '.join(columns) or 'none'}"
-                )
-            return {
-                Path(row[column]).stem: {
-                    name: value for name, value in row.items() if isinstance(value, str)
-                }
-                for row in reader
-            }
-    except FileNotFoundError:
-        raise DataNotFoundError(f"no metadata file at {path}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a readable CSV: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,19 +12,25 @@ import numpy as np
 
 from photon.errors import DataError, EmptySiloError
 
+_DRAWS = 100
+_LONGEST_NAME = 100
+
 
 @dataclass(frozen=True)
 class DocumentInfo:
     """What a partitioner may look at.
 
     Attributes:
+        index: its place in the input, from 0.
         fields: columns that stood beside the text.
         bytes: UTF-8 bytes of the text.
+        source: the file or folder it came out of; see `Document.source`.
     """
 
     index: int
     fields: Mapping[str, str]
     bytes: int
+    source: str = ""
 
 
 class Partitioner(ABC):
@@ -37,11 +44,11 @@ class Partitioner(ABC):
 class ByField(Partitioner):
     """One silo per value of a field, e.g. source, party, topic or language."""
 
-    def __init__(self, field: str) -> None:
-        self._field = field
+    def __init__(self, field: str, option: str = "--silo-field") -> None:
+        self._field, self._option = field, option
 
     def assign(self, documents: Sequence[DocumentInfo], seed: int) -> list[str]:
-        return [_field(document, self._field, "--silo-field") for document in documents]
+        return [_field(document, self._field, self._option) for document in documents]
 
 
 class ByFolder(Partitioner):
@@ -97,37 +104,54 @@ class Contiguous(Partitioner):
 class Dirichlet(Partitioner):
     """N silos with label skew: each label's documents are shared out by Dirichlet(alpha).
 
-    Small alpha gives silos of few labels, large alpha approaches IID (Hsu et al. 2019,
-    arXiv 1909.06335).
+    For each label k, p_k ~ Dir_N(alpha) says which part of its documents each of the N silos gets.
+    Small alpha gives silos of few labels, large alpha approaches equal shares (Yurochkin et al.
+    2019, arXiv 1905.12022). A draw that leaves a silo with fewer than two documents is repeated.
+
+    Args:
+        count: N.
+        alpha: concentration, above 0.
+        label_field: the label; the document's source (file or folder) by default.
     """
 
-    def __init__(self, count: int, alpha: float, label_field: str) -> None:
+    def __init__(self, count: int, alpha: float, label_field: str | None = None) -> None:
         self._count, self._label_field = _positive(count, "--dirichlet"), label_field
-        if not alpha > 0:
-            raise DataError(f"--dirichlet: alpha = {alpha} must be above 0")
+        if not (alpha > 0 and math.isfinite(alpha)):
+            raise DataError(
+                f"--dirichlet {count}:{alpha:g}: alpha must be a number above 0",
+                hint="0.1 gives very different silos, 100 nearly alike ones.",
+            )
         self._alpha = alpha
 
     def assign(self, documents: Sequence[DocumentInfo], seed: int) -> list[str]:
         _require_enough(documents, self._count)
         labels: dict[str, list[int]] = defaultdict(list)
         for position, document in enumerate(documents):
-            labels[_field(document, self._label_field, "--label-field")].append(position)
-        for attempt in range(100):
+            labels[self._label(document)].append(position)
+        for attempt in range(_DRAWS):
             generator = np.random.default_rng([seed, 2, attempt])
             numbers = np.zeros(len(documents), dtype=int)
             for label in sorted(labels):
                 positions = generator.permutation(labels[label])
                 shares = generator.dirichlet(np.full(self._count, self._alpha))
                 cuts = np.rint(np.cumsum(shares)[:-1] * len(positions)).astype(int)
-                for number, part in enumerate(np.split(positions, cuts)):
+                # Rounding leaves the first and last parts of a small label empty: in a fixed order
+                # of silos these would always be the same two.
+                order = generator.permutation(self._count)
+                for number, part in zip(order, np.split(positions, cuts), strict=True):
                     numbers[part] = number
             if min(np.bincount(numbers, minlength=self._count)) >= 2:
                 return _numbered(numbers, self._count)
         raise EmptySiloError(
             f"--dirichlet {self._count}:{self._alpha:g} left a silo with fewer than 2 documents "
-            "in each of 100 draws",
+            f"in each of {_DRAWS} draws",
             hint="Use fewer silos or a larger alpha.",
         )
+
+    def _label(self, document: DocumentInfo) -> str:
+        if self._label_field is None:
+            return document.source
+        return _field(document, self._label_field, "--label-field")
 
 
 def fold_small(names: Sequence[str], least: int, into: str = "other") -> list[str]:
@@ -136,21 +160,25 @@ def fold_small(names: Sequence[str], least: int, into: str = "other") -> list[st
     return [name if counts[name] >= least else into for name in names]
 
 
-def folder_names(names: Sequence[str]) -> list[str]:
-    """Silo names as safe folder names.
+def folder_names(names: Sequence[str], kind: str = "silos") -> list[str]:
+    """Names of silos or sources as safe folder names.
 
     Raises:
-        DataError: two silos would share a folder.
+        DataError: two would share a folder, or a name is too long for one.
     """
     safe: dict[str, str] = {}
+    taken: dict[str, str] = {}
     for name in dict.fromkeys(names):
         plain = "".join(c if c.isalnum() or c in "._-" else "-" for c in name.strip().lower())
-        safe[name] = plain.strip(".-") or "unnamed"
-    taken: dict[str, str] = {}
-    for name, plain in safe.items():
+        plain = safe[name] = plain.strip(".-") or "unnamed"
+        if len(plain.encode("utf-8")) > _LONGEST_NAME:
+            raise DataError(
+                f"{name[:60]!r}... is too long to name one of the {kind} ({len(plain)} characters)",
+                hint="Partition by a field with short values.",
+            )
         if plain in taken:
             raise DataError(
-                f"silos {taken[plain]!r} and {name!r} would share the folder {plain!r}",
+                f"{kind} {taken[plain]!r} and {name!r} would share the folder {plain!r}",
                 hint="Rename one of them in the input.",
             )
         taken[plain] = name
@@ -165,7 +193,7 @@ def _numbered(numbers: np.ndarray, count: int) -> list[str]:
 def _field(document: DocumentInfo, field: str, option: str) -> str:
     value = document.fields.get(field)
     if value is None or not value.strip():
-        where = document.fields.get("file", f"document {document.index + 1}")
+        where = document.fields.get("file") or f"document {document.index + 1}"
         raise DataError(
             f"{option} {field}: {where} has no such field; it has "
             f"{', '.join(sorted(document.fields)) or 'none'}",
@@ -176,7 +204,7 @@ def _field(document: DocumentInfo, field: str, option: str) -> str:
 
 def _positive(count: int, option: str) -> int:
     if count < 1:
-        raise DataError(f"{option}: {count} silos; at least 1 is needed")
+        raise DataError(f"{option} {count}: at least 1 silo is needed")
     return count
 
 

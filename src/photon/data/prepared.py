@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,15 +20,26 @@ from photon.data.shards import (
     read_splits,
     sha256_of,
 )
-from photon.errors import EmptySiloError, ShardCorruptError, VocabularyMismatchError
+from photon.errors import (
+    DataNotFoundError,
+    EmptySiloError,
+    ShardCorruptError,
+    VocabularyMismatchError,
+)
+
+_AGAIN = "Copy it again from where it was made, or prepare the data again."
+_CHUNK_BYTES = 1 << 22
+_DTYPES = ("<u2", "<u4")
 
 
 @dataclass(frozen=True)
-class TextSet:
+class SiloData:
     """A folder of shards: a silo's, or the global held-out set.
 
     Attributes:
         name: of the silo; "held_out" for the global set.
+        path: its folder.
+        splits: "train" and "held_out", each by source; the global set has no "train".
     """
 
     name: str
@@ -34,18 +47,58 @@ class TextSet:
     splits: Splits
 
     def shards(self, split: str) -> list[Shard]:
-        return [shard for shards in self.splits.get(split, {}).values() for shard in shards]
-
-    def count(self, split: str, what: str) -> int:
-        """Sum of "tokens", "documents" or "bytes" over a split."""
-        return sum(getattr(shard, what) for shard in self.shards(split))
+        """Shards of a split, source by source in the order of their names."""
+        sources = self.splits.get(split, {})
+        return [shard for source in sorted(sources) for shard in sources[source]]
 
     @property
     def train_tokens(self) -> int:
-        return self.count(TRAIN, "tokens")
+        """Tokens to train on, end-of-text included."""
+        return sum(shard.tokens for shard in self.shards(TRAIN))
+
+    @property
+    def train_documents(self) -> int:
+        """Documents to train on."""
+        return sum(shard.documents for shard in self.shards(TRAIN))
+
+    @property
+    def train_bytes(self) -> int:
+        """UTF-8 bytes of the text to train on."""
+        return sum(shard.bytes for shard in self.shards(TRAIN))
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Held-out tokens, end-of-text included."""
+        return sum(shard.tokens for shard in self.shards(HELD_OUT))
+
+    @property
+    def held_out_documents(self) -> int:
+        """Held-out documents."""
+        return sum(shard.documents for shard in self.shards(HELD_OUT))
+
+    @property
+    def held_out_bytes(self) -> int:
+        """UTF-8 bytes of the held-out text."""
+        return sum(shard.bytes for shard in self.shards(HELD_OUT))
+
+    @property
+    def documents(self) -> int:
+        """Documents of both splits."""
+        return self.train_documents + self.held_out_documents
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both splits."""
+        return self.train_tokens + self.held_out_tokens
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text of both splits."""
+        return self.train_bytes + self.held_out_bytes
 
     @property
     def sources(self) -> list[str]:
+        """Names of the sources to train on, sorted."""
         return sorted(self.splits.get(TRAIN, {}))
 
 
@@ -54,50 +107,61 @@ class PreparedData:
     """What `photon data prepare` made.
 
     Attributes:
-        sha256: identifies all shards and the tokenizer.
+        path: its folder.
+        silos: by name, sorted.
+        held_out: the global held-out set.
+        tokenizer_file: tokenizer.json; its folder is what transformers reads.
+        tokenizer_sha256: of that file.
+        vocab_size: every token id is below it.
+        eos_id: the token that ends each document.
         dtype: of the token files, little-endian.
+        sha256: of manifest.json, which holds or leads to every other hash: identifies the data set.
+        remarks: what `prepare` thinks its user should know, in words.
     """
 
     path: Path
-    silos: Mapping[str, TextSet]
-    held_out: TextSet
+    silos: Mapping[str, SiloData]
+    held_out: SiloData
     tokenizer_file: Path
     tokenizer_sha256: str
     vocab_size: int
     eos_id: int
     dtype: np.dtype
     sha256: str
+    remarks: tuple[str, ...] = ()
 
-    def text_sets(self) -> Iterator[TextSet]:
+    def sets(self) -> Iterator[SiloData]:
+        """The silos, then the global held-out set."""
         yield from self.silos.values()
         yield self.held_out
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Check every file's sha256 and every token id.
+        """Check every file's sha256 and every token id, a few megabytes in memory at a time.
 
         Args:
             progress: told files done and files in all.
 
         Raises:
-            ShardCorruptError: a hash is not the manifest's.
+            ShardCorruptError: a hash of a shard or of the tokenizer is not the manifest's.
             VocabularyMismatchError: a token id is outside the tokenizer's vocabulary.
         """
+        _require_same(self.tokenizer_file, sha256_of(self.tokenizer_file), self.tokenizer_sha256)
         files = [
-            (text_set, shard)
-            for text_set in self.text_sets()
-            for split in text_set.splits
-            for shard in text_set.shards(split)
+            (part, shard)
+            for part in self.sets()
+            for split in part.splits
+            for shard in part.shards(split)
         ]
-        _require_hash(self.tokenizer_file, self.tokenizer_sha256)
-        for done, (text_set, shard) in enumerate(files, start=1):
-            path = text_set.path / shard.file
-            _require_hash(path, shard.sha256)
-            _require_hash(text_set.path / shard.index_file, shard.index_sha256)
-            top = int(np.memmap(path, dtype=self.dtype, mode="r").max())
+        for done, (part, shard) in enumerate(files, start=1):
+            path = part.path / shard.file
+            found, top = _read_through(path, self.dtype)
+            _require_same(path, found, shard.sha256)
+            index = part.path / shard.index_file
+            _require_same(index, sha256_of(index), shard.index_sha256)
             if top >= self.vocab_size:
                 raise VocabularyMismatchError(
                     f"{path} holds token id {top}, but {self.tokenizer_file} has "
-                    f"{self.vocab_size} tokens",
+                    f"{self.vocab_size} tokens (0 to {self.vocab_size - 1})",
                     hint="These shards were made with another tokenizer; prepare the data again.",
                 )
             if progress is not None:
@@ -107,76 +171,115 @@ class PreparedData:
 def open_data(path: str | os.PathLike[str]) -> PreparedData:
     """Open a folder made by `photon data prepare`; checks that every file is there and whole.
 
+    Sizes are checked, and the hashes of manifests; `PreparedData.verify` checks the rest.
+
     Raises:
         DataNotFoundError: no such folder, or not a prepared one.
+        DataError: of a format this version does not read.
         ShardCorruptError: a manifest or file is damaged, truncated or missing.
+        VocabularyMismatchError: a silo's tokens were made with another tokenizer.
         EmptySiloError: there is no silo, or one without training text.
     """
     root = Path(path).resolve()
+    if not root.exists():
+        raise DataNotFoundError(
+            f"no prepared data at {path}",
+            hint="Make it with `photon data prepare --input TEXT --out DIR`, or correct the path.",
+        )
     manifest = root / "manifest.json"
     record = read_manifest(manifest)
     try:
-        tokenizer = record["tokenizer"]
-        dtype = np.dtype(record["dtype"])
-        names: dict[str, str] = record["silos"]
-        held_out_sha256 = record["held_out"]
+        tokenizer: Mapping[str, Any] = record["tokenizer"]
+        made_with = tokenizer["sha256"]
+        names: Mapping[str, Any] = record["silos"]
+        if record["dtype"] not in _DTYPES:
+            raise ValueError(f"dtype = {record['dtype']!r}, not one of {', '.join(_DTYPES)}")
         opened = PreparedData(
             path=root,
-            silos={
-                name: _open_set(name, root / "silos" / name, names[name]) for name in sorted(names)
-            },
-            held_out=_open_set(HELD_OUT, root / HELD_OUT, held_out_sha256),
+            silos={name: _open_silo(root, name, names[name], made_with) for name in sorted(names)},
+            held_out=_open_set(HELD_OUT, root / HELD_OUT, record["held_out"], made_with),
             tokenizer_file=root / "tokenizer" / "tokenizer.json",
-            tokenizer_sha256=tokenizer["sha256"],
+            tokenizer_sha256=made_with,
             vocab_size=int(tokenizer["vocab_size"]),
             eos_id=int(tokenizer["eos_id"]),
-            dtype=dtype,
+            dtype=np.dtype(record["dtype"]),
             sha256=sha256_of(manifest),
+            remarks=tuple(record.get("remarks", ())),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ShardCorruptError(f"{manifest} is damaged: {error!r}") from error
-    if not opened.silos:
-        raise EmptySiloError(f"{root} holds no silo", hint="Prepare the data again.")
-    if not opened.tokenizer_file.is_file():
-        raise ShardCorruptError(f"{opened.tokenizer_file} is missing")
-    for text_set in opened.text_sets():
-        _require_files(text_set, dtype)
-    for silo in opened.silos.values():
-        if silo.train_tokens == 0:
-            raise EmptySiloError(
-                f"silo {silo.name!r} in {root} has no training text",
-                hint="Give it documents, or prepare the data without it.",
-            )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ShardCorruptError(f"{manifest} is damaged: {error!r}", hint=_AGAIN) from error
+    _require_whole(opened)
     return opened
 
 
-def _open_set(name: str, folder: Path, expected: str) -> TextSet:
+def _open_silo(root: Path, name: str, entry: Any, tokenizer_sha256: str) -> SiloData:
+    if Path(name).name != name:
+        raise ValueError(f"silo {name!r}")
+    return _open_set(name, root / "silos" / name, entry, tokenizer_sha256)
+
+
+def _open_set(name: str, folder: Path, entry: Any, tokenizer_sha256: str) -> SiloData:
+    # The first folders of this format gave the bare hash, without a summary beside it.
+    expected = entry if isinstance(entry, str) else entry["sha256"]
     path = folder / "manifest.json"
+    if not path.is_file():
+        raise ShardCorruptError(f"{path} is missing", hint=_AGAIN)
+    _require_same(path, sha256_of(path), expected)
     record = read_manifest(path)
-    _require_hash(path, expected)
-    return TextSet(name, folder, read_splits(record, path))
+    if record.get("tokenizer_sha256") != tokenizer_sha256:
+        raise VocabularyMismatchError(
+            f"the tokens of {path} were made with the tokenizer "
+            f"{str(record.get('tokenizer_sha256'))[:12]}..., the folder's is "
+            f"{tokenizer_sha256[:12]}...",
+            hint="Silos of one folder share a tokenizer; prepare the data again.",
+        )
+    return SiloData(name, folder, read_splits(record, path))
 
 
-def _require_files(text_set: TextSet, dtype: np.dtype) -> None:
-    for split in text_set.splits:
-        for shard in text_set.shards(split):
-            path = text_set.path / shard.file
-            expected = shard.tokens * dtype.itemsize
-            found = path.stat().st_size if path.is_file() else None
-            if found != expected:
-                state = "is missing" if found is None else f"has {found} bytes"
-                raise ShardCorruptError(
-                    f"{path} {state}, its manifest says {expected} bytes ({shard.tokens} tokens)",
-                    hint="Copy it again from where it was made, or prepare the data again.",
+def _require_whole(data: PreparedData) -> None:
+    if not data.silos:
+        raise EmptySiloError(f"{data.path} holds no silo", hint="Prepare the data again.")
+    if not data.tokenizer_file.is_file():
+        raise ShardCorruptError(f"{data.tokenizer_file} is missing", hint=_AGAIN)
+    for part in data.sets():
+        for split in part.splits:
+            for shard in part.shards(split):
+                size = shard.tokens * data.dtype.itemsize
+                _require_size(part.path / shard.file, size, f"{shard.tokens} tokens")
+                _require_size(
+                    part.path / shard.index_file, shard.index_size, f"{shard.documents} documents"
                 )
-            if not (text_set.path / shard.index_file).is_file():
-                raise ShardCorruptError(f"{text_set.path / shard.index_file} is missing")
+    for silo in data.silos.values():
+        if silo.train_tokens == 0:
+            raise EmptySiloError(
+                f"silo {silo.name!r} in {data.path} has no training text",
+                hint="Give it documents, or prepare the data without it.",
+            )
 
 
-def _require_hash(path: Path, expected: str) -> None:
-    found = sha256_of(path) if path.is_file() else "nothing (the file is missing)"
+def _require_size(path: Path, expected: int, what: str) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    if found != expected:
+        state = "is missing" if found is None else f"has {found} bytes"
+        raise ShardCorruptError(
+            f"{path} {state}, its manifest says {expected} bytes ({what})", hint=_AGAIN
+        )
+
+
+def _require_same(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise ShardCorruptError(
             f"{path} has sha256 {found[:12]}..., its manifest says {expected[:12]}...",
-            hint="It changed since it was made; copy it again or prepare the data again.",
+            hint="It changed since it was made. " + _AGAIN,
         )
+
+
+def _read_through(path: Path, dtype: np.dtype) -> tuple[str, int]:
+    """(sha256, largest token id) of a token file."""
+    digest, top = hashlib.sha256(), -1
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            whole = np.frombuffer(chunk, dtype=dtype, count=len(chunk) // dtype.itemsize)
+            top = max(top, int(whole.max(initial=0)))
+    return digest.hexdigest(), top

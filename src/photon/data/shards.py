@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from photon.errors import DataNotFoundError, ShardCorruptError
+from photon.errors import DataError, DataNotFoundError, ShardCorruptError
 
+#: Version of the folder's layout.
 FORMAT = 1
 TRAIN, HELD_OUT = "train", "held_out"
+
+#: Bytes of an index file before its numbers (NumPy's header is padded to 64).
+_INDEX_HEADER = 128
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class Shard:
     """One token file and its index.
 
     Attributes:
-        file: name in its folder; the index is the same name with ".ends.npy".
+        file: name in its folder; the index is the same name with ".ends.npy": uint64 [documents],
+            where each document ends, in tokens from the start of the file.
         tokens: in the file, each document's end-of-text included.
         documents: in the file.
         bytes: UTF-8 bytes of the text they came from.
@@ -37,7 +45,13 @@ class Shard:
 
     @property
     def index_file(self) -> str:
+        """Name of the index in the same folder."""
         return self.file.removesuffix(".bin") + ".ends.npy"
+
+    @property
+    def index_size(self) -> int:
+        """Bytes of the index file."""
+        return _INDEX_HEADER + 8 * self.documents
 
 
 #: split -> source -> shards
@@ -46,6 +60,8 @@ Splits = dict[str, dict[str, list[Shard]]]
 
 class ShardWriter:
     """Writes one source of one split, rolling over at `shard_tokens`.
+
+    No file stays open between calls, so a thousand silos don't need a thousand descriptors.
 
     Args:
         folder: where shards go; exists.
@@ -58,30 +74,44 @@ class ShardWriter:
         self._folder, self._stem = folder, stem
         self._dtype, self._shard_tokens = dtype, shard_tokens
         self.shards: list[Shard] = []
-        self._file: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._name = f"{self._stem}-{len(self.shards):05d}.bin"
+        self._digest, self._pending = hashlib.sha256(), bytearray()
+        self._ends: list[int] = []
+        self._bytes = self._tokens = 0
 
     def add(self, tokens: np.ndarray, text_bytes: int) -> None:
-        """Append one document (its end-of-text token included)."""
-        if self._file is None:
-            self._name = f"{self._stem}-{len(self.shards):05d}.bin"
-            self._file = (self._folder / self._name).open("wb")
-            self._digest, self._ends, self._bytes, self._tokens = hashlib.sha256(), [], 0, 0
-        raw = tokens.astype(self._dtype, copy=False).tobytes()
-        self._file.write(raw)
-        self._digest.update(raw)
+        """Append one document (its end-of-text token included); `flush` puts it on disk."""
+        self._pending += tokens.astype(self._dtype, copy=False).tobytes()
         self._tokens += len(tokens)
         self._bytes += text_bytes
         self._ends.append(self._tokens)
         if self._tokens >= self._shard_tokens:
             self.close()
 
+    def flush(self) -> None:
+        """Write what is pending."""
+        if self._pending:
+            with (self._folder / self._name).open("ab") as file:
+                file.write(self._pending)
+            self._digest.update(self._pending)
+            self._pending.clear()
+
     def close(self) -> None:
-        if self._file is None:
+        """End the shard at hand; a later `add` begins the next."""
+        if not self._ends:
             return
-        self._file.close()
-        self._file = None
-        index = self._folder / (self._name.removesuffix(".bin") + ".ends.npy")
-        np.save(index, np.array(self._ends, dtype="<u8"))
+        self.flush()
+        path = self._folder / self._name
+        sync(path)
+        index = path.with_name(self._name.removesuffix(".bin") + ".ends.npy")
+        # Not np.save(index): on a full disk its error has no errno, and nobody could tell.
+        written = io.BytesIO()
+        np.save(written, np.array(self._ends, dtype="<u8"))
+        index.write_bytes(written.getvalue())
+        sync(index)
         self.shards.append(
             Shard(
                 self._name,
@@ -92,18 +122,30 @@ class ShardWriter:
                 sha256_of(index),
             )
         )
+        self._begin()
+
+
+def sync(path: Path) -> None:
+    """Have the operating system put a file's bytes on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:
+    """sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def write_manifest(path: Path, record: Mapping[str, Any]) -> None:
+    """JSON with sorted keys: the same record gives the same bytes."""
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8"))
+    sync(path)
 
 
 def splits_record(splits: Splits) -> dict[str, Any]:
+    """Splits as JSON."""
     return {
         split: {source: [asdict(shard) for shard in shards] for source, shards in sources.items()}
         for split, sources in splits.items()
@@ -115,33 +157,54 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
     Raises:
         DataNotFoundError: it is not there.
-        ShardCorruptError: it is not JSON, or of a format this version does not read.
+        ShardCorruptError: it is not JSON.
+        DataError: it is of a format this version does not read.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        record = json.loads(path.read_bytes().decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         raise DataNotFoundError(
             f"{path} does not exist, so {path.parent} is not a prepared data folder",
             hint="Make one with `photon data prepare --input TEXT --out DIR`.",
         ) from None
     except (OSError, ValueError) as error:
-        raise ShardCorruptError(f"can't read {path}: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise ShardCorruptError(
-            f"{path} has format {found!r}, this Photon reads format {FORMAT}",
-            hint="Prepare the data again with this version.",
+            f"can't read {path}: {error}",
+            hint="Copy it again from where it was made, or prepare the data again.",
+        ) from error
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != FORMAT:
+        raise DataError(
+            f"{path} has format {found!r}; this version of Photon reads format {FORMAT}",
+            hint="Prepare the data again with this version, or use the version that made it.",
         )
     return record
 
 
-def read_splits(record: dict[str, Any], path: Path) -> Splits:
+def read_splits(record: Mapping[str, Any], path: Path) -> Splits:
+    """The splits of a silo's manifest.
+
+    Raises:
+        ShardCorruptError: it lacks something, or holds what can't be.
+    """
     try:
         return {
             split: {
-                source: [Shard(**shard) for shard in shards] for source, shards in sources.items()
+                source: [_shard(shard) for shard in shards] for source, shards in sources.items()
             }
             for split, sources in record["splits"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ShardCorruptError(f"{path} is damaged: {error}") from error
+
+
+def _shard(record: Mapping[str, Any]) -> Shard:
+    shard = Shard(**record)
+    for name in ("tokens", "documents", "bytes"):
+        value = getattr(shard, name)
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name} = {value!r}")
+    # A manifest may come from elsewhere: a name must not lead out of its folder.
+    if Path(shard.file).name != shard.file or not shard.file.endswith(".bin"):
+        raise ValueError(f"file = {shard.file!r}")
+    return shard

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 from photon.errors import EmptySiloError
 
@@ -15,7 +15,8 @@ GLOBAL, LOCAL, TRAIN = "global", "local", "train"
 def position_of(text: str, seed: int) -> float:
     """A number in [0, 1) from the text alone; identical texts fall together."""
     digest = hashlib.sha256(f"{seed}\0".encode() + text.encode("utf-8")).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    # 53 bits are what a float holds exactly; more could round up to 1.
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
 def split_documents(
@@ -28,12 +29,14 @@ def split_documents(
     """Split documents by their positions.
 
     Below global_fraction: the global held-out set. Below global_fraction + silo_fraction: the
-    held-out set of their silo. A set that would be empty takes its lowest training text (with all
-    its copies): the only place where the partition has a say.
+    held-out set of their silo. A set that would be empty takes its lowest training text, with all
+    its copies in all silos, or one silo would train on what another holds out: the only place
+    where the partition has a say.
 
     Args:
         positions: `position_of` each text.
         silos: of each document.
+        global_fraction, silo_fraction: expected shares of different texts.
 
     Returns:
         the split of each document, and remarks on sets that had to be helped.
@@ -48,33 +51,79 @@ def split_documents(
     ]
     remarks: list[str] = []
     if GLOBAL not in splits:
-        lowest = min(positions)
+        lowest = _spare(positions, silos)
         splits = [
             GLOBAL if position == lowest else split
             for position, split in zip(positions, splits, strict=True)
         ]
-        remarks.append("the global held-out set was empty: it takes one text")
-    members: dict[str, list[int]] = defaultdict(list)
-    for index, silo in enumerate(silos):
-        members[silo].append(index)
-    for silo in sorted(members):
-        own = [index for index in members[silo] if splits[index] != GLOBAL]
-        different = {positions[index] for index in own}
-        if len(different) < 2:
+        remarks.append("the global held-out set was empty: it takes the text of lowest hash")
+    decided = {
+        position: split
+        for position, split in zip(positions, splits, strict=True)
+        if split != GLOBAL
+    }
+    documents = Counter(silos)
+    texts: dict[str, set[float]] = {silo: set() for silo in sorted(documents)}
+    for position, silo in zip(positions, silos, strict=True):
+        if position in decided:
+            texts[silo].add(position)
+    for silo, own in texts.items():
+        _require_two(silo, documents[silo], len(own))
+    remarks += _help(decided, texts)
+    return [decided.get(position, GLOBAL) for position in positions], remarks
+
+
+def _help(decided: dict[float, str], texts: Mapping[str, set[float]]) -> list[str]:
+    """Move texts, in `decided`, until each silo trains on one and holds one out; says which."""
+    remarks = []
+    for silo, own in texts.items():
+        if all(decided[position] == LOCAL for position in own):
+            decided[max(own)] = TRAIN
+            remarks.append(f"silo {silo!r} had no training text: it takes the one of highest hash")
+    homes: dict[float, list[str]] = defaultdict(list)
+    training: dict[str, int] = {}
+    for silo, own in texts.items():
+        training[silo] = sum(decided[position] == TRAIN for position in own)
+        for position in own:
+            homes[position].append(silo)
+    for silo, own in texts.items():
+        if any(decided[position] == LOCAL for position in own):
+            continue
+        # A text that another silo has too may be all that one trains on.
+        spare = (at for at in sorted(own) if all(training[home] > 1 for home in homes[at]))
+        if (moved := next(spare, None)) is None:
             raise EmptySiloError(
-                f"silo {silo!r} has {len(different)} different texts after the global held-out "
-                "set took its share; at least 2 are needed, one to train and one to hold out",
-                hint="Give it more documents, or fold small silos with --min-documents.",
+                f"silo {silo!r} can hold out none of its {len(own)} different texts: each is also "
+                "the only training text of another silo",
+                hint="Give these silos texts of their own, or fold small silos with "
+                "--min-documents.",
             )
-        held = {positions[index] for index in own if splits[index] == LOCAL}
-        moved, split = None, TRAIN
-        if not held:
-            moved, split = min(different), LOCAL
-            remarks.append(f"silo {silo!r} had no held-out text: it takes one")
-        elif held == different:
-            moved = max(different)
-            remarks.append(f"silo {silo!r} had no training text: it takes one")
-        for index in own:
-            if positions[index] == moved:
-                splits[index] = split
-    return splits, remarks
+        decided[moved] = LOCAL
+        for home in homes[moved]:
+            training[home] -= 1
+        remarks.append(f"silo {silo!r} had no held-out text: it takes the one of lowest hash")
+    return remarks
+
+
+def _spare(positions: Sequence[float], silos: Sequence[str]) -> float:
+    """The lowest position that leaves two different texts to each silo; else the lowest of all."""
+    texts: dict[str, set[float]] = defaultdict(set)
+    homes: dict[float, set[str]] = defaultdict(set)
+    for position, silo in zip(positions, silos, strict=True):
+        texts[silo].add(position)
+        homes[position].add(silo)
+    for position in sorted(homes):
+        if all(len(texts[silo]) > 2 for silo in homes[position]):
+            return position
+    return min(homes)
+
+
+def _require_two(silo: str, documents: int, different: int) -> None:
+    if different < 2:
+        raise EmptySiloError(
+            f"silo {silo!r} has {documents} documents, of which {different} different texts are "
+            "left after the global held-out set took its share; at least 2 are needed, one to "
+            "train on and one to hold out",
+            hint="Give it more documents, fold small silos with --min-documents, or part the "
+            "documents of a single text file with --separator.",
+        )

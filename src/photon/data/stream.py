@@ -1,79 +1,62 @@
 """Endless, seeded, seekable training text: sample i is the same whenever it is asked for.
 
-Documents lie in shards one after another, each ended by the end-of-text token. They are cut into
-windows of sequence_length + 1 tokens at stride sequence_length; all windows of the given silos form
-one pool, shuffled anew each epoch. The cursor is one integer, so nothing is replayed on resume and
-a change of batch size neither repeats nor skips.
+Documents lie one after another, each ended by the end-of-text token. Each source of each silo is
+cut into windows of sequence_length + 1 tokens at stride sequence_length (neighbours share the
+token that is the target of one and the first input of the next); what is left at its end, less
+than a window, is not used. All windows of the given silos form one pool, shuffled anew each epoch;
+or one pool per source, mixed by weights. The order comes from `grain`, which computes it index by
+index: the cursor is one integer, nothing is replayed on resume, and a change of batch size neither
+repeats nor skips.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from photon.data.prepared import PreparedData, TextSet
-from photon.data.shards import TRAIN, Shard
-from photon.errors import EmptySiloError, IncompatibleConfigError, SequenceTooLongError
+from photon.data.prepared import PreparedData
+from photon.data.shards import TRAIN
+from photon.data.tokens import TokenRun
+from photon.errors import (
+    DataError,
+    EmptySiloError,
+    IncompatibleConfigError,
+    SequenceTooLongError,
+)
 
-
-class _Windows:
-    """Random access to the windows of some shards; each shard is mapped when first read."""
-
-    def __init__(
-        self, files: Sequence[tuple[TextSet, Shard]], dtype: np.dtype, length: int
-    ) -> None:
-        self._files = [(text_set, shard) for text_set, shard in files if shard.tokens > length]
-        counts = [(shard.tokens - 1) // length for _, shard in self._files]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._dtype, self._length = dtype, length
-        self._maps: dict[int, np.memmap] = {}
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, index: int) -> int:
-        # The library shuffles indices; tokens are read in `read`, a batch at a time.
-        return int(index)
-
-    def read(self, index: int, out: np.ndarray) -> None:
-        which, offset = self._locate(index)
-        if which not in self._maps:
-            text_set, shard = self._files[which]
-            self._maps[which] = np.memmap(text_set.path / shard.file, dtype=self._dtype, mode="r")
-        out[:] = self._maps[which][offset : offset + self._length + 1]
-
-    def document_ids(self, index: int) -> np.ndarray:
-        """int64 [length + 1]: which document of its shard each token belongs to."""
-        which, offset = self._locate(index)
-        text_set, shard = self._files[which]
-        ends = np.load(text_set.path / shard.index_file, mmap_mode="r")
-        positions = np.arange(offset, offset + self._length + 1)
-        return np.searchsorted(ends, positions, side="right")
-
-    def close(self) -> None:
-        self._maps.clear()
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return which, (index - int(self._starts[which])) * self._length
+#: grain permutes 32-bit indices.
+_MOST_WINDOWS = 2**32
 
 
 class TokenStream:
-    """See `token_stream`."""
+    """An endless sequence of samples; made by `token_stream`.
 
-    def __init__(self, pools: Sequence[_Windows], order: Any, sequence_length: int) -> None:
-        self._pools = pools
+    Holds no copy of any token: shards are mapped when they are first read.
+
+    Args:
+        runs: the texts, whose windows are numbered one text after another.
+        order: order[i] is the number of sample i's window.
+        sequence_length: predictions per sample.
+    """
+
+    def __init__(self, runs: Sequence[TokenRun], order: Any, sequence_length: int) -> None:
+        self._runs = runs
         self._order = order
+        self._firsts = [0, *accumulate(_windows(run, sequence_length) for run in runs)]
         self.sequence_length = sequence_length
-        self._firsts = np.concatenate([[0], np.cumsum([len(pool) for pool in pools])])
 
     @property
     def sequences_per_epoch(self) -> int:
         """Distinct windows."""
-        return int(self._firsts[-1])
+        return self._firsts[-1]
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -81,26 +64,48 @@ class TokenStream:
         return self.sequences_per_epoch * self.sequence_length
 
     def batch(self, start: int, count: int) -> np.ndarray:
-        """Samples start .. start + count - 1 as int64 [count, sequence_length + 1]."""
+        """Samples start .. start + count - 1.
+
+        Args:
+            start: the cursor, from 0; it may lie many epochs ahead.
+            count: of samples.
+
+        Returns:
+            int64 [count, sequence_length + 1].
+
+        Raises:
+            ValueError: start or count is negative.
+        """
+        _require_range(start, count)
         out = np.empty((count, self.sequence_length + 1), dtype=np.int64)
         for row in range(count):
-            pool, index = self._find(start + row)
-            pool.read(index, out[row])
+            run, first = self._find(start + row)
+            run.read(first, out[row])
         return out
 
     def document_ids(self, start: int, count: int) -> np.ndarray:
-        """int32 [count, sequence_length + 1]: 0 for a window's first document, then 1, 2, ..."""
-        rows = []
-        for position in range(start, start + count):
-            pool, index = self._find(position)
-            ids = pool.document_ids(index)
-            rows.append(ids - ids[0])
-        return np.stack(rows).astype(np.int32)
+        """Which document each token of samples start .. start + count - 1 belongs to.
+
+        For attention masks that keep documents apart. A document's end-of-text token belongs to it.
+
+        Returns:
+            int32 [count, sequence_length + 1]: 0 for a window's first document, then 1, 2, ...
+
+        Raises:
+            ValueError: start or count is negative.
+        """
+        _require_range(start, count)
+        out = np.empty((count, self.sequence_length + 1), dtype=np.int32)
+        for row in range(count):
+            run, first = self._find(start + row)
+            ids = run.document_of(first, self.sequence_length + 1)
+            out[row] = ids - ids[0]
+        return out
 
     def close(self) -> None:
-        """Unmap the shards."""
-        for pool in self._pools:
-            pool.close()
+        """Unmap the shards; a later read maps them again."""
+        for run in self._runs:
+            run.close()
 
     def __enter__(self) -> TokenStream:
         return self
@@ -113,23 +118,11 @@ class TokenStream:
     ) -> None:
         self.close()
 
-    def _find(self, position: int) -> tuple[_Windows, int]:
-        chosen = self._order[position]
-        which = int(np.searchsorted(self._firsts, chosen, side="right")) - 1
-        return self._pools[which], chosen - int(self._firsts[which])
-
-
-class _Offset:
-    """A range of window numbers, as the data source that grain shuffles."""
-
-    def __init__(self, first: int, count: int) -> None:
-        self._first, self._count = first, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> int:
-        return self._first + int(index)
+    def _find(self, sample: int) -> tuple[TokenRun, int]:
+        """A sample's text and its first token there."""
+        window = self._order[sample]
+        which = bisect_right(self._firsts, window) - 1
+        return self._runs[which], (window - self._firsts[which]) * self.sequence_length
 
 
 def token_stream(
@@ -143,81 +136,134 @@ def token_stream(
 
     Args:
         data: from `open_data`.
-        silos: whose text; pooled.
+        silos: whose text; pooled. Order and repetition of names don't matter.
         sequence_length: predictions per sample; samples hold one token more.
         seed: of the shuffle. A stream over one silo does not depend on the others.
-        mixture: weight of each source; without it the pool is shuffled as one.
+        mixture: weight of each source of these silos; without it the pool is shuffled as one, so
+            that a source's share is its size.
 
     Raises:
-        SequenceTooLongError: a silo has no window of that length.
-        EmptySiloError: no such silo.
-        IncompatibleConfigError: the mixture names a source that is not there, or leaves one out.
+        SequenceTooLongError: a silo (or with a mixture, a source) has no window of that length.
+        EmptySiloError: no such silo, or none named.
+        IncompatibleConfigError: the mixture names a source that is not there, leaves one out, or
+            gives it a weight of 0 or less.
+        ValueError: sequence_length is below 1, or the seed negative.
     """
-    for silo in silos:
-        _require_window(data, silo, sequence_length)
-    by_source: dict[str, list[tuple[TextSet, Shard]]] = {}
-    for silo in silos:
-        text_set = data.silos[silo]
-        for source, shards in sorted(text_set.splits[TRAIN].items()):
-            by_source.setdefault(source, []).extend((text_set, shard) for shard in shards)
-    names = sorted(by_source)
-    pools = [_Windows(by_source[name], data.dtype, sequence_length) for name in names]
+    if sequence_length < 1 or seed < 0:
+        raise ValueError(f"sequence_length = {sequence_length}, seed = {seed}")
+    if not silos:
+        raise EmptySiloError("no silo is named", hint=f"Its silos: {', '.join(data.silos)}.")
+    texts: list[tuple[str, TokenRun]] = []
+    for silo in sorted(set(silos)):
+        if silo not in data.silos:
+            raise EmptySiloError(
+                f"no silo named {silo!r} in {data.path}",
+                hint=f"Its silos: {', '.join(data.silos)}.",
+            )
+        own = data.silos[silo]
+        runs = [
+            (source, TokenRun(own.path, own.splits[TRAIN][source], data.dtype))
+            for source in own.sources
+        ]
+        _require_window(f"silo {silo!r}", [run for _, run in runs], sequence_length)
+        texts += runs
+    texts.sort(key=lambda text: text[0])  # stable: silos stay sorted within a source
+    pools: dict[str, list[TokenRun]] = {}
+    for source, run in texts:
+        pools.setdefault(source, []).append(run)
     if mixture is None:
-        order = _shuffled(0, sum(len(pool) for pool in pools), seed)
+        count = sum(_windows(run, sequence_length) for _, run in texts)
+        order = _shuffled(0, count, seed)
     else:
-        order = _mixed(dict(zip(names, pools, strict=True)), mixture, seed)
-    return TokenStream(pools, order, sequence_length)
+        order = _mixed(pools, mixture, sequence_length, seed)
+    return TokenStream([run for _, run in texts], order, sequence_length)
 
 
-def _mixed(pools: Mapping[str, _Windows], mixture: Mapping[str, float], seed: int) -> Any:
-    grain = _grain()
+def _mixed(
+    pools: Mapping[str, Sequence[TokenRun]],
+    mixture: Mapping[str, float],
+    sequence_length: int,
+    seed: int,
+) -> Any:
     if set(mixture) != set(pools):
-        odd = sorted(set(mixture) ^ set(pools))
+        unknown = sorted(set(mixture) - set(pools))
+        left_out = sorted(set(pools) - set(mixture))
+        wrong = [f"it has no {', '.join(map(repr, unknown))}"] if unknown else []
+        wrong += [f"{', '.join(map(repr, left_out))} has no weight"] if left_out else []
         raise IncompatibleConfigError(
-            f"data.mixture names {sorted(mixture)}, the silos have sources {sorted(pools)}",
-            hint=f"Name each source once; the difference is {odd}.",
+            f"data.mixture names {', '.join(sorted(mixture)) or 'nothing'}; the text has the "
+            f"sources {', '.join(pools)}: {'; '.join(wrong)}",
+            hint="Give each source one weight, or leave data.mixture empty to take them by size.",
         )
-    empty = [name for name, pool in pools.items() if not len(pool)]
-    if empty:
-        raise SequenceTooLongError(f"source {empty[0]!r} is shorter than one sequence")
+    for source, weight in mixture.items():
+        if not (weight > 0 and math.isfinite(weight)):
+            raise IncompatibleConfigError(
+                f"data.mixture gives {source!r} the weight {weight}, which is not above 0",
+                hint="Prepare the data without that source to leave it out.",
+            )
     datasets, first = [], 0
-    for number, pool in enumerate(pools.values()):
-        datasets.append(_shuffled(first, len(pool), seed + number))
-        first += len(pool)
-    return grain.MapDataset.mix(datasets, [mixture[name] for name in pools])
+    for number, (source, runs) in enumerate(pools.items()):
+        _require_window(f"source {source!r}", runs, sequence_length)
+        count = sum(_windows(run, sequence_length) for run in runs)
+        datasets.append(_shuffled(first, count, seed + number))
+        first += count
+    return _grain().MapDataset.mix(datasets, [mixture[source] for source in pools])
 
 
 def _shuffled(first: int, count: int, seed: int) -> Any:
-    dataset = _grain().MapDataset.source(_Offset(first, count)).seed(seed).shuffle()
-    return dataset.repeat()
-
-
-def _require_window(data: PreparedData, silo: str, sequence_length: int) -> None:
-    if silo not in data.silos:
-        raise EmptySiloError(
-            f"no silo named {silo!r} in {data.path}", hint=f"Its silos: {', '.join(data.silos)}."
+    """Window numbers first .. first + count - 1, shuffled anew each epoch, without end."""
+    if count > _MOST_WINDOWS:
+        raise DataError(
+            f"{count} windows are more than the {_MOST_WINDOWS} that can be shuffled as one",
+            hint="Use a larger data.sequence_length.",
         )
-    longest = max((shard.tokens for shard in data.silos[silo].shards(TRAIN)), default=0)
+    # .seed() hashes; shuffle(seed=) does not, and would share epochs between neighbouring seeds.
+    return _grain().MapDataset.source(_Numbers(first, count)).seed(seed).shuffle().repeat()
+
+
+class _Numbers:
+    """A range of window numbers: what grain shuffles. Tokens are read afterwards, row by row."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self._first, self._count = first, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> int:
+        return self._first + int(index)
+
+
+def _windows(run: TokenRun, sequence_length: int) -> int:
+    return max(0, (len(run) - 1) // sequence_length)
+
+
+def _require_window(what: str, runs: Sequence[TokenRun], sequence_length: int) -> None:
+    longest = max((len(run) for run in runs), default=0)
     if longest <= sequence_length:
+        most = f" in its longest source (of {len(runs)})" if len(runs) > 1 else ""
         raise SequenceTooLongError(
-            f"silo {silo!r} has {longest} training tokens, too few for one sequence of "
+            f"{what} has {longest} training tokens{most}, too few for one sequence of "
             f"data.sequence_length = {sequence_length} (plus one to predict)",
-            hint=f"Use a sequence_length below {longest}, or give the silo more text.",
+            hint=f"Use a data.sequence_length below {longest}, or give it more text.",
         )
 
 
-def _grain() -> Any:
-    """grain, without the line about profilers that its import logs."""
-    import logging
+def _require_range(start: int, count: int) -> None:
+    if start < 0 or count < 0:
+        raise ValueError(f"start = {start} and count = {count} must not be negative")
 
+
+@cache
+def _grain() -> Any:
+    """grain, imported when first needed, without the line on JAX that its import logs."""
     from absl import logging as absl_logging
 
     logger = absl_logging.get_absl_logger()
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        import grain as found
-        import grain.python
+        import grain
     finally:
         logger.setLevel(level)
-    return found
+    return grain

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -16,10 +17,36 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from photon.data.shards import sha256_of
-from photon.errors import DataError, DataNotFoundError, VocabularyMismatchError
+from photon.errors import DataError, DataNotFoundError, PhotonError, VocabularyMismatchError
 
 END_OF_TEXT = "<|endoftext|>"
-_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[EOS]", "[SEP]")
+_KNOWN_ENDS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[EOS]")
+
+
+#: Settings of a given tokenizer that are kept for transformers; never code (auto_map).
+_KEPT = ("bos_token", "pad_token", "unk_token", "chat_template")
+
+
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+_set_by_us = False
+
+
+@contextmanager
+def parallel() -> Iterator[None]:
+    """Let `tokenizers` use all cores, unless TOKENIZERS_PARALLELISM says otherwise.
+
+    Afterwards the variable says "false": the library's threads don't survive a fork, and processes
+    started later would either warn of it or hang.
+    """
+    global _set_by_us
+    if _PARALLELISM in os.environ and not _set_by_us:
+        yield
+        return
+    os.environ[_PARALLELISM], _set_by_us = "true", True
+    try:
+        yield
+    finally:
+        os.environ[_PARALLELISM] = "false"
 
 
 @dataclass(frozen=True)
@@ -27,49 +54,63 @@ class TextTokenizer:
     """A tokenizer and the token that ends a document.
 
     Attributes:
-        vocab_size: largest token id + 1.
+        tokenizer: of the `tokenizers` library.
+        eos_token, eos_id: the end-of-text token.
+        vocab_size: largest token id + 1, which a model's embedding must hold.
+        settings: of a given tokenizer_config.json; empty without one.
     """
 
     tokenizer: Tokenizer
     eos_token: str
     eos_id: int
     vocab_size: int
-    source_folder: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> str:
-        """Write tokenizer.json and what transformers needs beside it; returns its sha256."""
+        """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer` reads.
+
+        Returns:
+            sha256 of tokenizer.json, hexadecimal.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / "tokenizer.json"))
+        file = folder / "tokenizer.json"
+        file.write_bytes(self.tokenizer.to_str(pretty=True).encode("utf-8"))
         settings = {
+            "bos_token": self.eos_token,
+            **{key: self.settings[key] for key in _KEPT if key in self.settings},
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eos_token,
-            "bos_token": self.eos_token,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 10**9,
         }
-        given = self.source_folder and self.source_folder / "tokenizer_config.json"
-        if given and given.is_file():
-            shutil.copy(given, folder / "tokenizer_config.json")
-        else:
-            text = json.dumps(settings, indent=1) + "\n"
-            (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-        return sha256_of(folder / "tokenizer.json")
+        text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+        (folder / "tokenizer_config.json").write_bytes(text.encode("utf-8"))
+        return sha256_of(file)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text.
+
+        No special token is added, and none is read out of a text: a document that spells the
+        end-of-text token does not end there.
+        """
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TextTokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """Train a byte-level BPE; the same texts give the same tokenizer.
+
+    Args:
+        texts: to learn merges from.
+        vocab_size: upper bound of its tokens; little text gives fewer.
 
     Raises:
         DataError: vocab_size does not hold the 256 bytes and the end-of-text token.
     """
     if vocab_size < 257:
         raise DataError(
-            f"--vocab-size = {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257"
+            f"--vocab-size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257",
+            hint="4096 suits a few megabytes of text, 32768 a few gigabytes.",
         )
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -81,15 +122,21 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> TextTokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    return _finished(tokenizer, END_OF_TEXT, None)
+    return _finished(tokenizer, END_OF_TEXT, {})
 
 
 def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -> TextTokenizer:
     """Load a tokenizer.json, or a Hugging Face folder with one (or with vocab.json, merges.txt).
 
+    Args:
+        path: the file or folder.
+        eos_token: its end-of-text token; by default tokenizer_config.json's eos_token, or the
+            first of the usual ones that it has.
+
     Raises:
         DataNotFoundError: nothing there.
         DataError: unreadable, or its end-of-text token can't be told.
+        VocabularyMismatchError: it has no such token.
     """
     given = Path(path)
     folder = given if given.is_dir() else given.parent
@@ -102,32 +149,42 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
             tokenizer = Tokenizer(model)
             tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
             tokenizer.decoder = ByteLevelDecoder()
-        else:
+            # Nothing in these two files says which token is special.
+            named = [eos_token] if eos_token is not None else [*_KNOWN_ENDS]
+            tokenizer.add_special_tokens([t for t in named if tokenizer.token_to_id(t) is not None])
+        elif not given.exists() or given.is_dir():
             raise DataNotFoundError(
                 f"no tokenizer at {given}",
-                hint="Name a tokenizer.json, or a folder with tokenizer.json or vocab.json and "
-                "merges.txt.",
+                hint="Name a tokenizer.json, or a folder with tokenizer.json, or with vocab.json "
+                "and merges.txt. (A SentencePiece tokenizer.model must be converted first.)",
             )
-    except DataNotFoundError:
+        else:
+            raise DataError(f"{given} is not a file that holds a tokenizer")
+    except PhotonError:
         raise
     except Exception as error:
         raise DataError(f"{given} is not a readable tokenizer: {error}") from error
-    return _finished(tokenizer, eos_token or _eos_of(tokenizer, folder, given), folder)
+    settings = _settings(folder)
+    return _finished(tokenizer, eos_token or _eos_of(tokenizer, settings, given), settings)
 
 
-def _eos_of(tokenizer: Tokenizer, folder: Path, given: Path) -> str:
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        try:
-            named = json.loads(settings.read_text(encoding="utf-8")).get("eos_token")
-        except ValueError as error:
-            raise DataError(f"{settings} is not JSON: {error}") from error
-        if isinstance(named, dict):
-            named = named.get("content")
-        if isinstance(named, str):
-            return named
-    for token in _KNOWN_ENDS:
-        if tokenizer.token_to_id(token) is not None:
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} is not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _eos_of(tokenizer: Tokenizer, settings: Mapping[str, Any], given: Path) -> str:
+    named = settings.get("eos_token")
+    if isinstance(named, dict):
+        named = named.get("content")
+    for token in (named, *_KNOWN_ENDS):
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
             return token
     raise DataError(
         f"{given} has none of the usual end-of-text tokens ({', '.join(_KNOWN_ENDS)})",
@@ -135,13 +192,14 @@ def _eos_of(tokenizer: Tokenizer, folder: Path, given: Path) -> str:
     )
 
 
-def _finished(tokenizer: Tokenizer, eos_token: str, folder: Path | None) -> TextTokenizer:
+def _finished(tokenizer: Tokenizer, eos_token: str, settings: Mapping[str, Any]) -> TextTokenizer:
     eos_id = tokenizer.token_to_id(eos_token)
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if eos_id is None:
         raise VocabularyMismatchError(
             f"the tokenizer has no token {eos_token!r}", hint="Name another with --eos."
         )
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return TextTokenizer(tokenizer, eos_token, eos_id, max(vocabulary.values()) + 1, folder)
+    tokenizer.encode_special_tokens = True
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    return TextTokenizer(tokenizer, eos_token, eos_id, max(vocabulary.values()) + 1, settings)

@@ -1,0 +1,77 @@
+"""A folder that appears whole or not at all, whatever happens while it is being written."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_OLD = ".old"
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` to write in; `put_in_place` makes it `out`.
+
+    It goes when the block ends, by an error or Ctrl-C too. A process that is killed leaves it; the
+    next one for the same `out` removes it. Which of them is in use shows by a lock that dies with
+    its process, so two processes may prepare one `out` at once: the last to finish wins.
+    """
+    prefix = f".{out.name}.preparing-"
+    _sweep(out, prefix)
+    folder, lock = _locked(out.parent, prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Move a finished scratch folder to `out`; what was there goes last, or comes back."""
+    old = folder.with_name(folder.name + _OLD)
+    if out.exists():
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _locked(parent: Path, prefix: str) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks: nobody will sweep there
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+        # Another process swept it away before it was locked: make another.
+
+
+def _sweep(out: Path, prefix: str) -> None:
+    for left in sorted(out.parent.iterdir()):
+        if not left.name.startswith(prefix) or not left.is_dir():
+            continue
+        if left.name.endswith(_OLD) and not out.exists():
+            continue  # a kill between two renames: this is the only copy of what `out` was
+        try:
+            lock = os.open(left, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass  # somebody is writing there
+        finally:
+            os.close(lock)

@@ -1,0 +1,222 @@
+"""A prepared folder is there whole or not at all: kills, full disks, links, two at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from photon.data import PrepareOptions, open_data, prepare
+from photon.errors import DataError, MachineError
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    texts = [{"text": f"Report {n} on {n * n} ships. " * 40} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    return path
+
+
+def options(rows, **more):
+    return PrepareOptions(input=rows, out=rows.parent / "data", **{"vocab_size": 300, **more})
+
+
+def left(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def start(rows, body):
+    """A process of its own that prepares; `body` sees `options` and `stop(stage)`."""
+    script = f"""
+import resource, sys, time
+from pathlib import Path
+from photon.data import PrepareOptions, prepare
+from photon.errors import PhotonError
+options = PrepareOptions(input={str(rows)!r}, out={str(rows.parent / "data")!r}, vocab_size=300)
+{body}
+"""
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+
+
+HOLD = """
+def hold(stage, done, total):
+    if stage == "tokenising":
+        print("tokenising", flush=True)
+        time.sleep(60)
+prepare(options, hold)
+"""
+
+
+def test_a_killed_prepare_leaves_no_data_and_the_next_one_cleans_up(rows):
+    process = start(rows, HOLD)
+    try:
+        assert process.stdout.readline() == "tokenising\n"
+        held = left(rows.parent)
+        # While it lives its folder is locked: another prepare of the same name lets it be.
+        prepare(options(rows))
+        assert left(rows.parent) == sorted([*held, "data"])
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    assert held[0].startswith(".data.preparing-")
+    assert list((rows.parent / held[0]).rglob("*.bin"))  # it was killed in the middle of it
+    prepare(options(rows, overwrite=True)).verify()
+    assert left(rows.parent) == ["data", "rows.jsonl"]
+
+
+def test_only_scratch_folders_of_that_name_are_swept(rows):
+    mine = [".data.notes", ".data2.preparing-x", ".data.preparing-y"]
+    for name in mine:
+        (rows.parent / name).mkdir()
+    (rows.parent / ".data.preparing-file").write_text("not a folder")
+    prepare(options(rows))
+    assert left(rows.parent) == [
+        *sorted([".data.notes", ".data.preparing-file", ".data2.preparing-x"]),
+        "data",
+        "rows.jsonl",
+    ]
+
+
+def test_the_only_copy_of_replaced_data_is_not_swept(rows):
+    """A kill between the two renames of --overwrite leaves the old folder under a hidden name."""
+    prepare(options(rows))
+    old = rows.parent / ".data.preparing-x.old"
+    (rows.parent / "data").rename(old)
+
+    def stop(stage, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(options(rows), stop)
+    open_data(old).verify()
+
+
+@pytest.mark.parametrize("limit", [2_000, 20_000, 60_000])
+def test_a_full_disk_is_an_exit_class_of_its_own_and_leaves_nothing(rows, limit):
+    """A file-size limit makes the kernel refuse a write for real: tokenizer, shard or index."""
+    body = f"""
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    prepare(options)
+except PhotonError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+    process = start(rows, body)
+    said, _ = process.communicate()
+    if limit < 60_000:  # what the largest file needs
+        assert process.returncode == 51, said
+        assert "no room to write" in said
+        assert left(rows.parent) == ["rows.jsonl"]
+    else:
+        assert process.returncode == 0
+
+
+def test_an_index_too_large_for_the_disk_says_so_too(tmp_path):
+    """Tokens of tiny documents fit, their index (8 bytes a document) does not."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{n:04}"}) + "\n" for n in range(6000)))
+    body = """
+resource.setrlimit(resource.RLIMIT_FSIZE, (46_000, 46_000))
+try:
+    prepare(PrepareOptions(input=options.input, out=options.out, vocab_size=2000))
+except PhotonError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+    before = prepare(options(rows, out=tmp_path / "whole", vocab_size=2000))
+    shard = before.silos["all"].shards("train")[0]
+    sizes = [(before.silos["all"].path / name).stat().st_size for name in
+             (shard.file, shard.index_file)]  # fmt: skip
+    assert sizes[0] < 46_000 < sizes[1]
+    assert before.tokenizer_file.stat().st_size > 46_000 or True
+    process = start(rows, body)
+    said, _ = process.communicate()
+    assert process.returncode == 51, said
+    assert left(tmp_path) == ["rows.jsonl", "whole"]
+
+
+def test_a_link_stays_a_link(rows):
+    real = rows.parent / "real"
+    real.mkdir()
+    (rows.parent / "data").symlink_to(real)
+    first = prepare(options(rows))
+    second = prepare(options(rows, iid=2, overwrite=True))
+    assert first.path == second.path == real.resolve()
+    assert (rows.parent / "data").is_symlink()
+    assert left(rows.parent) == ["data", "real", "rows.jsonl"]
+
+
+def test_an_out_that_can_not_be_made_is_said_in_words(rows):
+    with pytest.raises(MachineError, match=r"can't prepare .*rows\.jsonl"):
+        prepare(options(rows, out=rows / "below" / "data", input=[rows][0]))
+
+
+def test_permissions_are_those_of_other_folders(rows):
+    assert prepare(options(rows)).path.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "same length"])
+def test_any_change_between_passes_is_noticed(rows, change):
+    lines = rows.read_text().splitlines(keepends=True)
+
+    def meddle(stage, done, total):
+        if stage == "training the tokenizer" and not done:
+            if change == "longer":
+                rows.write_text("".join([*lines, lines[0]]))
+            elif change == "shorter":
+                rows.write_text("".join(lines[:-1]))
+            else:
+                rows.write_text("".join([*lines[:-1], lines[-1].replace("ships", "shops")]))
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(options(rows), meddle)
+    assert left(rows.parent) == ["rows.jsonl"]
+
+
+def test_importing_and_streaming_is_silent_and_takes_no_torch(rows):
+    data = prepare(options(rows))
+    script = f"""
+import sys, time
+start = time.perf_counter()
+import photon.data
+assert not {{"torch", "transformers", "grain", "datasets", "pyarrow"}} & set(sys.modules)
+data = photon.data.open_data({str(data.path)!r})
+with photon.data.token_stream(data, ["all"], 16, 0) as stream:
+    stream.batch(0, 4)
+list(photon.data.held_out_text(data, None).windows(16))
+assert not {{"torch", "transformers", "datasets"}} & set(sys.modules), sys.modules.keys()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_every_file_is_the_same_whatever_the_process(rows):
+    """Hash seeds, threads and the clock leave no trace; small shards, sources, a field."""
+    script = f"""
+import sys
+from photon.data import PrepareOptions, prepare
+prepare(PrepareOptions(input={str(rows)!r}, out=sys.argv[1], iid=3, shard_tokens=700,
+                       vocab_size=300))
+"""
+    outs = [rows.parent / name for name in ("one", "two")]
+    for number, out in enumerate(outs):
+        environment = os.environ | {
+            "PYTHONHASHSEED": str(number + 1),
+            "TOKENIZERS_PARALLELISM": "true" if number else "false",
+        }
+        subprocess.run([sys.executable, "-c", script, out], env=environment, check=True)
+        time.sleep(0.01)
+    files = sorted(path.relative_to(outs[0]) for path in outs[0].rglob("*") if path.is_file())
+    assert len(files) > 15
+    assert files == sorted(p.relative_to(outs[1]) for p in outs[1].rglob("*") if p.is_file())
+    for file in files:
+        assert (outs[0] / file).read_bytes() == (outs[1] / file).read_bytes(), file
