@@ -33,7 +33,7 @@ def run(data: Path, folder: Path, sample: int, rounds: int, workers: int, pipe) 
                 "optimizer_state": "keep",
             },
             "local": {"steps": 2, "batch_size": 4},
-            "eval": {"every": 0, "max_tokens": 2000},
+            "eval": {"every": 0, "max_tokens": 2000, "per_silo": False},
         }
     )
     simulate(config, run_dir=folder)
