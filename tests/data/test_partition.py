@@ -149,3 +149,38 @@ def test_a_plugin_partitions_through_its_entry_point(plugin, tmp_path):
         prepare(PrepareOptions(out=tmp_path / "c", partitioner="short", **more))
     with pytest.raises(PluginError, match="no plugin named 'gone'"):
         prepare(PrepareOptions(out=tmp_path / "d", partitioner="gone", **more))
+
+
+def test_dirichlet_favours_no_silo_when_labels_are_small():
+    """One document a label: rounding in a fixed order would leave the outer silos empty."""
+    documents = infos(400, topic=str)
+    counts = Counter(assign(documents, dirichlet=(5, 50.0), label_field="topic"))
+    assert len(counts) == 5
+    assert min(counts.values()) > 50
+
+
+def test_dirichlet_skew_grows_as_alpha_falls():
+    documents = infos(600, topic=lambda n: f"topic-{n % 6}")
+
+    def skew(alpha):
+        """Mean over seeds and silos of the largest label's share."""
+        shares = []
+        for seed in range(5):
+            names = assign(documents, seed=seed, dirichlet=(4, alpha), label_field="topic")
+            for silo in sorted(set(names)):
+                own = [n % 6 for n, name in enumerate(names) if name == silo]
+                shares.append(max(Counter(own).values()) / len(own))
+        return sum(shares) / len(shares)
+
+    steps = [skew(alpha) for alpha in (0.05, 0.5, 5.0, 500.0)]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] < 0.2 < 0.4 < steps[0]
+
+
+def test_a_silo_of_one_text_is_named(tmp_path):
+    text = text_folder(tmp_path / "text", {"north": 30, "south": 1})
+    with pytest.raises(EmptySiloError, match="silo 'south' has 1 documents"):
+        prepare(
+            PrepareOptions(input=text, out=tmp_path / "data", vocab_size=300, silo_folders=True)
+        )
+    assert not (tmp_path / "data").exists()

@@ -7,7 +7,8 @@ import pytest
 import zstandard
 
 from photon.data import Source
-from photon.errors import DataError
+from photon.data.ingest import Tally
+from photon.errors import DataError, DataNotFoundError
 
 
 def texts(path, **options):
@@ -107,3 +108,88 @@ def test_a_row_named_stem_is_not_taken_for_a_file(tmp_path):
     table.write_text("id,party\na,whig\n")
     found = list(Source(str(tmp_path), metadata=table).documents())
     assert ["party" in document.fields for document in found] == [True, False]
+
+
+def test_null_is_an_empty_document(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "rows.jsonl").write_text('{"text": null}\n{"text": "kept"}\n')
+    table = pyarrow.Table.from_pylist([{"text": "also kept"}, {"text": None}])
+    pyarrow.parquet.write_table(table, tmp_path / "table.parquet")
+    tally = Tally()
+    texts = [document.text for document in Source(str(tmp_path)).documents(tally)]
+    assert texts == ["kept", "also kept"]
+    assert tally.empty == 2
+
+
+def test_parquet_that_is_cut_flipped_or_not_utf8(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.Table.from_pylist([{"text": f"row {n} " * 50} for n in range(500)])
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[100:140] = bytes(40)
+    latin = pyarrow.array([b"caf\xe9"]).cast(pyarrow.binary())
+    column = pyarrow.StringArray.from_buffers(1, latin.buffers()[1], latin.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "latin.parquet")
+    for raw in (whole[:-20], whole[: len(whole) // 2], bytes(flipped), b""):
+        path.write_bytes(raw)
+        with pytest.raises(DataError, match=r"rows\.parquet is not a readable parquet file"):
+            list(Source(str(path)).documents())
+    with pytest.raises(DataError, match=r"latin\.parquet is not a readable parquet file"):
+        list(Source(str(tmp_path / "latin.parquet")).documents())
+
+
+def test_parquet_without_the_text_column_lists_its_columns(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "lang": ["en"]}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet: .*'text'.*keys: body, lang") as caught:
+        list(Source(str(path)).documents())
+    assert "--text-key" in caught.value.hint
+    assert [document.text for document in Source(str(path), text_key="body").documents()] == ["x"]
+
+
+def test_every_message_of_broken_input_has_a_hint(tmp_path):
+    broken = {
+        "a.jsonl": b'{"text": \n',
+        "b.jsonl": b"[1]\n",
+        "c.jsonl": b'{"text": "\xff"}\n',
+        "d.jsonl": b'{"body": "a"}\n',
+        "e.jsonl.gz": gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+        "f.txt": b"\xff",
+        "g.parquet": b"PAR1",
+        "h.docx": b"",
+    }
+    for name, raw in broken.items():
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
+            list(Source(str(tmp_path / name)).documents())
+        assert caught.value.hint, name
+
+
+def test_metadata_that_is_no_table(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/one.txt").write_text("Words.")
+    table = tmp_path / "table.csv"
+
+    def read():
+        list(Source(str(tmp_path / "text"), metadata=table).documents())
+
+    with pytest.raises(DataNotFoundError, match=r"no metadata file at .*table\.csv"):
+        read()
+    table.write_text("")
+    with pytest.raises(DataError, match=r"table\.csv has no column ''; its columns: none"):
+        read()
+    table.write_text("id,party\n")
+    with pytest.raises(DataError, match=r"no row of .*table\.csv belongs to a file"):
+        read()
+    table.write_bytes(b"id\n\xff\n")
+    with pytest.raises(DataError, match=r"table\.csv is not a readable CSV"):
+        read()

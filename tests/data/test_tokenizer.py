@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from photon.data import load_tokenizer, train_tokenizer
 from photon.errors import DataError, DataNotFoundError, VocabularyMismatchError
@@ -35,8 +37,8 @@ def test_transformers_reads_it_and_agrees(trained, tmp_path):
 
 def test_a_saved_one_loads_and_saves_alike(trained, tmp_path):
     digest = trained.save(tmp_path / "a")
-    for given in (tmp_path / "a", tmp_path / "a/tokenizer.json"):
-        again = load_tokenizer(given)
+    for path in (tmp_path / "a", tmp_path / "a/tokenizer.json"):
+        again = load_tokenizer(path)
         assert again.eos_id == trained.eos_id
         assert again.save(tmp_path / "b") == digest
 
@@ -78,3 +80,49 @@ def test_what_is_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="not a readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@given(text=st.text())
+def test_every_text_comes_back(trained, text):
+    ids = trained.encode([text])[0]
+    assert trained.eos_id not in ids
+    assert trained.tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_a_given_tokenizer_keeps_its_ids_and_takes_the_end_named(trained, tmp_path):
+    """Its tokenizer_config.json may name a class that transformers would build by other rules."""
+    from transformers import AutoTokenizer
+
+    given_folder, out = tmp_path / "given", tmp_path / "out"
+    trained.save(given_folder)
+    file = given_folder / "tokenizer.json"
+    record = json.loads(file.read_text())
+    extra = {**record["added_tokens"][0], "content": "<|stop|>", "id": trained.vocab_size}
+    record["added_tokens"].append(extra)
+    file.write_text(json.dumps(record))
+    settings = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|endoftext|>"}
+    (given_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load_tokenizer(given_folder, "<|stop|>")
+    loaded.save(out)
+    theirs = AutoTokenizer.from_pretrained(out)
+    assert (theirs.eos_token, theirs.eos_token_id) == ("<|stop|>", loaded.eos_id)
+    assert loaded.eos_id == trained.vocab_size
+    for text, ids in zip(TEXTS, loaded.encode(TEXTS), strict=True):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+
+
+def test_a_misspelt_file_does_not_load_its_neighbour(trained, tmp_path):
+    trained.save(tmp_path)
+    trained.tokenizer.model.save(str(tmp_path))
+    with pytest.raises(DataNotFoundError, match=r"no tokenizer at .*tokeniser\.json"):
+        load_tokenizer(tmp_path / "tokeniser.json")
+
+
+def test_training_does_not_depend_on_threads(monkeypatch, tmp_path):
+    texts = [f"{n} ships sail to port {n % 7} and {n * n} return" for n in range(3000)]
+    hashes = set()
+    for threads in ("true", "false", "true"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", threads)
+        hashes.add(train_tokenizer(iter(texts), 600).save(tmp_path))
+    assert len(hashes) == 1

@@ -29,7 +29,7 @@ class _Photon(TyperGroup):
                 console.print(error.hint, markup=False, soft_wrap=True, highlight=False)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            console.print("Stopped. Finished rounds are saved; `photon resume DIR` continues.")
+            console.print("Stopped. If a run had begun, `photon resume DIR` goes on with it.")
             ctx.exit(INTERRUPTED_EXIT_CODE)
 
 

@@ -144,7 +144,11 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
     try:
         if file.is_file():
             tokenizer = Tokenizer.from_file(str(file))
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        elif (
+            given.is_dir()  # a misspelt file name must not load what lies beside it
+            and (folder / "vocab.json").is_file()
+            and (folder / "merges.txt").is_file()
+        ):
             model = BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
             tokenizer = Tokenizer(model)
             tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
