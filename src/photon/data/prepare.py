@@ -6,7 +6,6 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from photon.data.shards import (
 from photon.data.splits import GLOBAL, LOCAL
 from photon.data.tokenizer import TextTokenizer, load_tokenizer, parallel, train_tokenizer
 from photon.errors import DiskFullError, MachineError
+from photon.version import photon_version
 
 #: Text tokenised at a time, in bytes.
 _BATCH_BYTES = 4_000_000
@@ -193,7 +193,7 @@ def _describe(
         sets[silo] = {"sha256": sha256_of(path), **_summary(splits)}
     manifest = {
         "format": FORMAT,
-        "photon_version": _version(),
+        "photon_version": photon_version(),
         "dtype": _dtype(tokenizer).str,
         "tokenizer": tokenizer_record,
         "held_out": sets.pop(""),
@@ -243,10 +243,3 @@ def _in_words(out: Path) -> Iterator[None]:
         raise MachineError(
             f"can't prepare {out}: {error}", hint="Nothing half-written was kept."
         ) from error
-
-
-def _version() -> str:
-    try:
-        return version("photon-federated")
-    except PackageNotFoundError:
-        return "0+uninstalled"
