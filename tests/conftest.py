@@ -94,7 +94,8 @@ def make_config():
 
     def make(data: Path, *overrides: str):
         tree = {
-            "run": {"name": "test", "seed": 11, "threads": 1, "log_every": 2},
+            "run": {"name": "test", "seed": 11, "log_every": 2},
+            "compute": {"threads": 1},
             "model": {"preset": "tiny"},
             "data": {"path": str(data), "sequence_length": 32},
             "federation": {"rounds": 3},

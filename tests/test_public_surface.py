@@ -74,7 +74,8 @@ def test_a_notebook_from_text_to_words(three_silos, tmp_path):
     assert sorted(photon.open_data(data.path).silos) == ["silo-0", "silo-1"]
     config = photon.build_config(
         {
-            "run": {"name": "notebook", "threads": 1},
+            "run": {"name": "notebook"},
+            "compute": {"threads": 1},
             "model": {"preset": "tiny"},
             "data": {"path": str(data.path), "sequence_length": 32},
             "federation": {"rounds": 2},

@@ -12,7 +12,7 @@ from photon.cli.main import app
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 #: Shrinks the run to seconds; everything else is as printed.
-SMALL = ["federation.rounds=2", "local.steps=2", "local.batch_size=2", "run.threads=1"]
+SMALL = ["federation.rounds=2", "local.steps=2", "local.batch_size=2", "compute.threads=1"]
 
 
 def block(language: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from photon.config import RunSection
+from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, open_data
 from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
@@ -99,7 +99,7 @@ def evaluate(
         model = load_pretrained(str(folder))
         length = sequence_length or min(1024, context_length(model.config) or 1024)
     _require_vocabulary(model, text, folder)
-    plan = plan_compute(RunSection(device=device))
+    plan = plan_compute(ComputeConfig(device=device))
     plan.apply()
     model.to(plan.device)
 

@@ -37,7 +37,9 @@ def run_file(three_silos, tmp_path_factory):
         f"""
 [run]
 name = "commands"
+[compute]
 threads = 1
+
 [model]
 preset = "tiny"
 [data]

@@ -14,7 +14,9 @@ RUN = """
 [run]
 name = "codes"
 seed = 2
+[compute]
 threads = 1
+
 [model]
 preset = "tiny"
 [data]
@@ -71,7 +73,7 @@ def photon(*words):
         ("outer.name=fedavgg", 12, ["outer.name", "fedavgg", "fedyogi"]),
         ("federation.sample=4", 13, ["federation.sample = 4", "3 silos"]),
         ("federation.quorum=4", 13, ["federation.quorum = 4", "3"]),
-        ("local.micro_batch_size=3", 13, ["micro_batch_size = 3", "batch_size = 2"]),
+        ("compute.micro_batch_size=3", 13, ["micro_batch_size = 3", "batch_size = 2"]),
         ("local.warmup_steps=4", 13, ["warmup_steps = 4", "4 global steps"]),
         ("data.path=nowhere", 21, ["nowhere", "photon data prepare"]),
         ("data.sequence_length=1000000", 23, ["blue", "data.sequence_length = 1000000"]),

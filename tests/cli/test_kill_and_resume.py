@@ -26,8 +26,10 @@ def run_file(three_silos, tmp_path_factory):
 [run]
 name = "kill"
 seed = 3
-threads = 1
 log_every = 1
+[compute]
+threads = 1
+
 [model]
 preset = "tiny"
 [data]

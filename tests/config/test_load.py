@@ -171,7 +171,10 @@ def test_override_of_a_whole_table_must_be_a_table() -> None:
         ("federation.steps=3", "steps belongs to another table: local.steps."),
         ("rounds=3", "rounds belongs to another table: federation.rounds."),
         ("run.lr=3", "lr belongs to another table: local.lr or outer.lr or train.lr."),
-        ("zzz=3", "Valid keys of a run file: data, eval, federation, local, model, outer,"),
+        (
+            "zzz=3",
+            "Valid keys of a run file: compute, data, eval, federation, local, model, outer,",
+        ),
     ],
 )
 def test_unknown_key_suggests(override: str, hint: str) -> None:
@@ -205,7 +208,7 @@ def test_unknown_key_suggests(override: str, hint: str) -> None:
         ("run.seed=2147483648", "run.seed = 2147483648:", "less than 2147483648"),
         ("run.name=../up", "run.name = '../up':", "match pattern"),
         ("run.name=", "run.name = '':", "match pattern"),
-        ("run.device=tpu", "run.device = 'tpu':", "'auto', 'cpu', 'cuda' or 'mps'"),
+        ("compute.device=tpu", "compute.device = 'tpu':", "'auto', 'cpu', 'cuda' or 'mps'"),
         ("model.preset=2b", "model.preset = '2b':", "'tiny', '75m', '125m', '350m'"),
         ("federation.workers=1025", "federation.workers = 1025:", "less than or equal to 1024"),
         ("federation.sample=0", "federation.sample = 0:", "greater than or equal to 1"),
@@ -256,8 +259,8 @@ def test_array_of_tables_is_not_a_table() -> None:
         (["model.path=gpt2"], ["[model]", "either preset or path, not both"]),
         (["model.init=pretrained"], ['init = "pretrained" needs path']),
         (
-            ["local.batch_size=16", "local.micro_batch_size=3"],
-            ["[local]", "micro_batch_size = 3 does not divide batch_size = 16"],
+            ["local.batch_size=16", "compute.micro_batch_size=3"],
+            ["compute.micro_batch_size = 3 does not divide local.batch_size = 16"],
         ),
         (["federation.merge=adopt", "outer.lr=0.7"], ["adopt", "'fedavg', 0.7", "delta"]),
         (["federation.merge=adopt", "outer.name=nesterov"], ["adopt", "'nesterov', 1.0"]),

@@ -46,7 +46,6 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
     local: dict[str, Any] = {
         "steps": steps,
         "batch_size": micro * factor,
-        "micro_batch_size": micro,
         "schedule": schedule,
         "warmup_steps": warmup,
         **draw(some(lr=rates, beta1=fractions, min_lr_ratio=fractions, clip_norm=rates)),
@@ -67,7 +66,6 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
             some(
                 name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]*\Z"),
                 seed=st.integers(0, 2**31 - 1),
-                device=st.sampled_from(["auto", "cpu", "cuda", "mps"]),
             )
         ),
         "model": draw(models),
@@ -81,6 +79,10 @@ def trees(draw: st.DrawFn) -> dict[str, Any]:
             **draw(some(quorum=st.integers(1, sample), workers=st.integers(0, 1024))),
         },
         "local": local,
+        "compute": {
+            "micro_batch_size": micro,
+            **draw(some(device=st.sampled_from(["auto", "cpu", "cuda", "mps"]))),
+        },
         "outer": outer,
         "eval": draw(some(every=st.integers(0, 9), max_tokens=counts, per_silo=st.booleans())),
         "train": draw(some(batch_size=counts, lr=rates)),

@@ -50,7 +50,7 @@ class Bench:
 
 @pytest.fixture(params=["local", 1, 2], ids=["local", "one worker", "two workers"])
 def bench(request, three_silos, make_config, tmp_path):
-    config = make_config(three_silos, "run.threads=1")
+    config = make_config(three_silos, "compute.threads=1")
     bench = Bench(request.param, config, tmp_path)
     yield bench
     bench.engine.close()
@@ -77,7 +77,7 @@ def test_a_task_done_again_gives_the_same_update(bench):
 
 
 def test_every_engine_gives_the_same_bits(three_silos, make_config, tmp_path):
-    config = make_config(three_silos, "run.threads=1")
+    config = make_config(three_silos, "compute.threads=1")
     seen = {}
     for kind in ("local", 2):
         bench = Bench(kind, config, tmp_path / str(kind))
@@ -116,7 +116,11 @@ def test_a_diverged_silo_answers_with_its_failure(bench):
 def test_a_silent_worker_is_replaced_by_its_deadline(three_silos, make_config, tmp_path):
     """SIGSTOP makes a worker silent without killing it."""
     config = make_config(
-        three_silos, "run.threads=1", "run.log_every=1", "federation.silence_s=6", "local.steps=4"
+        three_silos,
+        "compute.threads=1",
+        "run.log_every=1",
+        "federation.silence_s=6",
+        "local.steps=4",
     )
     calm = Bench("local", config, tmp_path / "calm")
     expected = [digest for _, digest in calm.fit()]
@@ -143,7 +147,7 @@ def test_a_silent_worker_is_replaced_by_its_deadline(three_silos, make_config, t
 
 
 def test_a_worker_lost_again_and_again_fails_its_task_only(three_silos, make_config, tmp_path):
-    config = make_config(three_silos, "run.threads=1", "run.log_every=1")
+    config = make_config(three_silos, "compute.threads=1", "run.log_every=1")
     bench = Bench(1, config, tmp_path)
     victim = sorted(bench.data.silos)[1]
 

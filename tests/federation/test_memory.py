@@ -12,7 +12,7 @@ import resource, sys
 from photon.config import parse_run_config
 from photon.runs import simulate
 config = parse_run_config({
-    "run": {"threads": 1},
+    "compute": {"threads": 1},
     "model": {"preset": "tiny"},
     "data": {"path": sys.argv[1], "sequence_length": 32},
     "federation": {"rounds": 3, "sample": 8, "workers": 1, "optimizer_state": "keep"},

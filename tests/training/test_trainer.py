@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from photon.config import LocalConfig, ModelConfig, RunSection
+from photon.config import ComputeConfig, LocalConfig, ModelConfig
 from photon.errors import DeviceError, ModelMismatchError, NonFiniteError
 from photon.link import tensors_sha256
 from photon.models import build_model
@@ -17,12 +17,14 @@ class CountingText:
         return (rows + np.arange(17)[None, :]) % 64
 
 
-def trainer(**local) -> Trainer:
+def trainer(*, micro_batch_size: int | None = None, **local) -> Trainer:
     config = LocalConfig(**{"batch_size": 8, "lr": 3e-3, **local})
     model = build_model(
         ModelConfig(preset="tiny"), vocab_size=64, sequence_length=16, eos_id=0, seed=3
     )
-    plan = plan_compute(RunSection(device="cpu", precision="fp32", threads=1))
+    plan = plan_compute(
+        ComputeConfig(device="cpu", precision="fp32", threads=1, micro_batch_size=micro_batch_size)
+    )
     return Trainer(model, config, Schedule("constant", 100), plan, log_every=4)
 
 
@@ -125,11 +127,11 @@ def test_weights_of_another_model_are_refused():
 def test_a_device_that_is_not_here_is_an_error():
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA, so asking for it is no error")
-    with pytest.raises(DeviceError, match=r'run.device = "cuda" is not on this machine'):
-        plan_compute(RunSection(device="cuda"))
+    with pytest.raises(DeviceError, match=r'compute.device = "cuda" is not on this machine'):
+        plan_compute(ComputeConfig(device="cuda"))
 
 
 def test_cores_are_shared_among_processes():
-    alone = plan_compute(RunSection(device="cpu")).threads
-    assert plan_compute(RunSection(device="cpu"), processes=alone).threads == 1
-    assert plan_compute(RunSection(threads=3), processes=8).threads == 3
+    alone = plan_compute(ComputeConfig(device="cpu")).threads
+    assert plan_compute(ComputeConfig(device="cpu"), processes=alone).threads == 1
+    assert plan_compute(ComputeConfig(threads=3), processes=8).threads == 3

@@ -1,5 +1,6 @@
 """run.toml: what the federation may dictate. Unknown keys are errors; no torch in here."""
 
+from photon.config.compute import ComputeConfig
 from photon.config.load import (
     load_run_config,
     parse_run_config,
@@ -14,11 +15,11 @@ from photon.config.run import (
     ModelConfig,
     OuterConfig,
     RunConfig,
-    RunSection,
     TrainConfig,
 )
 
 __all__ = [
+    "ComputeConfig",
     "DataConfig",
     "EvalConfig",
     "FederationConfig",
@@ -26,7 +27,6 @@ __all__ = [
     "ModelConfig",
     "OuterConfig",
     "RunConfig",
-    "RunSection",
     "TrainConfig",
     "load_run_config",
     "parse_run_config",

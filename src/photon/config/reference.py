@@ -37,7 +37,7 @@ whatever is given for a key that takes text, is read as the text itself.
 - Values that can't work together are an error when the file is read (13), not at round 40.
 - Run folders keep the resolved file, every default written out: what ran is what is there.
 
-This page is written by `make docs` from the models in `src/photon/config/run.py`.
+This page is written by `make docs` from the models in `src/photon/config/`.
 """
 
 _BOUNDS = (
@@ -89,6 +89,8 @@ def _value_schema(field: dict[str, Any]) -> dict[str, Any]:
 
 def _type_of(field: dict[str, Any]) -> str:
     value = _value_schema(field)
+    if value["type"] == "array":
+        return f"array of {value['items']['type']}s"
     if value["type"] != "object":
         return value["type"]
     inside = value.get("additionalProperties")
@@ -96,8 +98,8 @@ def _type_of(field: dict[str, Any]) -> str:
 
 
 def _default_of(field: dict[str, Any]) -> str:
-    if "default" not in field:
-        return "`{}`"  # the only defaults a schema leaves out are empty tables
+    if "default" not in field:  # a schema leaves out the empty tables and arrays
+        return "`[]`" if field["type"] == "array" else "`{}`"
     if field["default"] is None:
         return "not set"
     literal = tomli_w.dumps({"v": field["default"]}).removeprefix("v = ").strip()

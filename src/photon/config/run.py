@@ -8,24 +8,15 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from photon.config.compute import ComputeConfig
+from photon.config.section import Positive, Section
 from photon.plugins import MERGING_RULES, OUTER_OPTIMIZERS, plugin_names
 
 OUTER_NAMES = ("fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad")
 MERGING_RULE_NAMES = ("mean",)
 PRESETS = ("tiny", "75m", "125m", "350m", "1.3b", "3b", "7b")
-
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A table of run.toml: frozen, and a key it does not know is an error.
-
-    Strict: `rounds = true` or `rounds = "3"` is a mistake, not 1 or 3.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class RunSection(Section):
@@ -37,20 +28,6 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
         default=0,
         description="Seeds initial weights, data order, sampling of participants and dropout.",
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
-        default="auto",
-        description="Where local training runs; auto takes CUDA, then MPS, then CPU.",
-    )
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        default="auto",
-        description="Arithmetic of forward and backward. Weights and optimizer state are always "
-        "fp32. auto takes bf16 autocast where the hardware gains from it.",
-    )
-    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
-        default=0,
-        description="CPU threads of each training process; 0 shares the cores among the "
-        "processes. Resolved when the run starts, as the number changes rounding.",
     )
     log_every: Positive = Field(default=10, description="Local steps between two progress events.")
     keep_checkpoints: Positive = Field(
@@ -76,6 +53,11 @@ class ModelConfig(Section):
         default="random",
         description="With path: fresh weights of that shape, or the weights it holds.",
     )
+    qk_norm: bool = Field(
+        default=False,
+        description="Normalise queries and keys (RMSNorm per head) in a preset of the llama "
+        "family; the model is then exported as a Qwen3.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelConfig:
@@ -84,6 +66,8 @@ class ModelConfig(Section):
             raise ValueError(f"name either preset or path, not {given}")
         if self.init == "pretrained" and self.path is None:
             raise ValueError('init = "pretrained" needs path; a preset has no weights')
+        if self.qk_norm and (self.preset is None or self.family != "llama"):
+            raise ValueError('qk_norm = true needs a preset with family = "llama"')
         return self
 
 
@@ -99,6 +83,10 @@ class DataConfig(Section):
     mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict,
         description="Weight of each source inside a silo; empty takes sources by their size.",
+    )
+    document_mask: bool = Field(
+        default=False,
+        description="Forbid attention from one document to another inside a training sequence.",
     )
     verify: bool = Field(default=True, description="Check every shard's sha256 before training.")
 
@@ -153,17 +141,20 @@ class LocalConfig(Section):
     batch_size: Positive = Field(
         default=16, description="Sequences per optimizer step, per participant."
     )
-    micro_batch_size: Positive | None = Field(
-        default=None, description="Sequences per forward pass; gradients accumulate to batch_size."
-    )
     lr: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="Peak learning rate.")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Last learning rate over the peak."
     )
-    optimizer: Literal["adamw", "muon", "sgd"] = Field(
+    optimizer: Literal["adamw", "muon", "adopt", "amsgrad", "sgd"] = Field(
         default="adamw",
-        description="Inner optimizer. muon: hidden matrices by Muon, the rest by AdamW. sgd: plain "
-        "SGD, for checking the maths.",
+        description="Inner optimizer. muon: hidden matrices by Muon, the rest by AdamW. adopt: "
+        "Adam that converges with any beta2 (arXiv 2411.02853). amsgrad: FedLALR's form; needs "
+        'federation.optimizer_state = "average". sgd: plain SGD, for checking the maths.',
+    )
+    optimizer_bits: Literal[32, 8] = Field(
+        default=32,
+        description="Bits of AdamW's two moments, also beside muon; 8 stores them block-wise and "
+        "needs the extra photon-federated[bits8].",
     )
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         default="cosine", description="Learning rate over global steps, after the warm-up."
@@ -181,21 +172,32 @@ class LocalConfig(Section):
     clip_norm: Annotated[float, Field(ge=0)] = Field(
         default=1.0, description="Largest gradient norm of a step; 0 does not clip."
     )
-    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="AdamW beta1.")
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.95, description="AdamW beta2.")
-    epsilon: Annotated[float, Field(gt=0)] = Field(default=1e-8, description="AdamW epsilon.")
+    no_decay: list[str] = Field(
+        default_factory=list,
+        description="Parameters without weight decay, as shell patterns of their names, for "
+        'instance ["*embed*"]. Vectors (norms, biases) never decay.',
+    )
+    z_loss: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Weight of the mean squared log-partition, which keeps logits small (PaLM: "
+        "1e-4). Not part of reported losses.",
+    )
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="First-moment decay of adamw, adopt and amsgrad."
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="Second-moment decay: by default 0.95 for adamw and muon's AdamW, 0.9999 for "
+        "adopt, 0.99 for amsgrad.",
+    )
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="By default 1e-8 for adamw and muon's AdamW, 1e-6 for adopt; 1e-3 for amsgrad, "
+        "whose v-hat starts at its square.",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.95, description="Muon momentum."
     )
-
-    @model_validator(mode="after")
-    def _micro_batches_fill_the_batch(self) -> LocalConfig:
-        micro = self.micro_batch_size
-        if micro is not None and self.batch_size % micro:
-            raise ValueError(
-                f"micro_batch_size = {micro} does not divide batch_size = {self.batch_size}"
-            )
-        return self
 
 
 class OuterConfig(Section):
@@ -262,6 +264,7 @@ class RunConfig(Section):
     data: DataConfig
     federation: FederationConfig = FederationConfig()
     local: LocalConfig = LocalConfig()
+    compute: ComputeConfig = ComputeConfig()
     outer: OuterConfig = OuterConfig()
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()
@@ -279,7 +282,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _compatible(self) -> RunConfig:
-        federation, outer, local = self.federation, self.outer, self.local
+        federation, outer = self.federation, self.outer
         if federation.merge == "adopt" and (outer.name != "fedavg" or outer.lr != 1.0):
             raise ValueError(
                 'federation.merge = "adopt" takes the nodes\' weights as they are, so it needs '
@@ -289,6 +292,22 @@ class RunConfig(Section):
         sample, quorum = federation.sample, federation.quorum
         if sample is not None and quorum is not None and quorum > sample:
             raise ValueError(f"federation.quorum = {quorum} exceeds federation.sample = {sample}")
+        self._check_schedule()
+        self._check_optimizer()
+        micro, batch = self.compute.micro_batch_size, self.local.batch_size
+        if micro is not None and batch % micro:
+            raise ValueError(
+                f"compute.micro_batch_size = {micro} does not divide local.batch_size = {batch}"
+            )
+        if self.data.document_mask and self.model.preset and self.model.family == "mpt":
+            raise ValueError(
+                "data.document_mask = true needs model.family = \"llama\"; transformers' MPT can't "
+                "mask documents"
+            )
+        return self
+
+    def _check_schedule(self) -> None:
+        local = self.local
         if local.warmup_steps >= self.total_steps and local.schedule != "constant":
             raise ValueError(
                 f"local.warmup_steps = {local.warmup_steps} leaves nothing of the run's "
@@ -306,7 +325,20 @@ class RunConfig(Section):
                 f'local.decay_steps only means something with schedule = "wsd" '
                 f"(found {local.schedule!r})"
             )
-        return self
+
+    def _check_optimizer(self) -> None:
+        local, state = self.local, self.federation.optimizer_state
+        if local.optimizer == "amsgrad" and state != "average":
+            raise ValueError(
+                'local.optimizer = "amsgrad" is FedLALR\'s: without the aggregator averaging m and '
+                f'v-hat it is another method; use federation.optimizer_state = "average" (found '
+                f"{state!r}), or adamw"
+            )
+        if local.optimizer_bits == 8 and local.optimizer not in ("adamw", "muon"):
+            raise ValueError(
+                f"local.optimizer_bits = 8 only means something for adamw and muon (found "
+                f"{local.optimizer!r})"
+            )
 
 
 def _known(name: str, builtin: tuple[str, ...], group: str) -> str:

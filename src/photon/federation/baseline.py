@@ -55,7 +55,7 @@ class CentralisedTraining:
             model,
             local,
             Schedule.of(config),
-            plan_compute(config.run),
+            plan_compute(config.compute),
             batch_size=batch_size,
             log_every=config.run.log_every,
         )

@@ -83,7 +83,7 @@ class Node:
             model,
             config.local,
             Schedule.of(config),
-            plan_compute(config.run, processes=settings.processes),
+            plan_compute(config.compute, processes=settings.processes),
             log_every=config.run.log_every,
         )
 

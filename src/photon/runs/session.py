@@ -233,7 +233,7 @@ class Session:
         config, model = self.config, self._model
         assert model is not None
         workers = config.federation.workers if self.kind == "simulate" else 0
-        plan = plan_compute(config.run, processes=max(1, workers))
+        plan = plan_compute(config.compute, processes=max(1, workers))
         central = self.kind == "train"
         return RunStarted(
             kind=self.kind,
@@ -327,14 +327,14 @@ class Session:
 def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
     workers = config.federation.workers if kind == "simulate" else 0
-    plan = plan_compute(config.run, processes=max(1, workers))
+    plan = plan_compute(config.compute, processes=max(1, workers))
     decided = {
         "threads": plan.threads,
         "precision": plan.precision,
         "device": plan.device.type,
     }
-    run = config.run.model_copy(update=decided)
-    resolved = {"run": run, "data": config.data.model_copy(update={"path": str(data.path)})}
+    compute = config.compute.model_copy(update=decided)
+    resolved = {"compute": compute, "data": config.data.model_copy(update={"path": str(data.path)})}
     if config.model.path is not None and Path(config.model.path).exists():
         path = str(Path(config.model.path).resolve())
         resolved["model"] = config.model.model_copy(update={"path": path})

@@ -22,8 +22,8 @@ RESUMABLE_KEYS = (
     "federation.quorum",
     "run.keep_checkpoints",
     "run.log_every",
-    "run.device",
-    "run.threads",
+    "compute.device",
+    "compute.threads",
     "eval.every",
     "data.path",
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from photon.config import RunSection
+from photon.config import ComputeConfig
 from photon.errors import DeviceError, IncompatibleConfigError
 
 
@@ -19,11 +19,13 @@ class ComputePlan:
         device: "cpu", "cuda" or "mps".
         autocast_dtype: dtype of forward and backward under autocast; None computes in fp32.
         threads: CPU threads of one training process.
+        micro_batch_size: sequences per forward pass; None takes the whole batch.
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None
     threads: int
+    micro_batch_size: int | None = None
 
     @property
     def precision(self) -> str:
@@ -34,11 +36,11 @@ class ComputePlan:
         torch.set_num_threads(self.threads)
 
 
-def plan_compute(section: RunSection, *, processes: int = 1) -> ComputePlan:
-    """Resolve run.device, run.precision and run.threads on this machine.
+def plan_compute(section: ComputeConfig, *, processes: int = 1) -> ComputePlan:
+    """Resolve compute.device, compute.precision and compute.threads on this machine.
 
     Args:
-        section: the [run] table.
+        section: the [compute] table.
         processes: training processes that share the machine's cores.
 
     Raises:
@@ -47,7 +49,12 @@ def plan_compute(section: RunSection, *, processes: int = 1) -> ComputePlan:
     """
     device = _device(section.device)
     threads = section.threads or max(1, _cores() // max(1, processes))
-    return ComputePlan(device, _autocast_dtype(section.precision, device), threads)
+    return ComputePlan(
+        device,
+        _autocast_dtype(section.precision, device),
+        threads,
+        section.micro_batch_size,
+    )
 
 
 def _cores() -> int:
@@ -65,8 +72,8 @@ def _device(name: str) -> torch.device:
     if not here[name]:
         found = ", ".join(candidate for candidate, present in here.items() if present)
         raise DeviceError(
-            f'run.device = "{name}" is not on this machine (found: {found})',
-            hint='Use run.device = "auto", or install a PyTorch build for that device.',
+            f'compute.device = "{name}" is not on this machine (found: {found})',
+            hint='Use compute.device = "auto", or install a PyTorch build for that device.',
         )
     return torch.device(name)
 
@@ -78,7 +85,7 @@ def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         return None
     if device.type == "cuda" and not gains:
         raise IncompatibleConfigError(
-            'run.precision = "bf16": this CUDA device has no bf16 arithmetic',
-            hint='Use run.precision = "auto" or "fp32".',
+            'compute.precision = "bf16": this CUDA device has no bf16 arithmetic',
+            hint='Use compute.precision = "auto" or "fp32".',
         )
     return torch.bfloat16

@@ -162,8 +162,8 @@ def _build(
         torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
+            betas=(config.beta1, 0.95 if config.beta2 is None else config.beta2),
+            eps=config.epsilon or 1e-8,
             fused=True,
         )
     )

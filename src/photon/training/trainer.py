@@ -79,7 +79,7 @@ class Trainer:
         self._schedule = schedule
         self._log_every = log_every
         self._batch_size = batch_size or config.batch_size
-        self._micro_batch_size = config.micro_batch_size or self._batch_size
+        self._micro_batch_size = plan.micro_batch_size or self._batch_size
 
     def weights(self) -> dict[str, Tensor]:
         """References to the trainable weights, by name."""

@@ -1,0 +1,70 @@
+"""The keys of [compute]: how a node uses its machines. None of them changes the maths.
+
+They move rounding (sums in another order, bf16 products), never what is computed. A site decides
+them; a run file may suggest them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from photon.config.section import Positive, Section
+
+
+class ComputeConfig(Section):
+    """[compute]: devices, arithmetic and parallelism of a node; speed and memory, not maths."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        default="auto",
+        description="Where local training runs; auto takes CUDA, then MPS, then CPU.",
+    )
+    processes: Annotated[int, Field(ge=0, le=4096)] = Field(
+        default=0,
+        description="Ranks of a node: one process per device, gradients summed among them. 0 takes "
+        "one for each CUDA device that the workers leave it, and 1 elsewhere. Under torchrun the "
+        "number is WORLD_SIZE.",
+    )
+    strategy: Literal["auto", "single", "ddp", "fsdp", "hybrid"] = Field(
+        default="auto",
+        description="ddp: a copy of the model on each rank. fsdp: weights, gradients and optimizer "
+        "state cut among the ranks. hybrid: cut inside a machine, copied between machines. auto: "
+        "one rank is single; ddp where a copy fits a device; fsdp where not; hybrid across "
+        "machines. What it chose, and why, is told when the run starts.",
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="Arithmetic of forward and backward. Weights and optimizer state are always "
+        "fp32. auto takes bf16 where the hardware gains from it.",
+    )
+    threads: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0,
+        description="CPU threads of each training process; 0 shares the cores among the "
+        "processes. Resolved when the run starts, as the number changes rounding.",
+    )
+    micro_batch_size: Positive | None = Field(
+        default=None,
+        description="Sequences per forward pass on a device; gradients accumulate to "
+        "local.batch_size. By default the largest that fits is found once and remembered.",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="What backward recomputes to save memory. selective: all but matrix products "
+        "and attention. full: whole blocks.",
+    )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
+        default="auto",
+        description="Attention kernels. auto: PyTorch's scaled_dot_product_attention "
+        "(FlashAttention on CUDA) where the model has it. flash_attention_2 needs the "
+        "flash-attn package.",
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="torch.compile of each block, once for the life of the trainer. auto: on CUDA.",
+    )
+    compile_backend: str = Field(
+        default="inductor",
+        description="Backend of torch.compile. inductor needs a C++ compiler on a CPU; aot_eager "
+        "needs none and only checks.",
+    )
