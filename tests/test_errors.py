@@ -39,9 +39,12 @@ CODES = {
     "MachineError": 50,
     "DiskFullError": 51,
     "DeviceError": 52,
+    "DoesNotFitError": 53,
     "NodeError": 60,
     "NonFiniteError": 61,
     "WorkerLostError": 62,
+    "RankLostError": 63,
+    "RankMismatchError": 64,
 }
 
 

@@ -189,6 +189,12 @@ class DeviceError(MachineError):
     exit_code = 52
 
 
+class DoesNotFitError(MachineError):
+    """The model can't be trained in this machine's memory."""
+
+    exit_code = 53
+
+
 # --- 60-69: nodes -------------------------------------------------------------------------------
 
 
@@ -208,6 +214,18 @@ class WorkerLostError(NodeError):
     """A worker process died or stopped answering."""
 
     exit_code = 62
+
+
+class RankLostError(NodeError):
+    """One of a node's ranks died or can't be reached."""
+
+    exit_code = 63
+
+
+class RankMismatchError(NodeError):
+    """The ranks of a node were started with different files or versions."""
+
+    exit_code = 64
 
 
 #: Exit code after Ctrl-C: 128 + SIGINT, as shells expect. The run can be resumed.

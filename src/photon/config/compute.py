@@ -59,6 +59,11 @@ class ComputeConfig(Section):
         "(FlashAttention on CUDA) where the model has it. flash_attention_2 needs the "
         "flash-attn package.",
     )
+    state_cache_gib: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Memory in which a node keeps the newest inner states of the silos it serves, "
+        "beside their files on disk. Only matters where federation.optimizer_state is keep.",
+    )
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="torch.compile of each block, once for the life of the trainer. auto: on CUDA.",

@@ -84,10 +84,6 @@ class DataConfig(Section):
         default_factory=dict,
         description="Weight of each source inside a silo; empty takes sources by their size.",
     )
-    document_mask: bool = Field(
-        default=False,
-        description="Forbid attention from one document to another inside a training sequence.",
-    )
     verify: bool = Field(default=True, description="Check every shard's sha256 before training.")
 
 
@@ -181,6 +177,10 @@ class LocalConfig(Section):
         default=0.0,
         description="Weight of the mean squared log-partition, which keeps logits small (PaLM: "
         "1e-4). Not part of reported losses.",
+    )
+    document_mask: bool = Field(
+        default=False,
+        description="Forbid attention from one document to another inside a training sequence.",
     )
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="First-moment decay of adamw, adopt and amsgrad."
@@ -299,9 +299,9 @@ class RunConfig(Section):
             raise ValueError(
                 f"compute.micro_batch_size = {micro} does not divide local.batch_size = {batch}"
             )
-        if self.data.document_mask and self.model.preset and self.model.family == "mpt":
+        if self.local.document_mask and self.model.preset and self.model.family == "mpt":
             raise ValueError(
-                "data.document_mask = true needs model.family = \"llama\"; transformers' MPT can't "
+                "local.document_mask = true needs model.family = \"llama\"; transformers' MPT can't "
                 "mask documents"
             )
         return self

@@ -2,16 +2,23 @@
 
 from photon.models.build import (
     build_model,
+    build_skeleton,
     context_length,
     load_config,
     load_pretrained,
     parameter_count,
+    require_document_masks,
     tokenizer_file_of,
 )
 from photon.models.export import ModelCard, export_model
 from photon.models.generate import generate_text, load_exported
-from photon.models.loss import next_token_loss
-from photon.models.parameters import hidden_matrices, model_fingerprint, trainable_parameters
+from photon.models.loss import next_token_loss, training_loss
+from photon.models.parameters import (
+    hidden_matrices,
+    model_fingerprint,
+    trainable_parameters,
+    transformer_blocks,
+)
 from photon.models.presets import SHAPES, Shape, preset_config
 from photon.models.quiet import quiet_transformers
 
@@ -20,6 +27,7 @@ __all__ = [
     "ModelCard",
     "Shape",
     "build_model",
+    "build_skeleton",
     "context_length",
     "export_model",
     "generate_text",
@@ -32,6 +40,9 @@ __all__ = [
     "parameter_count",
     "preset_config",
     "quiet_transformers",
+    "require_document_masks",
     "tokenizer_file_of",
     "trainable_parameters",
+    "training_loss",
+    "transformer_blocks",
 ]

@@ -22,7 +22,13 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def build_model(
-    config: ModelConfig, *, vocab_size: int, sequence_length: int, eos_id: int, seed: int
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    eos_id: int,
+    seed: int,
+    attention: str = "auto",
 ) -> torch.nn.Module:
     """A Hugging Face causal LM on the CPU, fp32, in training mode, its cache off.
 
@@ -35,10 +41,12 @@ def build_model(
         sequence_length: tokens a training sequence predicts.
         eos_id: the data's token between documents. A pretrained model keeps its own.
         seed: of the initial weights.
+        attention: kernels, as compute.attention names them; auto leaves it to transformers.
 
     Raises:
         ModelError: the folder or hub model can't be read, is not a causal LM, needs its own code,
-            is quantised, lacks weights, or is too short for `sequence_length`.
+            is quantised, lacks weights, is too short for `sequence_length`, or has no such
+            attention.
         VocabularyMismatchError: the model knows fewer tokens than the data.
     """
     hf_config = _hf_config(config, vocab_size, sequence_length, eos_id)
@@ -46,13 +54,55 @@ def build_model(
         # Not torch.manual_seed: it would seed the accelerators too, which are not forked.
         torch.default_generator.manual_seed(seed)
         if config.init == "pretrained":
-            model = load_pretrained(str(config.path))
+            model = load_pretrained(str(config.path), attention=attention)
         else:
-            model = _from_config(hf_config, str(config.path or config.preset))
+            model = _from_config(hf_config, str(config.path or config.preset), attention)
     model.config.use_cache = False
     if config.path is not None:
         _require_causal(model, config.path)
     return model.train()
+
+
+def build_skeleton(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    eos_id: int,
+    attention: str = "auto",
+) -> torch.nn.Module:
+    """The model `build_model` would give, its parameters on the meta device: no weights, no memory.
+
+    Buffers (rotary frequencies) are real, so giving the parameters memory and values makes it
+    whole. A folder's weights are not read.
+
+    Raises:
+        ModelError, VocabularyMismatchError: as `build_model`.
+    """
+    hf_config = _hf_config(config, vocab_size, sequence_length, eos_id)
+    with _parameters_on_meta():
+        model = _from_config(hf_config, str(config.path or config.preset), attention)
+    model.config.use_cache = False
+    return model.train()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Give every parameter that a module registers meanwhile no memory."""
+    register = torch.nn.Module.register_parameter
+
+    def register_on_meta(
+        self: torch.nn.Module, name: str, param: torch.nn.Parameter | None
+    ) -> None:
+        if param is not None and not param.is_meta:
+            param = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    torch.nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register
 
 
 def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
@@ -61,9 +111,7 @@ def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) 
     Raises:
         ModelError, VocabularyMismatchError: as `build_model`, but weights are not looked at.
     """
-    hf_config = _hf_config(config, vocab_size, sequence_length, eos_id=0)
-    with torch.device("meta"):
-        model = _from_config(hf_config, str(config.path or config.preset))
+    model = build_skeleton(config, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=0)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -93,7 +141,7 @@ def local_folder(path: str) -> Path | None:
     return None
 
 
-def load_pretrained(path: str) -> Any:
+def load_pretrained(path: str, *, attention: str = "auto") -> Any:
     """The causal LM in a folder or on the hub, fp32, every weight from its safetensors.
 
     Raises:
@@ -105,6 +153,7 @@ def load_pretrained(path: str) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder or path,
             dtype=torch.float32,
+            attn_implementation=_kernels(attention),
             local_files_only=folder is not None,
             trust_remote_code=False,
             use_safetensors=True,
@@ -156,6 +205,7 @@ def _hf_config(
             vocab_size=vocab_size,
             sequence_length=sequence_length,
             eos_id=eos_id,
+            qk_norm=config.qk_norm,
         )
     path = str(config.path)
     hf_config = load_config(path)
@@ -187,11 +237,18 @@ def context_length(config: PretrainedConfig) -> int | None:
     return None
 
 
-def _from_config(config: PretrainedConfig, name: str) -> Any:
+def _from_config(config: PretrainedConfig, name: str, attention: str = "auto") -> Any:
     with _model_errors(name), quiet_transformers():
         return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
+            config,
+            dtype=torch.float32,
+            attn_implementation=_kernels(attention),
+            trust_remote_code=False,
         )
+
+
+def _kernels(attention: str) -> str | None:
+    return None if attention == "auto" else attention
 
 
 def _require_known_type(folder: Path) -> None:
@@ -227,6 +284,29 @@ def _require_causal(model: Any, path: str) -> None:
         raise ModelError(
             f"model {path!r} looks at later tokens, so it is not a causal language model",
             hint="Encoders such as BERT can't be trained to predict the next token.",
+        )
+
+
+def require_document_masks(model: Any, name: str) -> None:
+    """Raise ModelError if the model can't keep packed documents apart.
+
+    Args:
+        model: a Hugging Face causal LM with weights.
+        name: for the message.
+    """
+    probe = torch.zeros(2, 6, dtype=torch.int64)
+    probe[1, :3] = 1
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, 6)
+    training = model.training
+    with torch.inference_mode(), _model_errors(name):
+        logits = model.eval()(input_ids=probe, position_ids=positions).logits[:, 3:].float()
+    model.train(training)
+    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4):
+        raise ModelError(
+            f"model {name!r} lets attention cross from one document to the next, so "
+            "local.document_mask = true would promise what it can't keep",
+            hint="Set local.document_mask = false, or use a model with causal masks of its own "
+            "(Llama, Mistral, Qwen, GPT-2).",
         )
 
 

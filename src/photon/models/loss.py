@@ -2,28 +2,86 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 
 def next_token_loss(
-    model: torch.nn.Module,
-    tokens: torch.Tensor,
+    model: Callable[..., Any],
+    tokens: Tensor,
     reduction: Literal["mean", "sum", "none"] = "mean",
-) -> torch.Tensor:
+    *,
+    document_ids: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy of predicting tokens[:, 1:] from tokens[:, :-1], in nats.
 
     Args:
-        model: a Hugging Face causal LM; called with input_ids [B, L], gives logits [B, L, V].
+        model: a Hugging Face causal LM, or what stands for it (DDP): called with input_ids [B, L],
+            gives logits [B, L, V].
         tokens: int64 [B, L + 1], L >= 1.
         reduction: over the B x L predictions; none gives them one by one, [B x L].
+        document_ids: [B, L + 1], rising from 0 along a row: attention then stays inside a document.
 
     Returns:
         fp32, 0-d unless reduction is none. Logits are upcast before the softmax, autocast or not.
     """
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction=reduction
-    )
+    logits, targets = _predictions(model, tokens, document_ids)
+    return functional.cross_entropy(logits.float(), targets, reduction=reduction)
+
+
+def training_loss(
+    model: Callable[..., Any],
+    tokens: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """What is minimised, and the cross-entropy that is reported; the same without a z-loss.
+
+    z-loss: z_loss * mean(log(Z)^2), Z the softmax's denominator (PaLM, arXiv 2204.02311).
+
+    Args:
+        model, tokens, document_ids: as in `next_token_loss`.
+        z_loss: weight; 0 leaves it out.
+
+    Returns:
+        fp32 0-d objective and fp32 0-d cross-entropy in nats per token.
+    """
+    if not z_loss:
+        loss = next_token_loss(model, tokens, document_ids=document_ids)
+        return loss, loss
+    logits, targets = _predictions(model, tokens, document_ids)
+    logits = logits.float()
+    log_z = torch.logsumexp(logits, dim=-1)
+    loss = (log_z - logits.gather(-1, targets[:, None]).squeeze(-1)).mean()
+    return loss + z_loss * log_z.square().mean(), loss
+
+
+def _predictions(
+    model: Callable[..., Any], tokens: Tensor, document_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Logits [B x L, V] in the model's dtype, and targets [B x L]."""
+    more: dict[str, Any] = {}
+    if document_ids is not None:
+        more["position_ids"] = positions_in_documents(document_ids[:, :-1])
+    logits = model(input_ids=tokens[:, :-1], use_cache=False, **more).logits
+    return logits.flatten(0, 1), tokens[:, 1:].flatten()
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """Positions that start again at 0 with each document: transformers masks where they do.
+
+    Args:
+        document_ids: [B, L], rising along a row.
+
+    Returns:
+        int64 [B, L].
+    """
+    index = torch.arange(document_ids.size(1), device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values

@@ -43,3 +43,17 @@ def hidden_matrices(module: Any) -> list[str]:
         for name, parameter in trainable_parameters(module).items()
         if parameter.ndim == 2 and id(parameter) not in excluded
     ]
+
+
+def transformer_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The model's repeated layers, in order: what is sharded, recomputed and compiled one by one.
+
+    Args:
+        module: a Hugging Face causal LM.
+    """
+    stacks = [part for part in module.modules() if isinstance(part, torch.nn.ModuleList)]
+    return list(max(stacks, key=_weight, default=torch.nn.ModuleList()))
+
+
+def _weight(stack: torch.nn.ModuleList) -> int:
+    return sum(parameter.numel() for parameter in stack.parameters())

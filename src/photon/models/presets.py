@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import LlamaConfig, MptConfig, PretrainedConfig
+from transformers import LlamaConfig, MptConfig, PretrainedConfig, Qwen3Config
 
 #: ALiBi extrapolates past the trained length, but transformers' MPT stops hard at max_seq_len.
 _MPT_CONTEXT = 2048
@@ -47,7 +47,13 @@ SHAPES: dict[str, Shape] = {
 
 
 def preset_config(
-    preset: str, family: str, *, vocab_size: int, sequence_length: int, eos_id: int
+    preset: str,
+    family: str,
+    *,
+    vocab_size: int,
+    sequence_length: int,
+    eos_id: int,
+    qk_norm: bool = False,
 ) -> PretrainedConfig:
     """A preset as a Hugging Face configuration, embeddings tied, for sequences of that length.
 
@@ -57,6 +63,7 @@ def preset_config(
         vocab_size: tokens of the data's tokenizer.
         sequence_length: tokens a training sequence predicts.
         eos_id: the token between documents; it starts a text as well as it ends one.
+        qk_norm: RMSNorm on each head's queries and keys (llama only): what Qwen3 is to Llama.
     """
     shape = SHAPES[preset]
     # No pad_token_id: transformers would freeze that row of the embedding.
@@ -78,11 +85,14 @@ def preset_config(
             no_bias=True,
             **tokens,
         )
-    return LlamaConfig(
-        hidden_size=shape.d_model,
-        intermediate_size=shape.swiglu_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        max_position_embeddings=sequence_length,
-        **tokens,
-    )
+    sizes = {
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.swiglu_width,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "max_position_embeddings": sequence_length,
+    }
+    if qk_norm:
+        return Qwen3Config(head_dim=shape.d_model // shape.heads, **sizes, **tokens)
+    return LlamaConfig(**sizes, **tokens)

@@ -1,47 +1,57 @@
-"""Which device trains, in which arithmetic, on how many threads."""
+"""Which device trains, in which arithmetic, on how many threads: [compute] on this machine."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from photon.config import ComputeConfig
 from photon.errors import DeviceError, IncompatibleConfigError
+from photon.training.ranks import Seat
 
 
 @dataclass(frozen=True)
 class ComputePlan:
-    """Where and how local training runs.
+    """Where and how one process trains.
 
     Attributes:
-        device: "cpu", "cuda" or "mps".
-        autocast_dtype: dtype of forward and backward under autocast; None computes in fp32.
-        threads: CPU threads of one training process.
-        micro_batch_size: sequences per forward pass; None takes the whole batch.
+        device: "cpu", "cuda:0" or "mps".
+        autocast_dtype: dtype of forward and backward; None computes in fp32.
+        threads: CPU threads of this process.
+        config: the rest of [compute], as it was asked for.
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None
     threads: int
-    micro_batch_size: int | None = None
+    config: ComputeConfig = field(default_factory=ComputeConfig)
 
     @property
     def precision(self) -> str:
         return "fp32" if self.autocast_dtype is None else "bf16"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether blocks are compiled."""
+        wanted = self.config.compile
+        return wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
 
     def apply(self) -> None:
         """Set this process's thread count."""
         torch.set_num_threads(self.threads)
 
 
-def plan_compute(section: ComputeConfig, *, processes: int = 1) -> ComputePlan:
-    """Resolve compute.device, compute.precision and compute.threads on this machine.
+def plan_compute(
+    section: ComputeConfig, *, processes: int = 1, seat: Seat | None = None
+) -> ComputePlan:
+    """Resolve [compute] on this machine.
 
     Args:
         section: the [compute] table.
         processes: training processes that share the machine's cores.
+        seat: this process's place among a node's ranks; on CUDA it picks the device.
 
     Raises:
         DeviceError: the named device is not here.
@@ -49,12 +59,26 @@ def plan_compute(section: ComputeConfig, *, processes: int = 1) -> ComputePlan:
     """
     device = _device(section.device)
     threads = section.threads or max(1, _cores() // max(1, processes))
-    return ComputePlan(
-        device,
-        _autocast_dtype(section.precision, device),
-        threads,
-        section.micro_batch_size,
-    )
+    if device.type == "cuda":
+        device = torch.device("cuda", _cuda_index(seat or Seat()))
+    return ComputePlan(device, _autocast_dtype(section.precision, device), threads, section)
+
+
+def ranks_of_a_node(section: ComputeConfig, *, workers: int) -> int:
+    """Processes that each node trains with: compute.processes, or one for each CUDA device left.
+
+    Args:
+        section: the [compute] table.
+        workers: nodes on this machine; 0 and 1 alike have it to themselves.
+
+    Raises:
+        DeviceError: the named device is not here.
+    """
+    if section.processes:
+        return section.processes
+    if section.strategy == "single" or _device(section.device).type != "cuda":
+        return 1
+    return max(1, torch.cuda.device_count() // max(1, workers))
 
 
 def _cores() -> int:
@@ -76,6 +100,16 @@ def _device(name: str) -> torch.device:
             hint='Use compute.device = "auto", or install a PyTorch build for that device.',
         )
     return torch.device(name)
+
+
+def _cuda_index(seat: Seat) -> int:
+    count = torch.cuda.device_count()
+    if seat.local_world_size > count:
+        raise DeviceError(
+            f"{seat.local_world_size} ranks need as many CUDA devices, {count} are visible",
+            hint="Lower compute.processes, or look at CUDA_VISIBLE_DEVICES.",
+        )
+    return seat.local_rank
 
 
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

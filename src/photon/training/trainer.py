@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from photon.config import LocalConfig
-from photon.errors import ModelMismatchError, NonFiniteError
-from photon.models import next_token_loss
+from photon.errors import DoesNotFitError, IncompatibleConfigError, NonFiniteError, RankLostError
+from photon.models import training_loss
+from photon.training.batches import Batch, Stream, read_ahead
 from photon.training.device import ComputePlan
 from photon.training.inner import InnerOptimizer
+from photon.training.micro_batch import MicroBatch, ran_out_of_memory
+from photon.training.placement import PlacedModel
+from photon.training.ranks import Ranks, naming_lost_ranks
 from photon.training.schedule import Schedule
-
-
-class Stream(Protocol):
-    """Endless training text that seeks: sample i is the same whenever it is asked for."""
-
-    def batch(self, start: int, count: int) -> np.ndarray: ...
+from photon.training.strategy import Strategy
+from photon.training.timing import (
+    PhaseClock,
+    StepTimes,
+    forget_peak_memory,
+    peak_memory_bytes,
+    with_communication_s,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What tau steps did. Losses are nats per token; `cursor` is the next unread sequence."""
+    """What tau steps did, over all ranks.
+
+    Attributes:
+        loss, first_loss, last_loss: nats per token.
+        cursor: the next unread sequence.
+        times: where this rank's seconds went.
+        communication_s: collectives of a whole call, extrapolated from its last step; None unless
+            the call was profiled.
+        peak_memory_bytes: of this rank; see `timing.peak_memory_bytes`.
+        micro_batch_size: at the end, per rank.
+    """
 
     loss: float
     first_loss: float
@@ -47,18 +65,29 @@ class LocalResult:
     tokens: int
     cursor: int
     train_s: float
+    times: StepTimes
+    communication_s: float | None
+    peak_memory_bytes: int
+    micro_batch_size: int
 
 
 class Trainer:
     """A model and its inner optimizer, kept alive across rounds and across virtual clients.
 
+    Where a node has several ranks, each has a Trainer, and all call the same methods together.
+
     Args:
-        model: fp32 weights; moved to the plan's device.
+        model: fp32 weights, or parameters on the meta device that `load_weights` will fill.
         config: the [local] table.
         schedule: learning-rate factor by global step.
         plan: device, arithmetic, threads.
-        batch_size: sequences per optimizer step; config.batch_size by default.
+        batch_size: sequences per optimizer step, over all ranks; config.batch_size by default.
         log_every: steps between progress calls and checks for a non-finite loss.
+        placement: this node's ranks, and how they share the model; one rank by default.
+        micro_batch: for this rank; by default what the plan asks for, or the whole share.
+
+    Raises:
+        IncompatibleConfigError: the batch can't be shared out evenly among the ranks.
     """
 
     def __init__(
@@ -70,39 +99,58 @@ class Trainer:
         *,
         batch_size: int | None = None,
         log_every: int = 10,
+        placement: tuple[Ranks, Strategy] | None = None,
+        micro_batch: MicroBatch | None = None,
     ) -> None:
         plan.apply()
-        self.model = model.to(plan.device)
         self.plan = plan
-        self.optimizer = InnerOptimizer(model, config)
+        self.ranks, strategy = placement or (Ranks.alone(), Strategy("single", "one rank"))
+        self._batch_size = batch_size or config.batch_size
+        self._share = rank_share(self._batch_size, self.ranks.size)
+        self.micro_batch = micro_batch or MicroBatch(
+            self._share, asked=plan.config.micro_batch_size
+        )
+        self.placed = PlacedModel(model, plan, self.ranks, strategy)
+        self.optimizer = InnerOptimizer(self.placed.module, config)
         self._config = config
         self._schedule = schedule
         self._log_every = log_every
-        self._batch_size = batch_size or config.batch_size
-        self._micro_batch_size = plan.micro_batch_size or self._batch_size
+
+    @property
+    def model(self) -> nn.Module:
+        """The model itself, for evaluation and export; cut among ranks where the strategy cuts."""
+        return self.placed.module
 
     def weights(self) -> dict[str, Tensor]:
-        """References to the trainable weights, by name."""
-        return {name: parameter.detach() for name, parameter in self.optimizer.parameters.items()}
+        """References to the trainable weights as this rank holds them, by name."""
+        return {name: parameter.detach() for name, parameter in self.placed.parameters.items()}
 
-    @torch.no_grad()
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy weights in place.
+    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Trainable weights, whole, one at a time; every rank must iterate to the end."""
+        for name, weight in self.weights().items():
+            yield name, self.placed.whole(weight)
+
+    def whole_state(self) -> Iterator[tuple[str, Tensor]]:
+        """Inner-optimizer state, whole, one at a time; every rank must iterate to the end."""
+        for name, tensor in self.optimizer.state_tensors().items():
+            yield name, self.placed.whole(tensor)
+
+    def load_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Copy whole weights in place; on ranks other than 0 the argument is None.
 
         Raises:
             ModelMismatchError: names or shapes differ from the model's.
         """
-        mine = self.weights()
-        if weights.keys() != mine.keys():
-            odd = sorted(weights.keys() ^ mine.keys())[0]
-            raise ModelMismatchError(f"weights and model differ in tensor {odd!r}")
-        for name, tensor in weights.items():
-            if tensor.shape != mine[name].shape:
-                raise ModelMismatchError(
-                    f"tensor {name!r} has shape {tuple(tensor.shape)}, "
-                    f"the model's is {tuple(mine[name].shape)}"
-                )
-            mine[name].copy_(tensor)
+        self.placed.load(weights)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model for scoring: uncompiled, as other batch shapes would compile it again."""
+        if not self.plan.compiles:
+            yield self.model
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield self.model
 
     def fit(
         self,
@@ -113,104 +161,236 @@ class Trainer:
         steps: int,
         seed: int = 0,
         on_progress: Callable[[Progress], None] | None = None,
+        on_notice: Callable[[str], None] | None = None,
+        profile: bool = False,
     ) -> LocalResult:
         """Take `steps` optimizer steps.
 
         Args:
-            stream: where sequences come from.
+            stream: where sequences come from; each rank reads its share of every batch.
             cursor: index of the first unread sequence.
             global_step: the server's clock at the first step.
             steps: tau.
             seed: of dropout; each step is seeded by (seed, global step), so there is no RNG
                 state to carry over.
             on_progress: told every `log_every` steps.
+            on_notice: told in words of what was changed on the way (a smaller micro-batch).
+            profile: measure the last step's collectives.
 
         Raises:
             NonFiniteError: the loss became NaN or infinite; weights and state are then garbage.
+            DoesNotFitError: not even one sequence at a time fits in memory.
+            RankLostError: another rank of this node is gone.
         """
-        losses = torch.zeros(steps, device=self.plan.device)
-        tokens = 0
-        started = logged = time.perf_counter()
-        logged_tokens = 0
-        self.model.train()
-        with torch.random.fork_rng(devices=self._rng_devices()):
+        clock = PhaseClock(self.plan.device)
+        meter = _Meter(self.ranks, self.plan.device, steps, global_step)
+        forget_peak_memory(self.plan.device)
+        self.placed.module.train()
+        batches = read_ahead(
+            stream,
+            cursor=cursor + self.ranks.seat.rank * self._share,
+            stride=self._batch_size,
+            share=self._share,
+            steps=steps,
+            device=self.plan.device,
+            documents=self._config.document_mask,
+        )
+        collectives_s: float | None = None
+        with (
+            contextlib.closing(batches),
+            torch.random.fork_rng(devices=self._rng_devices()),
+            naming_lost_ranks("local training"),
+        ):
             for index in range(steps):
-                batch = self._batch(stream, cursor)
-                cursor += self._batch_size
-                torch.manual_seed(_step_seed(seed, global_step + index))
-                factor = self._schedule.factor(global_step + index)
-                norm = self._step(batch, factor, losses[index])
-                tokens += batch.shape[0] * (batch.shape[1] - 1)
+                with clock.phase("data"):
+                    batch = next(batches)
+                step = partial(self._step, batch, seed, global_step + index, clock, on_notice)
+                if profile and index + 1 == steps:
+                    (loss, norm), one_s = with_communication_s(step, self.plan.device)
+                    collectives_s = one_s * steps
+                else:
+                    loss, norm = step()
+                meter.add(loss, self._batch_size * (batch.tokens.shape[1] - 1))
                 if (index + 1) % self._log_every == 0 or index + 1 == steps:
-                    loss = float(losses[index])
-                    self._check_finite(losses[: index + 1], global_step)
-                    now = time.perf_counter()
+                    tokens_per_s = meter.settle()
                     if on_progress is not None:
                         on_progress(
                             Progress(
                                 step=index + 1,
                                 global_step=global_step + index + 1,
-                                loss=loss,
-                                lr=self._config.lr * factor,
+                                loss=meter.last,
+                                lr=self._config.lr * self._schedule.factor(global_step + index),
                                 gradient_norm=float(norm),
-                                tokens_per_s=(tokens - logged_tokens) / (now - logged),
+                                tokens_per_s=tokens_per_s,
                             )
                         )
-                    logged, logged_tokens = now, tokens
         return LocalResult(
-            loss=float(losses.double().mean()),
-            first_loss=float(losses[0]),
-            last_loss=float(losses[-1]),
-            tokens=tokens,
-            cursor=cursor,
-            train_s=time.perf_counter() - started,
+            loss=meter.mean,
+            first_loss=meter.first,
+            last_loss=meter.last,
+            tokens=meter.tokens,
+            cursor=cursor + steps * self._batch_size,
+            train_s=meter.elapsed_s,
+            times=clock.times(),
+            communication_s=collectives_s,
+            peak_memory_bytes=peak_memory_bytes(self.plan.device),
+            micro_batch_size=self.micro_batch.size,
         )
 
-    def _step(self, batch: Tensor, lr_factor: float, loss_out: Tensor) -> Tensor:
-        micro_batches = batch.split(self._micro_batch_size)
-        for micro in micro_batches:
-            with torch.autocast(
-                self.plan.device.type,
-                self.plan.autocast_dtype,
-                enabled=self.plan.autocast_dtype is not None,
-            ):
-                loss = next_token_loss(self.model, micro)
-            # A short last micro-batch (photon train with odd sizes) still counts by its sequences.
-            share = len(micro) / len(batch)
-            (loss * share if share != 1 else loss).backward()
-            loss_out += loss.detach() * share
-        norm = self._clip()
-        self.optimizer.step(lr_factor)
+    def _step(
+        self,
+        batch: Batch,
+        seed: int,
+        global_step: int,
+        clock: PhaseClock,
+        on_notice: Callable[[str], None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One optimizer step: this rank's loss and the gradient's norm, fp32 0-d."""
+        while True:
+            # Seeded at each attempt, so that a repeated one draws the same dropout.
+            torch.manual_seed(_step_seed(seed, global_step, self.ranks.seat.rank))
+            try:
+                loss = self._accumulate(batch, clock)
+                break
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+            # Outside the handler, where the traceback no longer holds the tensors that filled it.
+            self._back_off(on_notice)
+        with clock.phase("optimizer"):
+            norm = self._clip()
+            self.optimizer.step(self._schedule.factor(global_step))
+            self.optimizer.zero_grad()
+        return loss, norm
+
+    def _accumulate(self, batch: Batch, clock: PhaseClock) -> Tensor:
+        """Forward and backward in micro-batches; the mean loss over this rank's sequences."""
+        total = torch.zeros((), device=self.plan.device)
+        micro_batches = batch.split(self.micro_batch.size)
+        for number, micro in enumerate(micro_batches, start=1):
+            with self.placed.accumulating(last=number == len(micro_batches)):
+                with clock.phase("forward"), self._arithmetic():
+                    objective, loss = training_loss(
+                        self.placed,
+                        micro.tokens,
+                        document_ids=micro.document_ids,
+                        z_loss=self._config.z_loss,
+                    )
+                # A short last micro-batch still counts by its sequences.
+                share = len(micro.tokens) / len(batch.tokens)
+                with clock.phase("backward"):
+                    (objective * share if share != 1 else objective).backward()
+                total += loss.detach() * share
+        return total
+
+    def _back_off(self, on_notice: Callable[[str], None] | None) -> None:
+        """Make the micro-batch smaller after an allocation failed, before any weight changed."""
         self.optimizer.zero_grad()
-        return norm
+        if self.plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+        was = self.micro_batch.size
+        if not self.micro_batch.shrink():
+            raise DoesNotFitError(
+                f"out of memory on {self.plan.device} with one sequence at a time",
+                hint='Try compute.activation_checkpointing = "full", more ranks with '
+                'compute.strategy = "fsdp", a shorter data.sequence_length, or a smaller model.',
+            )
+        text = (
+            f"out of memory on {self.plan.device} with {was} sequences at a time; going on with "
+            f"{self.micro_batch.size} (same batch, same maths)"
+        )
+        if self.ranks.size > 1:
+            # The other ranks are inside a collective that this one will not reach.
+            raise RankLostError(f"rank {self.ranks.seat.rank}: {text}")
+        if on_notice is not None:
+            on_notice(text)
 
     def _clip(self) -> Tensor:
-        parameters = self.optimizer.parameters.values()
+        parameters = self.placed.parameters.values()
         if self._config.clip_norm:
-            return nn.utils.clip_grad_norm_(parameters, self._config.clip_norm, foreach=True)
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        return nn.utils.get_total_norm(gradients, foreach=True)
+            norm = nn.utils.clip_grad_norm_(parameters, self._config.clip_norm, foreach=True)
+        else:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norm = nn.utils.get_total_norm(gradients, foreach=True)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _batch(self, stream: Stream, cursor: int) -> Tensor:
-        batch = torch.from_numpy(stream.batch(cursor, self._batch_size))
-        if self.plan.device.type == "cuda":
-            return batch.pin_memory().to(self.plan.device, non_blocking=True)
-        return batch.to(self.plan.device)
+    def _arithmetic(self) -> contextlib.AbstractContextManager:
+        # FSDP2 casts weights itself when it gathers them.
+        dtype = None if self.placed.strategy.shards else self.plan.autocast_dtype
+        return torch.autocast(self.plan.device.type, dtype, enabled=dtype is not None)
 
     def _rng_devices(self) -> list[int]:
         return [torch.cuda.current_device()] if self.plan.device.type == "cuda" else []
 
-    @staticmethod
-    def _check_finite(losses: Tensor, global_step: int) -> None:
-        bad = (~torch.isfinite(losses)).nonzero()
+
+class _Meter:
+    """Losses and tokens of one call of `fit`, over all ranks."""
+
+    def __init__(self, ranks: Ranks, device: torch.device, steps: int, global_step: int) -> None:
+        self.tokens = 0
+        self._ranks = ranks
+        self._losses = torch.zeros(steps, device=device)
+        self._global_step = global_step
+        self._step = self._settled = self._settled_tokens = 0
+        self._started_s = self._settled_s = time.perf_counter()
+
+    def add(self, loss: Tensor, tokens: int) -> None:
+        self._losses[self._step] = loss
+        self._step += 1
+        self.tokens += tokens
+
+    def settle(self) -> float:
+        """Average the newest losses over ranks and check them; tokens/s since the last time.
+
+        Raises:
+            NonFiniteError: naming the first bad step.
+        """
+        self._ranks.mean_(self._losses[self._settled : self._step])
+        bad = (~torch.isfinite(self._losses[: self._step])).nonzero()
         if len(bad):
             index = int(bad[0])
             raise NonFiniteError(
-                f"the loss became {float(losses[index])} at local step {index + 1} "
-                f"(global step {global_step + index + 1})",
+                f"the loss became {float(self._losses[index])} at local step {index + 1} "
+                f"(global step {self._global_step + index + 1})",
                 hint="Lower local.lr, lengthen local.warmup_steps, or look at that silo's text.",
             )
+        now = time.perf_counter()
+        tokens_per_s = (self.tokens - self._settled_tokens) / (now - self._settled_s)
+        self._settled, self._settled_s, self._settled_tokens = self._step, now, self.tokens
+        return tokens_per_s
+
+    @property
+    def mean(self) -> float:
+        return float(self._losses.double().mean())
+
+    @property
+    def first(self) -> float:
+        return float(self._losses[0])
+
+    @property
+    def last(self) -> float:
+        return float(self._losses[self._step - 1])
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._started_s
 
 
-def _step_seed(seed: int, global_step: int) -> int:
-    return int(np.random.SeedSequence([seed, global_step]).generate_state(1, np.uint64)[0] >> 1)
+def rank_share(batch_size: int, ranks: int) -> int:
+    """Sequences of a step for each rank.
+
+    Raises:
+        IncompatibleConfigError: they can't be shared out evenly.
+    """
+    if batch_size % ranks:
+        raise IncompatibleConfigError(
+            f"a batch of {batch_size} sequences can't be shared out evenly among {ranks} ranks",
+            hint=f"Use a batch size that {ranks} divides, or another number of ranks.",
+        )
+    return batch_size // ranks
+
+
+def _step_seed(seed: int, global_step: int, rank: int) -> int:
+    # Ranks draw different masks; rank 0 draws what a single process would.
+    words = [seed, global_step, rank] if rank else [seed, global_step]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,73 @@
+"""How many sequences go through the model at once: the most that fit, found once, remembered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+
+class MicroBatch:
+    """Sequences per forward pass on one rank; gradients accumulate to its share of the batch.
+
+    Args:
+        share: this rank's sequences of a step; sizes are its divisors.
+        asked: compute.micro_batch_size; None looks for the largest.
+        guess: what an estimate of memory thinks will fit; where the search begins.
+        memo: JSON file in which sizes are remembered; None remembers nothing.
+        key: what the size depends on: model, device, strategy, ranks, precision, recomputation.
+    """
+
+    def __init__(
+        self,
+        share: int,
+        *,
+        asked: int | None = None,
+        guess: int | None = None,
+        memo: Path | None = None,
+        key: str = "",
+    ) -> None:
+        self._sizes = [size for size in range(share, 0, -1) if share % size == 0]
+        self._memo = memo
+        self._key = f"{key}, {share} sequences"
+        known = self._remembered()
+        limit = known if known is not None else asked if asked is not None else guess or share
+        self.size = self._largest_within(limit)
+
+    def shrink(self) -> bool:
+        """Take the next smaller size, and remember it; False if one sequence was too many."""
+        smaller = [size for size in self._sizes if size < self.size]
+        if not smaller:
+            return False
+        self.size = smaller[0]
+        if self._memo is not None:
+            record = self._read() | {self._key: self.size}
+            self._memo.parent.mkdir(parents=True, exist_ok=True)
+            part = self._memo.with_suffix(".partial")
+            part.write_text(json.dumps(record, indent=1), encoding="utf-8")
+            part.replace(self._memo)
+        return True
+
+    def _largest_within(self, limit: int) -> int:
+        return next((size for size in self._sizes if size <= limit), 1)
+
+    def _remembered(self) -> int | None:
+        return self._read().get(self._key)
+
+    def _read(self) -> dict[str, int]:
+        # A file that can't be read costs another search, nothing else.
+        if self._memo is None or not self._memo.exists():
+            return {}
+        try:
+            return dict(json.loads(self._memo.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on CUDA or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

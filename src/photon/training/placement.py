@@ -1,0 +1,208 @@
+"""A model on a node's ranks: recomputation, compilation, then copies (DDP) or cuts (FSDP2).
+
+Names of parameters never change, so that an update, a checkpoint and an export mean the same
+tensors whatever the strategy was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from photon.errors import ModelMismatchError
+from photon.models import trainable_parameters, transformer_blocks
+from photon.training.device import ComputePlan
+from photon.training.ranks import Ranks
+from photon.training.strategy import Strategy
+
+_aten = torch.ops.aten
+#: What selective recomputation keeps: matrix products and attention cost most to do again.
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+class PlacedModel:
+    """A model ready to train on this rank, and the way to its whole tensors.
+
+    Args:
+        model: fp32 weights, or parameters on the meta device (then given memory, not values).
+        plan: device, arithmetic, recomputation, compilation.
+        ranks: of this node.
+        strategy: how they share the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, plan: ComputePlan, ranks: Ranks, strategy: Strategy
+    ) -> None:
+        self.module = model
+        self.strategy = strategy
+        self._ranks = ranks
+        self._plan = plan
+        _recompute(model, plan.config.activation_checkpointing)
+        if plan.compiles:
+            for block in transformer_blocks(model):
+                block.compile(backend=plan.config.compile_backend, dynamic=False)
+        if strategy.shards:
+            self._shard(_mesh(plan.device.type, ranks, strategy))
+        else:
+            _materialise(model, plan.device)
+        self._forward: nn.Module = model
+        if strategy.name == "ddp":
+            ids = [plan.device.index] if plan.device.type == "cuda" else None
+            # gradient_as_bucket_view: gradients live in the buckets, once and not twice.
+            self._forward = DistributedDataParallel(
+                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+        self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch; ranks exchange gradients in the last only."""
+        if isinstance(self._forward, DistributedDataParallel) and not last:
+            with self._forward.no_sync():
+                yield
+            return
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+        yield
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a tensor that may be cut among ranks; on every rank, so all must call."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def like(self, name: str, whole: Tensor) -> Tensor:
+        """`whole` (on every rank) as the parameter of that name is kept: moved, and cut if it is.
+
+        Scalars and tensors of another shape than the parameter's are only moved.
+        """
+        parameter = self.parameters[name]
+        if isinstance(parameter, DTensor) and whole.shape == parameter.shape:
+            return distribute_tensor(
+                whole.to(parameter.device),
+                parameter.device_mesh,
+                parameter.placements,
+                src_data_rank=None,
+            )
+        return whole.to(parameter.device, copy=True)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor] | None) -> None:
+        """Copy whole weights in place; rank 0 gives them, the others None.
+
+        Raises:
+            ModelMismatchError: names or shapes differ from the model's (on every rank).
+        """
+        problem = _difference(weights, self.parameters) if weights is not None else None
+        problem = self._ranks.announce(problem)
+        if problem is not None:
+            raise ModelMismatchError(problem)
+        for name, parameter in self.parameters.items():
+            if self._ranks.size == 1:
+                assert weights is not None
+                parameter.copy_(weights[name])
+                continue
+            buffer = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            if weights is not None:
+                buffer.copy_(weights[name])
+            dist.broadcast(buffer, src=0)
+            parameter.copy_(self.like(name, buffer))
+
+    def _shard(self, mesh: DeviceMesh) -> None:
+        dtype = self._plan.autocast_dtype
+        precision = MixedPrecisionPolicy()
+        if dtype is not None:
+            # Weights travel and multiply in bf16, gradients are summed in fp32; the copies that
+            # the optimizer steps stay fp32.
+            precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # Block by block, so that never more than one whole block takes memory on a device.
+        for block in transformer_blocks(self.module):
+            _materialise(block, self._plan.device)
+            fully_shard(block, mesh=mesh, mp_policy=precision)
+        _materialise(self.module, self._plan.device)
+        fully_shard(self.module, mesh=mesh, mp_policy=precision)
+
+
+def _mesh(device_type: str, ranks: Ranks, strategy: Strategy) -> DeviceMesh:
+    seat = ranks.seat
+    if strategy.name == "hybrid":
+        return init_device_mesh(
+            device_type,
+            (seat.machines, seat.local_world_size),
+            mesh_dim_names=("replicate", "shard"),
+        )
+    return init_device_mesh(device_type, (seat.world_size,), mesh_dim_names=("shard",))
+
+
+def _recompute(model: Any, kind: str) -> None:
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+
+
+def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operator in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _materialise(module: nn.Module, device: torch.device) -> None:
+    """Move parameters and buffers to the device; those without memory get some, without values.
+
+    A weight tied between modules stays tied. Parameters that are cut already are left alone.
+    """
+    moved: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in moved:
+                moved[id(parameter)] = _moved(parameter, device)
+            setattr(part, name, moved[id(parameter)])
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = buffer.to(device)
+
+
+def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    if parameter.is_meta:
+        data = torch.empty_like(parameter, device=device)
+    elif parameter.device == device:
+        return parameter
+    else:
+        data = parameter.detach().to(device)
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _difference(weights: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str | None:
+    if weights.keys() != mine.keys():
+        odd = sorted(weights.keys() ^ mine.keys())[0]
+        return f"weights and model differ in tensor {odd!r}"
+    for name, tensor in weights.items():
+        if tensor.shape != mine[name].shape:
+            return (
+                f"tensor {name!r} has shape {tuple(tensor.shape)}, "
+                f"the model's is {tuple(mine[name].shape)}"
+            )
+    return None

@@ -1,0 +1,102 @@
+"""Where the time and memory of local steps go."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds that some steps spent, by phase; what is left of them is Python between phases.
+
+    Attributes:
+        data_s: waiting for text.
+        forward_s: model and loss.
+        backward_s: gradients, and their exchange among ranks as far as it is not hidden.
+        optimizer_s: clipping and the optimizer's step.
+    """
+
+    data_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    optimizer_s: float = 0.0
+
+
+class PhaseClock:
+    """Adds up the time of named phases; on CUDA by events, so that nothing waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._pending: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside as `name`, a field of StepTimes without its unit."""
+        if not self._cuda:
+            started = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - started
+            return
+        first = torch.cuda.Event(enable_timing=True)
+        last = torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._pending.append((name, first, last))
+
+    def settle(self) -> None:
+        """Read the events so far; the device must have finished them (call it after a sync)."""
+        for name, first, last in self._pending:
+            last.synchronize()
+            self._seconds[name] += first.elapsed_time(last) / 1e3
+        self._pending.clear()
+
+    def times(self) -> StepTimes:
+        """Totals so far."""
+        self.settle()
+        return StepTimes(**{f"{name}_s": seconds for name, seconds in self._seconds.items()})
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Start measuring peak memory anew, where the device can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held at once: on CUDA by tensors since `forget_peak_memory`, elsewhere by this
+    process since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def with_communication_s(step: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What `step` gives, and the seconds of its collectives, hidden behind arithmetic or not."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        result = step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    microseconds = 0.0
+    for event in profile.events() or ():
+        if device.type == "cuda" and event.name.startswith("nccl"):
+            microseconds += event.device_time_total
+        elif device.type != "cuda" and event.name.startswith("gloo:"):
+            microseconds += event.cpu_time_total
+    return result, microseconds / 1e6

@@ -1,0 +1,88 @@
+"""Trains a tiny model case by case on this process's ranks; prints losses and sums of each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from photon.config import ComputeConfig, LocalConfig, ModelConfig
+from photon.models import build_model
+from photon.training import Progress, Schedule, Trainer, plan_compute
+from photon.training.ranks import Ranks, Seat
+from photon.training.strategy import choose_strategy
+
+
+class Text:
+    """The same learnable text on every rank, cut into documents."""
+
+    def batch(self, start: int, count: int) -> np.ndarray:
+        rows = np.arange(start, start + count)[:, None]
+        return (rows * 7 + np.arange(17)[None, :] * (1 + rows % 3)) % 61
+
+    def document_ids(self, start: int, count: int) -> np.ndarray:
+        cut = 3 + np.arange(start, start + count)[:, None] % 9
+        return (np.arange(17)[None, :] >= cut).astype(np.int32)
+
+
+def train(case: dict[str, Any], seat: Seat, ranks: Ranks) -> dict[str, Any]:
+    plan = plan_compute(
+        ComputeConfig(device="cpu", precision="fp32", threads=1, **case.get("compute", {})),
+        seat=seat,
+    )
+    strategy = choose_strategy(case["strategy"], seat, state_bytes=1, device_bytes=100)
+    model = build_model(
+        ModelConfig(preset="tiny"), vocab_size=61, sequence_length=16, eos_id=0, seed=3
+    )
+    trainer = Trainer(
+        model,
+        LocalConfig(**{"batch_size": 8, "lr": 3e-3, **case["local"]}),
+        Schedule("cosine", 40, 4),
+        plan,
+        log_every=1,
+        placement=(ranks, strategy),
+    )
+    losses: list[float] = []
+    norms: list[float] = []
+
+    def note(told: Progress) -> None:
+        losses.append(told.loss)
+        norms.append(told.gradient_norm)
+
+    result = trainer.fit(
+        Text(),
+        cursor=0,
+        global_step=0,
+        steps=case["steps"],
+        on_progress=note,
+        profile=case.get("profile", False),
+    )
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": {name: float(w.double().norm()) for name, w in trainer.whole_weights()},
+        "state": {name: float(t.double().norm()) for name, t in trainer.whole_state()},
+        "tokens": result.tokens,
+        "cursor": result.cursor,
+        "communication_s": result.communication_s,
+        "held": sum(
+            weight.to_local().numel() if isinstance(weight, DTensor) else weight.numel()
+            for weight in trainer.weights().values()
+        ),
+    }
+
+
+def main() -> None:
+    cases = json.loads(sys.argv[1])
+    seat = Seat.from_environment()
+    ranks = Ranks.join(seat, torch.device("cpu"), collective_s=60)
+    print(json.dumps([train(case, seat, ranks) for case in cases]))
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()
