@@ -232,6 +232,11 @@ class RankMismatchError(NodeError):
 INTERRUPTED_EXIT_CODE = 130
 
 
+def error_of(exit_code: int) -> type[PhotonError]:
+    """The class with that code; PhotonError for a code that no class has."""
+    return next((kind for kind in all_errors() if kind.exit_code == exit_code), PhotonError)
+
+
 def all_errors() -> list[type[PhotonError]]:
     """Every class of the tree, root first, by exit code."""
     found: list[type[PhotonError]] = []

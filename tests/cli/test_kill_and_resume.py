@@ -74,11 +74,10 @@ def state_hashes(folder):
     state, groups, problems = CheckpointStore(folder / "checkpoints", 2).load_latest()
     assert not problems
     hashes = {name: tensors_sha256(tensors) for name, tensors in groups.items()}
-    from photon.federation.node_state import NodeStateStore
+    from photon.federation.node_state import read_node_state
 
-    nodes = NodeStateStore(folder / "nodes")
     for silo, number in state.node_rounds.items():
-        kept = nodes.load(silo, number)
+        kept = read_node_state(folder / "nodes", silo, number)
         hashes[silo] = (kept.cursor, tensors_sha256(dict(kept.optimizer)))
     return hashes
 

@@ -139,14 +139,14 @@ def test_a_sampled_silo_reads_on_where_it_stopped(three_silos, make_config, tmp_
     taken = [event.participants[0] for event in read_history(tmp_path / "run").of(RoundStarted)]
     assert len(set(taken)) > 1
     state = json.loads((tmp_path / "run/checkpoints/round-000005/state.json").read_text())
-    from photon.federation.node_state import NodeStateStore
+    from photon.federation.node_state import read_node_state
 
-    store = NodeStateStore(tmp_path / "run/nodes")
+    nodes = tmp_path / "run/nodes"
     per_task = config.local.steps * config.local.batch_size
     for silo in set(taken):
         node_round = state["node_rounds"][silo]
         assert node_round == max(n + 1 for n, name in enumerate(taken) if name == silo)
-        assert store.load(silo, node_round).cursor == taken.count(silo) * per_task
+        assert read_node_state(nodes, silo, node_round).cursor == taken.count(silo) * per_task
 
 
 def test_a_diverged_silo_is_dropped_by_name_and_the_round_goes_on(
@@ -176,10 +176,10 @@ def test_a_dropped_silo_rereads_the_text_it_did_not_contribute(
     config = make_config(three_silos)
     simulate(config, run_dir=tmp_path / "run")
     assert fired == [(1, silo)]
-    from photon.federation.node_state import NodeStateStore
+    from photon.federation.node_state import read_node_state
 
     per_task = config.local.steps * config.local.batch_size
-    assert NodeStateStore(tmp_path / "run/nodes").load(silo, 3).cursor == 2 * per_task
+    assert read_node_state(tmp_path / "run/nodes", silo, 3).cursor == 2 * per_task
 
 
 def test_quorum_lost_stops_resumably(three_silos, make_config, tmp_path, monkeypatch):

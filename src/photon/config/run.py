@@ -301,8 +301,8 @@ class RunConfig(Section):
             )
         if self.local.document_mask and self.model.preset and self.model.family == "mpt":
             raise ValueError(
-                "local.document_mask = true needs model.family = \"llama\"; transformers' MPT can't "
-                "mask documents"
+                "local.document_mask = true needs model.family = \"llama\"; transformers' MPT "
+                "can't mask documents"
             )
         return self
 

@@ -1,4 +1,7 @@
-"""The in-process engine: deterministic, no server, no copies; the test bed."""
+"""The in-process engine: deterministic, no server, no copies; the test bed.
+
+Under torchrun this is rank 0's engine, and the other ranks follow its node.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ class LocalEngine:
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
         for task in tasks:
             yield self._node.fit(task, state)
+        self._node.settle()
 
     def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
         return self._node.evaluate(tasks, state)
 
     def close(self) -> None:
-        """Nothing to end."""
+        self._node.close()

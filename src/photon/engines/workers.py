@@ -1,8 +1,9 @@
 """The process engine: n nodes in processes of their own, state and updates as files between them.
 
-A worker that dies or falls silent is replaced and its task is run again from the same start, so
-its result is the same. Answers are handed over in the order of tasks, so the merged weights do not
-depend on which worker was faster.
+A worker is one node: one process, or several ranks that train together. One that dies or falls
+silent is replaced whole, and its task is run again from the same start, so its result is the same.
+Answers are handed over in the order of tasks, so the merged weights do not depend on which worker
+was faster.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -21,12 +23,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from photon.errors import PhotonError, WorkerLostError
+from photon.errors import PhotonError, RankLostError, WorkerLostError
 from photon.federation import EvalReceipt, EvalTask, FitTask, Node, NodeSettings, Receipt, Update
 from photon.federation.tasks import GlobalState
 from photon.link import TensorFile, write_tensors
 from photon.telemetry import Event
-from photon.telemetry.events import WorkerLost
+from photon.telemetry.events import LocalProgress, WorkerLost
+from photon.training import Seat
 
 Task = FitTask | EvalTask
 
@@ -39,17 +42,43 @@ STARTUP_S = 120.0
 #: A worker's first message: it is up.
 _READY = "ready"
 
+#: When one rank is lost the others complain at once; the dead one shows within this time.
+_POST_MORTEM_S = 2.0
+
+
+@dataclass(frozen=True)
+class _Rank:
+    """A process and the pipe to it."""
+
+    process: Any
+    pipe: Connection
+
 
 @dataclass
 class _Worker:
-    """A process, the pipe to it, what it does and when it last spoke."""
+    """A node's processes, what it does and when it last spoke. Rank 0 takes tasks and answers."""
 
     index: int
-    process: Any
-    pipe: Connection
+    ranks: list[_Rank]
     position: int | None = None
     heard_s: float = 0.0
     ready: bool = False
+    step: int = 0
+
+    @property
+    def pipe(self) -> Connection:
+        return self.ranks[0].pipe
+
+    @property
+    def pipes(self) -> list[Connection]:
+        return [rank.pipe for rank in self.ranks]
+
+    def end(self) -> None:
+        for rank in self.ranks:
+            rank.process.kill()
+        for rank in self.ranks:
+            rank.process.join()
+            rank.pipe.close()
 
 
 @dataclass
@@ -67,19 +96,26 @@ class WorkerEngine:
     """Serves tasks with `settings.processes` worker processes.
 
     Args:
-        settings: for the nodes; `worker` is set per process.
+        settings: for the nodes; `worker` and `seat` are set per process.
         exchange: folder for state and updates in flight; removed at the end.
         on_event: told of local progress and lost workers.
+        ranks: processes of each node.
     """
 
     def __init__(
-        self, settings: NodeSettings, exchange: Path, on_event: Callable[[Event], None]
+        self,
+        settings: NodeSettings,
+        exchange: Path,
+        on_event: Callable[[Event], None],
+        *,
+        ranks: int = 1,
     ) -> None:
         self.processes = settings.processes
         self._settings = settings
         self._silence_s = settings.config.federation.silence_s
         self._exchange = exchange
         self._on_event = on_event
+        self._ranks = ranks
         # Spawned, not forked: a fork copies locks of running thread pools in whatever state.
         self._context = multiprocessing.get_context("spawn")
         shutil.rmtree(exchange, ignore_errors=True)
@@ -88,8 +124,8 @@ class WorkerEngine:
 
     @property
     def process_ids(self) -> list[int]:
-        """Ids of the worker processes alive now."""
-        return [worker.process.pid for worker in self._workers]
+        """Ids of the worker processes alive now: each worker's ranks in order."""
+        return [rank.process.pid for worker in self._workers for rank in worker.ranks]
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
         for answer in self._serve(tasks, state):
@@ -115,8 +151,9 @@ class WorkerEngine:
             with contextlib.suppress(OSError, BrokenPipeError):
                 worker.pipe.send(None)
         for worker in self._workers:
-            worker.process.join(timeout=2.0)
-            self._end(worker)
+            for rank in worker.ranks:
+                rank.process.join(timeout=2.0)
+            worker.end()
         self._workers = []
         shutil.rmtree(self._exchange, ignore_errors=True)
 
@@ -137,7 +174,7 @@ class WorkerEngine:
         for worker in self._workers:
             if worker.position is None and batch.waiting:
                 worker.position = batch.waiting.popleft()
-                worker.heard_s = time.monotonic()
+                worker.heard_s, worker.step = time.monotonic(), 0
                 with contextlib.suppress(OSError):  # a dead worker is noticed when listening
                     worker.pipe.send((batch.tasks[worker.position], batch.state_path))
 
@@ -146,10 +183,12 @@ class WorkerEngine:
         busy = [worker for worker in self._workers if worker.position is not None]
         deadlines = [worker.heard_s + self._patience_s(worker) for worker in busy]
         left_s = max(0.0, min(deadlines) - time.monotonic())
-        spoke = set(wait([worker.pipe for worker in busy], timeout=left_s + 0.01))
+        pipes = [pipe for worker in busy for pipe in worker.pipes]
+        spoke = set(wait(pipes, timeout=left_s + 0.01))
         for worker, deadline in zip(busy, deadlines, strict=True):
-            if worker.pipe in spoke:
-                self._read(worker, batch)
+            talking = next((rank for rank in worker.ranks if rank.pipe in spoke), None)
+            if talking is not None:
+                self._read(worker, talking, batch)
             elif time.monotonic() > deadline:
                 silence = f"no step and no answer for {self._patience_s(worker):g} s"
                 self._lose(worker, silence, batch)
@@ -157,19 +196,21 @@ class WorkerEngine:
     def _patience_s(self, worker: _Worker) -> float:
         return self._silence_s if worker.ready else max(self._silence_s, STARTUP_S)
 
-    def _read(self, worker: _Worker, batch: _Batch) -> None:
+    def _read(self, worker: _Worker, rank: _Rank, batch: _Batch) -> None:
         try:
-            message = worker.pipe.recv()
+            message = rank.pipe.recv()
         except (EOFError, OSError):
-            worker.process.join(timeout=5.0)
-            code = worker.process.exitcode
-            self._lose(worker, f"its process ended with exit code {code}", batch)
+            self._lose(worker, _post_mortem(worker), batch)
             return
         worker.heard_s = time.monotonic()
         if message == _READY:
             worker.ready = True
         elif isinstance(message, Event):
+            if isinstance(message, LocalProgress):
+                worker.step = message.step
             self._on_event(message)
+        elif isinstance(message, RankLostError):
+            self._lose(worker, _post_mortem(worker, message), batch)
         elif isinstance(message, PhotonError):
             raise message
         else:
@@ -184,45 +225,72 @@ class WorkerEngine:
         task = batch.tasks[position]
         silo = task.silo or ""
         self._on_event(WorkerLost(round=task.round, silo=silo, worker=worker.index, reason=reason))
-        self._end(worker)
+        worker.end()
         self._workers[self._workers.index(worker)] = self._start(worker.index)
         batch.attempts[position] += 1
         if batch.attempts[position] < ATTEMPTS:
             batch.waiting.appendleft(position)
         else:
             failure = f"its worker was lost {ATTEMPTS} times; the last time {reason}"
-            batch.answers[position] = Receipt(task.round, silo, failure=failure)
+            code = WorkerLostError.exit_code if self._ranks == 1 else RankLostError.exit_code
+            batch.answers[position] = Receipt(task.round, silo, failure=failure, failure_code=code)
 
     def _start(self, index: int) -> _Worker:
-        ours, theirs = self._context.Pipe()
-        settings = replace(self._settings, worker=index)
-        process = self._context.Process(
-            target=_work,
-            args=(settings, self._exchange, theirs),
-            name=f"photon-worker-{index}",
-            daemon=True,
-        )
-        process.start()
-        theirs.close()
-        return _Worker(index, process, ours)
+        port = _free_port() if self._ranks > 1 else 0
+        started = []
+        for number in range(self._ranks):
+            ours, theirs = self._context.Pipe()
+            local = index * self._ranks + number  # every worker takes devices of its own
+            seat = Seat(number, local, self._ranks, self._ranks)
+            process = self._context.Process(
+                target=_work,
+                args=(replace(self._settings, worker=index, seat=seat), self._exchange, theirs),
+                kwargs={"port": port},
+                name=f"photon-worker-{index}-rank-{number}",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            started.append(_Rank(process, ours))
+        return _Worker(index, started)
 
-    @staticmethod
-    def _end(worker: _Worker) -> None:
-        worker.process.kill()
-        worker.process.join()
-        worker.pipe.close()
+
+def _post_mortem(worker: _Worker, complaint: RankLostError | None = None) -> str:
+    """Which rank of a worker ended, how, and after which step; or what a rank complained of."""
+    ended = wait([rank.process.sentinel for rank in worker.ranks], timeout=_POST_MORTEM_S)
+    for rank in worker.ranks:
+        if rank.process.sentinel in ended:  # its files are closed, its exit code comes a bit later
+            rank.process.join(timeout=_POST_MORTEM_S)
+    where = f"after local step {worker.step}" if worker.step else "before its first reported step"
+    for number, rank in enumerate(worker.ranks):
+        code = rank.process.exitcode
+        if code is not None:
+            who = f"rank {number}" if len(worker.ranks) > 1 else "its process"
+            return f"{who} ended with exit code {code} {where}"
+    return complaint.message if complaint is not None else f"its pipe broke {where}"
 
 
-def _work(settings: NodeSettings, exchange: Path, pipe: Connection) -> None:
-    """A worker process: one node, answering tasks until told to stop or left alone."""
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int) -> None:
+    """A worker process: a rank of one node, at work until told to stop or left alone."""
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the aggregator's to handle
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     # The aggregator being gone is no error of this process.
     with contextlib.suppress(BrokenPipeError, EOFError, ConnectionResetError):
         try:
             node = Node(settings, pipe.send)
+            if settings.seat.rank:
+                node.follow()
+                return
         except PhotonError as error:
             pipe.send(error)
+            pipe.recv()  # until the aggregator has read it, and ends this process
             return
         pipe.send(_READY)
         while (message := pipe.recv()) is not None:
@@ -233,6 +301,7 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection) -> None:
             except PhotonError as error:
                 answer = error
             pipe.send(answer)
+        node.close()
 
 
 def _answer(node: Node, task: Task, state: TensorFile, exchange: Path) -> Any:
@@ -245,6 +314,7 @@ def _answer(node: Node, task: Task, state: TensorFile, exchange: Path) -> Any:
     started = time.perf_counter()
     path = exchange / f"update-{task.round}-{task.silo}.safetensors"
     write_tensors(path, dict(update.tensors()), durable=False)
+    node.settle()
     publish_s = update.receipt.publish_s + time.perf_counter() - started
     return replace(update.receipt, publish_s=publish_s), path
 

@@ -53,6 +53,7 @@ def evaluate_loss(
     device: torch.device | str,
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> LossSum:
     """Cross-entropy of every token of the windows but each window's first.
 
@@ -65,23 +66,28 @@ def evaluate_loss(
         device: the model's.
         batch_size: windows per forward pass.
         autocast_dtype: of the forward pass; None computes in the weights' own dtype.
+        part: this process's number and how many share the batches; add up their sums. All make
+            equally many forward passes, as a model that is cut among ranks needs.
     """
+    number, parts = part
     device = torch.device(device)
     training = model.training
     nats, tokens = 0.0, 0
     model.eval()
     try:
-        for batch in _batches(windows, batch_size):
+        for batch, counts in _dealt(_batches(windows, batch_size), number, parts):
             inputs = torch.from_numpy(batch.astype(np.int64, copy=False)).to(device)
             with (
-                torch.inference_mode(),
+                # FSDP2 can't gather weights in inference mode.
+                torch.inference_mode() if parts == 1 else torch.no_grad(),
                 torch.autocast(
                     device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
                 ),
             ):
                 loss = next_token_loss(model, inputs, reduction="none")
-            nats += float(loss.cpu().double().sum())
-            tokens += loss.numel()
+            if counts:
+                nats += float(loss.cpu().double().sum())
+                tokens += loss.numel()
     finally:
         model.train(training)
     return LossSum(nats, tokens)
@@ -119,6 +125,21 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def _dealt(
+    batches: Iterable[np.ndarray], number: int, parts: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """Every `parts`-th batch from `number` on, each with True; where a last one is lacking, any
+    batch with False, to keep step with the others."""
+    hand: list[np.ndarray] = []
+    for batch in batches:
+        hand.append(batch)
+        if len(hand) == parts:
+            yield hand[number], True
+            hand = []
+    if hand:
+        yield hand[min(number, len(hand) - 1)], number < len(hand)
 
 
 def _batches(windows: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:

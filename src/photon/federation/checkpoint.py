@@ -28,7 +28,6 @@ class RunState:
         round: rounds completed.
         global_step: the server's clock.
         node_rounds: silo -> round after which its newest committed node state was saved.
-        cursor: next unread sequence (centralised training only).
         model_fingerprint: of the shapes that the tensors belong to.
         data_sha256: of the prepared data the run started with.
     """
@@ -38,7 +37,6 @@ class RunState:
     model_fingerprint: str
     data_sha256: str
     node_rounds: dict[str, int] = field(default_factory=dict)
-    cursor: int = 0
     total_tokens: int = 0
     bytes_up: int = 0
     bytes_down: int = 0

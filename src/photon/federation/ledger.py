@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor
 
 from photon.federation.checkpoint import CheckpointStore, RunState
-from photon.federation.tasks import EvalReceipt
+from photon.federation.node_state import prune_node_states
+from photon.federation.tasks import EvalReceipt, Receipt
 from photon.telemetry import Recorder
-from photon.telemetry.events import CheckpointSaved, Evaluated, RoundFinished
+from photon.telemetry.events import CheckpointSaved, Evaluated, LocalFinished, RoundFinished
 
 
 @dataclass
@@ -75,6 +77,18 @@ class Ledger:
             )
         return time.perf_counter() - started
 
+    def prune_node_states(self, folder: Path) -> None:
+        """Remove the silos' states that no kept checkpoint names.
+
+        Args:
+            folder: of the silos' kept states.
+        """
+        needed: dict[str, set[int]] = {}
+        for state in self.checkpoints.kept_states():
+            for silo, number in state.node_rounds.items():
+                needed.setdefault(silo, set()).add(number)
+        prune_node_states(folder, needed)
+
     def close_round(
         self,
         costs: RoundCosts,
@@ -82,7 +96,6 @@ class Ledger:
         *,
         global_step: int,
         node_rounds: dict[str, int],
-        cursor: int = 0,
     ) -> None:
         """Add a round's costs to the totals, checkpoint, and tell that it is over."""
         old = self.state
@@ -91,7 +104,6 @@ class Ledger:
             round=old.round + 1,
             global_step=global_step,
             node_rounds=node_rounds,
-            cursor=cursor,
             total_tokens=old.total_tokens + costs.tokens,
             bytes_up=old.bytes_up + costs.bytes_up,
             bytes_down=old.bytes_down + costs.bytes_down,
@@ -116,6 +128,30 @@ class Ledger:
                 dropped=costs.dropped,
             )
         )
+
+
+def local_finished(receipt: Receipt, *, update_norm: float) -> LocalFinished:
+    """A good receipt as an event."""
+    return LocalFinished(
+        round=receipt.round,
+        silo=receipt.silo,
+        loss=receipt.loss,
+        first_loss=receipt.first_loss,
+        last_loss=receipt.last_loss,
+        tokens=receipt.tokens,
+        update_norm=update_norm,
+        train_s=receipt.train_s,
+        load_s=receipt.load_s,
+        publish_s=receipt.publish_s,
+        bytes_down=receipt.bytes_down,
+        bytes_up=receipt.bytes_up,
+        worker=receipt.worker,
+        communication_s=receipt.communication_s,
+        mfu=receipt.mfu,
+        peak_memory_bytes=receipt.peak_memory_bytes,
+        micro_batch_size=receipt.micro_batch_size,
+        **vars(receipt.times),
+    )
 
 
 def due(every: int, number: int, rounds: int) -> bool:

@@ -1,20 +1,25 @@
-"""An LLM node: trains whichever silo a task names, and scores states on held-out text."""
+"""An LLM node: trains whichever silo a task names, and scores states on held-out text.
+
+A node is one process or several ranks. All of them build a Node; rank 0 is called, and announces
+each call to the others, which `follow`.
+"""
 
 from __future__ import annotations
 
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from photon.config import ModelConfig, RunConfig
+from photon.config import RunConfig
 from photon.data import PreparedData, held_out_text, open_data, token_stream
 from photon.errors import NonFiniteError
-from photon.evaluation import evaluate_loss, score
-from photon.federation.node_state import NodeState, NodeStateStore
+from photon.evaluation import LossSum, evaluate_loss, score
+from photon.federation.node_state import NodeState, NodeStates
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -26,10 +31,26 @@ from photon.federation.tasks import (
     Update,
     section,
 )
-from photon.models import build_model
+from photon.models import (
+    build_model,
+    build_skeleton,
+    model_fingerprint,
+    require_document_masks,
+)
 from photon.telemetry import Event
-from photon.telemetry.events import LocalProgress
-from photon.training import Schedule, Trainer, plan_compute
+from photon.telemetry.events import ComputeChosen, LocalProgress, Notice
+from photon.training import (
+    LocalResult,
+    MicroBatch,
+    Ranks,
+    Schedule,
+    Seat,
+    Trainer,
+    choose_strategy,
+    plan_compute,
+    rank_share,
+)
+from photon.version import photon_version
 
 #: Called with a task's trainer just before its local steps; tests inject faults through it.
 FaultHook = Callable[[FitTask, Trainer], None]
@@ -40,15 +61,17 @@ class NodeSettings:
     """What a node needs to start, in this process or another.
 
     Attributes:
-        folder: where silos' states are kept between rounds.
+        folder: where silos' states are kept between rounds; all ranks see it.
         processes: nodes that share this machine's cores.
         worker: number of this node, for receipts.
+        seat: this process's place among the node's ranks.
     """
 
     config: RunConfig
     folder: Path
     processes: int = 1
     worker: int = 0
+    seat: Seat = field(default_factory=Seat)
 
 
 class Node:
@@ -56,10 +79,14 @@ class Node:
 
     Args:
         settings: what to train with.
-        on_event: told of local progress.
+        on_event: told of local progress; on rank 0 only.
         data: the prepared data, when it is open already.
         model: the model, when it is built already; its weights are overwritten by each task.
         fault: for tests.
+
+    Raises:
+        RankMismatchError: the ranks were started with different files.
+        RankLostError: the ranks did not meet.
     """
 
     def __init__(
@@ -73,48 +100,116 @@ class Node:
     ) -> None:
         self._config = config = settings.config
         self._data = data or open_data(config.data.path)
-        self._states = NodeStateStore(settings.folder)
         self._on_event = on_event
         self._worker = settings.worker
         self._fault = fault
         if model is None:
             model = empty_model(config, vocab_size=self._data.vocab_size, eos_id=self._data.eos_id)
+        seat = settings.seat
+        plan = plan_compute(
+            config.compute, processes=settings.processes * seat.local_world_size, seat=seat
+        )
+        self._ranks = Ranks.join(seat, plan.device, collective_s=config.federation.silence_s)
+        self._require_same_files(model)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        strategy = choose_strategy(
+            config.compute.strategy,
+            seat,
+            state_bytes=16 * parameters,
+            device_bytes=10**18,
+        )
         self._trainer = Trainer(
             model,
             config.local,
             Schedule.of(config),
-            plan_compute(config.compute, processes=settings.processes),
+            plan,
             log_every=config.run.log_every,
+            placement=(self._ranks, strategy),
+            micro_batch=MicroBatch(
+                rank_share(config.local.batch_size, seat.world_size),
+                asked=config.compute.micro_batch_size,
+                memo=settings.folder / f"micro_batch-{seat.rank}.json",
+                key=f"{plan.device} {plan.precision} {strategy.name} x{seat.world_size}",
+            ),
         )
+        cache_bytes = int(config.compute.state_cache_gib * 2**30)
+        self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
+        if self._ranks.leader:
+            on_event(
+                ComputeChosen(
+                    worker=settings.worker,
+                    ranks=seat.world_size,
+                    strategy=strategy.name,
+                    reason=strategy.reason,
+                    device=plan.device.type,
+                    precision=plan.precision,
+                )
+            )
 
     def fit(self, task: FitTask, state: GlobalState) -> Update:
         """Take the task's local steps from the global state.
 
         A non-finite loss is a receipt with a failure, not an exception: the round goes on. The
-        silo's own state then stays as it was.
+        silo's own state then stays as it was. What is kept may still be on its way to disk when
+        this returns; `settle` waits for it.
         """
+        self._ranks.announce(("fit", task))
+        return self._fit(task, state)
+
+    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
+        """Score the global state on held-out text; the weights are loaded once for all tasks."""
+        self._ranks.announce(("load", None))
+        self._trainer.load_weights(section(state, WEIGHTS))
+        for task in tasks:
+            self._ranks.announce(("evaluate", task))
+            yield self._evaluate(task)
+
+    def settle(self) -> None:
+        """Wait until all that silos keep is on disk.
+
+        Raises:
+            DiskFullError: no room for it.
+        """
+        self._ranks.announce(("settle", None))
+        self._states.settle()
+
+    def close(self) -> None:
+        """Let the other ranks go."""
+        self._ranks.announce(("close", None))
+        self._ranks.close()
+
+    def follow(self) -> None:
+        """Do what rank 0 announces, until it closes; for the ranks other than 0.
+
+        Raises:
+            RankLostError: rank 0, or another, is gone.
+        """
+        while True:
+            call, task = self._ranks.announce(None)
+            if call == "fit":
+                self._fit(task, None)
+            elif call == "load":
+                self._trainer.load_weights(None)
+            elif call == "evaluate":
+                self._evaluate(task)
+            elif call == "settle":
+                self._states.settle()
+            else:
+                self._ranks.close()
+                return
+
+    def _fit(self, task: FitTask, state: GlobalState | None) -> Update:
         started = time.perf_counter()
-        config, trainer = self._config, self._trainer
-        trainer.load_weights(section(state, WEIGHTS))
+        trainer = self._trainer
+        trainer.load_weights(section(state, WEIGHTS) if state is not None else None)
         node_state = self._states.load(task.silo, task.node_round)
         self._load_optimizer(task, state, node_state)
         load_s = time.perf_counter() - started
         if self._fault is not None:
             self._fault(task, trainer)
-        stream = open_stream(config, self._data, [task.silo])
-        bytes_down = sum(tensor.nbytes for tensor in state.values())
+        bytes_down = sum(tensor.nbytes for tensor in (state or {}).values())
         try:
-            with stream:
-                result = trainer.fit(
-                    stream,
-                    cursor=node_state.cursor,
-                    global_step=task.global_step,
-                    steps=task.steps,
-                    seed=stream_seed(config.run.seed, [task.silo]),
-                    on_progress=lambda progress: self._on_event(
-                        LocalProgress(round=task.round, silo=task.silo, **vars(progress))
-                    ),
-                )
+            result = self._train(task, node_state.cursor)
         except NonFiniteError as error:
             receipt = Receipt(
                 task.round,
@@ -123,13 +218,15 @@ class Node:
                 load_s=load_s,
                 worker=self._worker,
                 failure=error.message,
+                failure_code=error.exit_code,
+                failure_hint=error.hint,
             )
             return Update(receipt, lambda: iter(()))
         published = time.perf_counter()
-        kept = (
-            trainer.optimizer.state_tensors() if config.federation.optimizer_state == "keep" else {}
-        )
+        keeps = self._config.federation.optimizer_state == "keep"
+        kept = trainer.optimizer.state_tensors() if keeps else {}
         self._states.save(task.silo, task.round, NodeState(result.cursor, kept))
+        tensors = self._published(state)
         receipt = Receipt(
             task.round,
             task.silo,
@@ -143,58 +240,158 @@ class Node:
             load_s=load_s,
             publish_s=time.perf_counter() - published,
             worker=self._worker,
+            times=result.times,
+            communication_s=result.communication_s,
+            peak_memory_bytes=result.peak_memory_bytes,
+            micro_batch_size=result.micro_batch_size,
         )
-        return Update(receipt, lambda: self._shared(state))
+        return Update(receipt, tensors)
 
-    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
-        """Score the global state on held-out text; the weights are loaded once for all tasks."""
-        self._trainer.load_weights(section(state, WEIGHTS))
-        for task in tasks:
-            yield evaluate_silo(self._config, self._data, self._trainer, task)
+    def _train(self, task: FitTask, cursor: int) -> LocalResult:
+        config = self._config
+        with open_stream(config, self._data, task.pooled) as stream:
+            return self._trainer.fit(
+                stream,
+                cursor=cursor,
+                global_step=task.global_step,
+                steps=task.steps,
+                seed=stream_seed(config.run.seed, task.pooled),
+                on_progress=lambda progress: self._tell(
+                    LocalProgress(round=task.round, silo=task.silo, **vars(progress))
+                ),
+                on_notice=lambda text: self._tell(
+                    Notice(text=text, round=task.round, silo=task.silo)
+                ),
+                profile=task.profile,
+            )
 
-    def _load_optimizer(self, task: FitTask, state: GlobalState, node_state: NodeState) -> None:
+    def _tell(self, event: Event) -> None:
+        if self._ranks.leader:
+            self._on_event(event)
+
+    def _evaluate(self, task: EvalTask) -> EvalReceipt:
+        """Loss of the current weights on a silo's held-out text, or the global set's."""
+        started = time.perf_counter()
+        config, trainer, ranks = self._config, self._trainer, self._ranks
+        text = held_out_text(self._data, task.silo)
+        with trainer.evaluating() as model:
+            own = evaluate_loss(
+                model,
+                text.windows(config.data.sequence_length, config.eval.max_tokens),
+                device=trainer.plan.device,
+                batch_size=config.eval.batch_size,
+                autocast_dtype=trainer.autocast_dtype,
+                part=(ranks.seat.rank, ranks.size),
+            )
+        sums = torch.tensor([own.nats, own.tokens], dtype=torch.float64)
+        nats, tokens = ranks.sum_(sums.to(trainer.plan.device)).tolist()
+        total = LossSum(nats, int(tokens))
+        scored = score(total, text_tokens=text.tokens, text_bytes=text.bytes)
+        return EvalReceipt(
+            task.silo,
+            scored.loss,
+            scored.perplexity,
+            scored.bits_per_byte,
+            total.tokens,
+            time.perf_counter() - started,
+        )
+
+    def _load_optimizer(
+        self, task: FitTask, state: GlobalState | None, node_state: NodeState
+    ) -> None:
         optimizer = self._trainer.optimizer
-        if self._config.federation.optimizer_state == "average":
-            averaged = section(state, OPTIMIZER)
-            steps_taken = task.global_step if averaged else None
-            optimizer.load_state_tensors(averaged, steps_taken=steps_taken)
-        else:
+        if self._config.federation.optimizer_state != "average":
             optimizer.load_state_tensors(node_state.optimizer)
+            return
+        averaged = section(state, OPTIMIZER) if state is not None else None
+        if self._ranks.size > 1:
+            averaged = self._trainer.placed.spread(averaged)
+        assert averaged is not None
+        optimizer.load_state_tensors(averaged, steps_taken=task.global_step if averaged else None)
 
-    def _shared(self, state: GlobalState) -> Iterator[tuple[str, Tensor]]:
-        """What leaves the node, a tensor at a time: deltas (or weights), averaged inner state."""
+    def _published(self, state: GlobalState | None) -> Callable[[], Iterator[tuple[str, Tensor]]]:
+        """The way to what leaves the node; with several ranks it is gathered once, on rank 0."""
+        if self._ranks.size == 1:
+            assert state is not None
+            return lambda: self._shared(state)
+        gathered = [(name, tensor) for name, tensor in self._shared(state) if tensor is not None]
+        return lambda: iter(gathered)
+
+    def _shared(self, state: GlobalState | None) -> Iterator[tuple[str, Tensor]]:
+        """What leaves the node, a tensor at a time: deltas (or weights), averaged inner state.
+
+        Ranks other than 0 have no state to compare with and give nothing; they only help to
+        gather.
+        """
         adopt = self._config.federation.merge == "adopt"
-        for name, local in self._trainer.weights().items():
+        for name, local in self._trainer.whole(self._trainer.weights()):
+            if state is None:
+                continue
             shared = state[WEIGHTS + name]
             mine = local.to(shared.device)
             yield WEIGHTS + name, mine if adopt else shared - mine
-        for name, tensor in self._averaged_state().items():
-            yield OPTIMIZER + name, tensor.cpu()
-
-    def _averaged_state(self) -> dict[str, Tensor]:
-        """Inner state that travels with the weights; step counters follow the server's clock."""
         if self._config.federation.optimizer_state != "average":
-            return {}
-        return {
-            name: tensor
-            for name, tensor in self._trainer.optimizer.state_tensors().items()
-            if not name.endswith(".step")
-        }
+            return
+        # Step counters stay: they follow the server's clock.
+        for name, tensor in self._trainer.whole(self._trainer.averaged_state()):
+            if state is not None:
+                yield OPTIMIZER + name, tensor.cpu()
 
     def _update_bytes(self) -> int:
-        travelling = [*self._trainer.weights().values(), *self._averaged_state().values()]
-        return sum(tensor.nbytes for tensor in travelling)
+        size = sum(weight.nbytes for weight in self._trainer.weights().values())
+        if self._config.federation.optimizer_state == "average":
+            averaged = self._trainer.averaged_state()
+            size += sum(tensor.nbytes for tensor in averaged.values())
+        return size
+
+    def _require_same_files(self, model: nn.Module) -> None:
+        """What ranks must share; paths, threads and devices are each machine's own."""
+        config = self._config
+        recipe = config.model_dump(
+            exclude={"data": {"path"}, "model": {"path"}, "compute": {"threads", "device"}}
+        )
+        facts = {
+            f"{table}.{key}": value for table, keys in recipe.items() for key, value in keys.items()
+        }
+        self._ranks.require_agreement(
+            {
+                "the version of Photon": photon_version(),
+                "the version of PyTorch": str(torch.__version__),
+                "data sha256": self._data.sha256,
+                "the model's shapes": model_fingerprint(model),
+                **facts,
+            }
+        )
 
 
 def initial_model(config: RunConfig, data: PreparedData) -> nn.Module:
-    """The run's model with its initial weights."""
-    return _build(config, config.model, data.vocab_size, data.eos_id)
+    """The run's model with its initial weights.
+
+    Raises:
+        ModelError: it can't be built, or can't do what the run file asks of it.
+    """
+    model = build_model(
+        config.model,
+        vocab_size=data.vocab_size,
+        sequence_length=config.data.sequence_length,
+        eos_id=data.eos_id,
+        seed=config.run.seed,
+        attention=config.compute.attention,
+    )
+    if config.local.document_mask:
+        require_document_masks(model, str(config.model.path or config.model.preset))
+    return model
 
 
 def empty_model(config: RunConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
-    """The run's model with weights that are about to be overwritten (never read from a folder)."""
-    shape = config.model.model_copy(update={"init": "random"})
-    return _build(config, shape, vocab_size, eos_id)
+    """The run's model without weights: a task brings them. A model folder's are never read."""
+    return build_skeleton(
+        config.model,
+        vocab_size=vocab_size,
+        sequence_length=config.data.sequence_length,
+        eos_id=eos_id,
+        attention=config.compute.attention,
+    )
 
 
 def open_stream(config: RunConfig, data: PreparedData, silos: Sequence[str]):
@@ -207,37 +404,3 @@ def open_stream(config: RunConfig, data: PreparedData, silos: Sequence[str]):
 def stream_seed(seed: int, silos: Sequence[str]) -> int:
     """Dropout seed of a stream, so that silos draw different masks."""
     return seed ^ zlib.crc32("\0".join(silos).encode())
-
-
-def evaluate_silo(
-    config: RunConfig, data: PreparedData, trainer: Trainer, task: EvalTask
-) -> EvalReceipt:
-    """Loss of the trainer's current weights on a silo's held-out text, or the global set's."""
-    started = time.perf_counter()
-    text = held_out_text(data, task.silo)
-    total = evaluate_loss(
-        trainer.model,
-        text.windows(config.data.sequence_length, config.eval.max_tokens),
-        device=trainer.plan.device,
-        batch_size=config.eval.batch_size,
-        autocast_dtype=trainer.plan.autocast_dtype,
-    )
-    scored = score(total, text_tokens=text.tokens, text_bytes=text.bytes)
-    return EvalReceipt(
-        task.silo,
-        scored.loss,
-        scored.perplexity,
-        scored.bits_per_byte,
-        total.tokens,
-        time.perf_counter() - started,
-    )
-
-
-def _build(config: RunConfig, shape: ModelConfig, vocab_size: int, eos_id: int) -> nn.Module:
-    return build_model(
-        shape,
-        vocab_size=vocab_size,
-        sequence_length=config.data.sequence_length,
-        eos_id=eos_id,
-        seed=config.run.seed,
-    )

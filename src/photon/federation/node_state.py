@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from photon.errors import CheckpointCorruptError
-from photon.link import TensorFile, write_tensors
+from photon.link import writing
+from photon.training import (
+    Allocate,
+    PendingSnapshot,
+    Ranks,
+    Trainer,
+    local_part,
+    read_snapshot,
+    write_snapshot,
+)
 
 
 @dataclass(frozen=True)
@@ -18,49 +30,158 @@ class NodeState:
 
     Attributes:
         cursor: index of the first sequence of its stream that it has not trained on.
-        optimizer: inner-optimizer tensors; empty when the run resets or averages them.
+        optimizer: inner-optimizer tensors as this rank holds them; empty when the run resets or
+            averages them.
     """
 
     cursor: int = 0
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class NodeStateStore:
-    """FOLDER/<silo>/round-000012.safetensors, one file a task, written whole or not at all.
+@dataclass(frozen=True)
+class _Packed:
+    """A state as copies in host memory: this rank's parts, with the whole tensors' shapes."""
+
+    cursor: int
+    parts: Mapping[str, tuple[torch.Size, Tensor]]
+
+    @classmethod
+    def of(cls, state: NodeState) -> _Packed:
+        return cls(
+            state.cursor,
+            {
+                name: (tensor.shape, local_part(tensor).to("cpu", copy=True))
+                for name, tensor in state.optimizer.items()
+            },
+        )
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.nbytes for _, part in self.parts.values())
+
+    def unpacked(self, allocate: Allocate) -> NodeState:
+        tensors: dict[str, Tensor] = {}
+        for name, (shape, part) in self.parts.items():
+            tensors[name] = allocate(name, shape, part.dtype)
+            local_part(tensors[name]).copy_(part)
+        return NodeState(self.cursor, tensors)
+
+
+class NodeStates:
+    """FOLDER/<silo>/round-000012/, one snapshot a task, there whole or not at all.
 
     A state is committed when a checkpoint names its round; until then the older one stays, so
-    that a killed round is simply run again.
+    that a killed round is simply run again. Memory: one state on its way to disk, and the newest
+    ones up to a bound.
+
+    Args:
+        folder: on storage that all ranks of the node see.
+        trainer: whose ranks write and read, and whose parameters say how tensors are cut.
+        cache_bytes: of host memory on each rank for states that are on disk already.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trainer: Trainer, cache_bytes: int) -> None:
         self._folder = folder
+        self._trainer = trainer
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[Path, _Packed] = OrderedDict()
+        self._pending: PendingSnapshot | None = None
 
     def load(self, silo: str, node_round: int | None) -> NodeState:
         """The state saved after `node_round`; a fresh one for None.
 
         Raises:
-            CheckpointCorruptError: that file is missing or unreadable.
+            CheckpointCorruptError: that snapshot is missing or unreadable.
         """
         if node_round is None:
             return NodeState()
-        path = self._path(silo, node_round)
-        with TensorFile(path) as file:
-            try:
-                cursor = int(file.metadata["cursor"])
-            except (KeyError, ValueError) as error:
-                raise CheckpointCorruptError(f"{path} holds no data cursor") from error
-            return NodeState(cursor, file.read())
+        self.settle()
+        path = _path(self._folder, silo, node_round)
+        if path in self._cache:
+            return self._cache[path].unpacked(self._allocate)
+        return read_node_state(
+            self._folder, silo, node_round, allocate=self._allocate, ranks=self._trainer.ranks
+        )
 
     def save(self, silo: str, round_number: int, state: NodeState) -> None:
-        path = self._path(silo, round_number)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, state.optimizer, {"cursor": str(state.cursor)})
+        """Begin to write a state; it is on disk once `settle` returned.
 
-    def prune(self, needed: Mapping[str, set[int]]) -> None:
-        """Remove the states that no kept checkpoint names."""
-        for path in self._folder.glob("*/round-*.safetensors"):
-            if int(path.stem[6:]) not in needed.get(path.parent.name, set()):
-                path.unlink(missing_ok=True)
+        Raises:
+            DiskFullError: no room for this state or the one before.
+        """
+        self.settle()
+        path = _path(self._folder, silo, round_number)
+        with writing("a silo's state", path):
+            self._pending = write_snapshot(
+                path, state.optimizer, {"cursor": state.cursor}, self._trainer.ranks
+            )
+        self._remember(path, state)
 
-    def _path(self, silo: str, round_number: int) -> Path:
-        return self._folder / silo / f"round-{round_number:06d}.safetensors"
+    def settle(self) -> None:
+        """Wait until what `save` began is on disk.
+
+        Raises:
+            DiskFullError: no room.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with writing("a silo's state", pending.path):
+                pending.finish()
+
+    def _remember(self, path: Path, state: NodeState) -> None:
+        if not self._cache_bytes:
+            return
+        # A silo's older states are never asked for again, but after a resume, from disk.
+        for other in [other for other in self._cache if other.parent == path.parent]:
+            del self._cache[other]
+        self._cache[path] = _Packed.of(state)
+        while sum(packed.bytes for packed in self._cache.values()) > self._cache_bytes:
+            self._cache.popitem(last=False)
+
+    def _allocate(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return self._trainer.placed.empty(name.rpartition(".")[0], shape, dtype)
+
+
+def read_node_state(
+    folder: Path,
+    silo: str,
+    node_round: int,
+    *,
+    allocate: Allocate = lambda _, shape, dtype: torch.empty(shape, dtype=dtype),
+    ranks: Ranks | None = None,
+) -> NodeState:
+    """The state a silo saved after a round; by default whole, in this process.
+
+    Args:
+        folder: of NodeStates.
+        allocate: makes the tensors that are read into.
+        ranks: that read it together.
+
+    Raises:
+        CheckpointCorruptError: that snapshot is missing or unreadable.
+    """
+    path = _path(folder, silo, node_round)
+    try:
+        tensors, numbers = read_snapshot(path, allocate, ranks or Ranks.alone())
+        return NodeState(numbers["cursor"], tensors)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointCorruptError(
+            f"the state of silo {silo} after round {node_round} can't be read: {error}",
+            hint="Resume from an older checkpoint: move the newest folder out of checkpoints/.",
+        ) from error
+
+
+def prune_node_states(folder: Path, needed: Mapping[str, set[int]]) -> None:
+    """Remove the states that no kept checkpoint names.
+
+    Args:
+        folder: of NodeStates.
+        needed: silo -> rounds.
+    """
+    for path in folder.glob("*/round-*"):
+        if int(path.name[6:]) not in needed.get(path.parent.name, set()):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _path(folder: Path, silo: str, round_number: int) -> Path:
+    return folder / silo / f"round-{round_number:06d}"

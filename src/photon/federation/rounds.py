@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from photon.aggregation import (
 )
 from photon.config import RunConfig
 from photon.errors import ModelMismatchError, NonFiniteError, QuorumLostError
-from photon.federation.ledger import Ledger, RoundCosts, due
-from photon.federation.node_state import NodeStateStore
+from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
 from photon.federation.sampling import sample_participants
 from photon.federation.tasks import (
     OPTIMIZER,
@@ -31,7 +31,7 @@ from photon.federation.tasks import (
     Update,
     section,
 )
-from photon.telemetry.events import LocalFinished, RoundMerged, RoundStarted, UpdateDropped
+from photon.telemetry.events import RoundMerged, RoundStarted, UpdateDropped
 
 
 class Federation:
@@ -45,7 +45,7 @@ class Federation:
         silo_tokens: training tokens of each silo present.
         engine: carries tasks to participants.
         ledger: totals, events and checkpoints; its state says where to go on.
-        node_states: pruned as checkpoints are.
+        node_folder: of the silos' kept states, pruned as checkpoints are.
         tensors: "global" state and "outer" optimizer state, fresh or from a checkpoint.
     """
 
@@ -55,14 +55,14 @@ class Federation:
         silo_tokens: Mapping[str, int],
         engine: Engine,
         ledger: Ledger,
-        node_states: NodeStateStore,
+        node_folder: Path,
         tensors: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         self._config = config
         self._silo_tokens = dict(silo_tokens)
         self._engine = engine
         self._ledger = ledger
-        self._node_states = node_states
+        self._node_folder = node_folder
         self.state: dict[str, Tensor] = dict(tensors["global"])
         self._rule: MergingRule = build_merging_rule(config.federation.merging_rule)
         self._outer: OuterOptimizer = build_outer_optimizer(config.outer)
@@ -127,7 +127,7 @@ class Federation:
             global_step=global_step + config.local.steps,
             node_rounds=node_rounds,
         )
-        self._prune_node_states()
+        ledger.prune_node_states(self._node_folder)
 
     def _merge_updates(self, number: int, tasks: list[FitTask], costs: RoundCosts) -> list[Receipt]:
         """Fold good updates into the running mean, in task order, and name the bad ones."""
@@ -165,23 +165,7 @@ class Federation:
             return error.message
         weight = 1.0 if self._config.federation.weighting == "equal" else float(receipt.tokens)
         self._rule.add(update.tensors(), weight)
-        self._ledger.recorder.emit(
-            LocalFinished(
-                round=receipt.round,
-                silo=receipt.silo,
-                loss=receipt.loss,
-                first_loss=receipt.first_loss,
-                last_loss=receipt.last_loss,
-                tokens=receipt.tokens,
-                update_norm=norm,
-                train_s=receipt.train_s,
-                load_s=receipt.load_s,
-                publish_s=receipt.publish_s,
-                bytes_down=receipt.bytes_down,
-                bytes_up=receipt.bytes_up,
-                worker=receipt.worker,
-            )
-        )
+        self._ledger.recorder.emit(local_finished(receipt, update_norm=norm))
         return None
 
     def _require_quorum(
@@ -238,10 +222,3 @@ class Federation:
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         return {"global": self.state, "outer": self._outer.state_tensors()}
-
-    def _prune_node_states(self) -> None:
-        needed: dict[str, set[int]] = {}
-        for state in self._ledger.checkpoints.kept_states():
-            for silo, number in state.node_rounds.items():
-                needed.setdefault(silo, set()).add(number)
-        self._node_states.prune(needed)

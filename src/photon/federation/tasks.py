@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
+
+from photon.errors import NodeError
+from photon.training import StepTimes
 
 #: The global state: "weights/<parameter>" and, where inner state is averaged,
 #: "optimizer/<parameter>.<key>".
@@ -35,6 +38,8 @@ class FitTask:
         steps: tau.
         node_round: round after which the silo's kept state (cursor, inner optimizer) was saved;
             None when it never took part.
+        texts: silos whose pooled text is trained on; its own by default.
+        profile: also measure how long ranks exchange gradients.
     """
 
     run: str
@@ -43,6 +48,13 @@ class FitTask:
     global_step: int
     steps: int
     node_round: int | None
+    texts: tuple[str, ...] = ()
+    profile: bool = False
+
+    @property
+    def pooled(self) -> tuple[str, ...]:
+        """The silos whose text is trained on."""
+        return self.texts or (self.silo,)
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,12 @@ class Receipt:
 
     Attributes:
         failure: why there is no update; None when there is one.
+        failure_code, failure_hint: of the error that it was.
         worker: which training process did it.
+        times: where train_s went.
+        communication_s: exchange of gradients among ranks, where the task asked for it.
+        mfu: model FLOPs per second over the stated peak of the ranks' devices; None if unknown.
+        peak_memory_bytes, micro_batch_size: of rank 0.
     """
 
     round: int
@@ -67,6 +84,13 @@ class Receipt:
     publish_s: float = 0.0
     worker: int = 0
     failure: str | None = None
+    failure_code: int = NodeError.exit_code
+    failure_hint: str | None = None
+    times: StepTimes = field(default_factory=StepTimes)
+    communication_s: float | None = None
+    mfu: float | None = None
+    peak_memory_bytes: int = 0
+    micro_batch_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,7 +133,10 @@ class Engine(Protocol):
         ...
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
-        """Answers in the order of `tasks`; each is valid until the next is asked for."""
+        """Answers in the order of `tasks`; each is valid until the next is asked for.
+
+        When the iterator is exhausted, all that the silos keep is on disk.
+        """
         ...
 
     def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:

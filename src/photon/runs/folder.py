@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from photon.config import RunConfig, load_run_config
@@ -19,6 +20,7 @@ from photon.federation import CheckpointStore
 from photon.federation.node import empty_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.models import trainable_parameters
+from photon.training import materialise
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -66,6 +68,7 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig]:
         for name, tensor in tensors["global"].items()
         if not name.startswith(OPTIMIZER)
     }
+    materialise(model, torch.device("cpu"))
     for name, parameter in trainable_parameters(model).items():
         parameter.data.copy_(weights[name])
     return model, config

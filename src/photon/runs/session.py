@@ -34,10 +34,10 @@ from photon.federation import (
     RunState,
     sample_participants,
 )
+from photon.federation.baseline import central_config
 from photon.federation.checkpoint import require_room
 from photon.federation.ledger import Ledger
 from photon.federation.node import initial_model, open_stream
-from photon.federation.node_state import NodeStateStore
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.link import tensors_sha256, writing
 from photon.models import (
@@ -50,7 +50,13 @@ from photon.runs.folder import finite, only_process, write_json
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
 from photon.telemetry.tensorboard import TensorBoardWriter
-from photon.training import InnerOptimizer, plan_compute
+from photon.training import (
+    InnerOptimizer,
+    Seat,
+    plan_compute,
+    rank_share,
+    ranks_of_a_node,
+)
 from photon.version import photon_version
 
 Groups = dict[str, dict[str, Tensor]]
@@ -87,7 +93,6 @@ class Session:
         self.silos = _chosen_silos(self.data, silos)
         self.config = _resolved(kind, config, self.data)
         self._model: nn.Module | None = None
-        self._check()
 
     def _check(self) -> None:
         """Everything that can go wrong and can be known before training."""
@@ -107,17 +112,30 @@ class Session:
         weights_bytes = 4 * parameter_count(
             config.model, data.vocab_size, config.data.sequence_length
         )
-        moments = {"adamw": 2, "muon": 2, "sgd": 0}[config.local.optimizer]
-        keeps = config.federation.optimizer_state == "keep" and self.kind == "simulate"
+        moments = {"adamw": 2, "muon": 2, "adopt": 2, "amsgrad": 3, "sgd": 0}
+        state_bytes = weights_bytes * moments[config.local.optimizer]
+        keepers = len(self.silos) if config.federation.optimizer_state == "keep" else 0
+        if self.kind == "train":
+            keepers = 1
         require_room(
             self.folder,
-            checkpoint_bytes=weights_bytes * (1 + moments),
-            node_bytes=weights_bytes * moments * len(self.silos) if keeps else 0,
+            checkpoint_bytes=weights_bytes + state_bytes,
+            node_bytes=state_bytes * keepers,
             keep=config.run.keep_checkpoints,
         )
+        rank_share(self._batch_size(), self._ranks_per_node())
+
+    def follow(self) -> None:
+        """Train with rank 0, which keeps the run; for the other ranks under torchrun."""
+        Node(self._node_settings(), lambda _: None, data=self.data).follow()
 
     def execute(self, record: dict[str, Any] | None) -> RunResult:
-        """Run to the end; `record` is run.json when the run is resumed."""
+        """Run to the end; `record` is run.json when the run is resumed.
+
+        Raises:
+            PhotonError: all that can be known before training is checked first.
+        """
+        self._check()
         self.folder.mkdir(parents=True, exist_ok=True)
         with only_process(self.folder), writing("the run", self.folder):
             self._model = initial_model(self.config, self.data)
@@ -166,46 +184,63 @@ class Session:
     def _loop(
         self, ledger: Ledger, on_event: Callable[[Event], None], tensors: Groups
     ) -> tuple[Federation | CentralisedTraining, Callable[[], None]]:
-        config, model = self.config, self._model
+        model = self._model
         assert model is not None
         self._model = None  # an aggregator with workers must not hold a model of its own
-        if self.kind == "train":
-            loop = CentralisedTraining(
-                config,
-                self.data,
-                self.silos,
-                batch_size=self._central_batch_size(),
-                model=model,
-                ledger=ledger,
-                tensors=tensors,
-            )
-            return loop, lambda: None
-        node_folder = self.folder / "nodes"
         if not tensors:
             tensors = {"global": self._initial_state(model)}
-        engine = self._engine(node_folder, model, on_event)
+        settings = self._node_settings()
+        engine = self._engine(settings, model, on_event)
+        if self.kind == "train":
+            loop = CentralisedTraining(
+                settings.config,
+                list(self.data.silos),
+                self.silos,
+                engine,
+                ledger,
+                settings.folder,
+                tensors,
+            )
+            return loop, engine.close
         silo_tokens = {silo: self.data.silos[silo].train_tokens for silo in self.silos}
-        federation = Federation(
-            config, silo_tokens, engine, ledger, NodeStateStore(node_folder), tensors
-        )
+        federation = Federation(self.config, silo_tokens, engine, ledger, settings.folder, tensors)
         return federation, engine.close
 
     def _engine(
-        self, node_folder: Path, model: nn.Module, on_event: Callable[[Event], None]
+        self, settings: NodeSettings, model: nn.Module, on_event: Callable[[Event], None]
     ) -> Engine:
-        workers = self.config.federation.workers
-        if not workers:
-            settings = NodeSettings(self.config, node_folder)
-            return LocalEngine(Node(settings, on_event, data=self.data, model=model))
-        settings = NodeSettings(self.config, node_folder, processes=workers)
-        return WorkerEngine(settings, self.folder / "exchange", on_event)
+        ranks = self._ranks_per_node()
+        alone = settings.seat.world_size == 1
+        if alone and (ranks > 1 or self._workers()):
+            return WorkerEngine(settings, self.folder / "exchange", on_event, ranks=ranks)
+        return LocalEngine(Node(settings, on_event, data=self.data, model=model))
+
+    def _node_settings(self) -> NodeSettings:
+        config = self.config
+        if self.kind == "train":
+            config = central_config(config, self._batch_size())
+        return NodeSettings(
+            config,
+            self.folder / "nodes",
+            processes=max(1, self._workers()),
+            seat=Seat.from_environment(),
+        )
+
+    def _workers(self) -> int:
+        return self.config.federation.workers if self.kind == "simulate" else 0
+
+    def _ranks_per_node(self) -> int:
+        launched = Seat.from_environment().world_size
+        if launched > 1:
+            return launched
+        return ranks_of_a_node(self.config.compute, workers=self._workers())
 
     def _initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         state = {
             WEIGHTS + name: parameter.detach().clone()
             for name, parameter in trainable_parameters(model).items()
         }
-        if self.config.federation.optimizer_state == "average":
+        if self.kind == "simulate" and self.config.federation.optimizer_state == "average":
             zeros = InnerOptimizer(model, self.config.local).initial_state()
             state |= {OPTIMIZER + name: tensor for name, tensor in zeros.items()}
         return state
@@ -221,9 +256,11 @@ class Session:
             )
         )
 
-    def _central_batch_size(self) -> int:
-        """Equal tokens a step: local.batch_size for each participant a round would have."""
+    def _batch_size(self) -> int:
+        """Sequences of a step; where text is pooled, as many as all participants of a round."""
         config = self.config
+        if self.kind == "simulate":
+            return config.local.batch_size
         if config.train.batch_size is not None:
             return config.train.batch_size
         participants = min(len(self.silos), config.federation.sample or len(self.silos))
@@ -232,8 +269,8 @@ class Session:
     def _started(self, resumed_from: int | None) -> RunStarted:
         config, model = self.config, self._model
         assert model is not None
-        workers = config.federation.workers if self.kind == "simulate" else 0
-        plan = plan_compute(config.compute, processes=max(1, workers))
+        workers = self._workers()
+        plan = plan_compute(config.compute, processes=max(1, workers) * self._ranks_per_node())
         central = self.kind == "train"
         return RunStarted(
             kind=self.kind,
@@ -244,7 +281,7 @@ class Session:
             rounds=config.federation.rounds,
             local_steps=config.local.steps,
             participants_per_round=1 if central else self._participants(),
-            batch_size=self._central_batch_size() if central else config.local.batch_size,
+            batch_size=self._batch_size(),
             sequence_length=config.data.sequence_length,
             parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
             silo_tokens={silo: self.data.silos[silo].train_tokens for silo in self.silos},
@@ -327,7 +364,11 @@ class Session:
 def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
     workers = config.federation.workers if kind == "simulate" else 0
-    plan = plan_compute(config.compute, processes=max(1, workers))
+    ranks = ranks_of_a_node(config.compute, workers=workers)
+    plan = plan_compute(
+        config.compute,
+        processes=max(1, workers) * max(ranks, Seat.from_environment().local_world_size),
+    )
     decided = {
         "threads": plan.threads,
         "precision": plan.precision,

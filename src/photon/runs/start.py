@@ -13,6 +13,7 @@ from photon.runs.folder import holds_run, read_record, read_summary
 from photon.runs.session import RunResult, Session
 from photon.telemetry import Listener
 from photon.telemetry.events import Kind
+from photon.training import Seat
 
 #: Changing these does not alter rounds that were run already. Device and threads change how later
 #: rounds round, so a run that changes them no longer reaches the very same bits.
@@ -93,6 +94,9 @@ def resume(
     if finished is not None:
         return RunResult(folder, finished)
     run = Session(record["kind"], config, record["silos"], folder, listener)
+    if Seat.from_environment().rank:
+        run.follow()
+        return RunResult(folder, {})
     return run.execute(record)
 
 
@@ -105,6 +109,10 @@ def _start(
     overwrite: bool,
 ) -> RunResult:
     folder = Path(run_dir) if run_dir is not None else Path("runs") / config.run.name
+    chosen = list(silos) if silos is not None else None
+    if Seat.from_environment().rank:
+        Session(kind, config, chosen, folder, None).follow()
+        return RunResult(folder, {})
     if holds_run(folder):
         if not overwrite:
             raise RunExistsError(
@@ -116,7 +124,7 @@ def _start(
         raise RunExistsError(
             f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
         )
-    run = Session(kind, config, list(silos) if silos is not None else None, folder, listener)
+    run = Session(kind, config, chosen, folder, listener)
     return run.execute(None)
 
 

@@ -55,6 +55,27 @@ class RoundStarted(Event):
     participants: list[str]
 
 
+class ComputeChosen(Event):
+    """How a node trains: its ranks, the strategy that spreads the model over them, and why."""
+
+    name = "compute_chosen"
+    worker: int
+    ranks: int
+    strategy: str
+    reason: str
+    device: str
+    precision: str
+
+
+class Notice(Event):
+    """Something a node changed on the way, in words: for instance a smaller micro-batch."""
+
+    name = "notice"
+    text: str
+    round: int
+    silo: str
+
+
 class LocalProgress(Event):
     """A node's local training, every `run.log_every` steps; `step` is 1 to tau in the round."""
 
@@ -70,7 +91,11 @@ class LocalProgress(Event):
 
 
 class LocalFinished(Event):
-    """A node finished its task; the loss is the mean over its local steps."""
+    """A node finished its task; the loss is the mean over its local steps.
+
+    data_s to optimizer_s split train_s; mfu is model FLOPs over the device's peak, where that is
+    known; peak memory and micro-batch are those of one rank.
+    """
 
     name = "local_finished"
     round: int
@@ -86,6 +111,14 @@ class LocalFinished(Event):
     bytes_down: int
     bytes_up: int
     worker: int = 0
+    data_s: float = 0.0
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    optimizer_s: float = 0.0
+    communication_s: float | None = None
+    mfu: float | None = None
+    peak_memory_bytes: int = 0
+    micro_batch_size: int = 0
 
 
 class UpdateDropped(Event):

@@ -104,10 +104,10 @@ def _device(name: str) -> torch.device:
 
 def _cuda_index(seat: Seat) -> int:
     count = torch.cuda.device_count()
-    if seat.local_world_size > count:
+    if seat.local_rank >= count:
         raise DeviceError(
-            f"{seat.local_world_size} ranks need as many CUDA devices, {count} are visible",
-            hint="Lower compute.processes, or look at CUDA_VISIBLE_DEVICES.",
+            f"rank {seat.rank} wants CUDA device {seat.local_rank}, {count} are visible",
+            hint="Lower compute.processes or federation.workers, or look at CUDA_VISIBLE_DEVICES.",
         )
     return seat.local_rank
 

@@ -35,6 +35,10 @@ class MicroBatch:
         limit = known if known is not None else asked if asked is not None else guess or share
         self.size = self._largest_within(limit)
 
+    def limit(self, size: int) -> None:
+        """Take at most `size`; ranks must agree, as each pass exchanges weights or gradients."""
+        self.size = self._largest_within(min(size, self.size))
+
     def shrink(self) -> bool:
         """Take the next smaller size, and remember it; False if one sequence was too many."""
         smaller = [size for size in self._sizes if size < self.size]

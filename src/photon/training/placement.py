@@ -63,13 +63,13 @@ class PlacedModel:
         if strategy.shards:
             self._shard(_mesh(plan.device.type, ranks, strategy))
         else:
-            _materialise(model, plan.device)
+            materialise(model, plan.device)
         self._forward: nn.Module = model
         if strategy.name == "ddp":
             ids = [plan.device.index] if plan.device.type == "cuda" else None
             # gradient_as_bucket_view: gradients live in the buckets, once and not twice.
             self._forward = DistributedDataParallel(
-                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+                model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
         self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
 
@@ -106,6 +106,32 @@ class PlacedModel:
             )
         return whole.to(parameter.device, copy=True)
 
+    def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Room for a tensor of that shape, cut as the parameter is if it has the same one."""
+        parameter = self.parameters.get(name)
+        if parameter is not None and shape == parameter.shape:
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return torch.empty(shape, dtype=dtype)
+
+    def spread(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Whole tensors of rank 0 as each rank holds them, one at a time on the way.
+
+        Args:
+            tensors: by "<parameter>.<key>" on rank 0; None on the others.
+        """
+        shapes = None
+        if tensors is not None:
+            shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        held: dict[str, Tensor] = {}
+        for name, (shape, dtype) in self._ranks.announce(shapes).items():
+            buffer = torch.empty(shape, dtype=dtype, device=self._plan.device)
+            if tensors is not None:
+                buffer.copy_(tensors[name])
+            if self._ranks.size > 1:
+                dist.broadcast(buffer, src=0)
+            held[name] = self.like(name.rpartition(".")[0], buffer)
+        return held
+
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor] | None) -> None:
         """Copy whole weights in place; rank 0 gives them, the others None.
@@ -137,10 +163,15 @@ class PlacedModel:
             precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         # Block by block, so that never more than one whole block takes memory on a device.
         for block in transformer_blocks(self.module):
-            _materialise(block, self._plan.device)
+            materialise(block, self._plan.device)
             fully_shard(block, mesh=mesh, mp_policy=precision)
-        _materialise(self.module, self._plan.device)
+        materialise(self.module, self._plan.device)
         fully_shard(self.module, mesh=mesh, mp_policy=precision)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory: all of it unless it is cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _mesh(device_type: str, ranks: Ranks, strategy: Strategy) -> DeviceMesh:
@@ -168,7 +199,7 @@ def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _materialise(module: nn.Module, device: torch.device) -> None:
+def materialise(module: nn.Module, device: torch.device) -> None:
     """Move parameters and buffers to the device; those without memory get some, without values.
 
     A weight tied between modules stays tied. Parameters that are cut already are left alone.

@@ -64,13 +64,20 @@ class Seat:
 class Ranks:
     """The process group of a node. Alone, every method is free and touches no network."""
 
-    def __init__(self, seat: Seat, control: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        seat: Seat,
+        control: dist.ProcessGroup | None = None,
+        checkpoints: dist.ProcessGroup | None = None,
+    ) -> None:
         self.seat = seat
         self._control = control
+        #: A group of its own for snapshots: they are written while announcements go on.
+        self.checkpoints = checkpoints
 
     @classmethod
     def alone(cls) -> Ranks:
-        return cls(Seat(), None)
+        return cls(Seat())
 
     @classmethod
     def join(cls, seat: Seat, device: torch.device, *, collective_s: float) -> Ranks:
@@ -97,8 +104,9 @@ class Ranks:
                 timeout=timedelta(seconds=max(collective_s, JOIN_S)),
                 device_id=device if device.type == "cuda" else None,
             )
-            control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-            assert isinstance(control, dist.ProcessGroup)
+            control, checkpoints = (
+                dist.new_group(backend="gloo", timeout=_PATIENCE) for _ in range(2)
+            )
         except (RuntimeError, ValueError) as error:
             raise RankLostError(
                 f"rank {seat.rank} of {seat.world_size} did not meet the others at "
@@ -106,7 +114,9 @@ class Ranks:
                 hint="Check that all ranks were started with the same MASTER_ADDR, MASTER_PORT and "
                 "WORLD_SIZE, and can reach each other.",
             ) from error
-        return cls(seat, control)
+        assert isinstance(control, dist.ProcessGroup)
+        assert isinstance(checkpoints, dist.ProcessGroup)
+        return cls(seat, control, checkpoints)
 
     @property
     def leader(self) -> bool:
@@ -121,11 +131,6 @@ class Ranks:
     def group(self) -> dist.ProcessGroup | None:
         """The group of the training step's collectives; None alone."""
         return dist.group.WORLD if self.size > 1 else None
-
-    @property
-    def control(self) -> dist.ProcessGroup | None:
-        """The gloo group of announcements and checkpoints; None alone."""
-        return self._control
 
     def announce(self, message: Any) -> Any:
         """Rank 0's message, on every rank; the others' arguments are ignored.

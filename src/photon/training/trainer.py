@@ -110,6 +110,7 @@ class Trainer:
         self.micro_batch = micro_batch or MicroBatch(
             self._share, asked=plan.config.micro_batch_size
         )
+        self.micro_batch.limit(self.ranks.least(self.micro_batch.size))
         self.placed = PlacedModel(model, plan, self.ranks, strategy)
         self.optimizer = InnerOptimizer(self.placed.module, config)
         self._config = config
@@ -125,15 +126,23 @@ class Trainer:
         """References to the trainable weights as this rank holds them, by name."""
         return {name: parameter.detach() for name, parameter in self.placed.parameters.items()}
 
-    def whole_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Trainable weights, whole, one at a time; every rank must iterate to the end."""
-        for name, weight in self.weights().items():
-            yield name, self.placed.whole(weight)
-
-    def whole_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Inner-optimizer state, whole, one at a time; every rank must iterate to the end."""
-        for name, tensor in self.optimizer.state_tensors().items():
+    def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors that may be cut, whole, one at a time; every rank must iterate to the end."""
+        for name, tensor in tensors.items():
             yield name, self.placed.whole(tensor)
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The inner state that an aggregator averages, as this rank holds it."""
+        return {
+            name: tensor
+            for name, tensor in self.optimizer.state_tensors().items()
+            if not name.endswith(".step")
+        }
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of forward passes; None in fp32, and where FSDP2 casts by itself."""
+        return None if self.placed.strategy.shards else self.plan.autocast_dtype
 
     def load_weights(self, weights: Mapping[str, Tensor] | None) -> None:
         """Copy whole weights in place; on ranks other than 0 the argument is None.
@@ -315,8 +324,7 @@ class Trainer:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _arithmetic(self) -> contextlib.AbstractContextManager:
-        # FSDP2 casts weights itself when it gathers them.
-        dtype = None if self.placed.strategy.shards else self.plan.autocast_dtype
+        dtype = self.autocast_dtype
         return torch.autocast(self.plan.device.type, dtype, enabled=dtype is not None)
 
     def _rng_devices(self) -> list[int]:

@@ -61,11 +61,12 @@ def train(case: dict[str, Any], seat: Seat, ranks: Ranks) -> dict[str, Any]:
         on_progress=note,
         profile=case.get("profile", False),
     )
+    state = trainer.optimizer.state_tensors()
     return {
         "losses": losses,
         "norms": norms,
-        "weights": {name: float(w.double().norm()) for name, w in trainer.whole_weights()},
-        "state": {name: float(t.double().norm()) for name, t in trainer.whole_state()},
+        "weights": {name: float(w.double().norm()) for name, w in trainer.whole(trainer.weights())},
+        "state": {name: float(t.double().norm()) for name, t in trainer.whole(state)},
         "tokens": result.tokens,
         "cursor": result.cursor,
         "communication_s": result.communication_s,

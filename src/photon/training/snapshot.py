@@ -1,0 +1,179 @@
+"""What a trainer keeps between tasks, on disk: each rank writes its own part, in the background.
+
+torch.distributed.checkpoint does the work, so a snapshot written by four ranks is read by two, or
+by one. There is no random-number state in it: data order and dropout are functions of seed, cursor
+and step. Named tensors may be anything that must survive: optimizer state, weights, the residual
+of error feedback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from photon.training.ranks import Ranks
+
+_NUMBERS = "numbers.json"
+
+# torch warns, also from its own threads, that a process alone saves alone. It is meant to.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+#: (name, shape, dtype) -> a tensor of that shape as this rank holds it: what a part is read into.
+Allocate = Callable[[str, torch.Size, torch.dtype], Tensor]
+
+
+@dataclass
+class PendingSnapshot:
+    """A snapshot on its way to disk; it exists under its name only once `finish` returned."""
+
+    path: Path
+    ranks: Ranks
+    writing: Future[Any] | None
+
+    def finish(self) -> None:
+        """Wait until every rank's part is on disk, then give the folder its name (rank 0).
+
+        Raises:
+            OSError: it could not be written; nothing of that name is left.
+        """
+        partial = _partial(self.path)
+        try:
+            if self.writing is not None:
+                with _as_written():
+                    self.writing.result()
+            if self.ranks.leader:
+                shutil.rmtree(self.path, ignore_errors=True)
+                partial.rename(self.path)
+                _sync(self.path.parent)
+        except BaseException:
+            if self.ranks.leader:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def write_snapshot(
+    path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], ranks: Ranks
+) -> PendingSnapshot:
+    """Copy tensors to host memory and begin to write them; every rank calls this alike.
+
+    Args:
+        path: the folder to be; it lies on storage that all ranks of the node see.
+        tensors: as this rank holds them, whole or cut; they may change as soon as this returns.
+        numbers: cursor and the like.
+        ranks: of the node.
+
+    Raises:
+        OSError: the folder can't be made.
+    """
+    partial = _partial(path)
+    if ranks.leader:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with (partial / _NUMBERS).open("w", encoding="utf-8") as file:
+            json.dump({"numbers": dict(numbers), "tensors": len(tensors)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    if not tensors:
+        return PendingSnapshot(path, ranks, None)
+    ranks.announce(None)  # the folder is there
+    alone = ranks.size == 1
+    with _as_written():
+        writing = async_save(
+            dict(tensors),
+            storage_writer=FileSystemWriter(partial, sync_files=True, overwrite=True),
+            process_group=None if alone else ranks.checkpoints,
+            no_dist=alone,
+        )
+    assert isinstance(writing, Future)
+    return PendingSnapshot(path, ranks, writing)
+
+
+def read_snapshot(
+    path: Path, allocate: Allocate, ranks: Ranks
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """A snapshot's tensors as this rank holds them, and its numbers; every rank calls this alike.
+
+    Args:
+        path: a finished snapshot, written by any number of ranks.
+        allocate: makes the tensors that are read into.
+        ranks: of the node.
+
+    Raises:
+        OSError, ValueError: it is missing, or can't be read.
+    """
+    record = json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
+    numbers = {name: int(number) for name, number in record["numbers"].items()}
+    if not record["tensors"]:
+        return {}, numbers
+    reader = FileSystemReader(path)
+    with _as_read(path):
+        wanted = {
+            name: allocate(name, entry.size, entry.properties.dtype)
+            for name, entry in reader.read_metadata().state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        if len(wanted) != record["tensors"]:
+            raise ValueError(f"{path} lists {len(wanted)} tensors, not {record['tensors']}")
+        load(
+            wanted,
+            storage_reader=reader,
+            process_group=None if ranks.size == 1 else ranks.checkpoints,
+            no_dist=ranks.size == 1,
+        )
+    return wanted, numbers
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """Raise what stopped the write, out of the exception that gathers the ranks' failures."""
+    try:
+        yield
+    except CheckpointException as error:  # derives from BaseException
+        cause = next(iter(error.failures.values()))[0]
+        raise _system_error(cause) or OSError(str(cause)) from None
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind one of torch's serialiser, which only says "failed"."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextmanager
+def _as_read(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise ValueError(f"{path} can't be read: {cause}") from None
+    except (RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error

@@ -1,0 +1,87 @@
+"""The largest micro-batch that fits: found once, remembered, backed off from, never the maths."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from photon.training.micro_batch import MicroBatch, ran_out_of_memory
+
+PROGRAM = Path(__file__).parent / "programs" / "small_memory.py"
+
+
+def test_sizes_are_divisors_of_the_share():
+    size = MicroBatch(12)
+    seen = [size.size]
+    while size.shrink():
+        seen.append(size.size)
+    assert seen == [12, 6, 4, 3, 2, 1]
+    assert not size.shrink()
+    assert size.size == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 12), ({"asked": 4}, 4), ({"guess": 5}, 4), ({"asked": 6, "guess": 2}, 6)],
+)
+def test_the_search_begins_where_it_is_told(options, expected):
+    assert MicroBatch(12, **options).size == expected
+
+
+def test_what_was_found_is_remembered_for_its_key_only(tmp_path):
+    memo = tmp_path / "nodes" / "micro_batch.json"
+    first = MicroBatch(8, memo=memo, key="125m cuda fsdp")
+    assert first.shrink()
+    assert MicroBatch(8, memo=memo, key="125m cuda fsdp").size == 4
+    assert MicroBatch(8, asked=8, memo=memo, key="125m cuda fsdp").size == 4
+    assert MicroBatch(8, memo=memo, key="125m cuda ddp").size == 8
+    assert MicroBatch(16, memo=memo, key="125m cuda fsdp").size == 16
+
+
+def test_a_memo_that_cannot_be_read_costs_a_search_only(tmp_path):
+    memo = tmp_path / "micro_batch.json"
+    memo.write_text("{")
+    assert MicroBatch(8, memo=memo).size == 8
+
+
+def test_only_failed_allocations_count_as_out_of_memory():
+    assert ran_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60)
+    assert ran_out_of_memory(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2) @ torch.ones(3)
+    assert not ran_out_of_memory(caught.value)
+
+
+def run(**options):
+    command = [sys.executable, str(PROGRAM), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_a_real_shortage_halves_the_micro_batch_and_not_the_maths(tmp_path):
+    """The kernel refuses memory beyond a limit (RLIMIT_DATA); training goes on, the same."""
+    memo = str(tmp_path / "memo.json")
+    free = run()
+    assert free["micro_batch_size"] == 64
+    assert free["notices"] == []
+    tight = run(limit_bytes=free["needs_bytes"] // 2, memo=memo)
+    assert tight["micro_batch_size"] < 64
+    assert any("out of memory" in text and "same maths" in text for text in tight["notices"])
+    assert tight["losses"] == pytest.approx(free["losses"], rel=1e-5)
+    again = run(limit_bytes=free["needs_bytes"] // 2, memo=memo)
+    assert again["micro_batch_size"] == tight["micro_batch_size"]
+    assert again["notices"] == []
+
+
+def test_a_model_that_cannot_fit_at_all_says_so():
+    """Room for the weights, none for one sequence."""
+    answer = run(limit_bytes=24 << 20)
+    assert "with one sequence at a time" in answer["error"]
+    assert "activation_checkpointing" in answer["hint"]
