@@ -21,6 +21,8 @@ COMMANDS = [
     ["eval"],
     ["generate"],
     ["demo"],
+    ["doctor"],
+    ["profile"],
     ["data", "prepare"],
     ["data", "show"],
 ]

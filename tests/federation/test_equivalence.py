@@ -35,6 +35,7 @@ def test_one_participant_adopted_is_centralised_bit_for_bit(
         "federation.merge=adopt",
         "federation.optimizer_state=keep",
         f"local.optimizer={optimizer}",
+        f"local.lr={0.1 if optimizer == 'sgd' else 3e-3}",
         "local.weight_decay=0.1",
         "local.warmup_steps=2",
     )

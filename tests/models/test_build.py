@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,13 @@ from photon.errors import ModelError, VocabularyMismatchError
 from photon.models import (
     SHAPES,
     build_model,
+    build_skeleton,
     hidden_matrices,
     model_fingerprint,
-    parameter_count,
+    require_document_masks,
     tokenizer_file_of,
     trainable_parameters,
+    transformer_blocks,
 )
 
 VOCABULARY, LENGTH = 320, 32  # of conftest.py
@@ -33,6 +36,11 @@ ConfigOf = Callable[[str], ModelConfig]
 def build(config: ModelConfig, seed: int = 0, **changes: Any) -> Any:
     settings = {"vocab_size": VOCABULARY, "sequence_length": LENGTH, "eos_id": 0, "seed": seed}
     return build_model(config, **{**settings, **changes})
+
+
+def parameter_count(config: ModelConfig, **sizes: Any) -> int:
+    skeleton = build_skeleton(config, eos_id=0, **sizes)
+    return sum(parameter.numel() for parameter in skeleton.parameters())
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -324,3 +332,74 @@ def test_the_tokenizer_of_a_local_folder(folders: dict[str, Path], tmp_path: Pat
     assert tokenizer_file_of("owner/name") is None
     (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_file_of(str(tmp_path)) == tmp_path / "tokenizer.json"
+
+
+def test_a_skeleton_is_the_model_without_its_weights(family: str, config_of: ConfigOf) -> None:
+    """Filled with the model's weights it gives the model's logits: buffers are real."""
+    config = config_of(family)
+    model = build(config).eval()
+    skeleton: Any = build_skeleton(
+        config, vocab_size=VOCABULARY, sequence_length=LENGTH, eos_id=0
+    ).eval()
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert not any(buffer.is_meta for buffer in skeleton.buffers())
+    assert model_fingerprint(skeleton) == model_fingerprint(model)
+    skeleton.load_state_dict(model.state_dict(), assign=True)
+    skeleton.tie_weights()
+    tokens = torch.arange(LENGTH)[None] % VOCABULARY
+    with torch.inference_mode():
+        assert torch.equal(skeleton(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_a_skeleton_of_7b_takes_no_memory() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    config = ModelConfig(preset="7b")
+    assert parameter_count(config, vocab_size=50_368, sequence_length=2048) > 6.5e9
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown_kib < 500_000  # weights would take 26 million
+
+
+def test_blocks_are_the_repeated_layers(family: str, config_of: ConfigOf) -> None:
+    model = build(config_of(family))
+    blocks = transformer_blocks(model)
+    assert len(blocks) == model.config.get_text_config().num_hidden_layers
+    assert len({type(block) for block in blocks}) == 1
+
+
+def test_qk_norm_is_qwen3s(tmp_path: Path) -> None:
+    model = build(ModelConfig(preset="tiny", qk_norm=True))
+    assert model.config.model_type == "qwen3"
+    names = [name for name in weights(model) if "q_norm" in name or "k_norm" in name]
+    assert len(names) == 2 * 4  # layers
+    plain = parameter_count(ModelConfig(preset="tiny"), vocab_size=320, sequence_length=32)
+    assert sum(p.numel() for p in model.parameters()) == plain + 2 * 4 * 32  # head width
+    model.save_pretrained(tmp_path)
+    again = build(ModelConfig(path=str(tmp_path), init="pretrained"))
+    tokens = torch.arange(8)[None]
+    with torch.inference_mode():
+        assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_kernels_agree(attention: str) -> None:
+    default, named = (
+        build(ModelConfig(preset="tiny")),
+        build(ModelConfig(preset="tiny"), attention=attention),
+    )
+    assert named.config._attn_implementation == attention
+    tokens = torch.arange(LENGTH)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            named(input_ids=tokens).logits, default(input_ids=tokens).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_attention_that_is_not_installed_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"(?i)flash"):
+        build(ModelConfig(preset="tiny"), attention="flash_attention_2")
+
+
+def test_only_models_that_mask_documents_may_promise_it() -> None:
+    require_document_masks(build(ModelConfig(preset="tiny")), "tiny")
+    with pytest.raises(ModelError, match="cross from one document to the next"):
+        require_document_masks(build(ModelConfig(preset="tiny", family="mpt")), "mpt")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from photon.config import ModelConfig
-from photon.models import build_model, next_token_loss
+from photon.models import build_model, next_token_loss, training_loss
+from photon.models.loss import positions_in_documents
 
 
 class Fixed(torch.nn.Module):
@@ -65,3 +66,43 @@ def test_gradients_reach_the_model() -> None:
     next_token_loss(model, torch.tensor([[0, 1]])).backward()
     assert model.table.grad is not None
     assert model.table.grad[0].tolist() == pytest.approx([0.25, -0.75, 0.25, 0.25])
+
+
+def tiny() -> torch.nn.Module:
+    return build_model(
+        ModelConfig(preset="tiny"), vocab_size=64, sequence_length=16, eos_id=0, seed=0
+    )
+
+
+def test_masked_documents_are_scored_as_if_alone() -> None:
+    model, tokens = (
+        tiny(),
+        torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1)),
+    )
+    ids = torch.tensor([[0] * 7 + [1] * 10, [0] * 3 + [1] + [2] * 13])
+    together = next_token_loss(model, tokens, "none", document_ids=ids).view(2, 16)
+    for row, start, stop in [(0, 0, 7), (0, 7, 17), (1, 0, 3), (1, 4, 17)]:
+        # A document's last token predicts the next document's first; alone it predicts nothing.
+        alone = next_token_loss(model, tokens[row : row + 1, start:stop], "none")
+        torch.testing.assert_close(together[row, start : stop - 1], alone, rtol=1e-4, atol=1e-5)
+    unmasked = next_token_loss(model, tokens, "none").view(2, 16)
+    torch.testing.assert_close(unmasked[:, :3], together[:, :3], rtol=1e-4, atol=1e-5)
+    assert (unmasked[0, 7:] - together[0, 7:]).abs().max() > 1e-2
+
+
+def test_positions_start_again_with_each_document() -> None:
+    ids = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]])
+    expected = [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
+    assert positions_in_documents(ids).tolist() == expected
+
+
+def test_z_loss_is_the_mean_squared_log_partition_and_is_not_reported() -> None:
+    table = torch.randn(9, 9, generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(0, 9, (2, 5), generator=torch.Generator().manual_seed(3))
+    objective, loss = training_loss(Fixed(table), tokens, z_loss=0.1)
+    log_z = torch.logsumexp(table[tokens[:, :-1]], dim=-1)
+    torch.testing.assert_close(loss, next_token_loss(Fixed(table), tokens))
+    torch.testing.assert_close(objective - loss, 0.1 * log_z.square().mean())
+    plain = training_loss(Fixed(table), tokens)
+    assert plain[0] is plain[1]
+    assert torch.equal(plain[0], next_token_loss(Fixed(table), tokens))

@@ -13,6 +13,8 @@ from typer.core import TyperGroup
 
 from photon.cli.data import data_app
 from photon.cli.demo import demo
+from photon.cli.doctor import doctor
+from photon.cli.profile import profile
 from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
 
 
@@ -45,6 +47,8 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command("demo")(demo)
+app.command("doctor")(doctor)
+app.command("profile")(profile)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", metavar="RUN.toml")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]
@@ -265,6 +269,8 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
 
 
 def _show_result(folder: Path, summary: dict[str, Any], as_json: bool) -> None:
+    if not summary:  # a rank other than 0 under torchrun: rank 0 tells
+        return
     if as_json:
         typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
         return

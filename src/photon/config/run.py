@@ -149,8 +149,8 @@ class LocalConfig(Section):
     )
     optimizer_bits: Literal[32, 8] = Field(
         default=32,
-        description="Bits of AdamW's two moments, also beside muon; 8 stores them block-wise and "
-        "needs the extra photon-federated[bits8].",
+        description="Bits of AdamW's two moments, also beside muon; 8 stores those of matrices "
+        "block-wise (arXiv 2110.02861).",
     )
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         default="cosine", description="Learning rate over global steps, after the warm-up."
@@ -301,7 +301,7 @@ class RunConfig(Section):
             )
         if self.local.document_mask and self.model.preset and self.model.family == "mpt":
             raise ValueError(
-                "local.document_mask = true needs model.family = \"llama\"; transformers' MPT "
+                'local.document_mask = true needs model.family = "llama"; transformers\' MPT '
                 "can't mask documents"
             )
         return self

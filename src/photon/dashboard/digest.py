@@ -13,6 +13,7 @@ from photon.telemetry.events import (
     Evaluated,
     LocalFinished,
     LocalProgress,
+    Notice,
     RoundFinished,
     RoundMerged,
     RoundStarted,
@@ -297,6 +298,8 @@ def _incidents(raw: list[Event]) -> list[Incident]:
                 found.append(
                     Incident(event.time_s, event.round, "update dropped", event.silo, event.reason)
                 )
+            case Notice():
+                found.append(Incident(event.time_s, event.round, "notice", event.silo, event.text))
             case WorkerLost():
                 found.append(
                     Incident(

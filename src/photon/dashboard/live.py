@@ -16,7 +16,9 @@ from photon.dashboard.frame import Frame
 from photon.dashboard.progress import RunProgress
 from photon.telemetry import Event, Listener
 from photon.telemetry.events import (
+    ComputeChosen,
     Evaluated,
+    Notice,
     RoundFinished,
     RunFinished,
     RunStarted,
@@ -31,7 +33,7 @@ _FRAME_S = 0.2
 _BUDGET = 0.004
 #: Seconds of rendering it may save up, so that a change of phase shows at once.
 _SAVINGS_S = 0.05
-_MILESTONES = (RoundFinished, Evaluated, UpdateDropped, WorkerLost)
+_MILESTONES = (RoundFinished, Evaluated, UpdateDropped, WorkerLost, ComputeChosen, Notice)
 
 
 def progress_view(console: Console | None = None) -> Listener:
@@ -141,6 +143,13 @@ class PlainView:
         match event:
             case RunStarted():
                 return _describe_start(event)
+            case ComputeChosen():
+                return (
+                    f"node {event.worker} trains with {event.strategy} on "
+                    f"{wording.several(event.ranks, 'rank')}: {event.reason}"
+                )
+            case Notice():
+                return f"{self._round(event.round)} {event.silo}: {event.text}"
             case UpdateDropped():
                 return f"{self._round(event.round)} dropped {event.silo}: {event.reason}"
             case WorkerLost():

@@ -25,7 +25,7 @@ def central_config(config: RunConfig, batch_size: int) -> RunConfig:
     Args:
         batch_size: sequences per step.
     """
-    local = {"batch_size": batch_size}
+    local: dict[str, float] = {"batch_size": batch_size}
     if config.train.lr is not None:
         local["lr"] = config.train.lr
     kept = {"optimizer_state": "keep", "merge": "adopt"}

@@ -41,14 +41,15 @@ from photon.telemetry import Event
 from photon.telemetry.events import ComputeChosen, LocalProgress, Notice
 from photon.training import (
     LocalResult,
-    MicroBatch,
     Ranks,
     Schedule,
     Seat,
     Trainer,
-    choose_strategy,
+    count_flops,
+    mfu,
     plan_compute,
-    rank_share,
+    plan_fit,
+    stated_peak,
 )
 from photon.version import photon_version
 
@@ -87,6 +88,7 @@ class Node:
     Raises:
         RankMismatchError: the ranks were started with different files.
         RankLostError: the ranks did not meet.
+        DoesNotFitError: the model can't be trained in this memory, however it is spread.
     """
 
     def __init__(
@@ -111,13 +113,16 @@ class Node:
         )
         self._ranks = Ranks.join(seat, plan.device, collective_s=config.federation.silence_s)
         self._require_same_files(model)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        strategy = choose_strategy(
-            config.compute.strategy,
+        fit = plan_fit(
+            model,
+            config,
+            plan,
             seat,
-            state_bytes=16 * parameters,
-            device_bytes=10**18,
+            share_of=settings.processes,
+            memo=settings.folder / f"micro_batch-{seat.rank}.json",
         )
+        strategy = fit.strategy
+        self._flops_per_token = count_flops(model, config.data.sequence_length).per_token
         self._trainer = Trainer(
             model,
             config.local,
@@ -125,12 +130,7 @@ class Node:
             plan,
             log_every=config.run.log_every,
             placement=(self._ranks, strategy),
-            micro_batch=MicroBatch(
-                rank_share(config.local.batch_size, seat.world_size),
-                asked=config.compute.micro_batch_size,
-                memo=settings.folder / f"micro_batch-{seat.rank}.json",
-                key=f"{plan.device} {plan.precision} {strategy.name} x{seat.world_size}",
-            ),
+            micro_batch=fit.micro_batch,
         )
         cache_bytes = int(config.compute.state_cache_gib * 2**30)
         self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
@@ -242,6 +242,7 @@ class Node:
             worker=self._worker,
             times=result.times,
             communication_s=result.communication_s,
+            mfu=self._mfu(result),
             peak_memory_bytes=result.peak_memory_bytes,
             micro_batch_size=result.micro_batch_size,
         )
@@ -264,6 +265,16 @@ class Node:
                 ),
                 profile=task.profile,
             )
+
+    def _mfu(self, result: LocalResult) -> float | None:
+        """Model FLOPs over the stated peak of all ranks' devices; None where no peak is stated."""
+        device = self._trainer.plan.device
+        stated = stated_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        peak = stated.flops(self._trainer.plan.precision) if stated is not None else None
+        if peak is None:
+            return None
+        tokens_per_s = result.tokens / result.train_s
+        return mfu(tokens_per_s, self._flops_per_token, peak * self._ranks.size)
 
     def _tell(self, event: Event) -> None:
         if self._ranks.leader:

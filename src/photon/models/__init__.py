@@ -6,7 +6,6 @@ from photon.models.build import (
     context_length,
     load_config,
     load_pretrained,
-    parameter_count,
     require_document_masks,
     tokenizer_file_of,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "load_pretrained",
     "model_fingerprint",
     "next_token_loss",
-    "parameter_count",
     "preset_config",
     "quiet_transformers",
     "require_document_masks",

@@ -105,16 +105,6 @@ def _parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = register
 
 
-def parameter_count(config: ModelConfig, vocab_size: int, sequence_length: int) -> int:
-    """Trainable parameters of the model `config` describes, tied ones once; allocates nothing.
-
-    Raises:
-        ModelError, VocabularyMismatchError: as `build_model`, but weights are not looked at.
-    """
-    model = build_skeleton(config, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=0)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def tokenizer_file_of(path: str) -> Path | None:
     """tokenizer.json of a local model folder, to compare with the data's; None without one."""
     folder = local_folder(path)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from photon.config import RunConfig, write_resolved
 from photon.data import PreparedData, load_tokenizer, open_data
-from photon.engines import LocalEngine, WorkerEngine
 from photon.errors import (
     EmptySiloError,
     IncompatibleConfigError,
@@ -27,34 +26,27 @@ from photon.errors import (
 from photon.federation import (
     CentralisedTraining,
     CheckpointStore,
-    Engine,
     Federation,
-    Node,
-    NodeSettings,
     RunState,
     sample_participants,
 )
-from photon.federation.baseline import central_config
 from photon.federation.checkpoint import require_room
 from photon.federation.ledger import Ledger
 from photon.federation.node import initial_model, open_stream
-from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.link import tensors_sha256, writing
 from photon.models import (
     model_fingerprint,
-    parameter_count,
     tokenizer_file_of,
     trainable_parameters,
 )
 from photon.runs.folder import finite, only_process, write_json
+from photon.runs.nodes import Nodes, workers_of
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import (
-    InnerOptimizer,
     Seat,
     plan_compute,
-    rank_share,
     ranks_of_a_node,
 )
 from photon.version import photon_version
@@ -92,6 +84,7 @@ class Session:
         self.data = open_data(config.data.path)
         self.silos = _chosen_silos(self.data, silos)
         self.config = _resolved(kind, config, self.data)
+        self._nodes = Nodes(kind, self.config, self.data, self.silos, folder)
         self._model: nn.Module | None = None
 
     def _check(self) -> None:
@@ -109,9 +102,9 @@ class Session:
             data.verify()
         if config.model.init == "pretrained":
             _require_same_tokenizer(config, data)
-        weights_bytes = 4 * parameter_count(
-            config.model, data.vocab_size, config.data.sequence_length
-        )
+        shape = self._nodes.skeleton()
+        self._nodes.fit(shape)
+        weights_bytes = 4 * sum(parameter.numel() for parameter in shape.parameters())
         moments = {"adamw": 2, "muon": 2, "adopt": 2, "amsgrad": 3, "sgd": 0}
         state_bytes = weights_bytes * moments[config.local.optimizer]
         keepers = len(self.silos) if config.federation.optimizer_state == "keep" else 0
@@ -123,11 +116,10 @@ class Session:
             node_bytes=state_bytes * keepers,
             keep=config.run.keep_checkpoints,
         )
-        rank_share(self._batch_size(), self._ranks_per_node())
 
     def follow(self) -> None:
         """Train with rank 0, which keeps the run; for the other ranks under torchrun."""
-        Node(self._node_settings(), lambda _: None, data=self.data).follow()
+        self._nodes.follow()
 
     def execute(self, record: dict[str, Any] | None) -> RunResult:
         """Run to the end; `record` is run.json when the run is resumed.
@@ -188,9 +180,9 @@ class Session:
         assert model is not None
         self._model = None  # an aggregator with workers must not hold a model of its own
         if not tensors:
-            tensors = {"global": self._initial_state(model)}
-        settings = self._node_settings()
-        engine = self._engine(settings, model, on_event)
+            tensors = {"global": self._nodes.initial_state(model)}
+        settings = self._nodes.settings()
+        engine = self._nodes.engine(model, on_event)
         if self.kind == "train":
             loop = CentralisedTraining(
                 settings.config,
@@ -206,45 +198,6 @@ class Session:
         federation = Federation(self.config, silo_tokens, engine, ledger, settings.folder, tensors)
         return federation, engine.close
 
-    def _engine(
-        self, settings: NodeSettings, model: nn.Module, on_event: Callable[[Event], None]
-    ) -> Engine:
-        ranks = self._ranks_per_node()
-        alone = settings.seat.world_size == 1
-        if alone and (ranks > 1 or self._workers()):
-            return WorkerEngine(settings, self.folder / "exchange", on_event, ranks=ranks)
-        return LocalEngine(Node(settings, on_event, data=self.data, model=model))
-
-    def _node_settings(self) -> NodeSettings:
-        config = self.config
-        if self.kind == "train":
-            config = central_config(config, self._batch_size())
-        return NodeSettings(
-            config,
-            self.folder / "nodes",
-            processes=max(1, self._workers()),
-            seat=Seat.from_environment(),
-        )
-
-    def _workers(self) -> int:
-        return self.config.federation.workers if self.kind == "simulate" else 0
-
-    def _ranks_per_node(self) -> int:
-        launched = Seat.from_environment().world_size
-        if launched > 1:
-            return launched
-        return ranks_of_a_node(self.config.compute, workers=self._workers())
-
-    def _initial_state(self, model: nn.Module) -> dict[str, Tensor]:
-        state = {
-            WEIGHTS + name: parameter.detach().clone()
-            for name, parameter in trainable_parameters(model).items()
-        }
-        if self.kind == "simulate" and self.config.federation.optimizer_state == "average":
-            zeros = InnerOptimizer(model, self.config.local).initial_state()
-            state |= {OPTIMIZER + name: tensor for name, tensor in zeros.items()}
-        return state
-
     def _participants(self) -> int:
         return len(
             sample_participants(
@@ -256,21 +209,11 @@ class Session:
             )
         )
 
-    def _batch_size(self) -> int:
-        """Sequences of a step; where text is pooled, as many as all participants of a round."""
-        config = self.config
-        if self.kind == "simulate":
-            return config.local.batch_size
-        if config.train.batch_size is not None:
-            return config.train.batch_size
-        participants = min(len(self.silos), config.federation.sample or len(self.silos))
-        return config.local.batch_size * participants
-
     def _started(self, resumed_from: int | None) -> RunStarted:
         config, model = self.config, self._model
         assert model is not None
-        workers = self._workers()
-        plan = plan_compute(config.compute, processes=max(1, workers) * self._ranks_per_node())
+        workers = self._nodes.workers
+        plan = plan_compute(config.compute, processes=max(1, workers) * self._nodes.ranks)
         central = self.kind == "train"
         return RunStarted(
             kind=self.kind,
@@ -281,7 +224,7 @@ class Session:
             rounds=config.federation.rounds,
             local_steps=config.local.steps,
             participants_per_round=1 if central else self._participants(),
-            batch_size=self._batch_size(),
+            batch_size=self._nodes.batch_size,
             sequence_length=config.data.sequence_length,
             parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
             silo_tokens={silo: self.data.silos[silo].train_tokens for silo in self.silos},
@@ -363,7 +306,7 @@ class Session:
 
 def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
-    workers = config.federation.workers if kind == "simulate" else 0
+    workers = workers_of(kind, config)
     ranks = ranks_of_a_node(config.compute, workers=workers)
     plan = plan_compute(
         config.compute,

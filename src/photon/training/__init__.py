@@ -1,9 +1,14 @@
 """Local training: one loop, useful with no federation at all."""
 
+from photon.training.batches import Batch, Stream
 from photon.training.device import ComputePlan, plan_compute, ranks_of_a_node
+from photon.training.fit import Fit, plan_fit
+from photon.training.flops import count_flops
+from photon.training.hardware import mfu, stated_peak
 from photon.training.inner import InnerOptimizer
+from photon.training.local_tensors import local as local_part
 from photon.training.micro_batch import MicroBatch
-from photon.training.placement import PlacedModel, local_part, materialise
+from photon.training.placement import PlacedModel, materialise
 from photon.training.ranks import Ranks, Seat
 from photon.training.recipe import CentralRecipe, photon_recipe
 from photon.training.schedule import Schedule
@@ -14,8 +19,10 @@ from photon.training.trainer import LocalResult, Progress, Trainer, rank_share
 
 __all__ = [
     "Allocate",
+    "Batch",
     "CentralRecipe",
     "ComputePlan",
+    "Fit",
     "InnerOptimizer",
     "LocalResult",
     "MicroBatch",
@@ -27,14 +34,19 @@ __all__ = [
     "Seat",
     "StepTimes",
     "Strategy",
+    "Stream",
     "Trainer",
     "choose_strategy",
+    "count_flops",
     "local_part",
     "materialise",
+    "mfu",
     "photon_recipe",
     "plan_compute",
+    "plan_fit",
     "rank_share",
     "ranks_of_a_node",
     "read_snapshot",
+    "stated_peak",
     "write_snapshot",
 ]

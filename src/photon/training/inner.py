@@ -2,36 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from photon.config import LocalConfig
-from photon.errors import ModelMismatchError
+from photon.errors import IncompatibleConfigError, ModelMismatchError
 from photon.models import hidden_matrices, trainable_parameters
-from photon.training.muon import Fp32Muon
+from photon.training.adopt import Adopt
+from photon.training.amsgrad import Amsgrad
+from photon.training.eight_bit import EightBitAdamW
+from photon.training.local_tensors import copy_as
+from photon.training.muon import Muon
+
+
+@dataclass(frozen=True)
+class _State:
+    """What an optimizer keeps of a parameter.
+
+    Attributes:
+        averaged: keys the aggregator may average; all or none are there.
+        derived: (key, the averaged key it starts as where a state lacks it); never averaged.
+        counts: whether there is a "step" counter.
+    """
+
+    averaged: tuple[str, ...] = ()
+    derived: tuple[tuple[str, str], ...] = ()
+    counts: bool = False
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return ("step", *self.averaged) if self.counts else self.averaged
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (*self.needed, *(key for key, _ in self.derived))
+
+
+_ADAM_STATE = _State(("exp_avg", "exp_avg_sq"), counts=True)
+_STATES: dict[type[torch.optim.Optimizer], _State] = {
+    torch.optim.AdamW: _ADAM_STATE,
+    EightBitAdamW: _ADAM_STATE,
+    Adopt: _ADAM_STATE,
+    Amsgrad: _State(("exp_avg", "max_exp_avg_sq"), derived=(("exp_avg_sq", "max_exp_avg_sq"),)),
+    Muon: _State(("momentum_buffer",)),
+    torch.optim.SGD: _State(),
+}
+
+#: beta2 and epsilon where the run file leaves them out; muon's are those of its AdamW.
+_DEFAULTS: dict[str, tuple[float, float]] = {
+    "adamw": (0.95, 1e-8),
+    "muon": (0.95, 1e-8),
+    "adopt": (0.9999, 1e-6),
+    "amsgrad": (0.99, 1e-3),
+}
 
 
 class InnerOptimizer:
-    """AdamW, Muon + AdamW, or SGD over a model's trainable parameters.
+    """AdamW, Muon + AdamW, ADOPT, AMSGrad or SGD over a model's trainable parameters.
 
-    Matrices are decayed; vectors (norms, biases) are not. State tensors are named
-    "<parameter>.<key>", for instance "lm_head.weight.exp_avg"; step counters are 0-d fp32.
+    Matrices are decayed; vectors (norms, biases) and what config.no_decay names are not. State
+    tensors are named "<parameter>.<key>", for instance "lm_head.weight.exp_avg"; step counters are
+    0-d fp32. Where parameters are DTensors (FSDP2), so is the rest of their state.
 
     Args:
-        model: on its device already.
+        model: on its device already, cut already if it is to be.
         config: the [local] table.
+        group: ranks that hold copies of the model (DDP) and share Muon's work; the ranks of cut
+            parameters are known from the parameters.
+
+    Raises:
+        IncompatibleConfigError: a pattern of config.no_decay matches no parameter.
     """
 
-    def __init__(self, model: nn.Module, config: LocalConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: LocalConfig, *, group: dist.ProcessGroup | None = None
+    ) -> None:
         self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
         self._names: dict[Tensor, str] = {
             parameter: name for name, parameter in self.parameters.items()
         }
-        self._optimizers = _build(model, self.parameters, config)
-        for group in self._groups():
-            group["peak_lr"] = group["lr"]
+        self._optimizers = _build(model, self.parameters, config, group)
+        for options in self._groups():
+            options["peak_lr"] = options["lr"]
 
     def step(self, lr_factor: float) -> None:
         """One step at `lr_factor` times each group's peak learning rate."""
@@ -50,22 +108,37 @@ class InnerOptimizer:
             optimizer.state.clear()
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """References to the state (not copies), by "<parameter>.<key>"."""
+        """The state by "<parameter>.<key>", in the same order on every rank.
+
+        References, not copies; except that 8-bit moments are decoded into new fp32 tensors.
+        """
         return {
             f"{self._names[parameter]}.{key}": value
             for optimizer in self._optimizers
-            for parameter, state in optimizer.state.items()
-            for key, value in state.items()
+            for parameter in _parameters(optimizer)
+            for key, value in _state_of(optimizer, parameter).items()
+        }
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """What of `state_tensors` the aggregator averages: neither counters nor AMSGrad's v."""
+        return {
+            f"{self._names[parameter]}.{key}": value
+            for optimizer in self._optimizers
+            for parameter in _parameters(optimizer)
+            for key, value in _state_of(optimizer, parameter).items()
+            if key in _STATES[type(optimizer)].averaged
         }
 
     def initial_state(self) -> dict[str, Tensor]:
-        """Zeros for all that the aggregator may average; loading them equals a reset."""
+        """What the aggregator starts averaging from; loading it at step 0 equals a reset."""
         return {
-            f"{self._names[parameter]}.{key}": torch.zeros_like(parameter, requires_grad=False)
+            f"{self._names[parameter]}.{key}": torch.full_like(
+                parameter, _initial_value(key, group), requires_grad=False
+            )
             for optimizer in self._optimizers
             for group in optimizer.param_groups
             for parameter in group["params"]
-            for key in _averaged_keys(optimizer)
+            for key in _STATES[type(optimizer)].averaged
         }
 
     def load_state_tensors(
@@ -74,97 +147,179 @@ class InnerOptimizer:
         """Replace the state with copies of `tensors`; an empty mapping resets.
 
         Args:
-            tensors: as `state_tensors` names them.
+            tensors: as `state_tensors` names them: whole tensors (of DTensor parameters every rank
+                takes its part; nothing is sent), or DTensors cut like their parameter.
             steps_taken: sets every step counter; for state that came without counters (averaged
                 by the aggregator, whose clock they then follow).
 
         Raises:
-            ModelMismatchError: a name or shape that this model and optimizer do not have.
+            ModelMismatchError: a name or shape that this model and optimizer do not have, or a
+                parameter whose state is only half there. The state is then reset.
         """
         self.reset()
+        try:
+            self._load(tensors, steps_taken)
+        except ModelMismatchError:
+            self.reset()
+            raise
+
+    def _load(self, tensors: Mapping[str, Tensor], steps_taken: int | None) -> None:
+        known: set[str] = set()
         for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    self._load_one(optimizer, parameter, tensors, steps_taken)
-        unknown = sorted(set(tensors) - set(self.state_tensors()))
+            layout = _STATES[type(optimizer)]
+            for parameter in _parameters(optimizer):
+                name = self._names[parameter]
+                known.update(f"{name}.{key}" for key in layout.keys)
+                state = _read(name, parameter, tensors, layout)
+                if state:
+                    _complete(name, state, layout, steps_taken)
+                    _write(optimizer, parameter, state)
+        unknown = sorted(set(tensors) - known)
         if unknown:
             raise ModelMismatchError(
                 f"inner-optimizer state holds {unknown[0]!r}, which this model and optimizer lack"
             )
 
-    def _load_one(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameter: nn.Parameter,
-        tensors: Mapping[str, Tensor],
-        steps_taken: int | None,
-    ) -> None:
-        name = self._names[parameter]
-        for key in ("step", "exp_avg", "exp_avg_sq", "momentum_buffer"):
-            value = tensors.get(f"{name}.{key}")
-            if value is None:
-                continue
-            if value.ndim and value.shape != parameter.shape:
-                raise ModelMismatchError(
-                    f"inner-optimizer state {name}.{key} has shape {tuple(value.shape)}, "
-                    f"the parameter {tuple(parameter.shape)}"
-                )
-            optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
-        if steps_taken is not None and "exp_avg" in optimizer.state[parameter]:
-            optimizer.state[parameter]["step"] = torch.tensor(
-                float(steps_taken), device=parameter.device
-            )
-        if not optimizer.state[parameter]:
-            del optimizer.state[parameter]
-
     def _groups(self) -> list[dict]:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
 
-def _averaged_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    if isinstance(optimizer, EightBitAdamW):
+        return optimizer.decoded(parameter)
+    state = optimizer.state.get(parameter, {})
+    return {key: state[key] for key in _STATES[type(optimizer)].keys if key in state}
+
+
+def _initial_value(key: str, group: Mapping[str, Any]) -> float:
+    return group["eps"] ** 2 if key == "max_exp_avg_sq" else 0.0
+
+
+def _read(
+    name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor], layout: _State
+) -> dict[str, Tensor]:
+    """Copies of a parameter's state among `tensors`, as the parameter is kept."""
+    state: dict[str, Tensor] = {}
+    for key in layout.keys:
+        value = tensors.get(f"{name}.{key}")
+        if value is None:
+            continue
+        expected = torch.Size() if key == "step" else parameter.shape
+        if value.shape != expected:
+            raise ModelMismatchError(
+                f"inner-optimizer state {name}.{key} has shape {tuple(value.shape)}, "
+                f"not {tuple(expected)}"
+            )
+        if key == "step":
+            state[key] = value.detach().to("cpu", torch.float32, copy=True)
+            continue
+        try:
+            state[key] = copy_as(value, parameter)
+        except ValueError as error:
+            raise ModelMismatchError(f"inner-optimizer state {name}.{key}: {error}") from error
+    return state
+
+
+def _complete(name: str, state: dict[str, Tensor], layout: _State, steps_taken: int | None) -> None:
+    """Set the counter and fill in derived keys, in place."""
+    if layout.counts and steps_taken is not None:
+        state["step"] = torch.tensor(float(steps_taken), dtype=torch.float32)
+    for key in layout.needed:
+        if key not in state:
+            found = next(other for other in reversed(layout.keys) if other in state)
+            raise ModelMismatchError(
+                f"inner-optimizer state holds {name}.{found} but lacks {name}.{key}"
+            )
+    for key, source in layout.derived:
+        if key not in state:
+            state[key] = state[source].clone()
+
+
+def _write(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]
+) -> None:
+    if isinstance(optimizer, EightBitAdamW):
+        optimizer.encode(parameter, state)
+        return
     if isinstance(optimizer, torch.optim.AdamW):
-        return ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ()
+        # torch's fused kernel reads the counter on the device, the other optimizers on the CPU.
+        state["step"] = state["step"].to(parameter.device)
+    optimizer.state[parameter] = state
 
 
 def _build(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], config: LocalConfig
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    config: LocalConfig,
+    group: dist.ProcessGroup | None,
 ) -> list[torch.optim.Optimizer]:
+    decayed = _decayed(parameters, config.no_decay)
     if config.optimizer == "sgd":
-        return [
-            torch.optim.SGD(
-                parameters.values(), lr=config.lr, weight_decay=config.weight_decay, foreach=True
-            )
-        ]
+        groups = _decay_groups(parameters, decayed, config.weight_decay)
+        return [torch.optim.SGD(groups, lr=config.lr, foreach=True)]
     hidden = set(hidden_matrices(model)) if config.optimizer == "muon" else set()
+    matrices = {name: parameters[name] for name in parameters if name in hidden}
+    rest = {name: parameters[name] for name in parameters if name not in hidden}
     optimizers: list[torch.optim.Optimizer] = []
-    matrices = [parameters[name] for name in parameters if name in hidden]
     if matrices:
-        kind = Fp32Muon if matrices[0].device.type == "cpu" else torch.optim.Muon
         optimizers.append(
-            kind(
-                matrices,
+            Muon(
+                _decay_groups(matrices, decayed, config.weight_decay),
+                group=group,
                 lr=config.lr,
                 momentum=config.momentum,
-                weight_decay=config.weight_decay,
                 # Same update size as AdamW's, so one learning rate serves both groups.
                 adjust_lr_fn="match_rms_adamw",
             )
         )
-    rest = {name: parameter for name, parameter in parameters.items() if name not in hidden}
-    decayed = [parameter for parameter in rest.values() if parameter.ndim >= 2]
-    plain = [parameter for parameter in rest.values() if parameter.ndim < 2]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    optimizers.append(
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=(config.beta1, 0.95 if config.beta2 is None else config.beta2),
-            eps=config.epsilon or 1e-8,
-            fused=True,
-        )
-    )
+    if rest:
+        optimizers.append(_adaptive(_decay_groups(rest, decayed, config.weight_decay), config))
     return optimizers
+
+
+def _adaptive(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.Optimizer:
+    beta2, epsilon = _DEFAULTS[config.optimizer]
+    options: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, beta2 if config.beta2 is None else config.beta2),
+        "eps": epsilon if config.epsilon is None else config.epsilon,
+    }
+    if config.optimizer == "adopt":
+        return Adopt(groups, **options)
+    if config.optimizer == "amsgrad":
+        return Amsgrad(groups, **options)
+    if config.optimizer_bits == 8:
+        return EightBitAdamW(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
+
+
+def _decayed(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> set[str]:
+    """Names of the parameters that weight decay acts on: matrices that no pattern spares."""
+    spared: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in parameters if fnmatchcase(name, pattern)}
+        if not matching:
+            some = ", ".join(list(parameters)[:3])
+            raise IncompatibleConfigError(
+                f"local.no_decay names {pattern!r}, but no parameter of this model is called so",
+                hint=f"Its parameters are called {some}, ...",
+            )
+        spared |= matching
+    return {name for name, p in parameters.items() if p.ndim >= 2 and name not in spared}
+
+
+def _decay_groups(
+    parameters: Mapping[str, nn.Parameter], decayed: set[str], weight_decay: float
+) -> list[dict[str, Any]]:
+    groups = [
+        {
+            "params": [parameters[name] for name in parameters if (name in decayed) == decays],
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,37 +1,124 @@
-"""torch.optim.Muon for hardware without bf16 matrix units.
+"""Muon (Jordan et al. 2024) on every layout: one process, copies (DDP), rows cut by FSDP2.
 
-torch.optim.Muon orthogonalises in bf16, one matrix at a time. On a CPU without bf16 units that
-takes several times as long as the rest of the step (LAB.md). This subclass does the same
-Newton-Schulz iteration in fp32, batched over matrices of one shape; state and options are
-torch.optim.Muon's own.
+State and options are torch.optim.Muon's. That one orthogonalises one matrix at a time, in bf16
+(on a CPU without bf16 units that takes several times as long as the rest of the step, LAB.md), and
+knows nothing of other ranks. Here matrices of one shape go through Newton-Schulz as a batch, and
+each rank orthogonalises only its share of them.
 """
+
+# torch._foreach_* is how torch.optim itself steps many tensors at once.
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from photon.errors import IncompatibleConfigError
+from photon.training.local_tensors import locals_of
+
+#: Elements that one rank orthogonalises at a time; bounds the memory of a step, which holds a few
+#: copies of such a batch, and the size of a message.
+BATCH_ELEMENTS = 2**26
 
 
-class Fp32Muon(torch.optim.Muon):
-    """Muon with fp32, shape-batched orthogonalisation; otherwise torch.optim.Muon."""
+class Muon(torch.optim.Muon):
+    """Muon with shape-batched orthogonalisation (fp32 on CPUs, bf16 on CUDA), shared by ranks.
+
+    Matrices may be plain tensors, the same on every rank of `group`, or DTensors whose rows are
+    cut over one dimension of their mesh (FSDP2; the other dimensions replicate, and each replica
+    does the work for itself). Every rank must step together, with gradients for the same
+    parameters.
+
+    Args:
+        params: 2-D parameters or groups of them.
+        group: ranks that hold the same plain matrices and gradients (DDP); they share the
+            orthogonalisation. None: this process does all of it. DTensors bring their own group.
+        options: of torch.optim.Muon.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, group: dist.ProcessGroup | None = None, **options: Any
+    ) -> None:
+        super().__init__(params, **options)
+        self._group = group if group is not None and group.size() > 1 else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        Raises:
+            IncompatibleConfigError: a DTensor is cut otherwise than along its rows.
+        """
         if closure is not None:
-            raise ValueError("Fp32Muon takes no closure")
+            raise ValueError("Muon takes no closure")
+        turn = 0
         for group in self.param_groups:
-            parameters: list[Tensor] = []
-            gradients: list[Tensor] = []
-            momenta: list[Tensor] = []
-            self._init_group(group, parameters, gradients, momenta)
-            if parameters:
-                _update(group, parameters, gradients, momenta)
-        return None
+            alike: dict[Any, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[_kind(parameter)].append(parameter)
+            for parameters in alike.values():
+                ranks = _ranks_of(parameters[0], self._group)
+                world = 1 if ranks is None else ranks.size()
+                size = world * max(1, BATCH_ELEMENTS // max(1, parameters[0].numel()))
+                for start in range(0, len(parameters), size):
+                    batch = parameters[start : start + size]
+                    self._update(group, batch, ranks, turn)
+                    # The next batch's first matrix goes to the next rank, so that shapes with
+                    # few matrices don't all fall to rank 0.
+                    turn += len(batch)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        ranks: dist.ProcessGroup | None,
+        turn: int,
+    ) -> None:
+        whole_gradients: list[Tensor] = []
+        whole_momenta: list[Tensor] = []
+        self._init_group({"params": parameters}, [], whole_gradients, whole_momenta)
+        weights, gradients = locals_of(parameters), locals_of(whole_gradients)
+        momenta = locals_of(whole_momenta)
+        lr, momentum = float(group["lr"]), group["momentum"]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        directions = momenta
+        if group["nesterov"]:
+            directions = list(torch._foreach_lerp(gradients, momenta, momentum))
+        newton_schulz = NewtonSchulz(group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = _orthogonalised(directions, newton_schulz, parameters[0], ranks, turn)
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(
+            weights,
+            [update.to(weights[0].dtype) for update in updates],
+            alpha=-lr * _shape_factor(group["adjust_lr_fn"], parameters[0].shape),
+        )
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """`orthogonalise` with its options, in the precision that suits the device."""
+
+    coefficients: tuple[float, float, float]
+    steps: int
+    epsilon: float
+
+    @staticmethod
+    def cast(direction: Tensor) -> Tensor:
+        """bf16 where there are matrix units for it, which also halves the bytes to send."""
+        return direction.bfloat16() if direction.device.type == "cuda" else direction.float()
+
+    def __call__(self, matrices: Tensor) -> Tensor:
+        return orthogonalise(matrices, self.coefficients, self.steps, self.epsilon)
 
 
 def orthogonalise(
@@ -40,7 +127,7 @@ def orthogonalise(
     """Newton-Schulz iteration towards U V^T of each matrix (Jordan et al. 2024, "Muon").
 
     Args:
-        matrices: [n, rows, columns], fp32.
+        matrices: [n, rows, columns], fp32 or bf16.
         coefficients: a, b, c of x -> a x + (b g + c g g) x with g = x x^T.
         steps: iterations.
         epsilon: least Frobenius norm that is divided by.
@@ -59,25 +146,106 @@ def orthogonalise(
     return x.transpose(1, 2) if tall else x
 
 
-def _update(
-    group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor]
-) -> None:
-    momentum, lr = group["momentum"], float(group["lr"])
-    by_shape: dict[torch.Size, list[int]] = defaultdict(list)
-    for index, parameter in enumerate(parameters):
-        by_shape[parameter.shape].append(index)
-    for shape, indices in by_shape.items():
-        batch = torch.stack([gradients[index] for index in indices])
-        buffers = torch.stack([momenta[index] for index in indices]).lerp_(batch, 1 - momentum)
-        directions = batch.lerp(buffers, momentum) if group["nesterov"] else buffers
-        updates = orthogonalise(
-            directions.float(), group["ns_coefficients"], group["ns_steps"], group["eps"]
+def _orthogonalised(
+    directions: list[Tensor],
+    newton_schulz: NewtonSchulz,
+    model: Tensor,
+    ranks: dist.ProcessGroup | None,
+    turn: int,
+) -> list[Tensor]:
+    """This rank's parts of the orthogonalised matrices.
+
+    Args:
+        directions: this rank's parts, of matrices of one shape.
+        newton_schulz: what to do to whole matrices.
+        model: any of the parameters; says whether they are cut.
+        ranks: who shares the work; None is this process alone.
+        turn: matrix i is done by rank (turn + i) % world.
+    """
+    directions = [newton_schulz.cast(direction) for direction in directions]
+    if ranks is None:
+        return list(newton_schulz(torch.stack(directions)))
+    if isinstance(model, DTensor):
+        return _over_cut_rows(directions, newton_schulz, model.shape[0], ranks, turn)
+    return _over_copies(directions, newton_schulz, ranks, turn)
+
+
+def _over_copies(
+    directions: list[Tensor], newton_schulz: NewtonSchulz, ranks: dist.ProcessGroup, turn: int
+) -> list[Tensor]:
+    """Each rank does every world-th matrix; one all-gather."""
+    world, rank = ranks.size(), ranks.rank()
+    mine = directions[(rank - turn) % world :: world]
+    slots = -(-len(directions) // world)
+    done = directions[0].new_zeros(slots, *directions[0].shape)
+    if mine:
+        done[: len(mine)] = newton_schulz(torch.stack(mine))
+    everyones = done.new_empty(world * slots, *directions[0].shape)
+    dist.all_gather_into_tensor(everyones, done, group=ranks)
+    return [everyones[(turn + i) % world * slots + i // world] for i in range(len(directions))]
+
+
+def _over_cut_rows(
+    directions: list[Tensor],
+    newton_schulz: NewtonSchulz,
+    rows: int,
+    ranks: dist.ProcessGroup,
+    turn: int,
+) -> list[Tensor]:
+    """Rows travel to the rank that does their matrix, and back: two all-to-alls."""
+    world, rank = ranks.size(), ranks.rank()
+    columns, owners = directions[0].shape[1], range(world)
+    heights = _heights(rows, world)
+    owned = [range((owner - turn) % world, len(directions), world) for owner in owners]
+    there = [len(owned[owner]) * heights[rank] * columns for owner in owners]
+    here = [len(owned[rank]) * height * columns for height in heights]
+    sent = torch.cat([directions[i].reshape(-1) for owner in owners for i in owned[owner]])
+    received = sent.new_empty(sum(here))
+    dist.all_to_all_single(received, sent, here, there, group=ranks)
+    count = len(owned[rank])
+    if count:
+        parts = zip(received.split(here), heights, strict=True)
+        whole = torch.cat([part.view(count, height, columns) for part, height in parts], dim=1)
+        received = torch.cat([part.reshape(-1) for part in newton_schulz(whole).split(heights, 1)])
+    dist.all_to_all_single(sent, received, there, here, group=ranks)
+    done = list(directions)
+    for owner, part in zip(owners, sent.split(there), strict=True):
+        updates = part.view(len(owned[owner]), heights[rank], columns)
+        for i, update in zip(owned[owner], updates, strict=True):
+            done[i] = update
+    return done
+
+
+def _heights(rows: int, world: int) -> list[int]:
+    """Rows of each rank, cut as torch.chunk does: the last ranks may have fewer, or none."""
+    most = -(-rows // world)
+    return [max(0, min(most, rows - rank * most)) for rank in range(world)]
+
+
+def _kind(parameter: Tensor) -> Any:
+    """What matrices must share to be done as a batch."""
+    if isinstance(parameter, DTensor):
+        return (parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.shape
+
+
+def _ranks_of(parameter: Tensor, group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Who shares the work on this matrix; None: nobody else."""
+    if not isinstance(parameter, DTensor):
+        return group
+    cut = [
+        (dimension, placement)
+        for dimension, placement in enumerate(parameter.placements)
+        if not placement.is_replicate()
+    ]
+    if not cut:
+        return None
+    if len(cut) > 1 or cut[0][1] != Shard(0):
+        raise IncompatibleConfigError(
+            f"Muon needs matrices cut along their rows, not {parameter.placements}"
         )
-        step = -lr * _shape_factor(group["adjust_lr_fn"], shape)
-        for position, index in enumerate(indices):
-            momenta[index].copy_(buffers[position])
-            parameters[index].mul_(1 - lr * group["weight_decay"])
-            parameters[index].add_(updates[position], alpha=step)
+    ranks = parameter.device_mesh.get_group(cut[0][0])
+    return ranks if ranks.size() > 1 else None
 
 
 def _shape_factor(rule: str | None, shape: torch.Size) -> float:

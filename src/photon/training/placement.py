@@ -15,20 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from photon.errors import ModelMismatchError
 from photon.models import trainable_parameters, transformer_blocks
 from photon.training.device import ComputePlan
+from photon.training.local_tensors import copy_as
 from photon.training.ranks import Ranks
 from photon.training.strategy import Strategy
 
 _aten = torch.ops.aten
 #: What selective recomputation keeps: matrix products and attention cost most to do again.
-_KEPT = {
+KEPT_ACTIVATIONS = {
     _aten.mm.default,
     _aten.addmm.default,
     _aten.bmm.default,
@@ -78,13 +79,13 @@ class PlacedModel:
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch; ranks exchange gradients in the last only."""
+        """Forward and backward of one micro-batch; copies exchange gradients in the last only."""
         if isinstance(self._forward, DistributedDataParallel) and not last:
             with self._forward.no_sync():
                 yield
             return
-        if isinstance(self.module, FSDPModule):
-            self.module.set_requires_gradient_sync(last)
+        # FSDP2 sums every micro-batch's gradients at once: it is used where memory is short, and
+        # gradients that wait for the last micro-batch would wait uncut.
         yield
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -97,13 +98,8 @@ class PlacedModel:
         Scalars and tensors of another shape than the parameter's are only moved.
         """
         parameter = self.parameters[name]
-        if isinstance(parameter, DTensor) and whole.shape == parameter.shape:
-            return distribute_tensor(
-                whole.to(parameter.device),
-                parameter.device_mesh,
-                parameter.placements,
-                src_data_rank=None,
-            )
+        if whole.shape == parameter.shape:
+            return copy_as(whole, parameter)
         return whole.to(parameter.device, copy=True)
 
     def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -169,11 +165,6 @@ class PlacedModel:
         fully_shard(self.module, mesh=mesh, mp_policy=precision)
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory: all of it unless it is cut."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _mesh(device_type: str, ranks: Ranks, strategy: Strategy) -> DeviceMesh:
     seat = ranks.seat
     if strategy.name == "hybrid":
@@ -195,7 +186,7 @@ def _recompute(model: Any, kind: str) -> None:
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = operator in _KEPT
+    kept = operator in KEPT_ACTIVATIONS
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

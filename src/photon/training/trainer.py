@@ -112,7 +112,7 @@ class Trainer:
         )
         self.micro_batch.limit(self.ranks.least(self.micro_batch.size))
         self.placed = PlacedModel(model, plan, self.ranks, strategy)
-        self.optimizer = InnerOptimizer(self.placed.module, config)
+        self.optimizer = InnerOptimizer(self.placed.module, config, group=self.ranks.group)
         self._config = config
         self._schedule = schedule
         self._log_every = log_every
@@ -133,11 +133,7 @@ class Trainer:
 
     def averaged_state(self) -> dict[str, Tensor]:
         """The inner state that an aggregator averages, as this rank holds it."""
-        return {
-            name: tensor
-            for name, tensor in self.optimizer.state_tensors().items()
-            if not name.endswith(".step")
-        }
+        return self.optimizer.averaged_state()
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

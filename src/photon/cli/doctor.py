@@ -1,0 +1,344 @@
+"""`photon doctor`: what this machine is, what can be trained on it, and what is amiss, in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from photon.dashboard.wording import count, size
+
+if TYPE_CHECKING:
+    from photon.training.hardware import Device, Machine
+
+#: Share of peak that a well-tuned dense transformer reaches; estimates say that they assume it.
+ASSUMED_MFU = 0.4
+
+_LITTLE_DISK_BYTES = 20_000_000_000
+_GAIN_OF_BF16 = 1.2
+_OPTIMIZERS = ("adamw", "muon", "adopt", "amsgrad", "sgd")
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens of a training sequence.", min=2)
+    ] = 2048,
+    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer.", min=2)] = 50368,
+    optimizer: Annotated[
+        str, typer.Option(help=f"Inner optimizer: {', '.join(_OPTIMIZERS)}.")
+    ] = "adamw",
+) -> None:
+    """Look at this machine: what it is, which models it can train, what is missing.
+
+    Takes some seconds and changes nothing. Memory is estimated for this optimizer, vocabulary and
+    sequence length; speed is stated as a share of peak, not measured.
+
+    Example: `photon doctor --sequence-length 1024 --json`
+    """
+    if optimizer not in _OPTIMIZERS:
+        raise typer.BadParameter(
+            f"{optimizer!r} is not one of {', '.join(_OPTIMIZERS)}", param_hint="--optimizer"
+        )
+    with Console(stderr=True).status("Looking at this machine ..."):
+        findings = examine(sequence_length, vocab_size, optimizer)
+    if as_json:
+        typer.echo(json.dumps(findings, indent=1))
+        return
+    _show(findings, Console())
+
+
+def examine(sequence_length: int, vocab_size: int, optimizer: str) -> dict[str, Any]:
+    """All findings as JSON's types; bytes, seconds and FLOP/s are in the names."""
+    import torch
+
+    from photon.training.hardware import inspect_machine
+
+    machine = inspect_machine()
+    precision = _precision(machine.devices[0])
+    return {
+        "machine": {key: value for key, value in asdict(machine).items() if key != "devices"},
+        "devices": [_device(device, precision) for device in machine.devices],
+        "precision": precision,
+        "compile": _compile(machine),
+        "strategies": _strategies(machine),
+        "assumptions": {
+            "optimizer": optimizer,
+            "sequence_length": sequence_length,
+            "vocab_size": vocab_size,
+            "share_of_peak": ASSUMED_MFU,
+        },
+        "presets": _presets(machine, precision, sequence_length, vocab_size, optimizer),
+        "missing": _missing(machine),
+        "warnings": _warnings(machine, torch.get_num_threads()),
+    }
+
+
+def _precision(device: Device) -> dict[str, Any]:
+    """Products measured in fp32 and bf16, and what compute.precision = "auto" takes."""
+    import torch
+
+    from photon.training.hardware import measure_peak
+
+    kind = device.type
+    measured = {
+        name: measure_peak(kind, dtype, seconds=0.15)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
+    ratio = measured["bf16"] / measured["fp32"]
+    return {
+        "auto_takes": "bf16" if kind == "cuda" and device.has_bf16 else "fp32",
+        "measured_fp32_flops": measured["fp32"],
+        "measured_bf16_flops": measured["bf16"],
+        "bf16_pays": ratio >= _GAIN_OF_BF16,
+        "bf16_over_fp32": ratio,
+    }
+
+
+def _device(device: Device, precision: dict[str, Any]) -> dict[str, Any]:
+    from photon.training.hardware import stated_peak
+
+    stated = stated_peak(device.name) if device.type == "cuda" else None
+    used = precision["auto_takes"]
+    flops = stated.flops(used) if stated else None
+    origin = "stated" if flops else "measured"
+    return asdict(device) | {
+        "peak_flops": flops or precision[f"measured_{used}_flops"],
+        "peak_precision": used,
+        "peak_origin": origin,
+    }
+
+
+def _compile(machine: Machine) -> dict[str, Any]:
+    if machine.devices[0].type == "cuda":
+        found = machine.packages["triton"]
+        why = "on CUDA, with triton" if found else "triton is not installed"
+        return {"available": found, "why": why}
+    if machine.compiler:
+        return {
+            "available": True,
+            "why": f'with {machine.compiler}; only compute.compile = "on" asks for it here',
+        }
+    return {"available": False, "why": "no C++ compiler (g++ or clang++, or name one in CXX)"}
+
+
+def _strategies(machine: Machine) -> dict[str, Any]:
+    here = machine.devices
+    devices = len(here)
+    if devices > 1:
+        possible = ["ddp", "fsdp"]
+        reason = f"{devices} devices ({machine.interconnect}): a rank on each"
+    elif machine.backends and here[0].type == "cpu":
+        possible = ["single", "ddp", "fsdp"]
+        reason = "ranks on one CPU share its cores and memory, which gains nothing"
+    else:
+        possible = ["single"]
+        reason = "there is one device"
+    # Between machines the same ranks can be a hybrid, which one machine can't tell.
+    more = ["hybrid"] if devices > 1 else []
+    return {
+        "devices": devices,
+        "possible": possible,
+        "possible_with_more_machines": [*(["ddp", "fsdp"] if devices == 1 else []), *more],
+        "reason": reason,
+    }
+
+
+def _presets(
+    machine: Machine,
+    precision: dict[str, Any],
+    sequence_length: int,
+    vocab_size: int,
+    optimizer: str,
+) -> list[dict[str, Any]]:
+    """How each preset trains here: strategy, micro-batch, recomputation, memory, tokens/s."""
+    from photon.models import SHAPES
+    from photon.training.flops import count_flops
+    from photon.training.memory import (
+        MemorySettings,
+        largest_fitting,
+        preset_skeleton,
+        standing_bytes,
+    )
+
+    devices = machine.devices
+    room = min(device.memory_free_bytes for device in devices)
+    peak = _device(devices[0], precision)["peak_flops"] * len(devices)
+    rows = []
+    for preset in SHAPES:
+        model = preset_skeleton(preset, sequence_length, vocab_size, "llama")
+        settings = MemorySettings(
+            optimizer=optimizer,
+            optimizer_bits=32,
+            strategy="single",
+            shards=1,
+            micro_batch_size=1,
+            sequence_length=sequence_length,
+            bf16=precision["auto_takes"] == "bf16",
+            activation_checkpointing="none",
+            device_type=devices[0].type,
+            accumulates=True,
+        )
+        standing = standing_bytes(model, settings)
+        settings = _placed(settings, len(devices), standing, room)
+        found = largest_fitting(model, settings, room)
+        flops = count_flops(model, sequence_length).per_token
+        row: dict[str, Any] = {
+            "preset": preset,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "flops_per_token": flops,
+            "state_bytes": standing,
+            "fits": found is not None,
+            "strategy": settings.strategy,
+        }
+        if found is not None:
+            row |= {
+                "micro_batch_size": found.settings.micro_batch_size,
+                "activation_checkpointing": found.settings.activation_checkpointing,
+                "memory_bytes": found.total_bytes,
+                "estimated_tokens_per_s": ASSUMED_MFU * peak / flops,
+            }
+        rows.append(row)
+    return rows
+
+
+def _placed(settings: Any, devices: int, state_bytes: int, room: int) -> Any:
+    """The strategy that "auto" takes with a rank on each device."""
+    from dataclasses import replace
+
+    from photon.training.ranks import Seat
+    from photon.training.strategy import choose_strategy
+
+    seat = Seat(world_size=devices, local_world_size=devices)
+    chosen = choose_strategy("auto", seat, state_bytes=state_bytes, device_bytes=room)
+    return replace(settings, strategy=chosen.name, shards=devices if chosen.shards else 1)
+
+
+def _missing(machine: Machine) -> list[str]:
+    """Optional things that are not here, and what they would be for."""
+    has, kind = machine.packages, machine.devices[0].type
+    found = []
+    if kind == "cuda" and not has["triton"]:
+        found.append("triton, for torch.compile on CUDA; it comes with PyTorch's CUDA builds")
+    if kind == "cuda" and not has["flash_attn"]:
+        found.append(
+            'flash-attn, only for compute.attention = "flash_attention_2"; PyTorch\'s own '
+            "FlashAttention needs nothing"
+        )
+    if machine.compiler is None and kind != "cuda":
+        found.append("a C++ compiler, for torch.compile on a CPU: install g++ or clang++")
+    return found
+
+
+def _warnings(machine: Machine, threads: int) -> list[str]:
+    found = []
+    device = machine.devices[0]
+    if machine.disk_free_bytes < _LITTLE_DISK_BYTES:
+        found.append(
+            f"Only {size(machine.disk_free_bytes)} of disk are free here; a checkpoint takes 4 "
+            "bytes a parameter, 12 with AdamW's state, and two are kept."
+        )
+    if threads > machine.cores:
+        found.append(
+            f"PyTorch would run {threads} threads on {machine.cores} cores, which is slow; unset "
+            "OMP_NUM_THREADS, or set compute.threads."
+        )
+    if device.type == "cuda" and not device.has_bf16:
+        found.append(f"{device.name} has no bf16 arithmetic; training runs in fp32.")
+    if device.type != "cuda" and shutil.which("nvidia-smi"):
+        found.append(
+            f"An NVIDIA driver is here, but PyTorch {machine.torch} finds no CUDA device: install "
+            "a CUDA build, or look at CUDA_VISIBLE_DEVICES and the driver's version."
+        )
+    if len(machine.devices) > 1 and "nccl" not in machine.backends:
+        found.append("There are several CUDA devices, but this PyTorch has no NCCL to join them.")
+    if len({each.name for each in machine.devices}) > 1:
+        found.append("Devices differ; ranks wait for the slowest in every step.")
+    if machine.ram_available_bytes < machine.ram_total_bytes / 4:
+        found.append(
+            f"Other programs hold memory: {size(machine.ram_available_bytes)} of "
+            f"{size(machine.ram_total_bytes)} are available."
+        )
+    return found
+
+
+def _show(findings: dict[str, Any], console: Console) -> None:
+    machine = findings["machine"]
+    table = Table(show_header=False, box=None)
+    for name, words in {
+        "versions": f"Photon {machine['photon']}, Python {machine['python']}, "
+        f"PyTorch {machine['torch']}, {machine['system']}",
+        "cores": str(machine["cores"]),
+        "memory": f"{size(machine['ram_available_bytes'])} of "
+        f"{size(machine['ram_total_bytes'])} available",
+        "disk": f"{size(machine['disk_free_bytes'])} free in the current folder",
+    }.items():
+        table.add_row(name, words)
+    for index, device in enumerate(findings["devices"]):
+        table.add_row(f"device {index}", _device_words(device))
+    if machine["interconnect"]:
+        table.add_row("interconnect", machine["interconnect"])
+    table.add_row("precision", _precision_words(findings["precision"]))
+    compiles = findings["compile"]
+    table.add_row("compile", f"{'yes' if compiles['available'] else 'no'}: {compiles['why']}")
+    strategies = findings["strategies"]
+    table.add_row("strategies", f"{', '.join(strategies['possible'])}: {strategies['reason']}")
+    table.add_row("distributed", ", ".join(machine["backends"]) or "none in this PyTorch")
+    console.print(table)
+    console.print(_preset_table(findings))
+    asked = findings["assumptions"]
+    console.print(
+        f"Memory is estimated for {asked['optimizer']}, {asked['vocab_size']:,} tokens of "
+        f"vocabulary and sequences of {asked['sequence_length']:,}; tokens/s are what "
+        f"{asked['share_of_peak']:.0%} of the {findings['devices'][0]['peak_origin']} peak would "
+        "give, not a measurement.",
+        highlight=False,
+    )
+    for title in ("missing", "warnings"):
+        for words in findings[title]:
+            name = title.rstrip("s").capitalize()
+            console.print(f"{name}: {words}", highlight=False, markup=False)
+
+
+def _device_words(device: dict[str, Any]) -> str:
+    capability = f", capability {device['capability']}" if device["capability"] else ""
+    return (
+        f"{device['name']} ({device['type']}{capability}): {size(device['memory_free_bytes'])} of "
+        f"{size(device['memory_total_bytes'])} free; peak {_flops(device['peak_flops'])} "
+        f"{device['peak_precision']} ({device['peak_origin']})"
+    )
+
+
+def _precision_words(precision: dict[str, Any]) -> str:
+    verdict = "pays" if precision["bf16_pays"] else "does not pay"
+    return (
+        f"auto takes {precision['auto_takes']}; bf16 {verdict}: measured "
+        f"{precision['bf16_over_fp32']:.2g} x the fp32 speed of matrix products"
+    )
+
+
+def _preset_table(findings: dict[str, Any]) -> Table:
+    table = Table("preset", "parameters", "trains here", "recomputation", "memory", "tokens/s")
+    for row in findings["presets"]:
+        if row["fits"]:
+            table.add_row(
+                row["preset"],
+                count(row["parameters"]),
+                f"{row['strategy']}, micro-batch {row['micro_batch_size']}",
+                row["activation_checkpointing"],
+                size(row["memory_bytes"]),
+                count(row["estimated_tokens_per_s"]),
+            )
+        else:
+            why = f"no: {size(row['state_bytes'])} without activations"
+            table.add_row(row["preset"], count(row["parameters"]), why, "", "", "")
+    return table
+
+
+def _flops(value: float) -> str:
+    return f"{value / 1e12:.0f} TFLOP/s" if value >= 1e13 else f"{value / 1e9:.0f} GFLOP/s"

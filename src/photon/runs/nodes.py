@@ -1,0 +1,126 @@
+"""The nodes of a run on this machine: how many ranks, with which settings, behind which engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from photon.config import RunConfig
+from photon.data import PreparedData
+from photon.engines import LocalEngine, WorkerEngine
+from photon.federation import Engine, Node, NodeSettings
+from photon.federation.baseline import central_config
+from photon.federation.node import empty_model
+from photon.federation.tasks import OPTIMIZER, WEIGHTS
+from photon.models import trainable_parameters
+from photon.telemetry import Event
+from photon.telemetry.events import Kind
+from photon.training import Fit, InnerOptimizer, Seat, plan_compute, plan_fit, ranks_of_a_node
+
+
+class Nodes:
+    """What trains in a run on this machine.
+
+    Args:
+        kind: "simulate", or "train" for one node on pooled text.
+        config: the run file.
+        data: the prepared text.
+        silos: that take part, or whose text is pooled.
+        folder: of the run.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        config: RunConfig,
+        data: PreparedData,
+        silos: Sequence[str],
+        folder: Path,
+    ) -> None:
+        self._kind: Kind = kind
+        self._config = config
+        self._data = data
+        self._silos = silos
+        self._folder = folder
+
+    @property
+    def workers(self) -> int:
+        """Nodes in processes of their own; 0: one node in this process."""
+        return workers_of(self._kind, self._config)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of each node."""
+        launched = Seat.from_environment().world_size
+        if launched > 1:
+            return launched
+        return ranks_of_a_node(self._config.compute, workers=self.workers)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of a step; where text is pooled, as many as all participants of a round."""
+        config = self._config
+        if self._kind == "simulate":
+            return config.local.batch_size
+        if config.train.batch_size is not None:
+            return config.train.batch_size
+        participants = min(len(self._silos), config.federation.sample or len(self._silos))
+        return config.local.batch_size * participants
+
+    def settings(self) -> NodeSettings:
+        """Of each node; under torchrun with this process's seat."""
+        config = self._config
+        if self._kind == "train":
+            config = central_config(config, self.batch_size)
+        return NodeSettings(
+            config,
+            self._folder / "nodes",
+            processes=max(1, self.workers),
+            seat=Seat.from_environment(),
+        )
+
+    def skeleton(self) -> nn.Module:
+        """The model without weights."""
+        data = self._data
+        return empty_model(self._config, vocab_size=data.vocab_size, eos_id=data.eos_id)
+
+    def fit(self, model: nn.Module) -> Fit:
+        """How a node would spread this model; see `plan_fit` for what it raises."""
+        settings = self.settings()
+        seat = settings.seat
+        if seat.world_size == 1:
+            seat = Seat(0, 0, self.ranks, self.ranks)
+        plan = plan_compute(self._config.compute, seat=seat)
+        return plan_fit(model, settings.config, plan, seat, share_of=settings.processes)
+
+    def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The global state before the first round."""
+        config = self._config
+        state = {
+            WEIGHTS + name: parameter.detach().clone()
+            for name, parameter in trainable_parameters(model).items()
+        }
+        if self._kind == "simulate" and config.federation.optimizer_state == "average":
+            zeros = InnerOptimizer(model, config.local).initial_state()
+            state |= {OPTIMIZER + name: tensor for name, tensor in zeros.items()}
+        return state
+
+    def engine(self, model: nn.Module, on_event: Callable[[Event], None]) -> Engine:
+        """Start them. `model` is used where the node lives in this process."""
+        settings = self.settings()
+        alone = settings.seat.world_size == 1
+        if alone and (self.ranks > 1 or self.workers):
+            exchange = self._folder / "exchange"
+            return WorkerEngine(settings, exchange, on_event, ranks=self.ranks)
+        return LocalEngine(Node(settings, on_event, data=self._data, model=model))
+
+    def follow(self) -> None:
+        """Train with rank 0, which keeps the run; for the other ranks under torchrun."""
+        Node(self.settings(), lambda _: None, data=self._data).follow()
+
+
+def workers_of(kind: Kind, config: RunConfig) -> int:
+    """Nodes in processes of their own; 0: one node in the aggregator's."""
+    return config.federation.workers if kind == "simulate" else 0

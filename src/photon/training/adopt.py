@@ -1,0 +1,96 @@
+"""ADOPT: Adam that converges at the optimal rate with any beta2 (Taniguchi et al. 2024)."""
+
+# torch._foreach_* is how torch.optim itself steps many tensors at once.
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from photon.training.local_tensors import STEP_ELEMENTS, in_batches, locals_of
+
+
+class Adopt(torch.optim.Optimizer):
+    """ADOPT with the paper's clipping and decoupled weight decay (arXiv 2411.02853, Algorithm 2).
+
+    The gradient is divided by the second moment of the steps before it, which makes the two
+    independent, and only then averaged:
+
+        v_0 = g_0^2                                             (this step moves no weight)
+        m_t = beta1 m_{t-1} + (1 - beta1) clip(g_t / max(sqrt(v_{t-1}), eps), t^(1/4))
+        theta_t = (1 - lr weight_decay) theta_{t-1} - lr m_t
+        v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
+
+    State: exp_avg (m) and exp_avg_sq (v), shaped like the parameter, and step, the gradients seen
+    so far, a 0-d fp32 tensor on the CPU. Parameters may be DTensors; nothing is sent.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.9999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if closure is not None:
+            raise ValueError("Adopt takes no closure")
+        for group in self.param_groups:
+            # Counters agree unless some parameter lately had no gradient.
+            by_step: dict[int, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_step[int(self._state_of(parameter)["step"])].append(parameter)
+            for step, parameters in by_step.items():
+                for batch in in_batches(parameters, STEP_ELEMENTS):
+                    self._update(group, step, batch)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _update(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        gradients = locals_of(
+            parameter.grad for parameter in parameters if parameter.grad is not None
+        )
+        second = locals_of(state["exp_avg_sq"] for state in states)
+        for state in states:
+            state["step"] += 1
+        if step == 0:
+            torch._foreach_zero_(second)
+            torch._foreach_addcmul_(second, gradients, gradients)
+            return
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        weights = locals_of(parameters)
+        first = locals_of(state["exp_avg"] for state in states)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        # One buffer the size of the weights, and not two: g times the reciprocal.
+        normalised = torch._foreach_sqrt(second)
+        torch._foreach_clamp_min_(normalised, group["eps"])
+        torch._foreach_reciprocal_(normalised)
+        torch._foreach_mul_(normalised, gradients)
+        bound = float(step) ** 0.25
+        torch._foreach_clamp_min_(normalised, -bound)
+        torch._foreach_clamp_max_(normalised, bound)
+        torch._foreach_lerp_(first, normalised, 1 - beta1)
+        torch._foreach_add_(weights, first, alpha=-lr)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)

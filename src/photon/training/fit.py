@@ -1,0 +1,113 @@
+"""Strategy and micro-batch for a model on this node's devices, or why it can't be trained here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from photon.config import RunConfig
+from photon.errors import DoesNotFitError
+from photon.training.device import ComputePlan
+from photon.training.hardware import memory_of
+from photon.training.memory import (
+    MemoryEstimate,
+    MemorySettings,
+    describe_shortfall,
+    estimate_with,
+    largest_micro_batch,
+    standing_bytes,
+)
+from photon.training.micro_batch import MicroBatch
+from photon.training.ranks import Seat
+from photon.training.strategy import Strategy, choose_strategy
+from photon.training.trainer import rank_share
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a model is spread over ranks, how much goes through it at once, and what memory hangs on.
+    """
+
+    strategy: Strategy
+    micro_batch: MicroBatch
+    settings: MemorySettings
+
+    def estimate(self, model: nn.Module, micro_batch_size: int) -> MemoryEstimate:
+        """Memory on each device with that micro-batch."""
+        settings = replace(self.settings, micro_batch_size=micro_batch_size)
+        return estimate_with(model, settings)
+
+
+def plan_fit(
+    model: nn.Module,
+    config: RunConfig,
+    plan: ComputePlan,
+    seat: Seat,
+    *,
+    share_of: int = 1,
+    memo: Path | None = None,
+) -> Fit:
+    """Choose from estimates of memory; nothing is allocated.
+
+    Args:
+        model: on the CPU or the meta device.
+        config: batch, optimizer, sequence length and what [compute] asks for.
+        plan: device and arithmetic.
+        seat: how many ranks, on how many machines.
+        share_of: nodes that share this machine's main memory.
+        memo: file of micro-batches found before; see MicroBatch.
+
+    Raises:
+        IncompatibleConfigError: the batch or the strategy does not suit the ranks.
+        DoesNotFitError: not even one sequence at a time fits; says by how much, and what helps.
+    """
+    share = rank_share(config.local.batch_size, seat.world_size)
+    settings = MemorySettings(
+        optimizer=config.local.optimizer,
+        optimizer_bits=config.local.optimizer_bits,
+        strategy="single",
+        shards=1,
+        micro_batch_size=1,
+        sequence_length=config.data.sequence_length,
+        bf16=plan.autocast_dtype is not None,
+        activation_checkpointing=config.compute.activation_checkpointing,
+        device_type=plan.device.type,
+        accumulates=share > 1,
+    )
+    total, free = memory_of(plan.device)
+    if plan.device.type != "cuda":  # one memory for all processes of this machine
+        total //= share_of * seat.local_world_size
+        free //= share_of * seat.local_world_size
+    strategy = choose_strategy(
+        config.compute.strategy,
+        seat,
+        state_bytes=standing_bytes(model, settings),
+        device_bytes=total,
+    )
+    shards = {"fsdp": seat.world_size, "hybrid": seat.local_world_size}.get(strategy.name, 1)
+    settings = replace(settings, strategy=strategy.name, shards=shards)
+    key = json.dumps([asdict(settings), _shapes(model), _name_of(plan.device), seat.world_size])
+    asked = config.compute.micro_batch_size
+    most = min(asked, share) if asked is not None else share
+    guess = largest_micro_batch(model, settings, free, most=most)
+    if guess < 1:
+        shortfall = describe_shortfall(model, estimate_with(model, settings), free)
+        raise DoesNotFitError(shortfall[0], hint=shortfall[1])
+    if asked is not None:
+        guess = None  # as asked: the estimate may be wrong, and a failed allocation backs off
+    return Fit(
+        strategy, MicroBatch(share, asked=asked, guess=guess, memo=memo, key=key), settings
+    )
+
+
+def _shapes(model: nn.Module) -> list[int]:
+    parameters = list(model.parameters())
+    return [len(parameters), sum(parameter.numel() for parameter in parameters)]
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

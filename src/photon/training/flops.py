@@ -1,0 +1,112 @@
+"""How many floating-point operations a training token costs: the stated count behind MFU.
+
+Model FLOPs as PaLM counts them (arXiv 2204.02311, appendix B): what the mathematics needs, not what
+the hardware does, so recomputed activations and the optimizer's few operations do not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """Model FLOPs of one token, forward and backward. A multiply-add is two.
+
+    Attributes:
+        trained_weights: weights N a token meets in a product and that get a gradient.
+        frozen_weights: weights a token meets that get none.
+        layers: transformer blocks with attention.
+        attention_width: heads x width of a head; d_model in most models, but not in all.
+        sequence_length: tokens that attend to each other.
+    """
+
+    trained_weights: int
+    frozen_weights: int
+    layers: int
+    attention_width: int
+    sequence_length: int
+
+    @property
+    def weights_per_token(self) -> int:
+        """6 N trained: 2 forward, 2 for the input's gradient, 2 for the weight's; 4 N frozen."""
+        return 6 * self.trained_weights + 4 * self.frozen_weights
+
+    @property
+    def attention_per_token(self) -> int:
+        """12 x layers x attention width x sequence length: Q K^T and P V, forward and backward."""
+        return 12 * self.layers * self.attention_width * self.sequence_length
+
+    @property
+    def per_token(self) -> int:
+        """FLOPs of one training token."""
+        return self.weights_per_token + self.attention_per_token
+
+    def explain(self) -> str:
+        """The count and its conventions, in words."""
+        frozen = f" + 4 x {self.frozen_weights:,} frozen" if self.frozen_weights else ""
+        return (
+            f"{self.per_token:,} FLOPs per token = 6 x {self.trained_weights:,} weights{frozen} "
+            f"+ 12 x {self.layers} layers x {self.attention_width} x {self.sequence_length} "
+            "(attention). Without the input embedding, a look-up; with the output head, a product, "
+            "tied or not. Attention counts the full matrix, as PaLM and nanoGPT do: a causal "
+            "kernel does half of it. Recomputed activations don't count."
+        )
+
+
+def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
+    """The count of a Hugging Face causal LM, on any device, meta too.
+
+    The input embedding is left out and the output head counted, tied or not: a look-up multiplies
+    nothing, while the head is a product with every token. (PaLM's N and nanoGPT's leave out
+    position embeddings; their one embedding matrix is tied, and counted as the head.) Of stacked
+    experts only those count that a token is sent to. A frozen weight counts 4: it still hands the
+    gradient on; where nothing below it is trained that is 2 too many.
+
+    Args:
+        model: its config names layers and heads, by whatever names transformers maps.
+        sequence_length: tokens of a training sequence.
+    """
+    config = _text_config(model)
+    trained = frozen = 0.0
+    for parameter, share in _met_weights(model, config):
+        if parameter.requires_grad:
+            trained += parameter.numel() * share
+        else:
+            frozen += parameter.numel() * share
+    heads = int(config.num_attention_heads)
+    head_width = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    return FlopCount(
+        trained_weights=round(trained),
+        frozen_weights=round(frozen),
+        layers=int(config.num_hidden_layers),
+        attention_width=heads * int(head_width),
+        sequence_length=sequence_length,
+    )
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _met_weights(model: Any, config: Any) -> list[tuple[nn.Parameter, float]]:
+    """Weights a token is multiplied with, each once, and the share of tokens that meets it."""
+    head = model.get_output_embeddings()
+    looked_up = {
+        id(parameter)
+        for part in model.modules()
+        if isinstance(part, nn.Embedding)
+        for parameter in part.parameters(recurse=False)
+    } - {id(parameter) for parameter in (head.parameters() if head is not None else ())}
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    share = chosen / experts if experts and chosen else 1.0
+    return [
+        (parameter, share if ".experts." in name else 1.0)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in looked_up
+    ]

@@ -1,0 +1,377 @@
+"""What this machine is: cores, memory, devices and their peaks, and what is there to use them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from photon.version import photon_version
+
+
+@dataclass(frozen=True)
+class StatedPeak:
+    """Dense FLOP/s of a device as its data sheet states them (no sparsity, fp32 accumulation).
+
+    Attributes:
+        name: the product, as matched.
+        bf16_flops, fp16_flops: tensor cores; None where there are none of that type.
+        tf32_flops: None before Ampere.
+        fp32_flops: outside tensor cores.
+    """
+
+    name: str
+    bf16_flops: float | None
+    fp16_flops: float | None
+    tf32_flops: float | None
+    fp32_flops: float
+
+    def flops(self, precision: str) -> float | None:
+        """FLOP/s in "bf16", "fp16", "tf32" or "fp32"."""
+        return {
+            "bf16": self.bf16_flops,
+            "fp16": self.fp16_flops,
+            "tf32": self.tf32_flops,
+            "fp32": self.fp32_flops,
+        }[precision]
+
+
+def _tera(
+    name: str, half: float, tf32: float | None, fp32: float, *, has_bf16: bool = True
+) -> StatedPeak:
+    return StatedPeak(
+        name,
+        half * 1e12 if has_bf16 else None,
+        half * 1e12,
+        tf32 * 1e12 if tf32 else None,
+        fp32 * 1e12,
+    )
+
+
+#: NVIDIA's data sheets, half of the figure "with sparsity" where only that is printed. GeForce:
+#: the architecture white papers' figures with fp32 accumulation.
+STATED_PEAKS: tuple[StatedPeak, ...] = (
+    _tera("B200", 2250, 1125, 75),
+    _tera("GH200", 989.4, 494.7, 66.9),
+    _tera("H200 NVL", 835.5, 417.5, 60),
+    _tera("H200", 989.4, 494.7, 66.9),
+    _tera("H100 PCIe", 756, 378, 51),
+    _tera("H100 NVL", 835.5, 417.5, 60),
+    _tera("H100", 989.4, 494.7, 66.9),
+    _tera("H800 PCIe", 756, 378, 51),
+    _tera("H800", 989.4, 494.7, 66.9),
+    _tera("A100", 312, 156, 19.5),
+    _tera("A800", 312, 156, 19.5),
+    _tera("L40S", 362, 183, 91.6),
+    _tera("L40", 181, 90.5, 90.5),
+    _tera("L4", 121, 60, 30.3),
+    _tera("RTX 6000 Ada", 364.2, 182.1, 91.1),
+    _tera("RTX A6000", 154.8, 77.4, 38.7),
+    _tera("A10G", 70, 35, 31.5),
+    _tera("A10", 125, 62.5, 31.2),
+    _tera("RTX 5090", 209.5, 104.8, 104.8),
+    _tera("RTX 4090", 165.2, 82.6, 82.6),
+    _tera("RTX 3090", 71, 35.6, 35.6),
+    _tera("V100-PCIE", 112, None, 14, has_bf16=False),
+    _tera("V100", 125, None, 15.7, has_bf16=False),
+    _tera("T4", 65, None, 8.1, has_bf16=False),
+)
+
+# Products of the same number on another chip, and slices of one.
+_OTHER_CHIPS = re.compile(r"laptop|max-q|\bmobile\b|\bMIG\b|4090 D|5090 D|3090 Ti", re.IGNORECASE)
+
+
+def stated_peak(device_name: str) -> StatedPeak | None:
+    """The data sheet of a device by the name that torch.cuda.get_device_name gives; None unknown.
+
+    The most specific product wins: "NVIDIA H100 PCIe" is not the SXM module, which calls itself
+    "NVIDIA H100 80GB HBM3". Laptop chips and MIG slices are unknown, not guessed.
+    """
+    if _OTHER_CHIPS.search(device_name):
+        return None
+    for peak in sorted(STATED_PEAKS, key=lambda peak: -len(peak.name)):
+        # Whole words: A10 is not A100, L4 is not L40.
+        if re.search(rf"(?<!\w){re.escape(peak.name)}(?!\w)", device_name, re.IGNORECASE):
+            return peak
+    return None
+
+
+def measure_peak(
+    device: torch.device | str, dtype: torch.dtype = torch.float32, *, seconds: float = 0.2
+) -> float:
+    """FLOP/s of the fastest of some square matrix products: measured, not stated.
+
+    On a CPU it uses the threads that torch is set to, and other processes' load lowers it.
+
+    Args:
+        device: where.
+        dtype: of the factors.
+        seconds: roughly how long. Products grow as far as that allows.
+    """
+    device = torch.device(device)
+    size = 1024 if device.type == "cuda" else 128
+    largest = 8192 if device.type == "cuda" else 1024
+    best, until = 0.0, time.perf_counter() + seconds
+    while True:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        torch.matmul(left, right)
+        took_s = min(_product_s(left, right) for _ in range(3))
+        best = max(best, 2 * size**3 / took_s)
+        # Emulated bf16 is so slow that a larger product would take seconds; it would tell no more.
+        if size < largest and 32 * took_s < seconds:
+            size *= 2
+        if time.perf_counter() > until:
+            return best
+
+
+def _product_s(left: torch.Tensor, right: torch.Tensor) -> float:
+    _wait(left.device)
+    started = time.perf_counter()
+    torch.matmul(left, right)
+    _wait(left.device)
+    return time.perf_counter() - started
+
+
+def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
+    """Model FLOPs utilisation: the share of peak that model FLOPs (training/flops.py) reach.
+
+    Args:
+        tokens_per_s: trained, of all the devices that `peak_flops` adds up.
+        flops_per_token: FlopCount.per_token.
+        peak_flops: FLOP/s in the arithmetic that is used.
+    """
+    return tokens_per_s * flops_per_token / peak_flops
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or the CPU as the place where training runs.
+
+    Attributes:
+        type: cuda, mps or cpu.
+        name: what it calls itself.
+        memory_total_bytes, memory_free_bytes: its own memory; the machine's for cpu and mps.
+        has_bf16: whether bf16 arithmetic is in hardware and pays.
+        capability: of CUDA, e.g. "9.0"; None elsewhere.
+    """
+
+    type: str
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int
+    has_bf16: bool
+    capability: str | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What `inspect_machine` found.
+
+    Attributes:
+        python, torch, photon: versions.
+        system: operating system and processor architecture.
+        cores: that this process may use.
+        ram_total_bytes, ram_available_bytes: of the machine, or of the cgroup where it is less.
+        disk_free_bytes: where runs are written, the current folder.
+        devices: accelerators; the CPU where there are none.
+        interconnect: between CUDA devices, in words; None with fewer than two.
+        backends: of torch.distributed.
+        compiler: C++ compiler that torch.compile finds for a CPU; None without.
+        packages: optional ones, by whether they are installed.
+    """
+
+    python: str
+    torch: str
+    photon: str
+    system: str
+    cores: int
+    ram_total_bytes: int
+    ram_available_bytes: int
+    disk_free_bytes: int
+    devices: tuple[Device, ...]
+    interconnect: str | None
+    backends: tuple[str, ...]
+    compiler: str | None
+    packages: dict[str, bool]
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Total and free bytes of a device; of main memory where the device has none of its own."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    return _ram()
+
+
+def inspect_machine(folder: Path | None = None) -> Machine:
+    """Look at this machine; takes well under a second and changes nothing.
+
+    Args:
+        folder: whose disk counts; the current one by default.
+    """
+    total, available = _ram()
+    return Machine(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        photon=photon_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cores=_cores(),
+        ram_total_bytes=total,
+        ram_available_bytes=available,
+        disk_free_bytes=shutil.disk_usage(folder or Path.cwd()).free,
+        devices=_devices(total, available),
+        interconnect=_interconnect(),
+        backends=_backends(),
+        compiler=_compiler(),
+        packages={name: find_spec(name) is not None for name in _OPTIONAL_PACKAGES},
+    )
+
+
+_OPTIONAL_PACKAGES = ("flash_attn", "triton")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ram(root: Path = Path("/")) -> tuple[int, int]:
+    """Total and available bytes; a container's limit counts where it is lower."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # macOS counts no available memory that one could ask for without a child process.
+        return total, total
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if ":" in line}
+    total = kib["MemTotal"] * 1024
+    available = kib.get("MemAvailable", kib["MemFree"]) * 1024
+    for limit, used in _cgroup_limits(root):
+        total = min(total, limit)
+        available = min(available, max(0, limit - used))
+    return total, available
+
+
+def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
+    """Limit and use in bytes of this process's memory cgroups and their ancestors."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, used = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        # Inside a container the path may be the host's, while the mount is the container's own.
+        for each in (folder, *folder.parents):
+            if each.is_relative_to(base):
+                pair = _number(each / limit), _number(each / used)
+                if pair[0] is not None and pair[1] is not None:
+                    found.append((pair[0], pair[1]))
+    return found
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None  # absent, or "max"
+
+
+def _devices(ram_total: int, ram_available: int) -> tuple[Device, ...]:
+    if torch.cuda.is_available():
+        return tuple(_cuda_device(index) for index in range(torch.cuda.device_count()))
+    if torch.backends.mps.is_available():
+        return (Device("mps", "Apple GPU", ram_total, ram_available, has_bf16=False),)
+    return (Device("cpu", _cpu_name(), ram_total, ram_available, has_bf16=_cpu_has_bf16()),)
+
+
+def _cuda_device(index: int) -> Device:
+    free, total = torch.cuda.mem_get_info(index)
+    major, minor = torch.cuda.get_device_capability(index)
+    # As torch.cuda.is_bf16_supported(including_emulation=False), but of this very device.
+    return Device(
+        "cuda", torch.cuda.get_device_name(index), total, free, major >= 8, f"{major}.{minor}"
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _cpu_has_bf16() -> bool:
+    """AMX or AVX512-BF16, without which bf16 is emulated, many times slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", flags) is not None
+
+
+def _interconnect() -> str | None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        return None
+    pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
+    peers = sum(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+    direct = "all pairs" if peers == len(pairs) else f"{peers} of {len(pairs)} pairs"
+    links = _nvlinks(shutil.which("nvidia-smi"))
+    return f"{'NVLink' if links else 'PCIe'}, direct access between {direct if peers else 'none'}"
+
+
+def _nvlinks(program: str | None) -> bool:
+    if program is None:
+        return False
+    command: Sequence[str] = (program, "topo", "-m")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    # A cell NV18 means eighteen links; the legend says NV#.
+    return re.search(r"\bNV\d+\b", done.stdout) is not None
+
+
+def _backends() -> tuple[str, ...]:
+    if not torch.distributed.is_available():
+        return ()
+    here = {
+        "gloo": torch.distributed.is_gloo_available(),
+        "nccl": torch.distributed.is_nccl_available(),
+        "mpi": torch.distributed.is_mpi_available(),
+    }
+    return tuple(name for name, present in here.items() if present)
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    return None

@@ -1,0 +1,89 @@
+"""The benchmarks run. What they measure is nobody's assertion: machines are busy."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
+
+
+@pytest.fixture
+def contest(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("peers.contest")
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help(script: Path) -> None:
+    assert "usage: " + script.name in run(str(script), "--help")
+
+
+@pytest.mark.slow
+def test_trainer_against_a_bare_loop(one_silo: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.md"
+    script = str(BENCHMARKS / "trainer.py")
+    out = run(script, "--data", str(one_silo), "--quick", "--out", str(file))
+    assert "| adamw, tokens/s |" in out
+    assert "| muon, tokens/s |" in out
+    assert out == file.read_text(encoding="utf-8")
+    assert str(one_silo) not in out
+
+
+@pytest.mark.slow
+def test_photon_and_the_bare_loop_take_turns_on_the_same_work(one_silo: Path) -> None:
+    out = run(str(BENCHMARKS / "trainer.py"), "--data", str(one_silo), "--quick", "--memory")
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    losses = {row[0]: row[-2:] for row in rows}
+    # The same windows in the same order, so the losses stay together, not only the first.
+    assert losses["Photon Trainer"] == losses["bare loop"]
+    assert "Memory, Photon over the bare loop with the same imports: " in out
+
+
+def test_turns_are_shuffled_and_only_runners_are_timed(contest: Any) -> None:
+    told: list[tuple[str, int]] = []
+
+    class Fake:
+        def __init__(self, entry: Any) -> None:
+            self.entry = entry
+
+        def run(self, steps: int) -> float:
+            told.append((self.entry.name, steps))
+            return 2.0 if self.entry is contest.PHOTON else 3.0
+
+    group = [Fake(contest.PHOTON), Fake(contest.BARE), Fake(contest.LEAN)]
+    seconds = contest.take_turns(group, warmup=1, steps=7, rounds=8, seed=0)
+    assert told[:3] == [(fake.entry.name, 1) for fake in group]
+    firsts = {told[3 + 2 * number][0] for number in range(8)}
+    assert firsts == set(seconds) == {contest.PHOTON.name, contest.BARE.name}
+    ratio = contest.speed_ratio(seconds, contest.PHOTON.name, contest.BARE.name)
+    assert (ratio.low, ratio.median, ratio.high) == (1.5, 1.5, 1.5)
+
+
+@pytest.mark.parametrize("change", [{"first_loss": 5.01}, {"parameters": 11}])
+def test_a_contest_of_different_work_is_refused(contest: Any, change: dict[str, Any]) -> None:
+    fair = {"first_loss": 5.0, "parameters": 10}
+    contest.require_same_work({contest.BARE.name: fair, "peer": dict(fair)}, tolerance=1e-4)
+    with pytest.raises(SystemExit, match=r"peer .* not the same work"):
+        contest.require_same_work({contest.BARE.name: fair, "peer": fair | change}, tolerance=1e-4)
+
+
+def test_the_peers_share_the_projects_transformers(contest: Any) -> None:
+    lock = (BENCHMARKS.parent / "requirements.lock").read_text(encoding="utf-8").split()
+    assert {pin for pin in lock if pin.startswith("transformers==")} <= set(
+        contest.REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    )
