@@ -29,8 +29,7 @@ from photon.training.trainer import rank_share
 
 @dataclass(frozen=True)
 class Fit:
-    """How a model is spread over ranks, how much goes through it at once, and what memory hangs on.
-    """
+    """How a model is spread over ranks, and how much goes through it at once on each."""
 
     strategy: Strategy
     micro_batch: MicroBatch
@@ -99,9 +98,7 @@ def plan_fit(
         raise DoesNotFitError(shortfall[0], hint=shortfall[1])
     if asked is not None:
         guess = None  # as asked: the estimate may be wrong, and a failed allocation backs off
-    return Fit(
-        strategy, MicroBatch(share, asked=asked, guess=guess, memo=memo, key=key), settings
-    )
+    return Fit(strategy, MicroBatch(share, asked=asked, guess=guess, memo=memo, key=key), settings)
 
 
 def _shapes(model: nn.Module) -> list[int]:

@@ -409,8 +409,8 @@ def _step_scratch(model: nn.Module, settings: MemorySettings) -> int:
     """Temporaries of an optimizer step beside gradients and state; fused AdamW and SGD have none.
 
     Muon orthogonalises matrices of one shape in batches (training/muon.py): directions, updates and
-    the iteration's own take 28 bytes a value in fp32 (26 were measured), some 16 in bf16. The others
-    work in batches of bounded size.
+    the iteration's own take 28 bytes a value in fp32 (26 were measured), some 16 in bf16. The
+    others work in batches of bounded size.
     """
     trained = trainable_parameters(model)
     scratch = 0

@@ -1,0 +1,113 @@
+"""torchrun starts the ranks; rank 0 keeps the run and speaks, the others follow."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from photon.config import write_resolved
+from photon.runs import simulate, train
+
+pytestmark = pytest.mark.slow
+
+
+def launch(*words):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += [f"--master-port={port}", "-m", "photon.cli.main", *map(str, words)]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, timeout_s=200):
+    try:
+        out, error = process.communicate(timeout=timeout_s)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, error
+
+
+RECIPE = ("local.optimizer=muon", "local.lr=1e-2", "federation.optimizer_state=keep")
+
+
+@pytest.mark.parametrize(("kind", "strategy"), [("simulate", "fsdp"), ("train", "ddp")])
+def test_a_run_under_torchrun_is_the_run_of_one_process(
+    three_silos, make_config, tmp_path, kind, strategy
+):
+    config = make_config(three_silos, *RECIPE)
+    start = {"simulate": simulate, "train": train}[kind]
+    alone = start(config, run_dir=tmp_path / "alone").summary
+    write_resolved(config, tmp_path / "run.toml")
+    process = launch(
+        kind,
+        tmp_path / "run.toml",
+        "--run-dir",
+        tmp_path / "pair",
+        "--set",
+        f"compute.strategy={strategy}",
+        "--json",
+    )
+    code, out, error = finish(process)
+    assert code == 0, error[-3000:]
+    told = json.loads(out)  # one JSON object: only rank 0 speaks
+    assert told["tokens"] == alone["tokens"]
+    assert told["global_loss"] == pytest.approx(alone["global_loss"], rel=1e-4)
+    assert f"trains with {strategy} on two ranks" in error
+    events = (tmp_path / "pair/events.jsonl").read_text().splitlines()
+    assert sum('"event":"run_started"' in line for line in events) == 1
+
+
+def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(three_silos, make_config, tmp_path):
+    """torchrun ends the others; the newest checkpoint stands, and two ranks or one go on."""
+    config = make_config(three_silos, *RECIPE, "federation.rounds=4", "run.log_every=1")
+    alone = simulate(config, run_dir=tmp_path / "alone").summary
+    write_resolved(config, tmp_path / "run.toml")
+    folder = tmp_path / "pair"
+    more = ("--run-dir", folder, "--set", "compute.strategy=fsdp", "--quiet")
+    process = launch("simulate", tmp_path / "run.toml", *more)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints/round-000001").exists():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    victim = follower_of(process.pid)
+    os.kill(victim, signal.SIGKILL)
+    code, _, error = finish(process)
+    assert code != 0
+    assert "rank" in error
+    assert not (folder / "summary.json").exists()
+    code, _, error = finish(launch("resume", folder, "--quiet"))
+    assert code == 0, error[-3000:]
+    resumed = json.loads((folder / "summary.json").read_text())
+    assert resumed["tokens"] == alone["tokens"]
+    assert resumed["global_loss"] == pytest.approx(alone["global_loss"], rel=1e-4)
+
+
+def follower_of(launcher: int) -> int:
+    """Process id of rank 1 among the launcher's children."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            variables = (entry / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        if int(parent) == launcher and "RANK=1" in variables:
+            return int(entry.name)
+    raise AssertionError("no rank 1 among the launcher's children")
