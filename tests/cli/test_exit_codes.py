@@ -1,6 +1,7 @@
 """Bad input: the numbered exit, the culprit named, and no folder left half-made."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 
 from photon.cli.main import app
 from photon.link import write_tensors
+from photon.training.hardware import memory_of
 
 RUN = """
 [run]
@@ -79,6 +81,9 @@ def photon(*words):
         ("data.sequence_length=1000000", 23, ["blue", "data.sequence_length = 1000000"]),
         ("data.mixture.prose=1.0", 13, ["prose", "text"]),
         ("run.keep_checkpoints=1000000000", 51, ["GB", "free"]),
+        ("compute.processes=3", 13, ["a batch of 2 sequences", "3 ranks"]),
+        ("compute.strategy=fsdp", 13, ['"fsdp" needs more than one rank', "compute.processes"]),
+        ("local.no_decay=['*nothing*']", 13, ["*nothing*", "no parameter"]),
     ],
 )
 def test_a_wrong_key_or_value(run_file, tmp_path, override, code, words):
@@ -217,3 +222,24 @@ def test_text_with_a_single_document_can_not_be_a_silo(tmp_path):
     assert result.exit_code == 22
     assert "'all'" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["one.txt"]
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built(run_file, tmp_path):
+    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = photon(
+        "simulate",
+        run_file,
+        "--run-dir",
+        tmp_path / "run",
+        "--set",
+        "model.preset=7b",
+    )
+    output = " ".join(result.output.split())
+    _, free = memory_of(torch.device("cpu"))
+    if free > 80e9:
+        pytest.skip(f"7b fits into the {free / 1e9:.0f} GB that are free here")
+    assert result.exit_code == 53, output
+    assert "too much" in output
+    assert "model.preset" in output
+    assert not (tmp_path / "run").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started < 1_000_000  # KiB

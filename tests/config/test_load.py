@@ -283,6 +283,14 @@ def test_array_of_tables_is_not_a_table() -> None:
             ["= 11 exceeds the run's 10 global steps"],
         ),
         (["local.decay_steps=3"], ['schedule = "wsd"', "'cosine'"]),
+        (["local.optimizer=amsgrad"], ["amsgrad", "FedLALR", 'optimizer_state = "average"']),
+        (
+            ["local.optimizer=amsgrad", "federation.optimizer_state=keep"],
+            ["(found 'keep')", "adamw"],
+        ),
+        (["local.optimizer_bits=8", "local.optimizer=adopt"], ["optimizer_bits = 8", "'adopt'"]),
+        (["model.qk_norm=true", "model.family=mpt"], ["qk_norm", 'family = "llama"']),
+        (["local.document_mask=true", "model.family=mpt"], ["document_mask", "llama"]),
     ],
 )
 def test_incompatible_values(overrides: list[str], words: list[str]) -> None:

@@ -30,8 +30,9 @@ def profile(
 ) -> None:
     """Take some local steps as the run would and tell where time and memory go.
 
-    Nothing is kept. Compare settings before a long run:
-    `photon profile run.toml --set compute.activation_checkpointing=full --steps 50`
+    Nothing is kept. Compare settings before a long run.
+
+    Example: `photon profile run.toml --set compute.activation_checkpointing=full --steps 50`
     """
     # torch's profiler reports its own start and stop on stderr; read when torch is loaded.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -46,6 +46,7 @@ from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import (
     Seat,
+    decayed_names,
     plan_compute,
     ranks_of_a_node,
 )
@@ -104,6 +105,7 @@ class Session:
             _require_same_tokenizer(config, data)
         shape = self._nodes.skeleton()
         self._nodes.fit(shape)
+        decayed_names(trainable_parameters(shape), config.local.no_decay)
         weights_bytes = 4 * sum(parameter.numel() for parameter in shape.parameters())
         moments = {"adamw": 2, "muon": 2, "adopt": 2, "amsgrad": 3, "sgd": 0}
         state_bytes = weights_bytes * moments[config.local.optimizer]

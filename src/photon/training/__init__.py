@@ -5,7 +5,7 @@ from photon.training.device import ComputePlan, plan_compute, ranks_of_a_node
 from photon.training.fit import Fit, plan_fit
 from photon.training.flops import count_flops
 from photon.training.hardware import mfu, stated_peak
-from photon.training.inner import InnerOptimizer
+from photon.training.inner import InnerOptimizer, decayed_names
 from photon.training.local_tensors import local as local_part
 from photon.training.micro_batch import MicroBatch
 from photon.training.placement import PlacedModel, materialise
@@ -38,6 +38,7 @@ __all__ = [
     "Trainer",
     "choose_strategy",
     "count_flops",
+    "decayed_names",
     "local_part",
     "materialise",
     "mfu",

@@ -257,7 +257,7 @@ def _build(
     config: LocalConfig,
     group: dist.ProcessGroup | None,
 ) -> list[torch.optim.Optimizer]:
-    decayed = _decayed(parameters, config.no_decay)
+    decayed = decayed_names(parameters, config.no_decay)
     if config.optimizer == "sgd":
         groups = _decay_groups(parameters, decayed, config.weight_decay)
         return [torch.optim.SGD(groups, lr=config.lr, foreach=True)]
@@ -297,8 +297,16 @@ def _adaptive(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
-def _decayed(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> set[str]:
-    """Names of the parameters that weight decay acts on: matrices that no pattern spares."""
+def decayed_names(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> set[str]:
+    """Names of the parameters that weight decay acts on: matrices that no pattern spares.
+
+    Args:
+        parameters: by name; shapes are all that is looked at.
+        patterns: local.no_decay.
+
+    Raises:
+        IncompatibleConfigError: a pattern matches no parameter.
+    """
     spared: set[str] = set()
     for pattern in patterns:
         matching = {name for name in parameters if fnmatchcase(name, pattern)}
