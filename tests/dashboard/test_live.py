@@ -14,8 +14,10 @@ from photon.dashboard import LiveView, PlainView, progress_view
 from photon.dashboard.frame import Frame, change, fit
 from photon.dashboard.progress import RunProgress
 from photon.telemetry.events import (
+    ComputeChosen,
     LocalFinished,
     LocalProgress,
+    Notice,
     RoundFinished,
     RunStarted,
     UpdateDropped,
@@ -280,3 +282,19 @@ def test_the_console_decides_which_view(monkeypatch):
     monkeypatch.delenv("FORCE_COLOR")
     monkeypatch.setenv("TERM", "dumb")
     assert isinstance(progress_view(Console(force_terminal=True)), PlainView)
+
+
+def test_a_log_tells_how_a_node_trains_and_what_it_changed(stream):
+    file = io.StringIO()
+    view = PlainView(Console(file=file, width=200))
+    view.on_event(stream().started())
+    reason = "a copy is too large for a device"
+    view.on_event(
+        ComputeChosen(
+            worker=1, ranks=8, strategy="fsdp", reason=reason, device="cuda", precision="bf16"
+        )
+    )
+    view.on_event(Notice(round=2, silo="judicial", text="out of memory; going on with 4"))
+    lines = file.getvalue().splitlines()
+    assert lines[1] == f"node 1 trains with fsdp on eight ranks: {reason}"
+    assert lines[2].endswith("judicial: out of memory; going on with 4")

@@ -10,7 +10,15 @@ import pytest
 from pydantic import ValidationError
 
 from photon.telemetry import EVENTS, parse_event
-from photon.telemetry.events import Event, RunFinished, RunStopped, UpdateDropped, WorkerLost
+from photon.telemetry.events import (
+    ComputeChosen,
+    Event,
+    Notice,
+    RunFinished,
+    RunStopped,
+    UpdateDropped,
+    WorkerLost,
+)
 
 
 @pytest.fixture
@@ -20,6 +28,15 @@ def one_of_each(begin, one_round):
         type(event): event
         for event in (
             begin(resumed_from_round=3),
+            ComputeChosen(
+                worker=0,
+                ranks=8,
+                strategy="fsdp",
+                reason="a copy is too large for a device",
+                device="cuda",
+                precision="bf16",
+            ),
+            Notice(round=1, silo="north", text="out of memory; going on with 4 sequences"),
             UpdateDropped(round=1, silo="north", reason="not finite"),
             WorkerLost(round=1, silo="north", worker=2, reason="exit code -9"),
             RunFinished(summary={"perplexity": 12.5, "nested": {"a": [1, 2]}}),

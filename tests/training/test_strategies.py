@@ -26,26 +26,19 @@ RECIPES = {
 LAYOUTS = [("ddp", 2, 1), ("fsdp", 2, 1), ("fsdp", 4, 1), ("hybrid", 4, 2)]
 
 
-def cases(strategies: list[str]) -> list[dict]:
-    return [
-        {"strategy": strategy, "local": recipe, "steps": STEPS}
-        for strategy in strategies
-        for recipe in RECIPES.values()
-    ]
-
-
 @pytest.fixture(scope="module")
 def trained(run_ranks):
     """(strategy, ranks, optimizer) -> what each rank saw. One launch for each number of ranks."""
     found = {}
-    for world, machines, strategies in [
-        (1, 1, ["single"]),
-        (2, 1, ["ddp", "fsdp"]),
-        (4, 1, ["fsdp"]),
-        (4, 2, ["hybrid"]),
-    ]:
-        answers = run_ranks("equality", world, cases(strategies), machines=machines)
-        names = [(strategy, world, name) for strategy in strategies for name in RECIPES]
+    for world in (1, 2, 4):
+        layouts = [each for each in [("single", 1, 1), *LAYOUTS] if each[1] == world]
+        cases = [
+            {"strategy": strategy, "machines": machines, "local": recipe, "steps": STEPS}
+            for strategy, _, machines in layouts
+            for recipe in RECIPES.values()
+        ]
+        answers = run_ranks("equality", world, cases)
+        names = [(strategy, world, name) for strategy, _, _ in layouts for name in RECIPES]
         for number, key in enumerate(names):
             found[key] = [answer[number] for answer in answers]
     return found

@@ -217,18 +217,10 @@ class Trainer:
                     loss, norm = step()
                 meter.add(loss, self._batch_size * (batch.tokens.shape[1] - 1))
                 if (index + 1) % self._log_every == 0 or index + 1 == steps:
-                    tokens_per_s = meter.settle()
+                    lr = self._config.lr * self._schedule.factor(global_step + index)
+                    progress = meter.settle(lr, float(norm))
                     if on_progress is not None:
-                        on_progress(
-                            Progress(
-                                step=index + 1,
-                                global_step=global_step + index + 1,
-                                loss=meter.last,
-                                lr=self._config.lr * self._schedule.factor(global_step + index),
-                                gradient_norm=float(norm),
-                                tokens_per_s=tokens_per_s,
-                            )
-                        )
+                        on_progress(progress)
         return LocalResult(
             loss=meter.mean,
             first_loss=meter.first,
@@ -343,8 +335,8 @@ class _Meter:
         self._step += 1
         self.tokens += tokens
 
-    def settle(self) -> float:
-        """Average the newest losses over ranks and check them; tokens/s since the last time.
+    def settle(self, lr: float, gradient_norm: float) -> Progress:
+        """Average the newest losses over ranks, check them, and say where training stands.
 
         Raises:
             NonFiniteError: naming the first bad step.
@@ -361,7 +353,14 @@ class _Meter:
         now = time.perf_counter()
         tokens_per_s = (self.tokens - self._settled_tokens) / (now - self._settled_s)
         self._settled, self._settled_s, self._settled_tokens = self._step, now, self.tokens
-        return tokens_per_s
+        return Progress(
+            step=self._step,
+            global_step=self._global_step + self._step,
+            loss=self.last,
+            lr=lr,
+            gradient_norm=gradient_norm,
+            tokens_per_s=tokens_per_s,
+        )
 
     @property
     def mean(self) -> float:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from photon.config import ComputeConfig, LocalConfig, ModelConfig
-from photon.models import build_model
+from photon.config import ComputeConfig, LocalConfig
 from photon.training import Progress, Schedule, Trainer, plan_compute
 from photon.training.ranks import Ranks, Seat
 from photon.training.strategy import choose_strategy
@@ -29,22 +30,38 @@ class Text:
         return (np.arange(17)[None, :] >= cut).astype(np.int32)
 
 
+def small_model() -> torch.nn.Module:
+    """Two blocks whose rows four ranks can't share evenly; the same weights on every rank."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=48,
+        intermediate_size=90,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=16,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).train()
+
+
 def train(case: dict[str, Any], seat: Seat, ranks: Ranks) -> dict[str, Any]:
     plan = plan_compute(
         ComputeConfig(device="cpu", precision="fp32", threads=1, **case.get("compute", {})),
         seat=seat,
     )
+    # One launch serves one machine and, for hybrid, two that are imagined.
+    seat = replace(seat, local_world_size=seat.world_size // case["machines"])
+    placed = Ranks(seat, ranks.group, ranks.checkpoints)
     strategy = choose_strategy(case["strategy"], seat, state_bytes=1, device_bytes=100)
-    model = build_model(
-        ModelConfig(preset="tiny"), vocab_size=61, sequence_length=16, eos_id=0, seed=3
-    )
     trainer = Trainer(
-        model,
+        small_model(),
         LocalConfig(**{"batch_size": 8, "lr": 3e-3, **case["local"]}),
         Schedule("cosine", 40, 4),
         plan,
         log_every=1,
-        placement=(ranks, strategy),
+        placement=(placed, strategy),
     )
     losses: list[float] = []
     norms: list[float] = []
