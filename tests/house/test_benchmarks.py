@@ -61,17 +61,21 @@ def test_turns_are_shuffled_and_only_runners_are_timed(contest: Any) -> None:
         def __init__(self, entry: Any) -> None:
             self.entry = entry
 
-        def run(self, steps: int) -> float:
+        def run(self, steps: int) -> Any:
             told.append((self.entry.name, steps))
-            return 2.0 if self.entry is contest.PHOTON else 3.0
+            return (
+                contest.Turn(2.0, 4.0) if self.entry is contest.PHOTON else contest.Turn(3.0, 5.0)
+            )
 
     group = [Fake(contest.PHOTON), Fake(contest.BARE), Fake(contest.LEAN)]
-    seconds = contest.take_turns(group, warmup=1, steps=7, rounds=8, seed=0)
+    turns = contest.take_turns(group, warmup=1, steps=7, rounds=8, seed=0)
     assert told[:3] == [(fake.entry.name, 1) for fake in group]
     firsts = {told[3 + 2 * number][0] for number in range(8)}
-    assert firsts == set(seconds) == {contest.PHOTON.name, contest.BARE.name}
-    ratio = contest.speed_ratio(seconds, contest.PHOTON.name, contest.BARE.name)
+    assert firsts == set(turns) == {contest.PHOTON.name, contest.BARE.name}
+    ratio = contest.speed_ratio(turns, contest.PHOTON.name, contest.BARE.name)
     assert (ratio.low, ratio.median, ratio.high) == (1.5, 1.5, 1.5)
+    by_cpu = contest.speed_ratio(turns, contest.PHOTON.name, contest.BARE.name, "cpu_seconds")
+    assert by_cpu.median == 1.25
 
 
 @pytest.mark.parametrize("change", [{"first_loss": 5.01}, {"parameters": 11}])
