@@ -6,6 +6,7 @@ each call to the others, which `follow`.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from photon.config import RunConfig
 from photon.data import PreparedData, held_out_text, open_data, token_stream
-from photon.errors import NonFiniteError
+from photon.errors import NonFiniteError, RankLostError
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.node_state import NodeState, NodeStates
 from photon.federation.tasks import (
@@ -175,7 +176,8 @@ class Node:
 
     def close(self) -> None:
         """Let the other ranks go."""
-        self._ranks.announce(("close", None))
+        with contextlib.suppress(RankLostError):  # then there is nobody to let go
+            self._ranks.announce(("close", None))
         self._ranks.close()
 
     def follow(self) -> None:
@@ -294,8 +296,7 @@ class Node:
                 autocast_dtype=trainer.autocast_dtype,
                 part=(ranks.seat.rank, ranks.size),
             )
-        sums = torch.tensor([own.nats, own.tokens], dtype=torch.float64)
-        nats, tokens = ranks.sum_(sums.to(trainer.plan.device)).tolist()
+        nats, tokens = ranks.total([own.nats, own.tokens])
         total = LossSum(nats, int(tokens))
         scored = score(total, text_tokens=text.tokens, text_bytes=text.bytes)
         return EvalReceipt(

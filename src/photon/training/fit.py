@@ -23,7 +23,7 @@ from photon.training.memory import (
 )
 from photon.training.micro_batch import MicroBatch
 from photon.training.ranks import Seat
-from photon.training.strategy import Strategy, choose_strategy
+from photon.training.strategy import Strategy, choose_strategy, cut_strategy
 from photon.training.trainer import rank_share
 
 
@@ -87,18 +87,37 @@ def plan_fit(
         state_bytes=standing_bytes(model, settings),
         device_bytes=total,
     )
-    shards = {"fsdp": seat.world_size, "hybrid": seat.local_world_size}.get(strategy.name, 1)
-    settings = replace(settings, strategy=strategy.name, shards=shards)
-    key = json.dumps([asdict(settings), _shapes(model), _name_of(plan.device), seat.world_size])
     asked = config.compute.micro_batch_size
     most = min(asked, share) if asked is not None else share
-    guess = largest_micro_batch(model, settings, free, most=most)
-    if guess < 1:
+    settings = _spread(settings, strategy, seat)
+    guess = _guess(model, settings, free, most)
+    if guess == 0 and config.compute.strategy == "auto" and strategy.name == "ddp":
+        strategy = cut_strategy(seat, "a copy leaves no room for activations")
+        settings = _spread(settings, strategy, seat)
+        guess = _guess(model, settings, free, most)
+    if guess == 0:
         shortfall = describe_shortfall(model, estimate_with(model, settings), free)
         raise DoesNotFitError(shortfall[0], hint=shortfall[1])
     if asked is not None:
         guess = None  # as asked: the estimate may be wrong, and a failed allocation backs off
-    return Fit(strategy, MicroBatch(share, asked=asked, guess=guess, memo=memo, key=key), settings)
+    key = json.dumps([asdict(settings), _shapes(model), _name_of(plan.device), seat.world_size])
+    micro_batch = MicroBatch(share, asked=asked, guess=guess, memo=memo, key=key)
+    return Fit(strategy, micro_batch, settings)
+
+
+def _spread(settings: MemorySettings, strategy: Strategy, seat: Seat) -> MemorySettings:
+    shards = {"fsdp": seat.world_size, "hybrid": seat.local_world_size}.get(strategy.name, 1)
+    return replace(settings, strategy=strategy.name, shards=shards)
+
+
+def _guess(model: nn.Module, settings: MemorySettings, free: int, most: int) -> int | None:
+    """The largest micro-batch by estimate, 0 if one sequence is too many; None: can't be told."""
+    try:
+        return largest_micro_batch(model, settings, free, most=most)
+    except Exception:
+        # Some architectures can't be traced on fake tensors. That must not stop what may well
+        # train: the search begins with the whole share, and failed allocations back off.
+        return None
 
 
 def _shapes(model: nn.Module) -> list[int]:

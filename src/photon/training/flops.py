@@ -77,8 +77,9 @@ def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
             trained += parameter.numel() * share
         else:
             frozen += parameter.numel() * share
-    heads = int(config.num_attention_heads)
-    head_width = getattr(config, "head_dim", None) or int(config.hidden_size) // heads
+    # State-space models have no attention to count.
+    heads = int(getattr(config, "num_attention_heads", None) or 0)
+    head_width = getattr(config, "head_dim", None) or int(config.hidden_size) // max(1, heads)
     return FlopCount(
         trained_weights=round(trained),
         frozen_weights=round(frozen),

@@ -484,7 +484,7 @@ def _preset_count(preset: str, vocab_size: int) -> int:
 
 
 def _heads(model: Any) -> int:
-    return int(model.config.get_text_config().num_attention_heads)
+    return int(getattr(model.config.get_text_config(), "num_attention_heads", None) or 0)
 
 
 def _width(model: Any) -> int:

@@ -8,7 +8,7 @@ who. Only rank 0 speaks to the link; the others follow what it announces.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -172,11 +172,13 @@ class Ranks:
             tensor /= self.size
         return tensor
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+    def total(self, numbers: Sequence[float]) -> list[float]:
+        """Each number summed over ranks, in fp64."""
+        if self.size == 1:
+            return list(numbers)
+        box = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(box, group=self._control)
+        return box.tolist()
 
     def least(self, number: int) -> int:
         """The smallest of the ranks' numbers."""

@@ -55,18 +55,24 @@ def choose_strategy(asked: str, seat: Seat, *, state_bytes: int, device_bytes: i
             f"a copy's weights, gradients and optimizer state ({needs}) leave room for activations "
             f"on each of {seat.world_size} devices ({has})",
         )
+    too_large = f"a copy's weights, gradients and optimizer state ({needs}) are too large"
+    return cut_strategy(seat, f"{too_large} for a device ({has})")
+
+
+def cut_strategy(seat: Seat, why: str) -> Strategy:
+    """Cut among all ranks; where machines have several ranks each, among a machine's.
+
+    Args:
+        seat: how many ranks, on how many machines.
+        why: a copy on each rank won't do, in words.
+    """
     if seat.machines > 1 and seat.local_world_size > 1:
         return Strategy(
             "hybrid",
-            f"a copy ({needs}) is too large for a device ({has}): it is cut among the "
-            f"{seat.local_world_size} ranks of a machine, whose interconnect is fast, and copied "
-            f"between the {seat.machines} machines",
+            f"{why}: the model is cut among the {seat.local_world_size} ranks of a machine, whose "
+            f"interconnect is fast, and copied between the {seat.machines} machines",
         )
-    return Strategy(
-        "fsdp",
-        f"a copy's weights, gradients and optimizer state ({needs}) are too large for a device "
-        f"({has}): they are cut among {seat.world_size} ranks",
-    )
+    return Strategy("fsdp", f"{why}: the model is cut among {seat.world_size} ranks")
 
 
 def _require_possible(asked: str, seat: Seat) -> None:

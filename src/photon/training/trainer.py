@@ -364,7 +364,7 @@ class _Meter:
 
     @property
     def mean(self) -> float:
-        return float(self._losses.double().mean())
+        return float(self._losses.cpu().double().mean())
 
     @property
     def first(self) -> float:
