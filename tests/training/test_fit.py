@@ -7,7 +7,7 @@ import pytest
 from photon.config import ModelConfig, parse_run_config
 from photon.errors import DoesNotFitError
 from photon.models import build_skeleton
-from photon.training import Seat, fit, plan_compute, plan_fit
+from photon.training import Ranks, Seat, fit, plan_compute, plan_fit
 
 GIB = 2**30
 
@@ -79,3 +79,17 @@ def test_a_model_that_cannot_be_traced_may_train_all_the_same(monkeypatch, model
 
     monkeypatch.setattr(fit, "largest_micro_batch", refuse)
     assert planned(monkeypatch, model, config_of(), Seat(), 4).micro_batch.size == 32
+
+
+class Poorest(Ranks):
+    """Ranks of which another has less memory than this one."""
+
+    def least(self, number: int) -> int:
+        return min(number, 2 * GIB)
+
+
+def test_ranks_go_by_the_least_memory_among_them(monkeypatch, model):
+    """Or some would copy the model, others cut it, and all wait for each other."""
+    mine = planned(monkeypatch, model, config_of(), Seat(), 64, ranks=Poorest(Seat()))
+    theirs = planned(monkeypatch, model, config_of(), Seat(), 2, ranks=Poorest(Seat()))
+    assert mine.micro_batch.size == theirs.micro_batch.size == 8

@@ -121,6 +121,7 @@ class Node:
             seat,
             share_of=settings.processes,
             memo=settings.folder / f"micro_batch-{seat.rank}.json",
+            ranks=self._ranks,
         )
         strategy = fit.strategy
         self._flops_per_token = count_flops(model, config.data.sequence_length).per_token

@@ -22,7 +22,7 @@ from photon.training.memory import (
     standing_bytes,
 )
 from photon.training.micro_batch import MicroBatch
-from photon.training.ranks import Seat
+from photon.training.ranks import Ranks, Seat
 from photon.training.strategy import Strategy, choose_strategy, cut_strategy
 from photon.training.trainer import rank_share
 
@@ -49,6 +49,7 @@ def plan_fit(
     *,
     share_of: int = 1,
     memo: Path | None = None,
+    ranks: Ranks | None = None,
 ) -> Fit:
     """Choose from estimates of memory; nothing is allocated.
 
@@ -59,6 +60,7 @@ def plan_fit(
         seat: how many ranks, on how many machines.
         share_of: nodes that share this machine's main memory.
         memo: file of micro-batches found before; see MicroBatch.
+        ranks: that must come to the same choice, and so go by the least memory among them.
 
     Raises:
         IncompatibleConfigError: the batch or the strategy does not suit the ranks.
@@ -81,6 +83,8 @@ def plan_fit(
     if plan.device.type != "cuda":  # one memory for all processes of this machine
         total //= share_of * seat.local_world_size
         free //= share_of * seat.local_world_size
+    if ranks is not None:
+        total, free = ranks.least(total), ranks.least(free)
     strategy = choose_strategy(
         config.compute.strategy,
         seat,
