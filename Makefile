@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # One word or several: TORCH="torch==2.13.0 --index-url URL" takes a CUDA build from another index.
 TORCH ?= torch==2.13.0
+# Processes that run tests; a module's tests stay in one.
+JOBS ?= 2
 # Passed on: make demo ARGS="--help", make test ARGS="tests/config -x".
 ARGS ?=
 
@@ -43,7 +45,7 @@ demo: $(STAMP) ## four silos train one model on real text; ends with a report (m
 	@$(BIN)/photon demo $(ARGS)
 
 test: lint types imports budgets ## all checks, then all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff: style and formatting
 	$(BIN)/ruff check .

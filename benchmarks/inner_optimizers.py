@@ -67,7 +67,7 @@ def contest(asked: argparse.Namespace) -> dict[str, tuple[float, list[Curve], di
     found = {}
     for optimizer in asked.optimizers:
         tried: dict[float, Curve] = {}
-        for lr in LEARNING_RATES[optimizer]:
+        for lr in asked.rates or LEARNING_RATES[optimizer]:
             config = run_config(asked.data, optimizer, lr, 0, asked.points, asked.steps)
             tried[lr] = curve(config)
             print(f"{optimizer} {lr:g}: {tried[lr][-1][1]:.4f}", file=sys.stderr, flush=True)
@@ -122,6 +122,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="prepared text")
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "muon"])
+    parser.add_argument("--rates", nargs="+", type=float, help="peak learning rates to try")
     parser.add_argument("--steps", type=int, default=168, help="of 32 sequences of 128 tokens")
     parser.add_argument("--points", type=int, default=12, help="evaluations along the way")
     parser.add_argument("--seeds", type=int, default=1)

@@ -140,3 +140,16 @@ def test_two_hundred_rounds_leak_nothing_and_compile_once():
     assert told["compiled_later"] == 0
     assert told["rss_end"] <= 1.02 * told["rss_after_warm_up"]
     assert told["last_loss"] < told["first_loss"]
+
+
+# torch's own tracer looks at .grad of what it traces.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("scope", ["on", "whole"])
+def test_compiled_models_train_the_same(scope):
+    """aot_eager traces and partitions as inductor does, and keeps the kernels."""
+    plain, _ = train()
+    compiled, _ = train(compute={"compile": scope, "compile_backend": "aot_eager"})
+    for name, weight in plain.weights().items():
+        torch.testing.assert_close(compiled.weights()[name], weight, rtol=1e-4, atol=1e-6)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0

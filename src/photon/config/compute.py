@@ -64,9 +64,11 @@ class ComputeConfig(Section):
         description="Memory in which a node keeps the newest inner states of the silos it serves, "
         "beside their files on disk. Only matters where federation.optimizer_state is keep.",
     )
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Literal["auto", "on", "whole", "off"] = Field(
         default="auto",
-        description="torch.compile of each block, once for the life of the trainer. auto: on CUDA.",
+        description="torch.compile, once for the life of the trainer. on: each block, which all "
+        "share one graph. whole: the model as one graph, some percent faster and slower to start; "
+        "not where the model is cut among ranks. auto: on for CUDA, else off.",
     )
     compile_backend: str = Field(
         default="inductor",

@@ -34,9 +34,9 @@ class ComputePlan:
 
     @property
     def compiles(self) -> bool:
-        """Whether blocks are compiled."""
+        """Whether blocks, or the whole model, are compiled."""
         wanted = self.config.compile
-        return wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
+        return wanted in ("on", "whole") or (wanted == "auto" and self.device.type == "cuda")
 
     def apply(self) -> None:
         """Set this process's thread count."""

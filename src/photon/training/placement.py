@@ -59,8 +59,10 @@ class PlacedModel:
         self._plan = plan
         _recompute(model, plan.config.activation_checkpointing)
         if plan.compiles:
-            for block in transformer_blocks(model):
-                block.compile(backend=plan.config.compile_backend, dynamic=False)
+            # FSDP2 gathers weights between blocks, which no single graph can span.
+            whole = plan.config.compile == "whole" and not strategy.shards
+            for part in [model] if whole else transformer_blocks(model):
+                part.compile(backend=plan.config.compile_backend, dynamic=False)
         if strategy.shards:
             self._shard(_mesh(plan.device.type, ranks, strategy))
         else:
