@@ -36,7 +36,8 @@ def run_config(work: Work) -> RunConfig:
                 "device": work.device,
                 "precision": work.precision,
                 "threads": work.threads,
-                "compile": {None: "auto", True: "on", False: "off"}[work.compile],
+                # The others compile the whole model, too.
+                "compile": {None: "auto", True: "whole", False: "off"}[work.compile],
             },
             "federation": {"rounds": 1},
         }

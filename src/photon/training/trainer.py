@@ -81,7 +81,6 @@ class Trainer:
         config: the [local] table.
         schedule: learning-rate factor by global step.
         plan: device, arithmetic, threads.
-        batch_size: sequences per optimizer step, over all ranks; config.batch_size by default.
         log_every: steps between progress calls and checks for a non-finite loss.
         placement: this node's ranks, and how they share the model; one rank by default.
         micro_batch: for this rank; by default what the plan asks for, or the whole share.
@@ -97,7 +96,6 @@ class Trainer:
         schedule: Schedule,
         plan: ComputePlan,
         *,
-        batch_size: int | None = None,
         log_every: int = 10,
         placement: tuple[Ranks, Strategy] | None = None,
         micro_batch: MicroBatch | None = None,
@@ -105,7 +103,7 @@ class Trainer:
         plan.apply()
         self.plan = plan
         self.ranks, strategy = placement or (Ranks.alone(), Strategy("single", "one rank"))
-        self._batch_size = batch_size or config.batch_size
+        self._batch_size = config.batch_size
         self._share = rank_share(self._batch_size, self.ranks.size)
         self.micro_batch = micro_batch or MicroBatch(
             self._share, asked=plan.config.micro_batch_size
