@@ -64,7 +64,10 @@ train("tiny", 64, 16, 2)
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[1]) * resource.getpagesize()
 train(sys.argv[1], *(int(word) for word in sys.argv[2:5]))
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+# VmHWM, not ru_maxrss, which starts at the peak of the process that forked this one.
+with open("/proc/self/status") as file:
+    peak = int(file.read().split("VmHWM:")[1].split()[0]) * 1024
+print(json.dumps(peak - before))
 """
 
 
