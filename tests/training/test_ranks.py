@@ -69,3 +69,4 @@ def test_ranks_with_other_files_refuse_to_start(
     for answer in answers:  # every rank, so that none is left waiting
         assert answer["code"] == (RankMismatchError.exit_code if words else 0)
         assert words in answer["message"]
+        assert answer["left"]  # threads of a process group still there at exit abort the process

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from photon.training import Ranks, read_snapshot, write_snapshot
 
@@ -118,3 +119,23 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
         check=True,
     )
     assert done.stdout.split() == [str(errno.EFBIG), "[]"]
+
+
+@pytest.mark.parametrize("when", ["write", "read"])
+def test_ctrl_c_is_not_taken_for_damage(tmp_path, monkeypatch, when):
+    """torch gathers a KeyboardInterrupt among the ranks' failures, as if the disk had failed."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    tensors = {"moment": torch.ones(3)}
+    if when == "write":
+        monkeypatch.setattr(FileSystemWriter, "write_data", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            keep(tmp_path / "kept", tensors)
+        assert not list(tmp_path.glob("kept"))
+    else:
+        keep(tmp_path / "kept", tensors)
+        monkeypatch.setattr(FileSystemReader, "read_data", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            read_snapshot(tmp_path / "kept", plainly, Ranks.alone())

@@ -113,40 +113,43 @@ class Node:
             config.compute, processes=settings.processes * seat.local_world_size, seat=seat
         )
         self._ranks = Ranks.join(seat, plan.device, collective_s=config.federation.silence_s)
-        self._require_same_files(model)
-        fit = plan_fit(
-            model,
-            config,
-            plan,
-            seat,
-            share_of=settings.processes,
-            memo=settings.folder / f"micro_batch-{seat.rank}.json",
-            ranks=self._ranks,
-        )
-        strategy = fit.strategy
-        self._flops_per_token = count_flops(model, config.data.sequence_length).per_token
-        self._trainer = Trainer(
-            model,
-            config.local,
-            Schedule.of(config),
-            plan,
-            log_every=config.run.log_every,
-            placement=(self._ranks, strategy),
-            micro_batch=fit.micro_batch,
-        )
-        cache_bytes = int(config.compute.state_cache_gib * 2**30)
-        self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
-        if self._ranks.leader:
-            on_event(
-                ComputeChosen(
-                    worker=settings.worker,
-                    ranks=seat.world_size,
-                    strategy=strategy.name,
-                    reason=strategy.reason,
-                    device=plan.device.type,
-                    precision=plan.precision,
-                )
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(self._ranks.close)
+            self._require_same_files(model)
+            fit = plan_fit(
+                model,
+                config,
+                plan,
+                seat,
+                share_of=settings.processes,
+                memo=settings.folder / f"micro_batch-{seat.rank}.json",
+                ranks=self._ranks,
             )
+            strategy = fit.strategy
+            self._flops_per_token = count_flops(model, config.data.sequence_length).per_token
+            self._trainer = Trainer(
+                model,
+                config.local,
+                Schedule.of(config),
+                plan,
+                log_every=config.run.log_every,
+                placement=(self._ranks, strategy),
+                micro_batch=fit.micro_batch,
+            )
+            cache_bytes = int(config.compute.state_cache_gib * 2**30)
+            self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
+            if self._ranks.leader:
+                on_event(
+                    ComputeChosen(
+                        worker=settings.worker,
+                        ranks=seat.world_size,
+                        strategy=strategy.name,
+                        reason=strategy.reason,
+                        device=plan.device.type,
+                        precision=plan.precision,
+                    )
+                )
+            on_failure.pop_all()
 
     def fit(self, task: FitTask, state: GlobalState) -> Update:
         """Take the task's local steps from the global state.
@@ -187,19 +190,19 @@ class Node:
         Raises:
             RankLostError: rank 0, or another, is gone.
         """
-        while True:
-            call, task = self._ranks.announce(None)
-            if call == "fit":
-                self._fit(task, None)
-            elif call == "load":
-                self._trainer.load_weights(None)
-            elif call == "evaluate":
-                self._evaluate(task)
-            elif call == "settle":
-                self._states.settle()
-            else:
-                self._ranks.close()
-                return
+        with contextlib.closing(self._ranks):
+            while True:
+                call, task = self._ranks.announce(None)
+                if call == "fit":
+                    self._fit(task, None)
+                elif call == "load":
+                    self._trainer.load_weights(None)
+                elif call == "evaluate":
+                    self._evaluate(task)
+                elif call == "settle":
+                    self._states.settle()
+                else:
+                    return
 
     def _fit(self, task: FitTask, state: GlobalState | None) -> Update:
         started = time.perf_counter()

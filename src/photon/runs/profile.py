@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from photon.runs.session import Session
 from photon.telemetry import Event, Listener
 from photon.telemetry.events import ComputeChosen, Notice
 from photon.training import Seat, count_flops
+from photon.training.device import cores
 
 #: Steps before the measured ones: kernels are chosen, blocks compiled, optimizer state made.
 WARM_UP_STEPS = 3
@@ -103,7 +103,7 @@ def _measure(
         "peak_memory_bytes": receipt.peak_memory_bytes,
         "estimated_memory_bytes": fit.estimate(skeleton, receipt.micro_batch_size).total_bytes,
         "notices": [event.text for event in told if isinstance(event, Notice)],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": cores(),
     }
 
 

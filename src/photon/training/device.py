@@ -58,7 +58,7 @@ def plan_compute(
         IncompatibleConfigError: bf16 asked of a device that has none.
     """
     device = _device(section.device)
-    threads = section.threads or max(1, _cores() // max(1, processes))
+    threads = section.threads or max(1, cores() // max(1, processes))
     if device.type == "cuda":
         device = torch.device("cuda", _cuda_index(seat or Seat()))
     return ComputePlan(device, _autocast_dtype(section.precision, device), threads, section)
@@ -81,7 +81,8 @@ def ranks_of_a_node(section: ComputeConfig, *, workers: int) -> int:
     return max(1, torch.cuda.device_count() // max(1, workers))
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

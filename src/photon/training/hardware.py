@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from photon.training.device import cores
 from photon.version import photon_version
 
 
@@ -224,7 +225,7 @@ def inspect_machine(folder: Path | None = None) -> Machine:
         torch=torch.__version__,
         photon=photon_version(),
         system=f"{platform.system()} {platform.machine()}",
-        cores=_cores(),
+        cores=cores(),
         ram_total_bytes=total,
         ram_available_bytes=available,
         disk_free_bytes=shutil.disk_usage(folder or Path.cwd()).free,
@@ -244,10 +245,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ram(root: Path = Path("/")) -> tuple[int, int]:

@@ -189,8 +189,9 @@ class Ranks:
         return int(box)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group; threads of gloo still there at exit would abort the process."""
         if self.size > 1 and dist.is_initialized():
+            self._control = self.checkpoints = None
             dist.destroy_process_group()
 
 

@@ -157,8 +157,16 @@ def _as_written() -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:  # derives from BaseException
-        cause = next(iter(error.failures.values()))[0]
+        cause = _cause(error)
         raise _system_error(cause) or OSError(str(cause)) from None
+
+
+def _cause(gathered: CheckpointException) -> BaseException:
+    """The first rank's failure. Ctrl-C and the like, which torch gathers too, are raised again."""
+    cause = next(iter(gathered.failures.values()))[0]
+    if not isinstance(cause, Exception):
+        raise cause from None
+    return cause
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
@@ -173,7 +181,6 @@ def _as_read(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise ValueError(f"{path} can't be read: {cause}") from None
+        raise ValueError(f"{path} can't be read: {_cause(error)}") from None
     except (RuntimeError, EOFError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error

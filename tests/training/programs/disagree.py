@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch.distributed
+
 from photon.config import load_run_config
 from photon.errors import PhotonError
 from photon.federation import Node, NodeSettings
@@ -21,13 +23,15 @@ def main() -> None:
     try:
         node = Node(settings, lambda event: None)
     except PhotonError as error:
-        print(json.dumps({"code": error.exit_code, "message": error.message}))
+        left = not torch.distributed.is_initialized()
+        print(json.dumps({"code": error.exit_code, "message": error.message, "left": left}))
         return
     if rank:
         node.follow()
     else:
         node.close()
-    print(json.dumps({"code": 0, "message": ""}))
+    left = not torch.distributed.is_initialized()
+    print(json.dumps({"code": 0, "message": "", "left": left}))
 
 
 if __name__ == "__main__":
