@@ -44,7 +44,7 @@ MEASURE = """
 import json, resource, sys
 import torch
 from photon.config import ModelConfig
-from photon.models import build_model, next_token_loss
+from photon.models import HeadLoss, build_model, training_loss
 
 torch.set_num_threads(1)
 
@@ -55,8 +55,10 @@ def train(preset, vocabulary, length, batch):
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    head = HeadLoss.of(model)
     for _ in range(2):
-        next_token_loss(model, torch.randint(0, vocabulary, (batch, length + 1))).backward()
+        tokens = torch.randint(0, vocabulary, (batch, length + 1))
+        training_loss(model, tokens, head=head)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -11,6 +11,7 @@ from photon.models.build import (
 )
 from photon.models.export import ModelCard, export_model
 from photon.models.generate import generate_text, load_exported
+from photon.models.head_loss import HeadLoss, head_loss, rows_at_once
 from photon.models.loss import next_token_loss, training_loss
 from photon.models.parameters import (
     hidden_matrices,
@@ -23,6 +24,7 @@ from photon.models.quiet import quiet_transformers
 
 __all__ = [
     "SHAPES",
+    "HeadLoss",
     "ModelCard",
     "Shape",
     "build_model",
@@ -30,6 +32,7 @@ __all__ = [
     "context_length",
     "export_model",
     "generate_text",
+    "head_loss",
     "hidden_matrices",
     "load_config",
     "load_exported",
@@ -39,6 +42,7 @@ __all__ = [
     "preset_config",
     "quiet_transformers",
     "require_document_masks",
+    "rows_at_once",
     "tokenizer_file_of",
     "trainable_parameters",
     "training_loss",

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from photon.models.head_loss import HeadLoss
+
 
 def next_token_loss(
     model: Callable[..., Any],
@@ -39,6 +41,7 @@ def training_loss(
     *,
     document_ids: Tensor | None = None,
     z_loss: float = 0.0,
+    head: HeadLoss | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What is minimised, and the cross-entropy that is reported; the same without a z-loss.
 
@@ -47,10 +50,14 @@ def training_loss(
     Args:
         model, tokens, document_ids: as in `next_token_loss`.
         z_loss: weight; 0 leaves it out.
+        head: takes the loss inside the model, without whole logits.
 
     Returns:
         fp32 0-d objective and fp32 0-d cross-entropy in nats per token.
     """
+    if head is not None:
+        targets = tokens[:, 1:].flatten()
+        return head(model, targets, z_loss, **_inputs(tokens, document_ids))
     if not z_loss:
         loss = next_token_loss(model, tokens, document_ids=document_ids)
         return loss, loss
@@ -65,11 +72,15 @@ def _predictions(
     model: Callable[..., Any], tokens: Tensor, document_ids: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Logits [B x L, V] in the model's dtype, and targets [B x L]."""
-    more: dict[str, Any] = {}
-    if document_ids is not None:
-        more["position_ids"] = positions_in_documents(document_ids[:, :-1])
-    logits = model(input_ids=tokens[:, :-1], use_cache=False, **more).logits
+    logits = model(**_inputs(tokens, document_ids)).logits
     return logits.flatten(0, 1), tokens[:, 1:].flatten()
+
+
+def _inputs(tokens: Tensor, document_ids: Tensor | None) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": tokens[:, :-1], "use_cache": False}
+    if document_ids is not None:
+        inputs["position_ids"] = positions_in_documents(document_ids[:, :-1])
+    return inputs
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from photon.models import (
     SHAPES,
     build_skeleton,
     hidden_matrices,
+    rows_at_once,
     trainable_parameters,
     transformer_blocks,
 )
@@ -179,7 +180,10 @@ def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
     """`estimate_memory` with its arguments in one hand, to vary one of them with `replace`."""
     weights, gradients, state, runtime = _standing(model, settings)
     copies = _gathered(model, settings)
-    live = _trace(model, settings).live_bytes(settings.micro_batch_size)
+    live = _trace(model, settings).live_bytes(
+        settings.micro_batch_size,
+        logits_of=rows_at_once(_vocabulary(model), settings.device_type) / settings.sequence_length,
+    )
     # The trace's gradients have the dtype of its weights; reduced ones are fp32, cut among ranks.
     live[:, GRADIENTS] *= (2 if settings.arithmetic == "bf16" else 1) / settings.cuts
     # DDP's buckets and an accumulating step's gradients outlive a micro-batch.

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from photon.errors import ModelMismatchError
-from photon.models import trainable_parameters, transformer_blocks
+from photon.models import HeadLoss, trainable_parameters, transformer_blocks
 from photon.training.device import ComputePlan
 from photon.training.local_tensors import copy_as
 from photon.training.ranks import Ranks
@@ -57,6 +57,8 @@ class PlacedModel:
         self.strategy = strategy
         self._ranks = ranks
         self._plan = plan
+        #: Takes the loss in training; None where the architecture wants the plain one.
+        self.head = HeadLoss.of(model)
         _recompute(model, plan.config.activation_checkpointing)
         if plan.compiles:
             # FSDP2 gathers weights between blocks, which no single graph can span.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from photon.models import next_token_loss, transformer_blocks
+from photon.models import HeadLoss, training_loss, transformer_blocks
 
 #: Columns of a trace.
 CASTS, GRADIENTS, ACTIVATIONS, LOGITS = range(4)
@@ -60,6 +61,7 @@ class StepTrace:
     Attributes:
         fixed: [moments, 4], bytes whatever the micro-batch.
         per_sequence: [moments, 4], bytes for each sequence of the micro-batch.
+        by_rows: whether the loss is taken some rows of logits at a time (models/head_loss.py).
 
     The four columns: casts (bf16 copies of weights that autocast makes), gradients of weights,
     activations with all that backward holds for a while, and logits with their fp32 copy and
@@ -68,10 +70,19 @@ class StepTrace:
 
     fixed: np.ndarray
     per_sequence: np.ndarray
+    by_rows: bool
 
-    def live_bytes(self, micro_batch_size: int) -> np.ndarray:
-        """[moments, 4] for so many sequences a forward pass."""
-        return self.fixed + micro_batch_size * self.per_sequence
+    def live_bytes(self, micro_batch_size: int, *, logits_of: float = math.inf) -> np.ndarray:
+        """[moments, 4] for so many sequences a forward pass.
+
+        Args:
+            logits_of: sequences whose logits are there at once, where the loss is taken by rows.
+        """
+        live = self.fixed + micro_batch_size * self.per_sequence
+        if self.by_rows:
+            sequences = min(micro_batch_size, logits_of)
+            live[:, LOGITS] = self.fixed[:, LOGITS] + sequences * self.per_sequence[:, LOGITS]
+        return live
 
 
 Arithmetic = Literal["fp32", "autocast", "bf16"]
@@ -99,11 +110,12 @@ def trace_step(
         for batch in _BATCHES
     ]
     live = [np.cumsum(each, axis=0, dtype=np.float64) for each in deltas]
+    by_rows = HeadLoss.suits(model)
     if len(live[0]) != len(live[1]):
         # The batch sizes took different paths: the smaller one's bytes, all of them scaled.
-        return StepTrace(np.zeros_like(live[0]), live[0] / _BATCHES[0])
+        return StepTrace(np.zeros_like(live[0]), live[0] / _BATCHES[0], by_rows)
     slope = (live[1] - live[0]) / (_BATCHES[1] - _BATCHES[0])
-    return StepTrace(live[0] - _BATCHES[0] * slope, slope)
+    return StepTrace(live[0] - _BATCHES[0] * slope, slope, by_rows)
 
 
 def _uniform_blocks(model: nn.Module) -> list[nn.Module]:
@@ -148,9 +160,11 @@ def _deltas(
             _wrap(block, tracer, checkpointing, only_causal)
         with tracer:
             with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
-                loss = next_token_loss(fake, tokens)
+                # All rows at once: StepTrace.live_bytes knows how many there are in training.
+                by_rows = HeadLoss.of(fake, rows=batch * sequence_length)
+                loss, cross_entropy = training_loss(fake, tokens, head=by_rows)
             loss.backward()
-        del loss
+        del loss, cross_entropy
     return tracer.deltas(hidden)
 
 

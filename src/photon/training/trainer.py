@@ -270,6 +270,7 @@ class Trainer:
                         micro.tokens,
                         document_ids=micro.document_ids,
                         z_loss=self._config.z_loss,
+                        head=self.placed.head,
                     )
                 # A short last micro-batch still counts by its sequences.
                 share = len(micro.tokens) / len(batch.tokens)
