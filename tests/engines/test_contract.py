@@ -48,12 +48,21 @@ class Bench:
         ]
 
 
-@pytest.fixture(params=["local", 1, 2], ids=["local", "one worker", "two workers"])
-def bench(request, three_silos, make_config, tmp_path):
+@pytest.fixture(scope="module", params=["local", 1, 2], ids=["local", "one worker", "two workers"])
+def lasting(request, three_silos, make_config, tmp_path_factory):
+    """An engine that serves test after test, as it serves round after round."""
     config = make_config(three_silos, "compute.threads=1")
-    bench = Bench(request.param, config, tmp_path)
+    bench = Bench(request.param, config, tmp_path_factory.mktemp("engine"))
     yield bench
     bench.engine.close()
+
+
+@pytest.fixture
+def bench(lasting):
+    kept = dict(lasting.state)
+    lasting.told.clear()
+    yield lasting
+    lasting.state = kept
 
 
 def test_answers_come_in_the_order_of_tasks(bench):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
+import runpy
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -24,60 +25,65 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def run_ranks() -> Callable[..., list[Any]]:
+def forks() -> ForkServerContext:
+    """Forks processes that have imported torch and Photon: each would take five seconds to."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["photon.federation"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # read once, when torch is imported
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="session")
+def run_ranks(
+    forks: ForkServerContext, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., list[Any]]:
     """Runs programs/NAME.py in `world` processes, as torchrun would start them.
 
-    Each is given a JSON of arguments and prints one JSON line; returned in order of rank. With
-    `check=False` a rank that failed gives {"exit": code, "stderr": text}.
+    Each is given a JSON of arguments and prints one JSON line; returned in order of rank.
     """
 
-    def run(
-        program: str,
-        world: int,
-        arguments: Any,
-        *,
-        machines: int = 1,
-        check: bool = True,
-        timeout_s: float = 200.0,
-    ) -> list[Any]:
+    def run(program: str, world: int, arguments: Any, *, timeout_s: float = 200.0) -> list[Any]:
         port = free_port()
-        local = world // machines
+        folder = tmp_path_factory.mktemp(program)
         processes = []
         for rank in range(world):
             seat = {
                 "RANK": rank,
-                "LOCAL_RANK": rank % local,
+                "LOCAL_RANK": rank,
                 "WORLD_SIZE": world,
-                "LOCAL_WORLD_SIZE": local,
+                "LOCAL_WORLD_SIZE": world,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
-                "OMP_NUM_THREADS": 1,
             }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(PROGRAMS / f"{program}.py"), json.dumps(arguments)],
-                    env={**os.environ, **{name: str(value) for name, value in seat.items()}},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
+            given = {
+                "environment": {name: str(value) for name, value in seat.items()},
+                "argv": [str(PROGRAMS / f"{program}.py"), json.dumps(arguments)],
+                "out": str(folder / f"out-{rank}"),
+                "error": str(folder / f"error-{rank}"),
+            }
+            process = forks.Process(
+                target=runpy.run_path,
+                args=(str(PROGRAMS / "seated.py"), given, "__main__"),
             )
+            process.start()
+            processes.append(process)
         deadline = time.monotonic() + timeout_s
         answers: list[Any] = []
         try:
             for rank, process in enumerate(processes):
-                out, error = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-                if process.returncode and check:
+                process.join(max(1.0, deadline - time.monotonic()))
+                assert process.exitcode is not None, f"{program} took longer than {timeout_s:g} s"
+                error = (folder / f"error-{rank}").read_text()
+                if process.exitcode:
                     raise AssertionError(f"rank {rank} of {program} failed:\n{error[-3000:]}")
-                if process.returncode:
-                    answers.append({"exit": process.returncode, "stderr": error})
-                else:
-                    answers.append(json.loads(out.strip().splitlines()[-1]))
+                out = (folder / f"out-{rank}").read_text()
+                answers.append(json.loads(out.strip().splitlines()[-1]))
         finally:
             for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.communicate()
+                process.kill()
+                process.join()
         return answers
 
     return run
