@@ -54,6 +54,12 @@ def test_photon_and_the_bare_loop_take_turns_on_the_same_work(one_silo: Path) ->
     assert "Memory, Photon over the bare loop with the same imports: " in out
 
 
+def test_the_loss_by_rows_and_the_plain_one_take_turns() -> None:
+    out = run(str(BENCHMARKS / "head_loss.py"), "--quick")
+    assert "| 64 x 16 x 128 | plain |" in out
+    assert "(chosen)" in out
+
+
 def test_turns_are_shuffled_and_only_runners_are_timed(contest: Any) -> None:
     told: list[tuple[str, int]] = []
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from photon.config import ModelConfig
 from photon.models import HeadLoss, build_model, head_loss, rows_at_once, training_loss
+from photon.models.head_loss import PLAIN_HEADS
 
 ROWS, WIDTH, VOCABULARY = 37, 16, 203
 
@@ -97,10 +99,22 @@ def tiny(**more):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "mpt"])
-def test_inside_a_model(family):
+def of_type(kind):
+    """A model of another architecture, as `init = "pretrained"` may bring."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 61}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **heads))
+
+
+@pytest.mark.parametrize("kind", sorted(PLAIN_HEADS))
+def test_inside_a_model(kind):
     """The same losses and gradients; without targets the model still gives logits."""
-    plain, scored = tiny(family=family), tiny(family=family)
+    if kind in ("llama", "mpt"):
+        plain, scored = tiny(family=kind), tiny(family=kind)
+    else:
+        plain, scored = of_type(kind), of_type(kind)
     head = HeadLoss.of(scored)
     assert head is not None
     tokens = torch.randint(0, 61, (3, 17), generator=torch.Generator().manual_seed(2))
