@@ -1,0 +1,85 @@
+"""What a codec is: a tensor in fewer bytes, and back.
+
+A codec is pure maths. What it gives are tensors of packed bytes and of scales, which the link
+writes as they are: their sizes are the bytes on the wire.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from photon.errors import NonFiniteError
+
+#: Parts of an encoded tensor by name: contiguous, on the CPU, uint8 but for scales.
+Parts = Mapping[str, Tensor]
+
+
+class Codec(ABC):
+    """Encodes one tensor at a time, without state: the same tensor gives the same parts.
+
+    Decoding is exact arithmetic on the parts, so two decoders agree bit for bit. The parts of a
+    tensor of N values are those of its values in row-major order; shape is the caller's to keep.
+    """
+
+    #: In run files and manifests.
+    name: ClassVar[str]
+
+    @abstractmethod
+    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+        """A floating tensor, of any shape and layout, as parts.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity, or becomes infinite in this codec's numbers.
+        """
+
+    @abstractmethod
+    def decode(self, parts: Parts, count: int) -> Tensor:
+        """fp32 [count] of what `encode` made of a tensor of so many values.
+
+        Raises:
+            ValueError: the parts are not those of so many values, in names, dtypes or sizes.
+        """
+
+
+def bytes_of(parts: Parts) -> int:
+    """Bytes that the parts take on the wire."""
+    return sum(part.nbytes for part in parts.values())
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Its values in row-major order, fp32, on the CPU; a view where that costs nothing."""
+    return tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().flatten()
+
+
+def require_finite(extremes: Tensor, codec: str) -> None:
+    """Refuse NaN and infinity, given values among which any of them would show.
+
+    Raises:
+        NonFiniteError: naming the codec.
+    """
+    if not bool(torch.isfinite(extremes).all()):
+        raise NonFiniteError(
+            f"codec {codec} can't encode a tensor with NaN or infinite values",
+            hint="Look at the silo's loss: its training has diverged.",
+        )
+
+
+def require_part(parts: Parts, name: str, dtype: torch.dtype, size: int) -> Tensor:
+    """A part, if it is what it must be.
+
+    Raises:
+        ValueError: it is missing, or of another dtype or size.
+    """
+    part = parts.get(name)
+    if part is None:
+        raise ValueError(f"no part {name!r} (there are: {', '.join(sorted(parts)) or 'none'})")
+    if part.dtype != dtype or part.numel() != size:
+        raise ValueError(
+            f"part {name!r} is {part.numel()} x {part.dtype}, expected {size} x {dtype}"
+        )
+    return part.flatten()
