@@ -17,7 +17,7 @@ class _Cast(Codec):
         values = flat(tensor).to(self._dtype, copy=True)
         if values.numel():
             # The extremes are those of the cast values: fp16 overflows beyond 65,504.
-            require_finite(torch.stack(torch.aminmax(values)), self.name)
+            require_finite(torch.stack([values.amax(), values.amin()]), self.name)
         return {"values": values}
 
     def decode(self, parts: Parts, count: int) -> Tensor:
