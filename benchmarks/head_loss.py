@@ -25,9 +25,9 @@ from torch.nn import functional
 from photon.models import head_loss, rows_at_once
 from trainer import Spread, machine, table
 
-#: Positions, width and vocabulary: the benchmark's tiny and 30m, GPT-2's, and Llama 3's.
+#: Positions, width and vocabulary: the trainer benchmark's tiny and 30m, GPT-2's, Llama 3's.
 SHAPES = {
-    "cpu": [(1024, 128, 4096), (1024, 512, 4096), (1024, 768, 50257), (512, 512, 128256)],
+    "cpu": [(1024, 128, 4096), (1024, 512, 4096), (1024, 256, 50257)],
     "cuda": [(16384, 768, 50257), (16384, 2048, 50257), (8192, 2048, 128256)],
 }
 QUICK = [(64, 16, 128)]

@@ -60,6 +60,12 @@ def test_the_loss_by_rows_and_the_plain_one_take_turns() -> None:
     assert "(chosen)" in out
 
 
+def test_codecs_take_turns_with_a_copy() -> None:
+    out = run(str(BENCHMARKS / "link.py"), "--quick")
+    for name in ("plain copy", "int8", "fp4", "sign"):
+        assert f"| {name} |" in out
+
+
 def test_turns_are_shuffled_and_only_runners_are_timed(contest: Any) -> None:
     told: list[tuple[str, int]] = []
 
