@@ -1,8 +1,8 @@
-"""The loss by rows of logits against the plain one: time and memory of forward and backward.
+"""The loss by rows of logits against the plain one and torch's own: forward and backward.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/head_loss.py [--device cuda] [--out FILE.md]
 
-Both take turns in one process, in shuffled order. Rows at a time are tried around what
+They take turns in one process, in shuffled order. Rows at a time are tried around what
 photon.models.rows_at_once chooses, which is marked.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import random
 import statistics
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from photon.models import head_loss, rows_at_once
+from photon.training.device import cores
 from trainer import Spread, machine, table
 
 #: Positions, width and vocabulary: the trainer benchmark's tiny and 30m, GPT-2's, Llama 3's.
@@ -37,6 +37,12 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(functional.linear(hidden, weight).float(), targets)
+
+
+def torch_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's own, by rows too, as many as it chooses."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return functional.linear_cross_entropy(hidden, weight, targets, options=options)
 
 
 def by_rows(rows: int) -> Loss:
@@ -67,9 +73,10 @@ def compare(
     hidden = torch.randn(count, width, device=device, requires_grad=True)
     weight = (torch.randn(vocabulary, width, device=device) * 0.02).requires_grad_()
     targets = torch.randint(0, vocabulary, (count,), device=device)
-    ways = {"plain": plain_loss}
+    ways: dict[str, Loss] = {"plain": plain_loss, "torch's own": torch_loss}
     sizes = sorted({max(1, chosen // 4), chosen, min(count, 4 * chosen)})
-    ways |= {f"{rows} rows": by_rows(rows) for rows in sizes}
+    rows_of = {f"{rows} rows": rows for rows in sizes}
+    ways |= {name: by_rows(rows) for name, rows in rows_of.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         names = list(ways)
@@ -82,14 +89,14 @@ def compare(
     rows: list[tuple[str, ...]] = []
     for name, taken in times.items():
         ratio = Spread.of([one / other for one, other in zip(times["plain"], taken, strict=True)])
-        held = count if name == "plain" else int(name.split()[0])
+        held = count if name == "plain" else rows_of.get(name)
         rows.append(
             (
                 f"{count} x {width} x {vocabulary}",
-                f"{name} (chosen)" if held == chosen and name != "plain" else name,
+                f"{name} (chosen)" if rows_of.get(name) == chosen else name,
                 f"{1e3 * statistics.median(taken):.1f}",
                 str(ratio),
-                f"{4 * held * vocabulary / 2**20:,.0f}",
+                f"{4 * held * vocabulary / 2**20:,.0f}" if held else "",
             )
         )
     return rows
@@ -99,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--quick", action="store_true", help="one small shape, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the table here too")
     options = parser.parse_args()

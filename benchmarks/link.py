@@ -9,7 +9,6 @@ this machine's memory allows at that moment.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 from photon.compression import CODECS, bytes_of
+from photon.training.device import cores
 from trainer import Spread, machine, table
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=125, help="of the tensor, in millions")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--quick", action="store_true", help="a small tensor, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the table here too")
     options = parser.parse_args()

@@ -66,6 +66,7 @@ from photon.runs import simulate
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundFinished
 from photon.training import InnerOptimizer
+from photon.training.device import cores
 
 Rows = list[tuple[str, ...]]
 
@@ -366,7 +367,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it works")
     parser.add_argument("--out", type=Path, help="write the table here too")
