@@ -38,7 +38,7 @@ def compare(count: int, repeats: int) -> list[tuple[str, ...]]:
     works: dict[tuple[str, str], Callable[[], object]] = {("copy", ""): lambda: copy.copy_(values)}
     for name, codec in codecs.items():
         works[name, "encode"] = lambda codec=codec: codec.encode(values)
-        works[name, "decode"] = lambda codec=codec, name=name: codec.decode(encoded[name], count)
+        works[name, "decode"] = lambda codec=codec, name=name: codec.decode(encoded[name], (count,))
     times: dict[tuple[str, str], list[float]] = {key: [] for key in works}
     shuffle = random.Random(0)
     for repeat in range(repeats + 1):

@@ -45,6 +45,13 @@ CODES = {
     "WorkerLostError": 62,
     "RankLostError": 63,
     "RankMismatchError": 64,
+    "LinkError": 70,
+    "StoreUnavailableError": 71,
+    "ObjectMissingError": 72,
+    "ChunkCorruptError": 73,
+    "ManifestError": 74,
+    "TransferStalledError": 75,
+    "AccessRefusedError": 76,
 }
 
 

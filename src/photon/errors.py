@@ -228,6 +228,51 @@ class RankMismatchError(NodeError):
     exit_code = 64
 
 
+# --- 70-79: the link ----------------------------------------------------------------------------
+
+
+class LinkError(PhotonError):
+    """Model state or an update could not be moved."""
+
+    exit_code = 70
+
+
+class StoreUnavailableError(LinkError):
+    """A store does not answer, or answers that it can't just now; worth another attempt."""
+
+    exit_code = 71
+
+
+class ObjectMissingError(LinkError):
+    """A store has no object of that name."""
+
+    exit_code = 72
+
+
+class ChunkCorruptError(LinkError):
+    """Bytes that arrived are not those that were promised: another hash or another size."""
+
+    exit_code = 73
+
+
+class ManifestError(LinkError):
+    """A manifest can't be read, is of another version, run or model, or promises too much."""
+
+    exit_code = 74
+
+
+class TransferStalledError(LinkError):
+    """No byte moved for as long as the transfer was to wait."""
+
+    exit_code = 75
+
+
+class AccessRefusedError(LinkError):
+    """A store refuses: a URL that expired or is for something else, or wrong credentials."""
+
+    exit_code = 76
+
+
 #: Exit code after Ctrl-C: 128 + SIGINT, as shells expect. The run can be resumed.
 INTERRUPTED_EXIT_CODE = 130
 

@@ -41,7 +41,7 @@ def values(*shape, scale=1.0, dtype=torch.float32):
 
 
 def there_and_back(codec, tensor):
-    return codec.decode(codec.encode(tensor), tensor.numel()).view(tensor.shape)
+    return codec.decode(codec.encode(tensor), tensor.shape)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -62,7 +62,7 @@ def test_what_comes_back_is_near(codec, shape, dtype):
 def test_an_empty_tensor(codec):
     parts = codec.encode(torch.empty(0, 5))
     assert bytes_of(parts) == 0
-    assert codec.decode(parts, 0).shape == (0,)
+    assert codec.decode(parts, (0, 5)).shape == (0, 5)
 
 
 def test_layout_does_not_matter(codec):
@@ -84,10 +84,10 @@ def test_the_tensor_is_left_alone_and_parts_are_its_own(codec):
     tensor = values(300)
     before = tensor.clone()
     parts = codec.encode(tensor)
-    decoded = codec.decode(parts, 300)
+    decoded = codec.decode(parts, (300,))
     assert torch.equal(tensor, before)
     tensor.zero_()  # a trainer goes on while an update is on its way
-    assert torch.equal(codec.decode(parts, 300), decoded)
+    assert torch.equal(codec.decode(parts, (300,)), decoded)
 
 
 def test_the_same_tensor_gives_the_same_parts(codec):
@@ -119,9 +119,9 @@ def test_no_scale_makes_nan(codec, scale):
 def test_parts_that_do_not_belong_are_refused(codec):
     parts = codec.encode(values(1000))
     with pytest.raises(ValueError, match=r"expected \d+ x"):
-        codec.decode(parts, 2000)
+        codec.decode(parts, (2000,))
     for name in parts:
         with pytest.raises(ValueError, match=f"no part '{name}'"):
-            codec.decode({other: part for other, part in parts.items() if other != name}, 1000)
+            codec.decode({other: part for other, part in parts.items() if other != name}, (1000,))
         with pytest.raises(ValueError, match=name):
-            codec.decode(parts | {name: parts[name].to(torch.int64)}, 1000)
+            codec.decode(parts | {name: parts[name].to(torch.int64)}, (1000,))

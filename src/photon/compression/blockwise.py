@@ -10,12 +10,21 @@ Tensors are taken a piece at a time that fits a CPU's cache: each piece is read 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from photon.compression.codec import Codec, Parts, flat, require_finite, require_part
+from photon.compression.codec import (
+    Codec,
+    Memory,
+    Parts,
+    count_of,
+    flat,
+    require_finite,
+    require_part,
+)
 
 #: Values taken at a time.
 _PIECE = 2**17
@@ -38,7 +47,11 @@ class Blockwise(Codec):
             raise ValueError(f"a block of {block} values: a power of two from 16 to 4096 is needed")
         self.block = block
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def parameters(self) -> dict[str, int | float]:
+        return {"block": self.block}
+
+    def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
+        del memory
         values = flat(tensor)
         blocks = -(-values.numel() // self.block)
         codes = torch.empty(blocks, self._block_bytes, dtype=torch.uint8)
@@ -52,7 +65,8 @@ class Blockwise(Codec):
             self._pack(self._codes(piece, scales[kept].float()[:, None]), codes[kept])
         return {"codes": codes.flatten(), "scales": scales}
 
-    def decode(self, parts: Parts, count: int) -> Tensor:
+    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+        count = count_of(shape)
         blocks = -(-count // self.block)
         codes = require_part(parts, "codes", torch.uint8, blocks * self._block_bytes)
         scales = require_part(parts, "scales", torch.bfloat16, blocks)
@@ -62,7 +76,7 @@ class Blockwise(Codec):
         for start in range(0, blocks, step):
             kept = slice(start, start + step)
             self._values(self._unpack(codes[kept]), scales[kept].float()[:, None], values[kept])
-        return values.flatten()[:count]
+        return values.flatten()[:count].view(tuple(shape))
 
     @property
     def _block_bytes(self) -> int:

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from photon.compression.codec import Codec, Parts, flat, require_finite, require_part
+from photon.compression.codec import (
+    Codec,
+    Memory,
+    Parts,
+    count_of,
+    flat,
+    require_finite,
+    require_part,
+)
 
 
 class _Cast(Codec):
     _dtype: ClassVar[torch.dtype]
 
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
+        del memory
         values = flat(tensor).to(self._dtype, copy=True)
         if values.numel():
             # The extremes are those of the cast values: fp16 overflows beyond 65,504.
             require_finite(torch.stack([values.amax(), values.amin()]), self.name)
         return {"values": values}
 
-    def decode(self, parts: Parts, count: int) -> Tensor:
-        return require_part(parts, "values", self._dtype, count).to(torch.float32)
+    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+        values = require_part(parts, "values", self._dtype, count_of(shape))
+        return values.to(torch.float32).view(tuple(shape))
 
 
 class Fp32(_Cast):
@@ -29,6 +40,10 @@ class Fp32(_Cast):
 
     name = "fp32"
     _dtype = torch.float32
+
+    @property
+    def lossless(self) -> bool:
+        return True
 
 
 class Bf16(_Cast):

@@ -6,8 +6,9 @@ writes as they are: their sizes are the bytes on the wire.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -18,32 +19,63 @@ from photon.errors import NonFiniteError
 #: Parts of an encoded tensor by name: contiguous, on the CPU, uint8 but for scales.
 Parts = Mapping[str, Tensor]
 
+#: What a node keeps of one tensor from round to round for a codec that learns (PowerSGD's basis).
+Memory = MutableMapping[str, Tensor]
+
+#: The way to all tensors of an update, by name; may be walked more than once.
+Update = Callable[[], Iterable[tuple[str, Tensor]]]
+
 
 class Codec(ABC):
-    """Encodes one tensor at a time, without state: the same tensor gives the same parts.
+    """Encodes one tensor at a time; without `memory`, the same tensor gives the same parts.
 
-    Decoding is exact arithmetic on the parts, so two decoders agree bit for bit. The parts of a
-    tensor of N values are those of its values in row-major order; shape is the caller's to keep.
+    Decoding is exact arithmetic on the parts, so two decoders agree bit for bit. Names, shapes and
+    which codec it was are the caller's to keep.
     """
 
     #: In run files and manifests.
     name: ClassVar[str]
 
     @abstractmethod
-    def encode(self, tensor: Tensor) -> dict[str, Tensor]:
+    def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
         """A floating tensor, of any shape and layout, as parts.
+
+        Args:
+            memory: of this tensor on this node; read and changed by codecs that learn.
 
         Raises:
             NonFiniteError: it holds NaN or infinity, or becomes infinite in this codec's numbers.
         """
 
     @abstractmethod
-    def decode(self, parts: Parts, count: int) -> Tensor:
-        """fp32 [count] of what `encode` made of a tensor of so many values.
+    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+        """fp32 of what `encode` made of a tensor of this shape.
 
         Raises:
-            ValueError: the parts are not those of so many values, in names, dtypes or sizes.
+            ValueError: the parts are not those of such a tensor, in names, dtypes, sizes or values.
         """
+
+    def parameters(self) -> dict[str, int | float]:
+        """What its constructor was given, by keyword."""
+        return {}
+
+    def fitted(self, update: Update) -> Codec:
+        """This codec with what it must know of a whole update before its first tensor.
+
+        Decoders need none of it. Most codecs look at a tensor alone and give themselves.
+        """
+        del update
+        return self
+
+    @property
+    def lossless(self) -> bool:
+        """Whether fp32 comes back bit for bit."""
+        return False
+
+
+def count_of(shape: Sequence[int]) -> int:
+    """Values of a tensor of that shape."""
+    return math.prod(shape)
 
 
 def bytes_of(parts: Parts) -> int:

@@ -1,0 +1,222 @@
+"""Where objects lie between those who write and those who read: one small contract.
+
+Objects are written once and never changed. A key says what an object is (a chunk by the sha256 of
+its bytes, a manifest by its run, round and silo), so that writing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from photon.errors import ChunkCorruptError, LinkError, ObjectMissingError
+from photon.link.tensorfile import sync_to_disk, writing
+
+#: What is written.
+Buffer = bytes | bytearray | memoryview
+
+#: Told of each run of bytes that moved, as it moves; sleeps to keep a bandwidth cap.
+Pace = Callable[[int], None]
+
+_KEY = re.compile(r"(?:[A-Za-z0-9_=-][A-Za-z0-9._=-]*/)*[A-Za-z0-9_=-][A-Za-z0-9._=-]*")
+
+
+def unpaced(_: int) -> None:
+    """As fast as it goes."""
+
+
+class Store(ABC):
+    """Objects by key, there whole or not at all. Safe to use from several threads.
+
+    Keys are relative paths of letters, digits and "._=-", no part beginning with a dot. All
+    methods raise StoreUnavailableError where another attempt may help and AccessRefusedError where
+    it will not.
+    """
+
+    @abstractmethod
+    def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
+        """Write an object, unless one of that key is there: then that one stays.
+
+        Raises:
+            DiskFullError: no room.
+        """
+
+    @abstractmethod
+    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes:
+        """A whole object.
+
+        Args:
+            max_bytes: never is more than that read.
+
+        Raises:
+            ObjectMissingError: there is none.
+            ChunkCorruptError: it is longer than max_bytes, or broke off.
+        """
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Bytes of an object; None if there is none."""
+
+    @abstractmethod
+    def keys(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """Key and bytes of each object under a folder ("" for all), sorted by key.
+
+        Raises:
+            LinkError: this store can't be listed (a node's view of it).
+        """
+
+    @abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; those that are not there don't matter."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """For messages: where it is, without secrets."""
+
+
+class MemoryStore(Store):
+    """Objects in this process."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
+        with self._lock:
+            self._objects.setdefault(require_key(key), bytes(data))
+        pace(len(data))
+
+    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes:
+        found = self._objects.get(require_key(key))
+        if found is None:
+            raise missing(self, key)
+        require_size(self, key, len(found), max_bytes)
+        pace(len(found))
+        return found
+
+    def size(self, key: str) -> int | None:
+        found = self._objects.get(require_key(key))
+        return len(found) if found is not None else None
+
+    def keys(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        with self._lock:
+            found = sorted((key, len(data)) for key, data in self._objects.items())
+        return iter([entry for entry in found if under(entry[0], prefix)])
+
+    def delete(self, keys: Iterable[str]) -> None:
+        with self._lock:
+            for key in keys:
+                self._objects.pop(require_key(key), None)
+
+    def __str__(self) -> str:
+        return "memory"
+
+
+class FolderStore(Store):
+    """Objects as files under a folder, each renamed into place when it is complete.
+
+    Args:
+        folder: made when something is written.
+        durable: also wait until the disk has each object.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
+        self._folder = folder
+        self._durable = durable
+
+    def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
+        path = self._path(key)
+        if path.exists():
+            return
+        # Another thread or process may write the same object at once: each has its own file.
+        partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        with writing("an object", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with partial.open("wb") as file:
+                    file.write(data)
+                    if self._durable:
+                        file.flush()
+                        os.fsync(file.fileno())
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            if self._durable:
+                sync_to_disk(path.parent)
+        pace(len(data))
+
+    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes:
+        try:
+            with self._path(key).open("rb", buffering=0) as file:
+                require_size(self, key, os.fstat(file.fileno()).st_size, max_bytes)
+                data = file.read(max_bytes)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            raise missing(self, key) from error
+        pace(len(data))
+        return data
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        return path.stat().st_size if path.is_file() else None
+
+    def keys(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        root = self._path(prefix) if prefix else self._folder
+        files = [path for path in root.rglob("*") if path.is_file() and path.name[0] != "."]
+        names = sorted((path.relative_to(self._folder).as_posix(), path) for path in files)
+        return iter([(name, path.stat().st_size) for name, path in names])
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            path = self._path(key)
+            path.unlink(missing_ok=True)
+            for folder in path.parents:
+                if folder == self._folder:
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break
+
+    def _path(self, key: str) -> Path:
+        return self._folder / require_key(key)
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+
+def require_key(key: str) -> str:
+    """The key, if it is one.
+
+    Raises:
+        LinkError: it is not a relative path of allowed characters.
+    """
+    if len(key) > 512 or not _KEY.fullmatch(key):
+        raise LinkError(
+            f"{key[:200]!r} can't name an object in a store",
+            hint='Allowed: parts of letters, digits and "._=-" that do not begin with a dot, '
+            "joined by slashes, 512 characters in all.",
+        )
+    return key
+
+
+def require_size(store: Store, key: str, found: int, max_bytes: int) -> None:
+    """Raise ChunkCorruptError if an object is longer than it may be."""
+    if found > max_bytes:
+        raise ChunkCorruptError(
+            f"{key} in {store} has {found} bytes, at most {max_bytes} were expected"
+        )
+
+
+def missing(store: Store, key: str) -> ObjectMissingError:
+    """The error for an object that is not there."""
+    return ObjectMissingError(f"{store} has no object {key}")
+
+
+def under(key: str, prefix: str) -> bool:
+    """Whether a key lies in the folder `prefix`."""
+    return not prefix or key.startswith(prefix + "/")
