@@ -1,6 +1,7 @@
 """Finding things other packages registered through entry points.
 
-A package adds an outer optimizer, a merging rule or a partitioner without touching our files:
+A package adds an outer optimizer, a merging rule, a partitioner or a codec without touching our
+files:
 
     [project.entry-points."photon.outer_optimizers"]
     lion = "my_package.lion:OuterLion"
@@ -18,6 +19,7 @@ from photon.errors import PluginError
 OUTER_OPTIMIZERS = "photon.outer_optimizers"
 MERGING_RULES = "photon.merging_rules"
 PARTITIONERS = "photon.partitioners"
+CODECS = "photon.codecs"
 
 
 def plugin_names(group: str) -> list[str]:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from photon.aggregation import BUILTIN_RULES, WeightedMean, build_merging_rule
+from photon.config import FederationConfig
 from photon.config.run import MERGING_RULE_NAMES
 from photon.errors import ModelMismatchError, NodeError, PluginError, QuorumLostError, RunError
 
@@ -40,12 +41,12 @@ def merged(updates: list[dict[str, torch.Tensor]], weights: list[float]) -> dict
 
 def test_the_registry_is_what_the_config_accepts() -> None:
     assert tuple(BUILTIN_RULES) == MERGING_RULE_NAMES
-    assert isinstance(build_merging_rule("mean"), WeightedMean)
+    assert isinstance(build_merging_rule(FederationConfig()), WeightedMean)
 
 
 def test_an_unknown_rule_is_a_plugin_error() -> None:
     with pytest.raises(PluginError, match="'mode'"):
-        build_merging_rule("mode")
+        build_merging_rule(FederationConfig().model_copy(update={"merging_rule": "mode"}))
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0, 0.1, 524288.0, 1e-30])

@@ -13,7 +13,7 @@ import torch
 from photon.aggregation import build_merging_rule, build_outer_optimizer
 from photon.config import OuterConfig
 from photon.config.run import FederationConfig
-from photon.errors import PluginError
+from photon.errors import ModelMismatchError, PluginError
 
 _CODE = '''
 import torch
@@ -33,7 +33,7 @@ class Last(MergingRule):
     def __init__(self):
         self._last = None
 
-    def add(self, tensors, weight):
+    def add(self, tensors, weight, norm):
         self._last = {name: tensor.float() for name, tensor in tensors}
 
     def result(self):
@@ -86,11 +86,15 @@ def test_an_outer_optimizer_from_another_package() -> None:
 
 @pytest.mark.usefixtures("plugin_package")
 def test_a_merging_rule_from_another_package() -> None:
-    assert FederationConfig(merging_rule="last").merging_rule == "last"
-    rule = build_merging_rule("last")
-    rule.add([("w", torch.ones(1))], 1.0)
-    rule.add([("w", torch.zeros(1))], 1.0)
+    rule = build_merging_rule(FederationConfig(merging_rule="last"))
+    assert rule.refuse(1e9) is None
+    rule.add([("w", torch.ones(1))], 1.0, 1.0)
+    rule.add([("w", torch.zeros(1))], 1.0, 0.0)
     assert rule.result()["w"].item() == 0.0
+    assert rule.state_tensors() == {}
+    rule.load_state_tensors({})
+    with pytest.raises(ModelMismatchError, match="rule Last"):
+        rule.load_state_tensors({"sum": torch.zeros(1)})
 
 
 @pytest.mark.usefixtures("plugin_package")

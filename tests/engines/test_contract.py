@@ -11,8 +11,8 @@ from photon.data import open_data
 from photon.engines import LocalEngine, WorkerEngine
 from photon.federation import EvalTask, FitTask, Node, NodeSettings
 from photon.federation.node import initial_model
-from photon.federation.tasks import WEIGHTS
-from photon.link import tensors_sha256
+from photon.federation.tasks import WEIGHTS, update_header
+from photon.link import plain_bytes, tensors_sha256
 from photon.models import trainable_parameters
 from photon.telemetry.events import LocalProgress, WorkerLost
 
@@ -37,7 +37,7 @@ class Bench:
 
     def tasks(self, number=1):
         return [
-            FitTask("bench", number, silo, 0, self.config.local.steps, None)
+            FitTask("bench", number, silo, 0, self.config.local.steps, None, state_bytes=1234)
             for silo in sorted(self.data.silos)
         ]
 
@@ -69,12 +69,14 @@ def test_answers_come_in_the_order_of_tasks(bench):
     tasks = bench.tasks()
     answers = bench.fit(tasks)
     assert [receipt.silo for receipt, _ in answers] == [task.silo for task in tasks]
-    for receipt, _ in answers:
+    shapes = {name: tensor.shape for name, tensor in bench.state.items()}
+    for task, (receipt, _) in zip(tasks, answers, strict=True):
         assert receipt.failure is None
         assert receipt.tokens == bench.config.local.steps * bench.config.local.batch_size * 32
         assert receipt.train_s > 0
-        assert receipt.bytes_down == sum(tensor.nbytes for tensor in bench.state.values())
-        assert receipt.bytes_up == receipt.bytes_down
+        assert receipt.bytes_down == 1234
+        header = update_header(task, bench.state)
+        assert receipt.bytes_up == plain_bytes(header, shapes, 16 << 20)
     steps = [event for event in bench.told if isinstance(event, LocalProgress)]
     assert {event.silo for event in steps} == set(bench.data.silos)
 

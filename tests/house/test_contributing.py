@@ -40,8 +40,8 @@ def test_outer_optimizer() -> None:
 
 def test_merging_rule() -> None:
     rule = shown(MergingRule)()
-    rule.add([("w", torch.ones(2))], 3.0)
-    rule.add([("w", torch.zeros(2))], 2.0)
+    rule.add([("w", torch.ones(2))], 3.0, 1.0)
+    rule.add([("w", torch.zeros(2))], 2.0, 0.0)
     assert rule.result()["w"].tolist() == [1.0, 1.0]
 
 

@@ -1,7 +1,12 @@
-"""What the aggregator does with updates: pure maths on named tensors, no I/O."""
+"""What the aggregator does with updates: maths on named tensors, no network.
+
+The one I/O: rules that must see all updates together keep them in a temporary file.
+"""
 
 from photon.aggregation.check import check_update
-from photon.aggregation.mean import BUILTIN_RULES, MergingRule, WeightedMean, build_merging_rule
+from photon.aggregation.coordinatewise import Median, TrimmedMean
+from photon.aggregation.edit import EditMean
+from photon.aggregation.mean import ClippedMean, WeightedMean
 from photon.aggregation.outer import (
     BUILTIN_OUTER,
     FedAdagrad,
@@ -13,18 +18,24 @@ from photon.aggregation.outer import (
     OuterOptimizer,
     build_outer_optimizer,
 )
+from photon.aggregation.rule import MergingRule
+from photon.aggregation.rules import BUILTIN_RULES, build_merging_rule
 
 __all__ = [
     "BUILTIN_OUTER",
     "BUILTIN_RULES",
+    "ClippedMean",
+    "EditMean",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
     "FedYogi",
+    "Median",
     "MergingRule",
     "Nesterov",
     "OuterOptimizer",
+    "TrimmedMean",
     "WeightedMean",
     "build_merging_rule",
     "build_outer_optimizer",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from photon.errors import ModelMismatchError, NonFiniteError
+from photon.errors import ModelMismatchError, NodeError, NonFiniteError
 
 #: Elements whose squares are summed at once: bounds the fp64 temporary to 32 MiB.
 _CHUNK = 1 << 22
@@ -44,7 +44,7 @@ def check_update(
             )
         del missing[name]
         require_shape(name, tensor, reference[name])
-        square += _square_sum(name, tensor)
+        square += square_sum(name, tensor)
     if missing:
         raise ModelMismatchError(
             f"the update lacks {len(missing)} of {len(reference)} tensors: {_some(missing)}",
@@ -75,7 +75,40 @@ def require_same_names(what: str, found: Iterable[str], expected: Iterable[str])
         )
 
 
-def _square_sum(name: str, tensor: torch.Tensor) -> float:
+def matching(
+    tensors: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same stream, checked as it passes: each name of `expected` once, in its shape.
+
+    Raises:
+        ModelMismatchError: it is not so; what came before has already passed.
+    """
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        if name not in expected or name in seen:
+            require_same_names("the update", [*seen, name], expected)
+            raise ModelMismatchError(f"tensor {name!r} comes twice in the update")
+        seen.add(name)
+        require_shape(name, tensor, expected[name])
+        yield name, tensor
+    require_same_names("the update", seen, expected)
+
+
+def require_weight(weight: float) -> None:
+    """Raise NodeError unless an update's weight is a finite number above zero."""
+    if not (math.isfinite(weight) and weight > 0):
+        raise NodeError(
+            f"an update's weight is {weight}; it must be a finite number above 0",
+            hint="With tokens as weights, the node trained on no tokens.",
+        )
+
+
+def square_sum(name: str, tensor: torch.Tensor) -> float:
+    """The sum of a tensor's squares, in fp64.
+
+    Raises:
+        NonFiniteError: a value is NaN or infinite.
+    """
     # A sum of fp64 squares of fp32 values can't overflow, so it is finite if they all are.
     square = 0.0
     for piece in tensor.detach().reshape(-1).split(_CHUNK):

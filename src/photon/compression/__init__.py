@@ -1,13 +1,13 @@
 """Updates in fewer bytes: codecs on single tensors, pure maths."""
 
 from photon.compression.blockwise import Blockwise, Fp4, Int4, Int8, Sign
+from photon.compression.build import CODECS, build_codec, spec_of
 from photon.compression.casts import Bf16, Fp16, Fp32
 from photon.compression.codec import Codec, Parts, bytes_of
-
-#: By name.
-CODECS: dict[str, type[Codec]] = {
-    codec.name: codec for codec in (Fp32, Bf16, Fp16, Int8, Int4, Fp4, Sign)
-}
+from photon.compression.low_rank import LowRank, PowerSGD
+from photon.compression.sparseloco import SparseLoco
+from photon.compression.topk import TopK
+from photon.compression.zstd import Zstd
 
 __all__ = [
     "CODECS",
@@ -19,7 +19,14 @@ __all__ = [
     "Fp32",
     "Int4",
     "Int8",
+    "LowRank",
     "Parts",
+    "PowerSGD",
     "Sign",
+    "SparseLoco",
+    "TopK",
+    "Zstd",
+    "build_codec",
     "bytes_of",
+    "spec_of",
 ]

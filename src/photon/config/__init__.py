@@ -1,6 +1,7 @@
 """run.toml: what the federation may dictate. Unknown keys are errors; no torch in here."""
 
 from photon.config.compute import ComputeConfig
+from photon.config.link import LinkConfig
 from photon.config.load import (
     load_run_config,
     parse_run_config,
@@ -23,6 +24,7 @@ __all__ = [
     "DataConfig",
     "EvalConfig",
     "FederationConfig",
+    "LinkConfig",
     "LocalConfig",
     "ModelConfig",
     "OuterConfig",

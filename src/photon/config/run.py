@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from photon.config.compute import ComputeConfig
+from photon.config.link import LinkConfig
 from photon.config.section import Positive, Section
 from photon.plugins import MERGING_RULES, OUTER_OPTIMIZERS, plugin_names
 
 OUTER_NAMES = ("fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad")
-MERGING_RULE_NAMES = ("mean",)
+MERGING_RULE_NAMES = ("mean", "clipped_mean", "median", "trimmed_mean", "edit")
 PRESETS = ("tiny", "75m", "125m", "350m", "1.3b", "3b", "7b")
 
 
@@ -106,7 +107,35 @@ class FederationConfig(Section):
     weighting: Literal["tokens", "equal"] = Field(
         default="tokens", description="Weight of an update: the tokens behind it, or one each."
     )
-    merging_rule: str = Field(default="mean", description="mean, or a rule a plugin registered.")
+    merging_rule: str = Field(
+        default="mean",
+        description="How updates become one. mean: weighted. clipped_mean: weighted, of updates "
+        "scaled down to clip_update_norm. median, trimmed_mean: coordinate by coordinate and "
+        "unweighted (arXiv 1803.01498); updates wait in TMPDIR, 4 bytes per parameter each. edit: "
+        "EDiT's penalty (arXiv 2412.07210) refuses unusual norms, lets large ones count less and "
+        "clips the result. Or a rule a plugin registered.",
+    )
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        default=0.2,
+        description="Of trimmed_mean: share of the participants dropped at each end of each "
+        "coordinate, rounded down; with fewer than 1 / trim of them none is dropped.",
+    )
+    clip_update_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Largest L2 norm that clipped_mean gives one update (needed), or edit the "
+        "merged one (not clipped by default).",
+    )
+    anomaly_z: Annotated[float, Field(gt=0)] = Field(
+        default=3.0,
+        description="Of edit: refuse norms that lie more standard deviations above the mean of "
+        "norms merged in earlier rounds, once 16 were merged.",
+    )
+    max_update_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Refuse updates of a larger L2 norm, whatever the merging rule. The norm is "
+        "that of all a participant sends: deltas, or weights with adopt, and averaged inner "
+        "optimizer state.",
+    )
     optimizer_state: Literal["reset", "keep", "average"] = Field(
         default="reset",
         description="Inner optimizer state between rounds: forgotten, kept by the node, or "
@@ -266,6 +295,7 @@ class RunConfig(Section):
     local: LocalConfig = LocalConfig()
     compute: ComputeConfig = ComputeConfig()
     outer: OuterConfig = OuterConfig()
+    link: LinkConfig = LinkConfig()
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()
 
@@ -289,6 +319,13 @@ class RunConfig(Section):
                 f'outer.name = "fedavg" with outer.lr = 1.0 (found {outer.name!r}, {outer.lr}); '
                 'use merge = "delta" with any other outer optimizer'
             )
+        if federation.merge == "adopt" and not self.link.takes_weights:
+            raise ValueError(
+                f"link.update_codec = {self.link.update_codec!r} is for deltas, and "
+                'federation.merge = "adopt" sends weights; use merge = "delta", or fp32, bf16, '
+                "fp16, lowrank, each with or without zstd, and no error feedback"
+            )
+        self._check_merging()
         sample, quorum = federation.sample, federation.quorum
         if sample is not None and quorum is not None and quorum > sample:
             raise ValueError(f"federation.quorum = {quorum} exceeds federation.sample = {sample}")
@@ -305,6 +342,32 @@ class RunConfig(Section):
                 "can't mask documents"
             )
         return self
+
+    def _check_merging(self) -> None:
+        federation = self.federation
+        rule = federation.merging_rule
+        if rule in ("clipped_mean", "edit"):
+            if federation.merge == "adopt":
+                raise ValueError(
+                    f'federation.merging_rule = "{rule}" goes by the norm of deltas, and '
+                    'federation.merge = "adopt" sends weights; use merge = "delta", or mean, '
+                    "median or trimmed_mean"
+                )
+            if federation.optimizer_state == "average":
+                raise ValueError(
+                    f'federation.merging_rule = "{rule}" goes by the norm of deltas, and '
+                    'federation.optimizer_state = "average" sends inner optimizer state with them; '
+                    'use optimizer_state = "reset" or "keep", or another rule'
+                )
+        elif federation.clip_update_norm is not None:
+            raise ValueError(
+                "federation.clip_update_norm only means something with merging_rule = "
+                f'"clipped_mean" or "edit" (found {rule!r}); max_update_norm works with any'
+            )
+        if rule == "clipped_mean" and federation.clip_update_norm is None:
+            raise ValueError(
+                'federation.merging_rule = "clipped_mean" needs federation.clip_update_norm'
+            )
 
     def _check_schedule(self) -> None:
         local = self.local

@@ -25,8 +25,16 @@ from typing import Any
 
 from photon.errors import PhotonError, RankLostError, WorkerLostError
 from photon.federation import EvalReceipt, EvalTask, FitTask, Node, NodeSettings, Receipt, Update
-from photon.federation.tasks import GlobalState
-from photon.link import TensorFile, write_tensors
+from photon.federation.tasks import GlobalState, update_header
+from photon.link import (
+    Expected,
+    FolderStore,
+    Parcel,
+    TensorFile,
+    Transfer,
+    write_parcel,
+    write_tensors,
+)
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, WorkerLost
 from photon.training import Seat
@@ -116,6 +124,9 @@ class WorkerEngine:
         self._exchange = exchange
         self._on_event = on_event
         self._ranks = ranks
+        self._store = FolderStore(exchange, durable=False)
+        self._carrier = Transfer(self._store, streams=1)
+        self._codecs = settings.config.link.specs
         # Spawned, not forked: a fork copies locks of running thread pools in whatever state.
         self._context = multiprocessing.get_context("spawn")
         shutil.rmtree(exchange, ignore_errors=True)
@@ -128,14 +139,16 @@ class WorkerEngine:
         return [rank.process.pid for worker in self._workers for rank in worker.ranks]
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
-        for answer in self._serve(tasks, state):
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        for task, answer in zip(tasks, self._serve(tasks, state), strict=True):
             if isinstance(answer, Receipt):  # no update: a failure
                 yield Update(answer, lambda: iter(()))
                 continue
-            receipt, path = answer
-            with TensorFile(path) as file:
-                yield Update(receipt, file.named_tensors)
-            path.unlink(missing_ok=True)
+            receipt, ref = answer
+            expected = Expected(update_header(task, state), shapes, self._codecs)
+            parcel = Parcel(self._carrier, ref, expected)
+            yield Update(receipt, parcel.tensors)
+            self._store.delete([ref.key, *parcel.chunk_keys()])
 
     def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
         for task, answer in zip(tasks, self._serve(tasks, state), strict=True):
@@ -293,18 +306,19 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
             pipe.recv()  # until the aggregator has read it, and ends this process
             return
         pipe.send(_READY)
+        chunk_bytes = settings.config.link.chunk_bytes
         while (message := pipe.recv()) is not None:
             task, state_path = message
             try:
                 with TensorFile(state_path) as file:
-                    answer = _answer(node, task, file, exchange)
+                    answer = _answer(node, task, file, exchange, chunk_bytes)
             except PhotonError as error:
                 answer = error
             pipe.send(answer)
         node.close()
 
 
-def _answer(node: Node, task: Task, state: TensorFile, exchange: Path) -> Any:
+def _answer(node: Node, task: Task, state: TensorFile, exchange: Path, chunk_bytes: int) -> Any:
     tensors = dict(state.named_tensors())
     if isinstance(task, EvalTask):
         return next(iter(node.evaluate([task], tensors)))
@@ -312,11 +326,17 @@ def _answer(node: Node, task: Task, state: TensorFile, exchange: Path) -> Any:
     if update.receipt.failure is not None:
         return update.receipt
     started = time.perf_counter()
-    path = exchange / f"update-{task.round}-{task.silo}.safetensors"
-    write_tensors(path, dict(update.tensors()), durable=False)
+    ref = write_parcel(
+        Transfer(FolderStore(exchange, durable=False), streams=1),
+        f"{task.round}-{task.silo}",
+        update_header(task, tensors),
+        update.entries(),
+        chunk_bytes=chunk_bytes,
+    )
     node.settle()
     publish_s = update.receipt.publish_s + time.perf_counter() - started
-    return replace(update.receipt, publish_s=publish_s), path
+    # What was counted is what was written, to the byte.
+    return replace(update.receipt, bytes_up=ref.wire_bytes, publish_s=publish_s), ref
 
 
 def _die_with_parent() -> None:

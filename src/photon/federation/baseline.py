@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from photon.config import RunConfig
+from photon.config import LinkConfig, RunConfig
 from photon.errors import error_of
 from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
 from photon.federation.tasks import WEIGHTS, Engine, EvalTask, FitTask, section
@@ -33,6 +33,7 @@ def central_config(config: RunConfig, batch_size: int) -> RunConfig:
         update={
             "local": config.local.model_copy(update=local),
             "federation": config.federation.model_copy(update=kept),
+            "link": LinkConfig(),  # nothing leaves the machine
         }
     )
 

@@ -30,6 +30,7 @@ class RunState:
         node_rounds: silo -> round after which its newest committed node state was saved.
         model_fingerprint: of the shapes that the tensors belong to.
         data_sha256: of the prepared data the run started with.
+        outer_update_bytes: of the newest outer update on the wire; 0 where whole states travel.
     """
 
     round: int
@@ -42,6 +43,7 @@ class RunState:
     bytes_down: int = 0
     local_train_s: float = 0.0
     elapsed_s: float = 0.0
+    outer_update_bytes: int = 0
 
 
 class CheckpointStore:

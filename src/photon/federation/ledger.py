@@ -96,6 +96,7 @@ class Ledger:
         *,
         global_step: int,
         node_rounds: dict[str, int],
+        outer_update_bytes: int = 0,
     ) -> None:
         """Add a round's costs to the totals, checkpoint, and tell that it is over."""
         old = self.state
@@ -108,6 +109,7 @@ class Ledger:
             bytes_up=old.bytes_up + costs.bytes_up,
             bytes_down=old.bytes_down + costs.bytes_down,
             local_train_s=old.local_train_s + costs.local_train_s,
+            outer_update_bytes=outer_update_bytes,
         )
         checkpoint_s = self.save(groups)
         self.recorder.emit(
@@ -150,6 +152,7 @@ def local_finished(receipt: Receipt, *, update_norm: float) -> LocalFinished:
         mfu=receipt.mfu,
         peak_memory_bytes=receipt.peak_memory_bytes,
         micro_batch_size=receipt.micro_batch_size,
+        left_out=receipt.left_out,
         **vars(receipt.times),
     )
 

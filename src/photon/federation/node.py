@@ -10,7 +10,7 @@ import contextlib
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from photon.data import PreparedData, held_out_text, open_data, token_stream
 from photon.errors import NonFiniteError, RankLostError
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.node_state import NodeState, NodeStates
+from photon.federation.outbox import Outbox
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -31,7 +32,9 @@ from photon.federation.tasks import (
     Receipt,
     Update,
     section,
+    update_header,
 )
+from photon.link import entries_bytes, plain_bytes
 from photon.models import (
     build_model,
     build_skeleton,
@@ -138,6 +141,7 @@ class Node:
             )
             cache_bytes = int(config.compute.state_cache_gib * 2**30)
             self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
+            self._outbox = Outbox(config.link, settings.folder)
             if self._ranks.leader:
                 on_event(
                     ComputeChosen(
@@ -213,7 +217,7 @@ class Node:
         load_s = time.perf_counter() - started
         if self._fault is not None:
             self._fault(task, trainer)
-        bytes_down = sum(tensor.nbytes for tensor in (state or {}).values())
+        bytes_down = task.state_bytes
         try:
             result = self._train(task, node_state.cursor)
         except NonFiniteError as error:
@@ -232,7 +236,7 @@ class Node:
         keeps = self._config.federation.optimizer_state == "keep"
         kept = trainer.optimizer.state_tensors() if keeps else {}
         self._states.save(task.silo, task.round, NodeState(result.cursor, kept))
-        tensors = self._published(state)
+        update = self._update(task, state)
         receipt = Receipt(
             task.round,
             task.silo,
@@ -241,7 +245,7 @@ class Node:
             first_loss=result.first_loss,
             last_loss=result.last_loss,
             bytes_down=bytes_down,
-            bytes_up=self._update_bytes(),
+            bytes_up=self._bytes_up(task, state, update),
             train_s=result.train_s,
             load_s=load_s,
             publish_s=time.perf_counter() - published,
@@ -251,8 +255,9 @@ class Node:
             mfu=self._mfu(result),
             peak_memory_bytes=result.peak_memory_bytes,
             micro_batch_size=result.micro_batch_size,
+            left_out=update.receipt.left_out,
         )
-        return Update(receipt, tensors)
+        return replace(update, receipt=receipt)
 
     def _train(self, task: FitTask, cursor: int) -> LocalResult:
         config = self._config
@@ -325,6 +330,29 @@ class Node:
         assert averaged is not None
         optimizer.load_state_tensors(averaged, steps_taken=task.global_step if averaged else None)
 
+    def _update(self, task: FitTask, state: GlobalState | None) -> Update:
+        """What leaves the node, encoded as the run says; on ranks other than 0, nothing."""
+        receipt = Receipt(task.round, task.silo)
+        tensors = self._published(state)
+        if state is None or self._outbox.plain:
+            return Update(receipt, tensors)
+        packed = self._outbox.pack(
+            tensors, silo=task.silo, node_round=task.node_round, number=task.round
+        )
+        return Update.of(replace(receipt, left_out=packed.left_out), packed.entries)
+
+    def _bytes_up(self, task: FitTask, state: GlobalState | None, update: Update) -> int:
+        """Of the update on the wire, to the byte."""
+        if state is None:
+            return 0
+        header, chunk_bytes = update_header(task, state), self._config.link.chunk_bytes
+        if update.packed is not None:
+            return entries_bytes(header, update.packed, chunk_bytes)
+        names = [WEIGHTS + name for name in self._trainer.weights()]
+        if self._config.federation.optimizer_state == "average":
+            names += [OPTIMIZER + name for name in self._trainer.averaged_state()]
+        return plain_bytes(header, {name: state[name].shape for name in names}, chunk_bytes)
+
     def _published(self, state: GlobalState | None) -> Callable[[], Iterator[tuple[str, Tensor]]]:
         """The way to what leaves the node; with several ranks it is gathered once, on rank 0."""
         if self._ranks.size == 1:
@@ -352,13 +380,6 @@ class Node:
         for name, tensor in self._trainer.whole(self._trainer.averaged_state()):
             if state is not None:
                 yield OPTIMIZER + name, tensor.cpu()
-
-    def _update_bytes(self) -> int:
-        size = sum(weight.nbytes for weight in self._trainer.weights().values())
-        if self._config.federation.optimizer_state == "average":
-            averaged = self._trainer.averaged_state()
-            size += sum(tensor.nbytes for tensor in averaged.values())
-        return size
 
     def _require_same_files(self, model: nn.Module) -> None:
         """What ranks must share; paths, threads and devices are each machine's own."""

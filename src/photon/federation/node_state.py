@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from photon.errors import CheckpointCorruptError
+from photon.federation.outbox import prune_feedback
 from photon.link import writing
 from photon.training import (
     Allocate,
@@ -181,6 +182,7 @@ def prune_node_states(folder: Path, needed: Mapping[str, set[int]]) -> None:
     for path in folder.glob("*/round-*"):
         if int(path.name[6:]) not in needed.get(path.parent.name, set()):
             shutil.rmtree(path, ignore_errors=True)
+    prune_feedback(folder, needed)
 
 
 def _path(folder: Path, silo: str, round_number: int) -> Path:

@@ -19,6 +19,7 @@ from photon.aggregation import (
 )
 from photon.config import RunConfig
 from photon.errors import ModelMismatchError, NonFiniteError, QuorumLostError
+from photon.federation.broadcast import Broadcast
 from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
 from photon.federation.sampling import sample_participants
 from photon.federation.tasks import (
@@ -38,7 +39,8 @@ class Federation:
     """The aggregator's loop over rounds.
 
     Memory: the global state, one accumulator, the outer optimizer's state, and one tensor of the
-    update being merged; the number of participants does not enter.
+    update being merged; the number of participants does not enter. (Rules that need all updates
+    together keep them on disk.)
 
     Args:
         config: the run file.
@@ -46,7 +48,8 @@ class Federation:
         engine: carries tasks to participants.
         ledger: totals, events and checkpoints; its state says where to go on.
         node_folder: of the silos' kept states, pruned as checkpoints are.
-        tensors: "global" state and "outer" optimizer state, fresh or from a checkpoint.
+        tensors: "global" state, "outer" optimizer state, and what the merging "rule" keeps from
+            round to round; fresh or from a checkpoint.
     """
 
     def __init__(
@@ -64,10 +67,15 @@ class Federation:
         self._ledger = ledger
         self._node_folder = node_folder
         self.state: dict[str, Tensor] = dict(tensors["global"])
-        self._rule: MergingRule = build_merging_rule(config.federation.merging_rule)
+        self._rule: MergingRule = build_merging_rule(config.federation)
         self._outer: OuterOptimizer = build_outer_optimizer(config.outer)
+        self._broadcast = Broadcast(
+            config.link, config.run.name, tensors.get("broadcast"), ledger.state.outer_update_bytes
+        )
         if tensors.get("outer"):
             self._outer.load_state_tensors(dict(tensors["outer"]))
+        if tensors.get("rule"):
+            self._rule.load_state_tensors(dict(tensors["rule"]))
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -111,7 +119,10 @@ class Federation:
                 silo=silo,
                 global_step=global_step,
                 steps=config.local.steps,
-                node_round=ledger.state.node_rounds.get(silo),
+                node_round=(last := ledger.state.node_rounds.get(silo)),
+                state_bytes=self._broadcast.bytes_down(
+                    number, self.state, holds_last=last is not None and last == number - 1
+                ),
             )
             for silo in participants
         ]
@@ -126,11 +137,12 @@ class Federation:
             self._groups(),
             global_step=global_step + config.local.steps,
             node_rounds=node_rounds,
+            outer_update_bytes=self._broadcast.update_bytes,
         )
         ledger.prune_node_states(self._node_folder)
 
     def _merge_updates(self, number: int, tasks: list[FitTask], costs: RoundCosts) -> list[Receipt]:
-        """Fold good updates into the running mean, in task order, and name the bad ones."""
+        """Give good updates to the merging rule, in task order, and name the bad ones."""
         merged: list[Receipt] = []
         busy_s = 0.0
         try:
@@ -163,10 +175,20 @@ class Federation:
             norm = check_update(update.tensors(), self.state)
         except (NonFiniteError, ModelMismatchError) as error:
             return error.message
+        refused = self._refuse(norm)
+        if refused is not None:
+            return refused
         weight = 1.0 if self._config.federation.weighting == "equal" else float(receipt.tokens)
-        self._rule.add(update.tensors(), weight)
+        self._rule.add(update.tensors(), weight, norm)
         self._ledger.recorder.emit(local_finished(receipt, update_norm=norm))
         return None
+
+    def _refuse(self, norm: float) -> str | None:
+        """Why an update of this norm is not merged; None if it is."""
+        most = self._config.federation.max_update_norm
+        if most is not None and norm > most:
+            return f"its norm {norm:.4g} exceeds federation.max_update_norm = {most:g}"
+        return self._rule.refuse(norm)
 
     def _require_quorum(
         self, number: int, merged: list[Receipt], asked: int, costs: RoundCosts
@@ -185,8 +207,9 @@ class Federation:
 
     @torch.no_grad()
     def _step(self, number: int, merged: list[Receipt], costs: RoundCosts) -> None:
-        """Turn the merged mean into the next global state."""
+        """Turn the merged mean into the next global state, as nodes will have it."""
         started = time.perf_counter()
+        before = self._broadcast.keep(self.state)
         mean = self._rule.result()
         norm_square = 0.0
         if self._config.federation.merge == "adopt":
@@ -200,6 +223,7 @@ class Federation:
             self._outer.step(section(self.state, WEIGHTS), pseudo_gradient)
         for name, tensor in section(self.state, OPTIMIZER).items():
             tensor.copy_(mean[OPTIMIZER + name])
+        self._broadcast.encode(number, self.state, before)
         costs.merge_s += time.perf_counter() - started
         tokens = sum(receipt.tokens for receipt in merged)
         loss = sum(receipt.loss * receipt.tokens for receipt in merged) / max(1, tokens)
@@ -221,4 +245,13 @@ class Federation:
         return self._ledger.record_evaluation(number, self._engine.evaluate(tasks, self.state))
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
-        return {"global": self.state, "outer": self._outer.state_tensors()}
+        groups: dict[str, Mapping[str, Tensor]] = {
+            "global": self.state,
+            "outer": self._outer.state_tensors(),
+        }
+        if self._broadcast.lossy:
+            groups["broadcast"] = self._broadcast.left_out
+        rule = self._rule.state_tensors()
+        if rule:
+            groups["rule"] = rule
+        return groups

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from photon.errors import NodeError
+from photon.link import Entry, Header, plain_entries, shapes_fingerprint
 from photon.training import StepTimes
 
 #: The global state: "weights/<parameter>" and, where inner state is averaged,
@@ -40,6 +41,7 @@ class FitTask:
             None when it never took part.
         texts: silos whose pooled text is trained on; its own by default.
         profile: also measure how long ranks exchange gradients.
+        state_bytes: what the participant gets before it can start, on the wire.
     """
 
     run: str
@@ -50,6 +52,7 @@ class FitTask:
     node_round: int | None
     texts: tuple[str, ...] = ()
     profile: bool = False
+    state_bytes: int = 0
 
     @property
     def pooled(self) -> tuple[str, ...]:
@@ -69,6 +72,8 @@ class Receipt:
         communication_s: exchange of gradients among ranks, where the task asked for it.
         mfu: model FLOPs per second over the stated peak of the ranks' devices; None if unknown.
         peak_memory_bytes, micro_batch_size: of rank 0.
+        left_out: what the codec left out of this update, as a share of its norm; None where
+            nothing is fed back.
     """
 
     round: int
@@ -91,6 +96,7 @@ class Receipt:
     mfu: float | None = None
     peak_memory_bytes: int = 0
     micro_batch_size: int = 0
+    left_out: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +104,34 @@ class Update:
     """A receipt and the way to its tensors, which are read one at a time, more than once.
 
     The tensors are valid until the engine is asked for the next update.
+
+    Attributes:
+        tensors: as they will be merged: decoded, where a codec was at work.
+        packed: as they travel; None where they leave as they are, in fp32.
     """
 
     receipt: Receipt
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    packed: Sequence[Entry] | None = None
+
+    @classmethod
+    def of(cls, receipt: Receipt, packed: Sequence[Entry]) -> Update:
+        """An encoded update."""
+        return cls(receipt, lambda: ((one.name, one.decoded()) for one in packed), packed)
+
+    def entries(self) -> Iterator[Entry]:
+        """As they travel."""
+        return iter(self.packed) if self.packed is not None else plain_entries(self.tensors())
+
+
+def update_header(task: FitTask, state: GlobalState) -> Header:
+    """Whose update answers this task; node and aggregator both derive it.
+
+    Args:
+        state: that the task starts from: an update has its names and shapes.
+    """
+    model = shapes_fingerprint({name: tensor.shape for name, tensor in state.items()})
+    return Header(kind="update", run=task.run, round=task.round, silo=task.silo, model=model)
 
 
 @dataclass(frozen=True)

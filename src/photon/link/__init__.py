@@ -1,5 +1,20 @@
-"""How model state moves: named tensors in files that are written whole or not at all."""
+"""How model state moves: parcels of encoded tensors in stores, and files of tensors on disk."""
 
+from photon.link.garbage import Collected, collect
+from photon.link.granted_store import GrantedStore, Grants
+from photon.link.manifest import Expected, Header, Manifest, Part, Ref, shapes_fingerprint
+from photon.link.object_store import ObjectStore, open_store, presigner_for
+from photon.link.parcel import (
+    Carrier,
+    Entry,
+    Parcel,
+    entries_bytes,
+    plain_bytes,
+    plain_entries,
+    write_parcel,
+)
+from photon.link.presign import Grant, Presigner, S3Presigner
+from photon.link.store import FolderStore, MemoryStore, Store
 from photon.link.tensorfile import (
     TensorFile,
     file_sha256,
@@ -9,13 +24,43 @@ from photon.link.tensorfile import (
     write_tensors,
     writing,
 )
+from photon.link.transfer import Sent, Transfer, Wanted
 
 __all__ = [
+    "Carrier",
+    "Collected",
+    "Entry",
+    "Expected",
+    "FolderStore",
+    "Grant",
+    "GrantedStore",
+    "Grants",
+    "Header",
+    "Manifest",
+    "MemoryStore",
+    "ObjectStore",
+    "Parcel",
+    "Part",
+    "Presigner",
+    "Ref",
+    "S3Presigner",
+    "Sent",
+    "Store",
     "TensorFile",
+    "Transfer",
+    "Wanted",
+    "collect",
+    "entries_bytes",
     "file_sha256",
+    "open_store",
+    "plain_bytes",
+    "plain_entries",
+    "presigner_for",
     "require_disk",
+    "shapes_fingerprint",
     "sync_to_disk",
     "tensors_sha256",
+    "write_parcel",
     "write_tensors",
     "writing",
 ]

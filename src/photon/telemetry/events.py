@@ -94,7 +94,8 @@ class LocalFinished(Event):
     """A node finished its task; the loss is the mean over its local steps.
 
     data_s to optimizer_s split train_s; mfu is model FLOPs over the device's peak, where that is
-    known; peak memory and micro-batch are those of one rank.
+    known; peak memory and micro-batch are those of one rank. left_out is the share of the update's
+    norm that its codec left for later ones, where a codec feeds it back.
     """
 
     name = "local_finished"
@@ -119,6 +120,7 @@ class LocalFinished(Event):
     mfu: float | None = None
     peak_memory_bytes: int = 0
     micro_batch_size: int = 0
+    left_out: float | None = None
 
 
 class UpdateDropped(Event):

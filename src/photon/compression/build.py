@@ -1,0 +1,117 @@
+"""Codecs from their specs, and back (the grammar is photon.config.codecs')."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from photon.compression.blockwise import Fp4, Int4, Int8, Sign
+from photon.compression.casts import Bf16, Fp16, Fp32
+from photon.compression.codec import Codec
+from photon.compression.low_rank import LowRank, PowerSGD
+from photon.compression.sparseloco import SparseLoco
+from photon.compression.topk import TopK
+from photon.compression.zstd import Zstd
+from photon.config.codecs import STAGES, CodecSpec, Stage, StageSpec, parse_codec, stage_text
+from photon.errors import PluginError
+from photon.plugins import CODECS as GROUP
+from photon.plugins import load_plugin
+
+#: By name.
+CODECS: dict[str, type[Codec]] = {
+    codec.name: codec
+    for codec in (
+        Fp32,
+        Bf16,
+        Fp16,
+        Int8,
+        Int4,
+        Fp4,
+        Sign,
+        SparseLoco,
+        TopK,
+        LowRank,
+        PowerSGD,
+        Zstd,
+    )
+}
+
+
+def build_codec(spec: str | CodecSpec) -> Codec:
+    """The codec that a spec describes, for instance "topk(density=0.02)+int8+zstd".
+
+    Raises:
+        ValueError: the spec is wrong, or a plugin refuses its parameters; says what is allowed.
+        PluginError: a plugin can't be loaded, or is not what its entry point promises.
+    """
+    found = parse_codec(spec) if isinstance(spec, str) else spec
+    codec = _values(found.values)
+    for stage in (found.structure, found.zstd):
+        if stage is not None:
+            codec = CODECS[stage.name](**{"inner": codec, **stage.parameters})
+    return codec
+
+
+def spec_of(codec: Codec | str) -> str:
+    """The canonical spec, every parameter written out; two codecs with the same are equal.
+
+    Args:
+        codec: or a spec in any other form.
+    """
+    if isinstance(codec, str):
+        return spec_of(build_codec(codec))
+    own = stage_text(codec.name, codec.parameters())
+    match codec:
+        case Zstd(inner=inner):
+            return f"{spec_of(inner)}+{own}"
+        case TopK(inner=inner) | LowRank(inner=inner) | PowerSGD(inner=inner):
+            return f"{own}+{spec_of(inner)}"
+        case _:
+            return own
+
+
+def _values(stage: StageSpec) -> Codec:
+    if not stage.plugin:
+        return CODECS[stage.name](**stage.parameters)
+    kind = load_plugin(GROUP, stage.name, Codec)
+    if getattr(kind, "name", None) != stage.name:
+        raise PluginError(
+            f"plugin {stage.name!r} of group {GROUP!r} calls itself "
+            f"{getattr(kind, 'name', None)!r}; entry point and `name` must agree"
+        )
+    try:
+        return kind(**stage.parameters)
+    except TypeError as error:
+        raise ValueError(f"codec {stage.name}: {error}") from error
+
+
+def require_agreement(classes: Mapping[str, type[Codec]], stages: Mapping[str, Stage]) -> None:
+    """Refuse to go on where the grammar and the classes differ: names, parameters or defaults.
+
+    Raises:
+        RuntimeError: saying where.
+    """
+    if set(classes) != set(stages):
+        raise RuntimeError(
+            "photon.config.codecs.STAGES and photon.compression.CODECS differ in "
+            f"{', '.join(sorted(set(classes) ^ set(stages)))}"
+        )
+    for name, kind in classes.items():
+        taken = {
+            key: parameter.default
+            for key, parameter in inspect.signature(kind).parameters.items()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        }
+        stated: dict[str, object] = {
+            key: parameter.default for key, parameter in stages[name].parameters.items()
+        }
+        if stages[name].role in ("structure", "entropy"):
+            stated["inner"] = None
+        if taken != stated:
+            raise RuntimeError(
+                f"codec {name}: {kind.__name__} takes {taken}, photon.config.codecs.STAGES "
+                f"says {stated}"
+            )
+
+
+require_agreement(CODECS, STAGES)

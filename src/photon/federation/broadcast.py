@@ -1,0 +1,251 @@
+"""The aggregator's way out: what nodes get at the start of a round, and how they read it.
+
+With a lossy codec the global state is what nodes can know of it: the state they hold plus the
+decoded outer update. All parties so hold the same bits, and what the codec left out waits for the
+next round. A node that does not hold the state before, a newcomer for one, gets all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from photon.compression import build_codec
+from photon.config import LinkConfig
+from photon.errors import ChunkCorruptError
+from photon.federation.tasks import WEIGHTS, GlobalState
+from photon.link import (
+    Carrier,
+    Entry,
+    Expected,
+    Header,
+    Parcel,
+    Ref,
+    entries_bytes,
+    plain_bytes,
+    plain_entries,
+    shapes_fingerprint,
+    tensors_sha256,
+    write_parcel,
+)
+
+#: Stands for a sha256 where only its length matters.
+_SOME_SHA256 = "0" * 64
+
+
+@dataclass(frozen=True)
+class StateRef:
+    """A global state in a store.
+
+    Attributes:
+        run, round: it is the state after so many rounds of this run.
+        sha256: of its tensors.
+        whole: the parcel with all of it; None if it was not published, as nobody needs it.
+        update: the parcel that makes it of the state before; None where states travel whole.
+        base: sha256 of the state before.
+    """
+
+    run: str
+    round: int
+    sha256: str
+    whole: Ref | None
+    update: Ref | None = None
+    base: str | None = None
+
+
+class Broadcast:
+    """Encodes outer updates, publishes them, and counts what nodes get.
+
+    Memory, with a lossy codec: a copy of the weights while the outer optimizer steps, what was left
+    out, and the encoded outer update.
+
+    Args:
+        config: the run's.
+        run: name of the run.
+        left_out: what earlier rounds left out, by tensor name, from a checkpoint.
+        update_bytes: of the newest outer update on the wire, from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: LinkConfig,
+        run: str,
+        left_out: Mapping[str, Tensor] | None = None,
+        update_bytes: int = 0,
+    ) -> None:
+        self._codec = build_codec(config.broadcast_codec)
+        self._spec = config.broadcast_spec
+        self._whole_spec = config.whole_state_spec
+        self._chunk_bytes = config.chunk_bytes
+        self._run = run
+        self.left_out = dict(left_out or {})
+        self.update_bytes = update_bytes
+        self._update: list[Entry] = []
+        self._whole_bytes: tuple[int, int] | None = None
+
+    @property
+    def lossy(self) -> bool:
+        return not self._codec.lossless
+
+    def keep(self, state: GlobalState) -> dict[str, Tensor]:
+        """The weights that the outer optimizer is about to change, if `encode` will need them."""
+        if not self.lossy:
+            return {}
+        return {name: tensor.clone() for name, tensor in state.items() if name.startswith(WEIGHTS)}
+
+    @torch.no_grad()
+    def encode(self, number: int, state: dict[str, Tensor], before: Mapping[str, Tensor]) -> None:
+        """Make the outer update of round `number`, and of the state what nodes will make of it.
+
+        Args:
+            state: after the outer optimizer's step; its weights are changed in place.
+            before: from `keep`.
+        """
+        if not self.lossy:
+            return
+
+        def changes() -> Iterator[tuple[str, Tensor]]:
+            for name, old in before.items():
+                left = self.left_out.get(name)
+                yield name, (state[name] if left is None else state[name] + left) - old
+
+        codec, left_out = self._codec.fitted(changes), {}
+        self._update = []
+        for name, change in changes():
+            parts = codec.encode(change)
+            self._update.append(Entry(name, change.shape, self._spec, parts))
+            decoded = codec.decode(parts, change.shape)
+            left_out[name] = change - decoded
+            state[name].copy_(before[name] + decoded)
+        self.left_out = left_out
+        self._update += plain_entries(
+            (name, tensor) for name, tensor in state.items() if not name.startswith(WEIGHTS)
+        )
+        header = _header("outer_update", self._run, number, state, _SOME_SHA256)
+        self.update_bytes = entries_bytes(header, self._update, self._chunk_bytes)
+
+    def bytes_down(self, number: int, state: GlobalState, *, holds_last: bool) -> int:
+        """What a participant of round `number` gets, to the byte.
+
+        Args:
+            state: at the start of the round.
+            holds_last: it took part in the round before.
+        """
+        if self.lossy and holds_last:
+            return self.update_bytes
+        if self._whole_bytes is None or self._whole_bytes[0] != number:
+            header = _header("state", self._run, number - 1, state)
+            if self._whole_spec == "fp32":
+                shapes = {name: tensor.shape for name, tensor in state.items()}
+                size = plain_bytes(header, shapes, self._chunk_bytes)
+            else:
+                size = entries_bytes(header, self._whole(state), self._chunk_bytes)
+            self._whole_bytes = (number, size)
+        return self._whole_bytes[1]
+
+    def publish(
+        self,
+        carrier: Carrier,
+        folder: str,
+        number: int,
+        state: GlobalState,
+        *,
+        base: str | None,
+        whole: bool = True,
+    ) -> StateRef:
+        """Put the state after round `number` into a store.
+
+        Args:
+            carrier: to the store.
+            folder: in the store.
+            base: sha256 of the state before; None: there is none, or nobody holds it.
+            whole: whether somebody needs all of it.
+
+        Raises:
+            LinkError: the store can't be reached, refuses, or stalls.
+        """
+        sized = {"chunk_bytes": self._chunk_bytes}
+        update = None
+        if self._update and base is not None:
+            header = _header("outer_update", self._run, number, state, base)
+            update = write_parcel(carrier, folder, header, self._update, **sized)
+        complete = None
+        if whole or update is None:
+            header = _header("state", self._run, number, state)
+            complete = write_parcel(carrier, folder, header, self._whole(state), **sized)
+        return StateRef(self._run, number, tensors_sha256(state), complete, update, base)
+
+    def _whole(self, state: GlobalState) -> Iterator[Entry]:
+        codec = build_codec(self._whole_spec)
+        for name, tensor in state.items():
+            yield Entry(name, tensor.shape, self._whole_spec, codec.encode(tensor))
+
+
+class Inbox:
+    """A node's copy of the global state, brought up to date from a store.
+
+    Args:
+        carrier: to the store.
+        shapes: of the state's tensors, from the node's own model.
+        codecs: specs that the run's parcels may name.
+    """
+
+    def __init__(
+        self, carrier: Carrier, shapes: Mapping[str, torch.Size], codecs: frozenset[str]
+    ) -> None:
+        self._carrier = carrier
+        self._shapes = dict(shapes)
+        self._codecs = codecs
+        self._held: dict[str, Tensor] = {}
+        self._sha256: str | None = None
+
+    def receive(self, ref: StateRef) -> GlobalState:
+        """The state that `ref` is of: from what is held where that is its base, else whole.
+
+        Raises:
+            ChunkCorruptError: what came out is not the state that was promised; it is not used.
+            ManifestError: a parcel is not what it must be.
+            LinkError: the store can't be reached, or nothing there leads to this state.
+        """
+        if self._sha256 == ref.sha256:
+            return self._held
+        if ref.update is not None and ref.base is not None and ref.base == self._sha256:
+            state = self._updated(ref, ref.update)
+        elif ref.whole is not None:
+            state = dict(self._open(ref, ref.whole, "state").tensors())
+        else:
+            raise ChunkCorruptError(
+                f"the state after round {ref.round} of {ref.run} is offered as an update of "
+                f"{ref.base}, this node holds {self._sha256 or 'none'}",
+                hint="The aggregator must publish the whole state for this node.",
+            )
+        found = tensors_sha256(state)
+        if found != ref.sha256:
+            self._held, self._sha256 = {}, None
+            raise ChunkCorruptError(
+                f"the state after round {ref.round} of {ref.run} came out with sha256 "
+                f"{found[:12]}..., {ref.sha256[:12]}... was promised",
+                hint="Ask for the whole state; this node trains from none that it can't verify.",
+            )
+        self._held, self._sha256 = state, found
+        return state
+
+    def _updated(self, ref: StateRef, update: Ref) -> dict[str, Tensor]:
+        """Weights get the decoded change added; the rest is sent as it is."""
+        state = {}
+        for name, tensor in self._open(ref, update, "outer_update").tensors():
+            state[name] = self._held[name] + tensor if name.startswith(WEIGHTS) else tensor
+        return state
+
+    def _open(self, ref: StateRef, parcel: Ref, kind) -> Parcel:
+        base = ref.base if kind == "outer_update" else None
+        header = _header(kind, ref.run, ref.round, self._shapes, base)
+        return Parcel(self._carrier, parcel, Expected(header, self._shapes, self._codecs))
+
+
+def _header(kind, run: str, number: int, state: Mapping, base: str | None = None) -> Header:
+    shapes = {name: getattr(entry, "shape", entry) for name, entry in state.items()}
+    return Header(kind=kind, run=run, round=number, model=shapes_fingerprint(shapes), base=base)

@@ -1,0 +1,169 @@
+"""What leaves a node: its update, encoded, with error feedback.
+
+e <- 0; every round: send C(delta + e), e <- beta (delta + e - decoded). What a codec leaves out of
+one update is part of the next (EF-SGD, arXiv 1901.09847; beta as in SparseLoCo, arXiv 2508.15706).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from photon.compression import build_codec
+from photon.config import LinkConfig
+from photon.errors import CheckpointCorruptError
+from photon.federation.tasks import WEIGHTS
+from photon.link import Entry, TensorFile, plain_entries, write_tensors
+
+_RESIDUAL, _MEMORY = "residual/", "memory/"
+
+Tensors = Callable[[], Iterable[tuple[str, Tensor]]]
+
+
+@dataclass
+class Feedback:
+    """What a silo keeps for its codec from round to round.
+
+    Attributes:
+        residual: by tensor name, what was left out of its updates so far.
+        memory: by tensor name, what a codec that learns keeps.
+    """
+
+    residual: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An encoded update.
+
+    Attributes:
+        entries: one for each tensor.
+        left_out: norm of what the codec left out over the norm of what it was given; None where
+            nothing is fed back.
+    """
+
+    entries: list[Entry]
+    left_out: float | None
+
+
+class Outbox:
+    """Encodes a silo's updates, one after another.
+
+    Weights' tensors go through the run's codec; averaged optimizer state as it is, in fp32.
+    Feedback is FOLDER/<silo>/feedback-000012.safetensors, committed as node states are: when a
+    checkpoint names its round.
+
+    Args:
+        config: the run's.
+        folder: of the silos' kept states.
+    """
+
+    def __init__(self, config: LinkConfig, folder: Path) -> None:
+        self._codec = build_codec(config.update_codec)
+        self._spec = config.update_spec
+        self._feeds_back = config.feeds_back
+        self._decay = config.feedback_decay
+        self._folder = folder
+
+    @property
+    def plain(self) -> bool:
+        """Whether updates leave as they are, in fp32."""
+        return self._spec == "fp32"
+
+    def pack(self, tensors: Tensors, *, silo: str, node_round: int | None, number: int) -> Packed:
+        """Encode an update and keep what was left out, for round `number`.
+
+        Args:
+            tensors: of the update; walked more than once.
+            node_round: round whose feedback is added; None for a silo without any.
+
+        Raises:
+            NonFiniteError: the update holds NaN or infinity.
+            CheckpointCorruptError: the silo's feedback is missing or unreadable.
+            DiskFullError: no room for the new feedback.
+        """
+        old = self._load(silo, node_round)
+
+        def corrected() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in tensors():
+                left = old.residual.get(name)
+                yield name, tensor if left is None else tensor + left
+
+        codec = self._codec.fitted(
+            lambda: ((name, tensor) for name, tensor in corrected() if name.startswith(WEIGHTS))
+        )
+        new, entries = Feedback(memory=old.memory), []
+        lost = given = 0.0
+        for name, tensor in corrected():
+            if not name.startswith(WEIGHTS):
+                entries += plain_entries([(name, tensor)])
+                continue
+            parts = codec.encode(tensor, new.memory.setdefault(name, {}))
+            entries.append(Entry(name, tensor.shape, self._spec, parts))
+            if self._feeds_back:
+                left = tensor - codec.decode(parts, tensor.shape)
+                lost += float(torch.linalg.vector_norm(left)) ** 2
+                given += float(torch.linalg.vector_norm(tensor)) ** 2
+                new.residual[name] = left.mul_(self._decay)
+        self._save(silo, number, new)
+        share = math.sqrt(lost / given) if given else 0.0
+        return Packed(entries, share if self._feeds_back else None)
+
+    def _load(self, silo: str, node_round: int | None) -> Feedback:
+        feedback = Feedback()
+        if node_round is None or not self._keeps:
+            return feedback
+        path = feedback_path(self._folder, silo, node_round)
+        try:
+            with TensorFile(path) as file:
+                tensors = file.read()
+        except CheckpointCorruptError as error:
+            raise CheckpointCorruptError(
+                f"the error feedback of silo {silo} after round {node_round} can't be read: "
+                f"{error.message}",
+                hint="Resume from an older checkpoint: move the newest folder out of checkpoints/.",
+            ) from error
+        for name, tensor in tensors.items():
+            if name.startswith(_RESIDUAL):
+                feedback.residual[name.removeprefix(_RESIDUAL)] = tensor
+            else:
+                owner, _, key = name.removeprefix(_MEMORY).rpartition("/")
+                feedback.memory.setdefault(owner, {})[key] = tensor
+        return feedback
+
+    def _save(self, silo: str, number: int, feedback: Feedback) -> None:
+        if not self._keeps:
+            return
+        tensors = {_RESIDUAL + name: tensor for name, tensor in feedback.residual.items()}
+        for owner, kept in feedback.memory.items():
+            tensors |= {f"{_MEMORY}{owner}/{key}": tensor for key, tensor in kept.items()}
+        path = feedback_path(self._folder, silo, number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors)
+
+    @property
+    def _keeps(self) -> bool:
+        return self._feeds_back or "powersgd" in self._spec
+
+
+def feedback_path(folder: Path, silo: str, number: int) -> Path:
+    """Where a silo's feedback after a round lies."""
+    return folder / silo / f"feedback-{number:06d}.safetensors"
+
+
+def prune_feedback(folder: Path, needed: Mapping[str, set[int]]) -> None:
+    """Remove what no kept checkpoint names, as `prune_node_states` does.
+
+    Args:
+        folder: of the silos' kept states.
+        needed: silo -> rounds.
+    """
+    for path in folder.glob("*/feedback-*.safetensors"):
+        if int(path.stem[9:]) not in needed.get(path.parent.name, set()):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,272 @@
+"""A store as a node sees it: no credentials, leave asked for each object, plain HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import logging
+import re
+import ssl
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx2
+
+from photon.errors import AccessRefusedError, LinkError, StoreUnavailableError
+from photon.link.presign import Grant, Verb
+from photon.link.store import Buffer, Pace, Store, missing, require_key, require_size, unpaced
+
+#: Asked for leave: verb, key, and for PUT the bytes and sha256 of what will be written.
+Grants = Callable[[Verb, str, int | None, str | None], Grant]
+
+#: Written at a time, and told to `pace`. Small enough to keep a cap of 100 KB/s smooth.
+PIECE_BYTES = 128 << 10
+
+#: Of an answer that is an error: enough for its code.
+_ERROR_BYTES = 4096
+
+#: 409: another writer of the same object is at it; the next attempt finds it there.
+_LATER = {408, 409, 425, 429, 500, 502, 503, 504}
+
+#: S3's words for bytes that changed on their way, and for a body that did not arrive in full.
+_LATER_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "IncompleteBody", "RequestTimeout"}
+
+
+class GrantedStore(Store):
+    """Objects by grants: presigned URLs that the aggregator hands out one by one.
+
+    Redirects are not followed, and plain http only goes to this machine unless `origin` names it.
+    Where the environment names a proxy (HTTPS_PROXY, NO_PROXY), it is used.
+
+    Args:
+        grants: asks for leave; called from several threads.
+        name: for messages.
+        origin: scheme, host and port that grants may name ("https://door.example:443"); any if
+            None. A server can't send a node's update elsewhere then.
+        silence_s: the longest wait for a connection, for a write to go on, for a byte to read.
+            Shorter than a transfer's own, so that a dead connection is given up and tried again.
+        ca_file: trust this certificate authority and no other.
+    """
+
+    def __init__(
+        self,
+        grants: Grants,
+        *,
+        name: str = "the run's store",
+        origin: str | None = None,
+        silence_s: float = 20.0,
+        ca_file: Path | None = None,
+    ) -> None:
+        self._grants = grants
+        self._name = name
+        self._origin = _origin(origin) if origin is not None else None
+        self._silence_s = silence_s
+        self._client = httpx2.Client(
+            verify=ssl.create_default_context(cafile=str(ca_file)) if ca_file else True,
+            timeout=httpx2.Timeout(silence_s, connect=min(10.0, silence_s), pool=None),
+            # As many connections as there are streams: the transfer bounds those.
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32),
+            headers={"accept-encoding": "identity", "user-agent": "photon"},
+            follow_redirects=False,
+        )
+        #: Closes connections; called by itself when nobody holds this store any more.
+        self.close = weakref.finalize(self, self._client.close)
+        _keep_queries_out_of_logs()
+
+    def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
+        require_key(key)
+        view = memoryview(data).cast("B")
+        sha256 = hashlib.sha256(view).hexdigest()
+
+        def body() -> Iterator[bytes]:
+            for start in range(0, len(view), PIECE_BYTES):
+                piece = bytes(view[start : start + PIECE_BYTES])
+                yield piece
+                pace(len(piece))
+
+        with self._asked("PUT", key, len(view), sha256, body) as answer:
+            # 412: an object of this key is there, and stays.
+            if answer.status_code not in (200, 201, 204, 412):
+                raise self._refusal(answer, "PUT", key)
+
+    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes:
+        require_key(key)
+        pieces, done = [], 0
+        with self._asked("GET", key) as answer:
+            if answer.status_code == 404:
+                raise missing(self, key)
+            if answer.status_code != 200:
+                raise self._refusal(answer, "GET", key)
+            promised = self._length(answer, key)
+            require_size(self, key, promised, max_bytes)
+            for piece in answer.iter_raw():
+                done += len(piece)
+                # h11 never hands over more than the length it was promised.
+                pieces.append(piece)
+                pace(len(piece))
+        if done != promised:
+            raise StoreUnavailableError(
+                f"{key} in {self} broke off after {done} of {promised} bytes"
+            )
+        return b"".join(pieces)
+
+    def size(self, key: str) -> int | None:
+        require_key(key)
+        with self._asked("HEAD", key) as answer:
+            if answer.status_code == 404:
+                return None
+            if answer.status_code != 200:
+                raise self._refusal(answer, "HEAD", key)
+            return self._length(answer, key)
+
+    def keys(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        raise LinkError(f"{self} can't be listed from here: leave is given for single objects")
+
+    def delete(self, keys: Iterable[str]) -> None:
+        raise LinkError(f"nothing in {self} can be deleted from here: the aggregator does that")
+
+    def __str__(self) -> str:
+        return self._name
+
+    @contextmanager
+    def _asked(
+        self,
+        verb: Verb,
+        key: str,
+        bytes: int | None = None,
+        sha256: str | None = None,
+        body: Callable[[], Iterator[bytes]] | None = None,
+    ) -> Iterator[httpx2.Response]:
+        """The answer to one request, with a fresh grant if the first is refused (it may be old)."""
+        for last in (False, True):
+            grant = self._checked(self._grants(verb, key, bytes, sha256), verb, key)
+            with self._speaking(verb, key):
+                request = self._client.build_request(
+                    verb, grant.url, headers=grant.headers, content=body() if body else None
+                )
+                answer = self._client.send(request, stream=True)
+                try:
+                    if answer.status_code != 403 or last:
+                        yield answer
+                        _read_rest(answer)
+                        return
+                    _read_rest(answer)
+                finally:
+                    answer.close()
+
+    def _checked(self, grant: Grant, verb: Verb, key: str) -> Grant:
+        """A grant that may be used: for this verb, at a host it may name."""
+        if grant.verb != verb:
+            raise LinkError(f"asked for leave to {verb} {key}, was given leave to {grant.verb}")
+        origin = _origin(grant.url)
+        if self._origin is not None and origin != self._origin:
+            raise AccessRefusedError(
+                f"leave to {verb} {key} names {_shown(origin)}, this node only speaks to "
+                f"{_shown(self._origin)}"
+            )
+        scheme, host, _ = origin
+        if scheme == "http" and self._origin is None and not _is_loopback(host):
+            raise AccessRefusedError(
+                f"leave to {verb} {key} names {_shown(origin)}: not encrypted",
+                hint="Use https. Plain http is for this machine, or where node.toml names it.",
+            )
+        return grant
+
+    @contextmanager
+    def _speaking(self, verb: Verb, key: str) -> Iterator[None]:
+        """Turn httpx's errors into ours."""
+        try:
+            yield
+        except httpx2.TimeoutException as error:
+            raise StoreUnavailableError(
+                f"{self} was silent for {self._silence_s:g} s, {verb} {key}"
+            ) from error
+        except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
+            raise AccessRefusedError(f"leave to {verb} {key} in {self} can't be used") from error
+        except httpx2.RequestError as error:
+            raise StoreUnavailableError(
+                f"the connection to {self} failed, {verb} {key}: {error}"
+            ) from error
+
+    def _length(self, answer: httpx2.Response, key: str) -> int:
+        text = answer.headers.get("content-length", "")
+        if not text.isascii() or not text.isdecimal():
+            raise StoreUnavailableError(f"{self} does not say how long {key} is")
+        return int(text)
+
+    def _refusal(self, answer: httpx2.Response, verb: Verb, key: str) -> LinkError:
+        """The error for a status that is not success."""
+        status = answer.status_code
+        code = _error_code(answer)
+        what = f"{self} answers {status}{f' {code}' if code else ''} to {verb} {key}"
+        if status in _LATER or code in _LATER_CODES:
+            return StoreUnavailableError(what)
+        if answer.is_redirect:
+            return AccessRefusedError(f"{what}; redirects are not followed")
+        return AccessRefusedError(
+            what, hint="Leave expired or is for something else. Is the clock of this machine right?"
+        )
+
+
+def _error_code(answer: httpx2.Response) -> str:
+    """S3's word for what is wrong. Not its message, which may quote what was signed."""
+    text = b""
+    for piece in answer.iter_raw():
+        text += piece
+        if len(text) >= _ERROR_BYTES:
+            break
+    found = re.search(rb"<Code>([A-Za-z]{1,60})</Code>", text[:_ERROR_BYTES])
+    return found[1].decode() if found else ""
+
+
+def _read_rest(answer: httpx2.Response) -> None:
+    """Read an answer to its end, if that is near: only then is its connection used again."""
+    if not answer.is_stream_consumed:
+        _error_code(answer)
+
+
+def _origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of a URL; the rest may be secret."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (KeyError, ValueError):
+        port = 0
+    if not port or not parts.hostname or parts.username is not None:
+        raise AccessRefusedError("a grant names no http or https URL")
+    return parts.scheme, parts.hostname, port
+
+
+def _shown(origin: tuple[str, str, int]) -> str:
+    scheme, host, port = origin
+    return f"{scheme}://{host}:{port}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class _WithoutQueries(logging.Filter):
+    """httpx logs each URL; ours carry signatures in their queries."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                one.copy_with(query=None) if isinstance(one, httpx2.URL) else one
+                for one in record.args
+            )
+        return True
+
+
+_without_queries = _WithoutQueries()
+
+
+def _keep_queries_out_of_logs() -> None:
+    # Adding the same filter again changes nothing.
+    logging.getLogger("httpx2").addFilter(_without_queries)

@@ -1,0 +1,290 @@
+"""Named tensors as a parcel in a store: chunks first, then the manifest that promises them.
+
+Both ways go tensor by tensor: neither holds the payload in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from photon.compression import Codec, Parts, build_codec
+from photon.errors import ManifestError
+from photon.link.manifest import (
+    Chunk,
+    Cutter,
+    Expected,
+    Header,
+    Manifest,
+    Part,
+    Ref,
+    TensorRow,
+    parse_manifest,
+    wire_bytes,
+)
+from photon.link.store import Buffer
+from photon.link.transfer import Wanted
+
+DEFAULT_CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An encoded tensor.
+
+    Attributes:
+        name: in the state.
+        shape: of the tensor.
+        codec: spec of what encoded it.
+        parts: what the codec made of it.
+    """
+
+    name: str
+    shape: Sequence[int]
+    codec: str
+    parts: Parts
+
+    def decoded(self) -> Tensor:
+        """fp32, in its shape."""
+        return build_codec(self.codec).decode(self.parts, self.shape)
+
+
+class Carrier(Protocol):
+    """Moves objects to and from a store; photon.link.Transfer is one."""
+
+    def send(self, objects: Iterable[tuple[str, Buffer]]) -> object: ...
+
+    def fetch(self, wanted: Iterable[Wanted]) -> Iterator[bytes]: ...
+
+
+def write_parcel(
+    carrier: Carrier,
+    folder: str,
+    header: Header,
+    entries: Iterable[Entry],
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK,
+) -> Ref:
+    """Send a parcel; when this returns, all of it is in the store.
+
+    Chunks lie under FOLDER/chunks/<sha256>, so one that is there already is not sent again; the
+    manifest is FOLDER/<kind>/round-000012/<silo>.json, or <sha256>.json for what has no silo.
+
+    Args:
+        entries: read one at a time, as chunks are sent.
+
+    Raises:
+        LinkError: the store can't be reached, refuses, or stalls.
+    """
+    writer = _Writer(folder, chunk_bytes)
+    carrier.send(writer.chunks(entries))
+    manifest = Manifest(
+        header=header, codecs=list(writer.codecs), tensors=writer.rows, chunks=writer.sent
+    )
+    data = manifest.encoded()
+    digest = hashlib.sha256(data).hexdigest()
+    key = manifest_key(folder, header, digest)
+    carrier.send([(key, data)])
+    return Ref(key, len(data), digest, manifest.payload_bytes)
+
+
+def manifest_key(folder: str, header: Header, sha256: str) -> str:
+    """Where a manifest lies. Its hash is in the name: keys are never written twice."""
+    name = f"{header.silo}-{sha256[:16]}" if header.silo is not None else sha256
+    return f"{folder}/{header.kind}/round-{header.round:06d}/{name}.json"
+
+
+def chunk_key(folder: str, sha256: str) -> str:
+    """Where a chunk lies."""
+    return f"{folder}/chunks/{sha256}"
+
+
+def entries_bytes(header: Header, entries: Iterable[Entry], chunk_bytes: int) -> int:
+    """What a parcel of these entries takes on the wire, to the byte; nothing is sent."""
+    codecs: dict[str, int] = {}
+    rows = [
+        (entry.name, entry.shape, codecs.setdefault(entry.codec, len(codecs)), _parts(entry))
+        for entry in entries
+    ]
+    return wire_bytes(header, list(codecs), rows, chunk_bytes)
+
+
+class _Writer:
+    """Cuts entries into chunks, and keeps the rows of the manifest."""
+
+    def __init__(self, folder: str, chunk_bytes: int) -> None:
+        self._folder = folder
+        self._cutter = Cutter(chunk_bytes)
+        self._open: list[memoryview] = []
+        self._offset = 0
+        self.codecs: dict[str, int] = {}
+        self.rows: list[TensorRow] = []
+        self.sent: list[Chunk] = []
+
+    def chunks(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Buffer]]:
+        for entry in entries:
+            codec = self.codecs.setdefault(entry.codec, len(self.codecs))
+            row = TensorRow(
+                name=entry.name,
+                shape=list(entry.shape),
+                codec=codec,
+                offset=self._offset,
+                parts=_parts(entry),
+            )
+            self.rows.append(row)
+            self._offset += row.bytes
+            self._open += [_bytes_of(part) for part in entry.parts.values() if part.nbytes]
+            for size in self._cutter.add(row.bytes):
+                yield self._cut(size)
+        rest = self._cutter.rest()
+        if rest:
+            yield self._cut(rest)
+
+    def _cut(self, size: int) -> tuple[str, Buffer]:
+        taken, left = [], size
+        while left:
+            view = self._open.pop(0)
+            taken.append(view[:left])
+            if len(view) > left:
+                self._open.insert(0, view[left:])
+            left -= len(taken[-1])
+        data = taken[0] if len(taken) == 1 else b"".join(taken)
+        digest = hashlib.sha256(data).hexdigest()
+        self.sent.append(Chunk(sha256=digest, bytes=size))
+        return chunk_key(self._folder, digest), data
+
+
+class Parcel:
+    """A parcel open for reading: its manifest is here and checked, its chunks are not yet.
+
+    Args:
+        carrier: to the store.
+        ref: from a task or receipt.
+        expected: what the manifest must say.
+
+    Raises:
+        ManifestError: it says something else, or is none.
+        ChunkCorruptError: it is not the one that `ref` promises.
+        LinkError: the store can't be reached, or has no such object.
+    """
+
+    def __init__(self, carrier: Carrier, ref: Ref, expected: Expected) -> None:
+        if ref.bytes > expected.most_manifest_bytes:
+            raise ManifestError(
+                f"{ref.key} has {ref.bytes} bytes; a manifest of this model has at most "
+                f"{expected.most_manifest_bytes}"
+            )
+        self._carrier = carrier
+        self._folder = ref.key.split("/" + expected.header.kind + "/")[0]
+        (data,) = carrier.fetch([Wanted(ref.key, ref.bytes, ref.sha256)])
+        self.manifest = parse_manifest(data, ref.key, expected)
+        if self.manifest.payload_bytes != ref.payload_bytes:
+            raise ManifestError(
+                f"{ref.key}: its chunks hold {self.manifest.payload_bytes} bytes, the receipt says "
+                f"{ref.payload_bytes}"
+            )
+        self._codecs = [build_codec(spec) for spec in self.manifest.codecs]
+
+    def chunk_keys(self) -> list[str]:
+        """Where its bytes lie."""
+        return [chunk_key(self._folder, chunk.sha256) for chunk in self.manifest.chunks]
+
+    def entries(self) -> Iterator[Entry]:
+        """As they were written, each verified.
+
+        Raises:
+            ChunkCorruptError: bytes are not those promised.
+        """
+        for row, parts in self._rows():
+            yield Entry(row.name, row.shape, self.manifest.codecs[row.codec], parts)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Decoded, fp32, one at a time.
+
+        Raises:
+            ChunkCorruptError: bytes are not those promised.
+            ManifestError: a codec can't read its parts.
+        """
+        for row, parts in self._rows():
+            yield row.name, self._decoded(row, parts, self._codecs[row.codec])
+
+    def _decoded(self, row: TensorRow, parts: Parts, codec: Codec) -> Tensor:
+        try:
+            return codec.decode(parts, row.shape)
+        except ValueError as error:
+            spec = self.manifest.codecs[row.codec]
+            raise ManifestError(
+                f"tensor {row.name!r} can't be decoded by {spec}: {error}",
+                hint="The sender is of another version, or means harm; its parcel is not used.",
+            ) from error
+
+    def _rows(self) -> Iterator[tuple[TensorRow, dict[str, Tensor]]]:
+        wanted = [
+            Wanted(chunk_key(self._folder, chunk.sha256), chunk.bytes, chunk.sha256)
+            for chunk in self.manifest.chunks
+        ]
+        stream = _Stream(self._carrier.fetch(wanted))
+        for row in self.manifest.tensors:
+            parts = {}
+            for part in row.parts:
+                raw = stream.read(part.bytes)
+                parts[part.name] = raw.view(getattr(torch, part.dtype))
+            yield row, parts
+
+
+class _Stream:
+    """Bytes out of chunks that come one after another."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._chunk = memoryview(b"")
+
+    def read(self, count: int) -> Tensor:
+        """uint8 [count], in memory of its own: aligned for any dtype."""
+        raw = torch.empty(count, dtype=torch.uint8)
+        into, done = raw.numpy().data, 0
+        while done < count:
+            if not self._chunk:
+                self._chunk = memoryview(next(self._chunks))
+            some = self._chunk[: count - done]
+            into[done : done + len(some)] = some
+            self._chunk = self._chunk[len(some) :]
+            done += len(some)
+        return raw
+
+
+def plain_entries(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Entry]:
+    """Tensors as they are, in fp32."""
+    codec = build_codec("fp32")
+    for name, tensor in tensors:
+        yield Entry(name, tensor.shape, "fp32", codec.encode(tensor))
+
+
+def plain_bytes(header: Header, shapes: Mapping[str, Sequence[int]], chunk_bytes: int) -> int:
+    """What a parcel of fp32 tensors of these shapes takes on the wire."""
+    rows = [
+        (
+            name,
+            shape,
+            0,
+            [Part(name="values", dtype="float32", bytes=4 * torch.Size(shape).numel())],
+        )
+        for name, shape in shapes.items()
+    ]
+    return wire_bytes(header, ["fp32"], rows, chunk_bytes)
+
+
+def _parts(entry: Entry) -> list[Part]:
+    return [
+        Part(name=name, dtype=str(part.dtype).removeprefix("torch."), bytes=part.nbytes)  # pyright: ignore[reportArgumentType]
+        for name, part in entry.parts.items()
+    ]
+
+
+def _bytes_of(part: Tensor) -> memoryview:
+    return part.contiguous().flatten().view(torch.uint8).numpy().data

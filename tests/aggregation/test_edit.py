@@ -1,0 +1,210 @@
+"""EDiT's penalty: who is refused and when, softmax weights, the last clip, what is kept."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from photon.aggregation import EditMean
+from photon.aggregation.edit import ALPHA, WARM_UP, NormStatistics
+from photon.errors import ModelMismatchError
+
+BASE = torch.randn(30, generator=torch.Generator().manual_seed(0))
+BASE /= BASE.norm()
+
+
+def run_round(rule: EditMean, norms: list[float]) -> list[float]:
+    """One round of updates of these norms; the norms that were refused."""
+    refused = []
+    for norm in norms:
+        if rule.refuse(norm) is not None:
+            refused.append(norm)
+            continue
+        rule.add([("w", BASE * norm)], 1.0, norm)
+    if len(refused) < len(norms):
+        rule.result()
+    return refused
+
+
+def trained(rounds: int = 5, bound: float | None = None) -> EditMean:
+    """A rule that has seen so many rounds of four honest norms around 1."""
+    rule = EditMean(anomaly_z=3.0, bound=bound)
+    for number in range(rounds):
+        assert run_round(rule, [0.9, 1.0, 1.05 + 0.01 * number, 1.1]) == []
+    return rule
+
+
+def test_a_norm_of_fifty_times_is_refused_after_the_warm_up_and_not_before() -> None:
+    rule = EditMean(3.0, None)
+    for merged in range(0, WARM_UP, 4):
+        assert rule.refuse(50.0) is None, f"after {merged} norms"
+        run_round(rule, [0.9, 1.0, 1.0, 1.1])
+    reason = rule.refuse(50.0)
+    assert reason is not None
+    for part in ("norm 50", "deviations", "1 +- 0.1", "federation.anomaly_z = 3"):
+        assert part in reason
+
+
+def test_what_is_refused_does_not_move_the_figures() -> None:
+    one, two = trained(), trained()
+    assert run_round(one, [1.0, 50.0, 1.1, 70.0]) == [50.0, 70.0]
+    assert run_round(two, [1.0, 1.1]) == []
+    assert one.state_tensors() == two.state_tensors()
+
+
+def test_a_smaller_norm_is_never_unusual() -> None:
+    assert trained().refuse(0.0) is None
+
+
+def test_like_norms_leave_room_for_a_schedule() -> None:
+    """Without the least deviation, 1.01 would be infinitely many deviations away."""
+    rule = EditMean(3.0, None)
+    for _ in range(5):
+        run_round(rule, [1.0] * 4)
+    assert rule.refuse(1.29) is None
+    assert rule.refuse(1.31) is not None
+
+
+def test_norms_of_zero_do_not_refuse_all_that_follows() -> None:
+    rule = EditMean(3.0, None)
+    for _ in range(5):
+        run_round(rule, [0.0] * 4)
+    assert rule.refuse(1.0) is None
+
+
+def test_a_wider_z_allows_more() -> None:
+    narrow, wide = EditMean(2.0, None), EditMean(8.0, None)
+    for rule in (narrow, wide):
+        for _ in range(5):
+            run_round(rule, [0.8, 1.0, 1.0, 1.2])
+    assert narrow.refuse(1.6) is not None
+    assert wide.refuse(1.6) is None
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(1, 9))
+def test_who_is_refused_does_not_depend_on_the_order_of_arrival(seed: int, count: int) -> None:
+    draw = random.Random(seed)
+    norms = [draw.lognormvariate(0, 1) for _ in range(count)]
+    shuffled = draw.sample(norms, count)
+    one, two = trained(), trained()
+    assert sorted(run_round(one, norms)) == sorted(run_round(two, shuffled))
+    assert one.state_tensors() == two.state_tensors(), "bit for bit"
+
+
+def test_the_first_figures_are_plain_mean_and_deviation() -> None:
+    draw = random.Random(1)
+    norms = [draw.uniform(1, 2) for _ in range(40)]
+    seen = NormStatistics()
+    for start in range(0, 40, 8):
+        seen = seen.with_round(norms[start : start + 8])
+    assert seen.count == 40
+    assert seen.mean == pytest.approx(statistics.fmean(norms), rel=1e-12)
+    assert seen.variance == pytest.approx(statistics.pvariance(norms), rel=1e-9)
+
+
+def test_later_figures_are_exponential_moving_averages() -> None:
+    """One norm a round: the paper's mu <- (1 - a) mu + a G; variance of the same mixture."""
+    seen = NormStatistics(count=1000, mean=4.0, variance=1.0).with_round([6.0])
+    assert seen.mean == pytest.approx((1 - ALPHA) * 4 + ALPHA * 6)
+    second = (1 - ALPHA) * (1 + 16) + ALPHA * 36
+    assert seen.variance == pytest.approx(second - seen.mean**2)
+    k_at_once = NormStatistics(count=1000, mean=4.0, variance=1.0).with_round([6.0] * 5)
+    assert k_at_once.mean == pytest.approx(6 - 2 * (1 - ALPHA) ** 5)
+
+
+def test_figures_follow_a_trend() -> None:
+    rule = EditMean(3.0, None)
+    for number in range(300):
+        assert run_round(rule, [0.01 * (number + 1)] * 4) == []
+
+
+def softmax_mean(rows: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    norms = torch.tensor([float(row.double().norm()) for row in rows], dtype=torch.float64)
+    shares = torch.softmax(torch.tensor(weights, dtype=torch.float64).log() - norms, 0)
+    return (torch.stack(rows).double() * shares[:, None]).sum(0)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4, 1e8])
+@pytest.mark.parametrize("order", [1, -1])
+def test_weights_are_the_softmax_of_minus_the_norm(scale: float, order: int) -> None:
+    """Also where exp(-norm) is 0 in fp64 for every one of them, largest or smallest first."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randn(30, generator=generator) * scale * k for k in (1, 1.01, 1.3, 2)][::order]
+    weights = [5.0, 1.0, 2.0, 7.0]
+    rule = EditMean(3.0, None)
+    for row, weight in zip(rows, weights, strict=True):
+        rule.add([("w", row)], weight, float(row.double().norm()))
+    found = rule.result()["w"].double()
+    assert float((found - softmax_mean(rows, weights)).abs().max()) <= 2e-6 * scale
+
+
+def test_a_large_norm_counts_less() -> None:
+    rule = EditMean(3.0, None)
+    rule.add([("w", torch.tensor([1.0, 0.0]))], 1.0, 1.0)
+    rule.add([("w", torch.tensor([0.0, 4.0]))], 1.0, 4.0)
+    one, two = rule.result()["w"].tolist()
+    assert two / 4 / one == pytest.approx(math.exp(-3))
+
+
+@pytest.mark.parametrize(("bound", "expected"), [(None, 2.0), (5.0, 2.0), (0.5, 0.5)])
+def test_the_merged_update_is_clipped_as_a_whole(bound: float | None, expected: float) -> None:
+    rule = EditMean(3.0, bound)
+    for _ in range(3):
+        rule.add([("a", torch.tensor([1.2])), ("b", torch.tensor([[1.6]]))], 1.0, 2.0)
+    result = rule.result()
+    norm = math.hypot(float(result["a"]), float(result["b"]))
+    assert norm == pytest.approx(expected)
+    assert float(result["b"]) / float(result["a"]) == pytest.approx(1.6 / 1.2)
+
+
+def test_state_round_trips_bit_for_bit() -> None:
+    first = trained()
+    saved = {name: tensor.clone() for name, tensor in first.state_tensors().items()}
+    second = EditMean(3.0, None)
+    second.load_state_tensors(saved)
+    for tensor in saved.values():
+        tensor.fill_(torch.nan)  # the rule keeps its own copy
+    for rule in (first, second):
+        assert run_round(rule, [1.0, 1.2, 40.0]) == [40.0]
+    assert first.state_tensors() == second.state_tensors()
+    assert second.state_tensors()["norm_count"].item() == 22
+
+
+def test_a_fresh_rule_keeps_nothing_and_may_be_made_fresh_again() -> None:
+    assert EditMean(3.0, None).state_tensors() == {}
+    rule = trained()
+    rule.load_state_tensors({})
+    assert rule.state_tensors() == {}
+    assert rule.refuse(50.0) is None
+
+
+def test_a_discarded_round_leaves_no_trace() -> None:
+    rule = trained()
+    before = rule.state_tensors()
+    rule.add([("w", BASE)], 1.0, 1.0)
+    rule.discard()
+    assert rule.state_tensors() == before
+    run_round(rule, [1.0])
+    assert rule.state_tensors()["norm_count"].item() == before["norm_count"].item() + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm_mean": torch.zeros(())},
+        {"norm_mean": torch.zeros(2, dtype=torch.float64)},
+        {"other": torch.zeros((), dtype=torch.float64)},
+    ],
+)
+def test_anything_else_is_refused_and_the_state_kept(change: dict[str, torch.Tensor]) -> None:
+    rule = trained()
+    before = rule.state_tensors()
+    with pytest.raises(ModelMismatchError, match="edit"):
+        rule.load_state_tensors({**before, **change})
+    assert rule.state_tensors() == before
