@@ -62,7 +62,7 @@ def test_levels(levels):
         Zstd(level=levels)
 
 
-@pytest.mark.parametrize("code", range(8))
+@pytest.mark.parametrize("code", range(9))
 def test_a_bomb_is_refused_by_what_it_says(code, monkeypatch):
     bomb = part(bytes(10_000_000), code=code)
     assert bomb.numel() < 1000
@@ -142,6 +142,31 @@ def test_parts_at_odd_places_of_a_buffer():
     assert torch.equal(
         Zstd(Int8()).decode(moved, tensor.shape), Zstd(Int8()).decode(parts, tensor.shape)
     )
+
+
+class Strange(Fp32):
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def encode(self, tensor, memory=None):
+        return {"values": tensor.to(self.dtype)}
+
+    def decode(self, parts, shape):
+        assert parts["values"].dtype == self.dtype
+        return parts["values"].float().view(shape)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.int16, torch.int32, torch.int64, torch.float64], ids=str
+)
+def test_parts_of_any_number_type(dtype):
+    codec, tensor = Zstd(Strange(dtype)), torch.arange(-60.0, 60.0)
+    assert torch.equal(codec.decode(codec.encode(tensor), (120,)), tensor)
+
+
+def test_parts_of_no_number_type():
+    with pytest.raises(TypeError, match=r"parts of torch\.complex64, unknown to zstd"):
+        Zstd(Strange(torch.complex64)).encode(torch.zeros(3))
 
 
 def test_memory_reaches_the_inner_codec():

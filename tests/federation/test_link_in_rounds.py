@@ -250,6 +250,7 @@ def test_quantised_both_ways_still_learns(three_silos, make_config, tmp_path):
             "error feedback",
         ),
         (["link.chunk_mib=100"], "64"),
+        (['link.broadcast_codec="lowrank"'], "rounded otherwise on other machines"),
     ],
 )
 def test_what_can_not_work_is_refused_with_the_run_file(overrides, words, three_silos, make_config):

@@ -60,6 +60,8 @@ def test_a_run_writes_what_it_promises(three_silos, make_config, tmp_path):
         "per_silo",
         "bytes_up",
         "bytes_down",
+        "all_reduce_bytes",
+        "bf16_exchange_bytes",
         "wall_s",
         "local_train_s",
         "utilisation",
@@ -73,6 +75,9 @@ def test_a_run_writes_what_it_promises(three_silos, make_config, tmp_path):
     assert set(summary["per_silo"]) == set(config_silos(three_silos))
     assert 0 < summary["utilisation"] <= 1
     parameters = read_history(tmp_path / "run").started.parameters
+    tasks = config.federation.rounds * silos
+    assert summary["all_reduce_bytes"] == 8 * parameters * local.steps * tasks
+    assert summary["bf16_exchange_bytes"] == 4 * parameters * tasks
     payload_bytes = config.federation.rounds * silos * parameters * 4
     assert payload_bytes < summary["bytes_up"] < payload_bytes * 1.01  # and manifests
     for line in (tmp_path / "run/events.jsonl").read_text().splitlines():

@@ -66,6 +66,21 @@ def test_codecs_take_turns_with_a_copy() -> None:
         assert f"| {name} |" in out
 
 
+@pytest.mark.slow
+def test_transfer_between_namespaces() -> None:
+    script = str(BENCHMARKS / "transfer.py")
+    command = [sys.executable, script, "--quick"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        out, err = process.communicate(timeout=300)
+    if process.returncode and err.startswith("Needs "):
+        pytest.skip(err.strip())
+    assert process.returncode == 0, err
+    assert "| 200 | 10 | 0 | 4 |" in out
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    assert f"-{process.pid}" not in left.stdout
+
+
 def test_turns_are_shuffled_and_only_runners_are_timed(contest: Any) -> None:
     told: list[tuple[str, int]] = []
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import http.server
 import logging
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -194,8 +198,8 @@ def test_nothing_secret_is_logged(
 
 @contextmanager
 def answering(
-    status: int, headers: dict[str, str], body: bytes = b""
-) -> Iterator[tuple[str, list]]:
+    status: int, headers: dict[str, str], body: bytes = b"", tls: ssl.SSLContext | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """A server that answers everything alike; its URL and what it was asked."""
     asked: list[str] = []
 
@@ -212,10 +216,13 @@ def answering(
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        scheme = "https" if tls is not None else "http"
+        yield f"{scheme}://127.0.0.1:{server.server_address[1]}", asked
     finally:
         server.shutdown()
         server.server_close()
@@ -245,6 +252,28 @@ def test_answers_of_an_odd_server(
         store = GrantedStore(lambda *_: at(f"{url}/a?hush"), silence_s=5)
         with pytest.raises(kind, match=message) as caught:
             store.get("a", max_bytes=100)
+        assert asked == ["/a?hush"]
+    assert "hush" not in str(caught.value)
+
+
+def test_certificates(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("makes its certificate with the openssl command, which is not here")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = [
+        *(openssl, "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+        *("-keyout", str(key), "-out", str(certificate), "-subj", "/CN=store"),
+        *("-addext", "subjectAltName=IP:127.0.0.1"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with answering(200, {"content-length": "2"}, b"ok", context) as (url, asked):
+        trusting = GrantedStore(lambda *_: at(f"{url}/a?hush"), origin=url, ca_file=certificate)
+        assert trusting.get("a", max_bytes=2) == b"ok"
+        with pytest.raises(AccessRefusedError, match="certificate of theirs can't be") as caught:
+            GrantedStore(lambda *_: at(f"{url}/a?hush"), name="theirs").get("a", max_bytes=2)
         assert asked == ["/a?hush"]
     assert "hush" not in str(caught.value)
 

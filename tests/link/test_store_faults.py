@@ -22,7 +22,7 @@ CHUNK_BYTES = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("photon.link.transfer._LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr("photon.link.streams._LONGEST_PAUSE_S", 0.5)
 
 
 def make_chunks(count: int, seed: int) -> list[tuple[str, bytes]]:
@@ -47,7 +47,7 @@ class CuttingProxy:
     Args:
         port: of the store, on this machine.
         direction: whose bytes are counted: "up" to the store, "down" from it.
-        cuts: how many connections are cut, each after 1 byte to 2 chunks.
+        cuts: how many connections are cut, each after 1 byte to a chunk: whichever carries one.
         reset: cut as a router does (RST), or as a server that ends (FIN).
     """
 
@@ -81,21 +81,22 @@ class CuttingProxy:
                 continue
             store.settimeout(None)
             self.connections += 1
-            with self._lock:
-                budget = None
-                if self._cuts_left:
-                    self._cuts_left -= 1
-                    budget = self._draw.randint(1, 2 * CHUNK_BYTES)
+            budget = self._draw.randint(1, CHUNK_BYTES)
             for one, other, direction in ((client, store, "up"), (store, client, "down")):
                 limit = budget if direction == self._direction else None
                 threading.Thread(target=self._pass, args=(one, other, limit), daemon=True).start()
+
+    def _may_cut(self) -> bool:
+        with self._lock:
+            self._cuts_left -= 1
+            return self._cuts_left >= 0
 
     def _pass(self, source: socket.socket, sink: socket.socket, budget: int | None) -> None:
         passed = 0
         try:
             while piece := source.recv(65536):
-                if budget is not None and passed + len(piece) >= budget:
-                    sink.sendall(piece[: budget - passed])
+                if budget is not None and passed + len(piece) >= budget and self._may_cut():
+                    sink.sendall(piece[: max(0, budget - passed)])
                     self.cut_after.append(budget)
                     if self._reset:
                         for one in (source, sink):

@@ -281,6 +281,10 @@ def _show_result(folder: Path, summary: dict[str, Any], as_json: bool) -> None:
     table.add_row("rounds, tokens", f"{summary['rounds']}, {summary['tokens']:,}")
     sent = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
     table.add_row("exchanged", f"{sent:,.1f} MB")
+    if sent and "all_reduce_bytes" in summary:
+        less = [summary[key] / 1e6 / sent for key in ("all_reduce_bytes", "bf16_exchange_bytes")]
+        table.add_row("", f"{less[0]:,.1f} times less than fp32 gradients after every step")
+        table.add_row("", f"{less[1]:,.1f} times less than bf16 models every round")
     table.add_row("time", f"{summary['wall_s']:.1f} s, {summary['utilisation']:.0%} training")
     table.add_row("weights sha256", summary["weights_sha256"])
     table.add_row("run folder", str(folder))

@@ -72,6 +72,11 @@ class Codec(ABC):
         """Whether fp32 comes back bit for bit."""
         return False
 
+    @property
+    def learns(self) -> bool:
+        """Whether it uses `memory`."""
+        return False
+
 
 def count_of(shape: Sequence[int]) -> int:
     """Values of a tensor of that shape."""

@@ -55,7 +55,7 @@ class _Factors(Codec):
         unit = largest if float(largest) else torch.ones(())
         factors = self._factors(matrix / unit, memory)
         if factors is None:
-            return encode_nested(self.inner, matrix, "whole")
+            return encode_nested(self.inner, tensor, "whole")
         left, right = factors
         return (
             self._rank_part(left.shape[1])
@@ -93,7 +93,8 @@ class _Factors(Codec):
         """What tells a decoder the rank."""
 
     @abstractmethod
-    def _rank(self, parts: Parts) -> int: ...
+    def _rank(self, parts: Parts) -> int:
+        """The rank, of which nothing is known yet but that the parts say so."""
 
 
 class LowRank(_Factors):
@@ -172,6 +173,10 @@ class PowerSGD(_Factors):
 
     def parameters(self) -> dict[str, int | float]:
         return {"rank": self.rank}
+
+    @property
+    def learns(self) -> bool:
+        return True
 
     def _may_pay(self, m: int, n: int) -> bool:
         return self.rank * (m + n) < m * n

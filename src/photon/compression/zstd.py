@@ -25,6 +25,7 @@ _DTYPES = {
     5: torch.float16,
     6: torch.bfloat16,
     7: torch.float32,
+    8: torch.float64,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 #: Bytes from which on the compressor's own threads win more than they cost.
@@ -68,6 +69,10 @@ class Zstd(Codec):
     def lossless(self) -> bool:
         return self.inner.lossless
 
+    @property
+    def learns(self) -> bool:
+        return self.inner.learns
+
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
         parts = self.inner.encode(tensor, memory)
         return {name: self._compressed(part) for name, part in parts.items()}
@@ -88,6 +93,8 @@ class Zstd(Codec):
     def _compressed(self, part: Tensor) -> Tensor:
         if not part.numel():
             return part
+        if part.dtype not in _CODES:
+            raise TypeError(f"codec {self.inner.name} gives parts of {part.dtype}, unknown to zstd")
         # One thread of the compressor's own and none give different frames, two and one the same.
         threads = torch.get_num_threads() if part.nbytes >= _THREADED else 0
         writer = zstandard.ZstdCompressor(

@@ -48,6 +48,19 @@ class LinkConfig(Section):
         parse_codec(spec)
         return spec
 
+    @field_validator("broadcast_codec")
+    @classmethod
+    def _same_everywhere(cls, spec: str) -> str:
+        factors = _stages(spec) & {"lowrank", "powersgd"}
+        if factors:
+            raise ValueError(
+                f"{spec!r} can't be broadcast: the product of {factors.pop()}'s factors is rounded "
+                "otherwise on other machines, and all must hold the same state; use int8, int4, "
+                "fp4, sign, topk or sparseloco, or one of fp32, bf16, fp16, each with or without "
+                "zstd"
+            )
+        return spec
+
     @property
     def feeds_back(self) -> bool:
         """Whether nodes keep what the codec leaves out."""
@@ -86,7 +99,5 @@ class LinkConfig(Section):
         return _stages(self.update_codec) <= _OF_WEIGHTS and not self.error_feedback
 
 
-def _stages(text: str) -> set[str]:
-    spec = parse_codec(text)
-    stages = (spec.structure, spec.values, spec.zstd)
-    return {stage.name for stage in stages if stage is not None}
+def _stages(spec: str) -> set[str]:
+    return {stage.name for stage in parse_codec(spec)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from photon.telemetry import Event, RunHistory, read_events
+from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.telemetry.events import (
     Evaluated,
     LocalFinished,
@@ -107,6 +108,7 @@ class RunDigest:
     wall_s: float
     setup_eval_s: float
     superseded: int
+    left_out: float | None = None
 
     @property
     def rounds_done(self) -> int:
@@ -124,12 +126,20 @@ class RunDigest:
     def baseline_bytes(self) -> int:
         """Bytes of the same local steps with a gradient exchange after each, in fp32.
 
-        4 bytes x parameters x 2 directions x local steps x tasks, a task being one participant in
-        one round. 0 where nothing would be exchanged: a single participant.
+        0 where nothing would be exchanged: a single participant.
         """
-        if self.started.kind == "train" or self.started.participants_per_round < 2:
+        if not self._exchanges:
             return 0
-        return 4 * self.started.parameters * 2 * self.started.local_steps * self.tasks
+        return all_reduce_bytes(self.started.parameters, self.started.local_steps, self.tasks)
+
+    @property
+    def whole_model_bytes(self) -> int:
+        """Bytes of the same rounds with whole models exchanged in bf16; 0 as above."""
+        return bf16_exchange_bytes(self.started.parameters, self.tasks) if self._exchanges else 0
+
+    @property
+    def _exchanges(self) -> bool:
+        return self.started.kind != "train" and self.started.participants_per_round > 1
 
     @property
     def phases_s(self) -> list[tuple[str, float]]:
@@ -189,7 +199,15 @@ def read_digest(folder: Path) -> RunDigest:
         wall_s=max((event.time_s for event in history.events), default=0.0),
         setup_eval_s=sum(event.eval_s for event in history.of(Evaluated) if event.round == 0),
         superseded=history.superseded,
+        left_out=_left_out(history),
     )
+
+
+def _left_out(history: RunHistory) -> float | None:
+    """Mean share of the newest round's updates that codecs left for later; None without any."""
+    told = [event for event in history.of(LocalFinished) if event.left_out is not None]
+    newest = [event.left_out for event in told if event.round == told[-1].round]
+    return sum(share for share in newest if share is not None) / len(newest) if newest else None
 
 
 def finite(points: Iterable[EvaluationPoint]) -> list[EvaluationPoint]:

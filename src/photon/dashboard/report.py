@@ -230,7 +230,20 @@ def baseline_formula(digest: RunDigest) -> str | None:
         f"4 bytes × {started.parameters:,} parameters × 2 directions × "
         f"{started.local_steps} local steps × {digest.tasks} tasks (participants summed over "
         f"{wording.several(len(digest.rounds), 'round')}) = {wording.size(digest.baseline_bytes)}. "
-        f"This run: {wording.size(digest.bytes_up)} up + {wording.size(digest.bytes_down)} down."
+        f"Whole models every round, in bf16: 2 bytes × 2 directions × the same = "
+        f"{wording.size(digest.whole_model_bytes)}. "
+        f"This run: {wording.size(digest.bytes_up)} up ({started.update_codec}) + "
+        f"{wording.size(digest.bytes_down)} down ({started.broadcast_codec})."
+        + _left_out(digest.left_out)
+    )
+
+
+def _left_out(share: float | None) -> str:
+    if share is None:
+        return ""
+    return (
+        f" Of a silo's update the codec left {wording.percent(share, 1)} of its norm for later "
+        "ones (mean of the last round)."
     )
 
 

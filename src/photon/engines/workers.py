@@ -23,9 +23,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from photon.errors import PhotonError, RankLostError, WorkerLostError
+from photon.errors import LinkError, PhotonError, RankLostError, WorkerLostError
 from photon.federation import EvalReceipt, EvalTask, FitTask, Node, NodeSettings, Receipt, Update
-from photon.federation.tasks import GlobalState, update_header
+from photon.federation.tasks import GlobalState, failed, update_header
 from photon.link import (
     Expected,
     FolderStore,
@@ -146,7 +146,11 @@ class WorkerEngine:
                 continue
             receipt, ref = answer
             expected = Expected(update_header(task, state), shapes, self._codecs)
-            parcel = Parcel(self._carrier, ref, expected)
+            try:
+                parcel = Parcel(self._carrier, ref, expected)
+            except LinkError as error:
+                yield Update(failed(receipt, error), lambda: iter(()))
+                continue
             yield Update(receipt, parcel.tensors)
             self._store.delete([ref.key, *parcel.chunk_keys()])
 

@@ -149,7 +149,7 @@ class Outbox:
 
     @property
     def _keeps(self) -> bool:
-        return self._feeds_back or "powersgd" in self._spec
+        return self._feeds_back or self._codec.learns
 
 
 def feedback_path(folder: Path, silo: str, number: int) -> Path:

@@ -18,7 +18,13 @@ from photon.aggregation import (
     check_update,
 )
 from photon.config import RunConfig
-from photon.errors import ModelMismatchError, NonFiniteError, QuorumLostError
+from photon.errors import (
+    ChunkCorruptError,
+    ManifestError,
+    ModelMismatchError,
+    NonFiniteError,
+    QuorumLostError,
+)
 from photon.federation.broadcast import Broadcast
 from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
 from photon.federation.sampling import sample_participants
@@ -173,7 +179,7 @@ class Federation:
         receipt = update.receipt
         try:
             norm = check_update(update.tensors(), self.state)
-        except (NonFiniteError, ModelMismatchError) as error:
+        except (NonFiniteError, ModelMismatchError, ManifestError, ChunkCorruptError) as error:
             return error.message
         refused = self._refuse(norm)
         if refused is not None:

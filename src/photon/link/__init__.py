@@ -2,6 +2,7 @@
 
 from photon.link.garbage import Collected, collect
 from photon.link.granted_store import GrantedStore, Grants
+from photon.link.intake import Intake
 from photon.link.manifest import Expected, Header, Manifest, Part, Ref, shapes_fingerprint
 from photon.link.object_store import ObjectStore, open_store, presigner_for
 from photon.link.parcel import (
@@ -36,6 +37,7 @@ __all__ = [
     "GrantedStore",
     "Grants",
     "Header",
+    "Intake",
     "Manifest",
     "MemoryStore",
     "ObjectStore",

@@ -42,7 +42,8 @@ class GrantedStore(Store):
     Where the environment names a proxy (HTTPS_PROXY, NO_PROXY), it is used.
 
     Args:
-        grants: asks for leave; called from several threads.
+        grants: asks for leave; called from several threads. What it raises is passed on, so that
+            a transfer tries again after StoreUnavailableError.
         name: for messages.
         origin: scheme, host and port that grants may name ("https://door.example:443"); any if
             None. A server can't send a node's update elsewhere then.
@@ -187,6 +188,12 @@ class GrantedStore(Store):
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
             raise AccessRefusedError(f"leave to {verb} {key} in {self} can't be used") from error
         except httpx2.RequestError as error:
+            if _is_distrust(error):
+                raise AccessRefusedError(
+                    f"the certificate of {self} can't be trusted, {verb} {key}: {error}",
+                    hint="Name the certificate authority that the aggregator gave you. If it is "
+                    "the right one, somebody else answers in the store's place.",
+                ) from error
             raise StoreUnavailableError(
                 f"the connection to {self} failed, {verb} {key}: {error}"
             ) from error
@@ -220,6 +227,15 @@ def _error_code(answer: httpx2.Response) -> str:
             break
     found = re.search(rb"<Code>([A-Za-z]{1,60})</Code>", text[:_ERROR_BYTES])
     return found[1].decode() if found else ""
+
+
+def _is_distrust(error: BaseException | None) -> bool:
+    """Whether TLS failed because of the other side's certificate: it will fail again."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _read_rest(answer: httpx2.Response) -> None:

@@ -76,9 +76,10 @@ class ObjectStore(Store):
 
     def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
         require_key(key)
+        view = memoryview(data).cast("B")
         with self._speaking("writing", key):
             try:
-                self.backend.put(key, data, mode="create", use_multipart=False)
+                self.backend.put(key, view, mode="create", use_multipart=False)
             except (AlreadyExistsError, PreconditionError):
                 return
             except FileNotFoundError as error:
@@ -86,7 +87,7 @@ class ObjectStore(Store):
                     f"{self} does not exist: writing {key}",
                     hint="Create the bucket (or container), or correct its name.",
                 ) from error
-        pace(len(data))
+        pace(len(view))
 
     def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes:
         require_key(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -27,7 +28,7 @@ from photon.link.manifest import (
     parse_manifest,
     wire_bytes,
 )
-from photon.link.store import Buffer
+from photon.link.store import Buffer, FolderStore
 from photon.link.transfer import Wanted
 
 DEFAULT_CHUNK = 16 << 20
@@ -59,7 +60,7 @@ class Carrier(Protocol):
 
     def send(self, objects: Iterable[tuple[str, Buffer]]) -> object: ...
 
-    def fetch(self, wanted: Iterable[Wanted]) -> Iterator[bytes]: ...
+    def fetch(self, wanted: Iterable[Wanted], *, spool: Path | None = None) -> Iterator[bytes]: ...
 
 
 def write_parcel(
@@ -189,6 +190,21 @@ class Parcel:
                 f"{ref.payload_bytes}"
             )
         self._codecs = [build_codec(spec) for spec in self.manifest.codecs]
+        self._kept: FolderStore | None = None
+
+    def keep(self, folder: Path) -> None:
+        """Bring all chunks here, verified; they are read from here from now on, and not again.
+
+        Args:
+            folder: of this process alone. What an earlier attempt left in it is not fetched again.
+
+        Raises:
+            ChunkCorruptError: bytes are not those promised.
+            LinkError: the store can't be reached, or lacks a chunk.
+        """
+        for _ in self._carrier.fetch(self._wanted(), spool=folder):
+            pass
+        self._kept = FolderStore(folder, durable=False)
 
     def chunk_keys(self) -> list[str]:
         """Where its bytes lie."""
@@ -223,12 +239,21 @@ class Parcel:
                 hint="The sender is of another version, or means harm; its parcel is not used.",
             ) from error
 
-    def _rows(self) -> Iterator[tuple[TensorRow, dict[str, Tensor]]]:
-        wanted = [
+    def _wanted(self) -> list[Wanted]:
+        return [
             Wanted(chunk_key(self._folder, chunk.sha256), chunk.bytes, chunk.sha256)
             for chunk in self.manifest.chunks
         ]
-        stream = _Stream(self._carrier.fetch(wanted))
+
+    def _chunks(self) -> Iterator[bytes]:
+        if self._kept is None:
+            yield from self._carrier.fetch(self._wanted())
+            return
+        for chunk in self.manifest.chunks:
+            yield self._kept.get(chunk.sha256, max_bytes=chunk.bytes)
+
+    def _rows(self) -> Iterator[tuple[TensorRow, dict[str, Tensor]]]:
+        stream = _Stream(self._chunks())
         for row in self.manifest.tensors:
             parts = {}
             for part in row.parts:

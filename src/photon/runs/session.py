@@ -42,6 +42,7 @@ from photon.models import (
 from photon.runs.folder import finite, only_process, write_json
 from photon.runs.nodes import Nodes, workers_of
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
+from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import (
@@ -234,6 +235,8 @@ class Session:
             precision=plan.precision,
             threads=plan.threads,
             workers=workers,
+            update_codec=config.link.update_codec,
+            broadcast_codec=config.link.broadcast_codec,
             resumed_from_round=resumed_from,
         )
 
@@ -298,11 +301,25 @@ class Session:
             },
             "bytes_up": state.bytes_up,
             "bytes_down": state.bytes_down,
+            **self._baselines(state, weights),
             "wall_s": elapsed_s,
             "local_train_s": state.local_train_s,
             "utilisation": state.local_train_s / elapsed_s if elapsed_s > 0 else 0.0,
             "weights_sha256": tensors_sha256(weights),
             "photon_version": photon_version(),
+        }
+
+    def _baselines(self, state: RunState, weights: dict[str, Tensor]) -> dict[str, int]:
+        """What the run's bytes are held against; nothing for a run that exchanges none."""
+        if self.kind == "train":
+            return {}
+        local = self.config.local
+        task_tokens = local.steps * local.batch_size * self.config.data.sequence_length
+        tasks = state.total_tokens // task_tokens
+        parameters = sum(weight.numel() for weight in weights.values())
+        return {
+            "all_reduce_bytes": all_reduce_bytes(parameters, local.steps, tasks),
+            "bf16_exchange_bytes": bf16_exchange_bytes(parameters, tasks),
         }
 
 

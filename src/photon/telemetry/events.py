@@ -43,6 +43,8 @@ class RunStarted(Event):
     precision: str
     threads: int
     workers: int
+    update_codec: str = "fp32"
+    broadcast_codec: str = "fp32"
     resumed_from_round: int | None = None
 
 

@@ -1,0 +1,124 @@
+"""Updates that are not what they claim: each is refused by name, and nothing of it is merged."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from photon.compression import build_codec
+from photon.engines import WorkerEngine
+from photon.federation import FitTask
+from photon.federation.tasks import update_header
+from photon.link import Entry, plain_entries, write_parcel
+from photon.runs import simulate
+from photon.telemetry import read_history
+from photon.telemetry.events import RoundMerged, UpdateDropped
+
+
+def flipped_byte(engine, task, state, receipt, ref):
+    chunk = sorted(engine._exchange.rglob("chunks/*"))[-1]
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    chunk.write_bytes(data)
+    return receipt, ref
+
+
+def cut_short(engine, task, state, receipt, ref):
+    chunk = sorted(engine._exchange.rglob("chunks/*"))[-1]
+    chunk.write_bytes(chunk.read_bytes()[:-100])
+    return receipt, ref
+
+
+def replayed(engine, task, state, receipt, ref):
+    """The manifest of an earlier round, with all its chunks there, and a receipt that fits."""
+    return receipt, resent(engine, state, update_header(replace(task, round=task.round - 1), state))
+
+
+def of_another_silo(engine, task, state, receipt, ref):
+    return receipt, resent(engine, state, update_header(replace(task, silo="blue"), state))
+
+
+def resent(engine, state, header):
+    entries = plain_entries((name, torch.zeros_like(tensor)) for name, tensor in state.items())
+    return write_parcel(engine._carrier, "forged", header, entries)
+
+
+def of_another_model(engine, task, state, receipt, ref):
+    other = {name: tensor[..., :-1] for name, tensor in state.items()}
+    return receipt, resent(engine, other, update_header(task, other))
+
+
+def not_a_number(engine, task, state, receipt, ref):
+    named = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    next(iter(named.values())).view(-1)[7] = math.nan
+    codec = build_codec("fp32")
+
+    def entries():
+        for name, tensor in named.items():
+            parts = codec.encode(torch.zeros_like(tensor))
+            yield Entry(name, tensor.shape, "fp32", {"values": parts["values"] + tensor.flatten()})
+
+    return receipt, write_parcel(engine._carrier, "forged", update_header(task, state), entries())
+
+
+def far_too_large(engine, task, state, receipt, ref):
+    huge = plain_entries((name, tensor * 1e6) for name, tensor in state.items())
+    return receipt, write_parcel(engine._carrier, "forged", update_header(task, state), huge)
+
+
+#: By round: what happens to one silo's update, and what is said of it.
+ATTACKS = {
+    1: (flipped_byte, "sha256"),
+    2: (cut_short, "bytes"),
+    3: (replayed, "round is 2, expected 3"),
+    4: (of_another_silo, "silo is 'blue', expected 'red'"),
+    5: (of_another_model, "model is "),
+    6: (not_a_number, "holds 1 NaN or infinite values"),
+    7: (far_too_large, "exceeds federation.max_update_norm = 100"),
+}
+
+
+def test_nothing_wrong_is_ever_merged(three_silos, make_config, tmp_path, monkeypatch):
+    fired = []
+    serve = WorkerEngine._serve
+
+    def attacked(self, tasks, state):
+        for task, answer in zip(tasks, serve(self, tasks, state), strict=True):
+            if isinstance(task, FitTask) and task.silo == "red" and task.round in ATTACKS:
+                attack, _ = ATTACKS[task.round]
+                fired.append(attack)
+                answer = attack(self, task, state, *answer)
+            yield answer
+
+    monkeypatch.setattr(WorkerEngine, "_serve", attacked)
+    config = make_config(
+        three_silos,
+        "federation.workers=1",
+        "federation.rounds=8",
+        "federation.max_update_norm=100",
+        "eval.every=0",
+    )
+    summary = simulate(config, run_dir=tmp_path / "run").summary
+    assert fired == [attack for attack, _ in ATTACKS.values()]
+    history = read_history(tmp_path / "run")
+    dropped = {event.round: event for event in history.of(UpdateDropped)}
+    assert set(dropped) == set(ATTACKS)
+    for number, (attack, words) in ATTACKS.items():
+        assert dropped[number].silo == "red"
+        assert words in dropped[number].reason, (attack.__name__, dropped[number].reason)
+    merged = {event.round: event.participants for event in history.of(RoundMerged)}
+    assert all(merged[number] == ["blue", "green"] for number in ATTACKS)
+    assert merged[8] == ["blue", "green", "red"]
+
+    # And not a bit of them is in the weights: the same run in which that silo just fails.
+    def failing(self, tasks, state):
+        for task, answer in zip(tasks, serve(self, tasks, state), strict=True):
+            if isinstance(task, FitTask) and task.silo == "red" and task.round in ATTACKS:
+                answer = replace(answer[0], failure="failed")
+            yield answer
+
+    monkeypatch.setattr(WorkerEngine, "_serve", failing)
+    calm = simulate(config, run_dir=tmp_path / "calm").summary
+    assert summary["weights_sha256"] == calm["weights_sha256"]
