@@ -60,7 +60,6 @@ def run(data: Path, folder: Path, codec: str, seed: int, options: argparse.Names
             "local": {
                 "steps": options.steps,
                 "batch_size": options.batch_size,
-                "optimizer": "muon",
                 "lr": options.lr,
                 "warmup_steps": options.steps,
             },
@@ -114,10 +113,10 @@ def main() -> None:
     parser.add_argument("--codec", action="append", help="UP or UP / DOWN; all by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=16, help="tau")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=32, help="tau")
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=6e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--decay", type=float, default=0.95, help="of error feedback")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--keep", type=Path, help="results so far, to go on from")
@@ -160,7 +159,7 @@ def main() -> None:
     text = (
         f"# Codecs and learning, {machine()}\n\n"
         f"Tiny preset, four silos, {options.rounds} rounds of tau = {options.steps}, "
-        f"{options.batch_size} x {options.sequence_length} tokens a step and silo, Muon "
+        f"{options.batch_size} x {options.sequence_length} tokens a step and silo, AdamW "
         f"{options.lr:g}, kept state, feedback decay {options.decay:g}, {options.seeds} seeds; "
         "mean ± standard deviation over seeds of the change in loss.\n\n"
         f"{table(head, rows)}\n"

@@ -27,13 +27,16 @@ def test_the_norm_is_that_of_all_tensors_together() -> None:
     assert check_update(update(), REFERENCE) == pytest.approx(math.sqrt(12 + 4 + 1))
 
 
-def test_the_norm_is_summed_in_double_precision_and_in_pieces(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("scale", [1e-40, 1e-25, 1e-12, 1.0, 1e12, 1e30])
+@pytest.mark.parametrize("piece", [7, 1 << 17])
+def test_the_norm_is_right_at_every_scale(
+    scale: float, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check_module, "_CHUNK", 7)
-    tensor = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(check_module, "_PIECE", piece)
+    count = 300_000 if piece > 7 else 150
+    tensor = torch.randn(count, generator=torch.Generator().manual_seed(0)) * scale
     norm = check_update([("w", tensor)], {"w": tensor})
-    assert norm == pytest.approx(float(tensor.double().norm()), rel=1e-14)
+    assert norm == pytest.approx(float(tensor.double().norm()), rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

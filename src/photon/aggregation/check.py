@@ -9,8 +9,12 @@ import torch
 
 from photon.errors import ModelMismatchError, NodeError, NonFiniteError
 
-#: Elements whose squares are summed at once: bounds the fp64 temporary to 32 MiB.
-_CHUNK = 1 << 22
+#: Elements whose squares are summed at once. torch.dot is ten times as fast as vector_norm on a
+#: CPU, and its rounding within a piece of this size is a few parts in a million at most.
+_PIECE = 1 << 17
+
+#: A piece whose sum of squares is less may have lost values to underflow.
+_SAFE = 1e-25
 
 
 def check_update(
@@ -104,15 +108,20 @@ def require_weight(weight: float) -> None:
 
 
 def square_sum(name: str, tensor: torch.Tensor) -> float:
-    """The sum of a tensor's squares, in fp64.
+    """The sum of a tensor's squares: of pieces in fp32, added up in fp64.
 
     Raises:
         NonFiniteError: a value is NaN or infinite.
     """
-    # A sum of fp64 squares of fp32 values can't overflow, so it is finite if they all are.
     square = 0.0
-    for piece in tensor.detach().reshape(-1).split(_CHUNK):
-        square += float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
+    for piece in tensor.detach().reshape(-1).split(_PIECE):
+        single = piece.float()
+        part = float(torch.dot(single, single))
+        if not _SAFE < part < math.inf:
+            # Squares of fp32 values may leave its range, which says nothing of the values. In fp64
+            # they can't, so the sum is finite if all values are.
+            part = float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
+        square += part
     if not math.isfinite(square):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(

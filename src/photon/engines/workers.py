@@ -147,7 +147,7 @@ class WorkerEngine:
             receipt, ref = answer
             expected = Expected(update_header(task, state), shapes, self._codecs)
             try:
-                parcel = Parcel(self._carrier, ref, expected)
+                parcel = Parcel(self._carrier, ref, expected, local=self._store)
             except LinkError as error:
                 yield Update(failed(receipt, error), lambda: iter(()))
                 continue

@@ -28,7 +28,7 @@ from photon.link.manifest import (
     parse_manifest,
     wire_bytes,
 )
-from photon.link.store import Buffer, FolderStore
+from photon.link.store import Buffer, FolderStore, Store
 from photon.link.transfer import Wanted
 
 DEFAULT_CHUNK = 16 << 20
@@ -60,7 +60,9 @@ class Carrier(Protocol):
 
     def send(self, objects: Iterable[tuple[str, Buffer]]) -> object: ...
 
-    def fetch(self, wanted: Iterable[Wanted], *, spool: Path | None = None) -> Iterator[bytes]: ...
+    def fetch(
+        self, wanted: Iterable[Wanted], *, spool: Path | None = None
+    ) -> Iterator[bytes | bytearray]: ...
 
 
 def write_parcel(
@@ -167,6 +169,8 @@ class Parcel:
         carrier: to the store.
         ref: from a task or receipt.
         expected: what the manifest must say.
+        local: that store, if it is a folder of this machine: once all chunks were verified, they
+            are read from it without being hashed again.
 
     Raises:
         ManifestError: it says something else, or is none.
@@ -174,7 +178,9 @@ class Parcel:
         LinkError: the store can't be reached, or has no such object.
     """
 
-    def __init__(self, carrier: Carrier, ref: Ref, expected: Expected) -> None:
+    def __init__(
+        self, carrier: Carrier, ref: Ref, expected: Expected, *, local: Store | None = None
+    ) -> None:
         if ref.bytes > expected.most_manifest_bytes:
             raise ManifestError(
                 f"{ref.key} has {ref.bytes} bytes; a manifest of this model has at most "
@@ -183,7 +189,7 @@ class Parcel:
         self._carrier = carrier
         self._folder = ref.key.split("/" + expected.header.kind + "/")[0]
         (data,) = carrier.fetch([Wanted(ref.key, ref.bytes, ref.sha256)])
-        self.manifest = parse_manifest(data, ref.key, expected)
+        self.manifest = parse_manifest(bytes(data), ref.key, expected)
         if self.manifest.payload_bytes != ref.payload_bytes:
             raise ManifestError(
                 f"{ref.key}: its chunks hold {self.manifest.payload_bytes} bytes, the receipt says "
@@ -191,6 +197,8 @@ class Parcel:
             )
         self._codecs = [build_codec(spec) for spec in self.manifest.codecs]
         self._kept: FolderStore | None = None
+        self._local = local
+        self._verified = False
 
     def keep(self, folder: Path) -> None:
         """Bring all chunks here, verified; they are read from here from now on, and not again.
@@ -245,12 +253,15 @@ class Parcel:
             for chunk in self.manifest.chunks
         ]
 
-    def _chunks(self) -> Iterator[bytes]:
-        if self._kept is None:
+    def _chunks(self) -> Iterator[bytes | bytearray]:
+        if self._kept is not None:
+            for chunk in self.manifest.chunks:
+                yield self._kept.get(chunk.sha256, max_bytes=chunk.bytes)
+        elif self._local is not None and self._verified:
+            for wanted in self._wanted():
+                yield self._local.get(wanted.key, max_bytes=wanted.bytes)
+        else:
             yield from self._carrier.fetch(self._wanted())
-            return
-        for chunk in self.manifest.chunks:
-            yield self._kept.get(chunk.sha256, max_bytes=chunk.bytes)
 
     def _rows(self) -> Iterator[tuple[TensorRow, dict[str, Tensor]]]:
         stream = _Stream(self._chunks())
@@ -260,27 +271,40 @@ class Parcel:
                 raw = stream.read(part.bytes)
                 parts[part.name] = raw.view(getattr(torch, part.dtype))
             yield row, parts
+        self._verified = True
 
 
 class _Stream:
     """Bytes out of chunks that come one after another."""
 
-    def __init__(self, chunks: Iterator[bytes]) -> None:
+    def __init__(self, chunks: Iterator[bytes | bytearray]) -> None:
         self._chunks = chunks
-        self._chunk = memoryview(b"")
+        self._chunk: bytes | bytearray = b""
+        self._at = 0
 
     def read(self, count: int) -> Tensor:
-        """uint8 [count], in memory of its own: aligned for any dtype."""
+        """uint8 [count], aligned for any dtype; in the chunk's own memory where that will do."""
+        if self._at == len(self._chunk) and count:
+            self._next()
+        whole = count <= len(self._chunk) - self._at
+        if count and whole and isinstance(self._chunk, bytearray) and self._at % 8 == 0:
+            self._at += count
+            return torch.frombuffer(
+                self._chunk, dtype=torch.uint8, count=count, offset=self._at - count
+            )
         raw = torch.empty(count, dtype=torch.uint8)
         into, done = raw.numpy().data, 0
         while done < count:
-            if not self._chunk:
-                self._chunk = memoryview(next(self._chunks))
-            some = self._chunk[: count - done]
+            if self._at == len(self._chunk):
+                self._next()
+            some = memoryview(self._chunk)[self._at : self._at + count - done]
             into[done : done + len(some)] = some
-            self._chunk = self._chunk[len(some) :]
+            self._at += len(some)
             done += len(some)
         return raw
+
+    def _next(self) -> None:
+        self._chunk, self._at = next(self._chunks), 0
 
 
 def plain_entries(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Entry]:

@@ -46,7 +46,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes:
+    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes | bytearray:
         """A whole object.
 
         Args:
@@ -150,14 +150,21 @@ class FolderStore(Store):
                 sync_to_disk(path.parent)
         pace(len(data))
 
-    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes:
+    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes | bytearray:
         try:
             with self._path(key).open("rb", buffering=0) as file:
-                require_size(self, key, os.fstat(file.fileno()).st_size, max_bytes)
-                data = file.read(max_bytes)
+                size = os.fstat(file.fileno()).st_size
+                require_size(self, key, size, max_bytes)
+                # Writable, so that tensors can lie in it without a copy.
+                data = bytearray(size)
+                done = 0
+                while done < size and (some := file.readinto(memoryview(data)[done:])):
+                    done += some
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise missing(self, key) from error
-        pace(len(data))
+        if done < size:
+            raise ChunkCorruptError(f"{key} in {self} ended after {done} of its {size} bytes")
+        pace(size)
         return data
 
     def size(self, key: str) -> int | None:
