@@ -29,6 +29,7 @@ from torch import Tensor
 from photon.aggregation import WeightedMean, check_update
 from photon.compression import build_codec
 from photon.config.codecs import parse_codec
+from photon.freed_memory import return_freed_memory
 from photon.link import Entry, Expected, FolderStore, Header, Parcel, Ref, Transfer, write_parcel
 
 DISTINCT = 4
@@ -114,6 +115,7 @@ def peak_mb() -> float:
 
 def work(options: argparse.Namespace) -> None:
     """The process of one N: its JSON goes to stdout."""
+    return_freed_memory()
     torch.set_num_threads(options.threads)
     sized = shapes(options.parameters)
     refs = [Ref(*ref) for ref in json.loads(options.refs)]

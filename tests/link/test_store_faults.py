@@ -135,7 +135,7 @@ def test_connections_are_used_again(seaweed: Any, prefix: str) -> None:
         transfer = Transfer(granted(presigner), streams=3)
         assert transfer.send(chunks).retries == 0
         assert list(transfer.fetch(wanted_of(chunks))) == [data for _, data in chunks]
-        assert 1 <= proxy.connections <= 3
+        assert 1 <= proxy.connections <= 5  # three streams, and two that ask ahead
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -134,10 +134,10 @@ def test_objects_are_pulled_as_streams_become_free() -> None:
     sender = threading.Thread(target=lambda: transfer.send(objects()), daemon=True)
     sender.start()
     deadline = time.monotonic() + 10
-    while len(pulled) < 4 and time.monotonic() < deadline:
+    while len(pulled) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
-    assert len(pulled) == 4
+    assert len(pulled) == 5
     go_on.set()
     sender.join(timeout=20)
     assert len(pulled) == 20

@@ -29,6 +29,8 @@ PIECE_BYTES = 128 << 10
 _ERROR_BYTES = 4096
 
 #: 409: another writer of the same object is at it; the next attempt finds it there.
+_SHA256 = re.compile("[0-9a-f]{64}")
+
 _LATER = {408, 409, 425, 429, 500, 502, 503, 504}
 
 #: S3's words for bytes that changed on their way, and for a body that did not arrive in full.
@@ -80,7 +82,9 @@ class GrantedStore(Store):
     def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
         require_key(key)
         view = memoryview(data).cast("B")
-        sha256 = hashlib.sha256(view).hexdigest()
+        # A chunk is called by its hash, which the store checks against the bytes that arrive.
+        name = key.rpartition("/")[2]
+        sha256 = name if _SHA256.fullmatch(name) else hashlib.sha256(view).hexdigest()
 
         def body() -> Iterator[bytes]:
             for start in range(0, len(view), PIECE_BYTES):

@@ -42,7 +42,7 @@ class Crew:
         purpose: str,
         total_bytes: int | None,
         *,
-        streams: int,
+        threads: int,
         cap: BandwidthCap,
         silence_s: float,
         attempts: int,
@@ -51,7 +51,7 @@ class Crew:
         self._store = store
         self._purpose = purpose
         self._total_bytes = total_bytes
-        self._streams = streams
+        self._most = threads
         self._cap = cap
         self._silence_s = silence_s
         self._attempts = attempts
@@ -77,13 +77,19 @@ class Crew:
                 future.set_exception(error)
 
         self._jobs.put(run)
-        if len(self._threads) < self._streams:
+        if len(self._threads) < self._most:
             thread = threading.Thread(target=self._work, name="photon-transfer", daemon=True)
             self._threads.append(thread)
             thread.start()
         # The caller may have been away for long, with nothing to move: silence is counted anew.
         self._touch()
         return future
+
+    def take(self, places: threading.BoundedSemaphore) -> None:
+        """Wait for a place; others that move bytes hold them."""
+        while not places.acquire(timeout=_TICK_S):
+            if self._leaving.is_set():
+                raise Leaving
 
     def one(self, future: Future[_T]) -> _T:
         """What a job returns, or raises.

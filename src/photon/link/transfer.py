@@ -19,6 +19,9 @@ from photon.errors import ChunkCorruptError, LinkError, ObjectMissingError
 from photon.link.store import Buffer, FolderStore, Pace, Store
 from photon.link.streams import BandwidthCap, Crew
 
+#: Objects asked for, and held in memory, beyond those on their way.
+_ASKING_AHEAD = 2
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -95,7 +98,7 @@ class Transfer:
         """Write objects that the store does not have; when this returns, it has them all.
 
         `objects` is read as streams become free, in this thread: at most `streams` objects are
-        on their way and one waits. Their memory must not change before this returns; after an
+        on their way and two wait. Their memory must not change before this returns; after an
         error, not at all, as a thread may still be reading it.
 
         Raises:
@@ -106,17 +109,22 @@ class Transfer:
         """
         start = time.monotonic()
         sent = _Tally()
-        with self._crew("to write") as crew:
+        # Threads beyond the streams ask whether the store has the next objects while these are on
+        # their way: over a long link each question costs a stream nothing then.
+        with self._crew("to write", ahead=_ASKING_AHEAD) as crew:
+            places = threading.BoundedSemaphore(self._streams)
             todo = iter(objects)
             pending: set[Future[None]] = set()
             while True:
-                while len(pending) > self._streams:
+                while len(pending) >= self._streams + _ASKING_AHEAD:
                     pending = crew.some(pending)
                 try:
                     key, data = next(todo)
                 except StopIteration:
                     break
-                pending.add(crew.begin(lambda k=key, d=data: self._send_one(crew, k, d, sent)))
+                pending.add(
+                    crew.begin(lambda k=key, d=data: self._send_one(crew, places, k, d, sent))
+                )
             while pending:
                 pending = crew.some(pending)
             retries = crew.retries
@@ -157,7 +165,14 @@ class Transfer:
                 # No name for it here: it is the caller's, and may be let go there.
                 yield crew.one(window.popleft())
 
-    def _send_one(self, crew: Crew, key: str, data: Buffer, sent: _Tally) -> None:
+    def _send_one(
+        self,
+        crew: Crew,
+        places: threading.BoundedSemaphore,
+        key: str,
+        data: Buffer,
+        sent: _Tally,
+    ) -> None:
         count = memoryview(data).nbytes
 
         def attempt(pace: Pace) -> bool:
@@ -170,7 +185,11 @@ class Transfer:
                     f"{self._store} has an object {key} of {found} bytes, this one has {count}",
                     hint="Keys are never written twice. Another writer used this one.",
                 )
-            self._store.put(key, data, pace=pace)
+            crew.take(places)
+            try:
+                self._store.put(key, data, pace=pace)
+            finally:
+                places.release()
             return True
 
         written = crew.persist(f"writing {key}", count, attempt)
@@ -202,12 +221,14 @@ class Transfer:
         return data
 
     @contextmanager
-    def _crew(self, purpose: str, total_bytes: int | None = None) -> Iterator[Crew]:
+    def _crew(
+        self, purpose: str, total_bytes: int | None = None, *, ahead: int = 0
+    ) -> Iterator[Crew]:
         crew = Crew(
             str(self._store),
             purpose,
             total_bytes,
-            streams=self._streams,
+            threads=self._streams + ahead,
             cap=self._cap,
             silence_s=self._silence_s,
             attempts=self._attempts,

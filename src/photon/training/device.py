@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from dataclasses import dataclass, field
 
 import torch
 
 from photon.config import ComputeConfig
 from photon.errors import DeviceError, IncompatibleConfigError
+from photon.freed_memory import keep_freed_memory
 from photon.training.ranks import Seat
-
-# Of malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class ComputePlan:
         """Set this process's thread count; on a CPU, let it keep memory between steps."""
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
 
 
 def plan_compute(
@@ -108,21 +104,6 @@ def _device(name: str) -> torch.device:
             hint='Use compute.device = "auto", or install a PyTorch build for that device.',
         )
     return torch.device(name)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees, up to 2 GiB and tensors of that size.
-
-    By default it gives large tensors back to the system and gets them again, page by page, at each
-    step: several percent of a small one. What was freed is at hand for whatever comes next, so the
-    peak stays as it was. Other systems' allocators, and MALLOC_ variables, are left alone.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ) or sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**31 - 1)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _cuda_index(seat: Seat) -> int:
