@@ -1,4 +1,4 @@
-"""What glibc does with memory that is freed: the trainer and the aggregator want opposite things.
+"""What glibc does with memory that is freed.
 
 Other systems' allocators are left alone, and so is glibc's where a MALLOC_ variable is set.
 """
@@ -12,6 +12,7 @@ import sys
 # Of malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 
 
 def keep_freed_memory() -> None:
@@ -24,13 +25,15 @@ def keep_freed_memory() -> None:
     _set(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def return_freed_memory() -> None:
-    """Give large buffers back to the system as soon as they are freed.
+def share_freed_memory() -> None:
+    """Keep what is freed, in one heap for all threads.
 
-    Chunks that come and go in several threads otherwise leave holes that nothing fits: up to
-    several times the memory of those that are alive.
+    For a process in whose threads large chunks come and go: with a heap for each thread, what one
+    frees is of no use to the others, and getting it from the system anew, page by page, takes
+    longer than hashing it.
     """
-    _set(_M_MMAP_THRESHOLD, 2**20)
+    keep_freed_memory()
+    _set(_M_ARENA_MAX, 1)
 
 
 def _set(parameter: int, value: int) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 from photon.errors import LinkError, PhotonError, RankLostError, WorkerLostError
 from photon.federation import EvalReceipt, EvalTask, FitTask, Node, NodeSettings, Receipt, Update
 from photon.federation.tasks import GlobalState, failed, update_header
-from photon.freed_memory import return_freed_memory
+from photon.freed_memory import share_freed_memory
 from photon.link import (
     Expected,
     FolderStore,
@@ -125,7 +125,7 @@ class WorkerEngine:
         self._exchange = exchange
         self._on_event = on_event
         self._ranks = ranks
-        return_freed_memory()  # no node trains in this process
+        share_freed_memory()  # no node trains in this process
         self._store = FolderStore(exchange, durable=False)
         self._carrier = Transfer(self._store, streams=1)
         self._codecs = settings.config.link.specs

@@ -158,12 +158,18 @@ class Transfer:
         kept = FolderStore(spool, durable=False) if spool is not None else None
         with self._crew("to read", total_bytes) as crew:
             window: deque[Future[bytes | bytearray]] = deque()
-            while todo or window:
+
+            def fill() -> None:
                 while todo and len(window) < self._streams:
                     one = todo.popleft()
                     window.append(crew.begin(lambda o=one: self._fetch_one(crew, o, kept)))
+
+            fill()
+            while window:
                 # No name for it here: it is the caller's, and may be let go there.
-                yield crew.one(window.popleft())
+                arrived = [crew.one(window.popleft())]
+                fill()
+                yield arrived.pop()
 
     def _send_one(
         self,

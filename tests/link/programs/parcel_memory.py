@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from photon.freed_memory import return_freed_memory
+from photon.freed_memory import share_freed_memory
 from photon.link import (
     Expected,
     FolderStore,
@@ -30,7 +30,7 @@ def tensors():
 
 SHAPES = {f"layer-{number}": (2000, 2000) for number in range(40)}
 HEADER = Header(kind="update", run="a", round=1, silo="red", model="m")
-return_freed_memory()
+share_freed_memory()
 carrier = Transfer(FolderStore(Path(sys.argv[1]), durable=False), streams=4)
 before = peak_mb()
 # Every tensor is the same: written to the disk once, and 640 MB all the same.
