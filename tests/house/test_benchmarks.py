@@ -67,6 +67,21 @@ def test_codecs_take_turns_with_a_copy() -> None:
 
 
 @pytest.mark.slow
+def test_aggregator_beside_plain_means() -> None:
+    out = run(str(BENCHMARKS / "aggregator.py"), "--quick", "--codec", "int8")
+    assert "| int8 | 2 |" in out
+    assert "| int8 | 4 |" in out
+
+
+@pytest.mark.slow
+def test_codecs_and_learning(three_silos: Path) -> None:
+    out = run(str(BENCHMARKS / "codec_quality.py"), "--data", str(three_silos), "--quick")
+    assert "| fp32 |" in out
+    assert "| int8 |" in out
+    assert str(three_silos) not in out
+
+
+@pytest.mark.slow
 def test_transfer_between_namespaces() -> None:
     script = str(BENCHMARKS / "transfer.py")
     command = [sys.executable, script, "--quick"]
