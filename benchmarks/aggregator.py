@@ -31,9 +31,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from photon.aggregation import WeightedMean, check_update
 from photon.compression import build_codec
+from photon.config import FederationConfig
 from photon.config.codecs import parse_codec
+from photon.federation.merging import Merging
+from photon.federation.tasks import Receipt, Update
 from photon.freed_memory import share_freed_memory
 from photon.link import Entry, Expected, FolderStore, Header, Parcel, Ref, Transfer, write_parcel
 
@@ -94,16 +96,16 @@ def _carrier(folder: Path) -> Transfer:
 
 def merge(folder: Path, refs: list[Ref], codec: str, state: dict[str, Tensor]) -> float:
     """Seconds of what a round's merging does."""
-    rule, carrier, local = WeightedMean(), _carrier(folder), FolderStore(folder)
+    merging, carrier = Merging(FederationConfig()), _carrier(folder)
     sized = {name: tensor.shape for name, tensor in state.items()}
     codecs = frozenset({str(parse_codec(codec))})
     started = time.perf_counter()
     for number, ref in enumerate(refs):
         expected = Expected(header(number % DISTINCT), sized, codecs)
-        parcel = Parcel(carrier, ref, expected, local=local)
-        norm = check_update(parcel.tensors(), state)
-        rule.add(parcel.tensors(), 1.0, norm)
-    rule.result()
+        parcel = Parcel(carrier, ref, expected)
+        update = Update(Receipt(1, f"silo-{number}"), parcel.tensors, lasting=True)
+        assert merging.offer(update, state, 1.0).refused is None
+    merging.result()
     return time.perf_counter() - started
 
 

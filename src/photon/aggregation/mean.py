@@ -21,6 +21,8 @@ class WeightedMean(MergingRule):
     themselves bit for bit. The order of arrival moves the result by about K fp32 roundings.
     """
 
+    needs_norm = False
+
     def __init__(self) -> None:
         self._mean = RunningMean()
         self._weight = 0.0

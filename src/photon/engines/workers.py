@@ -142,6 +142,7 @@ class WorkerEngine:
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
         shapes = {name: tensor.shape for name, tensor in state.items()}
+        written: list[str] = []
         for task, answer in zip(tasks, self._serve(tasks, state), strict=True):
             if isinstance(answer, Receipt):  # no update: a failure
                 yield Update(answer, lambda: iter(()))
@@ -153,8 +154,9 @@ class WorkerEngine:
             except LinkError as error:
                 yield Update(failed(receipt, error), lambda: iter(()))
                 continue
-            yield Update(receipt, parcel.tensors)
-            self._store.delete([ref.key, *parcel.chunk_keys()])
+            yield Update(receipt, parcel.tensors, lasting=True)
+            written += [ref.key, *parcel.chunk_keys()]
+        self._store.delete(written)
 
     def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
         for task, answer in zip(tasks, self._serve(tasks, state), strict=True):

@@ -10,23 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from photon.aggregation import (
-    MergingRule,
-    OuterOptimizer,
-    build_merging_rule,
-    build_outer_optimizer,
-    check_update,
-)
+from photon.aggregation import OuterOptimizer, build_outer_optimizer
 from photon.config import RunConfig
-from photon.errors import (
-    ChunkCorruptError,
-    ManifestError,
-    ModelMismatchError,
-    NonFiniteError,
-    QuorumLostError,
-)
+from photon.errors import QuorumLostError
 from photon.federation.broadcast import Broadcast
 from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
+from photon.federation.merging import Merging
 from photon.federation.sampling import sample_participants
 from photon.federation.tasks import (
     OPTIMIZER,
@@ -73,7 +62,7 @@ class Federation:
         self._ledger = ledger
         self._node_folder = node_folder
         self.state: dict[str, Tensor] = dict(tensors["global"])
-        self._rule: MergingRule = build_merging_rule(config.federation)
+        self._merging = Merging(config.federation)
         self._outer: OuterOptimizer = build_outer_optimizer(config.outer)
         self._broadcast = Broadcast(
             config.link, config.run.name, tensors.get("broadcast"), ledger.state.outer_update_bytes
@@ -81,7 +70,7 @@ class Federation:
         if tensors.get("outer"):
             self._outer.load_state_tensors(dict(tensors["outer"]))
         if tensors.get("rule"):
-            self._rule.load_state_tensors(dict(tensors["rule"]))
+            self._merging.load_state_tensors(dict(tensors["rule"]))
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -169,32 +158,20 @@ class Federation:
                         UpdateDropped(round=number, silo=receipt.silo, reason=reason)
                     )
         except BaseException:
-            self._rule.discard()
+            self._merging.discard()
             raise
         costs.local_train_s = busy_s / self._engine.processes
         return merged
 
     def _merge_one(self, update: Update) -> str | None:
         """Check and add one update; the reason if it is refused."""
-        receipt = update.receipt
-        try:
-            norm = check_update(update.tensors(), self.state)
-        except (NonFiniteError, ModelMismatchError, ManifestError, ChunkCorruptError) as error:
-            return error.message
-        refused = self._refuse(norm)
-        if refused is not None:
-            return refused
-        weight = 1.0 if self._config.federation.weighting == "equal" else float(receipt.tokens)
-        self._rule.add(update.tensors(), weight, norm)
-        self._ledger.recorder.emit(local_finished(receipt, update_norm=norm))
-        return None
-
-    def _refuse(self, norm: float) -> str | None:
-        """Why an update of this norm is not merged; None if it is."""
-        most = self._config.federation.max_update_norm
-        if most is not None and norm > most:
-            return f"its norm {norm:.4g} exceeds federation.max_update_norm = {most:g}"
-        return self._rule.refuse(norm)
+        equal = self._config.federation.weighting == "equal"
+        weight = 1.0 if equal else float(update.receipt.tokens)
+        verdict = self._merging.offer(update, self.state, weight)
+        if verdict.refused is None:
+            event = local_finished(update.receipt, update_norm=verdict.norm)
+            self._ledger.recorder.emit(event)
+        return verdict.refused
 
     def _require_quorum(
         self, number: int, merged: list[Receipt], asked: int, costs: RoundCosts
@@ -203,7 +180,7 @@ class Federation:
         if len(merged) >= quorum:
             return
         if merged:
-            self._rule.discard()
+            self._merging.discard()
         raise QuorumLostError(
             f"round {number} has {len(merged)} good updates of {asked}, the quorum is {quorum}; "
             f"dropped: {', '.join(costs.dropped) or 'none'}",
@@ -216,7 +193,7 @@ class Federation:
         """Turn the merged mean into the next global state, as nodes will have it."""
         started = time.perf_counter()
         before = self._broadcast.keep(self.state)
-        mean = self._rule.result()
+        mean = self._merging.result()
         norm_square = 0.0
         if self._config.federation.merge == "adopt":
             for name, weight in section(self.state, WEIGHTS).items():
@@ -257,7 +234,7 @@ class Federation:
         }
         if self._broadcast.lossy:
             groups["broadcast"] = self._broadcast.left_out
-        rule = self._rule.state_tensors()
+        rule = self._merging.state_tensors()
         if rule:
             groups["rule"] = rule
         return groups

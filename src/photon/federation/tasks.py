@@ -113,16 +113,18 @@ def failed(receipt: Receipt, error: PhotonError) -> Receipt:
 class Update:
     """A receipt and the way to its tensors, which are read one at a time, more than once.
 
-    The tensors are valid until the engine is asked for the next update.
+    The tensors are valid until the engine is asked for the next update, or longer if they last.
 
     Attributes:
         tensors: as they will be merged: decoded, where a codec was at work.
         packed: as they travel; None where they leave as they are, in fp32.
+        lasting: the tensors stay readable until the engine's answers are exhausted.
     """
 
     receipt: Receipt
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     packed: Sequence[Entry] | None = None
+    lasting: bool = False
 
     @classmethod
     def of(cls, receipt: Receipt, packed: Sequence[Entry]) -> Update:
