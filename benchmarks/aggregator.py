@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -94,6 +95,10 @@ def _carrier(folder: Path) -> Transfer:
     return Transfer(FolderStore(folder, durable=False), streams=2)
 
 
+def tensors(carrier: Transfer, ref: Ref, expected: Expected) -> Iterator[tuple[str, Tensor]]:
+    yield from Parcel(carrier, ref, expected).tensors()
+
+
 def merge(folder: Path, refs: list[Ref], codec: str, state: dict[str, Tensor]) -> float:
     """Seconds of what a round's merging does."""
     merging, carrier = Merging(FederationConfig()), _carrier(folder)
@@ -102,8 +107,9 @@ def merge(folder: Path, refs: list[Ref], codec: str, state: dict[str, Tensor]) -
     started = time.perf_counter()
     for number, ref in enumerate(refs):
         expected = Expected(header(number % DISTINCT), sized, codecs)
-        parcel = Parcel(carrier, ref, expected)
-        update = Update(Receipt(1, f"silo-{number}"), parcel.tensors, lasting=True)
+        update = Update(
+            Receipt(1, f"silo-{number}"), partial(tensors, carrier, ref, expected), lasting=True
+        )
         assert merging.offer(update, state, 1.0).refused is None
     merging.result()
     return time.perf_counter() - started

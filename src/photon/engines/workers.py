@@ -19,18 +19,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from photon.errors import LinkError, PhotonError, RankLostError, WorkerLostError
+from torch import Tensor
+
+from photon.errors import PhotonError, RankLostError, WorkerLostError
 from photon.federation import EvalReceipt, EvalTask, FitTask, Node, NodeSettings, Receipt, Update
-from photon.federation.tasks import GlobalState, failed, update_header
+from photon.federation.tasks import GlobalState, update_header
 from photon.freed_memory import share_freed_memory
 from photon.link import (
     Expected,
     FolderStore,
     Parcel,
+    Ref,
     TensorFile,
     Transfer,
     write_parcel,
@@ -142,21 +146,20 @@ class WorkerEngine:
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
         shapes = {name: tensor.shape for name, tensor in state.items()}
-        written: list[str] = []
         for task, answer in zip(tasks, self._serve(tasks, state), strict=True):
             if isinstance(answer, Receipt):  # no update: a failure
                 yield Update(answer, lambda: iter(()))
                 continue
             receipt, ref = answer
             expected = Expected(update_header(task, state), shapes, self._codecs)
-            try:
-                parcel = Parcel(self._carrier, ref, expected, local=self._store)
-            except LinkError as error:
-                yield Update(failed(receipt, error), lambda: iter(()))
-                continue
-            yield Update(receipt, parcel.tensors, lasting=True)
-            written += [ref.key, *parcel.chunk_keys()]
-        self._store.delete(written)
+            yield Update(receipt, partial(self._tensors, ref, expected), lasting=True)
+        for task in tasks:
+            self._store.delete([key for key, _ in self._store.keys(_parcel_folder(task))])
+
+    def _tensors(self, ref: Ref, expected: Expected) -> Iterator[tuple[str, Tensor]]:
+        # Opened anew for each reading: manifests kept for a whole round would lie between chunks
+        # that come and go, and break the heap up.
+        yield from Parcel(self._carrier, ref, expected).tensors()
 
     def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
         for task, answer in zip(tasks, self._serve(tasks, state), strict=True):
@@ -336,7 +339,7 @@ def _answer(node: Node, task: Task, state: TensorFile, exchange: Path, chunk_byt
     started = time.perf_counter()
     ref = write_parcel(
         Transfer(FolderStore(exchange, durable=False), streams=1),
-        f"{task.round}-{task.silo}",
+        _parcel_folder(task),
         update_header(task, tensors),
         update.entries(),
         chunk_bytes=chunk_bytes,
@@ -345,6 +348,10 @@ def _answer(node: Node, task: Task, state: TensorFile, exchange: Path, chunk_byt
     publish_s = update.receipt.publish_s + time.perf_counter() - started
     # What was counted is what was written, to the byte.
     return replace(update.receipt, bytes_up=ref.wire_bytes, publish_s=publish_s), ref
+
+
+def _parcel_folder(task: FitTask) -> str:
+    return f"{task.round}-{task.silo}"
 
 
 def _die_with_parent() -> None:

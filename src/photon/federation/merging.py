@@ -10,11 +10,23 @@ from torch import Tensor
 
 from photon.aggregation import Checked, MergingRule, build_merging_rule, check_update
 from photon.config import FederationConfig
-from photon.errors import ChunkCorruptError, ManifestError, ModelMismatchError, NonFiniteError
+from photon.errors import (
+    ChunkCorruptError,
+    ManifestError,
+    ModelMismatchError,
+    NonFiniteError,
+    ObjectMissingError,
+)
 from photon.federation.tasks import GlobalState, Update
 
 #: What is the update's own fault. Anything else ends the round.
-_FAULTS = (NonFiniteError, ModelMismatchError, ManifestError, ChunkCorruptError)
+_FAULTS = (
+    NonFiniteError,
+    ModelMismatchError,
+    ManifestError,
+    ChunkCorruptError,
+    ObjectMissingError,
+)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
-from photon.errors import NodeError, PhotonError
+from photon.errors import NodeError
 from photon.link import Entry, Header, plain_entries, shapes_fingerprint
 from photon.training import StepTimes
 
@@ -97,16 +97,6 @@ class Receipt:
     peak_memory_bytes: int = 0
     micro_batch_size: int = 0
     left_out: float | None = None
-
-
-def failed(receipt: Receipt, error: PhotonError) -> Receipt:
-    """The receipt of an update that can't be used, for that reason."""
-    return replace(
-        receipt,
-        failure=error.message,
-        failure_code=error.exit_code,
-        failure_hint=error.hint,
-    )
 
 
 @dataclass(frozen=True)

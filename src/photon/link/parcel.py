@@ -28,7 +28,7 @@ from photon.link.manifest import (
     parse_manifest,
     wire_bytes,
 )
-from photon.link.store import Buffer, FolderStore, Store
+from photon.link.store import Buffer, FolderStore
 from photon.link.transfer import Wanted
 
 DEFAULT_CHUNK = 16 << 20
@@ -169,8 +169,6 @@ class Parcel:
         carrier: to the store.
         ref: from a task or receipt.
         expected: what the manifest must say.
-        local: that store, if it is a folder of this machine: once all chunks were verified, they
-            are read from it without being hashed again.
 
     Raises:
         ManifestError: it says something else, or is none.
@@ -178,9 +176,7 @@ class Parcel:
         LinkError: the store can't be reached, or has no such object.
     """
 
-    def __init__(
-        self, carrier: Carrier, ref: Ref, expected: Expected, *, local: Store | None = None
-    ) -> None:
+    def __init__(self, carrier: Carrier, ref: Ref, expected: Expected) -> None:
         if ref.bytes > expected.most_manifest_bytes:
             raise ManifestError(
                 f"{ref.key} has {ref.bytes} bytes; a manifest of this model has at most "
@@ -197,8 +193,6 @@ class Parcel:
             )
         self._codecs = [build_codec(spec) for spec in self.manifest.codecs]
         self._kept: FolderStore | None = None
-        self._local = local
-        self._verified = False
 
     def keep(self, folder: Path) -> None:
         """Bring all chunks here, verified; they are read from here from now on, and not again.
@@ -213,10 +207,6 @@ class Parcel:
         for _ in self._carrier.fetch(self._wanted(), spool=folder):
             pass
         self._kept = FolderStore(folder, durable=False)
-
-    def chunk_keys(self) -> list[str]:
-        """Where its bytes lie."""
-        return [chunk_key(self._folder, chunk.sha256) for chunk in self.manifest.chunks]
 
     def entries(self) -> Iterator[Entry]:
         """As they were written, each verified.
@@ -257,9 +247,6 @@ class Parcel:
         if self._kept is not None:
             for chunk in self.manifest.chunks:
                 yield self._kept.get(chunk.sha256, max_bytes=chunk.bytes)
-        elif self._local is not None and self._verified:
-            for wanted in self._wanted():
-                yield self._local.get(wanted.key, max_bytes=wanted.bytes)
         else:
             yield from self._carrier.fetch(self._wanted())
 
@@ -271,7 +258,6 @@ class Parcel:
                 raw = stream.read(part.bytes)
                 parts[part.name] = raw.view(getattr(torch, part.dtype))
             yield row, parts
-        self._verified = True
 
 
 class _Stream:
