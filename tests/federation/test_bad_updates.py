@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from photon.compression import build_codec
-from photon.engines import WorkerEngine
+from photon.engines import LocalEngine, WorkerEngine
 from photon.federation import FitTask
 from photon.federation.tasks import update_header
 from photon.link import Entry, plain_entries, write_parcel
@@ -93,14 +93,17 @@ def test_nothing_wrong_is_ever_merged(three_silos, make_config, tmp_path, monkey
             yield answer
 
     monkeypatch.setattr(WorkerEngine, "_serve", attacked)
-    config = make_config(
-        three_silos,
-        "federation.workers=1",
-        "federation.rounds=8",
-        "federation.max_update_norm=100",
-        "eval.every=0",
-    )
-    summary = simulate(config, run_dir=tmp_path / "run").summary
+
+    def configured(workers):
+        return make_config(
+            three_silos,
+            workers,
+            "federation.rounds=8",
+            "federation.max_update_norm=100",
+            "eval.every=0",
+        )
+
+    summary = simulate(configured("federation.workers=1"), run_dir=tmp_path / "run").summary
     assert fired == [attack for attack, _ in ATTACKS.values()]
     history = read_history(tmp_path / "run")
     dropped = {event.round: event for event in history.of(UpdateDropped)}
@@ -113,12 +116,14 @@ def test_nothing_wrong_is_ever_merged(three_silos, make_config, tmp_path, monkey
     assert merged[8] == ["blue", "green", "red"]
 
     # And not a bit of them is in the weights: the same run in which that silo just fails.
-    def failing(self, tasks, state):
-        for task, answer in zip(tasks, serve(self, tasks, state), strict=True):
-            if isinstance(task, FitTask) and task.silo == "red" and task.round in ATTACKS:
-                answer = replace(answer[0], failure="failed")
-            yield answer
+    fit = LocalEngine.fit
 
-    monkeypatch.setattr(WorkerEngine, "_serve", failing)
-    calm = simulate(config, run_dir=tmp_path / "calm").summary
+    def failing(self, tasks, state):
+        for task, update in zip(tasks, fit(self, tasks, state), strict=True):
+            if task.silo == "red" and task.round in ATTACKS:
+                update = replace(update, receipt=replace(update.receipt, failure="failed"))
+            yield update
+
+    monkeypatch.setattr(LocalEngine, "fit", failing)
+    calm = simulate(configured("federation.workers=0"), run_dir=tmp_path / "calm").summary
     assert summary["weights_sha256"] == calm["weights_sha256"]

@@ -16,7 +16,8 @@ from photon.runs import resume, simulate
 from photon.telemetry import read_history
 from photon.telemetry.events import LocalFinished, RoundFinished
 
-CODECS = ("int8", "topk(density=0.05)+int8+zstd", "sparseloco", "powersgd(rank=2)+bf16")
+#: One that looks at a whole update first and is of three stages, one that learns.
+CODECS = ("topk(density=0.05)+int8+zstd", "powersgd(rank=2)+bf16")
 
 
 def finished(folder):
@@ -27,7 +28,7 @@ def finished(folder):
 def test_engines_agree_to_the_bit_and_to_the_byte(codec, three_silos, make_config, tmp_path):
     """In this process nothing is written; with workers, parcels move through a folder."""
     seen = []
-    for workers in (0, 2):
+    for workers in (0, 1):
         config = make_config(
             three_silos, f'link.update_codec="{codec}"', f"federation.workers={workers}"
         )
