@@ -69,6 +69,11 @@ class LinkConfig(Section):
         return not _stages(self.update_codec) <= _ROUNDING
 
     @property
+    def lossy_broadcast(self) -> bool:
+        """Whether nodes are sent outer updates, and the aggregator keeps what these leave out."""
+        return not _stages(self.broadcast_codec) <= {"fp32", "zstd"}
+
+    @property
     def chunk_bytes(self) -> int:
         return self.chunk_mib << 20
 

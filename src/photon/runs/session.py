@@ -113,10 +113,13 @@ class Session:
         keepers = len(self.silos) if config.federation.optimizer_state == "keep" else 0
         if self.kind == "train":
             keepers = 1
+        feeds_back = self.kind == "simulate" and config.link.feeds_back
+        feedback_bytes = weights_bytes * len(self.silos) if feeds_back else 0
+        left_out_bytes = weights_bytes if config.link.lossy_broadcast else 0
         require_room(
             self.folder,
-            checkpoint_bytes=weights_bytes + state_bytes,
-            node_bytes=state_bytes * keepers,
+            checkpoint_bytes=weights_bytes + state_bytes + left_out_bytes,
+            node_bytes=state_bytes * keepers + feedback_bytes,
             keep=config.run.keep_checkpoints,
         )
 
