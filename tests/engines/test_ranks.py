@@ -12,9 +12,10 @@ from photon.data import open_data
 from photon.engines import LocalEngine, WorkerEngine
 from photon.federation import EvalTask, FitTask, Node, NodeSettings
 from photon.federation.node import initial_model
-from photon.federation.tasks import WEIGHTS
+from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.models import trainable_parameters
 from photon.telemetry.events import ComputeChosen, LocalProgress, WorkerLost
+from photon.training import InnerOptimizer
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +31,9 @@ class Bench:
             WEIGHTS + name: parameter.detach().clone()
             for name, parameter in trainable_parameters(model).items()
         }
+        if config.federation.optimizer_state == "average":
+            zeros = InnerOptimizer(model, config.local).initial_state()
+            self.state |= {OPTIMIZER + name: tensor for name, tensor in zeros.items()}
         settings = NodeSettings(config, folder / "nodes")
         if ranks:
             exchange = folder / "exchange"

@@ -59,6 +59,9 @@ class StateRef:
 class Broadcast:
     """Encodes outer updates, publishes them, and counts what nodes get.
 
+    Parcels have their tensors in the order of names: a state read from a checkpoint has another
+    order than a new one, and a manifest's size depends on it.
+
     Memory, with a lossy codec: a copy of the weights while the outer optimizer steps, what was left
     out, and the encoded outer update.
 
@@ -94,7 +97,7 @@ class Broadcast:
         """The weights that the outer optimizer is about to change, if `encode` will need them."""
         if not self.lossy:
             return {}
-        return {name: tensor.clone() for name, tensor in state.items() if name.startswith(WEIGHTS)}
+        return {name: state[name].clone() for name in sorted(state) if name.startswith(WEIGHTS)}
 
     @torch.no_grad()
     def encode(self, number: int, state: dict[str, Tensor], before: Mapping[str, Tensor]) -> None:
@@ -122,7 +125,7 @@ class Broadcast:
             state[name].copy_(before[name] + decoded)
         self.left_out = left_out
         self._update += plain_entries(
-            (name, tensor) for name, tensor in state.items() if not name.startswith(WEIGHTS)
+            (name, state[name]) for name in sorted(state) if not name.startswith(WEIGHTS)
         )
         header = _header("outer_update", self._run, number, state, _SOME_SHA256)
         self.update_bytes = entries_bytes(header, self._update, self._chunk_bytes)
@@ -139,7 +142,7 @@ class Broadcast:
         if self._whole_bytes is None or self._whole_bytes[0] != number:
             header = _header("state", self._run, number - 1, state)
             if self._whole_spec == "fp32":
-                shapes = {name: tensor.shape for name, tensor in state.items()}
+                shapes = {name: state[name].shape for name in sorted(state)}
                 size = plain_bytes(header, shapes, self._chunk_bytes)
             else:
                 size = entries_bytes(header, self._whole(state), self._chunk_bytes)
@@ -180,8 +183,8 @@ class Broadcast:
 
     def _whole(self, state: GlobalState) -> Iterator[Entry]:
         codec = build_codec(self._whole_spec)
-        for name, tensor in state.items():
-            yield Entry(name, tensor.shape, self._whole_spec, codec.encode(tensor))
+        for name in sorted(state):
+            yield Entry(name, state[name].shape, self._whole_spec, codec.encode(state[name]))
 
 
 class Inbox:

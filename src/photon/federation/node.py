@@ -348,10 +348,12 @@ class Node:
         header, chunk_bytes = update_header(task, state), self._config.link.chunk_bytes
         if update.packed is not None:
             return entries_bytes(header, update.packed, chunk_bytes)
-        names = [WEIGHTS + name for name in self._trainer.weights()]
+        # In the order in which they leave: a manifest's offsets have more or fewer digits by it.
+        shapes = {WEIGHTS + name: one.shape for name, one in self._trainer.weights().items()}
         if self._config.federation.optimizer_state == "average":
-            names += [OPTIMIZER + name for name in self._trainer.averaged_state()]
-        return plain_bytes(header, {name: state[name].shape for name in names}, chunk_bytes)
+            for name, one in self._trainer.averaged_state().items():
+                shapes[OPTIMIZER + name] = one.shape
+        return plain_bytes(header, shapes, chunk_bytes)
 
     def _published(self, state: GlobalState | None) -> Callable[[], Iterator[tuple[str, Tensor]]]:
         """The way to what leaves the node; with several ranks it is gathered once, on rank 0."""
