@@ -3,7 +3,7 @@
 The one I/O: rules that must see all updates together keep them in a temporary file.
 """
 
-from photon.aggregation.check import Checked, check_update
+from photon.aggregation.check import Checked, check_update, square_sum
 from photon.aggregation.coordinatewise import Median, TrimmedMean
 from photon.aggregation.edit import EditMean
 from photon.aggregation.mean import ClippedMean, WeightedMean
@@ -41,4 +41,5 @@ __all__ = [
     "build_merging_rule",
     "build_outer_optimizer",
     "check_update",
+    "square_sum",
 ]

@@ -217,14 +217,13 @@ class Node:
         load_s = time.perf_counter() - started
         if self._fault is not None:
             self._fault(task, trainer)
-        bytes_down = task.state_bytes
         try:
             result = self._train(task, node_state.cursor)
         except NonFiniteError as error:
             receipt = Receipt(
                 task.round,
                 task.silo,
-                bytes_down=bytes_down,
+                bytes_down=task.state_bytes,
                 load_s=load_s,
                 worker=self._worker,
                 failure=error.message,
@@ -244,7 +243,7 @@ class Node:
             loss=result.loss,
             first_loss=result.first_loss,
             last_loss=result.last_loss,
-            bytes_down=bytes_down,
+            bytes_down=task.state_bytes,
             bytes_up=self._bytes_up(task, state, update),
             train_s=result.train_s,
             load_s=load_s,

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from photon.aggregation import square_sum
 from photon.compression import build_codec
 from photon.config import LinkConfig
 from photon.errors import CheckpointCorruptError
@@ -108,8 +108,8 @@ class Outbox:
             entries.append(Entry(name, tensor.shape, self._spec, parts))
             if self._feeds_back:
                 left = tensor - codec.decode(parts, tensor.shape)
-                lost += float(torch.linalg.vector_norm(left)) ** 2
-                given += float(torch.linalg.vector_norm(tensor)) ** 2
+                lost += square_sum(name, left)
+                given += square_sum(name, tensor)
                 new.residual[name] = left.mul_(self._decay)
         self._save(silo, number, new)
         share = math.sqrt(lost / given) if given else 0.0
