@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from photon.data import open_data
-from photon.engines import LocalEngine, WorkerEngine
+from photon.engines.local import LocalEngine
+from photon.engines.workers import WorkerEngine
 from photon.federation import EvalTask, FitTask, Node, NodeSettings
 from photon.federation.node import initial_model
 from photon.federation.tasks import WEIGHTS, update_header

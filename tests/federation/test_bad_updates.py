@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from photon.compression import build_codec
-from photon.engines import LocalEngine, WorkerEngine
+from photon.engines.local import LocalEngine
+from photon.engines.workers import WorkerEngine
 from photon.federation import FitTask
 from photon.federation.tasks import update_header
 from photon.link import Entry, plain_entries, write_parcel

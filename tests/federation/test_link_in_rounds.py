@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from photon.config import LinkConfig
-from photon.engines import LocalEngine
+from photon.engines.local import LocalEngine
 from photon.errors import ChunkCorruptError, PhotonError
 from photon.federation.broadcast import Broadcast, Inbox
 from photon.federation.outbox import Outbox, feedback_path

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from photon.engines import LocalEngine
+from photon.engines.local import LocalEngine
 from photon.errors import (
     DiskFullError,
     IncompatibleConfigError,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from photon.config.run import MERGING_RULE_NAMES
-from photon.engines import LocalEngine
+from photon.engines.local import LocalEngine
 from photon.federation.checkpoint import CheckpointStore
 from photon.runs import resume, simulate
 from photon.telemetry import read_history

@@ -9,7 +9,7 @@ import pytest
 
 from photon.errors import ObjectMissingError, StoreUnavailableError
 from photon.link import FolderStore, MemoryStore, Store, collect
-from photon.link.store import require_key
+from photon.store.contract import require_key
 
 
 def fill(store: Store) -> None:

@@ -22,7 +22,7 @@ CHUNK_BYTES = 1 << 20
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("photon.link.streams._LONGEST_PAUSE_S", 0.5)
+    monkeypatch.setattr("photon.store.streams._LONGEST_PAUSE_S", 0.5)
 
 
 def make_chunks(count: int, seed: int) -> list[tuple[str, bytes]]:

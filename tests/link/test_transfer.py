@@ -22,7 +22,7 @@ from photon.errors import (
     TransferStalledError,
 )
 from photon.link import FolderStore, GrantedStore, MemoryStore, Store, Transfer, Wanted
-from photon.link.store import Buffer, Pace, unpaced
+from photon.store.contract import Buffer, Pace, unpaced
 
 
 class Watched(Store):

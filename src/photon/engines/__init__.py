@@ -1,6 +1,5 @@
-"""Engines carry tasks to participants and answers back."""
+"""Engines carry tasks to participants and answers back.
 
-from photon.engines.local import LocalEngine
-from photon.engines.workers import WorkerEngine
-
-__all__ = ["LocalEngine", "WorkerEngine"]
+local: in the aggregator's process. workers: processes of this machine. remote: silos that joined,
+over a post; flower/ is one. Nothing is imported here: parts of flower/ run without torch.
+"""

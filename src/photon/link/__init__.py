@@ -1,10 +1,7 @@
 """How model state moves: parcels of encoded tensors in stores, and files of tensors on disk."""
 
-from photon.link.garbage import Collected, collect
-from photon.link.granted_store import GrantedStore, Grants
 from photon.link.intake import Intake
 from photon.link.manifest import Expected, Header, Manifest, Part, Ref, shapes_fingerprint
-from photon.link.object_store import ObjectStore, open_store, presigner_for
 from photon.link.parcel import (
     Carrier,
     Entry,
@@ -14,18 +11,14 @@ from photon.link.parcel import (
     plain_entries,
     write_parcel,
 )
-from photon.link.presign import Grant, Presigner, S3Presigner
-from photon.link.store import FolderStore, MemoryStore, Store
-from photon.link.tensorfile import (
-    TensorFile,
-    file_sha256,
-    require_disk,
-    sync_to_disk,
-    tensors_sha256,
-    write_tensors,
-    writing,
-)
-from photon.link.transfer import Sent, Transfer, Wanted
+from photon.link.tensorfile import TensorFile, tensors_sha256, write_tensors
+from photon.store.contract import FolderStore, MemoryStore, Store
+from photon.store.disk import file_sha256, require_disk, sync_to_disk, writing
+from photon.store.garbage import Collected, collect
+from photon.store.granted_store import GrantedStore, Grants
+from photon.store.object_store import ObjectStore, open_store, presigner_for
+from photon.store.presign import Grant, Presigner, S3Presigner
+from photon.store.transfer import Sent, Transfer, Wanted
 
 __all__ = [
     "Carrier",

@@ -12,8 +12,8 @@ from typing import TypeVar
 from photon.errors import LinkError
 from photon.link.manifest import Expected, Ref
 from photon.link.parcel import Parcel
-from photon.link.store import Store
-from photon.link.transfer import Transfer
+from photon.store.contract import Store
+from photon.store.transfer import Transfer
 
 _T = TypeVar("_T")
 

@@ -28,8 +28,8 @@ from photon.link.manifest import (
     parse_manifest,
     wire_bytes,
 )
-from photon.link.store import Buffer, FolderStore
-from photon.link.transfer import Wanted
+from photon.store.contract import Buffer, FolderStore
+from photon.store.transfer import Wanted
 
 DEFAULT_CHUNK = 16 << 20
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from photon.config import RunConfig
 from photon.data import PreparedData
-from photon.engines import LocalEngine, WorkerEngine
+from photon.engines.local import LocalEngine
+from photon.engines.workers import WorkerEngine
 from photon.federation import Engine, Node, NodeSettings
 from photon.federation.baseline import central_config
 from photon.federation.node import empty_model
@@ -18,6 +19,9 @@ from photon.models import trainable_parameters
 from photon.telemetry import Event
 from photon.telemetry.events import Kind
 from photon.training import Fit, InnerOptimizer, Seat, plan_compute, plan_fit, ranks_of_a_node
+
+#: Makes an engine from one that evaluates on this machine, and whoever is told of events.
+Elsewhere = Callable[[Engine, Callable[[Event], None]], Engine]
 
 
 class Nodes:
@@ -29,6 +33,8 @@ class Nodes:
         data: the prepared text.
         silos: that take part, or whose text is pooled.
         folder: of the run.
+        elsewhere: makes the engine of a run whose silos are not on this machine, given one that
+            scores the global held-out set here.
     """
 
     def __init__(
@@ -38,12 +44,14 @@ class Nodes:
         data: PreparedData,
         silos: Sequence[str],
         folder: Path,
+        elsewhere: Elsewhere | None = None,
     ) -> None:
         self._kind: Kind = kind
         self._config = config
         self._data = data
         self._silos = silos
         self._folder = folder
+        self._elsewhere = elsewhere
 
     @property
     def workers(self) -> int:
@@ -62,7 +70,7 @@ class Nodes:
     def batch_size(self) -> int:
         """Sequences of a step; where text is pooled, as many as all participants of a round."""
         config = self._config
-        if self._kind == "simulate":
+        if self._kind != "train":
             return config.local.batch_size
         if config.train.batch_size is not None:
             return config.train.batch_size
@@ -102,7 +110,7 @@ class Nodes:
             WEIGHTS + name: parameter.detach().clone()
             for name, parameter in trainable_parameters(model).items()
         }
-        if self._kind == "simulate" and config.federation.optimizer_state == "average":
+        if self._kind != "train" and config.federation.optimizer_state == "average":
             zeros = InnerOptimizer(model, config.local).initial_state()
             state |= {OPTIMIZER + name: tensor for name, tensor in zeros.items()}
         return state
@@ -114,7 +122,8 @@ class Nodes:
         if alone and (self.ranks > 1 or self.workers):
             exchange = self._folder / "exchange"
             return WorkerEngine(settings, exchange, on_event, ranks=self.ranks)
-        return LocalEngine(Node(settings, on_event, data=self._data, model=model))
+        local = LocalEngine(Node(settings, on_event, data=self._data, model=model))
+        return local if self._elsewhere is None else self._elsewhere(local, on_event)
 
     def follow(self) -> None:
         """Train with rank 0, which keeps the run; for the other ranks under torchrun."""

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from photon.store.disk import sync_to_disk
 from photon.training.ranks import Ranks
 
 _NUMBERS = "numbers.json"
@@ -60,7 +61,7 @@ class PendingSnapshot:
             if self.ranks.leader:
                 shutil.rmtree(self.path, ignore_errors=True)
                 partial.rename(self.path)
-                _sync(self.path.parent)
+                sync_to_disk(self.path.parent)
         except BaseException:
             if self.ranks.leader:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -141,14 +142,6 @@ def read_snapshot(
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -29,8 +29,7 @@ from photon.errors import (
     ObjectMissingError,
     StoreUnavailableError,
 )
-from photon.link.presign import ObstorePresigner, Presigner, S3Presigner
-from photon.link.store import (
+from photon.store.contract import (
     Buffer,
     FolderStore,
     Pace,
@@ -40,6 +39,7 @@ from photon.link.store import (
     require_size,
     unpaced,
 )
+from photon.store.presign import ObstorePresigner, Presigner, S3Presigner
 
 #: Read at a time from a store, and told to `pace`.
 PIECE_BYTES = 256 << 10

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 from photon.errors import LinkError, StoreUnavailableError, TransferStalledError
-from photon.link.store import Pace
+from photon.store.contract import Pace
 
 _T = TypeVar("_T")
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
-from photon.link.store import Store
+from photon.store.contract import Store
 
 _MANIFEST = re.compile(r"[^/]+/round-\d+/[^/]+\.json")
 

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httpx2
 
 from photon.errors import AccessRefusedError, LinkError, StoreUnavailableError
-from photon.link.presign import Grant, Verb
-from photon.link.store import Buffer, Pace, Store, missing, require_key, require_size, unpaced
+from photon.store.contract import Buffer, Pace, Store, missing, require_key, require_size, unpaced
+from photon.store.presign import Grant, Verb
 
 #: Asked for leave: verb, key, and for PUT the bytes and sha256 of what will be written.
 Grants = Callable[[Verb, str, int | None, str | None], Grant]

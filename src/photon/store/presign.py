@@ -21,7 +21,7 @@ import obstore
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from photon.errors import LinkError
-from photon.link.store import require_key
+from photon.store.contract import require_key
 
 Verb = Literal["GET", "HEAD", "PUT"]
 

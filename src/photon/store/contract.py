@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from photon.errors import ChunkCorruptError, LinkError, ObjectMissingError
-from photon.link.tensorfile import sync_to_disk, writing
+from photon.store.disk import sync_to_disk, writing
 
 #: What is written.
 Buffer = bytes | bytearray | memoryview

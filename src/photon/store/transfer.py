@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from photon.errors import ChunkCorruptError, LinkError, ObjectMissingError
-from photon.link.store import Buffer, FolderStore, Pace, Store
-from photon.link.streams import BandwidthCap, Crew
+from photon.store.contract import Buffer, FolderStore, Pace, Store
+from photon.store.streams import BandwidthCap, Crew
 
 #: Objects asked for, and held in memory, beyond those on their way.
 _ASKING_AHEAD = 2
