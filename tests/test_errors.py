@@ -52,6 +52,21 @@ CODES = {
     "ManifestError": 74,
     "TransferStalledError": 75,
     "AccessRefusedError": 76,
+    "MembershipError": 80,
+    "InvitationError": 81,
+    "UnknownMemberError": 82,
+    "SignatureError": 83,
+    "AuditError": 84,
+    "PolicyError": 85,
+    "ProtocolError": 86,
+    "DeployError": 90,
+    "PortInUseError": 91,
+    "CertificateError": 92,
+    "ClockSkewError": 93,
+    "ServiceLostError": 94,
+    "UnreachableError": 95,
+    "KeyInUseError": 96,
+    "DataChangedError": 97,
 }
 
 

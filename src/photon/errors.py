@@ -273,6 +273,102 @@ class AccessRefusedError(LinkError):
     exit_code = 76
 
 
+# --- 80-89: who takes part, and what they may ask -------------------------------------------------
+
+
+class MembershipError(PhotonError):
+    """A member, a key or an invitation is not accepted."""
+
+    exit_code = 80
+
+
+class InvitationError(MembershipError):
+    """An invitation that can't be read, has expired, was used, or is another aggregator's."""
+
+    exit_code = 81
+
+
+class UnknownMemberError(MembershipError):
+    """A key that is no member's, or a member that is suspended or was expelled."""
+
+    exit_code = 82
+
+
+class SignatureError(MembershipError):
+    """A request or receipt whose signature does not hold, is too old, or was seen before."""
+
+    exit_code = 83
+
+
+class AuditError(MembershipError):
+    """The log of a run's rounds is broken, or tells of something that must not be."""
+
+    exit_code = 84
+
+
+class PolicyError(PhotonError):
+    """This site's policy refuses what a run asks."""
+
+    exit_code = 85
+
+
+class ProtocolError(PhotonError):
+    """The other side speaks another protocol, or sends what makes no sense in it."""
+
+    exit_code = 86
+
+
+# --- 90-99: services ------------------------------------------------------------------------------
+
+
+class DeployError(PhotonError):
+    """A service of `photon serve` or `photon join` can't be brought up, or kept up."""
+
+    exit_code = 90
+
+
+class PortInUseError(DeployError):
+    """A port that a service needs is taken."""
+
+    exit_code = 91
+
+
+class CertificateError(DeployError):
+    """A certificate that expired, is of another host or authority, or whose key is another's."""
+
+    exit_code = 92
+
+
+class ClockSkewError(DeployError):
+    """This machine's clock and the other side's are too far apart."""
+
+    exit_code = 93
+
+
+class ServiceLostError(DeployError):
+    """A service died again and again."""
+
+    exit_code = 94
+
+
+class UnreachableError(DeployError):
+    """The aggregator can't be reached."""
+
+    exit_code = 95
+
+
+class KeyInUseError(DeployError):
+    """Two nodes run with one key."""
+
+    exit_code = 96
+
+
+class DataChangedError(DeployError):
+    """A node's data is not what it registered with."""
+
+    exit_code = 97
+
+
 #: Exit code after Ctrl-C: 128 + SIGINT, as shells expect. The run can be resumed.
 INTERRUPTED_EXIT_CODE = 130
 

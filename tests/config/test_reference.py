@@ -7,8 +7,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from photon.config import RunConfig, parse_run_config
+from photon.config import NodeConfig, RunConfig, parse_run_config
 from photon.config.reference import main, reference_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -18,12 +19,13 @@ def test_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == reference_page(), "run `make docs`"
 
 
-def test_every_key_has_a_row() -> None:
+@pytest.mark.parametrize(("model", "heading"), [(RunConfig, "\n## "), (NodeConfig, "\n### ")])
+def test_every_key_has_a_row(model: type[BaseModel], heading: str) -> None:
     page = reference_page()
-    for section, field in RunConfig.model_fields.items():
+    for section, field in model.model_fields.items():
         table = field.annotation
         assert table is not None
-        part = page.split(f"## [{section}]\n")[1].split("\n## ")[0]
+        part = page.split(f"{heading}[{section}]\n")[1].split(heading)[0]
         rows = re.findall(r"^\| `(\w+)` ", part, flags=re.MULTILINE)
         assert rows == list(table.model_fields)  # type: ignore[union-attr]
 

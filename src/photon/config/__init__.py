@@ -1,13 +1,18 @@
-"""run.toml: what the federation may dictate. Unknown keys are errors; no torch in here."""
+"""run.toml, what the federation may dictate, and node.toml, what only the site decides.
+
+Unknown keys are errors; no torch in here.
+"""
 
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.load import (
+    load_node_config,
     load_run_config,
     parse_run_config,
     resolved_toml,
     write_resolved,
 )
+from photon.config.node import NodeConfig, PolicyConfig
 from photon.config.run import (
     DataConfig,
     EvalConfig,
@@ -18,6 +23,7 @@ from photon.config.run import (
     RunConfig,
     TrainConfig,
 )
+from photon.config.serve import ServeConfig
 
 __all__ = [
     "ComputeConfig",
@@ -27,9 +33,13 @@ __all__ = [
     "LinkConfig",
     "LocalConfig",
     "ModelConfig",
+    "NodeConfig",
     "OuterConfig",
+    "PolicyConfig",
     "RunConfig",
+    "ServeConfig",
     "TrainConfig",
+    "load_node_config",
     "load_run_config",
     "parse_run_config",
     "resolved_toml",

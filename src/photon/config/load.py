@@ -1,4 +1,4 @@
-"""Reading run.toml: overrides, errors that name the nearest valid key, the resolved copy."""
+"""Reading run.toml and node.toml: overrides, errors that name the nearest valid key, the copy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 from photon.errors import (
     ConfigError,
@@ -23,6 +24,8 @@ from photon.errors import (
     InvalidValueError,
     UnknownKeyError,
 )
+
+_File = TypeVar("_File", RunConfig, NodeConfig)
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -38,34 +41,48 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
         InvalidValueError: wrong type or out of bounds.
         IncompatibleConfigError: values that can't work together.
     """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # some editors on Windows write a BOM
-    except FileNotFoundError:
-        raise ConfigError(
-            f"no run file at {file}", hint="Start from one of the files in recipes/."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"can't read run file {file}: {error}") from error
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
-    return parse_run_config(tree, overrides, source=str(file))
+    tree = _read(path, "run file", "Start from one of the files in recipes/.")
+    return parse_run_config(tree, overrides, source=str(path))
+
+
+def load_node_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> NodeConfig:
+    """Read a site's node file; as `load_run_config`."""
+    hint = 'The smallest one is: [data] path = "a folder made by `photon data prepare`".'
+    return _parsed(_read(path, "node file", hint), NodeConfig, overrides, str(path))
 
 
 def parse_run_config(
     tree: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "run config"
 ) -> RunConfig:
     """Validate a run config given as nested dicts; raises as `load_run_config`."""
+    return _parsed(tree, RunConfig, overrides, source)
+
+
+def _read(path: str | os.PathLike[str], kind: str, hint: str) -> dict[str, Any]:
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors on Windows write a BOM
+    except FileNotFoundError:
+        raise ConfigError(f"no {kind} at {file}", hint=hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read {kind} {file}: {error}") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+
+
+def _parsed(
+    tree: dict[str, Any], model: type[_File], overrides: Sequence[str], source: str
+) -> _File:
     tree = copy.deepcopy(tree)
     for override in overrides:
-        _assign(tree, override)
-    _refuse_unknown_keys(tree, RunConfig, "", source)
+        _assign(tree, override, model)
+    _refuse_unknown_keys(tree, model, "", source, model)
     try:
-        return RunConfig.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise _translated(error, source) from None
+        raise _translated(error, source, model) from None
 
 
 def resolved_toml(config: RunConfig) -> str:
@@ -80,7 +97,7 @@ def write_resolved(config: RunConfig, path: Path) -> None:
     partial.replace(path)
 
 
-def _assign(tree: dict[str, Any], override: str) -> None:
+def _assign(tree: dict[str, Any], override: str, root: type[BaseModel]) -> None:
     key, equals, literal = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -95,7 +112,7 @@ def _assign(tree: dict[str, Any], override: str) -> None:
             raise UnknownKeyError(
                 f"override {override!r}: {'.'.join(parts[: depth + 1])} is a value, not a table"
             )
-    here[parts[-1]] = _toml_value(literal.strip(), _takes_text(parts))
+    here[parts[-1]] = _toml_value(literal.strip(), _takes_text(parts, root))
 
 
 def _toml_value(literal: str, text: bool) -> Any:
@@ -108,20 +125,20 @@ def _toml_value(literal: str, text: bool) -> Any:
     return literal if text and not isinstance(value, str) else value
 
 
-def _takes_text(parts: list[str]) -> bool:
-    field = _field_of(parts)
+def _takes_text(parts: list[str], root: type[BaseModel]) -> bool:
+    field = _field_of(parts, root)
     return field is not None and str in _options_of(field.annotation)
 
 
 def _refuse_unknown_keys(
-    tree: dict[str, Any], model: type[BaseModel], prefix: str, source: str
+    tree: dict[str, Any], model: type[BaseModel], prefix: str, source: str, root: type[BaseModel]
 ) -> None:
     for key, value in tree.items():
         field = model.model_fields.get(key)
         dotted = f"{prefix}{key}"
         if field is None:
             raise UnknownKeyError(
-                f"{source}: unknown key {dotted!r}", hint=_suggestion(key, prefix, model)
+                f"{source}: unknown key {dotted!r}", hint=_suggestion(key, prefix, model, root)
             )
         section = _section_of(field.annotation)
         if section is not None:
@@ -129,14 +146,14 @@ def _refuse_unknown_keys(
                 raise InvalidValueError(
                     f"{source}: {dotted} = {value!r} must be a table, [{dotted}]"
                 )
-            _refuse_unknown_keys(value, section, f"{dotted}.", source)
+            _refuse_unknown_keys(value, section, f"{dotted}.", source, root)
 
 
-def _suggestion(key: str, prefix: str, model: type[BaseModel]) -> str:
+def _suggestion(key: str, prefix: str, model: type[BaseModel], root: type[BaseModel]) -> str:
     here = list(model.model_fields)
     elsewhere = [
         f"{section}.{key}"
-        for section, field in RunConfig.model_fields.items()
+        for section, field in root.model_fields.items()
         if (table := _section_of(field.annotation)) is not None and key in table.model_fields
     ]
     if elsewhere:
@@ -144,7 +161,8 @@ def _suggestion(key: str, prefix: str, model: type[BaseModel]) -> str:
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
     if near:
         return f"Did you mean {prefix}{near[0]}?"
-    place = f"[{prefix.rstrip('.')}]" if prefix else "a run file"
+    whole = "a run file" if root is RunConfig else "a node file"
+    place = f"[{prefix.rstrip('.')}]" if prefix else whole
     return f"Valid keys of {place}: {', '.join(sorted(here))}."
 
 
@@ -161,8 +179,8 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _field_of(parts: Sequence[str]) -> FieldInfo | None:
-    model: type[BaseModel] | None = RunConfig
+def _field_of(parts: Sequence[str], root: type[BaseModel]) -> FieldInfo | None:
+    model: type[BaseModel] | None = root
     field = None
     for part in parts:
         field = model.model_fields.get(part) if model is not None else None
@@ -172,7 +190,7 @@ def _field_of(parts: Sequence[str]) -> FieldInfo | None:
     return field
 
 
-def _translated(error: ValidationError, source: str) -> ConfigError:
+def _translated(error: ValidationError, source: str, root: type[BaseModel]) -> ConfigError:
     details = error.errors(include_url=False)
     first = details[0]
     key = ".".join(str(part) for part in first["loc"])
@@ -182,17 +200,17 @@ def _translated(error: ValidationError, source: str) -> ConfigError:
         where = f"[{key}]: " if key else ""
         return IncompatibleConfigError(f"{source}: {where}{message}{others}")
     if first["type"] == "missing":
-        return InvalidValueError(f"{source}: {key} is missing{others}", hint=_describe(key))
+        return InvalidValueError(f"{source}: {key} is missing{others}", hint=_describe(key, root))
     found = first.get("input")
     return InvalidValueError(
         f"{source}: {key} = {found!r}: {message[:1].lower()}{message[1:]}{others}",
-        hint=_describe(key),
+        hint=_describe(key, root),
     )
 
 
-def _describe(dotted: str) -> str | None:
+def _describe(dotted: str, root: type[BaseModel]) -> str | None:
     parts = dotted.split(".")
-    field = _field_of(parts[:2])  # what stands inside data.mixture is described with it
+    field = _field_of(parts[:2], root)  # what stands inside data.mixture is described with it
     if field is None:
         return None
     if _section_of(field.annotation) is not None:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import BaseModel
 
+from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 
 _INTRODUCTION = """\
@@ -40,6 +42,18 @@ whatever is given for a key that takes text, is read as the text itself.
 This page is written by `make docs` from the models in `src/photon/config/`.
 """
 
+_NODE_INTRODUCTION = """\
+## node.toml, key by key
+
+What only the site decides: its text, its machines, what it takes part in. `photon join --node
+node.toml` reads it, and it beats whatever a run asks for. The smallest one:
+
+```toml
+[data]
+path = "data/hospital-a"   # made by `photon data prepare`
+```
+"""
+
 _BOUNDS = (
     ("minimum", ">= {}"),
     ("exclusiveMinimum", "> {}"),
@@ -50,19 +64,24 @@ _BOUNDS = (
 
 
 def reference_page() -> str:
-    """docs/configuration.md: a section for each table of run.toml, a row for each key."""
-    schema = RunConfig.model_json_schema()
-    parts = [_INTRODUCTION]
-    for section, table in schema["properties"].items():
-        parts.append(_section(section, schema["$defs"][table["$ref"].rsplit("/", 1)[1]]))
-    return "\n".join(parts)
+    """docs/configuration.md: a section for each table of both files, a row for each key."""
+    run, node = _tables(RunConfig, "## [{}]"), _tables(NodeConfig, "### [{}]")
+    return "\n".join([_INTRODUCTION, *run, _NODE_INTRODUCTION, *node])
 
 
-def _section(name: str, schema: dict[str, Any]) -> str:
+def _tables(model: type[BaseModel], heading: str) -> list[str]:
+    schema = model.model_json_schema()
+    return [
+        _section(name, heading.format(name), schema["$defs"][table["$ref"].rsplit("/", 1)[1]])
+        for name, table in schema["properties"].items()
+    ]
+
+
+def _section(name: str, heading: str, schema: dict[str, Any]) -> str:
     about = schema["description"].splitlines()[0].removeprefix(f"[{name}]: ")
     required = schema.get("required", ())
     lines = [
-        f"## [{name}]",
+        heading,
         "",
         about[0].upper() + about[1:],
         "",

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.section import Positive, Section
+from photon.config.serve import ServeConfig
 from photon.plugins import MERGING_RULES, OUTER_OPTIMIZERS, plugin_names
 
 OUTER_NAMES = ("fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad")
@@ -298,6 +299,7 @@ class RunConfig(Section):
     link: LinkConfig = LinkConfig()
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()
+    serve: ServeConfig = ServeConfig()
 
     @property
     def total_steps(self) -> int:

@@ -1,0 +1,98 @@
+"""node.toml: what only the site decides. It beats whatever a run asks for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from photon.config.compute import ComputeConfig
+from photon.config.section import Positive, Section
+
+
+class NodeDataConfig(Section):
+    """[data]: the site's text. It is read here and never leaves."""
+
+    path: str = Field(
+        description="Folder made by `photon data prepare`; relative to the current directory."
+    )
+    silo: str | None = Field(
+        default=None,
+        description="Which silo of that folder is this site's; by default the one that is called "
+        "as the site is, or the only one.",
+    )
+
+
+class PolicyConfig(Section):
+    """[policy]: which runs this site takes part in. What a run asks beyond it is refused."""
+
+    runs: list[str] = Field(
+        default=["*"],
+        description='Runs whose name matches one of these shell patterns, for instance ["med-*"].',
+    )
+    peers: list[str] = Field(
+        default=["*"],
+        description="Every other silo of a run must match one of these shell patterns.",
+    )
+    min_participants: Positive = Field(
+        default=1,
+        description="Fewest silos whose updates a round merges: with few of them, the aggregate "
+        "says more about each.",
+    )
+    max_epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="Privacy floor: refuse runs that do not promise differential privacy with an "
+        "epsilon of at most this.",
+    )
+    max_local_steps: Positive | None = Field(
+        default=None, description="Most optimizer steps that one task may ask for."
+    )
+    max_parameters: Positive | None = Field(
+        default=None, description="Most parameters of a model that is trained here."
+    )
+    model_paths: list[str] = Field(
+        default_factory=list,
+        description="Values of model.path that runs may name, as shell patterns: folders of this "
+        "site, or names on the Hugging Face hub. None by default: a run can't make this site read "
+        "or download anything.",
+    )
+    trust_tokenizer: str | None = Field(
+        default=None,
+        description="sha256 of the only tokenizer.json that runs may use; the data's by default.",
+    )
+
+
+class NetworkConfig(Section):
+    """[network]: how this site's link is used."""
+
+    mbit_per_s: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Cap over both directions, in Mbit/s; none by default."
+    )
+    streams: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=8, description="Connections that move model state at once."
+    )
+    silence_s: Annotated[float, Field(gt=0)] = Field(
+        default=60.0, description="A transfer is given up when no byte moved for so many seconds."
+    )
+
+
+class DiskConfig(Section):
+    """[disk]: room for what is kept between rounds."""
+
+    min_free_gib: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Refuse tasks once so little disk is free under the node's home."
+    )
+    keep_answers: Positive = Field(
+        default=2,
+        description="Finished tasks kept, updates and all: asked for again, none is trained again.",
+    )
+
+
+class NodeConfig(Section):
+    """A whole node.toml."""
+
+    data: NodeDataConfig
+    compute: ComputeConfig = ComputeConfig()
+    policy: PolicyConfig = PolicyConfig()
+    network: NetworkConfig = NetworkConfig()
+    disk: DiskConfig = DiskConfig()

@@ -1,0 +1,106 @@
+"""[serve]: what the aggregator's host decides. None of it is sent to silos."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from photon.config.section import Positive, Section
+
+_LISTEN = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):(\d{1,5})$")
+
+
+class ServeConfig(Section):
+    """[serve]: `photon serve`, the aggregator's host: addresses, store, who is waited for."""
+
+    listen: str = Field(
+        default="0.0.0.0:8443",
+        description="Address and port of the one public door; everything else is on loopback.",
+    )
+    host: str | None = Field(
+        default=None,
+        description="Name or address by which silos reach this machine, as certificates and "
+        "invitations have it; the machine's own name by default.",
+    )
+    public_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        default=None,
+        description="Port that silos dial, where a router forwards another one than listen's.",
+    )
+    home: str = Field(
+        default="photon-server",
+        description="Folder of what outlives runs: certificates, members, logs, the embedded "
+        "store. Relative to the current directory.",
+    )
+    certificate: str | None = Field(
+        default=None,
+        description="PEM file of a certificate for the door, with its chain; made by Photon's own "
+        "authority by default.",
+    )
+    key: str | None = Field(default=None, description="PEM file of the certificate's private key.")
+    ca: str | None = Field(
+        default=None,
+        description="PEM file of the authority that signed the certificate; its fingerprint goes "
+        "into invitations. Needed with certificate.",
+    )
+    store: str | None = Field(
+        default=None,
+        description='Where updates and states lie: "s3://bucket/folder", "gs://..." or "az://...", '
+        "credentials and AWS_ENDPOINT_URL from the environment. By default SeaweedFS is started "
+        "here, behind the door.",
+    )
+    silos: list[str] = Field(
+        default_factory=list,
+        description="Members that take part; every active one by default.",
+    )
+    min_silos: Positive = Field(
+        default=1, description="The first round begins once so many silos are here."
+    )
+    gather_s: Annotated[float, Field(gt=0)] = Field(
+        default=86_400.0,
+        description="Seconds that serve waits for min_silos before it gives up.",
+    )
+    round_deadline_s: Annotated[float, Field(gt=0)] = Field(
+        default=86_400.0,
+        description="Seconds from the start of a round after which a silo that has not answered is "
+        "left out of it. (federation.silence_s is for silos that say nothing at all.)",
+    )
+    grant_s: Annotated[int, Field(ge=60, le=604_800)] = Field(
+        default=3600, description="Seconds that a presigned URL is valid."
+    )
+    keep_rounds: Positive = Field(
+        default=2, description="Rounds whose states and updates stay in the store."
+    )
+    min_free_gib: Annotated[float, Field(ge=0)] = Field(
+        default=2.0, description="The embedded store takes no more once so little disk is free."
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, listen: str) -> str:
+        found = _LISTEN.match(listen)
+        if found is None or not 1 <= int(found[2]) <= 65535:
+            raise ValueError(f"{listen!r} is not ADDRESS:PORT, for instance 0.0.0.0:8443")
+        return listen
+
+    @model_validator(mode="after")
+    def _whole_certificate(self) -> ServeConfig:
+        given = {"certificate": self.certificate, "key": self.key, "ca": self.ca}
+        missing = [name for name, value in given.items() if value is None]
+        if 0 < len(missing) < len(given):
+            raise ValueError(
+                f"a certificate of your own needs certificate, key and ca; {', '.join(missing)} "
+                "is missing"
+            )
+        return self
+
+    @property
+    def port(self) -> int:
+        """Of the door on this machine."""
+        return int(self.listen.rpartition(":")[2])
+
+    @property
+    def address(self) -> str:
+        """On which the door listens, without brackets."""
+        return self.listen.rpartition(":")[0].strip("[]")
