@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from photon.federation import EvalReceipt, EvalTask, FitTask, Node, Update
-from photon.federation.tasks import GlobalState
+from photon.federation.tasks import GlobalState, Publish
 
 
 class LocalEngine:
@@ -18,6 +18,9 @@ class LocalEngine:
 
     def __init__(self, node: Node) -> None:
         self._node = node
+
+    def offer(self, number: int, publish: Publish) -> None:
+        """Not needed: its nodes see this machine's memory or disk."""
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
         for task in tasks:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from photon.errors import PhotonError, RankLostError, WorkerLostError
 from photon.federation import EvalReceipt, EvalTask, FitTask, Node, NodeSettings, Receipt, Update
-from photon.federation.tasks import GlobalState, update_header
+from photon.federation.tasks import GlobalState, Publish, update_header
 from photon.freed_memory import share_freed_memory
 from photon.link import (
     Expected,
@@ -143,6 +143,9 @@ class WorkerEngine:
     def process_ids(self) -> list[int]:
         """Ids of the worker processes alive now: each worker's ranks in order."""
         return [rank.process.pid for worker in self._workers for rank in worker.ranks]
+
+    def offer(self, number: int, publish: Publish) -> None:
+        """Not needed: its nodes see this machine's memory or disk."""
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
         shapes = {name: tensor.shape for name, tensor in state.items()}

@@ -4,7 +4,7 @@ from photon.federation.baseline import CentralisedTraining
 from photon.federation.checkpoint import CheckpointStore, RunState
 from photon.federation.node import Node, NodeSettings
 from photon.federation.rounds import Federation
-from photon.federation.sampling import sample_participants
+from photon.federation.sampling import FixedFleet, Fleet, sample_participants
 from photon.federation.tasks import Engine, EvalReceipt, EvalTask, FitTask, Receipt, Update
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "EvalTask",
     "Federation",
     "FitTask",
+    "FixedFleet",
+    "Fleet",
     "Node",
     "NodeSettings",
     "Receipt",

@@ -76,8 +76,8 @@ class CentralisedTraining:
         """The weights by parameter name."""
         return section(self.state, WEIGHTS)
 
-    def run(self) -> None:
-        """Train the steps that are left, and evaluate what came out.
+    def run(self) -> bool:
+        """Train the steps that are left, and evaluate what came out; true, as the run is over then.
 
         Raises:
             NonFiniteError: the loss diverged; the last checkpoint stands.
@@ -92,6 +92,7 @@ class CentralisedTraining:
             self._run_span(ledger.state.round + 1)
         if ledger.evaluated_round != rounds:
             self._evaluate(rounds)
+        return True
 
     def _run_span(self, number: int) -> None:
         config, ledger = self._config, self._ledger

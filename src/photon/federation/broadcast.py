@@ -8,7 +8,6 @@ next round. A node that does not hold the state before, a newcomer for one, gets
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from photon.compression import build_codec
 from photon.config import LinkConfig
 from photon.errors import ChunkCorruptError
-from photon.federation.tasks import WEIGHTS, GlobalState
+from photon.federation.tasks import WEIGHTS, GlobalState, StateRef
 from photon.link import (
     Carrier,
     Entry,
@@ -34,26 +33,6 @@ from photon.link import (
 
 #: Stands for a sha256 where only its length matters.
 _SOME_SHA256 = "0" * 64
-
-
-@dataclass(frozen=True)
-class StateRef:
-    """A global state in a store.
-
-    Attributes:
-        run, round: it is the state after so many rounds of this run.
-        sha256: of its tensors.
-        whole: the parcel with all of it; None if it was not published, as nobody needs it.
-        update: the parcel that makes it of the state before; None where states travel whole.
-        base: sha256 of the state before.
-    """
-
-    run: str
-    round: int
-    sha256: str
-    whole: Ref | None
-    update: Ref | None = None
-    base: str | None = None
 
 
 class Broadcast:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from photon.errors import QuorumLostError
 from photon.federation.broadcast import Broadcast
 from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
 from photon.federation.merging import Merging
-from photon.federation.sampling import sample_participants
+from photon.federation.sampling import Fleet, sample_participants
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -24,9 +25,11 @@ from photon.federation.tasks import (
     EvalTask,
     FitTask,
     Receipt,
+    StateRef,
     Update,
     section,
 )
+from photon.link import Carrier
 from photon.telemetry.events import RoundMerged, RoundStarted, UpdateDropped
 
 
@@ -39,25 +42,29 @@ class Federation:
 
     Args:
         config: the run file.
-        silo_tokens: training tokens of each silo present.
+        fleet: the silos.
         engine: carries tasks to participants.
         ledger: totals, events and checkpoints; its state says where to go on.
         node_folder: of the silos' kept states, pruned as checkpoints are.
         tensors: "global" state, "outer" optimizer state, and what the merging "rule" keeps from
             round to round; fresh or from a checkpoint.
+        draining: asked before each round; where it is true, the round before was the last for now.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        silo_tokens: Mapping[str, int],
+        fleet: Fleet,
         engine: Engine,
         ledger: Ledger,
         node_folder: Path,
         tensors: Mapping[str, Mapping[str, Tensor]],
+        *,
+        draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
-        self._silo_tokens = dict(silo_tokens)
+        self._fleet = fleet
+        self._draining = draining
         self._engine = engine
         self._ledger = ledger
         self._node_folder = node_folder
@@ -67,6 +74,7 @@ class Federation:
         self._broadcast = Broadcast(
             config.link, config.run.name, tensors.get("broadcast"), ledger.state.outer_update_bytes
         )
+        self._published: StateRef | None = None
         if tensors.get("outer"):
             self._outer.load_state_tensors(dict(tensors["outer"]))
         if tensors.get("rule"):
@@ -77,8 +85,11 @@ class Federation:
         """The global weights by parameter name."""
         return section(self.state, WEIGHTS)
 
-    def run(self) -> None:
+    def run(self) -> bool:
         """Run the rounds that are left, and evaluate what came out.
+
+        Returns:
+            Whether the run is over; false where it is to drain.
 
         Raises:
             QuorumLostError: a round had too few good updates; the last checkpoint stands.
@@ -89,15 +100,18 @@ class Federation:
             if self._config.eval.every:
                 self._evaluate(0)
         while self._ledger.state.round < rounds:
+            if self._draining():
+                return False
             self._run_round(self._ledger.state.round + 1)
         if self._ledger.evaluated_round != rounds:
             self._evaluate(rounds)
+        return True
 
     def _run_round(self, number: int) -> None:
         config, ledger = self._config, self._ledger
         costs = RoundCosts()
         participants = sample_participants(
-            self._silo_tokens,
+            self._fleet.drawn_from(number),
             count=config.federation.sample,
             sampling=config.federation.sampling,
             seed=config.run.seed,
@@ -121,6 +135,7 @@ class Federation:
             )
             for silo in participants
         ]
+        self._engine.offer(number - 1, partial(self._publish, number - 1))
         merged = self._merge_updates(number, tasks, costs)
         self._require_quorum(number, merged, len(tasks), costs)
         self._step(number, merged, costs)
@@ -224,8 +239,16 @@ class Federation:
     def _evaluate(self, number: int) -> float:
         tasks = [EvalTask(number, None)]
         if self._config.eval.per_silo:
-            tasks += [EvalTask(number, silo) for silo in sorted(self._silo_tokens)]
+            tasks += [EvalTask(number, silo) for silo in sorted(self._fleet.present())]
+        self._engine.offer(number, partial(self._publish, number))
         return self._ledger.record_evaluation(number, self._engine.evaluate(tasks, self.state))
+
+    def _publish(self, number: int, carrier: Carrier, folder: str) -> StateRef:
+        """Put the state of now, that after round `number`, into a store."""
+        before = self._published
+        base = before.sha256 if before is not None and before.round == number - 1 else None
+        self._published = self._broadcast.publish(carrier, folder, number, self.state, base=base)
+        return self._published
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
         groups: dict[str, Mapping[str, Tensor]] = {

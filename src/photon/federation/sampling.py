@@ -3,10 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from photon.errors import IncompatibleConfigError
+
+
+class Fleet(Protocol):
+    """The silos of a run, as they come and go."""
+
+    def drawn_from(self, round_number: int) -> Mapping[str, int]:
+        """Training tokens of each silo that may be drawn for a round; may wait for silos.
+
+        Asked again about the same round, by a process that resumes it, it says the same.
+        """
+        ...
+
+    def present(self) -> list[str]:
+        """Names of those that are here now."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedFleet:
+    """Silos that are always here.
+
+    Attributes:
+        tokens: to train on, by silo.
+    """
+
+    tokens: Mapping[str, int]
+
+    def drawn_from(self, round_number: int) -> Mapping[str, int]:
+        return self.tokens
+
+    def present(self) -> list[str]:
+        return sorted(self.tokens)
 
 
 def sample_participants(

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from photon.errors import NodeError
-from photon.link import Entry, Header, plain_entries, shapes_fingerprint
+from photon.link import Carrier, Entry, Header, Ref, plain_entries, shapes_fingerprint
 from photon.training import StepTimes
 
 #: The global state: "weights/<parameter>" and, where inner state is averaged,
@@ -137,6 +137,30 @@ def update_header(task: FitTask, state: GlobalState) -> Header:
 
 
 @dataclass(frozen=True)
+class StateRef:
+    """A global state in a store.
+
+    Attributes:
+        run, round: it is the state after so many rounds of this run.
+        sha256: of its tensors.
+        whole: the parcel with all of it; None if it was not published, as nobody needs it.
+        update: the parcel that makes it of the state before; None where states travel whole.
+        base: sha256 of the state before.
+    """
+
+    run: str
+    round: int
+    sha256: str
+    whole: Ref | None
+    update: Ref | None = None
+    base: str | None = None
+
+
+#: Puts a state into a store, under a folder there: what `Engine.offer` is given.
+Publish = Callable[[Carrier, str], StateRef]
+
+
+@dataclass(frozen=True)
 class EvalTask:
     """Score the global state on a silo's held-out text, or on the global set (silo None)."""
 
@@ -162,6 +186,13 @@ class Engine(Protocol):
     @property
     def processes(self) -> int:
         """Training processes that work at the same time."""
+        ...
+
+    def offer(self, number: int, publish: Publish) -> None:
+        """Told, before tasks, how to bring the state after round `number` to nodes elsewhere.
+
+        An engine whose nodes see the aggregator's memory or disk has no use for it.
+        """
         ...
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:

@@ -27,6 +27,8 @@ from photon.federation import (
     CentralisedTraining,
     CheckpointStore,
     Federation,
+    FixedFleet,
+    Fleet,
     RunState,
     sample_participants,
 )
@@ -40,7 +42,7 @@ from photon.models import (
     trainable_parameters,
 )
 from photon.runs.folder import finite, only_process, write_json
-from photon.runs.nodes import Nodes, workers_of
+from photon.runs.nodes import Elsewhere, Nodes, workers_of
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
@@ -54,6 +56,9 @@ from photon.training import (
 from photon.version import photon_version
 
 Groups = dict[str, dict[str, Tensor]]
+
+#: What a run folder holds before the run's first process: its lock, and what `photon serve` left.
+KEPT = (".lock", "serve.json", "serve.toml", "audit.jsonl")
 
 
 @dataclass(frozen=True)
@@ -69,8 +74,30 @@ class RunResult:
     summary: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Guests:
+    """Silos that are not on this machine.
+
+    Attributes:
+        fleet: who they are.
+        engine: makes the engine that reaches them.
+        listener: told every event first, checkpoints included.
+        draining: whether no further round is to begin.
+    """
+
+    fleet: Fleet
+    engine: Elsewhere
+    listener: Listener
+    draining: Callable[[], bool]
+
+
 class Session:
-    """One process's work on a run folder."""
+    """One process's work on a run folder.
+
+    Args:
+        silos: whose text is trained on; all of the data's by default.
+        guests: of a run of kind "serve"; the data here is the global held-out set's.
+    """
 
     def __init__(
         self,
@@ -79,14 +106,24 @@ class Session:
         silos: list[str] | None,
         folder: Path,
         listener: Listener | None,
+        *,
+        guests: Guests | None = None,
     ) -> None:
         self.kind: Kind = kind
         self.folder = folder
         self.listener = listener
         self.data = open_data(config.data.path)
-        self.silos = _chosen_silos(self.data, silos)
+        self._guests = guests
+        if guests is None:
+            self.silos = _chosen_silos(self.data, silos)
+            tokens = {silo: self.data.silos[silo].train_tokens for silo in self.silos}
+        else:
+            tokens = dict(guests.fleet.drawn_from(1))
+            self.silos = sorted(tokens)
+        self._silo_tokens = tokens
         self.config = _resolved(kind, config, self.data)
-        self._nodes = Nodes(kind, self.config, self.data, self.silos, folder)
+        elsewhere = guests.engine if guests is not None else None
+        self._nodes = Nodes(kind, self.config, self.data, self.silos, folder, elsewhere)
         self._model: nn.Module | None = None
 
     def _check(self) -> None:
@@ -98,7 +135,7 @@ class Session:
                 f"federation.quorum = {config.federation.quorum} exceeds the {participants} "
                 "participants of a round"
             )
-        for silo in self.silos:
+        for silo in self.silos if self._guests is None else ():
             open_stream(config, data, [silo]).close()
         if config.data.verify:
             data.verify()
@@ -110,9 +147,8 @@ class Session:
         weights_bytes = 4 * sum(parameter.numel() for parameter in shape.parameters())
         moments = {"adamw": 2, "muon": 2, "adopt": 2, "amsgrad": 3, "sgd": 0}
         state_bytes = weights_bytes * moments[config.local.optimizer]
-        keepers = len(self.silos) if config.federation.optimizer_state == "keep" else 0
-        if self.kind == "train":
-            keepers = 1
+        keeps = config.federation.optimizer_state == "keep"
+        keepers = {"train": 1, "simulate": len(self.silos) if keeps else 0, "serve": 0}[self.kind]
         feeds_back = self.kind == "simulate" and config.link.feeds_back
         feedback_bytes = weights_bytes * len(self.silos) if feeds_back else 0
         left_out_bytes = weights_bytes if config.link.lossy_broadcast else 0
@@ -166,7 +202,10 @@ class Session:
         tensors.clear()
         try:
             with _stopping_on_sigterm():
-                loop.run()
+                over = loop.run()
+            if not over:
+                recorder.emit(RunStopped(round=ledger.state.round, reason="drained"))
+                return RunResult(self.folder, {})
             summary = self._summary(ledger, loop.weights, recorder.elapsed_s)
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -200,15 +239,23 @@ class Session:
                 tensors,
             )
             return loop, engine.close
-        silo_tokens = {silo: self.data.silos[silo].train_tokens for silo in self.silos}
-        federation = Federation(self.config, silo_tokens, engine, ledger, settings.folder, tensors)
+        guests = self._guests
+        federation = Federation(
+            self.config,
+            guests.fleet if guests is not None else FixedFleet(self._silo_tokens),
+            engine,
+            ledger,
+            settings.folder,
+            tensors,
+            draining=guests.draining if guests is not None else lambda: False,
+        )
         return federation, engine.close
 
     def _participants(self) -> int:
         return len(
             sample_participants(
-                {silo: self.data.silos[silo].train_tokens for silo in self.silos},
-                count=self.config.federation.sample if self.kind == "simulate" else None,
+                self._silo_tokens,
+                count=self.config.federation.sample if self.kind != "train" else None,
                 sampling="uniform",
                 seed=0,
                 round_number=1,
@@ -233,7 +280,7 @@ class Session:
             batch_size=self._nodes.batch_size,
             sequence_length=config.data.sequence_length,
             parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
-            silo_tokens={silo: self.data.silos[silo].train_tokens for silo in self.silos},
+            silo_tokens=self._silo_tokens,
             device=plan.device.type,
             precision=plan.precision,
             threads=plan.threads,
@@ -248,13 +295,15 @@ class Session:
             JsonlWriter(self.folder / "events.jsonl"),
             TensorBoardWriter(self.folder / "tensorboard"),
         ]
+        if self._guests is not None:
+            listeners.append(self._guests.listener)
         if self.listener is not None:
             listeners.append(self.listener)
         return Recorder(listeners, elapsed_s=state.elapsed_s)
 
     def _make_folder(self, fingerprint: str) -> None:
         for path in self.folder.iterdir():
-            if path.name != ".lock":
+            if path.name not in KEPT:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_resolved(self.config, self.folder / "config.resolved.toml")
         # With the tokenizer beside it, a run can be exported where its data is not.

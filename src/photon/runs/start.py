@@ -88,6 +88,11 @@ def resume(
     """
     folder = Path(folder)
     record = read_record(folder)
+    if record["kind"] == "serve":
+        raise ResumeMismatchError(
+            f"the silos of {folder} are elsewhere",
+            hint=f"Bring its services up again: `photon serve --resume {folder}`.",
+        )
     _check_overrides(overrides)
     config = load_run_config(folder / "config.resolved.toml", overrides)
     finished = _finished_summary(folder, config)

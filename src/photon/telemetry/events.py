@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Kind = Literal["simulate", "train"]
+Kind = Literal["simulate", "train", "serve"]
 
 
 class Event(BaseModel):

@@ -1,0 +1,288 @@
+"""The federation of a `photon serve` run: silos that joined, reached over a post.
+
+Everything here starts from the run folder, serve.home and the store alone, so that another process,
+or another machine that is given the three, takes over where this one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from photon.config import RunConfig, load_run_config
+from photon.data import PreparedData, open_data
+from photon.engines.remote import Post, RemoteEngine
+from photon.errors import MembershipError, QuorumLostError, RunNotFoundError
+from photon.federation import Engine
+from photon.federation.envelopes import RunPart, dictated
+from photon.federation.node import empty_model
+from photon.link import open_store
+from photon.membership.audit import AuditLog
+from photon.membership.roster import Member, Roster
+from photon.models import model_fingerprint
+from photon.runs.folder import holds_run, read_record
+from photon.runs.session import Guests, RunResult, Session
+from photon.store.contract import Store
+from photon.telemetry import Event
+from photon.telemetry.events import RoundFinished, RoundMerged, RoundStarted, UpdateDropped
+
+#: What `photon serve` leaves in the run folder for the process that runs the federation.
+SERVE_FILE = "serve.json"
+#: Between two looks at who is here.
+_LOOK_S = 0.5
+
+
+@dataclass(frozen=True)
+class Serving:
+    """RUN/serve.json: what the federation of a served run starts from.
+
+    Attributes:
+        run_id: 32 hexadecimal digits; names the run to silos and in the store.
+        home: serve.home, whole.
+        store: URL of the store, as this machine reaches it.
+        store_options: for it, without secrets.
+        secrets: file with the store's credentials; None where the environment has them.
+    """
+
+    run_id: str
+    home: str
+    store: str
+    store_options: Mapping[str, str]
+    secrets: str | None = None
+
+    def write(self, folder: Path) -> None:
+        """Into a run folder."""
+        partial_file = folder / f"{SERVE_FILE}.partial"
+        partial_file.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        partial_file.replace(folder / SERVE_FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> Serving:
+        """From a run folder.
+
+        Raises:
+            RunNotFoundError: it was not made by `photon serve`.
+        """
+        path = folder / SERVE_FILE
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunNotFoundError(
+                f"no served run in {folder}: {path}: {error}",
+                hint="Name a folder that `photon serve` made.",
+            ) from error
+
+    @property
+    def roster(self) -> Roster:
+        """Who takes part."""
+        return Roster(Path(self.home) / "members.sqlite")
+
+    def open_store(self) -> Store:
+        """The aggregator's own way to updates and states."""
+        options = dict(self.store_options)
+        if self.secrets is not None:
+            options |= json.loads(Path(self.secrets).read_text(encoding="utf-8"))
+        return open_store(self.store, options)
+
+
+def continue_run(folder: Path, post: Post) -> RunResult:
+    """Begin a served run, or go on with it, until it is over or drained.
+
+    Args:
+        folder: of the run, with serve.json and serve.toml.
+        post: to silos.
+
+    Raises:
+        PhotonError: as `photon.simulate`; QuorumLostError also where too few silos came.
+    """
+    serving = Serving.read(folder)
+    begun = holds_run(folder) and (folder / "run.json").exists()
+    config = load_run_config(folder / ("config.resolved.toml" if begun else "serve.toml"))
+    with serving.roster as roster:
+        fleet = JoinedFleet(roster, config, serving.run_id)
+        data = open_data(config.data.path)
+
+        def engine(evaluator: Engine, on_event: Callable[[Event], None]) -> RemoteEngine:
+            return RemoteEngine(
+                _run_part(serving.run_id, config, data, sorted(fleet.drawn_from(1))),
+                config,
+                post,
+                roster,
+                serving.open_store(),
+                folder / "arrivals",
+                evaluator,
+                on_event,
+            )
+
+        guests = Guests(
+            fleet,
+            engine,
+            Notary(folder, roster, serving.run_id),
+            draining=lambda: bool(roster.setting("draining", False)),
+        )
+        session = Session("serve", config, None, folder, None, guests=guests)
+        return session.execute(read_record(folder) if begun else None)
+
+
+class JoinedFleet:
+    """The members that are here.
+
+    Args:
+        roster: members, and when each was heard of.
+        config: which members may take part, how many must, how long silence may last.
+        run_id: of the run; tasks of a round that was begun say who takes part in it.
+    """
+
+    def __init__(self, roster: Roster, config: RunConfig, run_id: str) -> None:
+        self._roster = roster
+        self._config = config
+        self._run_id = run_id
+
+    def drawn_from(self, round_number: int) -> Mapping[str, int]:
+        """Tokens of those who are here, or of those a begun round was given to.
+
+        Raises:
+            QuorumLostError: fewer than serve.min_silos came within serve.gather_s.
+        """
+        begun = self._begun(round_number)
+        if begun:
+            return {name: tokens for name, tokens in self._tokens().items() if name in begun}
+        config = self._config
+        needed = max(config.serve.min_silos, config.federation.sample or 1)
+        until = time.time() + config.serve.gather_s
+        while len(here := self._here()) < needed:
+            self._roster.set_setting(
+                "waiting", {"for_silos": needed, "here": sorted(here), "until": until}
+            )
+            if time.time() > until:
+                raise QuorumLostError(
+                    f"{len(here)} silos are here ({', '.join(sorted(here)) or 'none'}), round "
+                    f"{round_number} needs {needed}; waited {config.serve.gather_s:g} s",
+                    hint="See `photon status`; invite more silos or lower serve.min_silos.",
+                )
+            time.sleep(_LOOK_S)
+        self._roster.set_setting("waiting", None)
+        return here
+
+    def present(self) -> list[str]:
+        return sorted(self._here())
+
+    def _tokens(self) -> dict[str, int]:
+        wanted = self._config.serve.silos
+        return {
+            member.name: member.facts.train_tokens
+            for member in self._roster.members()
+            if member.status == "active" and (not wanted or member.name in wanted)
+        }
+
+    def _here(self) -> dict[str, int]:
+        seen, now = self._roster.presences(), time.time()
+        silence_s = self._config.federation.silence_s
+        return {
+            name: tokens
+            for name, tokens in self._tokens().items()
+            if name in seen and now - seen[name][1] < min(60.0, silence_s)
+        }
+
+    def _begun(self, round_number: int) -> set[str]:
+        return self._roster.asked(self._run_id, round_number)
+
+
+class Notary:
+    """Writes RUN/audit.jsonl: who sent what, signed, and what became of it, once it is on disk.
+
+    Args:
+        folder: of the run.
+        roster: has the silos' signed replies.
+        run_id: of the run.
+    """
+
+    def __init__(self, folder: Path, roster: Roster, run_id: str) -> None:
+        self._folder = folder
+        self._roster = roster
+        self._run_id = run_id
+        self._log = AuditLog(folder / "audit.jsonl")
+        self._named: set[str] = set()
+        self._merged: list[str] = []
+        self._dropped: list[dict[str, str]] = []
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, RoundStarted):
+            self._merged, self._dropped = [], []
+        elif isinstance(event, UpdateDropped):
+            self._dropped.append({"silo": event.silo, "reason": event.reason})
+        elif isinstance(event, RoundMerged):
+            self._merged = list(event.participants)
+        elif isinstance(event, RoundFinished):
+            self._close_round(event.round)
+
+    def close(self) -> None:
+        """Nothing is open between two lines."""
+
+    def _close_round(self, number: int) -> None:
+        replies = {
+            reply.task_id.rpartition("/")[2]: reply
+            for reply in self._roster.replies(self._run_id, number)
+            if f"/fit/{number}/" in reply.task_id
+        }
+        for name in self._merged:
+            if name not in replies:
+                raise MembershipError(f"round {number} merged {name}, whose receipt is not there")
+            self._name(self._roster.member(name))
+        self._log.append(
+            "round",
+            {
+                "run": self._run_id,
+                "round": number,
+                "checkpoint": self._checkpoint(number),
+                "merged": [
+                    {
+                        "silo": name,
+                        "reply": replies[name].text.decode(),
+                        "signature": replies[name].signature,
+                        "fingerprint": replies[name].fingerprint,
+                    }
+                    for name in self._merged
+                ],
+                "dropped": self._dropped,
+            },
+        )
+        self._roster.prune_tasks(self._run_id, before_round=number - 1)
+
+    def _name(self, member: Member) -> None:
+        """A member's key, once for each process and key, before the first use of it."""
+        if member.fingerprint in self._named:
+            return
+        self._named.add(member.fingerprint)
+        self._log.append(
+            "member",
+            {
+                "name": member.name,
+                "fingerprint": member.fingerprint,
+                "public_key": member.public_key,
+                "data_sha256": member.facts.data_sha256,
+            },
+        )
+
+    def _checkpoint(self, number: int) -> dict[str, Any]:
+        """The hashes of the state that the round led to, as its checkpoint has them."""
+        path = self._folder / "checkpoints" / f"round-{number:06d}" / "state.json"
+        return json.loads(path.read_text(encoding="utf-8"))["files"]
+
+
+def _run_part(run_id: str, config: RunConfig, data: PreparedData, silos: list[str]) -> RunPart:
+    """What silos are told of the run."""
+    model = empty_model(config, vocab_size=data.vocab_size, eos_id=data.eos_id)
+    return RunPart(
+        id=run_id,
+        silos=silos,
+        config=dictated(config),
+        model=model_fingerprint(model),
+        tokenizer=data.tokenizer_sha256,
+        vocab_size=data.vocab_size,
+        eos_id=data.eos_id,
+    )
