@@ -1,0 +1,222 @@
+"""The one file that a new silo gets: where the aggregator is, how to know it, and a secret to join.
+
+It is TOML, so that whoever gets it can see what it says before using it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import secrets
+import tomllib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from photon.errors import DiskFullError, InvitationError
+
+_FORMAT = 1
+_MOST_BYTES = 65_536
+_HINT = "Ask the aggregator's operator for a new one (`photon invite NAME`)."
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{20,200}")
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What the file says.
+
+    Attributes:
+        name: of the member that its bearer becomes.
+        host, port: the aggregator's door; an IPv6 address without brackets.
+        ca_pem: certificate of the authority that signed the door's.
+        ca_fingerprint: of that, to be compared by telephone; see `certificate_fingerprint`.
+        token: the secret; it works once.
+        expires_at: seconds since the epoch.
+    """
+
+    name: str
+    host: str
+    port: int
+    ca_pem: str
+    ca_fingerprint: str
+    token: str
+    expires_at: float
+
+    @property
+    def address(self) -> str:
+        """ "host:port", with the brackets that an IPv6 address needs."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def require_unexpired(self, now: float) -> None:
+        """The aggregator decides by its own clock; this spares the way to it.
+
+        Args:
+            now: seconds since the epoch.
+
+        Raises:
+            InvitationError: it has expired.
+        """
+        if now >= self.expires_at:
+            raise InvitationError(
+                f"the invitation for {self.name} expired at {_utc(self.expires_at)}", hint=_HINT
+            )
+
+
+def certificate_fingerprint(pem: str) -> str:
+    """Names a certificate: "sha256:" and the sha256 of its DER form, hexadecimal.
+
+    `openssl x509 -noout -fingerprint -sha256 -in ca.crt` says the same, in capitals with colons.
+
+    Args:
+        pem: certificates; the first one counts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = x509.load_pem_x509_certificate(pem.encode())
+    return "sha256:" + found.fingerprint(hashes.SHA256()).hex()
+
+
+def require_writable(path: Path) -> None:
+    """Whether an invitation may be written there; an older one may be replaced.
+
+    Raises:
+        InvitationError: there is no such folder, or something else is there.
+    """
+    if not path.parent.is_dir():
+        raise InvitationError(
+            f"can't write {path}: there is no folder {path.parent}", hint="Choose another --out."
+        )
+    if path.exists():
+        try:
+            read_invitation(path)
+        except InvitationError:
+            raise InvitationError(
+                f"{path} is there already and is no invitation; it is not replaced",
+                hint="Choose another --out.",
+            ) from None
+
+
+def write_invitation(path: str | os.PathLike[str], invitation: Invitation) -> None:
+    """Write the file, readable by its owner only; an older invitation there is replaced.
+
+    Raises:
+        InvitationError: something else is there, or it can't be written.
+        DiskFullError: no room.
+    """
+    path = Path(path)
+    require_writable(path)
+    record = {
+        "photon_invitation": _FORMAT,
+        "name": invitation.name,
+        "host": invitation.host,
+        "port": invitation.port,
+        "expires_at": datetime.fromtimestamp(invitation.expires_at, UTC),
+        "token": invitation.token,
+        "ca_fingerprint": invitation.ca_fingerprint,
+        "ca_pem": invitation.ca_pem,
+    }
+    text = (
+        f"# Makes its first user the member {invitation.name}, once: keep it as you keep a "
+        f"password.\n# On the node: photon join --invite {path.name} --node node.toml\n"
+        + tomli_w.dumps(record, multiline_strings=True)
+    )
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if error.errno == 28:
+            raise DiskFullError(f"no room to write {path}") from error
+        raise InvitationError(f"can't write the invitation {path}: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def read_invitation(path: str | os.PathLike[str]) -> Invitation:
+    """Read the file. Whether it has expired is another question (`require_unexpired`).
+
+    Raises:
+        InvitationError: no such file, not an invitation, or it was changed or cut short.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise InvitationError(
+            f"can't read the invitation {path}: {error.strerror}", hint=_HINT
+        ) from error
+    if len(data) > _MOST_BYTES:
+        raise InvitationError(
+            f"{path} is no invitation: it has more than {_MOST_BYTES} bytes", hint=_HINT
+        )
+    try:
+        record = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise InvitationError(f"{path} is no invitation: {str(error)[:200]}", hint=_HINT) from error
+    if record.get("photon_invitation") != _FORMAT:
+        raise InvitationError(
+            f"{path} is no invitation of this Photon's: photon_invitation is "
+            f"{str(record.get('photon_invitation'))[:40]!r}, {_FORMAT} is what it reads",
+            hint="Install the same version of Photon on both sides.",
+        )
+    return _parsed(record, path)
+
+
+def _parsed(record: dict[str, Any], path: Path) -> Invitation:
+    name = _text(record, "name", _NAME, path)
+    host = _text(record, "host", _HOST, path)
+    token = _text(record, "token", _TOKEN, path)
+    pem = _text(record, "ca_pem", None, path)
+    said = _text(record, "ca_fingerprint", None, path)
+    port, expires_at = record.get("port"), record.get("expires_at")
+    if not (type(port) is int and 0 < port < 65_536):
+        raise _wrong(path, "port", port, "a port, 1 to 65535")
+    if not (isinstance(expires_at, datetime) and expires_at.tzinfo is not None):
+        raise _wrong(path, "expires_at", expires_at, "a time with its zone")
+    try:
+        seconds = expires_at.timestamp()
+        found = certificate_fingerprint(pem)
+    except (ValueError, OverflowError) as error:
+        raise _wrong(path, "ca_pem", pem, "a certificate in PEM") from error
+    if found != said:
+        raise InvitationError(
+            f"{path}: the certificate in it has fingerprint {found}, it says {said[:80]}",
+            hint=f"It was changed or damaged on its way: do not use it. {_HINT}",
+        )
+    if not math.isfinite(seconds):
+        raise _wrong(path, "expires_at", expires_at, "a time with its zone")
+    return Invitation(name, host, port, pem, said, token, seconds)
+
+
+def _text(record: dict[str, Any], key: str, shape: re.Pattern[str] | None, path: Path) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or (shape is not None and not shape.fullmatch(value)):
+        wanted = f"as `photon invite` writes it ({shape.pattern})" if shape else "text"
+        raise _wrong(path, key, value, wanted)
+    return value
+
+
+def _wrong(path: Path, key: str, value: object, wanted: str) -> InvitationError:
+    # A damaged token is a secret still.
+    found = "missing" if value is None else ("damaged" if key == "token" else repr(value)[:80])
+    return InvitationError(f"{path}: {key} is {found}; it must be {wanted}", hint=_HINT)
+
+
+def _utc(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,211 @@
+"""A node's key: made on the node, never leaves it, and everything the node says is signed with it.
+
+One key on the curve P-384, as Flower's node authentication wants it; Flower itself signs nothing
+with it but times of day, so that no signature of Flower's is ever one of ours (`signing`).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from photon.errors import MembershipError, SignatureError
+
+#: A P-384 key takes 215 characters as PEM, its signature at most 104 bytes; others are not parsed.
+_MOST_PEM_CHARACTERS = 2000
+_MOST_SIGNATURE_CHARACTERS = 200
+
+_ECDSA = ec.ECDSA(hashes.SHA256())
+
+
+class NodeKey:
+    """A private key. `create` and `load` make one; there is no other way to hold one.
+
+    Attributes:
+        public_pem: its public half, PEM text (SubjectPublicKeyInfo).
+        fingerprint: names it, "sha256:" and 64 hexadecimal digits.
+    """
+
+    def __init__(self, private: ec.EllipticCurvePrivateKey) -> None:
+        self._private = private
+        self.public_pem = _pem(private.public_key())
+        self.fingerprint = fingerprint_of(self.public_pem)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str]) -> NodeKey:
+        """Make a key and write it, OpenSSH's format, readable by its owner only.
+
+        A crash leaves either the whole file or none.
+
+        Raises:
+            MembershipError: there is a file already, or it can't be written.
+        """
+        path = Path(path)
+        key = cls(ec.generate_private_key(ec.SECP384R1()))
+        text = key._private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.OpenSSH,
+            serialization.NoEncryption(),
+        )
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise MembershipError(f"can't write the key {path}: {error}") from error
+        try:
+            _write_private(partial, text)
+            os.link(partial, path)  # unlike a rename, it replaces nothing
+            _sync_folder(path.parent)
+        except FileExistsError:
+            raise MembershipError(
+                f"there is a key at {path} already; it is not replaced",
+                hint="A node keeps its key. To change it, join with a rotation invitation "
+                "(`photon members rotate NAME` on the aggregator), or choose another --home.",
+            ) from None
+        except OSError as error:
+            raise MembershipError(f"can't write the key {path}: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        return key
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> NodeKey:
+        """Read a key.
+
+        Raises:
+            MembershipError: no such file, not such a key, or others may read it.
+        """
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                mode = os.fstat(file.fileno()).st_mode & 0o7777
+                data = file.read(20_000)
+        except FileNotFoundError:
+            raise MembershipError(
+                f"no key at {path}",
+                hint="A node gets one when it joins: `photon join --invite FILE`.",
+            ) from None
+        except OSError as error:
+            raise MembershipError(f"can't read the key {path}: {error}") from error
+        if mode & 0o077:
+            raise MembershipError(
+                f"the key {path} may be read or changed by others (mode {mode:04o}; 0600 is right)",
+                hint=f"`chmod 600 {path}`; if somebody may have copied it, ask the aggregator's "
+                "operator for a rotation invitation.",
+            )
+        try:
+            private = serialization.load_ssh_private_key(data, password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise MembershipError(
+                f"{path} is no OpenSSH private key without a passphrase: {error}",
+                hint="Restore it from a backup, or join again with a new invitation.",
+            ) from error
+        if not isinstance(private, ec.EllipticCurvePrivateKey) or private.curve.name != "secp384r1":
+            raise MembershipError(
+                f"{path} is a key of another kind; nodes have EC keys on the curve P-384",
+                hint="Join with a new invitation and another --home: it makes the right key.",
+            )
+        return cls(private)
+
+    def sign(self, data: bytes) -> str:
+        """ECDSA over SHA-256, DER, as base64.
+
+        Use `signing.sign_document`: a bare signature does not say what it was made for.
+        """
+        return base64.b64encode(self._private.sign(data, _ECDSA)).decode()
+
+
+def verify(public_pem: str, data: bytes, signature: str) -> None:
+    """Check a signature of `NodeKey.sign`.
+
+    Raises:
+        SignatureError: it is not that key's over these bytes, or none at all.
+        MembershipError: the key is no P-384 public key.
+    """
+    public = _public(public_pem)
+    try:
+        if len(signature) > _MOST_SIGNATURE_CHARACTERS:
+            raise ValueError
+        public.verify(base64.b64decode(signature, validate=True), data, _ECDSA)
+    except (InvalidSignature, ValueError, binascii.Error):
+        raise SignatureError(
+            f"the signature over {len(data)} bytes is not that of key {fingerprint_of(public_pem)}",
+            hint="Nothing of it is used.",
+        ) from None
+
+
+def canonical_pem(public_pem: str) -> str:
+    """The same key, written in the one way in which it is stored and compared.
+
+    Raises:
+        MembershipError: it is no P-384 public key.
+    """
+    return _pem(_public(public_pem))
+
+
+def fingerprint_of(public_pem: str) -> str:
+    """Names the key: "sha256:" and the sha256 of its DER form (SubjectPublicKeyInfo), hexadecimal.
+
+    Raises:
+        MembershipError: it is no P-384 public key.
+    """
+    der = _public(public_pem).public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return "sha256:" + hashlib.sha256(der).hexdigest()
+
+
+def openssh_text(public_pem: str) -> str:
+    """The key as a line of OpenSSH's, which Flower registers.
+
+    Raises:
+        MembershipError: it is no P-384 public key.
+    """
+    line = _public(public_pem).public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return line.decode() + "\n"
+
+
+def _public(pem: str) -> ec.EllipticCurvePublicKey:
+    try:
+        if len(pem) > _MOST_PEM_CHARACTERS:
+            raise ValueError(f"{len(pem)} characters")
+        public = serialization.load_pem_public_key(pem.encode())
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise MembershipError(f"no public key in PEM: {str(error)[:200]}") from error
+    if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp384r1":
+        raise MembershipError("a public key of another kind; nodes have EC keys on the curve P-384")
+    return public
+
+
+def _pem(public: ec.EllipticCurvePublicKey) -> str:
+    return public.public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    ).decode()
+
+
+def _write_private(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,821 @@
+"""The roster: who is a member, who was invited, who is here, which tasks are open.
+
+One SQLite file that several processes use at once (the desk, the federation's loop, the command
+line). Every change is one transaction and is on disk when the method returns; every question is
+asked of the file, so that a member who is suspended is suspended from the next request on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import sqlite3
+import time
+from collections import deque
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from photon.errors import InvitationError, KeyInUseError, MembershipError, UnknownMemberError
+from photon.membership.keys import canonical_pem, fingerprint_of
+from photon.membership.records import (
+    MEMBER_NAME,
+    Event,
+    Facts,
+    Member,
+    OpenTask,
+    PendingInvitation,
+    Presence,
+    SignedReply,
+    Signer,
+    Status,
+    require_sensible,
+)
+from photon.membership.roster_file import RosterFile
+
+__all__ = [
+    "ALONE_S",
+    "ROSTER_FILE",
+    "Event",
+    "Facts",
+    "Member",
+    "OpenTask",
+    "PendingInvitation",
+    "Presence",
+    "Roster",
+    "SignedReply",
+    "Signer",
+    "Status",
+    "roster_at",
+]
+
+#: The roster's name in the aggregator's home.
+ROSTER_FILE = "members.sqlite"
+
+#: Two processes with one key are two nodes if both speak within so many seconds.
+ALONE_S = 60.0
+
+#: Events kept; and refusals written down per minute, so that a stranger can't keep the disk busy.
+_MOST_EVENTS = 20_000
+_MOST_REFUSALS_PER_MINUTE = 60
+_MOST_EVENT_CHARACTERS = 2000
+
+#: Invitations are forgotten so many seconds after they expired.
+_REMEMBER_INVITATIONS_S = 90 * 86_400
+
+
+class Roster:
+    """The roster in one file. Safe to share between threads; each process opens its own.
+
+    Args:
+        path: SQLite file; made if missing, readable by its owner only, its folder too.
+
+    Raises:
+        MembershipError: there is no making or reading it.
+        DiskFullError: also raised by every method that writes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = RosterFile(self.path)
+        self._refusals: deque[float] = deque()
+
+    def close(self) -> None:
+        """Let go of the file; the roster can't be used after."""
+        self._file.close()
+
+    def __enter__(self) -> Roster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- members ----------------------------------------------------------------------------------
+
+    def invite(
+        self, name: str, valid_s: float, *, rotate: bool = False, now: float | None = None
+    ) -> str:
+        """A token that makes its first bearer the member `name`. Only its sha256 is kept.
+
+        An earlier invitation of that name that was not used is void from now on. Who was expelled
+        may be invited again, and then comes with another key.
+
+        Args:
+            rotate: for a member that is to have a new key (or registers other data): the old key
+                ends when the invitation is redeemed.
+            valid_s: seconds.
+
+        Raises:
+            MembershipError: no name for a member; or there is such a member and `rotate` is not
+                set.
+            UnknownMemberError: `rotate` is set and there is no such member.
+        """
+        now = _now(now)
+        if not MEMBER_NAME.fullmatch(name):
+            raise MembershipError(
+                f"{name[:120]!r} is no name for a member",
+                hint="Up to 100 letters, digits, dots, dashes and underscores; the first one a "
+                "letter or a digit.",
+            )
+        if not (math.isfinite(valid_s) and valid_s > 0):
+            raise MembershipError(f"an invitation can't be valid for {valid_s} s")
+        token = secrets.token_urlsafe(32)
+        with self._file.changing() as db:
+            found = self._member(db, name)
+            here = found is not None and found.status != "expelled"
+            if rotate and not here:
+                raise self._unknown(name, found)
+            if here and not rotate:
+                raise MembershipError(
+                    f"{name} is a member already",
+                    hint=f"`photon members rotate {name}` invites it with a new key or new data.",
+                )
+            self._void_invitations(db, name, "replaced by a newer one", now)
+            db.execute(
+                "DELETE FROM invitations WHERE expires_at < ?", (now - _REMEMBER_INVITATIONS_S,)
+            )
+            db.execute(
+                "INSERT INTO invitations (token_sha256, name, rotate, made_at, expires_at)"
+                " VALUES (?, ?, ?, ?, ?)",
+                (_digest(token), name, int(rotate), now, now + valid_s),
+            )
+            what = "invited with a new key" if rotate else "invited"
+            self._note(db, "operator", what, f"{name}, until {_utc(now + valid_s)}", now)
+        return token
+
+    def redeem(
+        self, token: str, name: str, public_key_pem: str, facts: Facts, *, now: float | None = None
+    ) -> Member:
+        """Turn an invitation into a membership; of several who try, one succeeds.
+
+        With a rotation invitation the member's old key ends here.
+
+        Raises:
+            InvitationError: no such token, or it expired, was used, replaced, or is another name's.
+            MembershipError: no P-384 public key, or one that is or was somebody's.
+            ProtocolError: facts that make no sense.
+        """
+        now = _now(now)
+        require_sensible(facts)
+        pem = canonical_pem(public_key_pem)
+        fingerprint = fingerprint_of(pem)
+        shown = name if MEMBER_NAME.fullmatch(name) else repr(name[:100])
+        with self._file.changing() as db:
+            joined: Member | None = None
+            row = db.execute(
+                "SELECT * FROM invitations WHERE token_sha256 = ?", (_digest(token),)
+            ).fetchone()
+            refusal = self._why_not(db, row, shown, name, now) or self._why_not_key(
+                db, fingerprint, name
+            )
+            if refusal is None:
+                old = self._member(db, name)
+                if old is not None:
+                    self._retire(db, old, "replaced by a newer key", now)
+                status = old.status if old is not None and row["rotate"] else "active"
+                db.execute(
+                    "UPDATE invitations SET ended_at = ?, end = 'used' WHERE token_sha256 = ?",
+                    (now, row["token_sha256"]),
+                )
+                db.execute("DELETE FROM boots WHERE name = ?", (name,))
+                db.execute(
+                    "INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, NULL, ?, ?, ?, ?, ?)",
+                    (
+                        name,
+                        pem,
+                        fingerprint,
+                        status,
+                        now,
+                        facts.data_sha256,
+                        facts.tokenizer_sha256,
+                        facts.train_tokens,
+                        facts.photon_version,
+                    ),
+                )
+                what = "joined" if old is None else "joined with a new key"
+                self._note(db, name, what, f"{fingerprint}, {facts.train_tokens} tokens", now)
+                joined = self._member(db, name)
+            else:
+                self._note_refusal(db, shown, "invitation refused", refusal.message, now)
+        if refusal is not None:
+            raise refusal
+        assert joined is not None
+        return joined
+
+    def members(self) -> list[Member]:
+        """All, the suspended and expelled too, by name."""
+        return [_member(row) for row in self._file.rows("SELECT * FROM members ORDER BY name")]
+
+    def invitations(self, *, now: float | None = None) -> list[PendingInvitation]:
+        """Those that can still be redeemed, by name."""
+        rows = self._file.rows(
+            "SELECT * FROM invitations WHERE ended_at IS NULL AND expires_at > ? ORDER BY name",
+            _now(now),
+        )
+        return [
+            PendingInvitation(row["name"], bool(row["rotate"]), row["made_at"], row["expires_at"])
+            for row in rows
+        ]
+
+    def member(self, name: str) -> Member:
+        """One of them, whatever its status.
+
+        Raises:
+            UnknownMemberError: there is none of that name.
+        """
+        rows = self._file.rows("SELECT * FROM members WHERE name = ?", name)
+        if not rows:
+            raise self._unknown(name, None)
+        return _member(rows[0])
+
+    def by_fingerprint(self, fingerprint: str) -> Member:
+        """Whose key that is, whatever the member's status. A key that is nobody's is logged.
+
+        Raises:
+            UnknownMemberError: it is no member's, or was one's.
+        """
+        rows = self._file.rows("SELECT * FROM members WHERE fingerprint = ?", fingerprint)
+        if rows:
+            return _member(rows[0])
+        retired = self._file.rows("SELECT * FROM retired_keys WHERE fingerprint = ?", fingerprint)
+        shown = fingerprint[:80]
+        if retired:
+            row = retired[0]
+            message = (
+                f"key {shown} was {row['name']}'s until {_utc(row['retired_at'])}: {row['why']}"
+            )
+            hint = "Use the newer key; or ask the aggregator's operator for an invitation."
+        else:
+            message = f"key {shown} is no member's"
+            hint = "Join with an invitation: `photon join --invite FILE`."
+        with self._file.changing() as db:
+            self._note_refusal(db, "stranger", "unknown key", message, time.time())
+        raise UnknownMemberError(message, hint=hint)
+
+    def signer(self, fingerprint: str) -> Signer:
+        """Whose key that is or was, for the record: a reply that was merged may be older than its
+        member's present key. Nothing is accepted on its strength.
+
+        Raises:
+            UnknownMemberError: it never was a member's.
+        """
+        rows = self._file.rows(
+            "SELECT name, public_key, data_sha256 FROM members WHERE fingerprint = ?1"
+            " UNION ALL SELECT name, public_key, data_sha256 FROM retired_keys"
+            " WHERE fingerprint = ?1",
+            fingerprint,
+        )
+        if not rows:
+            raise UnknownMemberError(f"key {fingerprint[:80]} never was a member's")
+        row = rows[0]
+        return Signer(row["name"], fingerprint, row["public_key"], row["data_sha256"])
+
+    def active(self, fingerprint: str) -> Member:
+        """Whose key that is, if the member may take part just now.
+
+        Raises:
+            UnknownMemberError: it is no member's, or the member is suspended or was expelled.
+        """
+        found = self.by_fingerprint(fingerprint)
+        if found.status != "active":
+            message = f"{found.name} {_STANDING[found.status]}"
+            with self._file.changing() as db:
+                self._note_refusal(db, found.name, "refused", message, time.time())
+            raise UnknownMemberError(message, hint="Ask the aggregator's operator.")
+        return found
+
+    def active_member(self, name: str) -> Member:
+        """One of them, if it may take part just now.
+
+        Raises:
+            UnknownMemberError: there is none of that name, or it is suspended or was expelled.
+        """
+        found = self.member(name)
+        if found.status != "active":
+            raise UnknownMemberError(
+                f"{name} {_STANDING[found.status]}",
+                hint="`photon members list` has the status of each.",
+            )
+        return found
+
+    def suspend(self, name: str) -> None:
+        """From its next request on the member is refused, until it is reinstated.
+
+        Raises:
+            UnknownMemberError: no such member, or it was expelled.
+        """
+        self._set_status(name, "suspended")
+
+    def reinstate(self, name: str) -> None:
+        """End a suspension.
+
+        Raises:
+            UnknownMemberError: no such member, or it was expelled (`invite` takes it back).
+        """
+        self._set_status(name, "active")
+
+    def expel(self, name: str) -> None:
+        """From its next request on the member is refused, and its key is never accepted again.
+
+        Of somebody who has not joined yet, the invitation is withdrawn.
+
+        Raises:
+            UnknownMemberError: neither such a member nor such an invitation.
+        """
+        now = time.time()
+        with self._file.changing() as db:
+            invited = self._member(db, name) is None and self._void_invitations(
+                db, name, "withdrawn", now
+            )
+            if invited:
+                self._note(db, "operator", "invitation withdrawn", name, now)
+        if not invited:
+            self._set_status(name, "expelled")
+
+    def rotate(self, name: str, public_key_pem: str) -> Member:
+        """Give a member another key at once; the old one ends.
+
+        Raises:
+            UnknownMemberError: no such member, or it was expelled.
+            MembershipError: no P-384 public key, or one that is or was somebody's.
+        """
+        now = time.time()
+        pem = canonical_pem(public_key_pem)
+        fingerprint = fingerprint_of(pem)
+        with self._file.changing() as db:
+            old = self._member(db, name)
+            if old is None or old.status == "expelled":
+                raise self._unknown(name, old)
+            if refusal := self._why_not_key(db, fingerprint, name):
+                raise refusal
+            self._retire(db, old, "replaced by a newer key", now)
+            db.execute("DELETE FROM boots WHERE name = ?", (name,))
+            db.execute(
+                "UPDATE members SET public_key = ?, fingerprint = ?, flower_node_id = NULL,"
+                " joined_at = ? WHERE name = ?",
+                (pem, fingerprint, now, name),
+            )
+            self._note(db, "operator", "rotated", f"{name}: {fingerprint}", now)
+        return self.member(name)
+
+    def set_flower_node(self, name: str, node_id: int, *, fingerprint: str | None = None) -> None:
+        """Note under which number Flower knows the member's key.
+
+        Args:
+            fingerprint: of the key that was registered. If the member has another one by now, the
+                number is noted among those that leave.
+
+        Raises:
+            UnknownMemberError: no such member.
+        """
+        # As text: Flower's numbers take 64 bits without a sign, SQLite's 64 with one.
+        with self._file.changing() as db:
+            found = self._member(db, name)
+            if found is None:
+                raise self._unknown(name, None)
+            if found.status == "expelled" or fingerprint not in (None, found.fingerprint):
+                db.execute(
+                    "INSERT OR IGNORE INTO leaving_nodes VALUES (?, ?)", (str(node_id), name)
+                )
+            else:
+                db.execute(
+                    "UPDATE members SET flower_node_id = ? WHERE name = ?", (str(node_id), name)
+                )
+
+    def leaving_flower_nodes(self) -> list[int]:
+        """Numbers of nodes whose key ended: to be unregistered at Flower, then `left_flower`."""
+        return [
+            int(row["flower_node_id"])
+            for row in self._file.rows("SELECT flower_node_id FROM leaving_nodes ORDER BY rowid")
+        ]
+
+    def left_flower(self, node_id: int) -> None:
+        """Note that Flower knows the node no more."""
+        with self._file.changing() as db:
+            db.execute("DELETE FROM leaving_nodes WHERE flower_node_id = ?", (str(node_id),))
+
+    # --- presence ---------------------------------------------------------------------------------
+
+    def seen(self, name: str, presence: Presence, *, now: float | None = None) -> None:
+        """Note that a node is here, and what it does.
+
+        A node that starts again is another process (`boot`), and is welcome at once. Two that both
+        go on speaking are two nodes with one key: of them the older one stays, and the newer one is
+        refused from its second call on, for as long as the older one is not silent for ALONE_S.
+
+        Args:
+            now: seconds since the epoch, of this machine's clock.
+
+        Raises:
+            KeyInUseError: see above.
+            UnknownMemberError: no such member.
+        """
+        now = _now(now)
+        boot = presence.boot
+        with self._file.changing() as db:
+            if self._member(db, name) is None:
+                raise self._unknown(name, None)
+            older = self._older_boot(db, name, boot, now) if boot else None
+            if older is None:
+                db.execute(
+                    "INSERT OR REPLACE INTO presence VALUES (?, ?, ?)",
+                    (name, now, json.dumps(vars(presence))),
+                )
+            else:
+                self._note_refusal(
+                    db,
+                    name,
+                    "two nodes with one key",
+                    f"{_shown(boot)} is refused, {_shown(older)} was first",
+                    now,
+                )
+        if older is not None:
+            raise KeyInUseError(
+                f"another node runs with the key of {name}: this one ({_shown(boot)}) came later "
+                f"than {_shown(older)}, which was here in the last {ALONE_S:.0f} s",
+                hint="Stop one of them. If the other one is not yours, the key was copied: ask the "
+                f"aggregator's operator for `photon members rotate {name}`.",
+            )
+
+    def presences(self) -> dict[str, tuple[Presence, float]]:
+        """What each node said last, and when (seconds since the epoch, this side's clock)."""
+        rows = self._file.rows("SELECT * FROM presence ORDER BY name")
+        return {
+            row["name"]: (Presence(**json.loads(row["presence"])), row["seen_at"]) for row in rows
+        }
+
+    # --- tasks ------------------------------------------------------------------------------------
+
+    def open_task(self, task: OpenTask) -> None:
+        """Let a silo read and write what a task needs.
+
+        Opened again, a task counts its granted bytes from zero, and keeps a reply that it has.
+        """
+        with self._file.changing() as db:
+            db.execute(
+                "INSERT INTO tasks (id, run, round, silo, kind, opened_at, until, most_bytes,"
+                " readable, writable) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET opened_at = excluded.opened_at,"
+                " until = excluded.until, most_bytes = excluded.most_bytes,"
+                " readable = excluded.readable, writable = excluded.writable,"
+                " closed_at = NULL, granted_bytes = 0",
+                (
+                    task.id,
+                    task.run,
+                    task.round,
+                    task.silo,
+                    task.kind,
+                    task.opened_at,
+                    task.until,
+                    task.most_bytes,
+                    json.dumps(task.readable),
+                    json.dumps(task.writable),
+                ),
+            )
+
+    def close_task(self, task_id: str, reply: SignedReply | None) -> None:
+        """Nothing is granted for the task any more; `reply` is kept, if there is one.
+
+        Without one, a reply that the task had before stays: a task that is asked again after a
+        restart was answered.
+        """
+        now = time.time()
+        with self._file.changing() as db:
+            if reply is None:
+                db.execute(
+                    "UPDATE tasks SET closed_at = ? WHERE id = ? AND closed_at IS NULL",
+                    (now, task_id),
+                )
+            else:
+                db.execute(
+                    "UPDATE tasks SET closed_at = ?, reply = ?, signature = ?, fingerprint = ?"
+                    " WHERE id = ?",
+                    (now, reply.text, reply.signature, reply.fingerprint, task_id),
+                )
+
+    def open_tasks(self, silo: str) -> list[OpenTask]:
+        """What a silo is asked just now; also what is past its `until`, until it is closed."""
+        return [
+            _task(row)
+            for row in self._file.rows(
+                "SELECT * FROM tasks WHERE silo = ? AND closed_at IS NULL ORDER BY opened_at, id",
+                silo,
+            )
+        ]
+
+    def task(self, task_id: str) -> OpenTask | None:
+        """An open task; None if there is none, or it is closed."""
+        rows = self._file.rows("SELECT * FROM tasks WHERE id = ? AND closed_at IS NULL", task_id)
+        return _task(rows[0]) if rows else None
+
+    def reply(self, task_id: str) -> SignedReply | None:
+        """The answer that a task was closed with."""
+        rows = self._file.rows("SELECT * FROM tasks WHERE id = ? AND reply IS NOT NULL", task_id)
+        return _reply(rows[0]) if rows else None
+
+    def replies(self, run: str, round: int) -> list[SignedReply]:
+        """All answers of a round, by silo."""
+        return [
+            _reply(row)
+            for row in self._file.rows(
+                "SELECT * FROM tasks WHERE run = ? AND round = ? AND reply IS NOT NULL"
+                " ORDER BY silo, id",
+                run,
+                round,
+            )
+        ]
+
+    def asked(self, run: str, round: int) -> set[str]:
+        """Silos that were given a task of training in a round."""
+        rows = self._file.rows(
+            "SELECT DISTINCT silo FROM tasks WHERE run = ? AND round = ? AND kind = 'fit'",
+            run,
+            round,
+        )
+        return {row["silo"] for row in rows}
+
+    def prune_tasks(self, run: str, before_round: int) -> None:
+        """Forget a run's tasks of earlier rounds, and their replies."""
+        with self._file.changing() as db:
+            db.execute("DELETE FROM tasks WHERE run = ? AND round < ?", (run, before_round))
+
+    def granted(self, task_id: str, bytes: int) -> int:
+        """Count bytes that a silo was given leave to write; the sum for that task so far.
+
+        Raises:
+            MembershipError: there is no such open task.
+        """
+        with self._file.changing() as db:
+            # Capped, as SQLite's whole numbers are: beyond any task's most_bytes either way.
+            db.execute(
+                "UPDATE tasks SET granted_bytes = min(granted_bytes + ?, 1 << 60)"
+                " WHERE id = ? AND closed_at IS NULL",
+                (max(0, min(bytes, 1 << 60)), task_id),
+            )
+            row = db.execute(
+                "SELECT granted_bytes FROM tasks WHERE id = ? AND closed_at IS NULL", (task_id,)
+            ).fetchone()
+        if row is None:
+            raise MembershipError(
+                f"no task {task_id[:300]!r} is open",
+                hint="The round went on without it, or it was answered already.",
+            )
+        return row["granted_bytes"]
+
+    # --- events and settings ----------------------------------------------------------------------
+
+    def note(self, actor: str, what: str, detail: str) -> None:
+        """Write an event down. The same one again and again takes one line, and a count."""
+        with self._file.changing() as db:
+            self._note(db, actor, what, detail, time.time())
+
+    def events(self, limit: int = 100) -> list[Event]:
+        """The newest, oldest of them first."""
+        rows = self._file.rows("SELECT * FROM events ORDER BY n DESC LIMIT ?", limit)
+        return [
+            Event(row["at"], row["actor"], row["what"], row["detail"], row["times"])
+            for row in reversed(rows)
+        ]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """What all processes of this aggregator share, for instance "draining"."""
+        rows = self._file.rows("SELECT value FROM settings WHERE key = ?", key)
+        return json.loads(rows[0]["value"]) if rows else default
+
+    def set_setting(self, key: str, value: Any) -> None:
+        """Anything that JSON can say."""
+        with self._file.changing() as db:
+            db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (key, json.dumps(value)))
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _member(self, db: sqlite3.Connection, name: str) -> Member | None:
+        row = db.execute("SELECT * FROM members WHERE name = ?", (name,)).fetchone()
+        return _member(row) if row is not None else None
+
+    def _unknown(self, name: str, found: Member | None) -> UnknownMemberError:
+        if found is not None:
+            return UnknownMemberError(
+                f"{name} {_STANDING[found.status]}",
+                hint=f"`photon invite {name}` lets it join again, with another key.",
+            )
+        return UnknownMemberError(
+            f"there is no member {name[:120]!r}", hint="`photon members list` has their names."
+        )
+
+    def _why_not(
+        self, db: sqlite3.Connection, row: sqlite3.Row | None, shown: str, name: str, now: float
+    ) -> InvitationError | None:
+        hint = "Ask the aggregator's operator for a new one (`photon invite NAME`)."
+        if row is None:
+            return InvitationError(
+                f"this aggregator knows no such invitation for {shown}",
+                hint=f"It is another aggregator's, or long expired. {hint}",
+            )
+        if row["name"] != name:
+            return InvitationError(
+                f"the invitation is for {row['name']}, not for {shown}", hint=hint
+            )
+        if row["end"] == "used":
+            return InvitationError(
+                f"the invitation for {shown} was used at {_utc(row['ended_at'])}",
+                hint="If this node used it, it is a member: `photon join` without --invite goes "
+                f"on. Otherwise tell the operator: somebody else has it. {hint}",
+            )
+        if row["end"] is not None:
+            return InvitationError(
+                f"the invitation for {shown} was {row['end']} at {_utc(row['ended_at'])}", hint=hint
+            )
+        if row["expires_at"] <= now:
+            return InvitationError(
+                f"the invitation for {shown} expired at {_utc(row['expires_at'])}", hint=hint
+            )
+        member = self._member(db, name)
+        here = member is not None and member.status != "expelled"
+        if here != bool(row["rotate"]):  # it joined, or was expelled, after the invitation
+            return InvitationError(f"the invitation for {shown} is out of date", hint=hint)
+        return None
+
+    def _why_not_key(
+        self, db: sqlite3.Connection, fingerprint: str, name: str
+    ) -> MembershipError | None:
+        row = db.execute(
+            "SELECT name FROM members WHERE fingerprint = ?1"
+            " UNION ALL SELECT name FROM retired_keys WHERE fingerprint = ?1",
+            (fingerprint,),
+        ).fetchone()
+        if row is None:
+            return None
+        whose = "its own before" if row["name"] == name else f"{row['name']}'s"
+        return MembershipError(
+            f"key {fingerprint} can't be {name}'s: it is or was {whose}",
+            hint="Each node makes a key of its own: join with another --home.",
+        )
+
+    def _retire(self, db: sqlite3.Connection, member: Member, why: str, now: float) -> None:
+        db.execute(
+            "INSERT OR IGNORE INTO retired_keys VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                member.fingerprint,
+                member.name,
+                now,
+                why,
+                member.public_key,
+                member.facts.data_sha256,
+            ),
+        )
+        if member.flower_node_id is not None:
+            db.execute(
+                "INSERT OR IGNORE INTO leaving_nodes VALUES (?, ?)",
+                (str(member.flower_node_id), member.name),
+            )
+
+    def _void_invitations(self, db: sqlite3.Connection, name: str, why: str, now: float) -> bool:
+        done = db.execute(
+            "UPDATE invitations SET ended_at = ?, end = ? WHERE name = ? AND ended_at IS NULL",
+            (now, why, name),
+        )
+        return done.rowcount > 0
+
+    def _set_status(self, name: str, status: Status) -> None:
+        now = time.time()
+        with self._file.changing() as db:
+            found = self._member(db, name)
+            if found is None or (found.status == "expelled" and status != "expelled"):
+                raise self._unknown(name, found)
+            if found.status == status:
+                return
+            db.execute("UPDATE members SET status = ? WHERE name = ?", (status, name))
+            if status == "expelled":
+                db.execute("UPDATE members SET flower_node_id = NULL WHERE name = ?", (name,))
+                self._void_invitations(db, name, "withdrawn", now)
+                self._retire(db, found, "the member was expelled", now)
+                db.execute(
+                    "UPDATE tasks SET closed_at = ? WHERE silo = ? AND closed_at IS NULL",
+                    (now, name),
+                )
+            what = "reinstated" if status == "active" else status
+            self._note(db, "operator", what, name, now)
+
+    def _older_boot(self, db: sqlite3.Connection, name: str, boot: str, now: float) -> str | None:
+        """A boot that was here before this one, and spoke since this one is here."""
+        db.execute("DELETE FROM boots WHERE name = ? AND last_seen < ?", (name, now - ALONE_S))
+        db.execute(
+            "INSERT INTO boots VALUES (?1, ?2, ?3, ?3)"
+            " ON CONFLICT (name, boot) DO UPDATE SET last_seen = excluded.last_seen",
+            (name, boot, now),
+        )
+        row = db.execute(
+            "SELECT older.boot FROM boots AS older JOIN boots AS mine USING (name)"
+            " WHERE name = ? AND mine.boot = ? AND older.rowid < mine.rowid"
+            " AND older.last_seen > mine.first_seen"
+            " ORDER BY older.rowid LIMIT 1",
+            (name, boot),
+        ).fetchone()
+        return row["boot"] if row is not None else None
+
+    def _note(self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float) -> None:
+        actor, what, detail = (part[:_MOST_EVENT_CHARACTERS] for part in (actor, what, detail))
+        last = db.execute("SELECT * FROM events ORDER BY n DESC LIMIT 1").fetchone()
+        if last is not None and (last["actor"], last["what"], last["detail"]) == (
+            actor,
+            what,
+            detail,
+        ):
+            db.execute("UPDATE events SET at = ?, times = times + 1 WHERE n = ?", (now, last["n"]))
+            return
+        new = db.execute(
+            "INSERT INTO events (at, actor, what, detail) VALUES (?, ?, ?, ?)",
+            (now, actor, what, detail),
+        )
+        db.execute("DELETE FROM events WHERE n <= ?", ((new.lastrowid or 0) - _MOST_EVENTS,))
+
+    def _note_refusal(
+        self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float
+    ) -> None:
+        while self._refusals and self._refusals[0] < now - 60:
+            self._refusals.popleft()
+        if len(self._refusals) < _MOST_REFUSALS_PER_MINUTE:
+            self._refusals.append(now)
+            self._note(db, actor, what, detail, now)
+            if len(self._refusals) == _MOST_REFUSALS_PER_MINUTE:
+                self._note(
+                    db, "desk", "too many refusals", "the rest of this minute's are not noted", now
+                )
+
+
+def roster_at(home: str | os.PathLike[str]) -> Roster:
+    """The roster of an aggregator's home that is there already.
+
+    Raises:
+        MembershipError: none is there.
+    """
+    path = Path(home) / ROSTER_FILE
+    if not path.is_file():
+        raise MembershipError(
+            f"no members yet: there is no {path}",
+            hint="`photon invite NAME` makes the first one. If the aggregator's home is elsewhere, "
+            "say so with --run-file or --home.",
+        )
+    return Roster(path)
+
+
+_STANDING = {
+    "active": "is a member",
+    "suspended": "is suspended by the aggregator's operator",
+    "expelled": "was expelled by the aggregator's operator",
+}
+
+
+def _member(row: sqlite3.Row) -> Member:
+    facts = Facts(
+        row["data_sha256"], row["tokenizer_sha256"], row["train_tokens"], row["photon_version"]
+    )
+    node = row["flower_node_id"]
+    return Member(
+        name=row["name"],
+        public_key=row["public_key"],
+        fingerprint=row["fingerprint"],
+        status=row["status"],
+        facts=facts,
+        joined_at=row["joined_at"],
+        flower_node_id=int(node) if node is not None else None,
+    )
+
+
+def _task(row: sqlite3.Row) -> OpenTask:
+    return OpenTask(
+        id=row["id"],
+        run=row["run"],
+        round=row["round"],
+        silo=row["silo"],
+        kind=row["kind"],
+        opened_at=row["opened_at"],
+        until=row["until"],
+        most_bytes=row["most_bytes"],
+        readable=tuple(json.loads(row["readable"])),
+        writable=tuple(json.loads(row["writable"])),
+    )
+
+
+def _reply(row: sqlite3.Row) -> SignedReply:
+    return SignedReply(row["id"], row["reply"], row["signature"], row["fingerprint"])
+
+
+def _now(now: float | None) -> float:
+    return time.time() if now is None else now
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _utc(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _shown(boot: str) -> str:
+    return f"process {boot[:12]!r}"

@@ -1,0 +1,211 @@
+"""`photon invite`, `photon members`, `photon audit` as an operator and a script use them."""
+
+import json
+import stat
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from photon.cli.main import _Photon
+from photon.cli.members import audit, invite, members_app
+from photon.membership.audit import MEMBER, AuditLog, MemberRecord
+from photon.membership.invitation import read_invitation
+from photon.membership.roster import Presence, Roster
+
+app = typer.Typer(cls=_Photon, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+app.add_typer(members_app, name="members")
+app.command("invite")(invite)
+app.command("audit")(audit)
+
+
+def photon(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[run]\nname = "med"\n[model]\npreset = "tiny"\n[data]\npath = "data"\n'
+        '[serve]\nhome = "server"\nhost = "127.0.0.1"\nlisten = "127.0.0.1:9443"\n'
+        'silos = ["hospital-a"]\n'
+    )
+    return path
+
+
+@pytest.fixture
+def joined(run_file, keys, facts):
+    """hospital-a is a member; its roster."""
+    photon("invite", "hospital-a", "--run-file", run_file)
+    invitation = read_invitation("hospital-a.invitation.toml")
+    with Roster("server/members.sqlite") as roster:
+        roster.redeem(invitation.token, "hospital-a", keys[0].public_pem, facts)
+        yield roster
+
+
+def test_invite_writes_one_file(run_file, tmp_path, keys, facts):
+    result = photon("invite", "hospital-a", "--run-file", run_file)
+    path = tmp_path / "hospital-a.invitation.toml"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    invitation = read_invitation(path)
+    assert invitation.address == "127.0.0.1:9443"
+    assert invitation.ca_pem == (tmp_path / "server/ca.crt").read_text()
+    assert invitation.ca_fingerprint in result.stdout.replace("\n", "")
+    assert "photon join --invite hospital-a.invitation.toml" in result.stdout
+    assert invitation.token not in result.output
+    with Roster("server/members.sqlite") as roster:
+        member = roster.redeem(invitation.token, "hospital-a", keys[0].public_pem, facts)
+        assert member.status == "active"
+
+
+def test_invite_for_scripts(run_file):
+    result = photon(
+        "invite", "lab", "--run-file", run_file, "--out", "a.toml", "--json", "--valid-hours", "1",
+        "--address", "[fd00::7]:443",
+    )  # fmt: skip
+    record = json.loads(result.stdout)
+    invitation = read_invitation("a.toml")
+    assert record["file"] == "a.toml"
+    assert record["address"] == invitation.address == "[fd00::7]:443"
+    assert record["ca_fingerprint"] == invitation.ca_fingerprint
+    assert "token" not in record
+    assert "serve.silos does not name lab" in result.stderr
+
+
+def test_without_a_run_file_the_defaults_count(tmp_path):
+    photon("invite", "lab", "--address", "fed.example.org:1")
+    assert (tmp_path / "photon-server/members.sqlite").exists()
+    photon("invite", "lab", "--address", "fed.example.org:1", "--home", "other")
+    assert (tmp_path / "other/members.sqlite").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["../lab"], 80, "is no name for a member"),
+        (["lab", "--address", "host"], 12, "is not HOST:PORT"),
+        (["lab", "--address", "host:99999"], 12, "is not HOST:PORT"),
+        (["lab", "--out", "nowhere/a.toml"], 81, "there is no folder nowhere"),
+        (["lab", "--out", "run.toml"], 81, "is no invitation; it is not replaced"),
+        (["lab", "--valid-hours", "0"], 2, "valid-hours"),
+        (["lab", "--run-file", "none.toml"], 10, "no run file at none.toml"),
+    ],
+)
+def test_what_invite_refuses(run_file, arguments, code, words):
+    defaults = [] if "--run-file" in arguments else ["--run-file", "run.toml"]
+    before = run_file.read_text()
+    assert words in photon("invite", *arguments, *defaults, code=code).output
+    assert run_file.read_text() == before
+
+
+def test_invite_says_when_the_certificate_is_for_another_host(run_file, tmp_path):
+    from photon.deploy.certificates import keep_certificate
+
+    keep_certificate(tmp_path / "server", "127.0.0.1")
+    assert "note" not in photon("invite", "hospital-a", "--run-file", run_file).stderr
+    said = photon("invite", "hospital-a", "--run-file", run_file, "--address", "10.0.0.1:1").stderr
+    assert "not for 10.0.0.1" in said.replace("\n", " ")
+
+
+def test_list(joined, run_file, keys):
+    joined.seen("hospital-a", Presence("training", "r", 2, 3, 9, boot="b"))
+    photon("invite", "lab", "--run-file", run_file)
+    shown = photon("members", "list", "--run-file", run_file).stdout
+    assert "hospital-a" in shown
+    assert "active" in shown
+    assert "123,456" in shown
+    assert "training" in shown
+    assert "invited" in shown
+    record = json.loads(photon("members", "list", "--home", "server", "--json").stdout)
+    (member,) = record["members"]
+    assert member["fingerprint"] == keys[0].fingerprint
+    assert member["facts"]["data_sha256"] == "d" * 64
+    assert member["presence"]["round"] == 2
+    assert [one["name"] for one in record["invitations"]] == ["lab"]
+
+
+def test_suspend_reinstate_expel_count_at_once(joined, run_file, keys):
+    for command, status in (
+        ("suspend", "suspended"),
+        ("reinstate", "active"),
+        ("expel", "expelled"),
+    ):
+        photon("members", command, "hospital-a", "--run-file", run_file)
+        assert joined.by_fingerprint(keys[0].fingerprint).status == status
+    refused = photon("members", "reinstate", "hospital-a", "--run-file", run_file, code=82)
+    assert "was expelled" in refused.output
+    refused = photon("members", "suspend", "nobody", "--run-file", run_file, code=82)
+    assert "there is no member 'nobody'" in refused.output
+    refused = photon("members", "list", "--home", "elsewhere", code=80)
+    assert "there is no elsewhere/members.sqlite" in refused.output
+
+
+def test_rotate(joined, run_file, keys, facts):
+    assert (
+        "is a member already"
+        in photon("invite", "hospital-a", "--run-file", run_file, code=80).output
+    )
+    result = photon("members", "rotate", "hospital-a", "--run-file", run_file, "--json")
+    record = json.loads(result.stdout)
+    assert record["rotate"] is True
+    token = read_invitation(record["file"]).token
+    assert joined.active(keys[0].fingerprint)
+    joined.redeem(token, "hospital-a", keys[1].public_pem, facts)
+    assert joined.active(keys[1].fingerprint).name == "hospital-a"
+    assert (
+        "there is no member 'lab'"
+        in photon("members", "rotate", "lab", "--run-file", run_file, code=82).output
+    )
+
+
+def test_audit(joined, tmp_path, keys):
+    run = tmp_path / "runs/med"
+    run.mkdir(parents=True)
+    assert "there is no" in photon("audit", run, code=84).output
+    log = AuditLog(run / "audit.jsonl")
+    log.append(MEMBER, MemberRecord.of(joined.member("hospital-a")))
+    result = photon("audit", run)
+    assert "1 lines, 0 rounds" in result.stdout
+    assert keys[0].fingerprint in result.stdout
+    assert "No line was changed" in result.stdout
+    record = json.loads(photon("audit", run, "--json", "--head", log.head).stdout)
+    assert (record["ok"], record["head"]) == (True, log.head)
+    with (run / "audit.jsonl").open("ab") as file:
+        file.write(b"words\n")
+    result = photon("audit", run, code=84)
+    assert "line 2: it is no line of an audit log" in result.output.replace("\n", " ")
+    assert "No line was changed" not in result.stdout
+    result = photon("audit", run, "--json", code=84)
+    assert json.loads(result.stdout)["ok"] is False
+
+
+def test_every_command_shows_an_example():
+    for arguments in (
+        ["invite"],
+        ["audit"],
+        *(["members", name] for name in ("list", "suspend", "reinstate", "expel", "rotate")),
+    ):
+        assert "Example" in photon(*arguments, "--help").stdout
+
+
+def test_none_of_it_loads_torch_or_flower(run_file):
+    code = (
+        "import sys\n"
+        "import photon.membership.audit, photon.membership.invitation\n"
+        "from photon.cli.members import invite\n"
+        f"invite('lab', run_file=__import__('pathlib').Path({str(run_file)!r}))\n"
+        "heavy = {'torch', 'flwr', 'transformers', 'numpy', 'grpc'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,499 @@
+"""Members, invitations, tasks, events: what the file says after each change, and after a crash."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import stat
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from photon.errors import (
+    DiskFullError,
+    InvitationError,
+    MembershipError,
+    PhotonError,
+    ProtocolError,
+    UnknownMemberError,
+)
+from photon.membership import roster as roster_module
+from photon.membership.roster import Facts, OpenTask, Presence, Roster, SignedReply, roster_at
+
+NOW = 1_800_000_000.0
+
+
+def events_of(roster):
+    return [(event.actor, event.what) for event in roster.events()]
+
+
+def test_an_invitation_makes_a_member(roster, keys, facts):
+    token = roster.invite("lab", 3600, now=NOW)
+    assert [(one.name, one.rotate, one.expires_at) for one in roster.invitations(now=NOW)] == [
+        ("lab", False, NOW + 3600)
+    ]
+    member = roster.redeem(token, "lab", keys[0].public_pem, facts, now=NOW + 10)
+    assert (member.name, member.status, member.facts) == ("lab", "active", facts)
+    assert (member.public_key, member.fingerprint) == (keys[0].public_pem, keys[0].fingerprint)
+    assert (member.joined_at, member.flower_node_id) == (NOW + 10, None)
+    assert roster.member("lab") == roster.active(keys[0].fingerprint) == member
+    assert roster.members() == [member]
+    assert roster.invitations(now=NOW) == []
+    assert events_of(roster) == [("operator", "invited"), ("lab", "joined")]
+
+
+def test_another_process_sees_it_at_once(roster, join):
+    with Roster(roster.path) as other:
+        join("lab")
+        assert other.member("lab").status == "active"
+        roster.suspend("lab")
+        assert other.member("lab").status == "suspended"
+
+
+def test_the_file_is_private(tmp_path, facts, keys):
+    before = os.umask(0)
+    try:
+        with Roster(tmp_path / "home" / "members.sqlite") as roster:
+            roster.invite("lab", 60)
+            modes = [stat.S_IMODE(path.stat().st_mode) for path in roster.path.parent.iterdir()]
+    finally:
+        os.umask(before)
+    assert modes == [0o600] * 3  # and the write-ahead log, and its index
+    assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
+
+
+def test_the_token_is_not_in_the_file(roster):
+    token = roster.invite("lab", 60)
+    roster.close()
+    assert len(token) >= 43
+    for path in roster.path.parent.iterdir():
+        assert token.encode() not in path.read_bytes()
+
+
+# --- refused invitations --------------------------------------------------------------------------
+
+
+def refused(roster, *arguments, now=NOW):
+    """The error of a redemption that must fail, leave no member, and be logged."""
+    before = roster.members()
+    with pytest.raises(MembershipError) as caught:
+        roster.redeem(*arguments, now=now)
+    assert roster.members() == before
+    last = roster.events()[-1]
+    assert (last.what, last.detail) == ("invitation refused", caught.value.message)
+    return caught.value
+
+
+def test_a_replayed_invitation_is_refused(roster, keys, facts):
+    token = roster.invite("lab", 60, now=NOW)
+    roster.redeem(token, "lab", keys[0].public_pem, facts, now=NOW)
+    for key in keys[:2]:
+        error = refused(roster, token, "lab", key.public_pem, facts)
+        assert isinstance(error, InvitationError)
+        assert error.message == "the invitation for lab was used at 2027-01-15 08:00 UTC"
+    assert roster.member("lab").fingerprint == keys[0].fingerprint
+    # Twice the same attempt is one event, counted.
+    assert roster.events()[-1].times == 2
+
+
+def test_an_expired_token_is_refused(roster, keys, facts):
+    token = roster.invite("lab", 60, now=NOW)
+    error = refused(roster, token, "lab", keys[0].public_pem, facts, now=NOW + 60)
+    assert "expired at 2027-01-15 08:01 UTC" in error.message
+    assert roster.redeem(token, "lab", keys[0].public_pem, facts, now=NOW + 59.9)
+
+
+def test_another_name_token_or_aggregator_is_refused(roster, keys, facts, tmp_path):
+    token = roster.invite("lab", 60, now=NOW)
+    pem = keys[0].public_pem
+    assert "is for lab, not for bank" in refused(roster, token, "bank", pem, facts).message
+    for wrong in ("", token[:-1], token + "x", "\ud800", "x" * 10_000):
+        assert "no such invitation for lab" in refused(roster, wrong, "lab", pem, facts).message
+    for name in ("\ud800", "../lab", "a b", ""):
+        assert refused(roster, token, name, pem, facts).exit_code == 81
+    with Roster(tmp_path / "other.sqlite") as other:
+        refused(other, token, "lab", pem, facts)
+    roster.redeem(token, "lab", pem, facts, now=NOW)
+
+
+def test_a_newer_invitation_replaces_the_unused_one(roster, keys, facts):
+    old = roster.invite("lab", 60, now=NOW)
+    new = roster.invite("lab", 60, now=NOW + 1)
+    error = refused(roster, old, "lab", keys[0].public_pem, facts, now=NOW + 2)
+    assert "was replaced by a newer one" in error.message
+    assert len(roster.invitations(now=NOW)) == 1
+    roster.redeem(new, "lab", keys[0].public_pem, facts, now=NOW + 2)
+
+
+def test_a_key_belongs_to_one_member(roster, join, keys, facts):
+    join("lab", keys[0])
+    token = roster.invite("bank", 60, now=NOW)
+    error = refused(roster, token, "bank", keys[0].public_pem, facts)
+    assert "is or was lab's" in error.message
+    # The mistake did not cost the invitation.
+    roster.redeem(token, "bank", keys[1].public_pem, facts, now=NOW)
+
+
+def test_facts_that_make_no_sense_are_refused(roster, keys):
+    token = roster.invite("lab", 60)
+    good = ("d" * 64, "e" * 64, 1, "0.1.0")
+    bad = [
+        ("d" * 63, *good[1:]),
+        (good[0], "E" * 64, *good[2:]),
+        (*good[:2], -1, good[3]),
+        (*good[:2], 2**53, good[3]),
+        (*good[:3], ""),
+        (*good[:3], "1\x1b[2J"),
+        (None, *good[1:]),
+    ]
+    for values in bad:
+        with pytest.raises(ProtocolError, match=r"facts\."):
+            roster.redeem(token, "lab", keys[0].public_pem, Facts(*values))
+    roster.redeem(token, "lab", keys[0].public_pem, Facts(*good))
+
+
+def test_names_are_those_of_folders(roster):
+    for name in ("", ".lab", "-lab", "a/b", "a b", "é", "x" * 101, "a\n"):
+        with pytest.raises(MembershipError, match="no name for a member"):
+            roster.invite(name, 60)
+    for valid_s in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(MembershipError, match="can't be valid"):
+            roster.invite("lab", valid_s)
+    assert roster.events() == []
+
+
+# --- suspended, expelled, with a new key ----------------------------------------------------------
+
+
+def test_suspended_and_reinstated(roster, join, keys):
+    join("lab")
+    roster.suspend("lab")
+    assert roster.by_fingerprint(keys[0].fingerprint).status == "suspended"
+    with pytest.raises(UnknownMemberError, match="lab is suspended"):
+        roster.active_member("lab")
+    with pytest.raises(UnknownMemberError, match="lab is suspended by the aggregator's operator"):
+        roster.active(keys[0].fingerprint)
+    assert roster.events()[-1].what == "refused"
+    roster.reinstate("lab")
+    assert roster.active(keys[0].fingerprint).name == "lab"
+    assert roster.active_member("lab") == roster.member("lab")
+    roster.reinstate("lab")  # again: nothing to do, nothing to log
+    assert [what for _, what in events_of(roster)][2:] == ["suspended", "refused", "reinstated"]
+
+
+def test_expelled_for_good(roster, join, keys, facts):
+    join("lab")
+    roster.set_flower_node("lab", 7)
+    roster.open_task(task("t"))
+    rotation = roster.invite("lab", 60, rotate=True)
+    roster.expel("lab")
+    with pytest.raises(UnknownMemberError, match="lab was expelled"):
+        roster.active(keys[0].fingerprint)
+    assert roster.open_tasks("lab") == []
+    assert roster.leaving_flower_nodes() == [7]
+    for change in (roster.reinstate, roster.suspend):
+        with pytest.raises(UnknownMemberError, match="was expelled") as caught:
+            change("lab")
+        assert "photon invite lab" in str(caught.value)
+    # Neither the invitation it had, nor its key, bring it back.
+    with pytest.raises(InvitationError, match="was withdrawn"):
+        roster.redeem(rotation, "lab", keys[1].public_pem, facts)
+    with pytest.raises(UnknownMemberError, match="was expelled"):
+        roster.invite("lab", 60, rotate=True)
+    again = roster.invite("lab", 60)
+    with pytest.raises(MembershipError, match="its own before"):
+        roster.redeem(again, "lab", keys[0].public_pem, facts)
+    assert roster.redeem(again, "lab", keys[1].public_pem, facts).status == "active"
+    with pytest.raises(UnknownMemberError, match=r"was lab's until .*: the member was expelled"):
+        roster.by_fingerprint(keys[0].fingerprint)
+
+
+def test_an_invitation_can_be_withdrawn(roster, keys, facts):
+    token = roster.invite("lab", 60)
+    roster.expel("lab")
+    with pytest.raises(InvitationError, match="for lab was withdrawn"):
+        roster.redeem(token, "lab", keys[0].public_pem, facts)
+    assert roster.members() == roster.invitations() == []
+    with pytest.raises(UnknownMemberError):
+        roster.expel("lab")
+
+
+def test_an_invitation_ends_the_old_key(roster, join, keys, facts):
+    join("lab", keys[0])
+    roster.set_flower_node("lab", 2**64 - 1)
+    with pytest.raises(MembershipError, match="lab is a member already") as caught:
+        roster.invite("lab", 60)
+    assert "photon members rotate lab" in str(caught.value)
+    token = roster.invite("lab", 60, rotate=True)
+    assert roster.active(keys[0].fingerprint).flower_node_id == 2**64 - 1  # until it is redeemed
+    other = Facts("c" * 64, "e" * 64, 5, "0.1.0")
+    member = roster.redeem(token, "lab", keys[1].public_pem, other)
+    assert (member.fingerprint, member.facts, member.flower_node_id) == (
+        keys[1].fingerprint,
+        other,
+        None,
+    )
+    with pytest.raises(UnknownMemberError, match=r"was lab's until .* newer key"):
+        roster.active(keys[0].fingerprint)
+    assert roster.leaving_flower_nodes() == [2**64 - 1]
+    roster.left_flower(2**64 - 1)
+    assert roster.leaving_flower_nodes() == []
+    # The old key is nobody's ever again.
+    token = roster.invite("bank", 60)
+    with pytest.raises(MembershipError, match="is or was lab's"):
+        roster.redeem(token, "bank", keys[0].public_pem, facts)
+    with pytest.raises(UnknownMemberError, match="no member 'nobody'"):
+        roster.invite("nobody", 60, rotate=True)
+
+
+def test_a_new_key_at_once(roster, join, keys):
+    join("lab", keys[0])
+    join("bank", keys[1])
+    assert roster.rotate("lab", keys[2].public_pem).fingerprint == keys[2].fingerprint
+    for key in keys[:3]:  # the one it had, another member's, the one it has
+        with pytest.raises(MembershipError, match="can't be lab's"):
+            roster.rotate("lab", key.public_pem)
+    with pytest.raises(UnknownMemberError):
+        roster.active(keys[0].fingerprint)
+    with pytest.raises(UnknownMemberError):
+        roster.rotate("nobody", keys[3].public_pem)
+
+
+def test_a_suspended_member_with_a_new_key_stays_suspended(roster, join, keys, facts):
+    join("lab")
+    roster.suspend("lab")
+    token = roster.invite("lab", 60, rotate=True)
+    assert roster.redeem(token, "lab", keys[1].public_pem, facts).status == "suspended"
+
+
+def test_a_number_at_flower_that_came_too_late_is_given_back(roster, join, keys):
+    join("lab", keys[0])
+    roster.rotate("lab", keys[1].public_pem)
+    roster.set_flower_node("lab", 5, fingerprint=keys[0].fingerprint)
+    assert roster.member("lab").flower_node_id is None
+    assert roster.leaving_flower_nodes() == [5]
+    roster.set_flower_node("lab", 6, fingerprint=keys[1].fingerprint)
+    assert roster.member("lab").flower_node_id == 6
+    with pytest.raises(UnknownMemberError):
+        roster.set_flower_node("nobody", 5)
+
+
+def test_unknown_keys_are_logged_but_not_without_end(roster, keys):
+    for number in range(200):
+        with pytest.raises(UnknownMemberError, match="is no member's"):
+            roster.by_fingerprint(f"sha256:{number:064x}")
+    events = roster.events(1000)
+    assert len(events) == 61
+    assert events[-1].what == "too many refusals"
+    assert events[0].what == "unknown key"
+
+
+def test_unknown_names(roster):
+    for call in (
+        roster.member,
+        roster.active_member,
+        roster.suspend,
+        roster.reinstate,
+        roster.expel,
+    ):
+        with pytest.raises(UnknownMemberError, match="there is no member 'nobody'"):
+            call("nobody")
+    with pytest.raises(UnknownMemberError):
+        roster.seen("nobody", Presence("idle"))
+    with pytest.raises(ProtocolError, match="surrogate"):
+        roster.member("\ud800")
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+def task(task_id="r/fit/1/lab", silo="lab", round=1, run="r", **other):
+    fields = {
+        "kind": "fit",
+        "opened_at": NOW,
+        "until": NOW + 60,
+        "most_bytes": 1000,
+        "readable": ("r/global/", "r/silos/lab/"),
+        "writable": ("r/silos/lab/",),
+    } | other
+    return OpenTask(id=task_id, run=run, round=round, silo=silo, **fields)
+
+
+def reply(task_id="r/fit/1/lab", text=b'{"a": 1}\xff'):
+    return SignedReply(task_id, text, "c2ln", "sha256:" + "1" * 64)
+
+
+def test_a_task_is_open_until_it_is_closed(roster):
+    roster.open_task(task())
+    assert roster.open_tasks("lab") == [task()]
+    assert roster.open_tasks("bank") == []
+    assert roster.task("r/fit/1/lab") == task()
+    assert roster.reply("r/fit/1/lab") is None
+    roster.close_task("r/fit/1/lab", reply())
+    assert roster.open_tasks("lab") == []
+    assert roster.task("r/fit/1/lab") is None
+    assert roster.reply("r/fit/1/lab") == reply()
+    assert roster.reply("nothing") is None
+
+
+def test_a_reply_outlives_what_comes_after(roster):
+    roster.open_task(task())
+    roster.close_task("r/fit/1/lab", reply())
+    roster.close_task("r/fit/1/lab", None)
+    assert roster.reply("r/fit/1/lab") == reply()
+    roster.open_task(task(until=NOW + 99))
+    assert roster.reply("r/fit/1/lab") == reply()
+    assert roster.open_tasks("lab")[0].until == NOW + 99
+    roster.close_task("r/fit/1/lab", None)  # the round ended; a restart may want it still
+    assert roster.reply("r/fit/1/lab") == reply()
+    roster.open_task(task())
+    roster.close_task("r/fit/1/lab", reply(text=b"newer"))
+    assert roster.reply("r/fit/1/lab").text == b"newer"
+
+
+def test_replies_of_a_round(roster):
+    for silo in ("bank", "lab", "court"):
+        roster.open_task(task(f"r/fit/1/{silo}", silo))
+    for silo in ("lab", "bank"):
+        roster.close_task(f"r/fit/1/{silo}", reply(f"r/fit/1/{silo}"))
+    roster.close_task("r/fit/1/court", None)
+    assert [one.task_id for one in roster.replies("r", 1)] == ["r/fit/1/bank", "r/fit/1/lab"]
+    assert roster.replies("r", 2) == roster.replies("other", 1) == []
+
+
+def test_who_was_asked_in_a_round(roster):
+    for silo, kind in (("bank", "fit"), ("lab", "fit"), ("court", "evaluate")):
+        roster.open_task(task(f"r/{kind}/1/{silo}", silo, kind=kind))
+    roster.close_task("r/fit/1/lab", None)
+    assert roster.asked("r", 1) == {"bank", "lab"}
+    assert roster.asked("r", 2) == roster.asked("other", 1) == set()
+
+
+def test_whose_key_it_was(roster, join, keys):
+    join("lab", keys[0])
+    roster.rotate("lab", keys[1].public_pem)
+    for key in keys[:2]:
+        signer = roster.signer(key.fingerprint)
+        assert (signer.name, signer.public_key, signer.data_sha256) == (
+            "lab",
+            key.public_pem,
+            "d" * 64,
+        )
+    with pytest.raises(UnknownMemberError, match="never was a member's"):
+        roster.signer(keys[2].fingerprint)
+
+
+def test_old_tasks_are_forgotten(roster):
+    for round_number in (1, 2, 3):
+        roster.open_task(task(f"r/{round_number}", round=round_number))
+    roster.open_task(task("other/1", run="other"))
+    roster.prune_tasks("r", 3)
+    assert [one.id for one in roster.open_tasks("lab")] == ["other/1", "r/3"]
+
+
+def test_granted_bytes_add_up(roster):
+    roster.open_task(task())
+    assert [roster.granted("r/fit/1/lab", 10), roster.granted("r/fit/1/lab", 5)] == [10, 15]
+    assert roster.granted("r/fit/1/lab", 2**70) == 2**60
+    roster.open_task(task())
+    assert roster.granted("r/fit/1/lab", 1) == 1
+    roster.close_task("r/fit/1/lab", None)
+    for task_id in ("r/fit/1/lab", "nothing", "x" * 5000):
+        with pytest.raises(MembershipError, match=r"no task .* is open"):
+            roster.granted(task_id, 1)
+
+
+# --- events, settings, the file -------------------------------------------------------------------
+
+
+def test_events_are_bounded(roster, monkeypatch):
+    monkeypatch.setattr(roster_module, "_MOST_EVENTS", 10)
+    for number in range(50):
+        roster.note("desk", "something", str(number))
+    assert [event.detail for event in roster.events(100)] == [str(n) for n in range(40, 50)]
+    roster.note("desk", "something", "x" * 100_000)
+    assert len(roster.events(1)[0].detail) == 2000
+
+
+def test_settings(roster):
+    assert roster.setting("draining", False) is False
+    roster.set_setting("draining", True)
+    with Roster(roster.path) as other:
+        assert other.setting("draining", False) is True
+
+
+def test_what_was_said_outlives_the_process(tmp_path, keys, facts):
+    path = tmp_path / "members.sqlite"
+    with Roster(path) as roster:
+        roster.redeem(roster.invite("lab", 60), "lab", keys[0].public_pem, facts)
+        roster.open_task(task())
+        roster.seen("lab", Presence("training", "r", 1, 3, 9, "r/fit/1/lab", "", "b"), now=NOW)
+        # As a crash leaves it: the files as they are, the write-ahead log not yet moved over.
+        shutil.copytree(tmp_path, tmp_path / "crashed", ignore=shutil.ignore_patterns("crashed"))
+    with Roster(tmp_path / "crashed" / "members.sqlite") as roster:
+        assert (tmp_path / "crashed" / "members.sqlite-wal").exists()
+        assert roster.member("lab").fingerprint == keys[0].fingerprint
+        assert roster.open_tasks("lab") == [task()]
+        presence, seen_at = roster.presences()["lab"]
+        assert (presence.state, presence.step, presence.of, seen_at) == ("training", 3, 9, NOW)
+
+
+def test_files_that_are_no_roster_are_refused(tmp_path):
+    path = tmp_path / "members.sqlite"
+    path.write_bytes(b"not a database, but long enough to be looked at" * 100)
+    with pytest.raises(MembershipError, match="can't use the roster"):
+        Roster(path)
+    with pytest.raises(MembershipError, match="can't open the roster"):
+        Roster(tmp_path)
+    path.unlink()
+    Roster(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(MembershipError, match="is of version 99"):
+        Roster(path)
+    with pytest.raises(MembershipError, match="no members yet") as caught:
+        roster_at(tmp_path / "nowhere")
+    assert "--home" in str(caught.value)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_no_room_changes_nothing(roster, join):
+    join("lab")
+    with roster._file.changing() as db:
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+    db.execute(f"PRAGMA max_page_count = {pages}")
+
+    def fill():
+        for number in range(10_000):
+            roster.note("desk", str(number), "x" * 2000)
+
+    with pytest.raises(DiskFullError, match="no room to write"):
+        fill()
+    assert roster.member("lab").status == "active"
+    db.execute("PRAGMA max_page_count = 1000000")
+    roster.suspend("lab")
+    assert roster.member("lab").status == "suspended"
+
+
+_TEXT = st.text(max_size=30)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(token=_TEXT, name=_TEXT, pem=_TEXT, task_id=_TEXT, bytes_=st.integers(), presence=_TEXT)
+def test_nothing_from_outside_breaks_it(
+    roster, keys, facts, token, name, pem, task_id, bytes_, presence
+):
+    for call in (
+        lambda: roster.redeem(token, name, pem, facts),
+        lambda: roster.redeem(token, name, keys[4].public_pem, facts),
+        lambda: roster.by_fingerprint(token),
+        lambda: roster.active(token),
+        lambda: roster.granted(task_id, bytes_),
+        lambda: roster.seen(name, Presence(presence, detail=presence, boot=presence)),
+        lambda: roster.task(task_id),
+    ):
+        with contextlib.suppress(PhotonError):
+            assert call() is None
+    assert roster.members() == []
