@@ -33,7 +33,7 @@ KEY := $(shell printf '%s\n' '$(TORCH)' '$(PIP_VERSION)' \
 	| cat - pyproject.toml requirements.lock | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(KEY)
 
-.PHONY: help install demo test lint types imports budgets docs lock clean
+.PHONY: help install demo test sites lint types imports budgets docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
@@ -46,6 +46,9 @@ demo: $(STAMP) ## four silos train one model on real text; ends with a report (m
 
 test: lint types imports budgets ## all checks, then all tests
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+sites: $(STAMP) ## a federation across network namespaces: kills, an attacker (root, minutes)
+	$(BIN)/python -m pytest tests/sites -m sites $(ARGS)
 
 lint: $(STAMP) ## ruff: style and formatting
 	$(BIN)/ruff check .

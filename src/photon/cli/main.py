@@ -14,7 +14,9 @@ from typer.core import TyperGroup
 from photon.cli.data import data_app
 from photon.cli.demo import demo
 from photon.cli.doctor import doctor
+from photon.cli.members import audit, invite, members_app
 from photon.cli.profile import profile
+from photon.cli.serve import join, serve, status, stop
 from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
 
 
@@ -49,6 +51,13 @@ app.add_typer(data_app, name="data")
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.command("profile")(profile)
+app.command("serve")(serve)
+app.command("join")(join)
+app.command("status")(status)
+app.command("stop")(stop)
+app.command("invite")(invite)
+app.add_typer(members_app, name="members")
+app.command("audit")(audit)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", metavar="RUN.toml")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]

@@ -29,6 +29,7 @@ from photon.errors import (
     MembershipError,
     PhotonError,
     ProtocolError,
+    SignatureError,
     UnknownMemberError,
     UnreachableError,
     error_of,
@@ -317,6 +318,10 @@ class RemoteEngine:
             MembershipError: not signed by the silo's own key, as it is now.
         """
         member = self._roster.active_member(ask.silo)
+        if answer.fingerprint != member.fingerprint:
+            raise SignatureError(
+                f"{ask.silo} answered with the key {answer.fingerprint[:80]}, not with its own"
+            )
         verify_document(member.public_key, RECEIPT, answer.text, answer.signature)
         reply = parse_reply(answer.text)
         reply.require_answer_to(ask)

@@ -61,7 +61,7 @@ class StatePart(_Part):
 
     round: _Whole
     sha256: _Sha256
-    whole: RefPart | None
+    whole: RefPart | None = None
     update: RefPart | None = None
     base: _Sha256 | None = None
 
@@ -108,7 +108,7 @@ class FitPart(_Part):
     round: Annotated[int, Field(ge=1, lt=2**31)]
     global_step: _Whole
     steps: Annotated[int, Field(ge=1, lt=2**31)]
-    node_round: Annotated[int, Field(ge=0, lt=2**31)] | None
+    node_round: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     state_bytes: _Whole = 0
 
 
@@ -176,7 +176,7 @@ class FitAnswer(_Part):
     A failure (a loss that is not finite) has no update.
     """
 
-    update: RefPart | None
+    update: RefPart | None = None
     tokens: _Whole = 0
     loss: float = 0.0
     first_loss: float = 0.0
@@ -203,18 +203,19 @@ class FitAnswer(_Part):
         return self
 
     def receipt(self, round_number: int, silo: str) -> Receipt:
-        fields = dict(self)
+        fields: dict[str, Any] = dict(self)
         del fields["update"]
-        return Receipt(round_number, silo, **fields | {"times": StepTimes(*self.times)})
+        fields["times"] = StepTimes(*self.times)
+        return Receipt(round_number, silo, **fields)
 
     @classmethod
     def of(cls, receipt: Receipt, update: Ref | None) -> FitAnswer:
-        fields = {
-            name: getattr(receipt, name) for name in cls.model_fields if name not in ("update",)
+        fields: dict[str, Any] = {
+            name: getattr(receipt, name) for name in cls.model_fields if name != "update"
         }
-        times = [float(second) for second in vars(receipt.times).values()]
+        fields["times"] = [float(second) for second in vars(receipt.times).values()]
         part = RefPart.of(update) if update is not None else None
-        return cls(update=part, **fields | {"times": times})
+        return cls(update=part, **fields)
 
 
 class EvalAnswer(_Part):
@@ -225,6 +226,7 @@ class EvalAnswer(_Part):
     bits_per_byte: float
     tokens: _Whole
     eval_s: _Seconds
+    bytes_down: _Whole = 0
 
     def receipt(self, silo: str) -> EvalReceipt:
         return EvalReceipt(silo, **dict(self))

@@ -46,6 +46,7 @@ class Ledger:
         self.state = state
         self.evaluation: dict[str | None, EvalReceipt] = {}
         self.evaluated_round: int | None = None
+        self._evaluation_bytes = 0
         self.recorder = recorder
         self.checkpoints = checkpoints
 
@@ -64,6 +65,7 @@ class Ledger:
         self.evaluation, self.evaluated_round = {}, number
         for receipt in receipts:
             self.evaluation[receipt.silo] = receipt
+            self._evaluation_bytes += receipt.bytes_down
             self.recorder.emit(
                 Evaluated(
                     round=number,
@@ -98,8 +100,14 @@ class Ledger:
         node_rounds: dict[str, int],
         outer_update_bytes: int = 0,
     ) -> None:
-        """Add a round's costs to the totals, checkpoint, and tell that it is over."""
+        """Add a round's costs to the totals, checkpoint, and tell that it is over.
+
+        What participants received to evaluate a state counts as the round's in which they did; the
+        next round's participants need not receive that state again.
+        """
         old = self.state
+        costs.bytes_down += self._evaluation_bytes
+        self._evaluation_bytes = 0
         self.state = replace(
             old,
             round=old.round + 1,

@@ -170,7 +170,11 @@ class EvalTask:
 
 @dataclass(frozen=True)
 class EvalReceipt:
-    """Held-out loss in nats per token, and what follows from it."""
+    """Held-out loss in nats per token, and what follows from it.
+
+    Attributes:
+        bytes_down: that the participant received for it: a state that it did not hold yet.
+    """
 
     silo: str | None
     loss: float
@@ -178,6 +182,7 @@ class EvalReceipt:
     bits_per_byte: float
     tokens: int
     eval_s: float
+    bytes_down: int = 0
 
 
 class Engine(Protocol):

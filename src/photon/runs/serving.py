@@ -21,14 +21,27 @@ from photon.federation import Engine
 from photon.federation.envelopes import RunPart, dictated
 from photon.federation.node import empty_model
 from photon.link import open_store
-from photon.membership.audit import AuditLog
-from photon.membership.roster import Member, Roster
+from photon.membership.audit import (
+    AuditLog,
+    DroppedSilo,
+    MemberRecord,
+    MergedUpdate,
+    ResumedRecord,
+    RoundRecord,
+)
+from photon.membership.roster import Roster, Signer
 from photon.models import model_fingerprint
 from photon.runs.folder import holds_run, read_record
 from photon.runs.session import Guests, RunResult, Session
 from photon.store.contract import Store
-from photon.telemetry import Event
-from photon.telemetry.events import RoundFinished, RoundMerged, RoundStarted, UpdateDropped
+from photon.telemetry import Event, read_history
+from photon.telemetry.events import (
+    RoundFinished,
+    RoundMerged,
+    RoundStarted,
+    RunStarted,
+    UpdateDropped,
+)
 
 #: What `photon serve` leaves in the run folder for the process that runs the federation.
 SERVE_FILE = "serve.json"
@@ -208,13 +221,16 @@ class Notary:
         self._log = AuditLog(folder / "audit.jsonl")
         self._named: set[str] = set()
         self._merged: list[str] = []
-        self._dropped: list[dict[str, str]] = []
+        self._dropped: list[DroppedSilo] = []
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, RoundStarted):
+        if isinstance(event, RunStarted):
+            if event.resumed_from_round is not None:
+                self._settle(event.resumed_from_round)
+        elif isinstance(event, RoundStarted):
             self._merged, self._dropped = [], []
         elif isinstance(event, UpdateDropped):
-            self._dropped.append({"silo": event.silo, "reason": event.reason})
+            self._dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
         elif isinstance(event, RoundMerged):
             self._merged = list(event.participants)
         elif isinstance(event, RoundFinished):
@@ -232,41 +248,61 @@ class Notary:
         for name in self._merged:
             if name not in replies:
                 raise MembershipError(f"round {number} merged {name}, whose receipt is not there")
-            self._name(self._roster.member(name))
-        self._log.append(
-            "round",
-            {
-                "run": self._run_id,
-                "round": number,
-                "checkpoint": self._checkpoint(number),
-                "merged": [
-                    {
-                        "silo": name,
-                        "reply": replies[name].text.decode(),
-                        "signature": replies[name].signature,
-                        "fingerprint": replies[name].fingerprint,
-                    }
-                    for name in self._merged
-                ],
-                "dropped": self._dropped,
-            },
+            # The key that signed: the member may have another by now.
+            self._name(self._roster.signer(replies[name].fingerprint))
+        record = RoundRecord(
+            run=self._run_id,
+            round=number,
+            checkpoint=self._checkpoint(number),
+            merged=[
+                MergedUpdate(
+                    silo=name,
+                    reply=replies[name].text.decode(),
+                    signature=replies[name].signature,
+                    fingerprint=replies[name].fingerprint,
+                )
+                for name in self._merged
+            ],
+            dropped=self._dropped,
         )
+        self._log.append("round", record)
         self._roster.prune_tasks(self._run_id, before_round=number - 1)
 
-    def _name(self, member: Member) -> None:
+    def _settle(self, checkpoint: int) -> None:
+        """Make the log end where the run goes on.
+
+        A round is written down after its checkpoint: one whose process died in between is missing.
+        Where the newest checkpoint could not be read, there are more rounds than count.
+
+        Args:
+            checkpoint: round that the run goes on from.
+        """
+        last = self._log.last("round")
+        written = last["round"] if last is not None and last["run"] == self._run_id else 0
+        if written > checkpoint:
+            self._log.append("resumed", ResumedRecord(run=self._run_id, round=checkpoint))
+        elif written == checkpoint - 1:
+            self._merged, self._dropped = self._told(checkpoint)
+            self._close_round(checkpoint)
+
+    def _told(self, number: int) -> tuple[list[str], list[DroppedSilo]]:
+        """What the events of an earlier process say of a round: who was merged, who dropped."""
+        merged: list[str] = []
+        dropped: list[DroppedSilo] = []
+        for event in read_history(self._folder).events:
+            if isinstance(event, RoundStarted) and event.round == number:
+                merged, dropped = [], []
+            elif isinstance(event, UpdateDropped) and event.round == number:
+                dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
+            elif isinstance(event, RoundMerged) and event.round == number:
+                merged = list(event.participants)
+        return merged, dropped
+
+    def _name(self, signer: Signer) -> None:
         """A member's key, once for each process and key, before the first use of it."""
-        if member.fingerprint in self._named:
-            return
-        self._named.add(member.fingerprint)
-        self._log.append(
-            "member",
-            {
-                "name": member.name,
-                "fingerprint": member.fingerprint,
-                "public_key": member.public_key,
-                "data_sha256": member.facts.data_sha256,
-            },
-        )
+        if signer.fingerprint not in self._named:
+            self._named.add(signer.fingerprint)
+            self._log.append("member", MemberRecord.of(signer))
 
     def _checkpoint(self, number: int) -> dict[str, Any]:
         """The hashes of the state that the round led to, as its checkpoint has them."""

@@ -1,0 +1,388 @@
+"""`photon serve`, `photon join`, `photon status`, `photon stop`: a federation across sites."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from photon.errors import InvitationError, MembershipError
+
+if TYPE_CHECKING:
+    from photon.config import RunConfig
+    from photon.telemetry import Listener
+
+RunFile = Annotated[Path | None, typer.Argument(help="The run file, TOML.", metavar="[RUN.toml]")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Override a key, e.g. serve.host=ai.example.org."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what each service says, too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No view of the run.")]
+
+#: Between two looks at events.jsonl.
+_FOLLOW_S = 0.3
+
+
+def serve(
+    run_file: RunFile = None,
+    overrides: Sets = None,
+    run_dir: RunDir = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="DIR", help="Go on with the served run in this folder."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only look at certificates, port, disk, clock, store.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run there.")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train RUN.toml with silos elsewhere: the aggregator, one public port, everything it needs.
+
+    Brings up Flower's superlink, an object store (unless serve.store names yours) and the door,
+    waits for serve.min_silos, trains, and ends when the run is over. Ctrl-C stops everything;
+    `photon serve --resume DIR` goes on in the round it was in.
+
+    Examples: `photon serve run.toml --check` and `photon serve run.toml --set serve.min_silos=4`
+
+    Invite silos with `photon invite NAME`, see who is here with `photon status`.
+    """
+    from photon.config import load_run_config
+
+    if (run_file is None) == (resume is None):
+        raise typer.BadParameter("name a run file, or a run folder with --resume")
+    if check:
+        config = load_run_config(run_file or _run_file_of(resume), overrides or [])
+        _check(config, as_json)
+        return
+    from photon.deploy.serve import Aggregator, prepare_run, reopen_run
+
+    console = Console(stderr=True)
+    if resume is not None:
+        folder, config = resume, reopen_run(resume, overrides)
+    else:
+        assert run_file is not None
+        config = load_run_config(run_file, overrides or [])
+        folder = run_dir or Path("runs") / config.run.name
+        config = prepare_run(config, folder, overwrite=overwrite)
+    lines = _Lines(Path(config.serve.home) / "logs" / "serve.log", console, verbose=verbose)
+    aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)
+
+    def ready() -> None:
+        from photon.deploy.front_door import public_url
+
+        lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
+        waiting = config.serve.min_silos
+        lines.event(f"the first round begins once {waiting} {'are' if waiting > 1 else 'is'} here")
+
+    with _following(folder, None if quiet or verbose else _view(console)):
+        outcome = aggregator.run(on_ready=ready)
+    if not outcome.finished:
+        console.print(f"Stopped. `photon serve --resume {folder}` goes on.", highlight=False)
+        return
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if as_json:
+        typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
+        return
+    console.print(
+        f"Done: {summary['rounds']} rounds, held-out perplexity "
+        f"{summary['global_perplexity']:.2f}, weights {summary['weights_sha256'][:12]}...",
+        highlight=False,
+    )
+    console.print(f"Next: photon report {folder}", highlight=False, markup=False)
+
+
+def join(
+    url: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[HOST:PORT]", help="The aggregator's new address, where it has moved."
+        ),
+    ] = None,
+    node_file: Annotated[
+        Path, typer.Option("--node", metavar="NODE.toml", help="What this site decides, TOML.")
+    ] = Path("node.toml"),
+    invite: Annotated[
+        Path | None, typer.Option("--invite", metavar="FILE", help="Invitation; the first time.")
+    ] = None,
+    home: Annotated[Path, typer.Option("--home", help="This node's folder.")] = Path("photon-node"),
+    verbose: Verbose = False,
+) -> None:
+    """Take part with this site's text and machines. Connects outwards only; the text stays here.
+
+    The first time with an invitation: the key is made here, and only its public half leaves. From
+    then on `photon join` alone, or the systemd unit in deploy/. Ctrl-C stops; what is finished is
+    kept, and asked for again it is answered from disk.
+
+    Examples: `photon join --invite lab-a.invitation.toml --node node.toml`, later
+    `photon join --node node.toml`
+    """
+    from photon.config import load_node_config
+    from photon.deploy.join import Node, accept_invitation, moved
+    from photon.membership.invitation import read_invitation
+    from photon.silo.policy import MEMBERSHIP_FILE
+
+    console = Console(stderr=True)
+    node = load_node_config(node_file)
+    known = (home / MEMBERSHIP_FILE).exists()
+    if invite is not None:
+        invitation = read_invitation(invite)
+        membership = accept_invitation(invitation, node, home)
+        console.print(
+            f"{membership.name} is a member at {membership.address} "
+            f"(authority {membership.ca_fingerprint})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif not known:
+        raise InvitationError(
+            f"{home} is no member's home yet",
+            hint="The first time: `photon join --invite FILE --node node.toml`.",
+        )
+    elif url is not None:
+        moved(home, _address(url))
+    lines = _Lines(home / "logs" / "join.log", console, verbose=verbose)
+    Node(home, node_file, log=lines.service, on_event=lines.event).run(
+        on_ready=lambda: lines.event("taking part; Ctrl-C stops")
+    )
+
+
+def status(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Run folder or serve.home; photon-server by default.")
+    ] = None,
+    as_json: AsJson = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds.")] = False,
+) -> None:
+    """Who is here, what each is doing, since when and until when.
+
+    Example: `photon status runs/med --watch`
+    """
+    while True:
+        found = _operator(folder, "GET", "/operator/status")
+        if as_json:
+            typer.echo(json.dumps(found, indent=1))
+        else:
+            _show_status(found)
+        if not watch:
+            return
+        time.sleep(2.0)
+
+
+def stop(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Run folder or serve.home; photon-server by default.")
+    ] = None,
+    drain: Annotated[
+        bool, typer.Option("--drain", help="Let the round finish first, and begin no other.")
+    ] = False,
+) -> None:
+    """Stop a `photon serve` on this machine; the run can be resumed.
+
+    Example: `photon stop runs/med --drain`
+    """
+    if drain:
+        _operator(folder, "POST", "/operator/drain", {"draining": True})
+        typer.echo("The round under way will be finished, and no other begun.")
+    else:
+        _operator(folder, "POST", "/operator/stop", {})
+        typer.echo("Stopping.")
+
+
+class _Lines:
+    """One readable log: a file that has everything, and the console, which has what matters."""
+
+    def __init__(self, path: Path, console: Console, *, verbose: bool) -> None:
+        from photon.deploy.logs import BoundedLog
+
+        self._log = BoundedLog(path)
+        self._console = console
+        self._verbose = verbose
+        self._lock = threading.Lock()
+
+    def service(self, line: str) -> None:
+        """A service's own line, already stamped."""
+        self._write(line)
+        if self._verbose:
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def event(self, words: str) -> None:
+        """What the operator should see."""
+        line = f"{time.strftime('%H:%M:%S')} photon | {words}"
+        self._write(line)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _write(self, line: str) -> None:
+        with self._lock:
+            self._log.write(line)
+
+
+@contextmanager
+def _following(folder: Path, listener: Listener | None) -> Iterator[None]:
+    """Tell a listener the run's events as another process writes them."""
+    if listener is None:
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(
+        target=_follow, args=(folder / "events.jsonl", listener.on_event, over), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=5.0)
+        listener.close()
+
+
+def _follow(path: Path, tell: Callable[[Any], None], over: threading.Event) -> None:
+    from photon.telemetry.events import parse_event
+
+    at, torn = 0, b""
+    while True:
+        last = over.wait(_FOLLOW_S)
+        try:
+            with path.open("rb") as file:
+                file.seek(at)
+                data = file.read()
+        except OSError:
+            data = b""
+        at += len(data)
+        *lines, torn = (torn + data).split(b"\n")
+        for line in lines:
+            try:
+                event = parse_event(json.loads(line))
+            except ValueError:
+                continue
+            if event is not None:
+                tell(event)
+        if last:
+            return
+
+
+def _view(console: Console) -> Listener:
+    from photon.dashboard import progress_view
+
+    return progress_view(console)
+
+
+def _check(config: RunConfig, as_json: bool) -> None:
+    from photon.deploy.checks import preflight, worst
+
+    findings = preflight(config.serve)
+    if as_json:
+        typer.echo(json.dumps([vars(one) for one in findings], indent=1))
+    else:
+        table = Table("looked at", "verdict", "found", box=None)
+        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        for one in findings:
+            words = f"{one.found}\n{one.hint}" if one.hint else one.found
+            table.add_row(one.name, f"[{colours[one.verdict]}]{one.verdict}[/]", words)
+        Console().print(table)
+    if worst(findings):
+        raise typer.Exit(worst(findings))
+
+
+def _run_file_of(folder: Path | None) -> Path:
+    assert folder is not None
+    return folder / "serve.toml"
+
+
+def _operator(
+    folder: Path | None, method: str, what: str, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    from photon.deploy.desk_server import ask_operator
+
+    return ask_operator(_home_of(folder) / "operator.sock", method, what, body)
+
+
+def _home_of(folder: Path | None) -> Path:
+    """serve.home of a run folder, or the folder itself."""
+    if folder is None:
+        return Path("photon-server")
+    try:
+        record = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
+        return Path(record["home"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return folder
+
+
+def _show_status(found: dict[str, Any]) -> None:
+    console = Console()
+    run = found.get("run", {})
+    at = f"round {run.get('in_round') or run.get('round', 0)} of {run.get('rounds', '?')}"
+    console.print(f"{run.get('name', '?')}: {at}", highlight=False)
+    waiting = run.get("waiting")
+    if waiting:
+        until = datetime.fromtimestamp(waiting["until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+        console.print(
+            f"waits for {waiting['for_silos']} silos, here: "
+            f"{', '.join(waiting['here']) or 'none'}; until {until}",
+            highlight=False,
+        )
+    table = Table("member", "key", "doing", "round", "step", "since", "seen", "until", box=None)
+    for member in found["members"]:
+        doing = member.get("presence") or {}
+        table.add_row(
+            member["name"],
+            member["status"],
+            doing.get("state", "never seen") if member["here"] else "away",
+            str(doing.get("round") or ""),
+            f"{doing['step']}/{doing['of']}" if doing.get("of") else "",
+            _ago(doing.get("since"), found["server_time"]),
+            _ago(doing.get("seen_at"), found["server_time"]),
+            _clock(doing.get("until")),
+        )
+    console.print(table)
+    services = Table("service", "state", "pid", "since", "restarts", "", box=None)
+    for one in found["services"]:
+        services.add_row(
+            one["name"],
+            one["state"],
+            str(one["pid"] or ""),
+            _ago(one["since"], found["server_time"]),
+            str(one["restarts"]),
+            one["detail"],
+        )
+    console.print(services)
+
+
+def _ago(at: float | None, now: float) -> str:
+    if not at:
+        return ""
+    seconds = max(0, int(now - at))
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"
+
+
+def _clock(at: float | None) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%m-%d %H:%M") if at else ""
+
+
+def _address(url: str) -> str:
+    """host:port out of what a person may give: with https://, with a slash."""
+    address = url.removeprefix("https://").rstrip("/")
+    if ":" not in address:
+        raise MembershipError(
+            f"{url!r} is no address of an aggregator", hint="HOST:PORT, as in the invitation."
+        )
+    return address

@@ -1,0 +1,238 @@
+"""`photon join`: a site's three services, kept up. It only ever connects outwards.
+
+    trainer    lives across rounds and runs: one process, or the ranks of a node
+    supernode  Flower's connection to the aggregator's door
+    shim       hands tasks from the supernode to the trainer, and its signed answers back
+
+The supernode waits for an aggregator that is away, for as long as that takes. What a task needs is
+in the task; what was finished is on this disk: any of the three may die at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from photon.config import NodeConfig
+from photon.data import open_data
+from photon.deploy.ports import answers, free_ports
+from photon.deploy.supervisor import (
+    Patience,
+    RestartPolicy,
+    Service,
+    ServiceEvent,
+    Supervisor,
+)
+from photon.engines.flower import commands
+from photon.errors import CertificateError, InvitationError, MembershipError
+from photon.membership.invitation import Invitation, certificate_fingerprint
+from photon.membership.keys import NodeKey
+from photon.membership.roster import Facts
+from photon.silo.desk_client import DeskClient
+from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership
+from photon.silo.text import own_part
+from photon.version import photon_version
+
+KEY_FILE, CA_FILE, RECORD = "node.key", "ca.crt", "join.json"
+
+#: A supernode that is refused just after a crash is let in once the old one counts as gone.
+_REFUSED = Patience(exit_codes=frozenset({305 % 256}), pause_s=5.0)
+
+
+def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
+    """Make this site's key, register it at the aggregator, and keep what joining needs.
+
+    A key that is there already is used again: an answer that was lost costs nothing.
+
+    Args:
+        invitation: from the aggregator's operator.
+        node: the site's own file; its text is described, not sent.
+        home: of the node; made, and made private.
+
+    Raises:
+        InvitationError: expired, used, or another member's home.
+        CertificateError: the aggregator is not the one that invited.
+        PhotonError: the text can't be used, or the aggregator can't be reached.
+    """
+    invitation.require_unexpired(time.time())
+    if certificate_fingerprint(invitation.ca_pem) != invitation.ca_fingerprint:
+        raise CertificateError(
+            f"the invitation for {invitation.name} names the authority "
+            f"{invitation.ca_fingerprint}, and carries another",
+            hint="It was damaged or changed on its way. Ask for a new one.",
+        )
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with contextlib.suppress(MembershipError):
+        known = read_membership(home)
+        if known.name != invitation.name:
+            raise InvitationError(
+                f"{home} is the home of {known.name}, the invitation is for {invitation.name}",
+                hint="Choose another --home for another member.",
+            )
+    data = own_part(open_data(node.data.path), node.data, invitation.name)
+    facts = Facts(
+        data_sha256=data.sha256,
+        tokenizer_sha256=data.tokenizer_sha256,
+        train_tokens=data.silos[invitation.name].train_tokens,
+        photon_version=photon_version(),
+    )
+    pending = home / f"{KEY_FILE}.new"
+    key = NodeKey.load(pending) if pending.exists() else NodeKey.create(pending)
+    (home / CA_FILE).write_text(invitation.ca_pem, encoding="ascii")
+    desk = DeskClient(invitation.address, home / CA_FILE, key)
+    answer = desk.join(invitation.token, invitation.name, key.public_pem, facts)
+    membership = Membership(
+        name=invitation.name,
+        address=invitation.address,
+        ca_fingerprint=invitation.ca_fingerprint,
+        data_sha256=facts.data_sha256,
+        store=answer.get("store"),
+    )
+    # The aggregator believes the new key from now on: it takes the old one's place.
+    pending.replace(home / KEY_FILE)
+    _write_membership(home, membership)
+    return membership
+
+
+def moved(home: Path, address: str) -> Membership:
+    """Note that the aggregator is at another address now; who it must be stays the same."""
+    known = read_membership(home)
+    if known.address != address:
+        known = Membership(
+            known.name, address, known.ca_fingerprint, known.data_sha256, known.store
+        )
+        _write_membership(home, known)
+    return known
+
+
+class Node:
+    """All services of one site.
+
+    Args:
+        home: of the node, where an invitation was accepted.
+        node_file: node.toml, for the trainer.
+        log: told each line of every service.
+        on_event: told what happens to services, in words.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        node_file: Path,
+        *,
+        log: Callable[[str], None],
+        on_event: Callable[[str], None] | None = None,
+    ) -> None:
+        self._home = home.absolute()
+        self._node_file = node_file.absolute()
+        self._on_event = on_event or (lambda _: None)
+        self._membership = read_membership(self._home)
+        NodeKey.load(self._home / KEY_FILE)  # now, and with its own words where it can't be read
+        self._supervisor = Supervisor(
+            self._home / RECORD,
+            self._home / "logs",
+            log=log,
+            events=self._told,
+            facts={"name": self._membership.name, "aggregator": self._membership.address},
+        )
+
+    def run(self, *, on_ready: Callable[[], None] | None = None) -> None:
+        """Take part until stopped.
+
+        Args:
+            on_ready: called once the services are started; the aggregator may still be away.
+
+        Raises:
+            ServiceLostError: the trainer, or another, dies again and again.
+        """
+        with self._supervisor as supervisor, self._ending_on_signals():
+            supervisor.start(self._trainer())
+            runtime_port = free_ports(1)[0]
+            secret = commands.write_secret(self._home / "shim.secret")
+            supernode = commands.supernode(
+                home=self._home,
+                superlink=self._membership.address,
+                ca=self._home / CA_FILE,
+                key=self._home / KEY_FILE,
+                runtime_port=runtime_port,
+                secret=secret,
+            )
+            supervisor.start(
+                Service(
+                    "supernode",
+                    supernode.argv,
+                    environment=supernode.env,
+                    ready=lambda: answers("127.0.0.1", runtime_port),
+                    # The aggregator being away is no reason to give up.
+                    restarts=RestartPolicy(
+                        longest_pause_s=30.0, most_deaths=None, patience=(_REFUSED,)
+                    ),
+                ),
+                wait=False,
+            )
+            shim = commands.shim(
+                home=self._home,
+                runtime_port=runtime_port,
+                secret=secret,
+                trainer=self._home / "trainer.sock",
+            )
+            supervisor.start(
+                Service(
+                    "shim",
+                    shim.argv,
+                    environment=shim.env,
+                    restarts=RestartPolicy(longest_pause_s=30.0, most_deaths=None),
+                ),
+                wait=False,
+            )
+            if on_ready is not None:
+                on_ready()
+            supervisor.wait()
+
+    def _trainer(self) -> Service:
+        socket_path = self._home / "trainer.sock"
+        return Service(
+            "trainer",
+            (
+                *(sys.executable, "-m", "photon.silo"),
+                *("--home", str(self._home), "--node", str(self._node_file)),
+            ),
+            environment=dict(os.environ),
+            ready=socket_path.exists,
+            ready_s=180.0,
+            stop_s=15.0,
+        )
+
+    def _told(self, event: ServiceEvent) -> None:
+        if event.kind in ("died", "restarted", "given up"):
+            self._on_event(f"{event.service}: {event.text}")
+
+    @contextlib.contextmanager
+    def _ending_on_signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the services; nothing is lost by it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        kept = {
+            one: signal.signal(one, lambda *_: self._supervisor.ask_to_stop())
+            for one in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for one, handler in kept.items():
+                signal.signal(one, handler)
+
+
+def _write_membership(home: Path, membership: Membership) -> None:
+    record = {name: value for name, value in vars(membership).items() if value is not None}
+    beside = home / f".{MEMBERSHIP_FILE}.partial"
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    beside.replace(home / MEMBERSHIP_FILE)

@@ -1,0 +1,404 @@
+"""A federation across hosts with their own addresses: network namespaces on a bridge.
+
+`make sites` runs these; they need root and Debian's iproute2, and take minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PHOTON = (sys.executable, "-m", "photon.cli.main")
+_SUBNET = "10.77.0"
+
+
+def why_not() -> str | None:
+    """Why there can be no hosts here."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "there is no ip command (Debian's package iproute2)"
+    tried = subprocess.run(["ip", "netns", "add", "photon-try"], capture_output=True, text=True)
+    if tried.returncode:
+        return f"no network namespaces here: {tried.stderr.strip()}"
+    subprocess.run(["ip", "netns", "del", "photon-try"], check=False)
+    return None
+
+
+def ip(*words: str, inside: str | None = None) -> None:
+    """Run `ip`, in a namespace if one is named."""
+    place = ["-n", inside] if inside is not None else []
+    subprocess.run(["ip", *place, *words], check=True, capture_output=True, text=True)
+
+
+class Network:
+    """A switch with hosts. A context manager: everything is taken down at the end.
+
+    Args:
+        hosts: names; the first gets 10.77.0.1, and so on.
+    """
+
+    def __init__(self, *hosts: str) -> None:
+        self._mark = f"p{os.getpid() % 10_000}"
+        self.hosts = {
+            name: Host(name, f"{self._mark}-{name}", f"{_SUBNET}.{number}")
+            for number, name in enumerate(hosts, start=1)
+        }
+
+    def __enter__(self) -> Network:
+        switch = f"{self._mark}-switch"
+        try:
+            ip("netns", "add", switch)
+            ip("link", "add", "bridge", "type", "bridge", inside=switch)
+            ip("link", "set", "bridge", "up", inside=switch)
+            for number, host in enumerate(self.hosts.values()):
+                port = f"port{number}"
+                ip("netns", "add", host.space)
+                ip(
+                    "link",
+                    "add",
+                    port,
+                    "netns",
+                    switch,
+                    "type",
+                    "veth",
+                    "peer",
+                    "name",
+                    "eth0",
+                    "netns",
+                    host.space,
+                )
+                ip("link", "set", port, "master", "bridge", "up", inside=switch)
+                ip("address", "add", f"{host.address}/24", "dev", "eth0", inside=host.space)
+                ip("link", "set", "eth0", "up", inside=host.space)
+                ip("link", "set", "lo", "up", inside=host.space)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for host in self.hosts.values():
+            host.end()
+        for space in [f"{self._mark}-switch", *(host.space for host in self.hosts.values())]:
+            subprocess.run(["ip", "netns", "del", space], capture_output=True, check=False)
+
+    def __getitem__(self, name: str) -> Host:
+        return self.hosts[name]
+
+
+class Host:
+    """A network namespace, and the processes that a test started in it."""
+
+    def __init__(self, name: str, space: str, address: str) -> None:
+        self.name = name
+        self.space = space
+        self.address = address
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    def start(
+        self, *words: str | Path, log: Path, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Start a program here, in a process group of its own; it ends with this process."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.space, *map(str, words)],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        self._started.append(process)
+        return process
+
+    def run(
+        self, *words: str | Path, timeout_s: float = 60.0, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program here to its end."""
+        return subprocess.run(
+            ["ip", "netns", "exec", self.space, *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=check,
+        )
+
+    def python(self, program: str, *words: str, timeout_s: float = 60.0) -> Any:
+        """Run some lines of Python here; what they print is JSON."""
+        done = self.run(sys.executable, "-c", program, *words, timeout_s=timeout_s, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    def end(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.terminate()
+        for process in self._started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def await_(what: str, true: Callable[[], bool], *, within_s: float) -> float:
+    """Wait until something is so; the seconds it took."""
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() - start < within_s, f"not within {within_s} s: {what}"
+        time.sleep(0.1)
+    return time.monotonic() - start
+
+
+def kill(pid: int) -> None:
+    """kill -9, and wait until it is gone."""
+    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+def children(pid: int) -> Sequence[int]:
+    """Processes that this one started."""
+    try:
+        return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Federation:
+    """An aggregator and its silos, each on a host of its own.
+
+    Args:
+        folder: for everything.
+        network: hosts "aggregator" and one for each silo.
+        run_file: TOML; its [serve] is written here.
+        data: prepared folder with a silo for each.
+        silos: names of the silos, which are the hosts' too.
+    """
+
+    def __init__(
+        self, folder: Path, network: Network, run_file: str, data: Path, silos: Sequence[str]
+    ) -> None:
+        self.folder = folder
+        self.network = network
+        self.silos = list(silos)
+        self.home = folder / "server"
+        self.run = folder / "run"
+        self.run_file = folder / "run.toml"
+        aggregator = network["aggregator"]
+        self.run_file.write_text(
+            run_file
+            + f"""
+[serve]
+listen = "0.0.0.0:8443"
+host = "{aggregator.address}"
+home = "{self.home}"
+min_silos = {len(self.silos)}
+silos = {json.dumps(self.silos)}
+"""
+        )
+        for silo in self.silos:
+            (folder / f"{silo}.toml").write_text(
+                f"""
+[data]
+path = "{data}"
+
+[compute]
+device = "cpu"
+threads = 1
+"""
+            )
+        self.serving: subprocess.Popen[bytes] | None = None
+        self.joined: dict[str, subprocess.Popen[bytes]] = {}
+
+    def serve(self) -> None:
+        """Start the aggregator, or go on with its run."""
+        words = (
+            ["--resume", self.run]
+            if (self.run / "serve.json").exists()
+            else [
+                self.run_file,
+                "--run-dir",
+                self.run,
+            ]
+        )
+        self.serving = self.network["aggregator"].start(
+            *PHOTON, "serve", *words, "--quiet", log=self.folder / "serve.log"
+        )
+
+    def await_door(self, within_s: float = 180.0) -> None:
+        """Until silos can join."""
+
+        def up() -> bool:
+            assert self.serving is not None
+            assert self.serving.poll() is None, self.log()
+            try:
+                record = json.loads((self.home / "serve.json").read_text())
+            except (OSError, ValueError):
+                return False
+            return "superexec" in record.get("services", {})
+
+        await_("the aggregator is up", up, within_s=within_s)
+
+    def invite(self, silo: str) -> Path:
+        """An invitation file for a silo."""
+        file = self.folder / f"{silo}.invitation.toml"
+        file.unlink(missing_ok=True)
+        self.network["aggregator"].run(
+            *PHOTON, "invite", silo, "--run-file", self.run_file, "--out", file
+        )
+        return file
+
+    def join(self, silo: str, invitation: Path | None = None) -> None:
+        """Start a silo's node."""
+        words = ["--invite", invitation] if invitation is not None else []
+        self.joined[silo] = self.network[silo].start(
+            *PHOTON,
+            "join",
+            *words,
+            "--node",
+            self.folder / f"{silo}.toml",
+            "--home",
+            self.node_home(silo),
+            log=self.folder / f"{silo}.log",
+        )
+
+    def node_home(self, silo: str) -> Path:
+        return self.folder / silo
+
+    def begin(self) -> None:
+        """Everything up, all silos invited and joined."""
+        self.serve()
+        self.await_door()
+        for silo in self.silos:
+            self.join(silo, self.invite(silo))
+
+    def pid(self, home: Path, service: str) -> int | None:
+        """Of a service that runs now."""
+        for name in ("serve.json", "join.json"):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found = json.loads((home / name).read_text())["services"][service]["pid"]
+                if Path(f"/proc/{found}").exists():
+                    return int(found)
+        return None
+
+    def server_app(self) -> int | None:
+        """The process of the federation's loop."""
+        superexec = self.pid(self.home, "superexec")
+        found = children(superexec) if superexec is not None else []
+        return found[0] if found else None
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Events of one kind, so far."""
+        with contextlib.suppress(OSError):
+            lines = (self.run / "events.jsonl").read_text().splitlines()
+            records = []
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    records.append(json.loads(line))
+            return [one for one in records if one.get("event") == name]
+        return []
+
+    def summary(self) -> dict[str, Any] | None:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((self.run / "summary.json").read_text())
+        return None
+
+    def await_end(self, within_s: float) -> dict[str, Any]:
+        """Until the run is over; its summary."""
+
+        def over() -> bool:
+            assert self.serving is not None
+            if self.summary() is None:
+                assert self.serving.poll() is None, self.log()
+            return self.summary() is not None
+
+        await_("the run is over", over, within_s=within_s)
+        found = self.summary()
+        assert found is not None
+        return found
+
+    def log(self) -> str:
+        """The end of the aggregator's log."""
+        try:
+            return (self.folder / "serve.log").read_text()[-6000:]
+        except OSError:
+            return "(no log)"
+
+    def audit(self) -> list[dict[str, Any]]:
+        """The verified log of rounds."""
+        checked = subprocess.run(
+            [*PHOTON, "audit", str(self.run), "--json"], capture_output=True, text=True, timeout=60
+        )
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        lines = (self.run / "audit.jsonl").read_text().splitlines()
+        return [one for one in map(json.loads, lines) if one["kind"] == "round"]
+
+
+@pytest.fixture(scope="session")
+def hosts_possible() -> None:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def silos() -> list[str]:
+    return ["lab-a", "lab-b", "lab-c", "lab-d"]
+
+
+@pytest.fixture(scope="session")
+def silo_data(tmp_path_factory: pytest.TempPathFactory, write_corpus, silos: list[str]) -> Path:
+    """Prepared text of four silos of different sizes."""
+    from photon.data import PrepareOptions, prepare
+
+    root = tmp_path_factory.mktemp("sites")
+    sizes = {silo: 16 + 4 * number for number, silo in enumerate(silos)}
+    options = PrepareOptions(
+        input=str(write_corpus(root / "text", sizes)),
+        out=root / "data",
+        metadata=root / "metadata.csv",
+        silo_field="party",
+        vocab_size=300,
+        global_fraction=0.1,
+        silo_fraction=0.1,
+    )
+    return prepare(options).path
+
+
+@pytest.fixture
+def make_federation(hosts_possible, tmp_path, silos, silo_data):
+    """Builds federations; takes their hosts down at the end."""
+    networks = []
+
+    def make(
+        run_file: str, *, extra_hosts: Sequence[str] = (), only: Sequence[str] = ()
+    ) -> Federation:
+        chosen = list(only) or silos
+        network = Network("aggregator", *chosen, *extra_hosts)
+        networks.append(network)
+        network.__enter__()
+        return Federation(tmp_path, network, run_file, silo_data, chosen)
+
+    yield make
+    for network in networks:
+        network.__exit__()

@@ -1,0 +1,189 @@
+"""Somebody with the authority's certificate and a cable: what the door lets through."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.sites, pytest.mark.timeout(900)]
+
+#: Asks the door for paths, over TLS that trusts the authority; prints {path: status}.
+ASK = """
+import http.client, json, ssl, sys
+address, ca, requests = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+context = ssl.create_default_context(cafile=ca)
+found = {}
+for method, path, body, headers in requests:
+    door = http.client.HTTPSConnection(address, 8443, context=context, timeout=20)
+    door.request(method, path, body=body.encode() if body else None, headers=headers)
+    answer = door.getresponse()
+    found[method + " " + path] = [answer.status, answer.read(2000).decode(errors="replace")]
+    door.close()
+print(json.dumps(found))
+"""
+
+#: Which TCP ports of an address answer.
+SCAN = """
+import json, socket, sys
+from concurrent.futures import ThreadPoolExecutor
+def open_(port):
+    with socket.socket() as one:
+        one.settimeout(1.0)
+        return one.connect_ex((sys.argv[1], port)) == 0
+with ThreadPoolExecutor(200) as pool:
+    ports = [port for port, found in zip(range(1, 65536), pool.map(open_, range(1, 65536))) if found]
+print(json.dumps(ports))
+"""
+
+
+#: Asks the desk for leave with a member's key, for what is not that member's.
+GRANTS = """
+import json, sys
+from pathlib import Path
+from photon.errors import PhotonError
+from photon.membership.keys import NodeKey
+from photon.silo.desk_client import DeskClient
+address, ca, key, task, wants = sys.argv[1:6]
+book = DeskClient(address, Path(ca), NodeKey.load(Path(key))).grants(task)
+found = {}
+for verb, name in json.loads(wants):
+    try:
+        grant = book(verb, name, 4, "0" * 64)
+        found[verb + " " + name] = "granted"
+    except PhotonError as error:
+        found[verb + " " + name] = f"{error.exit_code}: {error.message}"
+print(json.dumps(found))
+"""
+
+RUN = """
+[run]
+name = "attacked"
+
+[model]
+preset = "tiny"
+
+[data]
+path = "{data}"
+sequence_length = 32
+
+[federation]
+rounds = 200
+silence_s = 60
+
+[local]
+steps = 20
+batch_size = 4
+
+[compute]
+device = "cpu"
+threads = 1
+
+[eval]
+every = 0
+max_tokens = 1000
+"""
+
+
+def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data, tmp_path) -> None:
+    federation = make_federation(
+        RUN.format(data=silo_data), extra_hosts=["mallory"], only=["lab-a", "lab-b"]
+    )
+    federation.begin()
+    until = time.monotonic() + 300
+    while not federation.events("round_finished"):
+        assert time.monotonic() < until, federation.log()
+        time.sleep(0.3)
+    mallory = federation.network["mallory"]
+    aggregator = federation.network["aggregator"]
+    ca = federation.home / "ca.crt"
+
+    # One port, and no other.
+    assert mallory.python(SCAN, aggregator.address, timeout_s=400) == [8443]
+
+    # Behind it: Flower's fleet, which wants a registered key; the desk, which wants a member's
+    # signature or an invitation; presigned paths of the store. Nothing else answers.
+    run_id = json.loads((federation.run / "serve.json").read_text())["run_id"]
+    nothing = [
+        *("/v1/control/list-runs", "/v1/control/start-run", "/v1/control/register-node"),
+        *("/v1/runtime/acquire-task", "/v1/runtime/pull-messages", "/v1/responses", "/health"),
+        *("/docs", "/openapi.json", "/v1/fleet/../control/list-runs", "/v1//control/list-runs"),
+        *("/v1/fleet/%2e%2e/control/list-runs", "/V1/CONTROL/list-runs", "/operator/status"),
+        *("/photon/v1/../../operator/status", "/photon/v1/%2e%2e/operator/drain", "/metrics"),
+        *("/dir/status", "/cluster/status", "/vol/vacuum", "/photon?list-type=2", "/photon"),
+    ]
+    key = f"/photon/{run_id}/global/state"
+    asked = [["POST", path, "{}", {}] for path in nothing]
+    asked += [["GET", path, "", {}] for path in nothing]
+    asked += [["GET", key, "", {}], ["PUT", key, "evil", {}], ["DELETE", key, "", {}]]
+    answers = _ask(mallory, aggregator.address, ca, asked)
+    assert {words: status for words, (status, _) in answers.items() if status != 404} == {}
+    forged = f"{key}?X-Amz-Signature={'0' * 64}&X-Amz-Algorithm=AWS4-HMAC-SHA256"
+    closed = _ask(
+        mallory,
+        aggregator.address,
+        ca,
+        [
+            ["GET", forged, "", {}],
+            ["PUT", forged, "evil", {}],
+            ["POST", "/photon/v1/grants", "{}", {}],
+            ["POST", "/photon/v1/presence", "{}", {}],
+            ["POST", "/photon/v1/join", json.dumps({"token": "x" * 43, "name": "mallory"}), {}],
+            ["POST", "/v1/fleet/activate-node", "", {}],
+        ],
+    )
+    for words, (status, text) in closed.items():
+        assert 400 <= status < 500, (words, status, text)
+
+    # With a key of its own that nobody invited, a supernode is not let in.
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    mallory.python(
+        "import sys; from pathlib import Path; from photon.membership.keys import NodeKey; "
+        "NodeKey.create(Path(sys.argv[1])); print('null')",
+        str(stranger / "node.key"),
+    )
+    refused = mallory.run(
+        *(sys.executable, "-m", "photon.engines.flower.supernode"),
+        *("--superlink", f"{aggregator.address}:8443", "--root-certificates", ca),
+        *("--auth-supernode-private-key", stranger / "node.key", "--isolation", "process"),
+        *("--host", "127.0.0.1", "--port", "19094", "--max-retries", "1"),
+        *("--state", stranger / "supernode.json"),
+        timeout_s=90,
+        check=False,
+    )
+    assert refused.returncode != 0, refused.stdout + refused.stderr
+    assert not (stranger / "supernode.json").exists()
+
+    # A member's key opens that member's task only.
+    task = f"{run_id}/fit/{_round(federation)}/lab-b"
+    stolen = tmp_path / "stolen.key"
+    shutil.copy(federation.node_home("lab-a") / "node.key", stolen)
+    stolen.chmod(0o600)
+    wants = [
+        ["GET", f"{run_id}/silos/lab-b/update/round-000001/x.json"],
+        ["PUT", f"{run_id}/silos/lab-b/update/round-000001/lab-b-{'0' * 16}.json"],
+        ["PUT", f"{run_id}/global/state/round-000001/{'0' * 64}.json"],
+    ]
+    place = f"{aggregator.address}:8443"
+    told = mallory.python(GRANTS, place, str(ca), str(stolen), task, json.dumps(wants))
+    assert all(words != "granted" for words in told.values()), told
+
+    # All of it was seen, and the run went on.
+    before = len(federation.events("round_finished"))
+    until = time.monotonic() + 120
+    while len(federation.events("round_finished")) < before + 2:
+        assert time.monotonic() < until, federation.log()
+        time.sleep(0.3)
+
+
+def _ask(host: Any, address: str, ca: Any, requests: list[list[Any]]) -> dict[str, Any]:
+    return host.python(ASK, address, str(ca), json.dumps(requests), timeout_s=200)
+
+
+def _round(federation: Any) -> int:
+    return federation.events("round_started")[-1]["round"]
