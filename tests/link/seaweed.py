@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,15 +13,13 @@ from pathlib import Path
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from photon.link import ObjectStore, S3Presigner
+from photon.deploy.embedded_store import REGION, EmbeddedStore, StoreOptions
+from photon.errors import DeployError
+from photon.store.object_store import ObjectStore
+from photon.store.presign import S3Presigner
 
 #: A start takes about 3 s; on a machine with other work many times that.
 _READY_S = 60.0
-
-_PORTS = (
-    *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc"),
-    *("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc"),
-)
 
 
 class Seaweed:
@@ -35,23 +30,17 @@ class Seaweed:
     """
 
     bucket = "photon-test"
-    region = "us-east-1"
+    region = REGION
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        self._ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-        self.port = self._ports["s3.port"]
-        self.endpoint = f"http://127.0.0.1:{self.port}"
-        self.access_key_id = secrets.token_hex(10)
-        self.secret = secrets.token_hex(20)
-        (folder / "data").mkdir(parents=True)
-        identity = {
-            "name": "aggregator",
-            "credentials": [{"accessKey": self.access_key_id, "secretKey": self.secret}],
-            "actions": ["Admin"],
-        }
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
+        options = StoreOptions(bucket=self.bucket, min_free_gib=0.1, volume_mib=64)
+        self._embedded = EmbeddedStore(folder, options)
+        self.port = self._embedded.port
+        self.endpoint = self._embedded.endpoint
+        self.access_key_id = self._embedded.access_key_id
+        self.secret = self._embedded.secret
 
     def start(self) -> None:
         """Start it and wait until it takes objects."""
@@ -60,27 +49,13 @@ class Seaweed:
 
     def launch(self) -> None:
         """Start it, from the main thread; it takes objects some seconds later."""
-        folder = self._folder
-        command = [
-            *(str(Path(sys.executable).parent / "weed"), "server", f"-dir={folder / 'data'}"),
-            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-            *(f"-{name}={port}" for name, port in self._ports.items()),
-            *("-master.telemetry=false", "-master.electionTimeout=1s"),
-            *("-master.volumeSizeLimitMB=64", "-volume.max=0", "-volume.preStopSeconds=1"),
-            *("-filer.disableHttp", f"-filer.localSocket={folder / 'filer.sock'}"),
-            *("-s3", f"-s3.config={folder / 's3.json'}", f"-s3.localSocket={folder / 's3.sock'}"),
-            *("-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.iam=false"),
-            # No -s3.externalUrl: signatures are checked against the host that a request names,
-            # so a test may put something between.
-            "-s3.autoCreateBucket=false",
-        ]
-        with (folder / "weed.log").open("ab") as log:
+        with (self._folder / "weed.log").open("ab") as log:
             self._process = subprocess.Popen(
-                command,
+                self._embedded.command(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                cwd=folder,
+                cwd=self._folder,
                 env={**os.environ, "GOMEMLIMIT": "512MiB"},
                 preexec_fn=_die_with_parent,
             )
@@ -129,11 +104,11 @@ class Seaweed:
             if self._process.poll() is not None:
                 raise AssertionError(f"SeaweedFS ended: {self._log_end()}")
             try:
-                self._make_bucket()
+                self._embedded.make_bucket()
                 store.put("ready", b"ready")
                 assert bytes(store.get("ready").bytes()) == b"ready"
                 store.delete(["ready"])
-            except (BaseError, OSError) as error:
+            except (BaseError, DeployError, OSError) as error:
                 last = str(error).splitlines()[0]
                 time.sleep(0.1)
             else:
@@ -142,39 +117,9 @@ class Seaweed:
             f"waited {_READY_S:.0f} s for SeaweedFS to take an object: {last}\n{self._log_end()}"
         )
 
-    def _make_bucket(self) -> None:
-        """A bucket is a folder of S3's: PUT on its name, which no obstore call sends."""
-        import httpx2
-
-        signed = S3Presigner(
-            self.endpoint,
-            self.bucket,
-            region=self.region,
-            access_key_id=self.access_key_id,
-            secret=self.secret,
-        ).bucket_request("PUT", 60)
-        try:
-            answer = httpx2.request("PUT", signed.url, timeout=10, trust_env=False)
-        except httpx2.HTTPError as error:
-            raise OSError(str(error)) from error
-        if answer.status_code not in (200, 409):
-            raise OSError(f"creating the bucket: {answer.status_code} {answer.text[:300]}")
-
     def _log_end(self) -> str:
         log = (self._folder / "weed.log").read_text(encoding="utf-8", errors="replace")
         return "\n".join(log.splitlines()[-15:])
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens on just now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def _die_with_parent() -> None:

@@ -134,8 +134,9 @@ def join(
     `photon join --node node.toml`
     """
     from photon.config import load_node_config
-    from photon.deploy.join import Node, accept_invitation, moved
+    from photon.deploy.join import KEY_FILE, Node, accept_invitation, moved
     from photon.membership.invitation import read_invitation
+    from photon.membership.keys import NodeKey
     from photon.silo.policy import MEMBERSHIP_FILE
 
     console = Console(stderr=True)
@@ -144,9 +145,9 @@ def join(
     if invite is not None:
         invitation = read_invitation(invite)
         membership = accept_invitation(invitation, node, home)
+        key = NodeKey.load(home / KEY_FILE)
         console.print(
-            f"{membership.name} is a member at {membership.address} "
-            f"(authority {membership.ca_fingerprint})",
+            f"{membership.name} is a member at {membership.address}; its key is {key.fingerprint}",
             highlight=False,
             soft_wrap=True,
         )
@@ -337,7 +338,7 @@ def _show_status(found: dict[str, Any]) -> None:
             f"{', '.join(waiting['here']) or 'none'}; until {until}",
             highlight=False,
         )
-    table = Table("member", "key", "doing", "round", "step", "since", "seen", "until", box=None)
+    table = Table("member", "key", "doing", "round", "step", "since", "seen", "until", "", box=None)
     for member in found["members"]:
         doing = member.get("presence") or {}
         table.add_row(
@@ -349,6 +350,7 @@ def _show_status(found: dict[str, Any]) -> None:
             _ago(doing.get("since"), found["server_time"]),
             _ago(doing.get("seen_at"), found["server_time"]),
             _clock(doing.get("until")),
+            doing.get("detail", ""),
         )
     console.print(table)
     services = Table("service", "state", "pid", "since", "restarts", "", box=None)

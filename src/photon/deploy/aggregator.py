@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from photon.engines.flower.post import FlowerPost
 from photon.engines.flower.server_app import make_app, run_folder
 from photon.runs.serving import continue_run
 
-app = make_app(lambda post: continue_run(run_folder(), post))
+
+def _continue(post: FlowerPost) -> None:
+    continue_run(run_folder(), post)
+
+
+app = make_app(_continue)

@@ -31,7 +31,12 @@ from photon.deploy.supervisor import (
     Supervisor,
 )
 from photon.engines.flower import commands
-from photon.errors import CertificateError, InvitationError, MembershipError
+from photon.errors import (
+    CertificateError,
+    InvitationError,
+    KeyInUseError,
+    MembershipError,
+)
 from photon.membership.invitation import Invitation, certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts
@@ -43,7 +48,7 @@ from photon.version import photon_version
 KEY_FILE, CA_FILE, RECORD = "node.key", "ca.crt", "join.json"
 
 #: A supernode that is refused just after a crash is let in once the old one counts as gone.
-_REFUSED = Patience(exit_codes=frozenset({305 % 256}), pause_s=5.0)
+_REFUSED = Patience(exit_codes=frozenset({KeyInUseError.exit_code}), pause_s=5.0)
 
 
 def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:

@@ -308,7 +308,7 @@ class Aggregator:
             presigner,
             register=self._register,
             operator_socket=self._home / OPERATOR_SOCKET,
-            limits=DeskLimits(),
+            limits=DeskLimits(grant_s=self._serve.grant_s),
             services=lambda: [vars(one) for one in self._supervisor.status()],
             progress=self.status,
             on_event=self._desk_told,

@@ -247,16 +247,24 @@ def presigner_for(store: Store, *, public_url: str | None = None) -> Presigner:
     backend = store.backend if isinstance(store, ObjectStore) else None
     if isinstance(backend, S3Store):
         config = backend.config
-        bucket, region = config.get("bucket"), config.get("region") or "us-east-1"
-        access_key_id, secret = config.get("access_key_id"), config.get("secret_access_key")
+        bucket = config.get("bucket")
+        region = _of(config, "region", "AWS_REGION", "AWS_DEFAULT_REGION") or "us-east-1"
+        endpoint = _of(config, "endpoint", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+        # Both from the same place: an id from here does not go with a secret from there.
+        if config.get("access_key_id"):
+            names = ("access_key_id", "secret_access_key", "session_token")
+            access_key_id, secret, token = (config.get(name) for name in names)
+        else:
+            names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+            access_key_id, secret, token = (os.environ.get(name) for name in names)
         if bucket and access_key_id and secret:
             return S3Presigner(
-                public_url or config.get("endpoint") or f"https://s3.{region}.amazonaws.com",
+                public_url or endpoint or f"https://s3.{region}.amazonaws.com",
                 str(bucket),
-                region=str(region),
+                region=region,
                 access_key_id=str(access_key_id),
                 secret=str(secret),
-                session_token=config.get("session_token"),
+                session_token=str(token) if token else None,
                 prefix=backend.prefix or "",
             )
     if isinstance(backend, S3Store | GCSStore | AzureStore) and public_url is None:
@@ -265,6 +273,13 @@ def presigner_for(store: Store, *, public_url: str | None = None) -> Presigner:
         f"can't sign grants for {store}" + (" at another URL" if public_url else ""),
         hint="Grants need an object store (s3, gs, az); with a front door, S3 and a key pair.",
     )
+
+
+def _of(config: Mapping[str, Any], name: str, *variables: str) -> str | None:
+    """An option of obstore's, from the store or from the environment, where obstore looks too."""
+    if config.get(name):
+        return str(config[name])
+    return next((os.environ[one] for one in variables if os.environ.get(one)), None)
 
 
 def _endpoint(options: Mapping[str, str]) -> str:

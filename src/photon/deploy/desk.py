@@ -1,0 +1,487 @@
+"""The desk of `photon serve`: invitations, presence, and leave to read or write the store.
+
+It listens on loopback, and the front door forwards /photon/v1/* to it. What an operator may ask is
+on a unix socket that only the user who runs serve can open, and never behind the door.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from photon.deploy.desk_requests import (
+    DESK_PATH,
+    Allowance,
+    DeskLimits,
+    Granting,
+    GrantsBody,
+    JoinBody,
+    PresenceBody,
+    parse_body,
+    printable,
+)
+from photon.deploy.desk_server import (
+    Caller,
+    RefusedError,
+    Routes,
+    ServerThread,
+    ask_operator,
+    loopback_socket,
+    private_socket,
+)
+from photon.errors import (
+    DeployError,
+    InvitationError,
+    KeyInUseError,
+    PhotonError,
+    ProtocolError,
+    SignatureError,
+    UnknownMemberError,
+    UnreachableError,
+)
+from photon.membership.keys import canonical_pem, fingerprint_of
+from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
+from photon.membership.signing import RequestVerifier
+from photon.store.presign import Presigner
+from photon.version import photon_version
+
+__all__ = ["Desk", "DeskLimits", "ask_operator"]
+
+logger = logging.getLogger("photon.desk")
+
+#: Registers a member's key with the control engine, again if need be; the engine's number for it.
+Register = Callable[[Member], int]
+
+#: Told what happened: "joined", "registered", "refused", "drain" or "stop", and about it.
+OnEvent = Callable[[str, dict[str, Any]], None]
+
+#: Wait for the registrations before this one.
+_TURN_S = 30.0
+
+#: Of one member that says it is here while the engine does not know it.
+_REGISTRATIONS_PER_MINUTE = 6
+
+#: Of an open task, for the operator.
+_TASK_SHOWN = ("id", "run", "round", "silo", "kind", "opened_at", "until", "most_bytes")
+_EVENTS_SHOWN = 20
+
+#: Noted by the roster itself, which also bounds how often.
+_NOTED_BY_ROSTER = (InvitationError, UnknownMemberError, KeyInUseError)
+
+
+class Desk:
+    """Answers silos and the operator, in a thread of its own.
+
+    Args:
+        roster: members, tasks, settings; other processes change it at the same time.
+        presigner: makes grants, with URLs as silos see the store.
+        register: called when somebody joined, after the roster has the key, one call at a time;
+            words that it raises reach the node, which asks again.
+        operator_socket: where to listen for the operator; None for nowhere.
+        limits: see there.
+        services: what `photon status` shows of the supervised processes.
+        progress: what it shows of the run, likewise.
+        on_event: told of what happens, from several threads; it must not block.
+        store_origin: scheme, host and port that grants name, where the store is not behind the
+            door: silos hold every grant against it.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        presigner: Presigner,
+        *,
+        register: Register,
+        operator_socket: Path | None = None,
+        limits: DeskLimits | None = None,
+        services: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
+        progress: Callable[[], Mapping[str, Any]] = dict,
+        on_event: OnEvent | None = None,
+        store_origin: str | None = None,
+    ) -> None:
+        self._roster = roster
+        self._store_origin = store_origin
+        self._register = register
+        self._operator_socket = operator_socket
+        self._limits = limits or DeskLimits()
+        self._services = services
+        self._progress = progress
+        self._on_event = on_event
+        self._granting = Granting(roster, presigner, self._limits)
+        self._counters = _Counters(self._limits)
+        #: By member: what it does, and since when (seconds since the epoch).
+        self._since: dict[str, tuple[tuple[str, str, int, str], float]] = {}
+        self._verifier = RequestVerifier(roster.by_fingerprint)
+        self._joiner = threading.local()
+        self._join_verifier = RequestVerifier(self._find_joiner)
+        self._registering = threading.Lock()
+        self._server: ServerThread | None = None
+        self._started_at = 0.0
+        self.port = 0
+
+    # --- running ---
+
+    def start(self, port: int = 0) -> None:
+        """Listen on loopback; when this returns, requests are answered.
+
+        Args:
+            port: any free one if 0; the attribute `port` says which.
+
+        Raises:
+            PortInUseError: somebody else listens there, or on the operator's socket.
+            DeployError: the operator's socket can't be made, or the server does not come up.
+        """
+        if self._server is not None:
+            raise DeployError("this desk was started already")
+        self._started_at = time.time()
+        listener = loopback_socket(port)
+        self.port = listener.getsockname()[1]
+        served = [(self._for_silos().application(), listener)]
+        if self._operator_socket is not None:
+            try:
+                private = private_socket(self._operator_socket)
+            except BaseException:
+                listener.close()
+                raise
+            served.append((self._for_operator().application(), private))
+        self._server = ServerThread(served, most_connections=self._limits.most_connections)
+        self._server.start()
+
+    def stop(self) -> None:
+        """Answer what was asked, then listen no more. Again changes nothing."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        if self._operator_socket is not None:
+            with contextlib.suppress(OSError):
+                self._operator_socket.unlink()
+        server.stop()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._server is not None and self._server.alive
+
+    def _for_silos(self) -> Routes:
+        routes = Routes(self._note_caller, body_s=self._limits.body_s)
+        routes.add("POST", f"{DESK_PATH}/join", self._join, self._limits.body_bytes)
+        routes.add("POST", f"{DESK_PATH}/presence", self._presence, self._limits.body_bytes)
+        routes.add("POST", f"{DESK_PATH}/grants", self._grants, self._limits.grants_body_bytes)
+        routes.add("GET", f"{DESK_PATH}/health", self._health, 0)
+        return routes
+
+    def _for_operator(self) -> Routes:
+        routes = Routes(self._note_caller, body_s=self._limits.body_s)
+        routes.add("GET", "/operator/status", lambda _: self.status(), 0)
+        routes.add("POST", "/operator/drain", self._drain, 1024)
+        routes.add("POST", "/operator/stop", self._stop, 1024)
+        return routes
+
+    # --- what is noted ---
+
+    def _note_caller(self, caller: Caller, error: PhotonError) -> None:
+        self._note(caller.name or caller.address, caller.path, error)
+
+    def _note(self, actor: str, path: str, error: PhotonError) -> None:
+        """In the roster's events, but not without end: a flood must not fill the disk."""
+        left_out = self._counters.noting(actor)
+        if left_out is None:
+            return
+        what = path.removeprefix(DESK_PATH + "/")
+        detail = printable(error.message)[:500]
+        if left_out:
+            detail += f" (and {left_out} refusals before it that were not noted)"
+        if not isinstance(error, _NOTED_BY_ROSTER):
+            try:
+                self._roster.note(actor, f"refused {what}", detail)
+            except Exception as trouble:
+                logger.error("can't note a refusal: %s", type(trouble).__name__)
+        self._tell(
+            "refused", {"actor": actor, "what": what, "code": error.exit_code, "why": detail}
+        )
+
+    def _tell(self, kind: str, detail: dict[str, Any]) -> None:
+        if self._on_event is None:
+            return
+        try:
+            self._on_event(kind, detail)
+        except Exception as trouble:
+            logger.error("on_event %s: %s", kind, type(trouble).__name__, exc_info=trouble)
+
+    # --- who asks ---
+
+    def _member(self, caller: Caller) -> Member:
+        """Whose request this is; an active member's, or it is refused."""
+        try:
+            member = self._verifier.verify(
+                "POST", caller.path, caller.body, caller.headers, now=time.time()
+            )
+            if member.status != "active":
+                # Raises, in words that only who holds the key gets to read.
+                member = self._roster.active(member.fingerprint)
+        except PhotonError:
+            if not self._counters.strangers.take(caller.address):
+                raise _too_many("refused requests", noted=False) from None
+            raise
+        caller.name = member.name
+        if not self._counters.requests.take(member.name):
+            raise _too_many(f"requests of {member.name}")
+        return member
+
+    def _require_own_key(self, caller: Caller, name: str, pem: str) -> None:
+        """Refuse to register a key that the caller does not hold: it may be another node's."""
+        claimed = Member(
+            name, pem, fingerprint_of(pem), "active", Facts("", "", 0, ""), 0.0, flower_node_id=None
+        )
+        self._joiner.member = claimed
+        try:
+            self._join_verifier.verify(
+                "POST", caller.path, caller.body, caller.headers, now=time.time()
+            )
+        finally:
+            self._joiner.member = None
+
+    def _find_joiner(self, fingerprint: str) -> Member:
+        member: Member | None = getattr(self._joiner, "member", None)
+        if member is None or member.fingerprint != fingerprint:
+            raise SignatureError(
+                "the request to join is signed with another key than the one it registers"
+            )
+        return member
+
+    # --- what silos ask ---
+
+    def _join(self, caller: Caller) -> dict[str, Any]:
+        if not (self._counters.joins.take(caller.address) and self._counters.all_joins.take()):
+            raise _too_many("attempts to join")
+        body = parse_body(JoinBody, caller.body)
+        facts = body.facts.facts()
+        pem = canonical_pem(body.public_key)
+        self._require_own_key(caller, body.name, pem)
+        known = [
+            one
+            for one in self._roster.members()
+            if (one.name, one.public_key, one.facts) == (body.name, pem, facts)
+            and one.status == "active"
+        ]
+        # The same node again, whose answer was lost or whose registration failed: it is in.
+        member = known[0] if known else self._roster.redeem(body.token, body.name, pem, facts)
+        if not known:
+            self._tell("joined", {"name": member.name, "fingerprint": member.fingerprint})
+        member = self._registered(member, wait_s=_TURN_S)
+        return {
+            "name": member.name,
+            "fingerprint": member.fingerprint,
+            "status": member.status,
+            "joined_at": member.joined_at,
+            "server_time": time.time(),
+            "store": self._store_origin,
+        }
+
+    def _registered(self, member: Member, *, wait_s: float) -> Member:
+        """The member with its number at the control engine; registered now if it has none.
+
+        Args:
+            wait_s: for registrations before this one.
+        """
+        if member.flower_node_id is not None or member.status != "active":
+            return member
+        if not self._registering.acquire(timeout=wait_s):
+            raise UnreachableError("others register just now", hint="Try again in some seconds.")
+        try:
+            member = self._roster.active(member.fingerprint)
+            if member.flower_node_id is None:
+                node_id = self._register_now(member)
+                # Had its key been replaced meanwhile, this would raise and the number not be noted.
+                self._roster.active(member.fingerprint)
+                self._roster.set_flower_node(member.name, node_id, fingerprint=member.fingerprint)
+                self._tell("registered", {"name": member.name, "node_id": node_id})
+            return self._roster.active(member.fingerprint)
+        finally:
+            self._registering.release()
+
+    def _register_now(self, member: Member) -> int:
+        try:
+            return self._register(member)
+        except PhotonError:
+            raise
+        except Exception as error:
+            logger.error("registering %s", member.name, exc_info=error)
+            raise DeployError(
+                f"{member.name} is a member, but could not be registered for tasks",
+                hint="Try again; the aggregator's log says why.",
+            ) from None
+
+    def _presence(self, caller: Caller) -> dict[str, Any]:
+        member = self._member(caller)
+        presence = parse_body(PresenceBody, caller.body).presence()
+        now = time.time()
+        self._roster.seen(member.name, presence, now=now)
+        doing = _doing(presence)
+        if self._since.get(member.name, (None,))[0] != doing:
+            self._since[member.name] = (doing, now)
+        if member.flower_node_id is None and self._counters.registrations.take(member.name):
+            # It has a new key, or the engine was away when it joined. The presence is fine all the
+            # same; the node is told in its answer.
+            try:
+                member = self._registered(member, wait_s=0)
+            except PhotonError as error:
+                self._note(member.name, "registration", error)
+        return {
+            "ok": True,
+            "server_time": now,
+            "member_status": member.status,
+            "registered": member.flower_node_id is not None,
+            "draining": bool(self._roster.setting("draining", False)),
+        }
+
+    def _grants(self, caller: Caller) -> dict[str, Any]:
+        member = self._member(caller)
+        body = parse_body(GrantsBody, caller.body)
+        now = time.time()
+        answers, errors = self._granting.answers(member, body, now=now)
+        if errors:
+            more = f"; and {len(errors) - 1} more in this request" if len(errors) > 1 else ""
+            self._note(member.name, caller.path, type(errors[0])(errors[0].message + more))
+        return {"server_time": now, "grants": answers}
+
+    def _health(self, _: Caller) -> dict[str, Any]:
+        return {"ok": True, "version": photon_version()}
+
+    # --- what the operator asks ---
+
+    def status(self) -> dict[str, Any]:
+        """Who is here and what each is doing, since when, until when; open tasks, services, run.
+
+        Times are seconds since the epoch.
+        """
+        now = time.time()
+        presences = self._roster.presences()
+        members, tasks = [], []
+        for member in self._roster.members():
+            own = self._roster.open_tasks(member.name)
+            tasks += own
+            members.append(
+                {
+                    "name": member.name,
+                    "status": member.status,
+                    "fingerprint": member.fingerprint,
+                    "joined_at": member.joined_at,
+                    "photon_version": member.facts.photon_version,
+                    "train_tokens": member.facts.train_tokens,
+                    "registered": member.flower_node_id is not None,
+                    **self._shown(member.name, presences.get(member.name), own, now),
+                }
+            )
+        return {
+            "server_time": now,
+            "started_at": self._started_at,
+            "version": photon_version(),
+            "draining": bool(self._roster.setting("draining", False)),
+            "stopping": bool(self._roster.setting("stopping", False)),
+            "run": _as_json(self._progress()),
+            "services": _as_json(self._services()),
+            "members": members,
+            "open_tasks": [
+                {name: getattr(task, name) for name in _TASK_SHOWN}
+                | {"granted_bytes": self._granting.written_bytes(task)}
+                for task in tasks
+            ],
+            "events": [asdict(event) for event in self._roster.events(_EVENTS_SHOWN)],
+        }
+
+    def _shown(
+        self, name: str, seen: tuple[Presence, float] | None, own: list[OpenTask], now: float
+    ) -> dict[str, Any]:
+        """Whether a member is here, and what it does; presence None if it never was here."""
+        if seen is None:
+            return {"here": False, "presence": None}
+        presence, seen_at = seen
+        known, since = self._since.get(name, (None, seen_at))
+        task = next((task for task in own if task.id == presence.task), None)
+        return {
+            "here": now - seen_at <= self._limits.here_s,
+            "presence": {
+                **{key: value for key, value in vars(presence).items() if key != "boot"},
+                "seen_at": seen_at,
+                "since": since if known == _doing(presence) else seen_at,
+                "until": task.until if task is not None else None,
+            },
+        }
+
+    def _drain(self, caller: Caller) -> dict[str, Any]:
+        """Finish the round, begin no other; {"draining": false} takes it back."""
+        wanted: Any = True
+        if caller.body:
+            try:
+                wanted = json.loads(caller.body)["draining"]
+            except (ValueError, RecursionError, KeyError, TypeError):
+                wanted = None
+            if not isinstance(wanted, bool):
+                raise ProtocolError('drain takes nothing, or {"draining": true} or false')
+        self._roster.set_setting("draining", wanted)
+        self._roster.note("operator", "drain" if wanted else "drain taken back", "")
+        self._tell("drain", {"draining": wanted})
+        return {"ok": True, "draining": wanted}
+
+    def _stop(self, _: Caller) -> dict[str, Any]:
+        self._roster.set_setting("stopping", True)
+        self._roster.note("operator", "stop", "")
+        self._tell("stop", {})
+        return {"ok": True, "stopping": True}
+
+
+def _as_json(value: Any) -> Any:
+    """What others report, as JSON can say it: a loss that is not finite is null."""
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
+
+
+def _doing(presence: Presence) -> tuple[str, str, int, str]:
+    """What has a beginning: another step of the same task is not something else."""
+    return (presence.state, presence.run, presence.round, presence.task)
+
+
+class _Counters:
+    """Who may ask how often, and whose refusals are written down."""
+
+    def __init__(self, limits: DeskLimits) -> None:
+        self.joins = Allowance(limits.joins_per_minute)
+        self.all_joins = Allowance(limits.all_joins_per_minute)
+        self.strangers = Allowance(limits.strangers_per_minute)
+        self.requests = Allowance(limits.requests_per_minute)
+        self.registrations = Allowance(_REGISTRATIONS_PER_MINUTE)
+        self._notes = Allowance(limits.notes_per_minute)
+        self._all_notes = Allowance(10 * limits.notes_per_minute)
+        self._unnoted = 0
+        self._lock = threading.Lock()
+
+    def noting(self, actor: str) -> int | None:
+        """How many refusals were not noted before this one, which is; None if it is not either."""
+        noted = self._notes.take(actor) and self._all_notes.take()
+        with self._lock:
+            if not noted:
+                self._unnoted += 1
+                return None
+            unnoted, self._unnoted = self._unnoted, 0
+            return unnoted
+
+
+def _too_many(what: str, *, noted: bool = True) -> RefusedError:
+    error = UnreachableError(
+        f"too many {what} in the last minute", hint="Wait a minute and try again."
+    )
+    return RefusedError(429, error, noted=noted)

@@ -1,0 +1,402 @@
+"""What silos may say to the desk, and which grants they get. Nothing in here knows HTTP."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from photon.errors import (
+    AccessRefusedError,
+    LinkError,
+    PhotonError,
+    ProtocolError,
+    StoreUnavailableError,
+)
+from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
+from photon.store.contract import require_key
+from photon.store.presign import Presigner
+
+#: Under which the front door forwards to the desk.
+DESK_PATH = "/photon/v1"
+
+#: No object that a silo writes is longer: photon.link.manifest's largest chunk.
+MOST_OBJECT_BYTES = 64 << 20
+
+#: In one request for grants.
+MOST_WANTS = 256
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
+_Name = Annotated[
+    str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")
+]
+_Whole = Annotated[int, Field(ge=0, lt=2**53)]
+_Small = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@dataclass(frozen=True)
+class DeskLimits:
+    """How much one caller may ask.
+
+    Attributes:
+        joins_per_minute: attempts to redeem an invitation, from one address.
+        all_joins_per_minute: the same, from everybody together.
+        strangers_per_minute: requests without a member's signature, from one address, that are
+            answered in words and noted; those beyond are turned away unnoted.
+        requests_per_minute: of one member. (RequestVerifier remembers 20 000 within four minutes.)
+        notes_per_minute: refusals noted in the roster's events for one name or address; how many
+            more there were is noted once.
+        body_bytes, grants_body_bytes: of one request; the latter for /grants.
+        body_s: for a request's body to arrive.
+        most_connections: at once.
+        most_objects: that one task may write.
+        grant_s: for how long a presigned URL is valid, unless its task ends before.
+        here_s: a silo that was silent for longer counts as gone.
+    """
+
+    joins_per_minute: int = 10
+    all_joins_per_minute: int = 60
+    strangers_per_minute: int = 60
+    requests_per_minute: int = 3000
+    notes_per_minute: int = 30
+    body_bytes: int = 64 << 10
+    grants_body_bytes: int = 1 << 20
+    body_s: float = 20.0
+    most_connections: int = 512
+    most_objects: int = 65_536
+    grant_s: int = 3600
+    here_s: float = 60.0
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class FactsPart(_Part):
+    """photon.membership.roster.Facts."""
+
+    data_sha256: _Sha256
+    tokenizer_sha256: _Sha256
+    train_tokens: _Whole
+    photon_version: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9.+!_-]*\z")]
+
+    def facts(self) -> Facts:
+        return Facts(**dict(self))
+
+
+class JoinBody(_Part):
+    """Redeem an invitation. The request is signed with the key that it brings."""
+
+    token: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[!-~]+\z")]
+    name: _Name
+    public_key: Annotated[str, Field(max_length=2000)]
+    facts: FactsPart
+
+
+class PresenceBody(_Part):
+    """photon.membership.roster.Presence: what a node is doing now."""
+
+    state: Annotated[str, Field(pattern=r"^[a-z][a-z_-]{0,31}\z")]
+    run: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9._-]*\z")] = ""
+    round: _Small = 0
+    step: _Whole = 0
+    of: _Whole = 0
+    task: Annotated[str, Field(max_length=300, pattern=r"^[A-Za-z0-9._/-]*\z")] = ""
+    detail: Annotated[str, Field(max_length=2000)] = ""
+    boot: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]*\z")] = ""
+
+    def presence(self) -> Presence:
+        fields = dict(self)
+        # An operator's terminal shows it.
+        fields["detail"] = printable(self.detail)
+        return Presence(**fields)
+
+
+class Want(_Part):
+    """Leave asked for one object. Keys are judged one by one (`Granting`): each gets its words."""
+
+    verb: Literal["GET", "HEAD", "PUT"]
+    key: Annotated[str, Field(max_length=2000)]
+    bytes: _Whole | None = None
+    sha256: Annotated[str, Field(max_length=64)] | None = None
+
+
+class GrantsBody(_Part):
+    """Leave asked for a task's objects."""
+
+    task_id: Annotated[str, Field(min_length=1, max_length=300)]
+    wants: Annotated[list[Want], Field(min_length=1, max_length=MOST_WANTS)]
+
+
+Body = TypeVar("Body", JoinBody, PresenceBody, GrantsBody)
+
+
+def parse_body(kind: type[Body], data: bytes) -> Body:
+    """A request's body, from outside.
+
+    Raises:
+        ProtocolError: it is no such JSON; says the first thing that is wrong, and no value, as a
+            value may be a secret.
+    """
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part)[:40] for part in first["loc"][:6])
+        what = kind.__name__.removesuffix("Body").lower()
+        raise ProtocolError(
+            printable(f"the {what} request can't be read: {where}: {first['msg'][:200]}"),
+            hint="Install the same version of Photon on both sides.",
+        ) from None
+
+
+def printable(text: str) -> str:
+    """Text of strangers for a terminal or log: one line, nothing that moves a cursor."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+# --- how often ------------------------------------------------------------------------------------
+
+
+class Allowance:
+    """So many a minute for each name, in bursts of at most that many.
+
+    Args:
+        per_minute: for one name.
+        most_names: remembered; the one that asked longest ago is forgotten first.
+    """
+
+    def __init__(self, per_minute: int, *, most_names: int = 4096) -> None:
+        self._per_minute = per_minute
+        self._most_names = most_names
+        #: name -> how many are left, and when that was so.
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, name: str = "", *, now: float | None = None) -> bool:
+        """Whether one more is allowed; it counts if so.
+
+        Args:
+            now: seconds of a clock that never goes back.
+        """
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            left, at = self._left.pop(name, (float(self._per_minute), now))
+            left = min(self._per_minute, left + (now - at) * self._per_minute / 60)
+            allowed = left >= 1
+            self._left[name] = (left - 1 if allowed else left, now)
+            if len(self._left) > self._most_names:
+                self._left.popitem(last=False)
+        return allowed
+
+
+def caller_address(peer: str | None, forwarded_for: str | None) -> str:
+    """Who is counted: the address that the front door saw, one name for a whole IPv6 network.
+
+    Args:
+        peer: of the connection, which is the front door on this machine.
+        forwarded_for: X-Forwarded-For; its last entry is the door's own, others are claims.
+    """
+    found = (forwarded_for or "").rpartition(",")[2].strip() or peer or ""
+    try:
+        address = ipaddress.ip_address(found)
+    except ValueError:
+        return "unknown"
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(address)
+
+
+# --- grants ---------------------------------------------------------------------------------------
+
+
+class Granting:
+    """Decides who may read and write what, and remembers what was granted.
+
+    The sum of what a task may write is kept here and not only in the roster: an object that is
+    asked for again (a node that was killed, a URL that ran out) must not count again. When its task
+    is opened again, or the desk restarts, counting starts anew, so that a silo that sends its
+    update once more is not refused; the roster keeps a sum for the operator.
+
+    Args:
+        roster: has the open tasks.
+        presigner: of the store; keys are relative to it.
+        limits: most_objects and grant_s are used.
+    """
+
+    def __init__(self, roster: Roster, presigner: Presigner, limits: DeskLimits) -> None:
+        self._roster = roster
+        self._presigner = presigner
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._written: dict[str, _Written] = {}
+
+    def task(self, member: Member, task_id: str, *, now: float) -> OpenTask:
+        """The member's own open task of that name.
+
+        Raises:
+            AccessRefusedError: there is none; the words are the same for what is another's, what
+                is closed and what never was.
+        """
+        found = [one for one in self._roster.open_tasks(member.name) if one.id == task_id]
+        if not found or found[0].silo != member.name:
+            raise AccessRefusedError(
+                f"{member.name} has no open task {printable(task_id)[:200]!r}",
+                hint="It was answered, or its round is over. Nothing more is read or written for "
+                "it; wait for the next task.",
+            )
+        if found[0].until <= now:
+            raise AccessRefusedError(
+                f"the time for task {printable(task_id)[:200]!r} of {member.name} is up",
+                hint="Its round goes on without this update; wait for the next task.",
+            )
+        return found[0]
+
+    def answers(
+        self, member: Member, body: GrantsBody, *, now: float
+    ) -> tuple[list[dict[str, Any]], list[PhotonError]]:
+        """One answer for each want, in order: a grant, or words; and the errors among them.
+
+        Raises:
+            AccessRefusedError: the task is not the member's own open one.
+        """
+        task = self.task(member, body.task_id, now=now)
+        valid_s = max(1, int(min(self._limits.grant_s, task.until - now)))
+        answers: list[dict[str, Any]] = []
+        errors: list[PhotonError] = []
+        new_bytes = 0
+        for want in body.wants:
+            try:
+                if want.verb == "PUT":
+                    new_bytes += self._count(task, want)
+                answers.append(self._granted(task, want, valid_s))
+            except PhotonError as error:
+                errors.append(error)
+                answers.append({"error": error_record(error)})
+        if new_bytes:
+            self._roster.granted(task.id, new_bytes)
+        return answers, errors
+
+    def written_bytes(self, task: OpenTask) -> int:
+        """What a task was given leave to write, in sum, since it was opened or the desk started."""
+        with self._lock:
+            found = self._written.get(task.id)
+            return found.bytes if found is not None and found.opened_at == task.opened_at else 0
+
+    def _granted(self, task: OpenTask, want: Want, valid_s: int) -> dict[str, Any]:
+        key = self._key(task, want)
+        try:
+            grant = self._presigner.grant(want.verb, key, want.bytes, want.sha256, valid_s)
+        except PhotonError:
+            raise
+        except Exception as error:
+            # Google's and Azure's signers ask a server; their errors may quote what was signed.
+            raise StoreUnavailableError(
+                f"no leave can be signed just now ({type(error).__name__})",
+                hint="See the aggregator's log: its credentials for the store may have expired.",
+            ) from None
+        return {
+            "verb": grant.verb,
+            "key": key,
+            "url": grant.url,
+            "headers": dict(grant.headers),
+            "expires_at": grant.expires_at,
+        }
+
+    def _key(self, task: OpenTask, want: Want) -> str:
+        shown = printable(want.key)[:200]
+        try:
+            require_key(want.key)
+        except LinkError as error:
+            raise AccessRefusedError(
+                f"{shown!r} can't name an object in a store", hint=error.hint
+            ) from None
+        allowed = task.writable if want.verb == "PUT" else (*task.readable, *task.writable)
+        if not _covers(allowed, want.key):
+            raise AccessRefusedError(
+                f"{want.verb} {shown} is not part of task {task.id}",
+                hint="A task reads the run's global state and writes its own silo's folder.",
+            )
+        return want.key
+
+    def _promise(self, key: str, want: Want) -> tuple[int, str]:
+        """What will be written. The store holds the silo to it."""
+        if want.bytes is None or not 1 <= want.bytes <= MOST_OBJECT_BYTES:
+            raise AccessRefusedError(
+                f"PUT {key}: bytes must be 1 to {MOST_OBJECT_BYTES}, found {want.bytes}"
+            )
+        if want.sha256 is None or not _SHA256.fullmatch(want.sha256):
+            raise AccessRefusedError(f"PUT {key}: sha256 must be 64 hexadecimal digits")
+        name = key.rpartition("/")[2]
+        if _SHA256.fullmatch(name) and name != want.sha256:
+            raise AccessRefusedError(
+                f"PUT {key}: an object called by its sha256 can't have sha256 {want.sha256}"
+            )
+        return want.bytes, want.sha256
+
+    def _count(self, task: OpenTask, want: Want) -> int:
+        """Count an object that is to be written; its bytes, 0 if it was counted before."""
+        key = self._key(task, want)
+        size, sha256 = self._promise(key, want)
+        with self._lock:
+            written = self._written.get(task.id)
+            if written is None or written.opened_at != task.opened_at:
+                self._forget_closed(task.silo)
+                written = self._written[task.id] = _Written(task.silo, task.opened_at)
+            if (key, sha256, size) in written.objects:
+                return 0
+            if written.bytes + size > task.most_bytes:
+                raise AccessRefusedError(
+                    f"PUT {key}: with these {size} bytes task {task.id} would write "
+                    f"{written.bytes + size}; {task.most_bytes} are allowed",
+                    hint="The update is larger than the run's codec makes it.",
+                )
+            if len(written.objects) >= self._limits.most_objects:
+                raise AccessRefusedError(
+                    f"PUT {key}: task {task.id} writes {len(written.objects)} objects already, no "
+                    "more are allowed",
+                    hint="Larger chunks make fewer objects.",
+                )
+            written.objects.add((key, sha256, size))
+            written.bytes += size
+        return size
+
+    def _forget_closed(self, silo: str) -> None:
+        """What other tasks of the silo wrote, once they are closed."""
+        still = {one.id for one in self._roster.open_tasks(silo)}
+        for task_id in [
+            task_id
+            for task_id, written in self._written.items()
+            if written.silo == silo and task_id not in still
+        ]:
+            del self._written[task_id]
+
+
+@dataclass
+class _Written:
+    """What one task was given leave to write: key, sha256 and bytes of each object."""
+
+    silo: str
+    opened_at: float
+    bytes: int = 0
+    objects: set[tuple[str, str, int]] = field(default_factory=set)
+
+
+def _covers(allowed: Collection[str], key: str) -> bool:
+    """Whether a key is named, or lies in a folder ("a/b/") that is."""
+    return any(key.startswith(one) if one.endswith("/") else key == one for one in allowed)
+
+
+def error_record(error: PhotonError) -> dict[str, Any]:
+    """As errors travel: {"code", "message", "hint"}."""
+    return {"code": error.exit_code, "message": error.message, "hint": error.hint}

