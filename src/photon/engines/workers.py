@@ -133,8 +133,11 @@ class WorkerEngine:
         self._store = FolderStore(exchange, durable=False)
         self._carrier = Transfer(self._store, streams=1)
         self._codecs = settings.config.link.specs
-        # Spawned, not forked: a fork copies locks of running thread pools in whatever state.
-        self._context = multiprocessing.get_context("spawn")
+        # Not forked from this process: a fork copies locks of running thread pools in whatever
+        # state. One that does nothing but import is forked instead, so that PyTorch is imported
+        # once for all workers and for those that replace them.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
         shutil.rmtree(exchange, ignore_errors=True)
         exchange.mkdir(parents=True)
         self._workers = [self._start(index) for index in range(settings.processes)]
