@@ -42,6 +42,7 @@ from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts
 from photon.silo.desk_client import DeskClient
 from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership
+from photon.silo.socket import connected
 from photon.silo.text import own_part
 from photon.version import photon_version
 
@@ -210,7 +211,7 @@ class Node:
                 *("--home", str(self._home), "--node", str(self._node_file)),
             ),
             environment=dict(os.environ),
-            ready=socket_path.exists,
+            ready=lambda: _listens(socket_path),
             ready_s=180.0,
             stop_s=15.0,
         )
@@ -234,6 +235,15 @@ class Node:
         finally:
             for one, handler in kept.items():
                 signal.signal(one, handler)
+
+
+def _listens(path: Path) -> bool:
+    """Whether the trainer answers; the socket file of one that was killed stays behind."""
+    try:
+        with connected(path):
+            return True
+    except OSError:
+        return False
 
 
 def _write_membership(home: Path, membership: Membership) -> None:

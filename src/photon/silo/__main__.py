@@ -1,0 +1,150 @@
+"""`python -m photon.silo --home DIR --node node.toml`: a site's trainer, started by `photon join`.
+
+Under torchrun each rank runs this; rank 0 answers questions, the others train with it:
+
+    torchrun --nnodes=2 ... -m photon.silo --home DIR --site node.toml
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from photon.config import NodeConfig, load_node_config
+from photon.errors import PhotonError
+from photon.link import Carrier
+from photon.membership.keys import NodeKey
+from photon.silo.desk_client import DeskClient
+from photon.silo.policy import Membership, read_membership
+from photon.silo.presence import Desk, Reporter
+from photon.silo.ranks import Team
+from photon.silo.service import end_on_signals, say_goodbye, serve
+from photon.silo.trainer import SiloTrainer, Site, follow
+from photon.store.contract import Buffer
+from photon.store.granted_store import GrantedStore
+from photon.store.transfer import Transfer, Wanted
+
+log = logging.getLogger("photon.silo")
+
+#: For a task's id, the way to the store.
+Carriers = Callable[[str], Carrier]
+
+#: Makes the two ways to the aggregator.
+Outside = Callable[[Path, NodeConfig, Membership, NodeKey], tuple[Desk, Carriers]]
+
+
+class _Announced:
+    """A carrier that says first what it will fetch, so that the desk is asked for all at once."""
+
+    def __init__(self, carrier: Carrier, expect: Callable[[Iterable[str]], None]) -> None:
+        self._carrier = carrier
+        self._expect = expect
+
+    def send(self, objects: Iterable[tuple[str, Buffer]]) -> object:
+        return self._carrier.send(objects)
+
+    def fetch(
+        self, wanted: Iterable[Wanted], *, spool: Path | None = None
+    ) -> Iterator[bytes | bytearray]:
+        wanted = list(wanted)
+        self._expect(one.key for one in wanted)
+        return self._carrier.fetch(wanted, spool=spool)
+
+
+def outside(
+    home: Path, node: NodeConfig, membership: Membership, key: NodeKey
+) -> tuple[Desk, Carriers]:
+    """The desk, and the store by the desk's grants."""
+    door_ca = home / "ca.crt"
+    desk = DeskClient(membership.address, door_ca, key)
+    cap = node.network.mbit_per_s
+
+    def carrier(task_id: str) -> Carrier:
+        behind_the_door = membership.store is None
+        grants = desk.grants(task_id)
+        store = GrantedStore(
+            grants,
+            # A grant that names another host is refused: an update goes where it was agreed.
+            origin=f"https://{membership.address}" if behind_the_door else membership.store,
+            ca_file=door_ca if behind_the_door else None,
+        )
+        transfer = Transfer(
+            store,
+            streams=node.network.streams,
+            bytes_per_s=cap * 1e6 / 8 if cap is not None else None,
+            silence_s=node.network.silence_s,
+        )
+        return _Announced(transfer, grants.expect)
+
+    return desk, carrier
+
+
+def main(words: Sequence[str] | None = None, *, outside: Outside = outside) -> int:
+    """Serve until a signal comes.
+
+    Returns:
+        The exit code of the error that kept the trainer from serving, or ended it.
+    """
+    parser = argparse.ArgumentParser(prog="python -m photon.silo", description="A site's trainer.")
+    parser.add_argument("--home", type=Path, required=True, help="the node's folder")
+    # torchrun takes --node for an abbreviation of an option of its own.
+    parser.add_argument(
+        *("--node", "--site"), dest="node", type=Path, required=True, help="the site's node.toml"
+    )
+    chosen = parser.parse_args(words)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    for chatty in ("httpx2", "httpcore2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        _run(chosen.home, chosen.node, outside)
+    except PhotonError as error:
+        log.error("[%d] %s", error.exit_code, error)
+        # Not `return`: threads of a lost process group may wait for ever.
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+    return 0
+
+
+def _run(home: Path, node_file: Path, outside: Outside) -> None:
+    trainer: list[SiloTrainer] = []
+
+    def lost(rank: int, code: int) -> None:
+        words = f"rank {rank} ended with exit code {code}"
+        log.error("%s: this trainer ends, to start again with all its ranks", words)
+        for one in trainer:
+            # Killed from outside, it says nothing about the task.
+            if code not in (-signal.SIGKILL, -signal.SIGTERM):
+                one.note_end(words)
+        os._exit(1)
+
+    node = load_node_config(node_file)
+    membership = read_membership(home)
+    site = Site(home, node, membership)
+    command = [sys.executable, *sys.orig_argv[1:]]
+    team = Team.gather(node.compute, command, lost)
+    if not team.leader:
+        end_on_signals(lambda: None)
+        follow(site, team)
+        return
+    key = NodeKey.load(home / "node.key")
+    desk, carriers = outside(home, node, membership, key)
+    reporter = Reporter(desk)
+    trainer.append(SiloTrainer(site, key, carriers, reporter, team))
+
+    def last_words() -> None:
+        trainer[0].note_stop()
+        say_goodbye(home, reporter)
+
+    end_on_signals(last_words)
+    serve(home, trainer[0], reporter)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

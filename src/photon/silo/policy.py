@@ -1,0 +1,236 @@
+"""What this site takes part in: who it is, what it allows, and why a run is refused.
+
+Everything is checked before anything of a run is read, built or downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from photon.errors import (
+    DataChangedError,
+    MembershipError,
+    PolicyError,
+    ProtocolError,
+    VocabularyMismatchError,
+)
+from photon.version import photon_version
+
+if TYPE_CHECKING:  # they import torch, and `photon join` reads the membership without it
+    from photon.config import PolicyConfig, RunConfig
+    from photon.data import PreparedData
+    from photon.federation.envelopes import Ask
+
+#: What `photon join` leaves in a node's home.
+MEMBERSHIP_FILE = "membership.json"
+
+_ADDRESS = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):\d{1,5}$")
+
+
+@dataclass(frozen=True)
+class Membership:
+    """Who this node is in a federation.
+
+    Attributes:
+        name: of the member; the silo's name in every run.
+        address: of the aggregator's door, "host:port".
+        ca_fingerprint: of the authority that signed the door's certificate.
+        data_sha256: of the data it registered with; None holds it against nothing older than the
+            trainer's own start.
+        store: scheme, host and port of the store, where it is not behind the door.
+    """
+
+    name: str
+    address: str
+    ca_fingerprint: str
+    data_sha256: str | None = None
+    store: str | None = None
+
+
+def read_membership(home: Path) -> Membership:
+    """What joining left in a node's home.
+
+    Raises:
+        MembershipError: nothing, or nothing that can be read.
+    """
+    path = home / MEMBERSHIP_FILE
+    again = "Join again: `photon join --invite FILE`."
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = Membership(
+            record["name"],
+            record["address"],
+            record.get("fingerprint") or record["ca_fingerprint"],
+            record.get("data_sha256"),
+            record.get("store"),
+        )
+    except FileNotFoundError:
+        raise MembershipError(f"no membership at {path}", hint=again) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MembershipError(f"can't read {path}: {error!r}", hint=again) from error
+    for key, value in vars(found).items():
+        optional = key in ("data_sha256", "store")
+        if not (isinstance(value, str) and value) and not (optional and value is None):
+            raise MembershipError(f"{path}: {key} = {value!r} is not a string", hint=again)
+    if not _ADDRESS.match(found.address):
+        raise MembershipError(f"{path}: address = {found.address!r} is not HOST:PORT", hint=again)
+    return found
+
+
+def require_for_us(ask: Ask, membership: Membership) -> None:
+    """Refuse what another silo, or another Photon, should answer.
+
+    Raises:
+        ProtocolError: names what does not match.
+    """
+    if ask.silo != membership.name:
+        raise ProtocolError(
+            f"a task for silo {ask.silo!r} reached {membership.name!r}",
+            hint="The aggregator's roster has this node under another name; register it again.",
+        )
+    if ask.silo not in ask.run.silos:
+        raise ProtocolError(f"a task for {ask.silo!r}, which is not among the run's silos")
+    mine, theirs = photon_version(), ask.photon_version
+    if _minor(mine) != _minor(theirs):
+        raise ProtocolError(
+            f"the aggregator runs Photon {theirs[:40]}, {membership.name} runs {mine}",
+            hint="Install the same version on both sides; the last of its three numbers may "
+            "differ.",
+        )
+
+
+def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
+    """Hold a run against this site's rules.
+
+    Args:
+        ask: one of its tasks.
+        config: the run's, as this site would train it.
+        policy: [policy] of node.toml.
+
+    Raises:
+        PolicyError: naming the rule, what the run asks, and what the site allows.
+    """
+    if not _matches(config.run.name, policy.runs):
+        raise _refusal("runs", f"the run is called {config.run.name!r}", _listed(policy.runs))
+    strangers = [
+        silo for silo in ask.run.silos if silo != ask.silo and not _matches(silo, policy.peers)
+    ]
+    if strangers:
+        raise _refusal("peers", f"{_some(strangers)} would take part too", _listed(policy.peers))
+    least = _least_merged(ask, config)
+    if least < policy.min_participants:
+        raise _refusal(
+            "min_participants",
+            f"a round may merge as few as {least} (of {len(ask.run.silos)} silos; "
+            "federation.sample and federation.quorum decide)",
+            f"{policy.min_participants} or more",
+        )
+    if policy.max_epsilon is not None:
+        raise _refusal(
+            "max_epsilon",
+            "the run promises no differential privacy (this version of Photon has none)",
+            f"an epsilon of at most {policy.max_epsilon:g}",
+        )
+    steps = max(config.local.steps, ask.fit.steps if ask.fit is not None else 0)
+    if policy.max_local_steps is not None and steps > policy.max_local_steps:
+        raise _refusal(
+            "max_local_steps", f"a task takes {steps} local steps", f"{policy.max_local_steps}"
+        )
+    path = config.model.path
+    if path is not None and not _may_read(path, policy.model_paths):
+        raise _refusal(
+            "model_paths",
+            f"model.path is {path!r}",
+            _listed(policy.model_paths) if policy.model_paths else "presets only",
+        )
+    trusted = policy.trust_tokenizer
+    if trusted is not None and ask.run.tokenizer != trusted:
+        raise _refusal(
+            "trust_tokenizer", f"the run's tokenizer has sha256 {ask.run.tokenizer}", trusted
+        )
+
+
+def require_size(parameters: int, policy: PolicyConfig) -> None:
+    """Hold a model's size against this site's rules.
+
+    Raises:
+        PolicyError: it is too large.
+    """
+    if policy.max_parameters is not None and parameters > policy.max_parameters:
+        raise _refusal(
+            "max_parameters",
+            f"the model has {parameters:,} parameters",
+            f"{policy.max_parameters:,}",
+        )
+
+
+def require_data(ask: Ask, data: PreparedData, registered: str | None) -> None:
+    """Refuse to train on other text than was registered, or that was cut by another tokenizer.
+
+    Args:
+        registered: sha256 of the data's manifest; None for any.
+
+    Raises:
+        DataChangedError: the data is another.
+        VocabularyMismatchError: the run has another tokenizer.
+    """
+    if registered is not None and data.sha256 != registered:
+        raise DataChangedError(
+            f"the data of {ask.silo} has sha256 {data.sha256[:12]}..., it registered "
+            f"{registered[:12]}...",
+            hint="Point data.path of node.toml at the registered folder, or join again with a new "
+            "invitation to register this one.",
+        )
+    for what, mine, theirs in (
+        ("tokenizer's sha256", data.tokenizer_sha256, ask.run.tokenizer),
+        ("vocabulary size", data.vocab_size, ask.run.vocab_size),
+        ("end-of-text token", data.eos_id, ask.run.eos_id),
+    ):
+        if mine != theirs:
+            raise VocabularyMismatchError(
+                f"the text of {ask.silo} was cut by another tokenizer than the run's: the {what} "
+                f"is {mine}, the run's {theirs}",
+                hint="Prepare the text again with the federation's tokenizer: `photon data prepare "
+                "--tokenizer FOLDER`.",
+            )
+
+
+def _refusal(rule: str, asked: str, allowed: str) -> PolicyError:
+    return PolicyError(
+        f"this site's policy refuses the run: {asked}; policy.{rule} allows {allowed}",
+        hint=f"The site decides in [policy] of its node.toml; see policy.{rule}.",
+    )
+
+
+def _least_merged(ask: Ask, config: RunConfig) -> int:
+    """Fewest updates that a round of this run is closed with."""
+    silos = len(set(ask.run.silos))
+    return config.quorum_of(min(config.federation.sample or silos, silos))
+
+
+def _may_read(path: str, patterns: Sequence[str]) -> bool:
+    # A pattern's * matches slashes, too: "models/*" must not lead out of models by "..".
+    return path in patterns or (".." not in Path(path).parts and _matches(path, patterns))
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _listed(patterns: Sequence[str]) -> str:
+    return ", ".join(patterns) or "none"
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} others" if rest > 0 else "")
+
+
+def _minor(version: str) -> list[str]:
+    return version.split("+")[0].split(".")[:2]

@@ -1,0 +1,108 @@
+"""Telling the aggregator what this node does, from a thread that training never waits for."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+from photon.errors import KeyInUseError, PhotonError
+from photon.membership.roster import Presence
+
+log = logging.getLogger(__name__)
+
+#: Between two reports that say the same.
+EVERY_S = 5.0
+
+#: Between any two reports: a change is told at once, a hundred changes are told as one.
+_LEAST_GAP_S = 0.5
+
+#: Why a site refuses may be long; operators see its first words.
+_MOST_DETAIL_CHARACTERS = 300
+
+
+class Desk(Protocol):
+    """The aggregator's desk, as far as presence goes; photon.silo.desk_client.DeskClient is one."""
+
+    def presence(self, presence: Presence) -> Mapping[str, Any]:
+        """Tell it; its answer may hold "draining": true."""
+        ...
+
+
+class Reporter:
+    """Says what this node does, again and again, and remembers what the desk answered.
+
+    A desk that is down, slow or angry costs nothing but lines in the log.
+
+    Args:
+        desk: None keeps everything to itself.
+        every_s: between two reports.
+    """
+
+    def __init__(self, desk: Desk | None, *, every_s: float = EVERY_S) -> None:
+        self._desk = desk
+        self._every_s = every_s
+        self._now = Presence("idle", boot=secrets.token_hex(8))
+        self._changed = threading.Event()
+        self._reporting = threading.Lock()
+        self._trouble: str | None = None
+        #: The desk wants this node to take no new task.
+        self.draining = False
+        #: What the desk said to the last report, where another node uses this one's key.
+        self.key_in_use: KeyInUseError | None = None
+        if desk is not None:
+            threading.Thread(target=self._report, name="photon-presence", daemon=True).start()
+
+    @property
+    def now(self) -> Presence:
+        """What is told."""
+        return self._now
+
+    def say(self, state: str, **what: Any) -> None:
+        """From now on this node does this; `what` are fields of Presence."""
+        detail = str(what.pop("detail", ""))[:_MOST_DETAIL_CHARACTERS]
+        self._now = Presence(state, boot=self._now.boot, detail=detail, **what)
+        self._changed.set()
+
+    def add(self, **what: Any) -> None:
+        """The same as before, but for these fields; told with the next report."""
+        self._now = replace(self._now, **what)
+
+    def stop(self, timeout_s: float) -> None:
+        """Say that this node ends, if that is possible in this time."""
+        self.say("stopping")
+        if self._desk is not None:
+            last = threading.Thread(target=self._tell, daemon=True)
+            last.start()
+            last.join(timeout_s)
+
+    def _report(self) -> None:
+        while True:
+            self._tell()
+            time.sleep(_LEAST_GAP_S)
+            self._changed.wait(self._every_s)
+
+    def _tell(self) -> None:
+        with self._reporting:
+            self._changed.clear()
+            assert self._desk is not None
+            try:
+                answer = self._desk.presence(self._now)
+                self.draining = bool(answer.get("draining"))
+                self.key_in_use, trouble = None, None
+            except KeyInUseError as error:
+                self.key_in_use, trouble = error, str(error)
+            except PhotonError as error:
+                trouble = str(error)
+            except Exception as error:  # whatever it is, it must not end the reports
+                trouble = f"{type(error).__name__}: {error}"
+        if trouble != self._trouble:
+            self._trouble = trouble
+            if trouble is None:
+                log.info("the aggregator hears of this node again")
+            else:
+                log.warning("the aggregator does not hear of this node: %s", trouble)

@@ -1,0 +1,137 @@
+"""Every rule of [policy], and who a node says it is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from photon.config.node import PolicyConfig
+from photon.errors import MembershipError, PolicyError
+from photon.federation.envelopes import node_config
+from photon.silo.policy import check, read_membership, require_size
+
+
+@pytest.fixture
+def judged(aggregator, changed, three_silos):
+    """Holds the run, with some keys changed, against a policy; None or the PolicyError."""
+
+    def judge(policy: dict, *, config: dict | None = None, steps: int = 4, **run):
+        ask = aggregator.fit()
+        tree = {**ask.run.config}
+        for dotted, value in (config or {}).items():
+            table, key = dotted.split(".")
+            tree[table] = {**tree.get(table, {}), key: value}
+            if dotted == "model.path":
+                tree[table].pop("preset", None)
+        part = ask.fit.model_copy(update={"steps": steps})
+        ask = changed(ask, run={"config": tree, **run}, fit=part)
+        site = {"compute": {}, "data": {"path": str(three_silos)}}
+        try:
+            check(ask, node_config(ask.run, site), PolicyConfig(**policy))
+        except PolicyError as error:
+            return error
+        return None
+
+    return judge
+
+
+@pytest.mark.parametrize(
+    ("policy", "run", "refused"),
+    [
+        ({}, {}, None),
+        ({"runs": ["med-*"]}, {}, "the run is called 'test'; policy.runs allows med-*"),
+        ({"runs": ["med-*", "te?t"]}, {}, None),
+        ({"runs": ["TEST"]}, {}, "policy.runs allows TEST"),
+        ({"runs": []}, {}, "policy.runs allows none"),
+        ({"peers": ["blue"]}, {}, "green would take part too; policy.peers allows blue"),
+        ({"peers": ["blue", "gr*"]}, {}, None),
+        ({"peers": []}, {"silos": ["red"]}, None),
+        ({"peers": ["a"]}, {"silos": list("abcdefg")}, "b, c, d and 3 others would take part"),
+        # Half of three participants, rounded up, close a round.
+        ({"min_participants": 2}, {}, None),
+        ({"min_participants": 3}, {}, "as few as 2 (of 3 silos"),
+        ({"min_participants": 3}, {"config": {"federation.quorum": 3}}, None),
+        ({"min_participants": 2}, {"config": {"federation.sample": 2}}, "as few as 1"),
+        ({"min_participants": 2}, {"config": {"federation.quorum": 1}}, "3 silos"),
+        ({"min_participants": 2}, {"silos": ["red", "red", "red", "red"]}, "as few as 1"),
+        ({"max_epsilon": 8.0}, {}, "promises no differential privacy"),
+        ({"max_local_steps": 4}, {}, None),
+        ({"max_local_steps": 3}, {}, "takes 4 local steps; policy.max_local_steps allows 3"),
+        ({"max_local_steps": 4}, {"steps": 5}, "takes 5 local steps"),
+        ({"max_local_steps": 4}, {"config": {"local.steps": 9}}, "takes 9 local steps"),
+        ({}, {"config": {"model.path": "gpt2"}}, "policy.model_paths allows presets only"),
+        ({"model_paths": ["ours/*"]}, {"config": {"model.path": "gpt2"}}, "allows ours/*"),
+        ({"model_paths": ["ours/*"]}, {"config": {"model.path": "ours/base"}}, None),
+        ({"model_paths": ["ours/*"]}, {"config": {"model.path": "ours/../etc"}}, "'ours/../etc'"),
+        ({"model_paths": ["../models"]}, {"config": {"model.path": "../models"}}, None),
+        ({"trust_tokenizer": "0" * 64}, {}, "policy.trust_tokenizer allows " + "0" * 64),
+        ({"trust_tokenizer": "0" * 64}, {"tokenizer": "0" * 64}, None),
+    ],
+)
+def test_each_rule(policy, run, refused, judged):
+    error = judged(policy, **run)
+    if refused is None:
+        assert error is None
+    else:
+        assert refused in error.message
+        assert error.exit_code == 85
+        assert f"policy.{next(iter(policy), 'model_paths')}" in error.hint
+
+
+def test_every_rule_has_a_test():
+    rules = set(PolicyConfig.model_fields)
+    (cases,) = [mark for mark in test_each_rule.pytestmark if mark.name == "parametrize"]
+    seen = {rule for policy, _, refused in cases.args[1] if refused for rule in policy}
+    assert rules == seen | {"max_parameters"}  # which has a test of its own
+
+
+def test_size():
+    require_size(10, PolicyConfig(max_parameters=10))
+    require_size(10**12, PolicyConfig())
+    with pytest.raises(PolicyError, match=r"11 parameters; policy.max_parameters allows 10"):
+        require_size(11, PolicyConfig(max_parameters=10))
+
+
+GOOD = {"name": "red", "address": "a.example:8443", "fingerprint": "sha256:00"}
+
+
+def test_the_membership_is_read(tmp_path):
+    path = tmp_path / "membership.json"
+    path.write_text(json.dumps(GOOD | {"data_sha256": "ab", "joined": "later keys are not ours"}))
+    found = read_membership(tmp_path)
+    assert (found.name, found.address, found.data_sha256) == ("red", "a.example:8443", "ab")
+    assert found.store is None
+    path.write_text(json.dumps(GOOD | {"address": "[::1]:443"}))
+    assert read_membership(tmp_path).address == "[::1]:443"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no membership at"),
+        ("", "can't read"),
+        ("[]", "can't read"),
+        ("{}", "can't read"),
+        (json.dumps(GOOD | {"name": 3}), "name = 3"),
+        (json.dumps(GOOD | {"name": ""}), "name = ''"),
+        (json.dumps(GOOD | {"address": "a.example"}), "not HOST:PORT"),
+        (json.dumps(GOOD | {"data_sha256": 5}), "data_sha256 = 5"),
+    ],
+)
+def test_a_bad_membership_is_named(text, words, tmp_path):
+    if text is not None:
+        (tmp_path / "membership.json").write_text(text)
+    with pytest.raises(MembershipError, match=r"membership\.json") as caught:
+        read_membership(tmp_path)
+    assert words in caught.value.message
+    assert "photon join" in caught.value.hint
+
+
+def test_services_beside_the_trainer_stay_light():
+    """They use the socket, the policy's membership and the desk's client, and hold no torch."""
+    modules = "photon.silo.socket, photon.silo.policy, photon.silo.presence"
+    program = f"import sys, {modules}; sys.exit(any(m in sys.modules for m in ('torch', 'flwr')))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
