@@ -36,7 +36,8 @@ def open_(port):
         one.settimeout(1.0)
         return one.connect_ex((sys.argv[1], port)) == 0
 with ThreadPoolExecutor(200) as pool:
-    ports = [port for port, found in zip(range(1, 65536), pool.map(open_, range(1, 65536))) if found]
+    every = range(1, 65536)
+    ports = [port for port, found in zip(every, pool.map(open_, every)) if found]
 print(json.dumps(ports))
 """
 

@@ -11,11 +11,13 @@ Answers are handed over in the order of tasks: the merged weights do not depend 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,11 +27,15 @@ from torch import Tensor
 
 from photon.config import RunConfig
 from photon.errors import (
+    ChunkCorruptError,
     LinkError,
+    ManifestError,
     MembershipError,
     PhotonError,
     ProtocolError,
     SignatureError,
+    StoreUnavailableError,
+    TransferStalledError,
     UnknownMemberError,
     UnreachableError,
     error_of,
@@ -50,6 +56,7 @@ from photon.link import Expected, Parcel, Ref
 from photon.membership.roster import OpenTask, Roster, SignedReply
 from photon.membership.signing import RECEIPT, verify_document
 from photon.store.contract import Store
+from photon.store.garbage import collect
 from photon.store.transfer import Transfer
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, Notice
@@ -65,6 +72,8 @@ _FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 30.0
 _AHEAD = 3
 #: How often an update that can't be had, or a silo's trouble of its own, is asked for again.
 _ATTEMPTS = 3
+#: No manifest of any model here is longer.
+_MOST_MANIFEST_BYTES = 256 << 20
 #: What an update may take on the wire beyond twice its fp32 values.
 _SPARE_BYTES = 64 << 20
 
@@ -90,6 +99,7 @@ class _Errand:
     """One Ask on its way: how often it was sent, and what came back."""
 
     ask: Ask
+    most_bytes: int = 0
     ids: set[str] = field(default_factory=set)
     asked_s: float = 0.0
     next_s: float = 0.0
@@ -169,10 +179,12 @@ class RemoteEngine:
         until = time.time() + self._config.serve.round_deadline_s
         ref = StatePart.of(self._published())
         self._take_part(tasks)
-        errands = [_Errand(self._fit_ask(task, ref, until)) for task in tasks]
         values = sum(tensor.numel() for tensor in state.values())
+        most_bytes = 8 * values + _SPARE_BYTES
+        errands = [_Errand(self._fit_ask(task, ref, until), most_bytes) for task in tasks]
         for errand in errands:
-            self._open(errand, most_bytes=8 * values + _SPARE_BYTES)
+            self.open(errand)
+            self._take_earlier(errand)
         arrivals = _Arrivals(self, tasks, state, errands)
         try:
             yield from arrivals.updates()
@@ -180,6 +192,8 @@ class RemoteEngine:
             arrivals.close()
             for errand in errands:
                 self._roster.close_task(errand.ask.task_id, None)
+        if tasks:
+            self._sweep(tasks[0].round)
 
     def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
         until = time.time() + self._config.serve.round_deadline_s
@@ -191,12 +205,15 @@ class RemoteEngine:
             for task in tasks:
                 if task.silo is not None:
                     errand = _Errand(self._eval_ask(task.silo, task.round, ref, until))
-                    self._open(errand, most_bytes=0)
+                    self.open(errand)
+                    self._take_earlier(errand)
                     errands[task.silo] = errand
-        yield from self._evaluator.evaluate(own, state)
         try:
+            self.turn(errands.values())  # silos work while this machine does
+            yield from self._evaluator.evaluate(own, state)
             while not all(errand.over for errand in errands.values()):
-                self.turn(errands.values())
+                if not self.turn(errands.values()):
+                    time.sleep(_POLL_S)
             for silo, errand in errands.items():
                 if errand.reply is not None and errand.reply.evaluate is not None:
                     yield errand.reply.evaluate.receipt(silo)
@@ -212,31 +229,29 @@ class RemoteEngine:
 
     # --- errands -------------------------------------------------------------------------------
 
-    def turn(self, errands: Collection[_Errand], *, wait_s: float = _POLL_S) -> None:
-        """Look once at what came back, and send what is to be sent; then wait a little."""
+    def turn(self, errands: Collection[_Errand]) -> bool:
+        """Look once at what came back, and send what is to be sent; whether one is over by it."""
         now_s = time.time()
-        presences = self._roster.presences()
-        for errand in errands:
-            if not errand.over and now_s >= errand.next_s and not errand.ids:
+        open_ones = [errand for errand in errands if not errand.over]
+        for errand in open_ones:
+            if now_s >= errand.next_s and not errand.ids:
                 self._push(errand, now_s)
-        waiting = {one: errand for errand in errands if not errand.over for one in errand.ids}
+        waiting = {one: errand for errand in open_ones if not errand.over for one in errand.ids}
         for one, answer in (self._post.pull(waiting) if waiting else {}).items():
             errand = waiting[one]
             errand.ids.discard(one)
             if not errand.over:
                 self._take(errand, answer, now_s)
-        for errand in errands:
+        presences = self._roster.presences()
+        for errand in open_ones:
             if not errand.over:
                 self._watch(errand, presences.get(errand.ask.silo), now_s)
-        if wait_s and not any(errand.over for errand in errands):
-            time.sleep(wait_s)
+        return any(errand.over for errand in open_ones)
 
     def _push(self, errand: _Errand, now_s: float) -> None:
         ask = errand.ask
         errand.asked_s = now_s
-        try:
-            self._roster.active_member(ask.silo)
-        except UnknownMemberError as error:
+        if (error := self.barred(ask.silo)) is not None:
             errand.fail(error)
             return
         try:
@@ -279,6 +294,9 @@ class RemoteEngine:
     def _watch(self, errand: _Errand, seen, now_s: float) -> None:
         """Ask again a silo that lost its task; give up one that is silent, or too late."""
         ask, silence_s = errand.ask, self._config.federation.silence_s
+        if (error := self.barred(ask.silo)) is not None:
+            errand.fail(error)
+            return
         if now_s > ask.until:
             errand.fail(
                 UnreachableError(
@@ -310,6 +328,14 @@ class RemoteEngine:
             errand.again(now_s, "it was idle although it had been asked")
             self._push(errand, now_s)
 
+    def barred(self, silo: str) -> UnknownMemberError | None:
+        """Why a silo may not take part any more; None if it may."""
+        try:
+            self._roster.active_member(silo)
+        except UnknownMemberError as error:
+            return error
+        return None
+
     def verified(self, ask: Ask, answer: SignedReply) -> Reply:
         """The reply in a signed answer.
 
@@ -329,26 +355,76 @@ class RemoteEngine:
             key, own = reply.fit.update.key, f"{self._folder_of(ask.silo)}/"
             if not key.startswith(own):
                 raise ProtocolError(f"{ask.silo} names an update {key!r}; its own are under {own}")
+            self._require_tokens(ask, reply.fit.tokens)
         return reply
 
-    def fetch(self, task: FitTask, ref: Ref, state: GlobalState) -> Path:
-        """Bring an update here, verified; returns the folder that holds it."""
-        folder = self._spool / ref.sha256
-        self._parcel(task, ref, state).keep(folder)
-        return folder
+    def _require_tokens(self, ask: Ask, tokens: int) -> None:
+        """An update is weighed by its tokens: none counts for more than its task has."""
+        assert ask.fit is not None
+        config = self._config
+        most = ask.fit.steps * config.local.batch_size * config.data.sequence_length
+        if tokens > most:
+            raise ProtocolError(
+                f"{ask.silo} says it trained on {tokens} tokens; its task has {most}"
+            )
 
-    def tensors(self, task: FitTask, ref: Ref, state: GlobalState) -> Iterator[tuple[str, Tensor]]:
-        """An update's tensors: from the spool while it is there, else from the store again."""
+    def fetch(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
+        """Bring an update here, verified."""
         parcel = self._parcel(task, ref, state)
-        folder = self._spool / ref.sha256
-        if folder.exists():
-            parcel.keep(folder)
-        yield from parcel.tensors()
+        parcel.keep(self.spool_of(ref))
+        return parcel
+
+    def spool_of(self, ref: Ref) -> Path:
+        """Where an update lies while it is here."""
+        return self._spool / ref.sha256
+
+    def tensors(
+        self, parcel: Parcel, task: FitTask, ref: Ref, state: GlobalState
+    ) -> Iterator[tuple[str, Tensor]]:
+        """An update's tensors: from the spool while it is there, else from the store again."""
+        here = self.spool_of(ref).exists()
+        yield from (parcel if here else self._parcel(task, ref, state)).tensors()
+
+    def discard(self, silo: str) -> None:
+        """Remove what a silo has in the store, so that it sends it again.
+
+        An object that is there is never written again, damaged or not.
+        """
+        with contextlib.suppress(LinkError):
+            self._store.delete([key for key, _ in self._store.keys(self._folder_of(silo))])
 
     def _parcel(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
         shapes = {name: tensor.shape for name, tensor in state.items()}
         expected = Expected(update_header(task, state), shapes, self._config.link.specs)
         return Parcel(Transfer(self._store, streams=4), ref, expected)
+
+    def _sweep(self, number: int) -> None:
+        """Remove from the store what no round from now on needs."""
+        oldest = number - self._config.serve.keep_rounds
+        folders = [f"{self._run.id}/global"]
+        folders += [self._folder_of(member.name) for member in self._roster.members()]
+        try:
+            for folder in folders:
+                collect(
+                    self._store,
+                    folder,
+                    keep=lambda key: _round_of(key) >= oldest,
+                    chunks_of=self._chunks_of,
+                )
+        except (PhotonError, OSError) as error:
+            # The next round's sweep finds it again.
+            self._on_event(
+                Notice(text=f"old rounds stay in the store: {error}", round=number, silo="")
+            )
+
+    def _chunks_of(self, key: str) -> list[str]:
+        """The chunks that a manifest in the store names."""
+        size = self._store.size(key) or 0
+        try:
+            record = json.loads(self._store.get(key, max_bytes=min(size, _MOST_MANIFEST_BYTES)))
+            return [str(chunk["sha256"]) for chunk in record["chunks"]]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return []  # a silo may write anything under its own folder
 
     # --- asks ----------------------------------------------------------------------------------
 
@@ -387,11 +463,10 @@ class RemoteEngine:
             **part,
         )
 
-    def _open(self, errand: _Errand, *, most_bytes: int) -> None:
-        """Let the silo read the state and write its update; take an answer that is here already."""
+    def open(self, errand: _Errand) -> None:
+        """Let the silo read the state and write its update."""
         ask = errand.ask
         folder = self._folder_of(ask.silo)
-        earlier = self._roster.reply(ask.task_id)
         self._roster.open_task(
             OpenTask(
                 id=ask.task_id,
@@ -401,14 +476,19 @@ class RemoteEngine:
                 kind=ask.kind,
                 opened_at=time.time(),
                 until=ask.until,
-                most_bytes=most_bytes,
+                most_bytes=errand.most_bytes,
                 readable=(f"{self._run.id}/global/", f"{folder}/"),
-                writable=(f"{folder}/",) if most_bytes else (),
+                writable=(f"{folder}/",) if errand.most_bytes else (),
             )
         )
+
+    def _take_earlier(self, errand: _Errand) -> None:
+        """An answer that came before this process began."""
+        ask = errand.ask
+        earlier = self._roster.reply(ask.task_id)
         if earlier is None:
             return
-        try:  # answered before this process began
+        try:
             reply = self.verified(ask, earlier)
         except (ProtocolError, MembershipError):
             return
@@ -454,25 +534,28 @@ class _Arrivals:
         self._state = state
         self._errands = errands
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="photon-arrivals")
-        self._fetching: dict[int, Future[Path]] = {}
+        self._fetching: dict[int, Future[Parcel]] = {}
 
     def updates(self) -> Iterator[Update]:
         for position, errand in enumerate(self._errands):
-            folder = None
+            parcel = None
             while not errand.failure:
                 self._fetch_ahead(position)
                 fetching = self._fetching.get(position)
                 if fetching is not None and fetching.done():
-                    folder = self._arrived(position, fetching)
-                    if folder is not None:
+                    parcel = self._arrived(position, fetching)
+                    if parcel is not None:
+                        # It may have waited long for its turn: who was expelled meanwhile is out.
+                        errand.failure = self._engine.barred(errand.ask.silo)
                         break
                 elif errand.reply is not None and _ref_of(errand) is None:
                     break
-                else:
-                    self._engine.turn(self._errands)
-            yield self._update(position)
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+                elif not self._engine.turn(self._errands):
+                    _wait(fetching)
+            yield self._update(position, parcel)
+            ref = _ref_of(errand)
+            if ref is not None:
+                shutil.rmtree(self._engine.spool_of(ref), ignore_errors=True)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -484,22 +567,26 @@ class _Arrivals:
                 fetch = partial(self._engine.fetch, self._tasks[number], ref, self._state)
                 self._fetching[number] = self._pool.submit(fetch)
 
-    def _arrived(self, position: int, fetching: Future[Path]) -> Path | None:
-        """Where an update lies; None where it could not be had and is asked for again."""
+    def _arrived(self, position: int, fetching: Future[Parcel]) -> Parcel | None:
+        """An update that is here; None where it could not be had and is asked for again."""
         errand = self._errands[position]
         try:
             return fetching.result()
         except LinkError as error:
-            errand.troubles += 1
-            if errand.troubles >= _ATTEMPTS:
+            del self._fetching[position]
+            # A store that is away is no fault of the silo's: it is waited for.
+            errand.troubles += not isinstance(error, StoreUnavailableError | TransferStalledError)
+            if errand.troubles >= _ATTEMPTS or isinstance(error, ManifestError):
                 errand.fail(error)
-            else:
-                del self._fetching[position]
-                errand.reply = None
-                errand.again(time.time(), error.message)
+                return None
+            if isinstance(error, ChunkCorruptError):
+                self._engine.discard(errand.ask.silo)
+            errand.reply = None
+            self._engine.open(errand)  # closed when it was answered
+            errand.again(time.time(), error.message)
             return None
 
-    def _update(self, position: int) -> Update:
+    def _update(self, position: int, parcel: Parcel | None) -> Update:
         errand, task = self._errands[position], self._tasks[position]
         if errand.failure is not None:
             error = errand.failure
@@ -515,10 +602,18 @@ class _Arrivals:
         assert errand.reply.fit is not None
         receipt = errand.reply.fit.receipt(task.round, task.silo)
         ref = _ref_of(errand)
-        if ref is None:
+        if ref is None or parcel is None:
             return Update(receipt, lambda: iter(()))
-        tensors = partial(self._engine.tensors, task, ref, self._state)
+        tensors = partial(self._engine.tensors, parcel, task, ref, self._state)
         return Update(receipt, tensors, lasting=True)
+
+
+def _wait(fetching: Future[Parcel] | None) -> None:
+    """A little while, or less if what is on its way arrives."""
+    if fetching is None:
+        time.sleep(_POLL_S)
+    else:
+        wait([fetching], _POLL_S)
 
 
 def _ref_of(errand: _Errand) -> Ref | None:
@@ -526,6 +621,11 @@ def _ref_of(errand: _Errand) -> Ref | None:
     if reply is None or reply.fit is None or reply.fit.update is None:
         return None
     return reply.fit.update.ref()
+
+
+def _round_of(key: str) -> int:
+    """Of a manifest: FOLDER/<kind>/round-000012/NAME.json."""
+    return int(key.split("/")[-2].removeprefix("round-"))
 
 
 def _because(errand: _Errand) -> str:

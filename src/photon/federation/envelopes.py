@@ -11,11 +11,11 @@ Whatever comes from outside is read by `parse_ask` and `parse_reply` only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from photon.config import RunConfig, parse_run_config
 from photon.errors import PhotonError, ProtocolError
@@ -28,6 +28,9 @@ PROTOCOL = 1
 
 #: No Ask or Reply is longer. A run file takes some 4 KB of it.
 MOST_BYTES = 1 << 20
+
+#: A run file is three deep: tables, keys, lists.
+_MOST_DEPTH = 16
 
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -100,6 +103,17 @@ class RunPart(_Part):
     tokenizer: _Sha256
     vocab_size: Annotated[int, Field(gt=0, le=2**31)]
     eos_id: _Whole
+
+    @field_validator("config")
+    @classmethod
+    def _shallow(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Whatever copies or writes it may go down into it without a thought."""
+        level: list[Any] = [config]
+        for _ in range(_MOST_DEPTH):
+            level = [inner for outer in level for inner in _inside(outer)]
+            if not level:
+                return config
+        raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
 
 
 class FitPart(_Part):
@@ -323,13 +337,20 @@ def encoded(document: Ask | Reply) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
 
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
 def _parsed(data: bytes, kind: Any) -> Any:
     if len(data) > MOST_BYTES:
         raise ProtocolError(
             f"{kind.__name__} of {len(data)} bytes; none has more than {MOST_BYTES}"
         )
     try:
-        record = json.loads(data)
+        # As text: json would also take UTF-16, and bytes that are no UTF-8.
+        record = json.loads(data.decode("utf-8"))
         spoken = record.get("protocol") if isinstance(record, dict) else None
         if spoken != PROTOCOL:
             raise ProtocolError(
@@ -339,7 +360,7 @@ def _parsed(data: bytes, kind: Any) -> Any:
             )
         return kind.model_validate(record)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part)[:100] for part in first["loc"])
         raise ProtocolError(f"no {kind.__name__}: {where}: {first['msg'][:200]}") from error
     except (ValueError, RecursionError) as error:

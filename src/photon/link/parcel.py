@@ -183,7 +183,7 @@ class Parcel:
                 f"{expected.most_manifest_bytes}"
             )
         self._carrier = carrier
-        self._folder = ref.key.split("/" + expected.header.kind + "/")[0]
+        self._folder = ref.key.rsplit("/" + expected.header.kind + "/", 1)[0]
         (data,) = carrier.fetch([Wanted(ref.key, ref.bytes, ref.sha256)])
         self.manifest = parse_manifest(bytes(data), ref.key, expected)
         if self.manifest.payload_bytes != ref.payload_bytes:

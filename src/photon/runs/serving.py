@@ -16,12 +16,14 @@ from typing import Any
 from photon.config import RunConfig, load_run_config
 from photon.data import PreparedData, open_data
 from photon.engines.remote import Post, RemoteEngine
-from photon.errors import MembershipError, QuorumLostError, RunNotFoundError
+from photon.errors import AccessRefusedError, MembershipError, QuorumLostError, RunNotFoundError
 from photon.federation import Engine
 from photon.federation.envelopes import RunPart, dictated
 from photon.federation.node import empty_model
 from photon.link import open_store
 from photon.membership.audit import (
+    RESUMED,
+    ROUND,
     AuditLog,
     DroppedSilo,
     MemberRecord,
@@ -98,7 +100,13 @@ class Serving:
         """The aggregator's own way to updates and states."""
         options = dict(self.store_options)
         if self.secrets is not None:
-            options |= json.loads(Path(self.secrets).read_text(encoding="utf-8"))
+            try:
+                options |= json.loads(Path(self.secrets).read_text(encoding="utf-8"))
+            except (OSError, ValueError, TypeError) as error:
+                raise AccessRefusedError(
+                    f"can't read the store's credentials {self.secrets}: {error}",
+                    hint="`photon serve` writes them; start it again.",
+                ) from error
         return open_store(self.store, options)
 
 
@@ -114,7 +122,10 @@ def continue_run(folder: Path, post: Post) -> RunResult:
     """
     serving = Serving.read(folder)
     begun = holds_run(folder) and (folder / "run.json").exists()
-    config = load_run_config(folder / ("config.resolved.toml" if begun else "serve.toml"))
+    config = load_run_config(folder / "serve.toml")
+    if begun:  # what is trained stays as it was resolved; [serve] may change from start to start
+        resolved = load_run_config(folder / "config.resolved.toml")
+        config = resolved.model_copy(update={"serve": config.serve})
     with serving.roster as roster:
         fleet = JoinedFleet(roster, config, serving.run_id)
         data = open_data(config.data.path)
@@ -163,15 +174,19 @@ class JoinedFleet:
         """
         begun = self._begun(round_number)
         if begun:
-            return {name: tokens for name, tokens in self._tokens().items() if name in begun}
+            # Also who was suspended since: asked again, the round has the same participants, and
+            # the engine names those that it leaves out.
+            members = {member.name: member for member in self._roster.members()}
+            return {name: members[name].facts.train_tokens for name in begun if name in members}
         config = self._config
         needed = max(config.serve.min_silos, config.federation.sample or 1)
-        until = time.time() + config.serve.gather_s
+        until, told = time.time() + config.serve.gather_s, None
         while len(here := self._here()) < needed:
-            self._roster.set_setting(
-                "waiting", {"for_silos": needed, "here": sorted(here), "until": until}
-            )
+            waiting = {"for_silos": needed, "here": sorted(here), "until": until}
+            if waiting != told:
+                self._roster.set_setting("waiting", told := waiting)
             if time.time() > until:
+                self._roster.set_setting("waiting", None)
                 raise QuorumLostError(
                     f"{len(here)} silos are here ({', '.join(sorted(here)) or 'none'}), round "
                     f"{round_number} needs {needed}; waited {config.serve.gather_s:g} s",
@@ -198,7 +213,9 @@ class JoinedFleet:
         return {
             name: tokens
             for name, tokens in self._tokens().items()
-            if name in seen and now - seen[name][1] < min(60.0, silence_s)
+            if name in seen
+            and now - seen[name][1] < min(60.0, silence_s)
+            and seen[name][0].state != "stopping"
         }
 
     def _begun(self, round_number: int) -> set[str]:
@@ -277,26 +294,38 @@ class Notary:
         Args:
             checkpoint: round that the run goes on from.
         """
-        last = self._log.last("round")
-        written = last["round"] if last is not None and last["run"] == self._run_id else 0
+        written = self._written()
         if written > checkpoint:
             self._log.append("resumed", ResumedRecord(run=self._run_id, round=checkpoint))
         elif written == checkpoint - 1:
-            self._merged, self._dropped = self._told(checkpoint)
+            self._merged = self._merged_in(checkpoint)
+            self._dropped = self._dropped_in(checkpoint)
             self._close_round(checkpoint)
 
-    def _told(self, number: int) -> tuple[list[str], list[DroppedSilo]]:
-        """What the events of an earlier process say of a round: who was merged, who dropped."""
-        merged: list[str] = []
+    def _written(self) -> int:
+        """The round that the log stands after: restarts take back what is after theirs."""
+        after = 0
+        with self._log.path.open(encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if record["kind"] in (ROUND, RESUMED) and record["body"]["run"] == self._run_id:
+                    after = record["body"]["round"]
+        return after
+
+    def _merged_in(self, number: int) -> list[str]:
+        """Who was merged in a round of an earlier process: those whose node state it committed."""
+        rounds = self._state(number)["node_rounds"]
+        return sorted(silo for silo, last in rounds.items() if last == number)
+
+    def _dropped_in(self, number: int) -> list[DroppedSilo]:
+        """Who an earlier process's events say was dropped."""
         dropped: list[DroppedSilo] = []
         for event in read_history(self._folder).events:
             if isinstance(event, RoundStarted) and event.round == number:
-                merged, dropped = [], []
+                dropped = []
             elif isinstance(event, UpdateDropped) and event.round == number:
                 dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
-            elif isinstance(event, RoundMerged) and event.round == number:
-                merged = list(event.participants)
-        return merged, dropped
+        return dropped
 
     def _name(self, signer: Signer) -> None:
         """A member's key, once for each process and key, before the first use of it."""
@@ -306,8 +335,11 @@ class Notary:
 
     def _checkpoint(self, number: int) -> dict[str, Any]:
         """The hashes of the state that the round led to, as its checkpoint has them."""
+        return self._state(number)["files"]
+
+    def _state(self, number: int) -> dict[str, Any]:
         path = self._folder / "checkpoints" / f"round-{number:06d}" / "state.json"
-        return json.loads(path.read_text(encoding="utf-8"))["files"]
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _run_part(run_id: str, config: RunConfig, data: PreparedData, silos: list[str]) -> RunPart:

@@ -481,6 +481,9 @@ class SiloTrainer:
     def _give(self, ask: Ask, answer: Answer, until: Callable[[], float]) -> SignedReply:
         """An answer whose update the store has."""
         reply = parse_reply(answer.reply.text)
+        if answer.reply.fingerprint != self._key.fingerprint:  # the node has another key by now
+            answer = replace(answer, reply=self._sign(reply))
+            self._answers.finish(ask, answer)
         if reply.fit is not None and reply.fit.update is not None:
             steps = ask.fit.steps if ask.fit is not None else 0
             self._say(ask, "publishing", step=steps, of=steps)

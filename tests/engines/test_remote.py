@@ -1,0 +1,775 @@
+"""Silos elsewhere: the engine contract, and everything that may go wrong between the two sides."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from photon.data import open_data
+from photon.engines import remote
+from photon.engines.local import LocalEngine
+from photon.engines.remote import RemoteEngine
+from photon.errors import (
+    ChunkCorruptError,
+    ManifestError,
+    NonFiniteError,
+    ObjectMissingError,
+    PolicyError,
+    ProtocolError,
+    SignatureError,
+    StoreUnavailableError,
+    UnknownMemberError,
+    UnreachableError,
+)
+from photon.federation import EvalTask, FitTask, Node, NodeSettings
+from photon.federation.broadcast import Broadcast
+from photon.federation.envelopes import RefPart, RunPart, dictated, parse_reply
+from photon.federation.node import initial_model
+from photon.federation.tasks import WEIGHTS, update_header
+from photon.link import plain_entries, tensors_sha256, write_parcel
+from photon.membership.keys import NodeKey
+from photon.membership.roster import Roster
+from photon.models import model_fingerprint, trainable_parameters
+from photon.store.contract import MemoryStore
+from photon.store.transfer import Transfer
+from photon.telemetry.events import LocalProgress, Notice
+
+RUN_ID = "0" * 31 + "7"
+
+
+def _silos_in_process() -> Any:
+    file = Path(__file__).parent / "programs" / "silos.py"
+    spec = importlib.util.spec_from_file_location("silos_of_engines", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+silos_in_process = _silos_in_process()
+
+
+class Federated:
+    """A run's silos, its state, and a node in this process to hold them against."""
+
+    def __init__(self, config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.data = open_data(config.data.path)
+        model = initial_model(config, self.data)
+        self.state = {
+            WEIGHTS + name: parameter.detach().clone()
+            for name, parameter in trainable_parameters(model).items()
+        }
+        self.silos = {
+            name: silos_in_process.Silo(folder / "silos", name, self.data.path)
+            for name in sorted(self.data.silos)
+        }
+        self.run = RunPart(
+            id=RUN_ID,
+            silos=sorted(self.silos),
+            config=dictated(config),
+            model=model_fingerprint(model),
+            tokenizer=self.data.tokenizer_sha256,
+            vocab_size=self.data.vocab_size,
+            eos_id=self.data.eos_id,
+        )
+        self.local = LocalEngine(Node(NodeSettings(config, folder / "local"), lambda _: None))
+        self.broadcast = Broadcast(config.link, config.run.name)
+        self.last: str | None = None
+
+    def tasks(self, number=1, node_round=None):
+        steps = self.config.local.steps
+        return [
+            FitTask(self.config.run.name, number, silo, (number - 1) * steps, steps, node_round)
+            for silo in sorted(self.silos)
+        ]
+
+    def publish(self, number):
+        def put(carrier, folder):
+            found = self.broadcast.publish(carrier, folder, number, self.state, base=self.last)
+            self.last = found.sha256
+            return found
+
+        return put
+
+    def move(self, number) -> None:
+        """As if a round had been merged."""
+        before = self.broadcast.keep(self.state)
+        for place, tensor in enumerate(self.state.values()):
+            tensor.mul_(1 - 1e-3 * (place % 3))
+        self.broadcast.encode(number, self.state, before)
+
+
+class Bench:
+    """One engine with a roster, a store and a post of its own."""
+
+    def __init__(self, federated: Federated, folder: Path, *overrides: str, remake=None) -> None:
+        self.federated, self.folder = federated, folder
+        config = federated.config
+        self.config = remake(config.data.path, *overrides) if overrides else config
+        self.silos = federated.silos
+        self.told: list = []
+        self.store = MemoryStore()
+        for silo in self.silos.values():
+            silo.store = self.store
+        self.roster = Roster(folder / "home" / "members.sqlite")
+        silos_in_process.join_all(self.roster, self.silos)
+        self.wire = silos_in_process.Wire(self.silos, self.roster)
+        self.engine = self.new_engine()
+
+    def new_engine(self) -> RemoteEngine:
+        federated = self.federated
+        engine = RemoteEngine(
+            federated.run,
+            self.config,
+            self.wire,
+            self.roster,
+            self.store,
+            self.folder / "arrivals",
+            federated.local,
+            self.told.append,
+        )
+        federated.last = None
+        engine.offer(0, federated.publish(0))
+        return engine
+
+    def answers(self, tasks=None):
+        """By silo: the receipt, and the update's hash (None without one), in the order given."""
+        found = {}
+        tasks = self.federated.tasks() if tasks is None else tasks
+        for update in self.engine.fit(tasks, self.federated.state):
+            tensors = {name: tensor.clone() for name, tensor in update.tensors()}
+            digest = tensors_sha256(tensors) if tensors else None
+            found[update.receipt.silo] = (update.receipt, digest)
+        return found
+
+    def on(self, silo, fault) -> None:
+        """Let a fault answer for one silo; it counts as fired where it answers."""
+
+        def at(which, ask, times):
+            if which.name == silo:
+                self.wire.fired.append(silo)
+                return fault(which, ask, times)
+            return which.answer(ask)
+
+        self.wire.fault = at
+
+
+def hashes(engine, tasks, state):
+    return {
+        update.receipt.silo: tensors_sha256({k: v.clone() for k, v in update.tensors()})
+        for update in engine.fit(tasks, state)
+    }
+
+
+@pytest.fixture(scope="module")
+def calm(three_silos, make_config, tmp_path_factory):
+    """Silos that have done round 1: asked again they answer from their disks."""
+    config = make_config(three_silos, "local.steps=2", "run.log_every=1")
+    federated = Federated(config, tmp_path_factory.mktemp("calm"))
+    federated.expected = hashes(federated.local, federated.tasks(), federated.state)
+    yield federated
+    federated.local.close()
+
+
+@pytest.fixture
+def remake(make_config):
+    return lambda data, *more: make_config(data, "local.steps=2", "run.log_every=1", *more)
+
+
+@pytest.fixture
+def make_bench(calm, tmp_path, remake, monkeypatch):
+    # The first pause of a task that is asked again stays as it is: one second.
+    monkeypatch.setattr(remote, "_LAST_PAUSE_S", 0.05)
+    made = []
+
+    def make(*overrides: str) -> Bench:
+        made.append(Bench(calm, tmp_path, *overrides, remake=remake))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        bench.roster.close()
+
+
+@pytest.fixture
+def bench(make_bench):
+    return make_bench()
+
+
+def only_fails(answers, silo, kind, expected):
+    """The failure of a silo, where the others gave what they always give."""
+    receipt, digest = answers.pop(silo)
+    assert receipt.failure is not None
+    assert digest is None
+    assert receipt.failure_code == kind.exit_code, receipt.failure
+    assert {name: found for name, (_, found) in answers.items()} == {
+        name: found for name, found in expected.items() if name != silo
+    }
+    assert all(one.failure is None for one, _ in answers.values())
+    return receipt.failure
+
+
+# --- the contract ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "link", [(), ('link.update_codec="int8"',), ('link.broadcast_codec="int8"',)]
+)
+def test_the_same_bits_as_in_one_process(link, three_silos, make_config, tmp_path):
+    config = make_config(three_silos, "local.steps=2", *link)
+    federated = Federated(config, tmp_path)
+    bench = Bench(federated, tmp_path)
+    expected, node_round = [], None
+    for number in (1, 2):
+        tasks = federated.tasks(number, node_round)
+        alone = {}
+        for update in federated.local.fit(tasks, federated.state):
+            tensors = {name: tensor.clone() for name, tensor in update.tensors()}
+            alone[update.receipt.silo] = (update.receipt, tensors_sha256(tensors))
+        bench.engine.offer(number - 1, federated.publish(number - 1))
+        seen = bench.answers(tasks)
+        assert list(seen) == [task.silo for task in tasks]  # the wire gives the last one first
+        expected.append((alone, seen))
+        node_round = number
+        federated.move(number)
+    for alone, seen in expected:
+        for silo, (receipt, digest) in alone.items():
+            found, found_digest = seen[silo]
+            assert found_digest == digest
+            for name in ("round", "silo", "tokens", "loss", "bytes_up", "left_out", "failure"):
+                assert getattr(found, name) == getattr(receipt, name), name
+            assert found.train_s > 0
+    first, second = (seen["red"][0].bytes_down for _, seen in expected)
+    if link == ('link.broadcast_codec="int8"',):
+        assert 0 < second < first / 3  # the outer update only
+    assert not list((tmp_path / "arrivals").iterdir())
+    assert bench.roster.open_tasks("red") == []
+    bench.roster.close()
+    federated.local.close()
+
+
+def test_every_set_is_scored(bench):
+    names = [None, *sorted(bench.silos)]
+    tasks = [EvalTask(0, name) for name in names]
+    expected = {
+        score.silo: score for score in bench.federated.local.evaluate(tasks, calm_of(bench))
+    }
+    scores = list(bench.engine.evaluate(tasks, calm_of(bench)))
+    assert [score.silo for score in scores] == names
+    for score in scores:
+        assert score.loss == expected[score.silo].loss
+        assert score.tokens == expected[score.silo].tokens
+    assert bench.roster.open_tasks("red") == []
+
+
+def test_a_silo_that_scores_nothing_is_named_and_the_rest_counts(bench):
+    bench.silos["green"].start('policy.runs=["another"]')
+    try:
+        tasks = [EvalTask(0, name) for name in sorted(bench.silos)]
+        scores = list(bench.engine.evaluate(tasks, calm_of(bench)))
+    finally:
+        bench.silos["green"].start()
+    assert [score.silo for score in scores] == ["blue", "red"]
+    (notice,) = [event for event in bench.told if isinstance(event, Notice)]
+    assert notice.silo == "green"
+    assert "policy.runs" in notice.text
+
+
+def test_the_state_is_left_alone(bench):
+    before = tensors_sha256(calm_of(bench))
+    bench.answers()
+    assert tensors_sha256(calm_of(bench)) == before
+
+
+def calm_of(bench):
+    return bench.federated.state
+
+
+def test_a_diverged_silo_answers_with_its_failure(calm, tmp_path):
+    kept, bench = dict(calm.state), None
+    name = next(iter(calm.state))
+    calm.state[name] = torch.full_like(kept[name], 3e38)
+    try:
+        bench = Bench(calm, tmp_path)
+        ((receipt, digest),) = bench.answers(calm.tasks()[-1:]).values()
+        assert "loss became nan" in receipt.failure
+        assert receipt.failure_code == NonFiniteError.exit_code
+        assert digest is None
+    finally:
+        calm.state = kept
+        if bench is not None:
+            bench.roster.close()
+
+
+def test_progress_is_what_silos_tell(bench):
+    def steps(silo, ask, times):
+        bench.wire.be_here(silo.name, state="training", round=1, step=1, of=2, task=ask.task_id)
+        bench.engine._watch(remote._Errand(ask), bench.roster.presences()[silo.name], time.time())
+        return silo.answer(ask)
+
+    bench.on("red", steps)
+    bench.answers()
+    (event,) = [event for event in bench.told if isinstance(event, LocalProgress)]
+    assert (event.silo, event.round, event.step, event.global_step) == ("red", 1, 1, 1)
+
+
+# --- lost on the way -------------------------------------------------------------------------
+
+
+def test_a_lost_message_is_asked_again(bench):
+    bench.on("red", lambda silo, ask, times: "it got lost" if times == 1 else silo.answer(ask))
+    answers = bench.answers()
+    assert {name: digest for name, (_, digest) in answers.items()} == bench.federated.expected
+    assert bench.wire.fired == ["red", "red"]
+    assert (bench.wire.times("red"), bench.wire.times("blue")) == (2, 1)
+    # The same question under the same name: a silo that has answered it answers it again.
+    assert len({ask.task_id for ask in bench.wire.asked if ask.silo == "red"}) == 1
+
+
+def test_a_silo_that_is_not_connected_yet_is_asked_when_it_is(bench):
+    red = bench.silos["red"]
+    bench.wire.silos = {name: silo for name, silo in bench.silos.items() if name != "red"}
+
+    def connect(silo, ask, times):
+        bench.wire.silos = bench.silos
+        return silo.answer(ask)
+
+    bench.on("blue", connect)
+    assert bench.answers()["red"][1] == bench.federated.expected["red"]
+    assert bench.wire.fired == ["blue"]
+    assert red.name == "red"
+
+
+def test_a_silo_that_is_idle_although_asked_is_asked_again(bench, monkeypatch):
+    monkeypatch.setattr(remote, "_IDLE_S", 0.3)
+    bench.on("red", lambda silo, ask, times: None if times == 1 else silo.answer(ask))
+    answers = bench.answers()
+    assert answers["red"][1] == bench.federated.expected["red"]
+    assert bench.wire.fired == ["red", "red"]
+
+
+def test_a_silo_that_works_is_not_asked_again(bench, monkeypatch):
+    monkeypatch.setattr(remote, "_IDLE_S", 0.3)
+    begun = []
+
+    def slow(silo, ask, times):
+        begun.append(time.time())
+        bench.wire.quiet.add("red")
+        return
+
+    bench.on("red", slow)
+    pull = bench.wire.pull
+
+    def working(ids):
+        if begun and time.time() - begun[0] < 2.5:
+            bench.wire.be_here("red", state="training", step=1, task=bench.wire.asked[-1].task_id)
+        elif begun:
+            one = next(iter(ids))
+            return {one: bench.silos["red"].answer(bench.wire.asked[2])}
+        return pull(ids)
+
+    bench.wire.pull = working
+    assert [ask.silo for ask in bench.wire.asked] == []
+    assert bench.answers()["red"][1] == bench.federated.expected["red"]
+    assert time.time() - begun[0] > 2.5
+    assert bench.wire.times("red") == 1
+
+
+def test_a_silo_that_is_never_heard_of_fails_alone(make_bench):
+    bench = make_bench("federation.silence_s=1.5")
+    bench.wire.quiet.add("red")
+    bench.on("red", lambda silo, ask, times: None)
+    started = time.monotonic()
+    answers = bench.answers()
+    words = only_fails(answers, "red", UnreachableError, bench.federated.expected)
+    assert "red has not been heard of for 1.5 s" in words
+    assert 1.4 < time.monotonic() - started < 10
+    assert bench.wire.fired == ["red"]
+
+
+def test_the_time_of_a_round_ends(make_bench):
+    bench = make_bench("serve.round_deadline_s=2")
+
+    def never(silo, ask, times):
+        bench.wire.quiet.add("red")
+        bench.wire.be_here("red", state="training", task=ask.task_id)
+
+    bench.on("red", never)
+    words = only_fails(bench.answers(), "red", UnreachableError, bench.federated.expected)
+    assert "red has not answered in the 2 s of round 1" in words
+    assert bench.wire.fired == ["red"]
+    # What it writes now is nobody's.
+    assert bench.roster.open_tasks("red") == []
+
+
+def test_nobody_is_waited_for_in_a_hot_loop(make_bench):
+    """With answers here already, a silo that works is looked at a few times a second."""
+    bench = make_bench("serve.round_deadline_s=2")
+    bench.on("blue", lambda silo, ask, times: None)
+    looks, pull = [], bench.wire.pull
+
+    def counted(ids):
+        looks.append(ids)
+        return pull(ids)
+
+    bench.wire.pull = counted
+    only_fails(bench.answers(), "blue", UnreachableError, bench.federated.expected)
+    assert 3 < len(looks) < 25
+
+
+# --- answers that are none -------------------------------------------------------------------
+
+
+def another_key(silo, ask, key):
+    return silo.sign(silo.answer(ask).text, key)
+
+
+def with_its_fingerprint(silo, ask, key):
+    forged = silo.sign(silo.answer(ask).text, key)
+    return remote.SignedReply("", forged.text, forged.signature, silo.key.fingerprint)
+
+
+def changed_text(silo, ask, key):
+    good = silo.answer(ask)
+    text = good.text.replace(b'"loss":', b'"loss":1')
+    assert text != good.text
+    return remote.SignedReply("", text, good.signature, good.fingerprint)
+
+
+def no_reply(silo, ask, key):
+    return silo.sign(b"{}")
+
+
+def not_utf8(silo, ask, key):
+    return silo.sign(silo.answer(ask).text.decode().encode("utf-16"))
+
+
+def of(**fields):
+    """An answer of the silo's own, signed, with other fields."""
+
+    def answer(silo, ask, key):
+        reply = parse_reply(silo.answer(ask).text)
+        return silo.sign(reply.model_copy(update=fields))
+
+    return answer
+
+
+def for_another_round(silo, ask, key):
+    reply = parse_reply(silo.answer(ask).text)
+    task = ask.task_id.replace("/1/", "/2/")
+    return silo.sign(reply.model_copy(update={"round": 2, "task": task}))
+
+
+def outside_its_folder(silo, ask, key):
+    """Another silo's update, under the own name."""
+    reply = parse_reply(silo.answer(ask).text)
+    theirs = reply.fit.update.key.replace("/silos/red/", "/silos/blue/")
+    update = reply.fit.update.model_copy(update={"key": theirs})
+    fit = reply.fit.model_copy(update={"update": update})
+    return silo.sign(reply.model_copy(update={"fit": fit}))
+
+
+def more_tokens(silo, ask, key):
+    """Weighed by its tokens, it would be all of the mean."""
+    reply = parse_reply(silo.answer(ask).text)
+    fit = reply.fit.model_copy(update={"tokens": 1000 * reply.fit.tokens})
+    return silo.sign(reply.model_copy(update={"fit": fit}))
+
+
+@pytest.mark.parametrize(
+    ("forge", "kind", "words"),
+    [
+        (another_key, SignatureError, "not with its own"),
+        (with_its_fingerprint, SignatureError, ""),
+        (changed_text, SignatureError, ""),
+        (no_reply, ProtocolError, "protocol"),
+        (not_utf8, ProtocolError, "no Reply"),
+        (for_another_round, ProtocolError, "red answered round 2; 1 was asked for"),
+        (of(run="f" * 32), ProtocolError, "answered run"),
+        (of(silo="blue"), ProtocolError, "answered silo 'blue'"),
+        (of(state="f" * 64), ProtocolError, "answered state"),
+        (of(task=RUN_ID), ProtocolError, "answered task"),
+        (outside_its_folder, ProtocolError, "its own are under"),
+        (more_tokens, ProtocolError, "tokens; its task has"),
+    ],
+)
+def test_what_is_not_the_silos_answer_is_refused(forge, kind, words, bench, tmp_path):
+    stranger = NodeKey.create(tmp_path / "stranger.key")
+    bench.on("red", lambda silo, ask, times: forge(silo, ask, stranger))
+    failure = only_fails(bench.answers(), "red", kind, bench.federated.expected)
+    assert words in failure
+    assert bench.wire.fired == ["red"] * 3
+    refused = [event for event in bench.roster.events() if event.what == "reply refused"]
+    assert sum(event.times for event in refused) == 3
+    assert refused[-1].actor == "red"
+    # Nothing of it is kept for the record of the round.
+    assert [reply.fingerprint for reply in bench.roster.replies(RUN_ID, 1)] == [
+        bench.silos[name].key.fingerprint for name in ("blue", "green")
+    ]
+
+
+def test_a_forged_answer_does_not_keep_the_true_one_out(bench, tmp_path):
+    stranger = NodeKey.create(tmp_path / "stranger.key")
+
+    def first_forged(silo, ask, times):
+        return another_key(silo, ask, stranger) if times == 1 else silo.answer(ask)
+
+    bench.on("red", first_forged)
+    assert bench.answers()["red"][1] == bench.federated.expected["red"]
+    assert bench.wire.fired == ["red", "red"]
+
+
+def test_another_members_signature_is_not_the_silos(bench):
+    bench.on("red", lambda silo, ask, times: another_key(silo, ask, bench.silos["blue"].key))
+    only_fails(bench.answers(), "red", SignatureError, bench.federated.expected)
+    assert bench.wire.fired == ["red"] * 3
+
+
+@pytest.mark.parametrize("lie", ["another model", "this model's name", "nothing"])
+def test_an_update_of_another_shape_is_never_read(lie, bench):
+    """Signed, in its own folder, whole: but not of this model."""
+
+    def wrong(silo, ask, times):
+        task, state = ask.fit_task("test"), calm_of(bench)
+        if lie == "nothing":
+            other = {}
+        else:
+            other = {name: tensor[..., :1].contiguous() for name, tensor in state.items()}
+        header = update_header(task, other if lie == "another model" else state)
+        ref = write_parcel(
+            Transfer(bench.store), f"{RUN_ID}/silos/red", header, plain_entries(other.items())
+        )
+        reply = parse_reply(silo.answer(ask).text)
+        fit = reply.fit.model_copy(update={"update": RefPart.of(ref)})
+        return silo.sign(reply.model_copy(update={"fit": fit}))
+
+    bench.on("red", wrong)
+    only_fails(bench.answers(), "red", ManifestError, bench.federated.expected)
+    assert bench.wire.fired == ["red"]
+
+
+def test_a_refusal_has_the_silos_own_words_and_code(bench):
+    bench.silos["red"].start("policy.max_local_steps=1")
+    try:
+        words = only_fails(bench.answers(), "red", PolicyError, bench.federated.expected)
+    finally:
+        bench.silos["red"].start()
+    assert "red: this site's policy refuses the run: a task takes 2 local steps" in words
+    assert "policy.max_local_steps allows 1" in words
+    assert bench.wire.times("red") == 1
+    assert any(event.what == "refused" for event in bench.roster.events())
+
+
+def test_a_silos_trouble_with_its_link_is_asked_about_again(bench):
+    def refusing(silo, ask, times):
+        if times > 1:
+            return silo.answer(ask)
+        return silo.trainer._refuse(ask, StoreUnavailableError("no way to the store"))
+
+    bench.on("red", refusing)
+    assert bench.answers()["red"][1] == bench.federated.expected["red"]
+    assert bench.wire.fired == ["red", "red"]
+
+
+# --- updates in the store --------------------------------------------------------------------
+
+
+def chunks_of(bench, silo):
+    return [key for key, _ in bench.store.keys(f"{RUN_ID}/silos/{silo}/chunks")]
+
+
+def damage(bench, silo):
+    """Other bytes of the same length, as a failing disk leaves them."""
+    for key in chunks_of(bench, silo):
+        bench.store._objects[key] = bytes(len(bench.store._objects[key]))
+
+
+def test_a_damaged_chunk_is_sent_again(bench):
+    def damaged_once(silo, ask, times):
+        answer = silo.answer(ask)
+        if times == 1:
+            damage(bench, "red")
+        return answer
+
+    bench.on("red", damaged_once)
+    answers = bench.answers()
+    assert {name: digest for name, (_, digest) in answers.items()} == bench.federated.expected
+    assert bench.wire.fired == ["red", "red"]
+
+
+def test_a_chunk_that_is_always_damaged_fails_its_silo_by_name(bench):
+    open_when_asked = []
+
+    def damaged(silo, ask, times):
+        open_when_asked.append([task.id for task in bench.roster.open_tasks("red")])
+        answer = silo.answer(ask)
+        damage(bench, "red")
+        return answer
+
+    bench.on("red", damaged)
+    words = only_fails(bench.answers(), "red", ChunkCorruptError, bench.federated.expected)
+    assert f"{RUN_ID}/silos/red/chunks/" in words
+    # Each time the silo was let write again.
+    assert open_when_asked == [[f"{RUN_ID}/fit/1/red"]] * 3
+
+
+def test_an_update_that_is_not_in_the_store_fails_its_silo(bench):
+    def missing(silo, ask, times):
+        answer = silo.answer(ask)
+        bench.store.delete(chunks_of(bench, "red"))
+        return answer
+
+    bench.on("red", missing)
+    only_fails(bench.answers(), "red", ObjectMissingError, bench.federated.expected)
+    assert bench.wire.fired == ["red"] * 3
+
+
+def test_a_store_that_is_away_is_waited_for(bench, monkeypatch):
+    """Longer than a silo's own faults would be."""
+    away, fetch = [], RemoteEngine.fetch
+
+    def without_store(self, task, ref, state):
+        if task.silo == "red" and len(away) < 5:
+            away.append(task)
+            raise StoreUnavailableError("the store is away")
+        return fetch(self, task, ref, state)
+
+    monkeypatch.setattr(RemoteEngine, "fetch", without_store)
+    assert bench.answers()["red"][1] == bench.federated.expected["red"]
+    assert len(away) == 5
+
+
+def test_an_update_is_read_again_from_the_store_when_the_spool_is_gone(bench):
+    """A merging rule reads again what it has added, where a later one turns out bad."""
+    kept = list(bench.engine.fit(bench.federated.tasks(), calm_of(bench)))
+    assert not list((bench.folder / "arrivals").iterdir())
+    again = {
+        one.receipt.silo: tensors_sha256({k: v.clone() for k, v in one.tensors()}) for one in kept
+    }
+    assert again == bench.federated.expected
+
+
+def test_an_update_that_is_here_needs_no_store(bench):
+    for update in bench.engine.fit(bench.federated.tasks(), calm_of(bench)):
+        objects = dict(bench.store._objects)
+        bench.store._objects.clear()
+        found = tensors_sha256({k: v.clone() for k, v in update.tensors()})
+        assert found == bench.federated.expected[update.receipt.silo]
+        bench.store._objects |= objects
+
+
+@pytest.mark.parametrize(
+    "junk", [b"[]", b"\xff", b'{"chunks": 5}', b'{"chunks": [{"sha256": {}}]}', b"[" * 5000]
+)
+def test_what_a_silo_leaves_in_its_folder_stops_nobody(junk, bench):
+    """Old rounds are removed from the store; manifests there may be anything."""
+    key = f"{RUN_ID}/silos/red/update/round-000001/x.json"
+    bench.store.put(key, junk)
+    old = f"{RUN_ID}/silos/red/update/round-000000/x.json"
+    bench.store.put(old, junk)
+    bench.config = bench.config.model_copy(
+        update={"serve": bench.config.serve.model_copy(update={"keep_rounds": 1})}
+    )
+    bench.engine = bench.new_engine()
+    tasks = bench.federated.tasks()
+    assert {name: found for name, (_, found) in bench.answers(tasks).items()} == (
+        bench.federated.expected
+    )
+    assert bench.store.size(key) == len(junk)
+    assert all(receipt.failure is None for receipt, _ in bench.answers(tasks).values())
+
+
+# --- this side starts again, and members come and go -----------------------------------------
+
+
+def test_a_new_engine_takes_the_answers_that_are_here(bench):
+    going = bench.engine.fit(bench.federated.tasks(), calm_of(bench))
+    assert next(going).receipt.silo == "blue"
+    while len(bench.roster.replies(RUN_ID, 1)) < 3:
+        bench.engine.turn([])
+        next(going)
+    asked = len(bench.wire.asked)
+    bench.engine = bench.new_engine()  # as a process that was killed leaves it
+    answers = bench.answers()
+    assert {name: digest for name, (_, digest) in answers.items()} == bench.federated.expected
+    assert len(bench.wire.asked) == asked == 3
+    going.close()
+
+
+def test_a_new_engine_asks_only_who_has_not_answered(bench):
+    bench.on("red", lambda silo, ask, times: None if times == 1 else silo.answer(ask))
+    going = bench.engine.fit(bench.federated.tasks(), calm_of(bench))
+    assert [next(going).receipt.silo, next(going).receipt.silo] == ["blue", "green"]
+    bench.engine = bench.new_engine()
+    assert bench.answers()["red"][1] == bench.federated.expected["red"]
+    assert [ask.silo for ask in bench.wire.asked[3:]] == ["red"]
+    going.close()
+
+
+def test_an_answer_of_a_key_that_was_replaced_is_asked_for_again(bench, tmp_path):
+    bench.answers()
+    new = NodeKey.create(tmp_path / "new.key")
+    bench.roster.rotate("red", new.public_pem)
+    bench.engine = bench.new_engine()
+    bench.on("red", lambda silo, ask, times: silo.sign(silo.answer(ask).text, new))
+    assert bench.answers()["red"][1] == bench.federated.expected["red"]
+    assert bench.wire.fired == ["red"]
+    assert {one.fingerprint for one in bench.roster.replies(RUN_ID, 1)} >= {new.fingerprint}
+
+
+@pytest.mark.parametrize("end", ["expel", "suspend"])
+def test_who_is_expelled_before_answering_is_out_at_once(end, bench):
+    def ending(silo, ask, times):
+        getattr(bench.roster, end)("red")
+        bench.wire.quiet.add("red")
+
+    bench.on("red", ending)
+    started = time.monotonic()
+    words = only_fails(bench.answers(), "red", UnknownMemberError, bench.federated.expected)
+    assert "red" in words
+    assert bench.wire.fired == ["red"]
+    assert time.monotonic() - started < 20  # and not federation.silence_s
+
+
+def test_who_is_expelled_after_answering_is_not_merged(bench):
+    """Its answer waits for its turn behind one that comes later."""
+
+    def ending(silo, ask, times):
+        assert bench.roster.reply(f"{RUN_ID}/fit/1/red") is not None
+        bench.roster.expel("red")
+        bench.wire.quiet.add("red")
+        return silo.answer(ask)
+
+    bench.on("blue", ending)
+    only_fails(bench.answers(), "red", UnknownMemberError, bench.federated.expected)
+    assert bench.wire.fired == ["blue"]
+
+
+def test_who_is_no_member_is_not_asked(bench):
+    bench.roster.suspend("red")
+    only_fails(bench.answers(), "red", UnknownMemberError, bench.federated.expected)
+    assert bench.wire.times("red") == 0
+
+
+def test_a_task_may_be_written_to_under_the_silos_own_folder_only(bench):
+    seen = {}
+
+    def look(silo, ask, times):
+        (seen["task"],) = bench.roster.open_tasks("red")
+        return silo.answer(ask)
+
+    bench.on("red", look)
+    bench.answers()
+    task = seen["task"]
+    assert task.writable == (f"{RUN_ID}/silos/red/",)
+    assert task.readable == (f"{RUN_ID}/global/", f"{RUN_ID}/silos/red/")
+    values = sum(tensor.numel() for tensor in calm_of(bench).values())
+    assert task.most_bytes > 4 * values
+    assert bench.roster.open_tasks("red") == []

@@ -1,0 +1,391 @@
+"""A served run in one process: who is drawn, what goes on after a crash, what is written down."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from photon.config import write_resolved
+from photon.errors import (
+    AccessRefusedError,
+    MembershipError,
+    QuorumLostError,
+    RunNotFoundError,
+)
+from photon.membership.audit import verify_audit
+from photon.membership.keys import NodeKey
+from photon.membership.roster import Facts, OpenTask, Presence, Roster
+from photon.runs import serving, simulate
+from photon.runs.serving import JoinedFleet, Notary, Serving, continue_run
+from photon.store.contract import FolderStore
+from photon.telemetry import read_history
+from photon.telemetry.events import RoundStarted, RunStopped, UpdateDropped
+
+RUN_ID = "0" * 31 + "9"
+SMALL = (
+    "local.steps=2",
+    "federation.rounds=3",
+    "eval.max_tokens=500",
+    "eval.every=3",
+    "serve.min_silos=3",
+)
+
+
+def _silos_in_process() -> Any:
+    file = Path(__file__).parents[1] / "engines" / "programs" / "silos.py"
+    spec = importlib.util.spec_from_file_location("silos_of_runs", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+silos_in_process = _silos_in_process()
+
+
+class Served:
+    """A run folder as `photon serve` leaves it, three silos, and the post to them."""
+
+    def __init__(self, config, folder: Path) -> None:
+        self.folder = folder / "run"
+        self.folder.mkdir()
+        store = FolderStore(folder / "store")
+        names = ("blue", "green", "red")
+        data = Path(config.data.path)
+        self.silos = {name: silos_in_process.Silo(folder / "silos", name, data) for name in names}
+        for silo in self.silos.values():
+            silo.store = store
+        write_resolved(config, self.folder / "serve.toml")
+        self.serving = Serving(RUN_ID, str(folder / "home"), str(folder / "store"), {})
+        self.serving.write(self.folder)
+        self.roster = self.serving.roster
+        silos_in_process.join_all(self.roster, self.silos)
+        self.wire = silos_in_process.Wire(self.silos, self.roster)
+
+    def go_on(self):
+        """As another process would."""
+        for name in self.silos:
+            self.wire.be_here(name)
+        return continue_run(self.folder, self.wire)
+
+    def asked(self, number):
+        return sorted(ask.silo for ask in self.wire.asked if ask.round == number and ask.fit)
+
+    def lines(self):
+        text = (self.folder / "audit.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def audit(self):
+        report = verify_audit(self.folder)
+        report.require_good()
+        return report
+
+    @property
+    def rounds_told(self):
+        return [event.round for event in read_history(self.folder).of(RoundStarted)]
+
+
+@pytest.fixture(scope="module")
+def config(three_silos, make_config):
+    return make_config(three_silos, *SMALL)
+
+
+@pytest.fixture(scope="module")
+def calm(config, tmp_path_factory):
+    """What the same run comes to in one process."""
+    return simulate(config, run_dir=tmp_path_factory.mktemp("calm") / "run").summary
+
+
+@pytest.fixture
+def served(config, tmp_path):
+    run = Served(config, tmp_path)
+    yield run
+    run.roster.close()
+
+
+def same(summary, calm):
+    for name in ("weights_sha256", "tokens", "global_loss", "per_silo", "bytes_up"):
+        assert summary[name] == calm[name], name
+
+
+def crash_before_the_record(monkeypatch, number):
+    """A process that dies once between the checkpoint of a round and its line in the log."""
+    fired, close_round = [], Notary._close_round
+
+    def dying(self, round_number):
+        if round_number == number and not fired:
+            fired.append(round_number)
+            raise KeyboardInterrupt
+        close_round(self, round_number)
+
+    monkeypatch.setattr(Notary, "_close_round", dying)
+    return fired
+
+
+# --- whole runs ------------------------------------------------------------------------------
+
+
+def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(served, calm, tmp_path):
+    rotated = []
+
+    def rotate(silo, ask, times):
+        # The wire asks the last silo first: red's answer is here, and waits for blue's.
+        if silo.name == "blue" and ask.round == 2 and ask.fit and not rotated:
+            red = served.silos["red"]
+            assert served.roster.reply(f"{RUN_ID}/fit/2/red") is not None
+            rotated.append(red.key.fingerprint)
+            new = red.take_key(tmp_path / "new.key")
+            served.roster.rotate("red", new.public_pem)
+            rotated.append(new.fingerprint)
+        return silo.answer(ask)
+
+    served.wire.fault = rotate
+    same(served.go_on().summary, calm)
+    assert len(rotated) == 2
+    report = served.audit()
+    assert (report.rounds, report.updates, report.last_round) == (3, 9, 3)
+    assert report.members["red"] == rotated[1]
+    lines = served.lines()
+    signed = [
+        update["fingerprint"]
+        for line in lines
+        if line["kind"] == "round"
+        for update in line["body"]["merged"]
+        if update["silo"] == "red"
+    ]
+    assert signed == [rotated[0], rotated[0], rotated[1]]
+    assert served.roster.setting("waiting") is None
+
+
+def test_a_crash_between_checkpoint_and_record_is_made_good(served, calm, monkeypatch):
+    served.silos["green"].start('policy.runs=["another"]')
+    fired = crash_before_the_record(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        served.go_on()
+    assert fired == [1]
+    assert verify_audit(served.folder).problems  # a checkpoint that the log knows nothing of
+    served.silos["green"].start()
+    served.roster.set_setting("draining", True)
+    served.go_on()
+    report = served.audit()
+    assert (report.rounds, report.updates) == (1, 2)
+    (line,) = [line["body"] for line in served.lines() if line["kind"] == "round"]
+    assert [update["silo"] for update in line["merged"]] == ["blue", "red"]
+    assert [one["silo"] for one in line["dropped"]] == ["green"]
+    assert "policy.runs" in line["dropped"][0]["reason"]
+    served.roster.set_setting("draining", False)
+    served.go_on()
+    assert served.audit().rounds == 3
+    (dropped,) = read_history(served.folder).of(UpdateDropped)
+    assert (dropped.round, dropped.silo) == (1, "green")
+
+
+def test_a_fall_back_is_written_down_and_answers_are_not_asked_for_twice(served, calm, monkeypatch):
+    def drain(silo, ask, times):
+        if ask.round == 2:
+            served.roster.set_setting("draining", True)
+        return silo.answer(ask)
+
+    served.wire.fault = drain
+    assert served.go_on().summary == {}
+    (stopped,) = read_history(served.folder).of(RunStopped)
+    assert (stopped.round, stopped.reason) == (2, "drained")
+    file = served.folder / "checkpoints" / "round-000002" / "global.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    served.wire.fault = lambda silo, ask, times: silo.answer(ask)
+    served.roster.set_setting("draining", False)
+    # And it dies again, before the new record of round 2: the old one does not stand for it.
+    fired = crash_before_the_record(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        served.go_on()
+    assert fired == [2]
+    same(served.go_on().summary, calm)
+    report = served.audit()
+    assert (report.rounds, report.updates, report.last_round) == (3, 9, 3)
+    assert any("round 2 was taken back" in remark for remark in report.remarks)
+    kinds = [line["kind"] for line in served.lines()]
+    assert kinds.count("resumed") == 1
+    assert kinds.count("round") == 4
+    assert served.asked(2) == ["blue", "green", "red"]  # once each, though it was run twice
+    assert served.rounds_told == [1, 2, 3]
+
+
+def test_a_round_goes_on_with_those_it_was_given_to(served, calm):
+    """Killed in mid-round; the silos of another run of the round would be others."""
+
+    def die(silo, ask, times):
+        if ask.round == 1 and silo.name == "blue" and ask.fit and not served.wire.fired:
+            served.wire.fired.append("blue")
+            raise KeyboardInterrupt
+        return silo.answer(ask)
+
+    served.wire.fault = die
+    with pytest.raises(KeyboardInterrupt):
+        served.go_on()
+    assert served.wire.fired == ["blue"]
+    begun = len(served.wire.asked)
+    same(served.go_on().summary, calm)
+    assert served.asked(1) == ["blue", "blue", "green", "red"]
+    assert begun == 6  # three that scored the state of the beginning, three that were to train
+    assert served.audit().rounds == 3
+
+
+def test_too_few_silos_end_the_run_by_name(three_silos, make_config, tmp_path):
+    config = make_config(three_silos, *SMALL, "serve.gather_s=0.3", "serve.min_silos=4")
+    run = Served(config, tmp_path)
+    with pytest.raises(QuorumLostError, match="3 silos are here"):
+        run.go_on()
+    assert run.wire.asked == []
+    run.roster.close()
+
+
+# --- who is drawn ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def roster(tmp_path):
+    with Roster(tmp_path / "home" / "members.sqlite") as roster:
+        for number, name in enumerate(("blue", "green", "red"), 1):
+            key = NodeKey.create(tmp_path / f"{name}.key")
+            facts = Facts("d" * 64, "e" * 64, 100 * number, "0.1.0")
+            roster.redeem(roster.invite(name, 60), name, key.public_pem, facts)
+            roster.seen(name, Presence("idle", boot=name))
+        yield roster
+
+
+@pytest.fixture
+def fleet(roster, three_silos, make_config, monkeypatch):
+    monkeypatch.setattr(serving, "_LOOK_S", 0.02)
+    return lambda *overrides: JoinedFleet(roster, make_config(three_silos, *overrides), RUN_ID)
+
+
+def begin(roster, number, *silos, kind="fit"):
+    for silo in silos:
+        task = f"{RUN_ID}/{kind}/{number}/{silo}"
+        now = time.time()
+        roster.open_task(OpenTask(task, RUN_ID, number, silo, kind, now, now + 60, 1, (), ()))
+
+
+def test_those_who_are_here_are_drawn_from(fleet, roster):
+    assert fleet().drawn_from(1) == {"blue": 100, "green": 200, "red": 300}
+    assert fleet().present() == ["blue", "green", "red"]
+    assert fleet('serve.silos=["red", "blue", "unknown"]').present() == ["blue", "red"]
+
+
+def test_who_is_suspended_expelled_silent_or_stopping_is_not_drawn(fleet, roster):
+    roster.suspend("green")
+    assert fleet().present() == ["blue", "red"]
+    roster.reinstate("green")
+    roster.expel("red")
+    assert fleet().present() == ["blue", "green"]
+    roster.seen("blue", Presence("stopping", boot="blue"))
+    assert sorted(fleet().drawn_from(1)) == ["green"]
+    roster.seen("green", Presence("training", boot="green"), now=time.time() - 61)
+    with pytest.raises(QuorumLostError, match=r"0 silos are here \(none\)"):
+        fleet("serve.gather_s=0.1").drawn_from(1)
+    roster.seen("green", Presence("idle", boot="green"), now=time.time() - 10)
+    assert fleet().present() == ["green"]
+    assert fleet("federation.silence_s=5").present() == []
+
+
+def test_a_begun_round_has_the_silos_it_was_given_to(fleet, roster):
+    begin(roster, 4, "blue", "red")
+    begin(roster, 4, "green", kind="evaluate")
+    begin(roster, 5, "green")
+    assert fleet().drawn_from(4) == {"blue": 100, "red": 300}
+    # Silent, suspended or expelled since: the round is the same, and the engine leaves them out.
+    roster.seen("blue", Presence("idle", boot="blue"), now=time.time() - 600)
+    roster.expel("red")
+    sampled = fleet("federation.sample=2", "serve.min_silos=3", "serve.gather_s=0.05")
+    assert sorted(sampled.drawn_from(4)) == ["blue", "red"]
+    other = JoinedFleet(roster, sampled._config, "f" * 32)
+    with pytest.raises(QuorumLostError):  # another run's tasks say nothing of this one's
+        other.drawn_from(4)
+
+
+def test_it_waits_for_silos_and_says_so(fleet, roster, monkeypatch):
+    roster.seen("red", Presence("stopping", boot="red"))
+    told, written, sleep = [], [], time.sleep
+    set_setting = roster.set_setting
+
+    def counted(key, value):
+        written.append(key)
+        set_setting(key, value)
+
+    def look(seconds):
+        told.append(roster.setting("waiting"))
+        if len(told) == 3:
+            roster.seen("red", Presence("idle", boot="red"))
+        sleep(seconds)
+
+    monkeypatch.setattr(roster, "set_setting", counted)
+    monkeypatch.setattr(serving.time, "sleep", look)
+    found = fleet("serve.min_silos=3").drawn_from(1)
+    assert sorted(found) == ["blue", "green", "red"]
+    assert [(one["for_silos"], one["here"]) for one in told] == [(3, ["blue", "green"])] * 3
+    assert told[0]["until"] > time.time() + 80_000
+    assert roster.setting("waiting") is None
+    assert written == ["waiting"] * 2  # the disk is left alone while nothing changes
+
+
+def test_a_sample_is_waited_for_too_and_given_up(fleet, roster):
+    roster.suspend("red")
+    started = time.monotonic()
+    with pytest.raises(QuorumLostError, match=r"2 silos are here \(blue, green\), round 7 needs 3"):
+        fleet("federation.sample=3", "serve.gather_s=0.4").drawn_from(7)
+    assert 0.4 <= time.monotonic() - started < 20
+    assert roster.setting("waiting") is None
+
+
+# --- the record, and serve.json --------------------------------------------------------------
+
+
+def test_a_merged_silo_without_a_receipt_is_never_written_down(roster, tmp_path):
+    notary = Notary(tmp_path, roster, RUN_ID)
+    notary._merged = ["red"]
+    with pytest.raises(MembershipError, match="round 1 merged red, whose receipt is not there"):
+        notary._close_round(1)
+    assert verify_audit(tmp_path).rounds == 0
+
+
+def test_serve_json_is_read_as_it_was_written(tmp_path):
+    whole = Serving(RUN_ID, "/home", "s3://bucket", {"endpoint": "http://x"}, "/home/secrets")
+    for one in (whole, Serving(RUN_ID, "/home", "/store", {})):
+        one.write(tmp_path)
+        assert Serving.read(tmp_path) == one
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["serve.json"]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "{", "[]", "5", "{}", '{"run_id": "1"}', '{"more": 1}', b"\xff\xfe"]
+)
+def test_what_is_no_served_run_is_named(text, tmp_path):
+    if text is not None:
+        raw = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "serve.json").write_bytes(raw)
+    with pytest.raises(RunNotFoundError, match="no served run in") as caught:
+        Serving.read(tmp_path)
+    assert str(tmp_path / "serve.json") in caught.value.message
+    assert caught.value.hint == "Name a folder that `photon serve` made."
+
+
+@pytest.mark.parametrize("text", [None, "{", "5"])
+def test_credentials_that_can_not_be_read_are_named(text, tmp_path):
+    secrets = tmp_path / "secrets.json"
+    if text is not None:
+        secrets.write_text(text)
+    one = Serving(RUN_ID, str(tmp_path), "s3://bucket", {}, str(secrets))
+    with pytest.raises(AccessRefusedError, match=r"secrets\.json"):
+        one.open_store()
+
+
+def test_options_and_secrets_open_the_store(tmp_path):
+    (tmp_path / "secrets.json").write_text("{}")
+    found = Serving(RUN_ID, "", str(tmp_path / "s"), {}, str(tmp_path / "secrets.json"))
+    assert isinstance(found.open_store(), FolderStore)
