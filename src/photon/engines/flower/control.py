@@ -1,0 +1,285 @@
+"""The superlink's Control API, from Python: nodes' keys, and runs. Milliseconds a call.
+
+The superlink asks no one who he is on this API: it must be reachable from its own machine only,
+which the door sees to, and superexec runs no bundle but ours.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+from flwr.common.serde import fab_to_proto
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    StopRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.error import ApiErrorCode, FlowerError
+from flwr.supercore.fab import Fab
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
+
+from photon.engines.flower.bundle import digest
+from photon.engines.flower.pinned import check_flower
+from photon.errors import DeployError, MembershipError, UnreachableError
+
+#: How a ServerApp's last words carry Photon's exit code (`server_app`).
+FAILED = re.compile(r"photon-exit-(\d{1,3}): ")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run, as the superlink has it.
+
+    Attributes:
+        status: "pending" (not yet taken by the superexec), "starting", "running" or "finished".
+        outcome: of a finished one: "completed", "failed" or "stopped"; else "".
+        details: why it failed.
+    """
+
+    run_id: int
+    status: str
+    outcome: str
+    details: str
+
+    @property
+    def over(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the PhotonError that ended it; None if it ended otherwise: by being killed, say."""
+        found = FAILED.search(self.details)
+        return int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """A registered node, as the superlink has it.
+
+    Attributes:
+        status: "registered" (never seen), "online" or "offline".
+        online_until: seconds since the epoch; 0 if it was never seen.
+    """
+
+    node_id: int
+    name: str
+    status: str
+    public_key: str
+    online_until: float
+
+
+class Control:
+    """Control API of the superlink at `address`, host:port on this machine.
+
+    Args:
+        ca: PEM file of the authority that signed its certificate.
+        timeout_s: of one call.
+
+    Raises:
+        DeployError: another version of Flower is installed, or `ca` can't be read.
+    """
+
+    def __init__(self, address: str, ca: Path, *, timeout_s: float = 10.0) -> None:
+        check_flower()
+        self._address = address
+        try:
+            authority = ca.read_bytes()
+        except OSError as error:
+            raise DeployError(f"can't read the authority's certificate {ca}: {error}") from error
+        self._client = ControlHttpClient.from_server_address(
+            address,
+            insecure=False,
+            root_certificates=authority,
+            interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+        )
+        self._client._client.timeout = httpx.Timeout(timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def healthy(self) -> bool:
+        """Whether the superlink answers, its database included."""
+        try:
+            self._client.ListRuns(ListRunsRequest(limit=1))
+        except (httpx.HTTPError, ValueError):
+            return False
+        return True
+
+    def register(self, public_pem: str, name: str = "") -> int:
+        """Let the node with this key in. Registered already: its id again.
+
+        Args:
+            public_pem: public key, PEM text.
+
+        Returns:
+            Flower's id of the node, 64 bits.
+
+        Raises:
+            MembershipError: it is no key that Flower takes, or was unregistered before.
+            UnreachableError, DeployError: the superlink is away, or refuses.
+        """
+        try:
+            key = public_key_to_bytes(bytes_to_public_key(public_pem.encode()))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise MembershipError(f"no public key in PEM: {str(error)[:200]}") from error
+        request = RegisterNodeRequest(public_key=key, name=name or None)
+        try:
+            return int(self._call(self._client.RegisterNode, request).node_id)
+        except _RefusedError as refused:
+            if refused.code == ApiErrorCode.PUBLIC_KEY_NOT_VALID:
+                raise MembershipError(
+                    f"Flower refuses {name or 'the node'}'s public key: {refused}"
+                ) from refused
+            if refused.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
+                raise refused.told("register a node") from refused
+        for node in self.nodes():
+            if node.public_key == key.decode():
+                return node.node_id
+        raise MembershipError(
+            f"{name or 'a node'}'s key was unregistered at Flower once, which takes none twice",
+            hint="Invite the member to another key: `photon members rotate`, or a new invitation.",
+        )
+
+    def unregister(self, node_id: int) -> bool:
+        """Let a node in no longer, for good: Flower never takes that key again.
+
+        Connected, it leaves within seconds. Not for a member that is suspended for a while.
+
+        Returns:
+            Whether there was such a node.
+        """
+        try:
+            self._call(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
+        except _RefusedError as refused:
+            if refused.code == ApiErrorCode.NODE_NOT_FOUND:
+                return False
+            raise refused.told("unregister a node") from refused
+        return True
+
+    def nodes(self) -> list[NodeState]:
+        """All registered nodes, and those that were unregistered lately."""
+        response = self._asked("list nodes", self._client.ListNodes, ListNodesRequest())
+        return [
+            NodeState(
+                int(one.node_id),
+                one.name,
+                one.status,
+                one.public_key.decode(errors="replace"),
+                float(one.online_until),
+            )
+            for one in response.nodes_info
+            if one.status != "unregistered"
+        ]
+
+    def start_run(self, bundle: bytes) -> int:
+        """Submit a run; the superexec takes it within `pace.SUPEREXEC_POLL_S`.
+
+        Args:
+            bundle: of `build_bundle`.
+
+        Returns:
+            Flower's id of the run, which has nothing to do with Photon's.
+        """
+        request = StartRunRequest(fab=fab_to_proto(Fab(digest(bundle), bundle, {})))
+        response = self._asked("start a run", self._client.StartRun, request)
+        if not response.HasField("run_id"):
+            raise DeployError("Flower did not start the run and does not say why; see its log")
+        return int(response.run_id)
+
+    def stop_run(self, run_id: int) -> bool:
+        """Stop a run: its ServerApp ends, what silos still answer is dropped.
+
+        Returns:
+            False if it was over already.
+        """
+        try:
+            response = self._call(self._client.StopRun, StopRunRequest(run_id=run_id))
+        except _RefusedError as refused:
+            if refused.code == ApiErrorCode.RUN_ALREADY_FINISHED:
+                return False
+            raise refused.told(f"stop run {run_id}") from refused
+        return bool(response.success)
+
+    def run(self, run_id: int) -> RunState:
+        """One run.
+
+        Raises:
+            DeployError: there is none of this id.
+        """
+        request = ListRunsRequest(run_id=run_id)
+        response = self._asked(f"look at run {run_id}", self._client.ListRuns, request)
+        return _run_state(response.run_dict[run_id])
+
+    def runs(self, most: int = 20) -> list[RunState]:
+        """The latest runs, newest first. Those that were going when the machine went down are
+        listed as running until their claims expire (`stop_run` them before starting another)."""
+        response = self._asked("list runs", self._client.ListRuns, ListRunsRequest(limit=most))
+        newest = sorted(response.run_dict.values(), key=lambda one: one.pending_at, reverse=True)
+        return [_run_state(one) for one in newest]
+
+    def _asked(self, what: str, call: Any, request: Any) -> Any:
+        try:
+            return self._call(call, request)
+        except _RefusedError as refused:
+            raise refused.told(what) from refused
+
+    def _call(self, call: Any, request: Any) -> Any:
+        try:
+            return call(request)
+        except httpx.HTTPStatusError as error:
+            found = FlowerError.from_json(error.response.text)
+            words = error.response.text[:300]
+            if found is not None:
+                details = found.public_details
+                words = f"{found.message} {details}" if details else str(found.message)
+            code = int(found.code) if found is not None else 0
+            raise _RefusedError(code, error.response.status_code, words) from error
+        except (httpx.HTTPError, ValueError) as error:
+            raise UnreachableError(
+                f"Flower's superlink at {self._address} does not answer: "
+                f"{str(error)[:300] or type(error).__name__}",
+                hint="It is starting, or its log (logs/superlink.log in serve's home) says why "
+                "not.",
+            ) from error
+
+
+class _RefusedError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, code: int, status: int, words: str) -> None:
+        super().__init__(words)
+        self.code = code
+        self.status = status
+
+    def told(self, what: str) -> DeployError:
+        return DeployError(
+            f"Flower refuses to {what}: {self} (code {self.code}, HTTP {self.status})",
+            hint="Its log, logs/superlink.log in serve's home, may say more.",
+        )
+
+
+def _run_state(run: Any) -> RunState:
+    return RunState(
+        int(run.run_id), run.status.status, run.status.sub_status, run.status.details[:4000]
+    )

@@ -1,0 +1,253 @@
+"""What holds without a superlink: the version, light programs, command lines, odd inputs."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from photon.engines.flower import bundle, commands, pace, pinned, post, shim, supernode
+from photon.errors import DeployError
+from photon.membership.roster import SignedReply
+
+_METADATA = Metadata(
+    run_id=5,
+    message_id="",
+    src_node_id=7,
+    dst_node_id=1,
+    reply_to_message_id="asked",
+    group_id="",
+    created_at=1.0,
+    ttl=60.0,
+    message_type="train",
+)
+
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+# --- the version ---------------------------------------------------------------------------------
+
+
+def test_everything_inner_is_where_it_is_looked_for():
+    pinned.check_flower()
+    assert pinned.missing_parts() == []
+
+
+def test_a_part_that_moved_is_named(monkeypatch):
+    monkeypatch.setattr(pinned, "INNER_PARTS", (("flwr.supernode", "gone.away"), ("flwr.no", "x")))
+    assert pinned.missing_parts() == ["flwr.supernode.gone.away", "flwr.no.x"]
+
+
+def test_only_listed_parts_are_changed():
+    with pytest.raises(DeployError, match="no known part"):
+        pinned.change(json, "loads", None)
+    assert json.loads("1") == 1
+
+
+@pytest.mark.parametrize("program", ["superlink", "superexec", "serverapp", "supernode", "shim"])
+def test_another_flower_is_refused_by_name(program, tmp_path):
+    folder = tmp_path / "flwr-1.42.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: flwr\nVersion: 1.42.0\n")
+    arguments = {"shim": ("--runtime-api", "127.0.0.1:1", "--secret", "none", "--socket", "none")}
+    module = f"photon.engines.flower.{program}"
+    done = python("-m", module, *arguments.get(program, ()), PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "flwr 1.42.0 is installed; this Photon drives flwr 1.41.0 only" in done.stderr
+
+
+def test_no_other_folder_imports_flower():
+    source = Path(pinned.__file__).parents[2]
+    pattern = re.compile(r"^\s*(import|from) flwr\b", re.MULTILINE)
+    found = {
+        path.relative_to(source).parts[:2]
+        for path in source.rglob("*.py")
+        if pattern.search(path.read_text())
+    }
+    assert found == {("engines", "flower")}
+
+
+# --- light ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("commands", ("flwr", "torch", "pydantic")),
+        ("supernode", ("torch", "transformers")),
+        ("shim", ("torch", "transformers")),
+        ("superexec", ("torch", "transformers")),
+        ("control", ("torch", "transformers")),
+        ("server_app", ("torch", "transformers")),
+    ],
+)
+def test_what_must_be_light_is_light(module, absent):
+    done = python("-c", f"import sys, photon.engines.flower.{module}; print(*sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert set(absent) & set(done.stdout.split()) == set()
+
+
+# --- command lines -------------------------------------------------------------------------------
+
+
+def test_services_are_private_and_quiet(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLWR_HOME", "/elsewhere")
+    monkeypatch.setenv("FLWR_INTERNAL_GRPC_CONTROL_API", "1")
+    monkeypatch.setenv("no_proxy", "intra.net")
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    command = commands.superexec(
+        home=tmp_path,
+        superlink_port=1234,
+        ca=tmp_path / "ca.crt",
+        secret=tmp_path / "secret",
+        bundle="0" * 64,
+        run_folder=tmp_path / "run",
+    )
+    flowers = {name: value for name, value in command.env.items() if name.startswith("FLWR_")}
+    assert flowers == {
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(pace.SUPEREXEC_POLL_S),
+    }
+    assert command.env["no_proxy"] == "intra.net,127.0.0.1,localhost"
+    assert command.env["NO_PROXY"] == "127.0.0.1,localhost"
+    assert command.env["HTTPS_PROXY"] == "http://proxy:3128"
+    assert command.env[commands.RUN_FOLDER_VARIABLE] == str(tmp_path / "run")
+    assert command.argv[:3] == (sys.executable, "-m", "photon.engines.flower.superexec")
+    assert oct((tmp_path / "flwr").stat().st_mode)[-3:] == "700"
+
+
+def test_a_secret_is_private_and_kept(tmp_path):
+    path = commands.write_secret(tmp_path / "deep" / "secret")
+    text = path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert re.fullmatch(r"[0-9a-f]{64}\n", text)
+    assert commands.write_secret(path).read_text() == text
+
+
+# --- bundle --------------------------------------------------------------------------------------
+
+
+def test_the_bundle_is_three_small_files_and_always_the_same():
+    one = bundle.build_bundle()
+    assert one == bundle.build_bundle()
+    assert len(bundle.digest(one)) == 64
+    with zipfile.ZipFile(io.BytesIO(one)) as files:
+        assert files.namelist() == ["pyproject.toml", "photon_bundle.py", ".info/CONTENT"]
+        code = files.read("photon_bundle.py").decode()
+    assert "import photon.deploy.aggregator as aggregator" in code
+    assert bundle.digest(bundle.build_bundle("other.module")) != bundle.digest(one)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a;import os", "a.", ".a", "a\nb", "1a", "a-b"])
+def test_a_bundle_names_a_module(name):
+    with pytest.raises(ValueError, match="no module's name"):
+        bundle.build_bundle(name)
+
+
+# --- answers as they come ------------------------------------------------------------------------
+
+
+def message(record: object) -> Message:
+    content = RecordDict()
+    if record is not None:
+        content["photon"] = ConfigRecord(record)  # type: ignore[arg-type]
+    return make_message(metadata=_METADATA, content=content)
+
+
+def test_an_answer_is_a_reply_a_signature_and_a_fingerprint():
+    whole = {"reply": b"text", "signature": "s", "fingerprint": "f"}
+    assert post._answer(message(whole)) == SignedReply("", b"text", "s", "f")
+    for part in whole:
+        assert "none" in str(post._answer(message({k: v for k, v in whole.items() if k != part})))
+        assert "none" in str(post._answer(message({**whole, part: 5})))
+        assert "none" in str(post._answer(message({**whole, part: [b"text"]})))
+    assert "none" in str(post._answer(message(None)))
+    words = post._answer(make_message(metadata=_METADATA, error=Error(8, "x" * 5000)))
+    assert isinstance(words, str)
+    assert "code 8" in words
+    assert len(words) < 1100
+
+
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def test_any_ask_has_a_time(ask):
+    assert shim._until(ask) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "until"),
+    [
+        ('{"until": 17.5}', 17.5),
+        ('{"until": -1}', math.inf),
+        ('{"until": NaN}', math.inf),
+        ('{"until": "17"}', math.inf),
+        ("[1]", math.inf),
+        ("[" * 100_000, math.inf),
+    ],
+)
+def test_the_asks_own_time_counts_where_it_has_one(text, until):
+    assert shim._until(text.encode()) == until
+
+
+# --- a dead one's leave --------------------------------------------------------------------------
+
+
+def test_leave_is_taken_for_the_dead_of_this_machine_only(tmp_path):
+    path = tmp_path / "home" / "supernode.json"
+    assert supernode._orphan(path) == 0
+    supernode._remember(path, 2**63 + 5)
+    assert supernode._orphan(path) == 2**63 + 5, "this process itself, exec'd anew"
+    assert supernode.connected(path, os.getpid())
+    assert not supernode.connected(path, 1)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"pid": dead.pid}))
+    assert supernode._orphan(path) == 2**63 + 5
+    path.write_text(json.dumps(record | {"pid": os.getppid()}))
+    assert supernode._orphan(path) == 0, "it is alive"
+    path.write_text(json.dumps(record | {"pid": dead.pid, "boot": "another"}))
+    assert supernode._orphan(path) == 0, "another machine's, maybe"
+    for text in ("", "[]", "{", '{"node_id": "7", "pid": 1}', '{"node_id": 7}'):
+        path.write_text(text)
+        assert supernode._orphan(path) == 0
+
+
+@pytest.mark.parametrize(
+    ("whose", "words"), [("ours", "ClientApp stopped responding."), ("flowers", "nothing")]
+)
+def test_a_message_that_was_never_fetched_is_answered_for(whose, words):
+    """Flower alone waits for ever; the day it does not, our change may go."""
+    done = python(str(PROGRAMS / "lost_message.py"), whose)
+    assert done.stdout.strip() == words, done.stderr
+
+
+@pytest.mark.parametrize(("whose", "sent"), [("ours", "1"), ("flowers", "0")])
+def test_an_answer_that_nobody_waits_for_is_sent(whose, sent):
+    """Flower alone sends it with the next task, whose own answer then waits, and so on."""
+    done = python(str(PROGRAMS / "stray_answer.py"), whose)
+    assert done.stdout.strip().splitlines()[-1] == sent, done.stderr
