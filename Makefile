@@ -33,7 +33,7 @@ KEY := $(shell printf '%s\n' '$(TORCH)' '$(PIP_VERSION)' \
 	| cat - pyproject.toml requirements.lock | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(KEY)
 
-.PHONY: help install demo test sites lint types imports budgets docs lock clean
+.PHONY: help install demo test sites benches soak lint types imports budgets docs lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
@@ -49,6 +49,12 @@ test: lint types imports budgets ## all checks, then all tests
 
 sites: $(STAMP) ## a federation across network namespaces: kills, an attacker (root, minutes)
 	$(BIN)/python -m pytest tests/sites -m sites $(ARGS)
+
+benches: $(STAMP) ## every benchmark in its quick form: does it run? (minutes)
+	$(BIN)/python -m pytest tests/house/test_benchmarks.py -m benches $(ARGS)
+
+soak: $(STAMP) ## four hours of a small federation under churn; ARGS="--hours 1"
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 lint: $(STAMP) ## ruff: style and formatting
 	$(BIN)/ruff check .

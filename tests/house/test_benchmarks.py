@@ -1,4 +1,4 @@
-"""The benchmarks run. What they measure is nobody's assertion: machines are busy."""
+"""The benchmarks run (`make benches`). What they measure is nobody's assertion."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.benches
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SCRIPTS = sorted(BENCHMARKS.glob("*.py"))
 
@@ -20,9 +22,9 @@ def contest(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("peers.contest")
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, within_s: float = 120) -> str:
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=within_s, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -94,6 +96,29 @@ def test_transfer_between_namespaces() -> None:
     assert "| 200 | 10 | 0 | 4 |" in out
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
     assert f"-{process.pid}" not in left.stdout
+
+
+@pytest.mark.slow
+def test_deployed_rounds(tmp_path: Path) -> None:
+    file = tmp_path / "result.md"
+    out = run(str(BENCHMARKS / "deployed.py"), "--quick", "--out", str(file), within_s=220)
+    assert out == file.read_text(encoding="utf-8") + "\n"
+    assert out.count("| tiny, 0.8 M | 2 |") == 3  # two rounds, and their median
+    for service in ("ServerApp", "caddy", "serve", "superlink", "weed"):
+        assert f" {service} |" in out
+    assert str(tmp_path) not in out
+
+
+@pytest.mark.slow
+def test_soak_with_churn(tmp_path: Path) -> None:
+    script, file = str(BENCHMARKS / "soak.py"), tmp_path / "result.md"
+    out = run(script, "--quick", "--hours", "0.008", "--out", str(file), within_s=220)
+    assert " 1 were killed with -9" in out
+    assert " ended by itself 0 times" in out
+    assert "| ServerApp | memory, MB |" in out
+    # The same table again, from what was written on the way.
+    again = run(script, "--report", str(file.with_suffix(".csv")))
+    assert again.splitlines()[2:] == out.splitlines()[2:]
 
 
 def test_turns_are_shuffled_and_only_runners_are_timed(contest: Any) -> None:

@@ -1,0 +1,1 @@
+"""Parts of the benchmarks of deployed federations: starting one, watching processes, its peer."""

@@ -1,0 +1,304 @@
+"""Stock Flower carrying the same bytes: FedAvg, an ArrayRecord, clients that return it unchanged.
+
+As its documentation starts it: one flower-superlink, a flower-supernode for each client, `flwr run`
+of an app; no TLS and no keys, which cost nothing here, and its state in memory. Its ServerApp and
+ClientApps are processes of their own, which Flower starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from deployment.federation import end_group
+from deployment.processes import PeakWatch, available_bytes
+from photon.deploy import tether
+from photon.deploy.ports import answers, free_ports
+from photon.engines.flower import commands
+
+#: Measured for Flower 1.41: memory of a client and of the server, in payloads.
+CLIENT_PAYLOADS, SERVER_PAYLOADS = 5.4, 3.4
+#: Of Python, numpy and Flower, for each client and for the server.
+_FIXED_BYTES = 450_000_000
+#: Below this, the machine is about to kill somebody.
+_LEAST_BYTES = 1_000_000_000
+#: ServerApp writes here when each round was over.
+_TIMES = "PHOTON_BENCH_TIMES"
+
+PROJECT = """\
+[project]
+name = "same-bytes"
+version = "1.0.0"
+description = "FedAvg over a model of so many bytes."
+license = "Apache-2.0"
+dependencies = ["flwr==1.41.0"]
+
+[tool.flwr.app]
+publisher = "photon"
+
+[tool.flwr.app.components]
+serverapp = "same_bytes.server_app:app"
+clientapp = "same_bytes.client_app:app"
+
+[tool.flwr.app.config]
+rounds = 1
+nodes = 1
+payload-bytes = 1
+timeout-s = 1
+"""
+
+SERVER_APP = f"""\
+import os
+import time
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+app = ServerApp()
+LARGEST = 16 << 20
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    told = context.run_config
+    values, draw = int(told["payload-bytes"]) // 4, np.random.default_rng(0)
+    arrays = [
+        draw.standard_normal(min(LARGEST, values - start), dtype=np.float32)
+        for start in range(0, values, LARGEST)
+    ]
+    initial = ArrayRecord(arrays)
+    del arrays
+
+    def note(number, _):
+        with open(os.environ["{_TIMES}"], "a") as file:
+            file.write(f"{{number}} {{time.time()}}\\n")
+        return None
+
+    nodes = int(told["nodes"])
+    strategy = FedAvg(
+        fraction_train=1.0,
+        fraction_evaluate=0.0,
+        min_train_nodes=nodes,
+        min_evaluate_nodes=0,
+        min_available_nodes=nodes,
+    )
+    strategy.start(
+        grid,
+        initial,
+        num_rounds=int(told["rounds"]),
+        timeout=float(told["timeout-s"]),
+        evaluate_fn=note,
+    )
+    note(-1, None)
+"""
+
+CLIENT_APP = """\
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    arrays = message.content["arrays"]
+    metrics = MetricRecord({"num-examples": 1})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+"""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What stock Flower took.
+
+    Attributes:
+        payload_bytes: of the model, each way and client.
+        round_s: median over rounds, without the first where there are others.
+        rounds: how many were finished.
+        server_bytes, client_bytes: the most memory that the processes of the server, and of the
+            client that had most, held together; pages that they share count for each.
+        note: what kept it from finishing; empty where nothing did.
+    """
+
+    payload_bytes: int
+    round_s: float = float("nan")
+    rounds: int = 0
+    server_bytes: int = 0
+    client_bytes: int = 0
+    note: str = ""
+
+
+def needed_bytes(payload_bytes: int, clients: int) -> int:
+    """Memory that it takes, about."""
+    payloads = CLIENT_PAYLOADS * clients + SERVER_PAYLOADS
+    return round(payloads * payload_bytes) + _FIXED_BYTES * (clients + 1)
+
+
+def carry(
+    folder: Path, payload_bytes: int, clients: int, rounds: int, *, timeout_s: float
+) -> Carried:
+    """Run it, within the time given and the memory that there is.
+
+    Args:
+        folder: for its app, homes and logs; must not exist.
+        payload_bytes: of the model, fp32.
+        timeout_s: for all of it.
+    """
+    needed, there = needed_bytes(payload_bytes, clients), available_bytes()
+    if needed > there:
+        return Carried(
+            payload_bytes,
+            note=f"not run: it takes some {needed / 1e9:.1f} GB of memory, {there / 1e9:.1f} GB "
+            "are there; see --flower-mb",
+        )
+    folder.mkdir(parents=True)
+    _write_app(folder / "app")
+    times = folder / "times.txt"
+    with contextlib.ExitStack() as ends:
+        superlink, control = _superlink(folder, times, ends)
+        nodes = [_supernode(folder, superlink, number, ends) for number in range(clients)]
+        pids = {f"client-{number}": node.pid for number, node in enumerate(nodes)}
+        watch = ends.enter_context(PeakWatch({"server": control.pid, **pids}))
+        deadline = time.monotonic() + timeout_s
+        note = _submit(folder, superlink, rounds, clients, payload_bytes, timeout_s)
+        while not note and not _times(times).get(-1):
+            time.sleep(0.2)
+            lost = [one for one in (control, *nodes) if one.poll() is not None]
+            if lost:
+                note = f"a process of it ended with exit code {lost[0].returncode}"
+            elif time.monotonic() > deadline:
+                note = f"not finished in {timeout_s:g} s"
+            elif watch.lowest_available < _LEAST_BYTES:
+                note = "stopped, as the machine's memory ran out"
+    if note:
+        log = folder / "superlink.log"
+        note += _last_words(log) if log.exists() else ""
+    at = _times(times)
+    took = [at[number] - at[number - 1] for number in sorted(at) if number > 0]
+    return Carried(
+        payload_bytes,
+        statistics.median(took[1:] or took) if took else float("nan"),
+        len(took),
+        watch.peaks["server"],
+        max(watch.peaks[name] for name in pids),
+        note,
+    )
+
+
+def _write_app(folder: Path) -> None:
+    package = folder / "same_bytes"
+    package.mkdir(parents=True)
+    (folder / "pyproject.toml").write_text(PROJECT, encoding="utf-8")
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    (package / "server_app.py").write_text(SERVER_APP, encoding="utf-8")
+    (package / "client_app.py").write_text(CLIENT_APP, encoding="utf-8")
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Private and quiet, with Flower's programs on PATH: it starts others of them by name."""
+    programs = str(Path(sys.executable).parent)
+    return commands.environment(home) | {
+        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+def _start(
+    program: str, *words: str, log: Path, env: dict[str, str], ends: contextlib.ExitStack
+) -> subprocess.Popen[bytes]:
+    tied = [sys.executable, "-I", "-S", str(Path(tether.__file__)), "run", str(os.getpid())]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*tied, str(Path(sys.executable).with_name(program)), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
+            cwd=log.parent,
+            start_new_session=True,
+        )
+    ends.callback(end_group, process)
+    return process
+
+
+def _superlink(
+    folder: Path, times: Path, ends: contextlib.ExitStack
+) -> tuple[int, subprocess.Popen[bytes]]:
+    (port,) = free_ports(1)
+    process = _start(
+        "flower-superlink",
+        *("--insecure", "--disable-runtime-dependency-installation", "--port", str(port)),
+        log=folder / "superlink.log",
+        env=_environment(folder / "superlink") | {_TIMES: str(times)},
+        ends=ends,
+    )
+    deadline = time.monotonic() + 120
+    while not answers("127.0.0.1", port):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"flower-superlink: {_last_words(folder / 'superlink.log')}")
+        time.sleep(0.1)
+    return port, process
+
+
+def _supernode(
+    folder: Path, superlink: int, number: int, ends: contextlib.ExitStack
+) -> subprocess.Popen[bytes]:
+    home = folder / f"node-{number}"
+    home.mkdir()
+    (port,) = free_ports(1)
+    return _start(
+        "flower-supernode",
+        *("--insecure", "--superlink", f"127.0.0.1:{superlink}", "--port", str(port)),
+        log=folder / f"node-{number}.log",
+        env=_environment(home),
+        ends=ends,
+    )
+
+
+def _submit(
+    folder: Path, superlink: int, rounds: int, clients: int, payload_bytes: int, timeout_s: float
+) -> str:
+    """Submit the run; why that failed, or nothing."""
+    home = folder / "submitter"
+    env = _environment(home)
+    connection = '[superlink]\ndefault = "bench"\n\n[superlink.bench]\naddress = "127.0.0.1:'
+    connection += f'{superlink}"\ninsecure = true\n'
+    (Path(env["FLWR_HOME"]) / "config.toml").write_text(connection, encoding="utf-8")
+    config = (
+        f"rounds={rounds} nodes={clients} payload-bytes={payload_bytes} timeout-s={timeout_s:.0f}"
+    )
+    flwr = str(Path(sys.executable).with_name("flwr"))
+    done = subprocess.run(
+        [flwr, "run", str(folder / "app"), "bench", "--run-config", config],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=180,
+        check=False,
+    )
+    return f"`flwr run` failed: {(done.stdout + done.stderr)[-600:]}" if done.returncode else ""
+
+
+def _times(path: Path) -> dict[int, float]:
+    """When each round was over, by its number; 0 is the start, -1 the end of it all."""
+    found: dict[int, float] = {}
+    with contextlib.suppress(OSError):
+        for line in path.read_text(encoding="ascii").splitlines():
+            with contextlib.suppress(ValueError):
+                number, at = line.split()
+                found[int(number)] = float(at)
+    return found
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f": {json.dumps(' / '.join(lines[-3:])[-500:])}" if lines else ""
