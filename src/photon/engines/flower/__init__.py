@@ -20,5 +20,6 @@ What may die, and how its task is answered all the same (tests/engines/flower/te
     superlink   nobody needs to: its database is on disk          the same          4-13
 
 Seconds from kill -9 to the answer of a task of 1 s, restarts after 0.5 s, two cores that did other
-work as well. A warm round trip took 0.7 to 1.2 s there.
+work as well. Of 42 kills at random moments in five minutes all tasks were answered, the slowest
+after 24 s. A warm round trip took 0.7 to 1.3 s there.
 """
