@@ -35,7 +35,7 @@ MOST_FRAME_BYTES = 2 << 20
 _LENGTH = struct.Struct(">I")
 
 #: Pauses between attempts to reach a trainer that is gone.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 1.0
 
 #: A wait is begun anew so often, at least: a timeout of years overflows the system's clock.
 _LONGEST_WAIT_S = 86_400.0
