@@ -160,7 +160,7 @@ def test_killed_workers_are_replaced_and_change_nothing(run_file, undisturbed, t
         fresh = [line for line in lines[seen:] if '"local_progress"' in line]
         seen = len(lines)
         if fresh:
-            workers = children(process.pid)
+            workers = workers_of(process.pid)
             if workers:
                 os.kill(workers[killed % len(workers)], signal.SIGKILL)
                 killed += 1
@@ -175,18 +175,24 @@ def test_killed_workers_are_replaced_and_change_nothing(run_file, undisturbed, t
     assert summary_of(folder)["weights_sha256"] == undisturbed[0]["weights_sha256"]
 
 
+def workers_of(pid):
+    """Worker processes of an aggregator: what its fork server started."""
+    return [
+        worker for server in children(pid) if is_fork_server(server) for worker in children(server)
+    ]
+
+
+def is_fork_server(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return b"multiprocessing.forkserver" in file.read()
+
+
 def children(pid):
-    """Python worker processes of a process (not multiprocessing's resource tracker)."""
     found = []
     for task in os.listdir(f"/proc/{pid}/task"):
         with open(f"/proc/{pid}/task/{task}/children") as file:
             found += [int(child) for child in file.read().split()]
-    workers = []
-    for child in found:
-        with open(f"/proc/{child}/cmdline", "rb") as file:
-            if b"spawn_main" in file.read():
-                workers.append(child)
-    return workers
+    return found
 
 
 def test_workers_die_with_a_killed_aggregator(run_file, tmp_path):
@@ -199,7 +205,7 @@ def test_workers_die_with_a_killed_aggregator(run_file, tmp_path):
     while len(workers) < 2:
         assert time.monotonic() < deadline, "no two workers within 60 s"
         assert process.poll() is None
-        workers = children(process.pid)
+        workers = workers_of(process.pid)
         time.sleep(0.02)
     process.kill()
     process.wait()

@@ -355,8 +355,8 @@ def test_a_merged_silo_without_a_receipt_is_never_written_down(roster, tmp_path)
 
 
 def test_serve_json_is_read_as_it_was_written(tmp_path):
-    whole = Serving(RUN_ID, "/home", "s3://bucket", {"endpoint": "http://x"}, "/home/secrets")
-    for one in (whole, Serving(RUN_ID, "/home", "/store", {})):
+    whole = Serving(RUN_ID, "/srv", "s3://bucket", {"endpoint": "http://x"}, "/srv/secrets")
+    for one in (whole, Serving(RUN_ID, "/srv", "/store", {})):
         one.write(tmp_path)
         assert Serving.read(tmp_path) == one
     assert sorted(path.name for path in tmp_path.iterdir()) == ["serve.json"]
