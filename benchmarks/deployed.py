@@ -232,7 +232,7 @@ class _Book:
         return self.silos.setdefault((number, name), SiloRound())
 
     def _read_logs(self) -> None:
-        """When trainers were asked, had the state, and answered; the last time it happened."""
+        """When trainers were asked, had the state, and answered; the first time it happened."""
         for name in self._federation.silos:
             at = 0
             log = self._federation.node_home(name) / "logs" / "trainer.log"
@@ -243,7 +243,9 @@ class _Book:
                     at = int(task[1]) if task else 0
                 if at:
                     what = found["what"].removesuffix(" for")
-                    setattr(self._silo(at, name), what, moment)
+                    silo = self._silo(at, name)
+                    if not getattr(silo, what):
+                        setattr(silo, what, moment)
 
     def _times(self, number: int) -> RoundTimes:
         finished = self._finished[number]

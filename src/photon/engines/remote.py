@@ -52,6 +52,7 @@ from photon.federation.envelopes import (
     parse_reply,
 )
 from photon.federation.tasks import GlobalState, Publish, StateRef, update_header
+from photon.freed_memory import share_freed_memory
 from photon.link import Expected, Parcel, Ref
 from photon.membership.roster import OpenTask, Roster, SignedReply
 from photon.membership.signing import RECEIPT, verify_document
@@ -64,7 +65,8 @@ from photon.version import photon_version
 
 #: Between two looks at the post.
 _POLL_S = 0.2
-#: A silo that says it is idle so long after it was asked did not get the task, or lost it.
+#: A silo that says it is idle so long after it was asked did not get the task, or lost it. (Delivery
+#: takes seconds, and ten where a machine is overloaded.)
 _IDLE_S = 10.0
 #: Before a task is asked again: doubled each time, up to the last.
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 30.0
@@ -159,6 +161,7 @@ class RemoteEngine:
         self._offered: tuple[int, Publish] | None = None
         self._state_ref: StateRef | None = None
         self._told: dict[str, tuple[int, int]] = {}
+        share_freed_memory()  # threads fetch chunks, and no node trains in this process
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(parents=True)
 
@@ -321,8 +324,7 @@ class RemoteEngine:
         elif (
             errand.ids
             and not presence.task
-            and seen_s > errand.asked_s
-            and now_s - errand.asked_s > max(_IDLE_S, errand.pause_s)
+            and seen_s - errand.asked_s > max(_IDLE_S, errand.pause_s)
         ):
             # It is there, it was asked, and it does nothing.
             errand.again(now_s, "it was idle although it had been asked")
