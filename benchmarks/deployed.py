@@ -244,7 +244,7 @@ class _Book:
                 if at:
                     what = found["what"].removesuffix(" for")
                     silo = self._silo(at, name)
-                    if not getattr(silo, what):
+                    if math.isnan(getattr(silo, what)):
                         setattr(silo, what, moment)
 
     def _times(self, number: int) -> RoundTimes:

@@ -65,8 +65,8 @@ from photon.version import photon_version
 
 #: Between two looks at the post.
 _POLL_S = 0.2
-#: A silo that says it is idle so long after it was asked did not get the task, or lost it. (Delivery
-#: takes seconds, and ten where a machine is overloaded.)
+#: A silo that says it is idle so long after it was asked did not get the task, or lost it.
+#: (Delivery takes seconds, and ten where a machine is overloaded.)
 _IDLE_S = 10.0
 #: Before a task is asked again: doubled each time, up to the last.
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 30.0
