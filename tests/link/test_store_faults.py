@@ -335,8 +335,9 @@ def test_fetch_of_grants_goes_on_where_it_was(seaweed: Any, prefix: str, tmp_pat
         fetch(3)
     assert len(asked) > 3
     kept = {path.name for path in (tmp_path / "spool").iterdir()}
-    assert len(kept) == 3
+    # Two streams: when the fourth question fails, the third's answer may still be on its way.
+    assert len(kept) in (2, 3)
     asked.clear()
     assert fetch(100) == [data for _, data in chunks]
     assert {key.rpartition("/")[2] for key in asked}.isdisjoint(kept)
-    assert len(asked) == 5
+    assert len(asked) == 8 - len(kept)
