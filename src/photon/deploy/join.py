@@ -13,21 +13,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from photon.config import NodeConfig
 from photon.data import open_data
 from photon.deploy.ports import answers, free_ports
+from photon.deploy.service import troubles_to
 from photon.deploy.supervisor import (
     Patience,
     RestartPolicy,
     Service,
-    ServiceEvent,
     Supervisor,
 )
 from photon.engines.flower import commands
@@ -145,7 +143,7 @@ class Node:
             self._home / RECORD,
             self._home / "logs",
             log=log,
-            events=self._told,
+            events=troubles_to(self._on_event),
             facts={"name": self._membership.name, "aggregator": self._membership.address},
         )
 
@@ -158,7 +156,7 @@ class Node:
         Raises:
             ServiceLostError: the trainer, or another, dies again and again.
         """
-        with self._supervisor as supervisor, self._ending_on_signals():
+        with self._supervisor as supervisor, supervisor.ending_on_signals():
             supervisor.start(self._trainer())
             runtime_port = free_ports(1)[0]
             secret = commands.write_secret(self._home / "shim.secret")
@@ -215,26 +213,6 @@ class Node:
             ready_s=180.0,
             stop_s=15.0,
         )
-
-    def _told(self, event: ServiceEvent) -> None:
-        if event.kind in ("died", "restarted", "given up"):
-            self._on_event(f"{event.service}: {event.text}")
-
-    @contextlib.contextmanager
-    def _ending_on_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the services; nothing is lost by it."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        kept = {
-            one: signal.signal(one, lambda *_: self._supervisor.ask_to_stop())
-            for one in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for one, handler in kept.items():
-                signal.signal(one, handler)
 
 
 def _listens(path: Path) -> bool:

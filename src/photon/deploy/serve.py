@@ -16,10 +16,9 @@ import contextlib
 import json
 import secrets
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.front_door import DoorSettings, front_door, public_host, public_url
 from photon.deploy.ports import free_ports
-from photon.deploy.supervisor import RestartPolicy, Service, ServiceEvent, Supervisor
+from photon.deploy.service import troubles_to
+from photon.deploy.supervisor import RestartPolicy, Service, Supervisor
 from photon.engines.flower import commands
 from photon.engines.flower.bundle import build_bundle, digest
 from photon.engines.flower.control import Control, RunState
@@ -155,7 +155,7 @@ class Aggregator:
             self._home / RECORD,
             self._home / "logs",
             log=log,
-            events=self._told,
+            events=troubles_to(self._on_event),
             facts={"run": str(self._folder), "address": public_url(self._serve)},
         )
 
@@ -171,7 +171,7 @@ class Aggregator:
         with contextlib.ExitStack() as ends:
             ends.callback(self._roster.close)
             supervisor = ends.enter_context(self._supervisor)
-            ends.enter_context(self._ending_on_signals())
+            ends.enter_context(supervisor.ending_on_signals())
             self._roster.set_setting("draining", False)
             self._roster.set_setting("stopping", False)
             self._roster.set_setting("waiting", None)
@@ -395,32 +395,12 @@ class Aggregator:
         with self._registering:
             return self._control.register(member.public_key, member.name)
 
-    def _told(self, event: ServiceEvent) -> None:
-        if event.kind in ("died", "restarted", "given up"):
-            self._on_event(f"{event.service}: {event.text}")
-
     def _desk_told(self, kind: str, detail: dict[str, Any]) -> None:
         if kind == "stop":
             self._supervisor.ask_to_stop()
         if kind in ("joined", "drain", "stop"):
             words = ", ".join(f"{name} {value}" for name, value in detail.items())
             self._on_event(f"{kind}: {words}" if words else kind)
-
-    @contextlib.contextmanager
-    def _ending_on_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end all services; the run can be resumed."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        kept = {
-            one: signal.signal(one, lambda *_: self._supervisor.ask_to_stop())
-            for one in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for one, handler in kept.items():
-                signal.signal(one, handler)
 
 
 def _progress_of(folder: Path) -> dict[str, Any]:

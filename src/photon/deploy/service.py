@@ -139,6 +139,16 @@ class ServiceStatus:
     detail: str
 
 
+def troubles_to(tell: Callable[[str], None]) -> Callable[[ServiceEvent], None]:
+    """A listener that passes on, in words, what an operator should see of services."""
+
+    def told(event: ServiceEvent) -> None:
+        if event.kind in ("died", "restarted", "given up"):
+            tell(f"{event.service}: {event.text}")
+
+    return told
+
+
 def exit_words(exit_code: int | None) -> str:
     """How a process ended, as subprocess has it, in words."""
     if exit_code is None:

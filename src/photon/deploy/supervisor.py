@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -174,6 +174,22 @@ class Supervisor:
         """Make `wait` and `start` return; may be called in a signal handler."""
         self._stopping = True
         self._mail.put(None)
+
+    @contextlib.contextmanager
+    def ending_on_signals(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM ask to stop (main thread only)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        kept = {
+            one: signal.signal(one, lambda *_: self.ask_to_stop())
+            for one in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for one, handler in kept.items():
+                signal.signal(one, handler)
 
     def close(self) -> None:
         """Stop all services, the last started first, and wait until all are gone."""

@@ -31,9 +31,9 @@ from photon.membership.audit import (
     ResumedRecord,
     RoundRecord,
 )
-from photon.membership.roster import Roster, Signer
+from photon.membership.roster import ROSTER_FILE, Roster, Signer
 from photon.models import model_fingerprint
-from photon.runs.folder import holds_run, read_record
+from photon.runs.folder import read_record
 from photon.runs.session import Guests, RunResult, Session
 from photon.store.contract import Store
 from photon.telemetry import Event, read_history
@@ -94,7 +94,7 @@ class Serving:
     @property
     def roster(self) -> Roster:
         """Who takes part."""
-        return Roster(Path(self.home) / "members.sqlite")
+        return Roster(Path(self.home) / ROSTER_FILE)
 
     def open_store(self) -> Store:
         """The aggregator's own way to updates and states."""
@@ -121,7 +121,7 @@ def continue_run(folder: Path, post: Post) -> RunResult:
         PhotonError: as `photon.simulate`; QuorumLostError also where too few silos came.
     """
     serving = Serving.read(folder)
-    begun = holds_run(folder) and (folder / "run.json").exists()
+    begun = (folder / "run.json").exists()
     config = load_run_config(folder / "serve.toml")
     if begun:  # what is trained stays as it was resolved; [serve] may change from start to start
         resolved = load_run_config(folder / "config.resolved.toml")
