@@ -21,7 +21,7 @@ from photon.deploy.front_door import find_program
 from photon.deploy.logs import readable
 from photon.deploy.ports import free_ports, is_free
 from photon.deploy.service import RestartPolicy, Service
-from photon.errors import DeployError, DiskFullError
+from photon.errors import DeployError, DiskFullError, ObjectMissingError
 from photon.store.contract import Store
 from photon.store.object_store import open_store
 from photon.store.presign import S3Presigner, Verb
@@ -38,6 +38,8 @@ _PORTS = (
 _MOST_SOCKET_PATH = 100
 _ANSWER_S = 5.0
 _PROBE = "photon-probe"
+#: Stays in the store, for a start on a full disk to read.
+_KEPT_PROBE = f"{_PROBE}/kept"
 
 
 @dataclass(frozen=True)
@@ -217,14 +219,22 @@ class EmbeddedStore:
     def _ready(self) -> bool:
         self.make_bucket()
         if self.free_bytes() == 0:
-            # It reads; that it takes nothing is said elsewhere, and a restart would not help.
-            return self._ask("HEAD")[0] == 200
+            # That it takes nothing is said elsewhere, and a restart would not help.
+            return self._gives_an_object()
         return self._takes_an_object()
+
+    def _gives_an_object(self) -> bool:
+        """Its S3 side answers some time before its volumes are found again."""
+        with contextlib.suppress(ObjectMissingError):  # it was full from the start
+            self.open(silence_s=_ANSWER_S).get(_KEPT_PROBE, max_bytes=16)
+        return True
 
     def _takes_an_object(self) -> bool:
         store = self.open(silence_s=_ANSWER_S)
         key = f"{_PROBE}/{secrets.token_hex(8)}"
         try:
+            if store.size(_KEPT_PROBE) is None:
+                store.put(_KEPT_PROBE, b"ready")
             store.put(key, b"ready")
             return store.get(key, max_bytes=16) == b"ready"
         finally:
