@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 from deployment.federation import end_group
 from deployment.processes import PeakWatch, available_bytes
 from photon.deploy import tether
-from photon.deploy.ports import answers, free_ports
+from photon.deploy.ports import free_ports
 from photon.engines.flower import commands
 
 #: Measured for Flower 1.41: memory of a client and of the server, in payloads.
@@ -29,8 +30,10 @@ CLIENT_PAYLOADS, SERVER_PAYLOADS = 5.4, 3.4
 _FIXED_BYTES = 450_000_000
 #: Below this, the machine is about to kill somebody.
 _LEAST_BYTES = 1_000_000_000
-#: ServerApp writes here when each round was over.
+#: ServerApp writes here when each round was over, clients when they were asked and had answered.
 _TIMES = "PHOTON_BENCH_TIMES"
+#: In the place of a round's number: of a client. (-1 of the server: the end of it all.)
+_ASKED, _ANSWERED = -2, -3
 
 PROJECT = """\
 [project]
@@ -101,19 +104,46 @@ def main(grid: Grid, context: Context) -> None:
     note(-1, None)
 """
 
-CLIENT_APP = """\
+CLIENT_APP = f"""\
+import os
+import time
+
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 app = ClientApp()
 
 
+def note(what):
+    with open(os.environ["{_TIMES}"], "a") as file:
+        file.write(f"{{what}} {{time.time()}}\\n")
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
+    note({_ASKED})
     arrays = message.content["arrays"]
-    metrics = MetricRecord({"num-examples": 1})
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+    metrics = MetricRecord({{"num-examples": 1}})
+    reply = Message(RecordDict({{"arrays": arrays, "metrics": metrics}}), reply_to=message)
+    note({_ANSWERED})
+    return reply
 """
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where processes run.
+
+    Attributes:
+        address: that the others see it at.
+        prefix: of each command, such as ("ip", "netns", "exec", NAME).
+    """
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+
+
+_HERE = Host()
 
 
 @dataclass(frozen=True)
@@ -123,6 +153,8 @@ class Carried:
     Attributes:
         payload_bytes: of the model, each way and client.
         round_s: median over rounds, without the first where there are others.
+        down_s, up_s: medians of a message's way, from the round's beginning to the first client's
+            being asked, and from the last client's answer to the round's end.
         rounds: how many were finished.
         server_bytes, client_bytes: the most memory that the processes of the server, and of the
             client that had most, held together; pages that they share count for each.
@@ -131,6 +163,8 @@ class Carried:
 
     payload_bytes: int
     round_s: float = float("nan")
+    down_s: float = float("nan")
+    up_s: float = float("nan")
     rounds: int = 0
     server_bytes: int = 0
     client_bytes: int = 0
@@ -144,7 +178,14 @@ def needed_bytes(payload_bytes: int, clients: int) -> int:
 
 
 def carry(
-    folder: Path, payload_bytes: int, clients: int, rounds: int, *, timeout_s: float
+    folder: Path,
+    payload_bytes: int,
+    clients: int,
+    rounds: int,
+    *,
+    timeout_s: float,
+    server: Host = _HERE,
+    client: Host = _HERE,
 ) -> Carried:
     """Run it, within the time given and the memory that there is.
 
@@ -152,6 +193,8 @@ def carry(
         folder: for its app, homes and logs; must not exist.
         payload_bytes: of the model, fp32.
         timeout_s: for all of it.
+        server: where the superlink and the ServerApp run.
+        client: where all clients do.
     """
     needed, there = needed_bytes(payload_bytes, clients), available_bytes()
     if needed > there:
@@ -162,15 +205,18 @@ def carry(
         )
     folder.mkdir(parents=True)
     _write_app(folder / "app")
-    times = folder / "times.txt"
+    times, asked = folder / "times.txt", folder / "asked.txt"
     with contextlib.ExitStack() as ends:
-        superlink, control = _superlink(folder, times, ends)
-        nodes = [_supernode(folder, superlink, number, ends) for number in range(clients)]
+        superlink, control = _superlink(folder, times, server, ends)
+        address = f"{server.address}:{superlink}"
+        nodes = [
+            _supernode(folder, address, number, asked, client, ends) for number in range(clients)
+        ]
         pids = {f"client-{number}": node.pid for number, node in enumerate(nodes)}
         watch = ends.enter_context(PeakWatch({"server": control.pid, **pids}))
         deadline = time.monotonic() + timeout_s
-        note = _submit(folder, superlink, rounds, clients, payload_bytes, timeout_s)
-        while not note and not _times(times).get(-1):
+        note = _submit(folder, address, rounds, clients, payload_bytes, timeout_s, server)
+        while not note and -1 not in (number for number, _ in _times(times)):
             time.sleep(0.2)
             lost = [one for one in (control, *nodes) if one.poll() is not None]
             if lost:
@@ -182,16 +228,34 @@ def carry(
     if note:
         log = folder / "superlink.log"
         note += _last_words(log) if log.exists() else ""
-    at = _times(times)
-    took = [at[number] - at[number - 1] for number in sorted(at) if number > 0]
+    ways = _ways(dict(_times(times)), _times(asked))
     return Carried(
         payload_bytes,
-        statistics.median(took[1:] or took) if took else float("nan"),
-        len(took),
+        *(_median([one[which] for one in ways]) for which in range(3)),
+        len(ways),
         watch.peaks["server"],
         max(watch.peaks[name] for name in pids),
         note,
     )
+
+
+def _ways(
+    over: dict[int, float], clients: list[tuple[int, float]]
+) -> list[tuple[float, float, float]]:
+    """Of each round: seconds of it all, of the way down, of the way up."""
+    found = []
+    for number in sorted(number for number in over if number > 0):
+        begin, end = over[number - 1], over[number]
+        asked = [at for what, at in clients if what == _ASKED and begin <= at <= end]
+        answered = [at for what, at in clients if what == _ANSWERED and begin <= at <= end]
+        ways = (min(asked) - begin, end - max(answered)) if asked and answered else (math.nan,) * 2
+        found.append((end - begin, *ways))
+    return found
+
+
+def _median(values: list[float]) -> float:
+    """Without the first round, where there are others: it waits for the clients' beginning."""
+    return statistics.median(values[1:] or values) if values else math.nan
 
 
 def _write_app(folder: Path) -> None:
@@ -213,12 +277,17 @@ def _environment(home: Path) -> dict[str, str]:
 
 
 def _start(
-    program: str, *words: str, log: Path, env: dict[str, str], ends: contextlib.ExitStack
+    program: str,
+    *words: str,
+    host: Host,
+    log: Path,
+    env: dict[str, str],
+    ends: contextlib.ExitStack,
 ) -> subprocess.Popen[bytes]:
     tied = [sys.executable, "-I", "-S", str(Path(tether.__file__)), "run", str(os.getpid())]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [*tied, str(Path(sys.executable).with_name(program)), *words],
+            [*tied, *host.prefix, str(Path(sys.executable).with_name(program)), *words],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -231,54 +300,77 @@ def _start(
 
 
 def _superlink(
-    folder: Path, times: Path, ends: contextlib.ExitStack
+    folder: Path, times: Path, host: Host, ends: contextlib.ExitStack
 ) -> tuple[int, subprocess.Popen[bytes]]:
     (port,) = free_ports(1)
     process = _start(
         "flower-superlink",
-        *("--insecure", "--disable-runtime-dependency-installation", "--port", str(port)),
+        *("--insecure", "--disable-runtime-dependency-installation"),
+        *("--host", host.address, "--port", str(port)),
+        host=host,
         log=folder / "superlink.log",
         env=_environment(folder / "superlink") | {_TIMES: str(times)},
         ends=ends,
     )
     deadline = time.monotonic() + 120
-    while not answers("127.0.0.1", port):
+    while not _answers(host, port):
         if process.poll() is not None or time.monotonic() > deadline:
             raise SystemExit(f"flower-superlink: {_last_words(folder / 'superlink.log')}")
         time.sleep(0.1)
     return port, process
 
 
+def _answers(host: Host, port: int) -> bool:
+    """Asked where it listens: a namespace's addresses are its own."""
+    call = f"import socket; socket.create_connection(({host.address!r}, {port}), 5)"
+    done = subprocess.run(
+        [*host.prefix, sys.executable, "-I", "-S", "-c", call], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
 def _supernode(
-    folder: Path, superlink: int, number: int, ends: contextlib.ExitStack
+    folder: Path,
+    superlink: str,
+    number: int,
+    asked: Path,
+    host: Host,
+    ends: contextlib.ExitStack,
 ) -> subprocess.Popen[bytes]:
     home = folder / f"node-{number}"
     home.mkdir()
     (port,) = free_ports(1)
     return _start(
         "flower-supernode",
-        *("--insecure", "--superlink", f"127.0.0.1:{superlink}", "--port", str(port)),
+        *("--insecure", "--superlink", superlink, "--port", str(port)),
+        host=host,
         log=folder / f"node-{number}.log",
-        env=_environment(home),
+        env=_environment(home) | {_TIMES: str(asked)},
         ends=ends,
     )
 
 
 def _submit(
-    folder: Path, superlink: int, rounds: int, clients: int, payload_bytes: int, timeout_s: float
+    folder: Path,
+    superlink: str,
+    rounds: int,
+    clients: int,
+    payload_bytes: int,
+    timeout_s: float,
+    host: Host,
 ) -> str:
     """Submit the run; why that failed, or nothing."""
     home = folder / "submitter"
     env = _environment(home)
-    connection = '[superlink]\ndefault = "bench"\n\n[superlink.bench]\naddress = "127.0.0.1:'
-    connection += f'{superlink}"\ninsecure = true\n'
+    connection = '[superlink]\ndefault = "bench"\n\n[superlink.bench]\n'
+    connection += f'address = "{superlink}"\ninsecure = true\n'
     (Path(env["FLWR_HOME"]) / "config.toml").write_text(connection, encoding="utf-8")
     config = (
         f"rounds={rounds} nodes={clients} payload-bytes={payload_bytes} timeout-s={timeout_s:.0f}"
     )
     flwr = str(Path(sys.executable).with_name("flwr"))
     done = subprocess.run(
-        [flwr, "run", str(folder / "app"), "bench", "--run-config", config],
+        [*host.prefix, flwr, "run", str(folder / "app"), "bench", "--run-config", config],
         capture_output=True,
         text=True,
         env=env,
@@ -288,14 +380,14 @@ def _submit(
     return f"`flwr run` failed: {(done.stdout + done.stderr)[-600:]}" if done.returncode else ""
 
 
-def _times(path: Path) -> dict[int, float]:
-    """When each round was over, by its number; 0 is the start, -1 the end of it all."""
-    found: dict[int, float] = {}
+def _times(path: Path) -> list[tuple[int, float]]:
+    """When each round was over, with its number; 0 is the start, -1 the end of it all."""
+    found: list[tuple[int, float]] = []
     with contextlib.suppress(OSError):
         for line in path.read_text(encoding="ascii").splitlines():
             with contextlib.suppress(ValueError):
                 number, at = line.split()
-                found[int(number)] = float(at)
+                found.append((int(number), float(at)))
     return found
 
 
