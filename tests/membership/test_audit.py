@@ -21,8 +21,8 @@ from photon.membership.audit import (
     MergedUpdate,
     ResumedRecord,
     RoundRecord,
-    verify_audit,
 )
+from photon.membership.verification import verify_audit
 
 RUN = "a" * 32
 STATE = "5" * 64

@@ -202,7 +202,7 @@ def test_every_command_shows_an_example():
 def test_none_of_it_loads_torch_or_flower(run_file):
     code = (
         "import sys\n"
-        "import photon.membership.audit, photon.membership.invitation\n"
+        "import photon.membership.verification, photon.membership.invitation\n"
         "from photon.cli.members import invite\n"
         f"invite('lab', run_file=__import__('pathlib').Path({str(run_file)!r}))\n"
         "heavy = {'torch', 'flwr', 'transformers', 'numpy', 'grpc'} & set(sys.modules)\n"

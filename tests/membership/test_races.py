@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from photon.membership.audit import AuditLog, verify_audit
+from photon.membership.audit import AuditLog
 from photon.membership.roster import Roster
+from photon.membership.verification import verify_audit
 
 PROGRAMS = Path(__file__).parent / "programs"
 KILLS = 4

@@ -2,111 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from photon.config import write_resolved
 from photon.errors import (
     AccessRefusedError,
     MembershipError,
     QuorumLostError,
     RunNotFoundError,
 )
-from photon.membership.audit import verify_audit
-from photon.membership.keys import NodeKey
-from photon.membership.roster import Facts, OpenTask, Presence, Roster
-from photon.runs import serving, simulate
-from photon.runs.serving import JoinedFleet, Notary, Serving, continue_run
+from photon.federation import Candidates
+from photon.membership.roster import Presence
+from photon.membership.verification import verify_audit
+from photon.runs import fleet as fleet_module
+from photon.runs.notary import Notary
+from photon.runs.serving import Serving
 from photon.store.contract import FolderStore
 from photon.telemetry import read_history
-from photon.telemetry.events import RoundStarted, RunStopped, UpdateDropped
-
-RUN_ID = "0" * 31 + "9"
-SMALL = (
-    "local.steps=2",
-    "federation.rounds=3",
-    "eval.max_tokens=500",
-    "eval.every=3",
-    "serve.min_silos=3",
-)
-
-
-def _silos_in_process() -> Any:
-    file = Path(__file__).parents[1] / "engines" / "programs" / "silos.py"
-    spec = importlib.util.spec_from_file_location("silos_of_runs", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-silos_in_process = _silos_in_process()
-
-
-class Served:
-    """A run folder as `photon serve` leaves it, three silos, and the post to them."""
-
-    def __init__(self, config, folder: Path) -> None:
-        self.folder = folder / "run"
-        self.folder.mkdir()
-        store = FolderStore(folder / "store")
-        names = ("blue", "green", "red")
-        data = Path(config.data.path)
-        self.silos = {name: silos_in_process.Silo(folder / "silos", name, data) for name in names}
-        for silo in self.silos.values():
-            silo.store = store
-        write_resolved(config, self.folder / "serve.toml")
-        self.serving = Serving(RUN_ID, str(folder / "home"), str(folder / "store"), {})
-        self.serving.write(self.folder)
-        self.roster = self.serving.roster
-        silos_in_process.join_all(self.roster, self.silos)
-        self.wire = silos_in_process.Wire(self.silos, self.roster)
-
-    def go_on(self):
-        """As another process would."""
-        for name in self.silos:
-            self.wire.be_here(name)
-        return continue_run(self.folder, self.wire)
-
-    def asked(self, number):
-        return sorted(ask.silo for ask in self.wire.asked if ask.round == number and ask.fit)
-
-    def lines(self):
-        text = (self.folder / "audit.jsonl").read_text()
-        return [json.loads(line) for line in text.splitlines()]
-
-    def audit(self):
-        report = verify_audit(self.folder)
-        report.require_good()
-        return report
-
-    @property
-    def rounds_told(self):
-        return [event.round for event in read_history(self.folder).of(RoundStarted)]
-
-
-@pytest.fixture(scope="module")
-def config(three_silos, make_config):
-    return make_config(three_silos, *SMALL)
-
-
-@pytest.fixture(scope="module")
-def calm(config, tmp_path_factory):
-    """What the same run comes to in one process."""
-    return simulate(config, run_dir=tmp_path_factory.mktemp("calm") / "run").summary
-
-
-@pytest.fixture
-def served(config, tmp_path):
-    run = Served(config, tmp_path)
-    yield run
-    run.roster.close()
+from photon.telemetry.events import RunStopped, UpdateDropped
 
 
 def same(summary, calm):
@@ -131,14 +45,16 @@ def crash_before_the_record(monkeypatch, number):
 # --- whole runs ------------------------------------------------------------------------------
 
 
-def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(served, calm, tmp_path):
+def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(
+    served, calm, run_id, tmp_path
+):
     rotated = []
 
     def rotate(silo, ask, times):
         # The wire asks the last silo first: red's answer is here, and waits for blue's.
         if silo.name == "blue" and ask.round == 2 and ask.fit and not rotated:
             red = served.silos["red"]
-            assert served.roster.reply(f"{RUN_ID}/fit/2/red") is not None
+            assert served.roster.reply(f"{run_id}/fit/2/red") is not None
             rotated.append(red.key.fingerprint)
             new = red.take_key(tmp_path / "new.key")
             served.roster.rotate("red", new.public_pem)
@@ -236,44 +152,19 @@ def test_a_round_goes_on_with_those_it_was_given_to(served, calm):
     assert served.audit().rounds == 3
 
 
-def test_too_few_silos_end_the_run_by_name(three_silos, make_config, tmp_path):
-    config = make_config(three_silos, *SMALL, "serve.gather_s=0.3", "serve.min_silos=4")
-    run = Served(config, tmp_path)
+def test_too_few_silos_end_the_run_by_name(make_served):
+    run = make_served("serve.gather_s=0.3", "serve.min_silos=4")
     with pytest.raises(QuorumLostError, match="3 silos are here"):
         run.go_on()
     assert run.wire.asked == []
-    run.roster.close()
+    assert run.roster.setting("waiting") is None
 
 
 # --- who is drawn ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def roster(tmp_path):
-    with Roster(tmp_path / "home" / "members.sqlite") as roster:
-        for number, name in enumerate(("blue", "green", "red"), 1):
-            key = NodeKey.create(tmp_path / f"{name}.key")
-            facts = Facts("d" * 64, "e" * 64, 100 * number, "0.1.0")
-            roster.redeem(roster.invite(name, 60), name, key.public_pem, facts)
-            roster.seen(name, Presence("idle", boot=name))
-        yield roster
-
-
-@pytest.fixture
-def fleet(roster, three_silos, make_config, monkeypatch):
-    monkeypatch.setattr(serving, "_LOOK_S", 0.02)
-    return lambda *overrides: JoinedFleet(roster, make_config(three_silos, *overrides), RUN_ID)
-
-
-def begin(roster, number, *silos, kind="fit"):
-    for silo in silos:
-        task = f"{RUN_ID}/{kind}/{number}/{silo}"
-        now = time.time()
-        roster.open_task(OpenTask(task, RUN_ID, number, silo, kind, now, now + 60, 1, (), ()))
-
-
 def test_those_who_are_here_are_drawn_from(fleet, roster):
-    assert fleet().drawn_from(1) == {"blue": 100, "green": 200, "red": 300}
+    assert fleet().drawn_from(1).tokens == {"blue": 100, "green": 200, "red": 300}
     assert fleet().present() == ["blue", "green", "red"]
     assert fleet('serve.silos=["red", "blue", "unknown"]').present() == ["blue", "red"]
 
@@ -285,27 +176,30 @@ def test_who_is_suspended_expelled_silent_or_stopping_is_not_drawn(fleet, roster
     roster.expel("red")
     assert fleet().present() == ["blue", "green"]
     roster.seen("blue", Presence("stopping", boot="blue"))
-    assert sorted(fleet().drawn_from(1)) == ["green"]
+    assert sorted(fleet().drawn_from(1).tokens) == ["green"]
     roster.seen("green", Presence("training", boot="green"), now=time.time() - 61)
     with pytest.raises(QuorumLostError, match=r"0 silos are here \(none\)"):
-        fleet("serve.gather_s=0.1").drawn_from(1)
+        fleet("serve.gather_s=0.1").drawn_from(2)
     roster.seen("green", Presence("idle", boot="green"), now=time.time() - 10)
     assert fleet().present() == ["green"]
     assert fleet("federation.silence_s=5").present() == []
 
 
 def test_a_begun_round_has_the_silos_it_was_given_to(fleet, roster):
-    begin(roster, 4, "blue", "red")
-    begin(roster, 4, "green", kind="evaluate")
-    begin(roster, 5, "green")
-    assert fleet().drawn_from(4) == {"blue": 100, "red": 300}
+    roster.suspend("green")
+    assert fleet().drawn_from(4).tokens == {"blue": 100, "red": 300}
+    roster.reinstate("green")
     # Silent, suspended or expelled since: the round is the same, and the engine leaves them out.
     roster.seen("blue", Presence("idle", boot="blue"), now=time.time() - 600)
     roster.expel("red")
-    sampled = fleet("federation.sample=2", "serve.min_silos=3", "serve.gather_s=0.05")
-    assert sorted(sampled.drawn_from(4)) == ["blue", "red"]
-    other = JoinedFleet(roster, sampled._config, "f" * 32)
-    with pytest.raises(QuorumLostError):  # another run's tasks say nothing of this one's
+    another = fleet("federation.sample=2", "serve.min_silos=3", "serve.gather_s=0.05")
+    assert another.drawn_from(4) == Candidates({"blue": 100, "red": 300}, attempt=1)
+    assert another.expected(4) == {"blue": 100, "red": 300}
+    for number in (3, 5):
+        with pytest.raises(QuorumLostError):
+            another.drawn_from(number)
+    other = fleet("federation.sample=2", "serve.gather_s=0.05", run="f" * 32)
+    with pytest.raises(QuorumLostError):  # another run's draws say nothing of this one's
         other.drawn_from(4)
 
 
@@ -325,10 +219,12 @@ def test_it_waits_for_silos_and_says_so(fleet, roster, monkeypatch):
         sleep(seconds)
 
     monkeypatch.setattr(roster, "set_setting", counted)
-    monkeypatch.setattr(serving.time, "sleep", look)
+    monkeypatch.setattr(fleet_module.time, "sleep", look)
     found = fleet("serve.min_silos=3").drawn_from(1)
-    assert sorted(found) == ["blue", "green", "red"]
-    assert [(one["for_silos"], one["here"]) for one in told] == [(3, ["blue", "green"])] * 3
+    assert sorted(found.tokens) == ["blue", "green", "red"]
+    assert [(one["for_silos"], one["round"], one["here"]) for one in told] == [
+        (3, 1, ["blue", "green"])
+    ] * 3
     assert told[0]["until"] > time.time() + 80_000
     assert roster.setting("waiting") is None
     assert written == ["waiting"] * 2  # the disk is left alone while nothing changes
@@ -346,17 +242,17 @@ def test_a_sample_is_waited_for_too_and_given_up(fleet, roster):
 # --- the record, and serve.json --------------------------------------------------------------
 
 
-def test_a_merged_silo_without_a_receipt_is_never_written_down(roster, tmp_path):
-    notary = Notary(tmp_path, roster, RUN_ID)
+def test_a_merged_silo_without_a_receipt_is_never_written_down(roster, run_id, tmp_path):
+    notary = Notary(tmp_path, roster, run_id)
     notary._merged = ["red"]
     with pytest.raises(MembershipError, match="round 1 merged red, whose receipt is not there"):
         notary._close_round(1)
     assert verify_audit(tmp_path).rounds == 0
 
 
-def test_serve_json_is_read_as_it_was_written(tmp_path):
-    whole = Serving(RUN_ID, "/srv", "s3://bucket", {"endpoint": "http://x"}, "/srv/secrets")
-    for one in (whole, Serving(RUN_ID, "/srv", "/store", {})):
+def test_serve_json_is_read_as_it_was_written(run_id, tmp_path):
+    whole = Serving(run_id, "/srv", "s3://bucket", {"endpoint": "http://x"}, "/srv/secrets")
+    for one in (whole, Serving(run_id, "/srv", "/store", {})):
         one.write(tmp_path)
         assert Serving.read(tmp_path) == one
     assert sorted(path.name for path in tmp_path.iterdir()) == ["serve.json"]
@@ -376,16 +272,16 @@ def test_what_is_no_served_run_is_named(text, tmp_path):
 
 
 @pytest.mark.parametrize("text", [None, "{", "5"])
-def test_credentials_that_can_not_be_read_are_named(text, tmp_path):
+def test_credentials_that_can_not_be_read_are_named(text, run_id, tmp_path):
     secrets = tmp_path / "secrets.json"
     if text is not None:
         secrets.write_text(text)
-    one = Serving(RUN_ID, str(tmp_path), "s3://bucket", {}, str(secrets))
+    one = Serving(run_id, str(tmp_path), "s3://bucket", {}, str(secrets))
     with pytest.raises(AccessRefusedError, match=r"secrets\.json"):
         one.open_store()
 
 
-def test_options_and_secrets_open_the_store(tmp_path):
+def test_options_and_secrets_open_the_store(run_id, tmp_path):
     (tmp_path / "secrets.json").write_text("{}")
-    found = Serving(RUN_ID, "", str(tmp_path / "s"), {}, str(tmp_path / "secrets.json"))
+    found = Serving(run_id, "", str(tmp_path / "s"), {}, str(tmp_path / "secrets.json"))
     assert isinstance(found.open_store(), FolderStore)

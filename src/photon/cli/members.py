@@ -24,7 +24,7 @@ from photon.membership.roster import ROSTER_FILE, Roster, roster_at
 
 if TYPE_CHECKING:
     from photon.config import ServeConfig
-    from photon.membership.audit import AuditReport
+    from photon.membership.verification import AuditReport
 
 members_app = typer.Typer(
     help="Who takes part in this aggregator's runs; see also `photon invite`.",
@@ -204,7 +204,7 @@ def audit(
 
     Example: `photon audit runs/med --json`
     """
-    from photon.membership.audit import verify_audit
+    from photon.membership.verification import verify_audit
 
     report = verify_audit(run, head=head)
     if as_json:

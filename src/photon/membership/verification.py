@@ -1,0 +1,322 @@
+"""Is a run's audit log true? Every link, every signature, and no update counted twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from photon.errors import AuditError, MembershipError
+from photon.membership.audit import (
+    AUDIT_FILE,
+    DAMAGE_HINT,
+    MEMBER,
+    RESUMED,
+    ROUND,
+    TORN,
+    MemberRecord,
+    MergedUpdate,
+    ResumedRecord,
+    RoundRecord,
+)
+from photon.membership.chain import BEGINNING, Chain, raw_lines
+from photon.membership.keys import fingerprint_of
+from photon.membership.signing import RECEIPT, verify_document
+
+_MOST_PROBLEMS = 100
+
+
+@dataclass
+class AuditReport:
+    """What `verify_audit` found.
+
+    Attributes:
+        lines: whole lines.
+        rounds: that count, without those that a restart took back.
+        updates: merged in those.
+        last_round: the newest one; 0 if there is none.
+        members: name -> fingerprint of the key recorded last. Silos compare it with their own.
+        head: sha256 of the last line: whoever keeps it can tell later that nothing before it
+            changed, and that it was not cut off.
+        problems: what must not be; empty if all is well. The first hundred.
+        remarks: what is worth knowing, and no problem.
+    """
+
+    path: Path
+    lines: int = 0
+    rounds: int = 0
+    updates: int = 0
+    last_round: int = 0
+    members: dict[str, str] = field(default_factory=dict)
+    head: str = BEGINNING
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def require_good(self) -> None:
+        """Raises:
+        AuditError: there are problems; names the first.
+        """
+        if self.problems:
+            more = len(self.problems) - 1
+            others = f" (and {more} more)" if more else ""
+            raise AuditError(f"{self.problems[0]}{others}", hint=DAMAGE_HINT)
+
+
+def verify_audit(path: str | os.PathLike[str], *, head: str | None = None) -> AuditReport:
+    """Check every link, every signature, and that no update counts twice.
+
+    Args:
+        path: the log, or a run folder.
+        head: sha256 of a line that must be there: the head noted at an earlier time.
+
+    Raises:
+        AuditError: there is no log to read. Whatever is wrong inside it is in the report.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else None
+    file = path / AUDIT_FILE if folder else path
+    report = AuditReport(file)
+    story = _Story(report)
+    seen_head = head is None
+    chain = Chain()
+    try:
+        with file.open("rb") as lines:
+            for raw in raw_lines(lines):
+                if not raw.endswith(b"\n"):
+                    report.remarks.append(
+                        f"{file}: the last line is cut short ({len(raw)} bytes); it was never "
+                        "acknowledged, and is removed when the run is resumed"
+                    )
+                    break
+                report.lines += 1
+                where = f"{file} line {report.lines}"
+                try:
+                    record = chain.next(raw)
+                except ValueError as error:
+                    _add(report.problems, f"{where}: {error}")
+                    record = chain.skip(raw)
+                else:
+                    seen_head = seen_head or record["sha256"] == head
+                if record is not None:
+                    story.tell(where, record)
+    except FileNotFoundError:
+        raise AuditError(
+            f"there is no {file}",
+            hint="Name the run folder of a run that `photon serve` made, or its audit.jsonl.",
+        ) from None
+    except OSError as error:
+        raise AuditError(f"can't read {file}: {error.strerror}") from error
+    if not seen_head:
+        _add(report.problems, f"{file}: no line has the sha256 {head!r}")
+    report.head = chain.head if report.lines else BEGINNING
+    story.finish()
+    if folder is not None:
+        story.compare_with(folder / "checkpoints")
+    return report
+
+
+class _Round(NamedTuple):
+    state_sha256: str | None
+    checkpoint: dict[str, str] | None
+    updates: int
+
+    def led_to(self, state_sha256: str | None, checkpoint: dict[str, str] | None) -> bool:
+        """Whether that is the state after it, as far as both sides say anything."""
+        return all(
+            None in pair or pair[0] == pair[1]
+            for pair in ((self.state_sha256, state_sha256), (self.checkpoint, checkpoint))
+        )
+
+
+class _Story:
+    """What the records say, one after another, and whether it can be true."""
+
+    def __init__(self, report: AuditReport) -> None:
+        self._report = report
+        self._keys: dict[tuple[str, str], MemberRecord] = {}  # by name and fingerprint
+        self._rounds: dict[str, dict[int, _Round]] = {}  # by run and number
+        self._after: dict[str, int] = {}  # the round that a run stands after
+
+    def tell(self, where: str, record: dict[str, Any]) -> None:
+        kinds = {MEMBER: MemberRecord, ROUND: RoundRecord, RESUMED: ResumedRecord}
+        kind = kinds.get(record["kind"])
+        if kind is None:
+            if record["kind"] == TORN:
+                _add(self._report.remarks, f"{where}: a line cut short was removed before it")
+            return
+        try:
+            body = kind.model_validate(record["body"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part)[:60] for part in first["loc"])
+            self._problem(where, f"no record of a {record['kind']}: {place}: {first['msg'][:200]}")
+            return
+        if isinstance(body, MemberRecord):
+            self._member(where, body)
+        elif isinstance(body, RoundRecord):
+            self._round(where, body)
+        else:
+            self._resumed(where, body)
+
+    def finish(self) -> None:
+        for run, rounds in self._rounds.items():
+            self._report.rounds += len(rounds)
+            self._report.updates += sum(one.updates for one in rounds.values())
+            self._report.last_round = max(self._report.last_round, self._after.get(run, 0))
+
+    def compare_with(self, checkpoints: Path) -> None:
+        """Hold the log against the checkpoints that are kept.
+
+        A log whose end was cut off is a good chain; the checkpoints tell that there was more.
+        """
+        report = self._report
+        kept = {
+            int(entry.name.removeprefix("round-")): entry / "state.json"
+            for entry in checkpoints.glob("round-*")
+            if entry.name.removeprefix("round-").isdecimal()
+        }
+        newest = max(kept, default=0)
+        if newest > report.last_round:
+            _add(
+                report.problems,
+                f"{report.path} ends at round {report.last_round}, but there is a checkpoint of "
+                f"round {newest}",
+            )
+        for number, path in sorted(kept.items()):
+            found = _files_of(path)
+            told = [rounds[number] for rounds in self._rounds.values() if number in rounds]
+            if told and not any(one.led_to(None, found) for one in told):
+                _add(report.problems, f"{path} is not the state that the log tells of")
+
+    def _member(self, where: str, body: MemberRecord) -> None:
+        try:
+            found = fingerprint_of(body.public_key)
+        except MembershipError as error:
+            self._problem(where, f"{body.name}: {error.message}")
+            return
+        if found != body.fingerprint:
+            self._problem(where, f"the key of {body.name} has another fingerprint: {found}")
+            return
+        self._keys[body.name, body.fingerprint] = body
+        self._report.members[body.name] = body.fingerprint
+
+    def _round(self, where: str, body: RoundRecord) -> None:
+        wanted = self._after.get(body.run, 0) + 1
+        if body.round != wanted:
+            self._problem(where, f"round {body.round} where round {wanted} must follow")
+        rounds = self._rounds.setdefault(body.run, {})
+        if body.round in rounds:
+            self._problem(where, f"round {body.round} was merged before")
+        rounds[body.round] = _Round(body.state_sha256, body.checkpoint, len(body.merged))
+        self._after[body.run] = body.round
+        silos: set[str] = set()
+        for update in body.merged:
+            if update.silo in silos:
+                self._problem(
+                    where, f"an update of {update.silo} counts twice in round {body.round}"
+                )
+            silos.add(update.silo)
+            self._update(where, body, update)
+        for dropped in body.dropped:
+            if dropped.silo in silos:
+                self._problem(where, f"{dropped.silo} is both merged and dropped")
+
+    def _update(self, where: str, body: RoundRecord, update: MergedUpdate) -> None:
+        silo = update.silo
+        member = self._keys.get((silo, update.fingerprint))
+        if member is None:
+            self._problem(
+                where,
+                f"no key {update.fingerprint[:80]} of {silo} is recorded before this round",
+            )
+            return
+        text = update.reply.encode()
+        try:
+            verify_document(member.public_key, RECEIPT, text, update.signature)
+        except MembershipError:
+            self._problem(where, f"the signature of {silo} does not hold")
+            return
+        signed = _signed(text)
+        if signed is None:
+            self._problem(where, f"the reply of {silo} is no answer to a training task")
+            return
+        said, data = signed
+        for name, value in _counted(body, update).items():
+            if value is None:
+                continue
+            if said[name] != value or type(said[name]) is not type(value):
+                self._problem(
+                    where,
+                    f"{silo} signed {name} {repr(said[name])[:80]}, but {value!r} is "
+                    "what was counted",
+                )
+        if data is not None and member.data_sha256 not in (None, data):
+            self._problem(where, f"{silo} trained on other data than it registered")
+
+    def _resumed(self, where: str, body: ResumedRecord) -> None:
+        after = self._after.get(body.run)
+        rounds = self._rounds.setdefault(body.run, {})
+        if after is not None and body.round > after:
+            self._problem(
+                where, f"resumed after round {body.round}, but the log ends at round {after}"
+            )
+        before = rounds.get(body.round)
+        if before is not None and not before.led_to(body.state_sha256, body.checkpoint):
+            self._problem(
+                where, f"resumed from another state than the one after round {body.round}"
+            )
+        for later in [number for number in rounds if number > body.round]:
+            del rounds[later]
+            _add(self._report.remarks, f"{where}: round {later} was taken back by a restart")
+        self._after[body.run] = body.round
+
+    def _problem(self, where: str, text: str) -> None:
+        _add(self._report.problems, f"{where}: {text}")
+
+
+def _signed(reply: bytes) -> tuple[dict[str, Any], Any] | None:
+    """What a signed reply says of what is counted, and the data it was trained on.
+
+    None: it is no answer to a training task.
+    """
+    try:
+        told = json.loads(reply)
+        fit = told["fit"]
+        said = {name: told[name] for name in ("kind", "run", "round", "silo")}
+        said |= {"update": fit["update"]["sha256"], "tokens": fit["tokens"]}
+        data = told.get("data")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    right = isinstance(said["update"], str) and isinstance(said["tokens"], int)
+    return (said, data) if right else None
+
+
+def _counted(body: RoundRecord, update: MergedUpdate) -> dict[str, Any]:
+    """The same, as the round counted it; None leaves a thing to the reply."""
+    return {
+        "kind": "fit",
+        "run": body.run,
+        "round": body.round,
+        "silo": update.silo,
+        "update": update.update,
+        "tokens": update.tokens,
+    }
+
+
+def _files_of(path: Path) -> dict[str, str] | None:
+    """Hashes of a checkpoint's files, as its state.json has them; None if it has none."""
+    try:
+        files = json.loads(path.read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return files if isinstance(files, dict) else None
+
+
+def _add(texts: list[str], text: str) -> None:
+    if len(texts) < _MOST_PROBLEMS:
+        # What a log says may hold anything; it is shown on a terminal.
+        texts.append("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
