@@ -50,6 +50,7 @@ class Stream:
     dropped: dict[int, str] = field(default_factory=dict)
     lost: dict[int, str] = field(default_factory=dict)
     per_silo: bool = True
+    step_s: dict[str, float] = field(default_factory=dict)
     round_s: float = 20.0
     log_every: int = 8
     time_s: float = 0.0
@@ -208,6 +209,7 @@ class Stream:
             publish_s=0.02,
             bytes_down=self.parameters * 4,
             bytes_up=self.parameters * 4,
+            **self.step_s,
         )
 
     def _evaluated(self, number: int, silo: str | None, loss: float) -> Evaluated:

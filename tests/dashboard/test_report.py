@@ -109,6 +109,19 @@ def test_the_page_says_in_words_and_figures_what_the_run_did(folder, stream):
     assert "not finished" not in page.text
 
 
+def test_how_silos_trained_is_told_where_their_nodes_told_it(folder, stream):
+    assert "How silos trained" not in report(folder, stream().whole()).text
+    # 8 s of training a task; what is not told of them is "other".
+    told = {"data_s": 0.5, "forward_s": 2.0, "backward_s": 4.0, "optimizer_s": 1.0}
+    told |= {"mfu": 0.415, "communication_s": 0.8, "peak_memory_bytes": 3_000_000_000}
+    page = report(folder, stream(step_s=told).whole())
+    bars = [attrs["aria-label"] for _, attrs in page.tags if "step" in attrs.get("class", "")]
+    assert bars == ["data 6%, forward 25%, backward 50%, optimizer 12%, other 6%"] * 4
+    table = page.raw[page.raw.index("How silos trained") : page.raw.index("<h2>Incidents")]
+    row = re.findall(r'<td class="n">([^<]*)</td>', table)[:7]
+    assert row == ["16.4k", "10%", "41.5%", "3.0 GB", "–", "4.4 MB", "4.4 MB"]
+
+
 def test_nothing_comes_from_elsewhere_and_nothing_needs_a_script(folder, stream):
     page = report(folder, stream().whole())
     assert all(ref.startswith("#") for ref in page.refs)

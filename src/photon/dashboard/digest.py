@@ -62,7 +62,12 @@ class RoundCost:
 
 @dataclass
 class SiloDigest:
-    """One silo over the whole run. Throughput in tokens per second of local training."""
+    """One silo over the whole run. Throughput in tokens per second of local training.
+
+    step_s splits train_s by what a step does, and exchange_s is what its ranks' collectives took of
+    that; mfu holds the share of the device's peak that each round's model FLOPs were, where the
+    peak is known; peak memory and micro-batch are those of one rank.
+    """
 
     name: str
     text_tokens: int | None = None
@@ -75,6 +80,38 @@ class SiloDigest:
     throughput: list[float] = field(default_factory=list)
     training: list[tuple[float, float]] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
+    train_s: float = 0.0
+    step_s: dict[str, float] = field(default_factory=dict)
+    exchange_s: float = 0.0
+    mfu: list[float] = field(default_factory=list)
+    peak_memory_bytes: int = 0
+    micro_batch_size: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def finished(self, event: LocalFinished) -> None:
+        """Count a task in."""
+        self.rounds += 1
+        self.tokens += event.tokens
+        self.last_loss = event.last_loss
+        if event.train_s > 0:
+            self.throughput.append(event.tokens / event.train_s)
+        self.train_s += event.train_s
+        parts = {
+            "data": event.data_s,
+            "forward": event.forward_s,
+            "backward": event.backward_s,
+            "optimizer": event.optimizer_s,
+        }
+        for name, seconds in parts.items():
+            self.step_s[name] = self.step_s.get(name, 0.0) + seconds
+        self.exchange_s += event.communication_s or 0.0
+        if event.mfu is not None:
+            self.mfu.append(event.mfu)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, event.peak_memory_bytes)
+        self.micro_batch_size = event.micro_batch_size
+        self.bytes_up += event.bytes_up
+        self.bytes_down += event.bytes_down
 
 
 @dataclass(frozen=True)
@@ -275,11 +312,7 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
                 within = len(beside) * per_task * event.step / max(1, started.local_steps)
                 silo.training.append((before.get(event.round, 0) + within, event.loss))
             case LocalFinished():
-                silo.rounds += 1
-                silo.tokens += event.tokens
-                silo.last_loss = event.last_loss
-                if event.train_s > 0:
-                    silo.throughput.append(event.tokens / event.train_s)
+                silo.finished(event)
             case UpdateDropped():
                 silo.dropped += 1
             case WorkerLost():

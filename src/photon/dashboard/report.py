@@ -14,6 +14,7 @@ from typing import Any
 from photon.dashboard import palette, wording
 from photon.dashboard.comparison import ComparisonRow, gap
 from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, read_digest
+from photon.dashboard.effort import STEP_PARTS, effort_rows, step_legend
 from photon.errors import DiskFullError
 
 _TEMPLATE = "report.html.j2"
@@ -37,6 +38,11 @@ GLOSSARY = (
         "Global weights minus a silo's weights after its local steps: what is averaged.",
     ),
     ("Outer optimizer", "The rule by which the averaged pseudo-gradient moves the global model."),
+    (
+        "MFU",
+        "Model FLOPs utilisation: the arithmetic that the model's steps need, over what the device "
+        "could do in that time.",
+    ),
     ("Utilisation", "Share of the wall clock in which nodes trained, not waited, sent or saved."),
 )
 
@@ -103,6 +109,9 @@ def render(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:
         phases=_phases(digest),
         silos=[_silo_row(digest, i, silo) for i, silo in enumerate(digest.silos.values())],
         shares=any(silo.share is not None for silo in digest.silos.values()),
+        effort=effort_rows(digest),
+        step_parts=STEP_PARTS,
+        step_legend=step_legend(),
         incidents=[_incident_row(incident) for incident in digest.incidents],
         comparison=_comparison_rows(digest, others),
         config=_config(digest.folder),
