@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from photon.data import open_data
-from photon.engines import remote
 from photon.engines.local import LocalEngine
-from photon.engines.remote import RemoteEngine
+from photon.engines.remote import RemoteEngine, errand, messenger
+from photon.engines.remote.depot import Depot
+from photon.engines.remote.errand import Errand
 from photon.errors import (
     ChunkCorruptError,
     ManifestError,
@@ -33,7 +34,7 @@ from photon.federation.node import initial_model
 from photon.federation.tasks import WEIGHTS, update_header
 from photon.link import plain_entries, tensors_sha256, write_parcel
 from photon.membership.keys import NodeKey
-from photon.membership.roster import Roster
+from photon.membership.roster import Roster, SignedReply
 from photon.models import model_fingerprint, trainable_parameters
 from photon.store.contract import MemoryStore
 from photon.store.transfer import Transfer
@@ -186,7 +187,7 @@ def remake(make_config):
 @pytest.fixture
 def make_bench(calm, tmp_path, remake, monkeypatch):
     # The first pause of a task that is asked again stays as it is: one second.
-    monkeypatch.setattr(remote, "_LAST_PAUSE_S", 0.05)
+    monkeypatch.setattr(errand, "_LAST_PAUSE_S", 0.05)
     made = []
 
     def make(*overrides: str) -> Bench:
@@ -311,7 +312,8 @@ def test_a_diverged_silo_answers_with_its_failure(calm, tmp_path):
 def test_progress_is_what_silos_tell(bench):
     def steps(silo, ask, times):
         bench.wire.be_here(silo.name, state="training", round=1, step=1, of=2, task=ask.task_id)
-        bench.engine._watch(remote._Errand(ask), bench.roster.presences()[silo.name], time.time())
+        seen = bench.roster.presences()[silo.name]
+        bench.engine._messenger._watch(Errand(ask), seen, time.time())
         return silo.answer(ask)
 
     bench.on("red", steps)
@@ -348,7 +350,7 @@ def test_a_silo_that_is_not_connected_yet_is_asked_when_it_is(bench):
 
 
 def test_a_silo_that_is_idle_although_asked_is_asked_again(bench, monkeypatch):
-    monkeypatch.setattr(remote, "_IDLE_S", 0.3)
+    monkeypatch.setattr(messenger, "_IDLE_S", 0.3)
     bench.on("red", lambda silo, ask, times: None if times == 1 else silo.answer(ask))
     answers = bench.answers()
     assert answers["red"][1] == bench.federated.expected["red"]
@@ -356,7 +358,7 @@ def test_a_silo_that_is_idle_although_asked_is_asked_again(bench, monkeypatch):
 
 
 def test_a_silo_that_works_is_not_asked_again(bench, monkeypatch):
-    monkeypatch.setattr(remote, "_IDLE_S", 0.3)
+    monkeypatch.setattr(messenger, "_IDLE_S", 0.3)
     begun = []
 
     def slow(silo, ask, times):
@@ -433,14 +435,14 @@ def another_key(silo, ask, key):
 
 def with_its_fingerprint(silo, ask, key):
     forged = silo.sign(silo.answer(ask).text, key)
-    return remote.SignedReply("", forged.text, forged.signature, silo.key.fingerprint)
+    return SignedReply("", forged.text, forged.signature, silo.key.fingerprint)
 
 
 def changed_text(silo, ask, key):
     good = silo.answer(ask)
     text = good.text.replace(b'"loss":', b'"loss":1')
     assert text != good.text
-    return remote.SignedReply("", text, good.signature, good.fingerprint)
+    return SignedReply("", text, good.signature, good.fingerprint)
 
 
 def no_reply(silo, ask, key):
@@ -633,7 +635,7 @@ def test_an_update_that_is_not_in_the_store_fails_its_silo(bench):
 
 def test_a_store_that_is_away_is_waited_for(bench, monkeypatch):
     """Longer than a silo's own faults would be."""
-    away, fetch = [], RemoteEngine.fetch
+    away, fetch = [], Depot.fetch
 
     def without_store(self, task, ref, state):
         if task.silo == "red" and len(away) < 5:
@@ -641,7 +643,7 @@ def test_a_store_that_is_away_is_waited_for(bench, monkeypatch):
             raise StoreUnavailableError("the store is away")
         return fetch(self, task, ref, state)
 
-    monkeypatch.setattr(RemoteEngine, "fetch", without_store)
+    monkeypatch.setattr(Depot, "fetch", without_store)
     assert bench.answers()["red"][1] == bench.federated.expected["red"]
     assert len(away) == 5
 
@@ -693,7 +695,7 @@ def test_a_new_engine_takes_the_answers_that_are_here(bench):
     going = bench.engine.fit(bench.federated.tasks(), calm_of(bench))
     assert next(going).receipt.silo == "blue"
     while len(bench.roster.replies(RUN_ID, 1)) < 3:
-        bench.engine.turn([])
+        bench.engine._messenger.turn([])
         next(going)
     asked = len(bench.wire.asked)
     bench.engine = bench.new_engine()  # as a process that was killed leaves it

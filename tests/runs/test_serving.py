@@ -17,8 +17,8 @@ from photon.membership.roster import Presence
 from photon.membership.verification import verify_audit
 from photon.runs import fleet as fleet_module
 from photon.runs.notary import Notary
-from photon.runs.serving import Serving
 from photon.store.contract import FolderStore
+from photon.store.served import Serving
 from photon.telemetry import read_history
 from photon.telemetry.events import RunStopped, UpdateDropped
 

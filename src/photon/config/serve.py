@@ -55,7 +55,9 @@ class ServeConfig(Section):
         description="Members that take part; every active one by default.",
     )
     min_silos: Positive = Field(
-        default=1, description="The first round begins once so many silos are here."
+        default=1,
+        description="A round begins once so many silos are here (and federation.quorum, "
+        "federation.sample).",
     )
     gather_s: Annotated[float, Field(gt=0)] = Field(
         default=86_400.0,

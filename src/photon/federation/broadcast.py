@@ -15,21 +15,20 @@ from torch import Tensor
 from photon.compression import build_codec
 from photon.config import LinkConfig
 from photon.errors import ChunkCorruptError
-from photon.federation.tasks import WEIGHTS, GlobalState, StateRef
+from photon.federation.tasks import WEIGHTS, GlobalState, StateRef, parcel_header
 from photon.link import (
     Carrier,
     Entry,
     Expected,
-    Header,
     Parcel,
     Ref,
     entries_bytes,
     plain_bytes,
     plain_entries,
-    shapes_fingerprint,
     tensors_sha256,
     write_parcel,
 )
+from photon.link.manifest import Kind
 
 #: Stands for a sha256 where only its length matters.
 _SOME_SHA256 = "0" * 64
@@ -106,7 +105,7 @@ class Broadcast:
         self._update += plain_entries(
             (name, state[name]) for name in sorted(state) if not name.startswith(WEIGHTS)
         )
-        header = _header("outer_update", self._run, number, state, _SOME_SHA256)
+        header = parcel_header("outer_update", self._run, number, state, base=_SOME_SHA256)
         self.update_bytes = entries_bytes(header, self._update, self._chunk_bytes)
 
     def bytes_down(self, number: int, state: GlobalState, *, holds_last: bool) -> int:
@@ -119,7 +118,7 @@ class Broadcast:
         if self.lossy and holds_last:
             return self.update_bytes
         if self._whole_bytes is None or self._whole_bytes[0] != number:
-            header = _header("state", self._run, number - 1, state)
+            header = parcel_header("state", self._run, number - 1, state)
             if self._whole_spec == "fp32":
                 shapes = {name: state[name].shape for name in sorted(state)}
                 size = plain_bytes(header, shapes, self._chunk_bytes)
@@ -152,11 +151,11 @@ class Broadcast:
         sized = {"chunk_bytes": self._chunk_bytes}
         update = None
         if self._update and base is not None:
-            header = _header("outer_update", self._run, number, state, base)
+            header = parcel_header("outer_update", self._run, number, state, base=base)
             update = write_parcel(carrier, folder, header, self._update, **sized)
         complete = None
         if whole or update is None:
-            header = _header("state", self._run, number, state)
+            header = parcel_header("state", self._run, number, state)
             complete = write_parcel(carrier, folder, header, self._whole(state), **sized)
         return StateRef(self._run, number, tensors_sha256(state), complete, update, base)
 
@@ -222,12 +221,7 @@ class Inbox:
             state[name] = self._held[name] + tensor if name.startswith(WEIGHTS) else tensor
         return state
 
-    def _open(self, ref: StateRef, parcel: Ref, kind) -> Parcel:
+    def _open(self, ref: StateRef, parcel: Ref, kind: Kind) -> Parcel:
         base = ref.base if kind == "outer_update" else None
-        header = _header(kind, ref.run, ref.round, self._shapes, base)
+        header = parcel_header(kind, ref.run, ref.round, self._shapes, base=base)
         return Parcel(self._carrier, parcel, Expected(header, self._shapes, self._codecs))
-
-
-def _header(kind, run: str, number: int, state: Mapping, base: str | None = None) -> Header:
-    shapes = {name: getattr(entry, "shape", entry) for name, entry in state.items()}
-    return Header(kind=kind, run=run, round=number, model=shapes_fingerprint(shapes), base=base)

@@ -17,7 +17,7 @@ from photon.errors import QuorumLostError
 from photon.federation.broadcast import Broadcast
 from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
 from photon.federation.merging import Merging
-from photon.federation.sampling import Fleet, sample_participants
+from photon.federation.sampling import Candidates, Fleet, sample_participants
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -92,7 +92,8 @@ class Federation:
             Whether the run is over; false where it is to drain.
 
         Raises:
-            QuorumLostError: a round had too few good updates; the last checkpoint stands.
+            QuorumLostError: a round had too few good updates, which the fleet was told; or too few
+                silos came. The last checkpoint stands.
         """
         rounds = self._config.federation.rounds
         if self._ledger.state.round == 0:
@@ -100,22 +101,29 @@ class Federation:
             if self._config.eval.every:
                 self._evaluate(0)
         while self._ledger.state.round < rounds:
-            if self._draining():
+            number = self._ledger.state.round + 1
+            candidates = None if self._draining() else self._fleet.drawn_from(number)
+            if candidates is None:
                 return False
-            self._run_round(self._ledger.state.round + 1)
+            try:
+                self._run_round(number, candidates)
+            except QuorumLostError:
+                self._fleet.lost(number)
+                raise
         if self._ledger.evaluated_round != rounds:
             self._evaluate(rounds)
         return True
 
-    def _run_round(self, number: int) -> None:
+    def _run_round(self, number: int, candidates: Candidates) -> None:
         config, ledger = self._config, self._ledger
         costs = RoundCosts()
         participants = sample_participants(
-            self._fleet.drawn_from(number),
+            candidates.tokens,
             count=config.federation.sample,
             sampling=config.federation.sampling,
             seed=config.run.seed,
             round_number=number,
+            attempt=candidates.attempt,
         )
         global_step = ledger.state.global_step
         ledger.recorder.emit(

@@ -11,14 +11,33 @@ import numpy as np
 from photon.errors import IncompatibleConfigError
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Who may be drawn for a round.
+
+    Attributes:
+        tokens: to train on, by silo.
+        attempt: at the round, counted from 1. A round that lost its quorum is attempted again,
+            with another draw.
+    """
+
+    tokens: Mapping[str, int]
+    attempt: int = 1
+
+
 class Fleet(Protocol):
     """The silos of a run, as they come and go."""
 
-    def drawn_from(self, round_number: int) -> Mapping[str, int]:
-        """Training tokens of each silo that may be drawn for a round; may wait for silos.
+    def drawn_from(self, round_number: int) -> Candidates | None:
+        """Who may be drawn for a round; may wait for silos. None where the run ends meanwhile.
 
-        Asked again about the same round, by a process that resumes it, it says the same.
+        Asked again about the same round, by a process that resumes it, it says the same, until it
+        is told that the round is lost.
         """
+        ...
+
+    def lost(self, round_number: int) -> None:
+        """Told that too few of a round's participants gave good updates."""
         ...
 
     def present(self) -> list[str]:
@@ -36,8 +55,11 @@ class FixedFleet:
 
     tokens: Mapping[str, int]
 
-    def drawn_from(self, round_number: int) -> Mapping[str, int]:
-        return self.tokens
+    def drawn_from(self, round_number: int) -> Candidates:
+        return Candidates(self.tokens)
+
+    def lost(self, round_number: int) -> None:
+        """The round can be attempted with the same silos only."""
 
     def present(self) -> list[str]:
         return sorted(self.tokens)
@@ -50,6 +72,7 @@ def sample_participants(
     sampling: str,
     seed: int,
     round_number: int,
+    attempt: int = 1,
 ) -> list[str]:
     """Draw participants without replacement, in the order of silo names.
 
@@ -57,8 +80,9 @@ def sample_participants(
         silo_tokens: training tokens of each silo present.
         count: how many; None takes all.
         sampling: "uniform", or "weighted" with odds given by tokens.
-        seed: of the run; the draw is a function of (seed, round_number) alone.
+        seed: of the run; the draw is a function of (seed, round_number, attempt) alone.
         round_number: counts from 1.
+        attempt: counts from 1: another one draws others, of the same silos too.
 
     Raises:
         IncompatibleConfigError: more asked than present.
@@ -75,7 +99,8 @@ def sample_participants(
     if sampling == "weighted":
         tokens = np.array([silo_tokens[name] for name in names], dtype=np.float64)
         odds = tokens / tokens.sum()
-    generator = np.random.default_rng([seed, round_number])
+    again = [attempt] if attempt > 1 else []
+    generator = np.random.default_rng([seed, round_number, *again])
     drawn = generator.choice(len(names), size=count, replace=False, p=odds)
     return [names[index] for index in sorted(drawn)]
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from photon.errors import NodeError
 from photon.link import Carrier, Entry, Header, Ref, plain_entries, shapes_fingerprint
+from photon.link.manifest import Kind
 from photon.training import StepTimes
 
 #: The global state: "weights/<parameter>" and, where inner state is averaged,
@@ -126,14 +127,36 @@ class Update:
         return iter(self.packed) if self.packed is not None else plain_entries(self.tensors())
 
 
+def parcel_header(
+    kind: Kind,
+    run: str,
+    number: int,
+    state: Mapping[str, Tensor | Size],
+    *,
+    silo: str | None = None,
+    base: str | None = None,
+) -> Header:
+    """What a parcel says of itself; who writes it and who reads it both derive it.
+
+    Args:
+        kind: "update" of a silo, "state", or "outer_update".
+        number: the update's round; of a state, the last that was merged into it.
+        state: names and tensors, or shapes, that the parcel has.
+        silo: whose update it is.
+        base: sha256 of the state that an outer update goes on top of.
+    """
+    shapes = {name: one.shape if isinstance(one, Tensor) else one for name, one in state.items()}
+    model = shapes_fingerprint(shapes)
+    return Header(kind=kind, run=run, round=number, silo=silo, model=model, base=base)
+
+
 def update_header(task: FitTask, state: GlobalState) -> Header:
-    """Whose update answers this task; node and aggregator both derive it.
+    """Of the update that answers this task.
 
     Args:
         state: that the task starts from: an update has its names and shapes.
     """
-    model = shapes_fingerprint({name: tensor.shape for name, tensor in state.items()})
-    return Header(kind="update", run=task.run, round=task.round, silo=task.silo, model=model)
+    return parcel_header("update", task.run, task.round, state, silo=task.silo)
 
 
 @dataclass(frozen=True)

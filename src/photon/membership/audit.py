@@ -28,7 +28,7 @@ from photon.membership.roster import Member, SignedReply, Signer
 #: The log's name in a run folder.
 AUDIT_FILE = "audit.jsonl"
 
-MEMBER, ROUND, RESUMED, TORN = "member", "round", "resumed", "torn"
+MEMBER, ROUND, LOST, RESUMED, TORN = "member", "round", "lost", "resumed", "torn"
 
 #: What to do about a log that can't be true.
 DAMAGE_HINT = (
@@ -112,6 +112,22 @@ class RoundRecord(_Record):
     merged: list[MergedUpdate]
     state_sha256: _Sha256 | None = None
     checkpoint: dict[str, str] | None = None
+    dropped: list[DroppedSilo] = []
+
+
+class LostRecord(_Record):
+    """An attempt at a round that had too few good updates; nothing of it was merged.
+
+    Attributes:
+        attempt: counts from 1; the next one has another draw.
+        asked: silos that had the task.
+        dropped: those of them without a good update, and why.
+    """
+
+    run: str
+    round: Annotated[int, Field(ge=1)]
+    attempt: Annotated[int, Field(ge=1)]
+    asked: list[_Name]
     dropped: list[DroppedSilo] = []
 
 

@@ -14,10 +14,12 @@ from photon.errors import AuditError, MembershipError
 from photon.membership.audit import (
     AUDIT_FILE,
     DAMAGE_HINT,
+    LOST,
     MEMBER,
     RESUMED,
     ROUND,
     TORN,
+    LostRecord,
     MemberRecord,
     MergedUpdate,
     ResumedRecord,
@@ -142,7 +144,12 @@ class _Story:
         self._after: dict[str, int] = {}  # the round that a run stands after
 
     def tell(self, where: str, record: dict[str, Any]) -> None:
-        kinds = {MEMBER: MemberRecord, ROUND: RoundRecord, RESUMED: ResumedRecord}
+        kinds = {
+            MEMBER: MemberRecord,
+            ROUND: RoundRecord,
+            LOST: LostRecord,
+            RESUMED: ResumedRecord,
+        }
         kind = kinds.get(record["kind"])
         if kind is None:
             if record["kind"] == TORN:
@@ -159,6 +166,8 @@ class _Story:
             self._member(where, body)
         elif isinstance(body, RoundRecord):
             self._round(where, body)
+        elif isinstance(body, LostRecord):
+            self._lost(where, body)
         else:
             self._resumed(where, body)
 
@@ -256,6 +265,17 @@ class _Story:
                 )
         if data is not None and member.data_sha256 not in (None, data):
             self._problem(where, f"{silo} trained on other data than it registered")
+
+    def _lost(self, where: str, body: LostRecord) -> None:
+        wanted = self._after.get(body.run, 0) + 1
+        if body.round != wanted:
+            self._problem(where, f"round {body.round} was lost where round {wanted} must follow")
+        asked, dropped = len(body.asked), ", ".join(one.silo for one in body.dropped)
+        _add(
+            self._report.remarks,
+            f"{where}: round {body.round} lost its quorum (attempt {body.attempt}, {asked} silos; "
+            f"dropped: {dropped or 'none'}), and none of it was merged",
+        )
 
     def _resumed(self, where: str, body: ResumedRecord) -> None:
         after = self._after.get(body.run)

@@ -96,9 +96,3 @@ def only_process(folder: Path) -> Iterator[None]:
 def finite(value: float) -> float | None:
     """The number, or None where JSON has no word for it (a diverged model's perplexity)."""
     return value if math.isfinite(value) else None
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)

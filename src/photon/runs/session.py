@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,8 +41,10 @@ from photon.models import (
     tokenizer_file_of,
     trainable_parameters,
 )
-from photon.runs.folder import finite, only_process, write_json
+from photon.runs.folder import finite, only_process
 from photon.runs.nodes import Elsewhere, Nodes, workers_of
+from photon.store.disk import write_json
+from photon.store.served import RUN_FILE, SERVE_FILE
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
@@ -58,7 +60,7 @@ from photon.version import photon_version
 Groups = dict[str, dict[str, Tensor]]
 
 #: What a run folder holds before the run's first process: its lock, and what `photon serve` left.
-KEPT = (".lock", "serve.json", "serve.toml", "audit.jsonl")
+KEPT = (".lock", SERVE_FILE, RUN_FILE, "audit.jsonl")
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,17 @@ class Guests:
 
     Attributes:
         fleet: who they are.
+        silo_tokens: to train on, by silo, of those that the next round will be drawn from.
         engine: makes the engine that reaches them.
         listener: told every event first, checkpoints included.
-        draining: whether no further round is to begin.
+        ending: whether no further round is to begin.
     """
 
     fleet: Fleet
+    silo_tokens: Mapping[str, int]
     engine: Elsewhere
     listener: Listener
-    draining: Callable[[], bool]
+    ending: Callable[[], bool]
 
 
 class Session:
@@ -118,7 +122,7 @@ class Session:
             self.silos = _chosen_silos(self.data, silos)
             tokens = {silo: self.data.silos[silo].train_tokens for silo in self.silos}
         else:
-            tokens = dict(guests.fleet.drawn_from(1))
+            tokens = dict(guests.silo_tokens)
             self.silos = sorted(tokens)
         self._silo_tokens = tokens
         self.config = _resolved(kind, config, self.data)
@@ -247,7 +251,7 @@ class Session:
             ledger,
             settings.folder,
             tensors,
-            draining=guests.draining if guests is not None else lambda: False,
+            draining=guests.ending if guests is not None else lambda: False,
         )
         return federation, engine.close
 

@@ -1,18 +1,30 @@
-"""Disks: whether there is room, what a full one is called, and when bytes are safe on it."""
+"""Disks: whether there is room, what a full one is called, when bytes are safe, small files whole.
+
+Invariant: under the name given to `write_whole` lies what was there before, or all of the new
+bytes, whatever ends the process or the machine. It breaks if a name is written to in any other way.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from photon.errors import DiskFullError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: Ends the name of a file that is being written beside the one it will replace.
+_PARTIAL = ".partial"
+#: No small file takes so long to write: what is older was left by a process that was killed.
+_LEFT_BEHIND_S = 3600.0
 
 
 @contextmanager
@@ -29,6 +41,62 @@ def writing(what: str, path: Path) -> Iterator[None]:
                 hint="Free space on that disk, then continue with `photon resume`.",
             ) from error
         raise
+
+
+def write_whole(path: Path, data: str | bytes, what: str, *, mode: int = 0o644) -> None:
+    """Write a small file under its name at once: a reader sees the old one or the new one.
+
+    It is made beside `path`, with its permissions from the first byte, and on disk when this
+    returns. Nothing is left beside it when this fails; what a process that was killed left there is
+    removed by a later call. Several may write the same file at once: one of them is the last.
+
+    Args:
+        path: its folder is made if need be.
+        data: text is written as UTF-8.
+        what: is being written, for the message.
+        mode: permissions, less the umask; also where an older file there has others.
+
+    Raises:
+        DiskFullError: no room; what was there before is as it was.
+        OSError: it can't be written, likewise.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    with writing(what, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(path)
+        try:
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sync_to_disk(path.parent)
+
+
+def write_json(
+    path: Path, record: Mapping[str, Any], what: str = "a record", *, mode: int = 0o644
+) -> None:
+    """`write_whole` of a record as JSON, a line for each key; raises as it does.
+
+    Raises:
+        ValueError: a number that JSON has no word for.
+    """
+    text = json.dumps(dict(record), indent=1, allow_nan=False)
+    write_whole(path, text + "\n", what, mode=mode)
+
+
+def _remove_left_behind(path: Path) -> None:
+    beside = f".{path.name}."
+    for found in path.parent.iterdir():
+        if found.name.startswith(beside) and found.name.endswith(_PARTIAL):
+            with suppress(OSError):  # somebody else may have removed it, or be the one who writes
+                if time.time() - found.stat().st_mtime > _LEFT_BEHIND_S:
+                    found.unlink()
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:

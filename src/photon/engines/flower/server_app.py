@@ -15,6 +15,7 @@ from photon.engines.flower.pinned import check_flower
 from photon.engines.flower.post import FlowerPost
 from photon.errors import DeployError, PhotonError
 from photon.membership.roster import ROSTER_FILE, Roster
+from photon.store.served import SERVE_FILE
 
 
 class EndedError(Exception):
@@ -67,7 +68,7 @@ def served_roster() -> Roster:
     Raises:
         DeployError: no such file, or it does not say.
     """
-    path = run_folder() / "serve.json"
+    path = run_folder() / SERVE_FILE
     try:
         home = Path(json.loads(path.read_text())["home"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,0 +1,130 @@
+"""A round's updates on their way here, fetched ahead and handed over in the order of tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+
+from photon.engines.remote.depot import Depot
+from photon.engines.remote.errand import ATTEMPTS, Errand
+from photon.engines.remote.messenger import POLL_S, Messenger
+from photon.errors import (
+    ChunkCorruptError,
+    LinkError,
+    ManifestError,
+    StoreUnavailableError,
+    TransferStalledError,
+)
+from photon.federation import FitTask, Receipt, Update
+from photon.federation.tasks import GlobalState
+from photon.link import Parcel
+
+#: Updates on their way here, or here and waiting for their turn.
+_AHEAD = 3
+
+
+class Arrivals:
+    """A round's answers, in the order of its tasks, each with its update already here.
+
+    Args:
+        messenger: runs the errands meanwhile.
+        depot: brings the updates.
+        tasks, errands: of the round, in the same order.
+        state: that the tasks start from.
+    """
+
+    def __init__(
+        self,
+        messenger: Messenger,
+        depot: Depot,
+        tasks: Sequence[FitTask],
+        errands: Sequence[Errand],
+        state: GlobalState,
+    ) -> None:
+        self._messenger = messenger
+        self._depot = depot
+        self._tasks = tasks
+        self._errands = errands
+        self._state = state
+        self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="photon-arrivals")
+        self._fetching: dict[int, Future[Parcel]] = {}
+
+    def updates(self) -> Iterator[Update]:
+        for position, errand in enumerate(self._errands):
+            parcel = None
+            while not errand.failure:
+                self._fetch_ahead(position)
+                fetching = self._fetching.get(position)
+                if fetching is not None and fetching.done():
+                    parcel = self._arrived(position, fetching)
+                    if parcel is not None:
+                        # It may have waited long for its turn: who was expelled meanwhile is out.
+                        errand.failure = self._messenger.barred(errand.ask.silo)
+                        break
+                elif errand.reply is not None and errand.update is None:
+                    break
+                elif not self._messenger.turn(self._errands):
+                    _wait(fetching)
+            yield self._update(position, parcel)
+            if errand.update is not None:
+                self._depot.let_go(errand.update)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch_ahead(self, position: int) -> None:
+        for number in range(position, min(position + _AHEAD, len(self._errands))):
+            ref = self._errands[number].update
+            if ref is not None and number not in self._fetching:
+                fetch = partial(self._depot.fetch, self._tasks[number], ref, self._state)
+                self._fetching[number] = self._pool.submit(fetch)
+
+    def _arrived(self, position: int, fetching: Future[Parcel]) -> Parcel | None:
+        """An update that is here; None where it could not be had and is asked for again."""
+        errand = self._errands[position]
+        try:
+            return fetching.result()
+        except LinkError as error:
+            del self._fetching[position]
+            # A store that is away is no fault of the silo's: it is waited for.
+            errand.troubles += not isinstance(error, StoreUnavailableError | TransferStalledError)
+            if errand.troubles >= ATTEMPTS or isinstance(error, ManifestError):
+                errand.fail(error)
+                return None
+            if isinstance(error, ChunkCorruptError):
+                self._depot.discard(errand.ask.silo)
+            errand.reply = None
+            self._messenger.open(errand)  # closed when it was answered
+            errand.again(time.time(), error.message)
+            return None
+
+    def _update(self, position: int, parcel: Parcel | None) -> Update:
+        errand, task = self._errands[position], self._tasks[position]
+        if errand.failure is not None:
+            error = errand.failure
+            receipt = Receipt(
+                task.round,
+                task.silo,
+                failure=error.message,
+                failure_code=error.exit_code,
+                failure_hint=error.hint,
+            )
+            return Update(receipt, lambda: iter(()))
+        assert errand.reply is not None
+        assert errand.reply.fit is not None
+        receipt = errand.reply.fit.receipt(task.round, task.silo)
+        ref = errand.update
+        if ref is None or parcel is None:
+            return Update(receipt, lambda: iter(()))
+        tensors = partial(self._depot.tensors, parcel, task, ref, self._state)
+        return Update(receipt, tensors, lasting=True)
+
+
+def _wait(fetching: Future[Parcel] | None) -> None:
+    """A little while, or less if what is on its way arrives."""
+    if fetching is None:
+        time.sleep(POLL_S)
+    else:
+        wait([fetching], POLL_S)

@@ -1,0 +1,146 @@
+"""A run's part of the store: the global state, the silos' updates, and those that are here.
+
+RUN/global/         states, written by the aggregator
+RUN/silos/SILO/     updates, written by that silo
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from photon.config import LinkConfig
+from photon.errors import LinkError
+from photon.federation import FitTask
+from photon.federation.tasks import GlobalState, Publish, StateRef, update_header
+from photon.link import Expected, Parcel, Ref
+from photon.store.contract import Store
+from photon.store.garbage import collect
+from photon.store.transfer import Transfer
+
+#: No manifest of any model here is longer.
+_MOST_MANIFEST_BYTES = 256 << 20
+
+
+def global_folder(run_id: str) -> str:
+    """Where a run's states lie in the store."""
+    return f"{run_id}/global"
+
+
+def silo_folder(run_id: str, silo: str) -> str:
+    """Where a silo's updates lie in the store; it writes nowhere else."""
+    return f"{run_id}/silos/{silo}"
+
+
+class Depot:
+    """Publishes states, fetches updates, and removes what no round needs any more.
+
+    Args:
+        run_id: of the run.
+        config: which codecs its parcels may name.
+        store: the aggregator's own way to it.
+        spool: folder for updates on their way to be merged; emptied.
+    """
+
+    def __init__(self, run_id: str, config: LinkConfig, store: Store, spool: Path) -> None:
+        self._run_id = run_id
+        self._config = config
+        self._store = store
+        self._spool = spool
+        self._offered: tuple[int, Publish] | None = None
+        self._state: StateRef | None = None
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir(parents=True)
+
+    def offer(self, number: int, publish: Publish) -> None:
+        """How to publish the state after round `number`, should somebody need it."""
+        self._offered = (number, publish)
+
+    def published(self) -> StateRef:
+        """The state that was offered last; published now, if it was not before.
+
+        Raises:
+            LinkError: the store can't be reached, refuses, or stalls.
+        """
+        assert self._offered is not None
+        number, publish = self._offered
+        if self._state is None or self._state.round != number:
+            carrier = Transfer(self._store, streams=4)
+            self._state = publish(carrier, global_folder(self._run_id))
+        return self._state
+
+    def fetch(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
+        """Bring an update here, verified.
+
+        Raises:
+            LinkError: it is not there, not what was promised, or the store is away.
+        """
+        parcel = self._parcel(task, ref, state)
+        parcel.keep(self._place_of(ref))
+        return parcel
+
+    def tensors(
+        self, parcel: Parcel, task: FitTask, ref: Ref, state: GlobalState
+    ) -> Iterator[tuple[str, Tensor]]:
+        """An update's tensors: from the spool while it is there, else from the store again."""
+        here = self._place_of(ref).exists()
+        yield from (parcel if here else self._parcel(task, ref, state)).tensors()
+
+    def let_go(self, ref: Ref) -> None:
+        """An update need not be here any more."""
+        shutil.rmtree(self._place_of(ref), ignore_errors=True)
+
+    def discard(self, silo: str) -> None:
+        """Remove what a silo has in the store, so that it sends it again.
+
+        An object that is there is never written again, damaged or not.
+        """
+        folder = silo_folder(self._run_id, silo)
+        with contextlib.suppress(LinkError):
+            self._store.delete([key for key, _ in self._store.keys(folder)])
+
+    def sweep(self, silos: Iterable[str], *, oldest: int) -> None:
+        """Remove what rounds before `oldest` have in the store.
+
+        Raises:
+            LinkError, OSError: the store is away or refuses; the next sweep finds it again.
+        """
+        folders = [silo_folder(self._run_id, silo) for silo in silos]
+        for folder in (global_folder(self._run_id), *folders):
+            collect(
+                self._store,
+                folder,
+                keep=lambda key: _round_of(key) >= oldest,
+                chunks_of=self._chunks_of,
+            )
+
+    def close(self) -> None:
+        shutil.rmtree(self._spool, ignore_errors=True)
+
+    def _place_of(self, ref: Ref) -> Path:
+        """Where an update lies while it is here."""
+        return self._spool / ref.sha256
+
+    def _parcel(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
+        shapes = {name: tensor.shape for name, tensor in state.items()}
+        expected = Expected(update_header(task, state), shapes, self._config.specs)
+        return Parcel(Transfer(self._store, streams=4), ref, expected)
+
+    def _chunks_of(self, key: str) -> list[str]:
+        """The chunks that a manifest in the store names."""
+        size = self._store.size(key) or 0
+        try:
+            record = json.loads(self._store.get(key, max_bytes=min(size, _MOST_MANIFEST_BYTES)))
+            return [str(chunk["sha256"]) for chunk in record["chunks"]]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return []  # a silo may write anything under its own folder
+
+
+def _round_of(key: str) -> int:
+    """Of a manifest: FOLDER/<kind>/round-000012/NAME.json."""
+    return int(key.split("/")[-2].removeprefix("round-"))

@@ -1,0 +1,157 @@
+"""The engine itself: a round's tasks become errands, and their answers updates and scores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from photon.config import RunConfig
+from photon.engines.remote.arrivals import Arrivals
+from photon.engines.remote.depot import Depot
+from photon.engines.remote.errand import Errand
+from photon.engines.remote.messenger import POLL_S, Messenger, Post
+from photon.errors import PhotonError
+from photon.federation import Engine, EvalReceipt, EvalTask, FitTask, Update
+from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, StatePart
+from photon.federation.tasks import GlobalState, Publish
+from photon.freed_memory import share_freed_memory
+from photon.membership.roster import Roster
+from photon.store.contract import Store
+from photon.telemetry import Event
+from photon.telemetry.events import Notice
+from photon.version import photon_version
+
+#: What an update may take on the wire beyond twice its fp32 values.
+_SPARE_BYTES = 64 << 20
+
+
+class RemoteEngine:
+    """Serves tasks by silos that have joined.
+
+    Args:
+        run: what is being trained, as silos are told; its silos are those of each round's tasks.
+        config: the run file.
+        post: to silos.
+        roster: who is a member, what each says it does, which tasks are open.
+        store: updates and states; the aggregator's own way to it.
+        spool: folder for updates on their way to be merged.
+        evaluator: scores the global held-out set on this machine.
+        on_event: told of local progress and of what goes wrong.
+    """
+
+    def __init__(
+        self,
+        run: RunPart,
+        config: RunConfig,
+        post: Post,
+        roster: Roster,
+        store: Store,
+        spool: Path,
+        evaluator: Engine,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._roster = roster
+        self._evaluator = evaluator
+        self._on_event = on_event
+        share_freed_memory()  # threads fetch chunks, and no node trains in this process
+        self._messenger = Messenger(config, post, roster, on_event)
+        self._depot = Depot(run.id, config.link, store, spool)
+
+    @property
+    def processes(self) -> int:
+        """Silos that train at the same time."""
+        return len(self._run.silos)
+
+    def offer(self, number: int, publish: Publish) -> None:
+        """Publish the state after round `number` when the first task needs it."""
+        self._depot.offer(number, publish)
+
+    def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
+        until = time.time() + self._config.serve.round_deadline_s
+        ref = StatePart.of(self._depot.published())
+        self._take_part(tasks)
+        values = sum(tensor.numel() for tensor in state.values())
+        most_bytes = 8 * values + _SPARE_BYTES
+        errands = [Errand(self._fit_ask(task, ref, until), most_bytes) for task in tasks]
+        for errand in errands:
+            self._messenger.begin(errand)
+        arrivals = Arrivals(self._messenger, self._depot, tasks, errands, state)
+        try:
+            yield from arrivals.updates()
+        finally:
+            arrivals.close()
+            self._messenger.close(errands)
+        if tasks:
+            self._sweep(tasks[0].round)
+
+    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
+        until = time.time() + self._config.serve.round_deadline_s
+        own = [task for task in tasks if task.silo is None]
+        errands: dict[str, Errand] = {}
+        if len(own) < len(tasks):
+            ref = StatePart.of(self._depot.published())
+            self._take_part(tasks)
+            for task in tasks:
+                if task.silo is not None:
+                    errands[task.silo] = Errand(self._eval_ask(task.silo, task.round, ref, until))
+                    self._messenger.begin(errands[task.silo])
+        try:
+            self._messenger.turn(errands.values())  # silos work while this machine does
+            yield from self._evaluator.evaluate(own, state)
+            while not all(errand.over for errand in errands.values()):
+                if not self._messenger.turn(errands.values()):
+                    time.sleep(POLL_S)
+            for silo, errand in errands.items():
+                if errand.reply is not None and errand.reply.evaluate is not None:
+                    yield errand.reply.evaluate.receipt(silo)
+                elif errand.failure is not None:
+                    words = f"no evaluation: {errand.failure.message}"
+                    self._messenger.notice(errand.ask, words)
+        finally:
+            self._messenger.close(errands.values())
+
+    def close(self) -> None:
+        self._evaluator.close()
+        self._depot.close()
+
+    def _take_part(self, tasks: Sequence[FitTask | EvalTask]) -> None:
+        silos = sorted({task.silo for task in tasks if task.silo is not None})
+        self._run = self._run.model_copy(update={"silos": silos})
+
+    def _sweep(self, number: int) -> None:
+        """Remove from the store what no round from now on needs."""
+        members = [member.name for member in self._roster.members()]
+        try:
+            self._depot.sweep(members, oldest=number - self._config.serve.keep_rounds)
+        except (PhotonError, OSError) as error:
+            # The next round's sweep finds it again.
+            self._on_event(
+                Notice(text=f"old rounds stay in the store: {error}", round=number, silo="")
+            )
+
+    def _fit_ask(self, task: FitTask, ref: StatePart, until: float) -> Ask:
+        part = FitPart(
+            round=task.round,
+            global_step=task.global_step,
+            steps=task.steps,
+            node_round=task.node_round,
+            state_bytes=task.state_bytes,
+        )
+        return self._ask("fit", task.silo, ref, until, fit=part)
+
+    def _eval_ask(self, silo: str, number: int, ref: StatePart, until: float) -> Ask:
+        return self._ask("evaluate", silo, ref, until, evaluate=EvalPart(round=number))
+
+    def _ask(self, kind, silo: str, ref: StatePart, until: float, **part) -> Ask:
+        return Ask(
+            photon_version=photon_version(),
+            kind=kind,
+            silo=silo,
+            run=self._run,
+            state=ref,
+            until=until,
+            **part,
+        )

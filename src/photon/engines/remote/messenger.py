@@ -1,0 +1,282 @@
+"""Asks go to silos and signed replies come back, through everything that may get lost between.
+
+A task is named by (run, round, silo) and may be asked any number of times: a silo that finished it
+answers from its disk. So whatever dies here or there, the remedy is to ask again. Asked again is
+where the post says there will be no answer, where the silo is idle although it was asked, and where
+its update can't be had. Given up is a silo that was not heard of for federation.silence_s, or that
+has not answered when the round's time is over.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection
+from typing import Protocol
+
+from photon.config import RunConfig
+from photon.engines.remote.depot import global_folder, silo_folder
+from photon.engines.remote.errand import ATTEMPTS, Errand
+from photon.errors import (
+    MembershipError,
+    ProtocolError,
+    SignatureError,
+    UnknownMemberError,
+    UnreachableError,
+    error_of,
+)
+from photon.federation.envelopes import Ask, Reply, encoded, parse_reply
+from photon.membership.roster import OpenTask, Presence, Roster, SignedReply
+from photon.membership.signing import RECEIPT, verify_document
+from photon.telemetry import Event
+from photon.telemetry.events import LocalProgress, Notice
+
+#: Between two looks at the post.
+POLL_S = 0.2
+#: A silo that says it is idle so long after it was asked did not get the task, or lost it.
+#: (Delivery takes seconds, and ten where a machine is overloaded.)
+_IDLE_S = 10.0
+
+
+class Post(Protocol):
+    """Carries small documents to silos and back."""
+
+    def push(self, silo: str, ask: bytes, *, ttl_s: float) -> str:
+        """Send; returns what the answer is called.
+
+        Raises:
+            UnknownMemberError: nobody of that name can be reached just now.
+        """
+        ...
+
+    def pull(self, ids: Collection[str]) -> dict[str, SignedReply | str]:
+        """Answers that have arrived, each once; words where there will be none, and why."""
+        ...
+
+
+class Messenger:
+    """Runs errands: opens their tasks, sends them, and takes what is truly their answer.
+
+    Args:
+        config: the run file.
+        post: to silos.
+        roster: who is a member, what each says it does, which tasks are open.
+        on_event: told of local progress and of what goes wrong.
+    """
+
+    def __init__(
+        self, config: RunConfig, post: Post, roster: Roster, on_event: Callable[[Event], None]
+    ) -> None:
+        self._config = config
+        self._post = post
+        self._roster = roster
+        self._on_event = on_event
+        self._told: dict[str, tuple[int, int]] = {}
+
+    def begin(self, errand: Errand) -> None:
+        """Open its task, and take an answer that came before this process began."""
+        self.open(errand)
+        self._take_earlier(errand)
+
+    def open(self, errand: Errand) -> None:
+        """Let the silo read the state and write its update."""
+        ask = errand.ask
+        folder = silo_folder(ask.run.id, ask.silo)
+        self._roster.open_task(
+            OpenTask(
+                id=ask.task_id,
+                run=ask.run.id,
+                round=ask.round,
+                silo=ask.silo,
+                kind=ask.kind,
+                opened_at=time.time(),
+                until=ask.until,
+                most_bytes=errand.most_bytes,
+                readable=(f"{global_folder(ask.run.id)}/", f"{folder}/"),
+                writable=(f"{folder}/",) if errand.most_bytes else (),
+            )
+        )
+
+    def close(self, errands: Collection[Errand]) -> None:
+        """Nothing is granted for their tasks any more."""
+        for errand in errands:
+            self._roster.close_task(errand.ask.task_id, None)
+
+    def turn(self, errands: Collection[Errand]) -> bool:
+        """Look once at what came back, and send what is to be sent; whether one is over by it."""
+        now_s = time.time()
+        open_ones = [errand for errand in errands if not errand.over]
+        for errand in open_ones:
+            if now_s >= errand.next_s and not errand.ids:
+                self._push(errand, now_s)
+        waiting = {one: errand for errand in open_ones if not errand.over for one in errand.ids}
+        for one, answer in (self._post.pull(waiting) if waiting else {}).items():
+            errand = waiting[one]
+            errand.ids.discard(one)
+            if not errand.over:
+                self._take(errand, answer, now_s)
+        presences = self._roster.presences()
+        for errand in open_ones:
+            if not errand.over:
+                self._watch(errand, presences.get(errand.ask.silo), now_s)
+        return any(errand.over for errand in open_ones)
+
+    def barred(self, silo: str) -> UnknownMemberError | None:
+        """Why a silo may not take part any more; None if it may."""
+        try:
+            self._roster.active_member(silo)
+        except UnknownMemberError as error:
+            return error
+        return None
+
+    def notice(self, ask: Ask, text: str) -> None:
+        """Tell what is worth knowing of a silo's task."""
+        self._on_event(Notice(text=text, round=ask.round, silo=ask.silo))
+
+    # --- sending -------------------------------------------------------------------------------
+
+    def _push(self, errand: Errand, now_s: float) -> None:
+        ask = errand.ask
+        errand.asked_s = now_s
+        if (error := self.barred(ask.silo)) is not None:
+            errand.fail(error)
+            return
+        try:
+            errand.ids.add(
+                self._post.push(ask.silo, encoded(ask), ttl_s=max(60.0, ask.until - now_s))
+            )
+        except UnknownMemberError as error:
+            errand.again(now_s, error.message)
+
+    def _watch(self, errand: Errand, seen: tuple[Presence, float] | None, now_s: float) -> None:
+        """Ask again a silo that lost its task; give up one that is silent, or too late."""
+        ask, silence_s = errand.ask, self._config.federation.silence_s
+        if (error := self.barred(ask.silo)) is not None:
+            errand.fail(error)
+            return
+        if now_s > ask.until:
+            errand.fail(
+                UnreachableError(
+                    f"{ask.silo} has not answered in the {self._config.serve.round_deadline_s:g} s "
+                    f"of round {ask.round}{errand.because}"
+                )
+            )
+            return
+        presence, seen_s = seen if seen is not None else (None, 0.0)
+        begun_s = ask.until - self._config.serve.round_deadline_s
+        if now_s - max(seen_s, begun_s) > silence_s:
+            errand.fail(
+                UnreachableError(
+                    f"{ask.silo} has not been heard of for {silence_s:g} s{errand.because}"
+                )
+            )
+            return
+        if presence is None:
+            return
+        if presence.task == ask.task_id:
+            self._progress(ask, presence)
+        elif (
+            errand.ids
+            and not presence.task
+            and seen_s - errand.asked_s > max(_IDLE_S, errand.pause_s)
+        ):
+            # It is there, it was asked, and it does nothing.
+            errand.again(now_s, "it was idle although it had been asked")
+            self._push(errand, now_s)
+
+    def _progress(self, ask: Ask, presence: Presence) -> None:
+        """Tell of a silo's steps, as far as they are new."""
+        at = (presence.round, presence.step)
+        if ask.kind != "fit" or not presence.step or self._told.get(ask.silo) == at:
+            return
+        self._told[ask.silo] = at
+        assert ask.fit is not None
+        self._on_event(
+            LocalProgress(
+                round=ask.round,
+                silo=ask.silo,
+                step=presence.step,
+                global_step=ask.fit.global_step + presence.step,
+                loss=math.nan,
+                lr=math.nan,
+                gradient_norm=math.nan,
+                tokens_per_s=math.nan,
+            )
+        )
+
+    # --- taking --------------------------------------------------------------------------------
+
+    def _take_earlier(self, errand: Errand) -> None:
+        """An answer that came before this process began."""
+        ask = errand.ask
+        earlier = self._roster.reply(ask.task_id)
+        if earlier is None:
+            return
+        try:
+            reply = self._verified(ask, earlier)
+        except (ProtocolError, MembershipError):
+            return
+        if reply.refused is None:
+            errand.reply = reply
+
+    def _take(self, errand: Errand, answer: SignedReply | str, now_s: float) -> None:
+        """What came back for a task: a signed reply, or words."""
+        if isinstance(answer, str):
+            errand.again(now_s, answer)
+            return
+        try:
+            reply = self._verified(errand.ask, answer)
+        except (ProtocolError, MembershipError) as error:
+            # Not its answer. Whoever sent it is named in the log; the silo is asked again.
+            self._roster.note(errand.ask.silo, "reply refused", error.message)
+            self.notice(errand.ask, f"a reply was refused: {error.message}")
+            errand.troubles += 1
+            if errand.troubles >= ATTEMPTS:
+                errand.fail(error)
+            else:
+                errand.again(now_s, error.message)
+            return
+        if reply.refused is None:
+            errand.reply = reply
+            self._roster.close_task(errand.ask.task_id, answer)
+            return
+        refusal = reply.refused
+        error = error_of(refusal.code)(f"{reply.silo}: {refusal.message}", hint=refusal.hint)
+        errand.troubles += 1
+        self._roster.note(reply.silo, "refused", refusal.message)
+        if 70 <= refusal.code < 80 and errand.troubles < ATTEMPTS:  # its link's trouble may pass
+            errand.again(now_s, refusal.message)
+        else:
+            errand.fail(error)
+
+    def _verified(self, ask: Ask, answer: SignedReply) -> Reply:
+        """The reply in a signed answer.
+
+        Raises:
+            ProtocolError: malformed, or to another question.
+            MembershipError: not signed by the silo's own key, as it is now.
+        """
+        member = self._roster.active_member(ask.silo)
+        if answer.fingerprint != member.fingerprint:
+            raise SignatureError(
+                f"{ask.silo} answered with the key {answer.fingerprint[:80]}, not with its own"
+            )
+        verify_document(member.public_key, RECEIPT, answer.text, answer.signature)
+        reply = parse_reply(answer.text)
+        reply.require_answer_to(ask)
+        if reply.fit is not None and reply.fit.update is not None:
+            key, own = reply.fit.update.key, f"{silo_folder(ask.run.id, ask.silo)}/"
+            if not key.startswith(own):
+                raise ProtocolError(f"{ask.silo} names an update {key!r}; its own are under {own}")
+            self._require_tokens(ask, reply.fit.tokens)
+        return reply
+
+    def _require_tokens(self, ask: Ask, tokens: int) -> None:
+        """An update is weighed by its tokens: none counts for more than its task has."""
+        assert ask.fit is not None
+        config = self._config
+        most = ask.fit.steps * config.local.batch_size * config.data.sequence_length
+        if tokens > most:
+            raise ProtocolError(
+                f"{ask.silo} says it trained on {tokens} tokens; its task has {most}"
+            )

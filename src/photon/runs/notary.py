@@ -1,0 +1,166 @@
+"""A served run's record: who sent what, signed, and what became of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from photon.errors import MembershipError
+from photon.membership.audit import (
+    LOST,
+    RESUMED,
+    ROUND,
+    AuditLog,
+    DroppedSilo,
+    LostRecord,
+    MemberRecord,
+    MergedUpdate,
+    ResumedRecord,
+    RoundRecord,
+)
+from photon.membership.roster import Roster, Signer
+from photon.telemetry import Event, read_history
+from photon.telemetry.events import (
+    RoundFinished,
+    RoundMerged,
+    RoundStarted,
+    RunStarted,
+    UpdateDropped,
+)
+
+
+class Notary:
+    """Writes RUN/audit.jsonl: who sent what, signed, and what became of it, once it is on disk.
+
+    Args:
+        folder: of the run.
+        roster: has the silos' signed replies.
+        run_id: of the run.
+    """
+
+    def __init__(self, folder: Path, roster: Roster, run_id: str) -> None:
+        self._folder = folder
+        self._roster = roster
+        self._run_id = run_id
+        self._log = AuditLog(folder / "audit.jsonl")
+        self._named: set[str] = set()
+        self._asked: list[str] = []
+        self._merged: list[str] = []
+        self._dropped: list[DroppedSilo] = []
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            if event.resumed_from_round is not None:
+                self._settle(event.resumed_from_round)
+        elif isinstance(event, RoundStarted):
+            self._asked, self._merged, self._dropped = list(event.participants), [], []
+        elif isinstance(event, UpdateDropped):
+            self._dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
+        elif isinstance(event, RoundMerged):
+            self._merged = list(event.participants)
+        elif isinstance(event, RoundFinished):
+            self._close_round(event.round)
+
+    def write_lost(self, number: int, attempt: int) -> None:
+        """Too few of those asked gave good updates: none of this attempt's is merged.
+
+        Written before the loss is: an attempt whose process dies in between is made, and written
+        down, twice.
+        """
+        body = LostRecord(
+            run=self._run_id,
+            round=number,
+            attempt=attempt,
+            asked=self._asked,
+            dropped=self._dropped,
+        )
+        self._log.append(LOST, body)
+
+    def close(self) -> None:
+        """Nothing is open between two lines."""
+
+    def _close_round(self, number: int) -> None:
+        replies = {
+            reply.task_id.rpartition("/")[2]: reply
+            for reply in self._roster.replies(self._run_id, number)
+            if f"/fit/{number}/" in reply.task_id
+        }
+        for name in self._merged:
+            if name not in replies:
+                raise MembershipError(f"round {number} merged {name}, whose receipt is not there")
+            # The key that signed: the member may have another by now.
+            self._name(self._roster.signer(replies[name].fingerprint))
+        record = RoundRecord(
+            run=self._run_id,
+            round=number,
+            checkpoint=self._checkpoint(number),
+            merged=[
+                MergedUpdate(
+                    silo=name,
+                    reply=replies[name].text.decode(),
+                    signature=replies[name].signature,
+                    fingerprint=replies[name].fingerprint,
+                )
+                for name in self._merged
+            ],
+            dropped=self._dropped,
+        )
+        self._log.append("round", record)
+        self._roster.prune_tasks(self._run_id, before_round=number - 1)
+
+    def _settle(self, checkpoint: int) -> None:
+        """Make the log end where the run goes on.
+
+        A round is written down after its checkpoint: one whose process died in between is missing.
+        Where the newest checkpoint could not be read, there are more rounds than count.
+
+        Args:
+            checkpoint: round that the run goes on from.
+        """
+        written = self._written()
+        if written > checkpoint:
+            self._log.append("resumed", ResumedRecord(run=self._run_id, round=checkpoint))
+        elif written == checkpoint - 1:
+            self._merged = self._merged_in(checkpoint)
+            self._dropped = self._dropped_in(checkpoint)
+            self._close_round(checkpoint)
+
+    def _written(self) -> int:
+        """The round that the log stands after: restarts take back what is after theirs."""
+        after = 0
+        with self._log.path.open(encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                if record["kind"] in (ROUND, RESUMED) and record["body"]["run"] == self._run_id:
+                    after = record["body"]["round"]
+        return after
+
+    def _merged_in(self, number: int) -> list[str]:
+        """Who was merged in a round of an earlier process: those whose node state it committed."""
+        rounds = self._state(number)["node_rounds"]
+        return sorted(silo for silo, last in rounds.items() if last == number)
+
+    def _dropped_in(self, number: int) -> list[DroppedSilo]:
+        """Who an earlier process's events say was dropped."""
+        dropped: list[DroppedSilo] = []
+        for event in read_history(self._folder).events:
+            if isinstance(event, RoundStarted) and event.round == number:
+                dropped = []
+            elif isinstance(event, UpdateDropped) and event.round == number:
+                dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
+        return dropped
+
+    def _name(self, signer: Signer) -> None:
+        """A member's key, once for each process and key, before the first use of it."""
+        if signer.fingerprint not in self._named:
+            self._named.add(signer.fingerprint)
+            self._log.append("member", MemberRecord.of(signer))
+
+    def _checkpoint(self, number: int) -> dict[str, Any]:
+        """The hashes of the state that the round led to, as its checkpoint has them."""
+        return self._state(number)["files"]
+
+    def _state(self, number: int) -> dict[str, Any]:
+        path = self._folder / "checkpoints" / f"round-{number:06d}" / "state.json"
+        return json.loads(path.read_text(encoding="utf-8"))
