@@ -182,7 +182,7 @@ def own(name: str, key: str) -> str:
 def test_health_is_for_everybody(place: Place) -> None:
     answer = httpx2.get(place.url + "/photon/v1/health", trust_env=False)
     assert answer.json()["ok"] is True
-    assert set(answer.json()) == {"ok", "version"}
+    assert set(answer.json()) == {"ok", "version", "server_time"}
     assert "server" not in answer.headers
 
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from photon.errors import all_errors
 ROOT = Path(__file__).parents[2]
 UNITS = sorted((ROOT / "deploy" / "systemd").glob("*.service"))
 COMPOSE = ROOT / "deploy" / "compose" / "compose.yaml"
+IMAGE_LOCK = ROOT / "deploy" / "compose" / "requirements.lock"
 DOCKERFILE = ROOT / "deploy" / "compose" / "Dockerfile"
 COMMAND = re.compile(r"photon (serve|join)((?: +[^;'\]]+)?)")
 
@@ -108,7 +110,7 @@ def test_the_image_is_made_from_files_that_are_there() -> None:
     text = DOCKERFILE.read_text(encoding="utf-8")
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.MULTILINE)
     names = [name for line in copied for name in line.split()]
-    assert "requirements.lock" in names
+    assert "deploy/compose/requirements.lock" in names
     for name in names:
         assert (ROOT / name).exists(), name
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -118,3 +120,17 @@ def test_the_image_is_made_from_files_that_are_there() -> None:
     assert torch[1] in COMPOSE.read_text(encoding="utf-8")
     # Not as root, and with a way in for `docker run photon serve ...`.
     assert text.index("USER photon") < text.index("ENTRYPOINT")
+
+
+def test_the_image_holds_the_versions_that_are_tested_and_no_tools_of_developers() -> None:
+    def pinned(path: Path) -> dict[str, str]:
+        found = re.findall(r"^([a-z0-9-]+)==(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        return dict(found)
+
+    everything, image = pinned(ROOT / "requirements.lock"), pinned(IMAGE_LOCK)
+    assert image.items() <= everything.items(), "make lock"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = {re.split(r"[^a-z0-9-]", name)[0] for name in project["dependencies"]}
+    assert needed - set(image) == {"torch"}, "torch's wheel depends on the accelerator"
+    tools = {re.split(r"[^a-z0-9-]", name)[0] for name in project["optional-dependencies"]["dev"]}
+    assert tools & set(image) == {"hatchling"}, "it builds the wheel"

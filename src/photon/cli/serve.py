@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from photon.errors import InvitationError, MembershipError
+from photon.errors import InvitationError, MembershipError, RunNotFoundError
 
 if TYPE_CHECKING:
-    from photon.config import RunConfig
+    from photon.deploy.checks import Check
     from photon.telemetry import Listener
 
 RunFile = Annotated[Path | None, typer.Argument(help="The run file, TOML.", metavar="[RUN.toml]")]
@@ -69,7 +70,9 @@ def serve(
         raise typer.BadParameter("name a run file, or a run folder with --resume")
     if check:
         config = load_run_config(run_file or _run_file_of(resume), overrides or [])
-        _check(config, as_json)
+        from photon.deploy.checks import preflight
+
+        _show_checks(preflight(config.serve), as_json)
         return
     from photon.deploy.serve import Aggregator, prepare_run, reopen_run
 
@@ -122,7 +125,12 @@ def join(
         Path | None, typer.Option("--invite", metavar="FILE", help="Invitation; the first time.")
     ] = None,
     home: Annotated[Path, typer.Option("--home", help="This node's folder.")] = Path("photon-node"),
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Only look: key, data, machine, aggregator, clock, store."),
+    ] = False,
     verbose: Verbose = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take part with this site's text and machines. Connects outwards only; the text stays here.
 
@@ -132,7 +140,16 @@ def join(
 
     Examples: `photon join --invite lab-a.invitation.toml --node node.toml`, later
     `photon join --node node.toml`
+
+    `photon join --check`, also with an invitation, tells what is wrong before; it changes nothing
+    and leaves the invitation unused. Its exit code is that of the first failure.
     """
+    if check:
+        from photon.deploy.join_checks import preflight
+
+        address = _address(url) if url is not None else None
+        _show_checks(preflight(home, node_file, invitation=invite, address=address), as_json)
+        return
     from photon.config import load_node_config
     from photon.deploy.join import KEY_FILE, Node, accept_invitation, moved
     from photon.membership.invitation import read_invitation
@@ -284,17 +301,18 @@ def _view(console: Console) -> Listener:
     return progress_view(console)
 
 
-def _check(config: RunConfig, as_json: bool) -> None:
-    from photon.deploy.checks import preflight, worst
+def _show_checks(findings: list[Check], as_json: bool) -> None:
+    """What was looked at; ends with the exit code of the first failure."""
+    from photon.deploy.checks import worst
 
-    findings = preflight(config.serve)
     if as_json:
         typer.echo(json.dumps([vars(one) for one in findings], indent=1))
     else:
         table = Table("looked at", "verdict", "found", box=None)
-        colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+        table.columns[2].overflow = "fold"  # of a fingerprint every digit counts
+        colours = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
         for one in findings:
-            words = f"{one.found}\n{one.hint}" if one.hint else one.found
+            words = Text(f"{one.found}\n{one.hint}" if one.hint else one.found)
             table.add_row(one.name, f"[{colours[one.verdict]}]{one.verdict}[/]", words)
         Console().print(table)
     if worst(findings):
@@ -303,7 +321,9 @@ def _check(config: RunConfig, as_json: bool) -> None:
 
 def _run_file_of(folder: Path | None) -> Path:
     assert folder is not None
-    return folder / "serve.toml"
+    from photon.store.served import RUN_FILE
+
+    return folder / RUN_FILE
 
 
 def _operator(
@@ -316,12 +336,13 @@ def _operator(
 
 def _home_of(folder: Path | None) -> Path:
     """serve.home of a run folder, or the folder itself."""
+    from photon.store.served import Serving
+
     if folder is None:
         return Path("photon-server")
     try:
-        record = json.loads((folder / "serve.json").read_text(encoding="utf-8"))
-        return Path(record["home"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Path(Serving.read(folder).home)
+    except RunNotFoundError:
         return folder
 
 
@@ -334,10 +355,13 @@ def _show_status(found: dict[str, Any]) -> None:
     if waiting:
         until = datetime.fromtimestamp(waiting["until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
         console.print(
-            f"waits for {waiting['for_silos']} silos, here: "
+            f"waits for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
             f"{', '.join(waiting['here']) or 'none'}; until {until}",
             highlight=False,
         )
+    warning = (run.get("certificate") or {}).get("warning")
+    if warning:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
     table = Table("member", "key", "doing", "round", "step", "since", "seen", "until", "", box=None)
     for member in found["members"]:
         doing = member.get("presence") or {}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import secrets
 import ssl
 from collections.abc import Iterable, Sequence
@@ -24,11 +23,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from photon.errors import CertificateError
 from photon.membership.invitation import certificate_fingerprint
+from photon.store.disk import write_whole
 
 #: What clients are told to give up on: longer ones are refused by some of them.
 MOST_DAYS = 825
 #: Made anew when `photon serve` starts with fewer days left.
 RENEW_DAYS = 30
+#: Made anew, also while it serves, once less than this part of its life is left.
+RENEW_PART = 1 / 3
 
 _AUTHORITY_DAYS = 3650
 #: Clocks of silos may be a little behind.
@@ -98,7 +100,7 @@ def make_authority(home: Path) -> Path:
     return certificate_path
 
 
-def make_certificate(home: Path, hosts: Iterable[str], days: int = MOST_DAYS) -> CertificateFiles:
+def make_certificate(home: Path, hosts: Iterable[str], days: float = MOST_DAYS) -> CertificateFiles:
     """Make server.crt and server.key, signed by the authority in `home`; older ones are replaced.
 
     Args:
@@ -108,8 +110,10 @@ def make_certificate(home: Path, hosts: Iterable[str], days: int = MOST_DAYS) ->
     Raises:
         CertificateError: no authority, a host that is none, days out of bounds.
     """
-    if not 1 <= days <= MOST_DAYS:
-        raise CertificateError(f"a certificate can be valid for 1 to {MOST_DAYS} days, not {days}")
+    if not 0 < days <= MOST_DAYS:
+        raise CertificateError(
+            f"a certificate can be valid for up to {MOST_DAYS} days, not {days:g}"
+        )
     authority, authority_key = _authority(home)
     names = [_general_name(host) for host in dict.fromkeys([*hosts, *_LOCAL])]
     key = ec.generate_private_key(ec.SECP256R1())
@@ -141,9 +145,12 @@ def make_certificate(home: Path, hosts: Iterable[str], days: int = MOST_DAYS) ->
     return files
 
 
-def keep_certificate(home: Path, host: str) -> CertificateFiles:
+def keep_certificate(home: Path, host: str, days: float = MOST_DAYS) -> CertificateFiles:
     """The door's certificate: authority and certificate are made where there are none, and the
-    certificate anew where it is for another host, damaged, or valid for less than RENEW_DAYS.
+    certificate anew where it is for another host, damaged, or due (`renewal_is_due`).
+
+    Args:
+        days: that a new one is valid.
 
     Raises:
         CertificateError: the authority is incomplete, or `host` is none.
@@ -151,14 +158,27 @@ def keep_certificate(home: Path, host: str) -> CertificateFiles:
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     make_authority(home)
     files = server_files(home)
-    soon = datetime.now(UTC) + timedelta(days=RENEW_DAYS)
     found = files.certificate.exists() and files.key.exists()
-    if not found or any(
-        check_certificate(files.certificate, files.key, files.ca, host, at=at)
-        for at in (None, soon)
+    if (
+        not found
+        or check_certificate(files.certificate, files.key, files.ca, host)
+        or renewal_is_due(files.certificate)
+        or days_left(files.certificate) < min(RENEW_DAYS, RENEW_PART * days)
     ):
-        make_certificate(home, [host])
+        make_certificate(home, [host], days)
     return files
+
+
+def renewal_is_due(certificate: Path, *, at: datetime | None = None) -> bool:
+    """Whether less than RENEW_PART of a certificate's life is left. Raises CertificateError."""
+    leaf = _read_chain(certificate)[0]
+    life = leaf.not_valid_after_utc - leaf.not_valid_before_utc - _BACKDATED
+    return leaf.not_valid_after_utc - (at or datetime.now(UTC)) < RENEW_PART * life
+
+
+def valid_until(certificate: Path) -> datetime:
+    """When a certificate expires. Raises CertificateError."""
+    return _read_chain(certificate)[0].not_valid_after_utc
 
 
 def fingerprint(ca_pem: str) -> str:
@@ -290,19 +310,11 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _write(path: Path, data: bytes, mode: int) -> None:
     """Whole or not at all; nobody else can read it even for a moment."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_whole(path, data, "a certificate", mode=mode)
     except OSError as error:
         raise CertificateError(f"can't write {path}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes:

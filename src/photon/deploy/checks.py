@@ -1,4 +1,7 @@
-"""What `photon serve --check` looks at before anything is started, and says in words."""
+"""What `photon serve --check` looks at before anything is started, and says in words.
+
+`photon join --check` is photon.deploy.join_checks, of the same findings.
+"""
 
 from __future__ import annotations
 
@@ -50,6 +53,12 @@ from photon.store.presign import ObstorePresigner
 #: Signed requests and presigned URLs are refused beyond this.
 MOST_SKEW_S = 120.0
 
+#: What to do where nothing does.
+KEEP_IT_RIGHT = (
+    "Switch time synchronisation on (`timedatectl set-ntp true`), or make sure that the machine "
+    "below does it."
+)
+
 _NOTED_SKEW_S = 10.0
 _STORE_SILENCE_S = 10.0
 _PROBE = "photon-probe"
@@ -64,14 +73,15 @@ class Check:
 
     Attributes:
         name: what was looked at.
-        verdict: "fail": serve will not work; "warn": it will, but look at this.
+        verdict: "fail": it will not work; "warn": it will, but look at this; "skip": it could not
+            be looked at, and `found` says why.
         found: in words.
         hint: what to do.
         exit_code: of the error that serve would end with; 0 unless it fails.
     """
 
     name: str
-    verdict: Literal["ok", "warn", "fail"]
+    verdict: Literal["ok", "warn", "fail", "skip"]
     found: str
     hint: str = ""
     exit_code: int = 0
@@ -86,21 +96,21 @@ def preflight(serve: ServeConfig, *, start_store: bool = True) -> list[Check]:
     """
     home = Path(serve.home)
     running = runner(home / "serve.json")
-    checks = [_checked("certificates", lambda: _certificates(serve, home))]
+    checks = [checked("certificates", lambda: _certificates(serve, home))]
     if running is None:
-        checks.append(_checked("port", lambda: _port(serve)))
+        checks.append(checked("port", lambda: _port(serve)))
     else:
         pid = f"pid {running}" if running else "pid unknown"
         found = f"photon serve runs in {home} already ({pid}); its port was not looked at"
         checks.append(Check("port", "warn", found))
-    checks.append(_checked("disk", lambda: _disk(serve, home)))
-    checks.append(_checked("clock", lambda: _clock(home)))
-    checks += [_checked(name, look) for name, look in _PROGRAMS.items()]
+    checks.append(checked("disk", lambda: _disk(serve, home)))
+    checks.append(checked("clock", lambda: _clock(home)))
+    checks += [checked(name, look) for name, look in _PROGRAMS.items()]
     if serve.store is not None:
         url = serve.store
         checks += _own_store(url)
     elif start_store or running is not None:
-        checks.append(_checked("store", lambda: _embedded_store(serve, home, running is not None)))
+        checks.append(checked("store", lambda: _embedded_store(serve, home, running is not None)))
     return checks
 
 
@@ -109,7 +119,8 @@ def worst(checks: list[Check]) -> int:
     return next((check.exit_code for check in checks if check.verdict == "fail"), 0)
 
 
-def _checked(name: str, look: Callable[[], Check]) -> Check:
+def checked(name: str, look: Callable[[], Check]) -> Check:
+    """What was found; an error is a finding too."""
     try:
         return look()
     except PhotonError as error:
@@ -163,26 +174,40 @@ def _port(serve: ServeConfig) -> Check:
 
 
 def _disk(serve: ServeConfig, home: Path) -> Check:
+    needed = serve.min_free_gib if serve.store is None else 0.1
+    free = require_room(home, needed, "serve.home")
+    found = f"{free:.1f} GiB are free under {home.absolute()}"
+    if free <= needed + 10:
+        hint = "A round of a model of P parameters takes about 8 P bytes, and some rounds are kept."
+        return Check("disk", "warn", found, hint)
+    return Check("disk", "ok", found)
+
+
+def require_room(home: Path, needed_gib: float, key: str) -> float:
+    """GiB free where a home is or will be.
+
+    Args:
+        key: what names that folder, for hints.
+
+    Raises:
+        DeployError: it can't be written to.
+        DiskFullError: no more than is needed.
+    """
     place = home.absolute()
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK | os.X_OK):
         raise DeployError(
             f"{place} can't be written to by this user",
-            hint="Choose another serve.home, or change its owner.",
+            hint=f"Choose another {key}, or change its owner.",
         )
     free = shutil.disk_usage(place).free / _BYTES_PER_GIB
-    needed = serve.min_free_gib if serve.store is None else 0.1
-    found = f"{free:.1f} GiB are free under {place}"
-    if free <= needed:
+    if free <= needed_gib:
         raise DiskFullError(
-            f"{found}; serve needs more than {needed:g}",
-            hint="Make room, or set serve.home to a larger disk.",
+            f"{free:.1f} GiB are free under {place}; more than {needed_gib:g} must be",
+            hint=f"Make room, or set {key} to a larger disk.",
         )
-    if free <= needed + 10:
-        hint = "A round of a model of P parameters takes about 8 P bytes, and some rounds are kept."
-        return Check("disk", "warn", found, hint)
-    return Check("disk", "ok", found)
+    return free
 
 
 def _clock(home: Path) -> Check:
@@ -199,18 +224,12 @@ def _clock(home: Path) -> Check:
             f"{earliest:%Y-%m-%d %H:%M:%S} (UTC)",
             hint="Switch time synchronisation on (`timedatectl set-ntp true`).",
         )
-    if _synchronised() is False:
-        return Check(
-            "clock",
-            "warn",
-            f"{found}, but nothing keeps this clock right",
-            "Switch time synchronisation on (`timedatectl set-ntp true`), or make sure that the "
-            "machine below does it.",
-        )
+    if synchronised() is False:
+        return Check("clock", "warn", f"{found}, but nothing keeps this clock right", KEEP_IT_RIGHT)
     return Check("clock", "ok", found)
 
 
-def _synchronised() -> bool | None:
+def synchronised() -> bool | None:
     """Whether the kernel says that something disciplines its clock; None if it doesn't say."""
     if sys.platform != "linux":
         return None
@@ -230,7 +249,8 @@ def _weed() -> Check:
     return Check("seaweedfs", "ok", found[0] if found else said)
 
 
-def _flower() -> Check:
+def flower() -> Check:
+    """Flower is here, in the version that this Photon speaks with."""
     # Not imported: that takes seconds, and only photon.engines.flower may.
     if importlib.util.find_spec("flwr") is None:
         raise DeployError(
@@ -268,7 +288,7 @@ def _said(command: list[str]) -> str:
     return done.stdout.strip().partition("\n")[0]
 
 
-_PROGRAMS = {"caddy": _caddy, "seaweedfs": _weed, "flower": _flower}
+_PROGRAMS = {"caddy": _caddy, "seaweedfs": _weed, "flower": flower}
 
 
 # --- the store ------------------------------------------------------------------------------------
@@ -294,9 +314,9 @@ def _own_store(url: str) -> list[Check]:
             )
         return Check("store", "ok", found)
 
-    found = [_checked("store", look)]
+    found = [checked("store", look)]
     if found[0].verdict != "fail":
-        found.append(_checked("store clock", lambda: _store_clock(opened[0])))
+        found.append(checked("store clock", lambda: _store_clock(opened[0])))
     return found
 
 

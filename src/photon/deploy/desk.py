@@ -20,11 +20,13 @@ from typing import Any
 from photon.deploy.desk_requests import (
     DESK_PATH,
     Allowance,
+    CheckBody,
     DeskLimits,
     Granting,
     GrantsBody,
     JoinBody,
     PresenceBody,
+    error_record,
     parse_body,
     printable,
 )
@@ -175,6 +177,7 @@ class Desk:
         routes.add("POST", f"{DESK_PATH}/join", self._join, self._limits.body_bytes)
         routes.add("POST", f"{DESK_PATH}/presence", self._presence, self._limits.body_bytes)
         routes.add("POST", f"{DESK_PATH}/grants", self._grants, self._limits.grants_body_bytes)
+        routes.add("POST", f"{DESK_PATH}/check", self._check, 1024)
         routes.add("GET", f"{DESK_PATH}/health", self._health, 0)
         return routes
 
@@ -353,8 +356,24 @@ class Desk:
             self._note(member.name, caller.path, type(errors[0])(errors[0].message + more))
         return {"server_time": now, "grants": answers}
 
+    def _check(self, caller: Caller) -> dict[str, Any]:
+        """For `photon join --check`: how a member stands. It does not count as being here."""
+        member = self._member(caller)
+        parse_body(CheckBody, caller.body)
+        try:
+            store = self._granting.probe()
+        except PhotonError as error:
+            store = {"error": error_record(error)}
+        return {
+            "server_time": time.time(),
+            "name": member.name,
+            "member_status": member.status,
+            "registered": member.flower_node_id is not None,
+            "store": store,
+        }
+
     def _health(self, _: Caller) -> dict[str, Any]:
-        return {"ok": True, "version": photon_version()}
+        return {"ok": True, "version": photon_version(), "server_time": time.time()}
 
     # --- what the operator asks ---
 

@@ -33,6 +33,11 @@ MOST_OBJECT_BYTES = 64 << 20
 #: In one request for grants.
 MOST_WANTS = 256
 
+#: Not in any store: that it isn't there is an answer.
+PROBE_KEY = "photon-probe/none"
+#: For how long leave to ask for it is valid.
+_PROBE_S = 60
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 _Name = Annotated[
@@ -136,7 +141,11 @@ class GrantsBody(_Part):
     wants: Annotated[list[Want], Field(min_length=1, max_length=MOST_WANTS)]
 
 
-Body = TypeVar("Body", JoinBody, PresenceBody, GrantsBody)
+class CheckBody(_Part):
+    """What a member may ask without being here for it: nothing to say."""
+
+
+Body = TypeVar("Body", JoinBody, PresenceBody, GrantsBody, CheckBody)
 
 
 def parse_body(kind: type[Body], data: bytes) -> Body:
@@ -293,10 +302,17 @@ class Granting:
             found = self._written.get(task.id)
             return found.bytes if found is not None and found.opened_at == task.opened_at else 0
 
+    def probe(self) -> dict[str, Any]:
+        """Leave to ask the store for an object that nobody ever writes: whether it is reached."""
+        return self._signed(Want(verb="HEAD", key=PROBE_KEY), _PROBE_S)
+
     def _granted(self, task: OpenTask, want: Want, valid_s: int) -> dict[str, Any]:
-        key = self._key(task, want)
+        self._key(task, want)
+        return self._signed(want, valid_s)
+
+    def _signed(self, want: Want, valid_s: int) -> dict[str, Any]:
         try:
-            grant = self._presigner.grant(want.verb, key, want.bytes, want.sha256, valid_s)
+            grant = self._presigner.grant(want.verb, want.key, want.bytes, want.sha256, valid_s)
         except PhotonError:
             raise
         except Exception as error:
@@ -307,7 +323,7 @@ class Granting:
             ) from None
         return {
             "verb": grant.verb,
-            "key": key,
+            "key": want.key,
             "url": grant.url,
             "headers": dict(grant.headers),
             "expires_at": grant.expires_at,

@@ -12,8 +12,10 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
 
@@ -23,6 +25,7 @@ from photon.deploy.ports import free_ports, is_free
 from photon.deploy.service import RestartPolicy, Service
 from photon.errors import DeployError, DiskFullError, ObjectMissingError
 from photon.store.contract import Store
+from photon.store.disk import write_json
 from photon.store.object_store import open_store
 from photon.store.presign import S3Presigner, Verb
 
@@ -267,7 +270,7 @@ class EmbeddedStore:
                 ],
                 "actions": ["Admin"],
             }
-            _write_private(path, json.dumps({"identities": [identity]}, indent=1))
+            _keep(path, {"identities": [identity]})
         try:
             path.chmod(0o600)
             identities = json.loads(path.read_text(encoding="utf-8"))["identities"]
@@ -289,7 +292,7 @@ class EmbeddedStore:
         if set(kept) == set(_PORTS):
             return kept
         ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-        _write_private(path, json.dumps(ports, indent=1))
+        _keep(path, ports)
         return ports
 
     def move_if_taken(self) -> None:
@@ -317,16 +320,9 @@ def _free_space(gib: float) -> str:
     return f"{max(1, round(gib * 1024))}MiB"
 
 
-def _write_private(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def _keep(path: Path, record: Mapping[str, Any]) -> None:
+    """A file of the store's own, which only this user may read."""
     try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_json(path, record, "the store's configuration", mode=0o600)
     except OSError as error:
         raise DeployError(f"can't write {path}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)

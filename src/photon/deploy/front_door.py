@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import ssl
 import subprocess
@@ -26,8 +27,12 @@ from photon.config.serve import ServeConfig
 from photon.deploy.logs import readable
 from photon.deploy.service import RestartPolicy, Service
 from photon.errors import DeployError, IncompatibleConfigError
+from photon.store.disk import write_whole
 
 SERVICE = "door"
+#: Makes Caddy read its configuration, and with it the certificate, again. Connections stay:
+#: a transfer that is under way goes on with what it began with.
+READ_AGAIN = signal.SIGUSR1
 
 #: Bodies of Flower's messages, which carry references, and of requests to the desk.
 MOST_FLEET_BYTES = 16 << 20
@@ -93,7 +98,7 @@ def front_door(settings: DoorSettings, folder: Path) -> Service:
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     configuration = folder / "Caddyfile"
-    configuration.write_text(caddyfile(settings, folder), encoding="utf-8")
+    write_whole(configuration, caddyfile(settings, folder), "the door's configuration")
     command = (str(find_caddy()), "run", "--adapter", "caddyfile", "--config", str(configuration))
     # Caddy keeps a little state where these point to, and never needs credentials of ours.
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}

@@ -11,7 +11,6 @@ in the task; what was finished is on this disk: any of the three may die at any 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -42,6 +41,7 @@ from photon.silo.desk_client import DeskClient
 from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership
 from photon.silo.socket import connected
 from photon.silo.text import own_part
+from photon.store.disk import write_json, write_whole
 from photon.version import photon_version
 
 KEY_FILE, CA_FILE, RECORD = "node.key", "ca.crt", "join.json"
@@ -89,7 +89,7 @@ def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> M
     )
     pending = home / f"{KEY_FILE}.new"
     key = NodeKey.load(pending) if pending.exists() else NodeKey.create(pending)
-    (home / CA_FILE).write_text(invitation.ca_pem, encoding="ascii")
+    write_whole(home / CA_FILE, invitation.ca_pem, "the aggregator's authority")
     desk = DeskClient(invitation.address, home / CA_FILE, key)
     answer = desk.join(invitation.token, invitation.name, key.public_pem, facts)
     membership = Membership(
@@ -226,6 +226,4 @@ def _listens(path: Path) -> bool:
 
 def _write_membership(home: Path, membership: Membership) -> None:
     record = {name: value for name, value in vars(membership).items() if value is not None}
-    beside = home / f".{MEMBERSHIP_FILE}.partial"
-    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    beside.replace(home / MEMBERSHIP_FILE)
+    write_json(home / MEMBERSHIP_FILE, record, "the membership")

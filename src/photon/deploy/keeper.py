@@ -84,6 +84,7 @@ class Keeper:
         self._status = ServiceStatus(service.name, "starting", None, time.time(), 0, "")
         self._awaited = awaited
         self._ever_up = False
+        self._up: _Life | None = None
         self._deaths: list[float] = []
         self._doublings = 0
         self._thread = threading.Thread(
@@ -123,6 +124,17 @@ class Keeper:
     def status(self) -> ServiceStatus:
         with self._change:
             return self._status
+
+    def send(self, number: signal.Signals) -> bool:
+        """Signal the program itself, if it is up; whether it was."""
+        with self._change:
+            life = self._up
+            if life is None or life.exit_code is not None:
+                return False
+            with contextlib.suppress(ProcessLookupError):
+                life.process.send_signal(number)
+                return True
+            return False
 
     # --- the keeper's own thread -------------------------------------------------------------
 
@@ -222,6 +234,8 @@ class Keeper:
                         self._change.wait(_ASK_READY_S)
         if self._runs(life):
             self._ever_up = True
+            with self._change:
+                self._up = life
             self._become("up", life.process.pid)
             self._event("ready", f"up after {time.monotonic() - life.started:.1f} s")
         return None
@@ -249,6 +263,8 @@ class Keeper:
 
     def _end(self, life: _Life, *, gently: bool) -> None:
         """Have it gone, with all it started."""
+        with self._change:
+            self._up = None
         if gently:
             with contextlib.suppress(ProcessLookupError):
                 life.process.send_signal(self.service.stop_signal)

@@ -18,19 +18,22 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from photon.config import RunConfig, load_run_config, write_resolved
 from photon.config.serve import ServeConfig
-from photon.deploy.certificates import CertificateFiles, keep_certificate, require_certificate
+from photon.deploy.certificates import CertificateFiles, make_authority, make_certificate
 from photon.deploy.desk import Desk, DeskLimits
-from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
-from photon.deploy.front_door import DoorSettings, front_door, public_host, public_url
+from photon.deploy.embedded_store import REGION, EmbeddedStore, StoreOptions
+from photon.deploy.freeing import free_leftovers, note_leftover
+from photon.deploy.front_door import READ_AGAIN, DoorSettings, front_door, public_url
+from photon.deploy.front_door import SERVICE as DOOR
 from photon.deploy.ports import free_ports
+from photon.deploy.renewal import DoorCertificate
 from photon.deploy.service import troubles_to
 from photon.deploy.supervisor import RestartPolicy, Service, Supervisor
 from photon.engines.flower import commands
@@ -46,18 +49,20 @@ from photon.errors import (
     error_of,
 )
 from photon.membership.roster import ROSTER_FILE, Member, Roster
+from photon.store.disk import write_json
 from photon.store.object_store import open_store, presigner_for
 from photon.store.presign import Presigner
+from photon.store.served import RUN_FILE, SERVE_FILE, Serving
 
 #: In serve.home: where `photon status` and `photon stop` ask.
 OPERATOR_SOCKET = "operator.sock"
 #: In serve.home: who runs there (Supervisor's record).
 RECORD = "serve.json"
-#: In the run folder: what its loop starts from, and the run file with whole paths.
-SERVE_FILE, RUN_FILE = "serve.json", "serve.toml"
 
 #: Between two looks at the run.
 _LOOK_S = 0.5
+#: For removals in a store that are under way when serving ends.
+_LAST_DELETION_S = 10.0
 #: A loop that dies so often within so many seconds, without a round finished, is given up.
 _MOST_DEATHS, _WITHIN_S = 10, 900.0
 #: How much of the end of events.jsonl is read for the round that a run is in.
@@ -89,6 +94,14 @@ def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> 
                 hint=f"Go on with it: `photon serve --resume {folder}`; or choose another "
                 "--run-dir, or replace it with --overwrite.",
             )
+        # Before the folder goes, which alone says what is its in the store.
+        with contextlib.suppress(RunNotFoundError):
+            note_leftover(
+                Path(config.serve.home).absolute(),
+                Serving.read(folder),
+                keep_last_state=False,
+                grant_s=config.serve.grant_s,
+            )
         shutil.rmtree(folder)
     elif folder.exists() and any(folder.iterdir()):
         raise RunExistsError(
@@ -97,7 +110,7 @@ def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> 
     config = _with_whole_paths(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_resolved(config, folder / RUN_FILE)
-    _write(folder / SERVE_FILE, {"run_id": secrets.token_hex(16)})
+    Serving(secrets.token_hex(16), config.serve.home, "", {}).write(folder)
     return config
 
 
@@ -150,6 +163,8 @@ class Aggregator:
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._roster = Roster(self._home / ROSTER_FILE)
         self._control: Control | None = None
+        self._certificate: DoorCertificate | None = None
+        self._embedded: EmbeddedStore | None = None
         self._registering = threading.Lock()
         self._supervisor = Supervisor(
             self._home / RECORD,
@@ -175,8 +190,10 @@ class Aggregator:
             self._roster.set_setting("draining", False)
             self._roster.set_setting("stopping", False)
             self._roster.set_setting("waiting", None)
-            door = self._certificates()
+            self._certificate = DoorCertificate(self._serve, self._home, tell=self._on_event)
+            door = self._certificate.files
             presigner, store_port = self._store(supervisor)
+            ends.enter_context(self._freeing(supervisor))
             superlink_port, inner, secret = self._superlink(supervisor)
             control = self._control = ends.enter_context(
                 Control(f"127.0.0.1:{superlink_port}", inner.ca)
@@ -213,7 +230,10 @@ class Aggregator:
             )
             if on_ready is not None:
                 on_ready()
-            return self._see_through(supervisor, control, bundle)
+            outcome = self._see_through(supervisor, control, bundle)
+            if outcome.finished:
+                self._free_finished(supervisor)
+            return outcome
 
     def status(self) -> dict[str, Any]:
         """What `photon status` shows of the run."""
@@ -222,32 +242,18 @@ class Aggregator:
             "folder": str(self._folder),
             "rounds": self._config.federation.rounds,
             "waiting": self._roster.setting("waiting", None),
+            "certificate": self._certificate.status() if self._certificate is not None else None,
             **_progress_of(self._folder),
         }
 
     # --- bringing up -------------------------------------------------------------------------
 
-    def _certificates(self) -> CertificateFiles:
-        """Of the door: the operator's own, or Photon's, made where there is none."""
-        serve, host = self._serve, public_host(self._serve)
-        if serve.certificate is None:
-            return keep_certificate(self._home, host)
-        assert serve.key is not None
-        assert serve.ca is not None
-        files = CertificateFiles(Path(serve.certificate), Path(serve.key), Path(serve.ca))
-        require_certificate(files.certificate, files.key, files.ca, host)
-        # Invitations carry the authority from here.
-        shutil.copyfile(files.ca, self._home / "ca.crt")
-        return files
-
     def _store(self, supervisor: Supervisor) -> tuple[Presigner, int | None]:
-        record = json.loads((self._folder / SERVE_FILE).read_text(encoding="utf-8"))
-        record["home"] = str(self._home)
+        serving = replace(Serving.read(self._folder), home=str(self._home))
         if self._serve.store is not None:
             store = open_store(self._serve.store)
-            _write(
-                self._folder / SERVE_FILE,
-                record | {"store": self._serve.store, "store_options": {}, "secrets": None},
+            replace(serving, store=self._serve.store, store_options={}, secrets=None).write(
+                self._folder
             )
             return presigner_for(store), None
         options = StoreOptions(min_free_gib=self._serve.min_free_gib)
@@ -255,22 +261,27 @@ class Aggregator:
         store.require_room()
         store.move_if_taken()
         supervisor.start(store.service())
+        self._embedded = store
         secrets_file = self._home / "store" / "aggregator.json"
-        _write(
+        write_json(
             secrets_file,
             {"access_key_id": store.access_key_id, "secret_access_key": store.secret},
+            "the store's credentials",
             mode=0o600,
         )
-        options = {"endpoint": store.endpoint, "region": "us-east-1"}
-        _write(
-            self._folder / SERVE_FILE,
-            record | {"store": store.url, "store_options": options, "secrets": str(secrets_file)},
-        )
+        replace(
+            serving,
+            store=store.url,
+            store_options={"endpoint": store.endpoint, "region": REGION},
+            secrets=str(secrets_file),
+        ).write(self._folder)
         return store.presigner(public_url(self._serve)), store.port
 
     def _superlink(self, supervisor: Supervisor) -> tuple[int, CertificateFiles, Path]:
         """Flower's server, with a certificate of its own for loopback."""
-        inner = keep_certificate(self._home / "inner", "localhost")
+        # Anew at each start: it is not renewed while this runs, and is valid for two years.
+        make_authority(self._home / "inner")
+        inner = make_certificate(self._home / "inner", ["localhost"])
         secret = commands.write_secret(self._home / "superexec.secret")
         port = self._kept_port("superlink")
         command = commands.superlink(
@@ -323,8 +334,45 @@ class Aggregator:
             kept = json.loads(path.read_text(encoding="utf-8"))
         if name not in kept:
             kept[name] = free_ports(1)[0]
-            _write(path, kept)
+            write_json(path, kept, "the ports")
         return kept[name]
+
+    # --- what runs leave in the store --------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _freeing(self, supervisor: Supervisor) -> Iterator[None]:
+        """Free what earlier runs left, beside everything else."""
+        over = threading.Event()
+        run_id = Serving.read(self._folder).run_id
+
+        def free() -> None:
+            self._free(lambda: not (over.is_set() or supervisor.stopping), but=run_id)
+
+        thread = threading.Thread(target=free, name="photon-freeing", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(_LAST_DELETION_S)
+
+    def _free_finished(self, supervisor: Supervisor) -> None:
+        """Free what the run that is over has in the store, but its last global state."""
+        try:
+            note_leftover(
+                self._home,
+                Serving.read(self._folder),
+                keep_last_state=True,
+                grant_s=self._serve.grant_s,
+            )
+        except PhotonError as error:
+            self._on_event(f"what the run left in the store stays: {error.message}")
+            return
+        self._free(lambda: not supervisor.stopping)
+
+    def _free(self, go_on: Callable[[], bool], *, but: str | None = None) -> None:
+        embedded = self._embedded.open() if self._embedded is not None else None
+        free_leftovers(self._home, embedded, tell=self._on_event, but=but, go_on=go_on)
 
     # --- while it runs -----------------------------------------------------------------------
 
@@ -333,6 +381,7 @@ class Aggregator:
         deaths: list[float] = []
         run_id, last_round = self._submit(control, bundle), -1
         while not supervisor.wait(_LOOK_S):
+            self._look_after_certificate(supervisor)
             self._let_go(control)
             try:
                 state = control.run(run_id)
@@ -362,6 +411,10 @@ class Aggregator:
         with contextlib.suppress(PhotonError):
             control.stop_run(run_id)
         return Outcome(self._folder, finished=False)
+
+    def _look_after_certificate(self, supervisor: Supervisor) -> None:
+        if self._certificate is not None:
+            self._certificate.look(lambda: supervisor.signal_one(DOOR, READ_AGAIN))
 
     def _submit(self, control: Control, bundle: bytes) -> int:
         """Submit the run; one that an earlier serve left in the superlink's database is ended."""
@@ -446,11 +499,3 @@ def _origin_of(presigner: Presigner) -> str:
     """Scheme, host and port that grants of this presigner name."""
     parts = urlsplit(presigner.head("origin", 60).url)
     return f"{parts.scheme}://{parts.netloc}"
-
-
-def _write(path: Path, record: Mapping[str, Any], mode: int = 0o644) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.unlink(missing_ok=True)
-    beside.touch(mode=mode)
-    beside.write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)

@@ -40,7 +40,8 @@ from photon.deploy.service import (
     ServiceEvent,
     ServiceStatus,
 )
-from photon.errors import DeployError, PhotonError
+from photon.errors import DeployError, DiskFullError, PhotonError
+from photon.store.disk import write_json
 
 __all__ = [
     "Patience",
@@ -148,6 +149,14 @@ class Supervisor:
         """Stop one service and wait until it is gone; it stays down until `start_one`."""
         self._keeper(name).stop()
 
+    def signal_one(self, name: str, number: signal.Signals) -> bool:
+        """Send a signal to a service that is up, for instance to read its configuration again.
+
+        Returns:
+            Whether it was up. Who is just starting reads the new one anyway.
+        """
+        return self._keeper(name).send(number)
+
     def status(self) -> list[ServiceStatus]:
         """How each service is, in the order of starting."""
         with self._lock:
@@ -174,6 +183,11 @@ class Supervisor:
         """Make `wait` and `start` return; may be called in a signal handler."""
         self._stopping = True
         self._mail.put(None)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was asked to stop."""
+        return self._stopping
 
     @contextlib.contextmanager
     def ending_on_signals(self) -> Iterator[None]:
@@ -286,17 +300,14 @@ class Supervisor:
 
     def _write_record(self) -> None:
         """Who runs now. Lost on a full disk, as processes are found by their mark as well."""
-        with self._lock, contextlib.suppress(OSError):
+        with self._lock, contextlib.suppress(OSError, DiskFullError):
             services = {
                 one.name: {**asdict(one), "birth": tether.birth(one.pid)}
                 for one in self.status()
                 if one.pid is not None
             }
-            text = json.dumps({**self._facts, "pid": os.getpid(), "services": services}, indent=1)
-            beside = self._record.with_suffix(".tmp")
-            beside.write_text(text + "\n", encoding="utf-8")
-            beside.chmod(0o600)
-            beside.replace(self._record)
+            record = {**self._facts, "pid": os.getpid(), "services": services}
+            write_json(self._record, record, "who runs here", mode=0o600)
 
     # --- what keepers tell ------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,11 +25,12 @@ from photon.errors import CheckpointCorruptError, PhotonError
 from photon.federation.envelopes import Ask
 from photon.membership.roster import SignedReply
 from photon.store.contract import FolderStore
-from photon.store.disk import sync_to_disk, writing
+from photon.store.disk import write_json
 
 _ANSWER = "answer.json"
 _BEGUN = ".begun.json"
 _FAILED = ".failed.json"
+_WHAT = "a finished task"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Answers:
             "fingerprint": answer.reply.fingerprint,
             "sent": answer.sent,
         }
-        _write(self._place(ask) / _ANSWER, record)
+        write_json(self._place(ask) / _ANSWER, record, _WHAT)
         self._beside(ask, _FAILED).unlink(missing_ok=True)
         self._beside(ask, _BEGUN).unlink(missing_ok=True)
 
@@ -187,7 +187,9 @@ class Answers:
             DiskFullError: no room to note that it was begun.
         """
         times = self.begun(ask) + 1
-        _write(self._beside(ask, _BEGUN), {"question": question_sha256(ask), "times": times})
+        write_json(
+            self._beside(ask, _BEGUN), {"question": question_sha256(ask), "times": times}, _WHAT
+        )
         try:
             yield
         except PhotonError:
@@ -212,7 +214,7 @@ class Answers:
         before = self.failure(ask)
         times = 1 + (before.times if before is not None and before.where == where else 0)
         failure = Failure(question_sha256(ask), where, times, code, message[:2000])
-        _write(self._beside(ask, _FAILED), vars(failure))
+        write_json(self._beside(ask, _FAILED), vars(failure), _WHAT)
         return failure
 
     def _objects(self, ask: Ask, *, chunks: bool) -> Iterator[tuple[str, bytes | bytearray]]:
@@ -254,20 +256,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all, and on disk when this returns."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing("a finished task", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(record, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        sync_to_disk(path.parent)

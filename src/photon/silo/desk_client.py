@@ -92,6 +92,14 @@ class _GrantPart(_Answer):
     error: _ErrorPart | None = None
 
 
+class _CheckAnswer(_Answer):
+    server_time: float
+    name: str
+    member_status: Annotated[str, Field(max_length=100)]
+    registered: bool
+    store: _GrantPart
+
+
 class _GrantsAnswer(_Answer):
     server_time: float
     grants: Annotated[list[_GrantPart], Field(max_length=_MOST_WANTS)]
@@ -182,8 +190,36 @@ class DeskClient:
         """Leave for the objects of one task: photon.store.granted_store.Grants."""
         return GrantBook(self, task_id)
 
+    def standing(self) -> Standing:
+        """How this node stands with the aggregator; changes nothing there.
+
+        Raises:
+            PhotonError: as `presence`.
+        """
+        document = self._asked("check", {})
+        try:
+            answer = _CheckAnswer.model_validate(document)
+        except ValidationError as error:
+            where = ".".join(str(part)[:40] for part in error.errors()[0]["loc"])
+            raise ProtocolError(f"the desk of {self} does not say how we stand: {where}") from None
+        part = answer.store
+        probe: Grant | PhotonError
+        if part.error is not None:
+            probe = part.error.error()
+        elif part.verb == "HEAD" and part.key:
+            probe = Grant(part.verb, part.url, part.headers, part.expires_at)
+        else:
+            raise ProtocolError(f"the desk of {self} gives no leave to look at the store")
+        return Standing(
+            _printable(answer.name)[:100],
+            _printable(answer.member_status),
+            answer.registered,
+            part.key,
+            probe,
+        )
+
     def health(self) -> dict[str, Any]:
-        """Whether the desk is there, and its version.
+        """Whether the desk is there: ok, version, server_time (not of Photon 0.1's first desks).
 
         Raises:
             CertificateError: the other side can't prove that it is the aggregator.
@@ -290,6 +326,25 @@ class DeskClient:
 
     def __str__(self) -> str:
         return self._address
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A node as its aggregator knows it.
+
+    Attributes:
+        name: of the member that holds this node's key.
+        status: "active".
+        registered: for tasks.
+        probe_key: of an object that is in no store.
+        probe: leave to ask the store for it (HEAD), or why there is none.
+    """
+
+    name: str
+    status: str
+    registered: bool
+    probe_key: str
+    probe: Grant | PhotonError
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,19 @@ def require_for_us(ask: Ask, membership: Membership) -> None:
         )
     if ask.silo not in ask.run.silos:
         raise ProtocolError(f"a task for {ask.silo!r}, which is not among the run's silos")
-    mine, theirs = photon_version(), ask.photon_version
+    require_our_version(ask.photon_version, membership.name)
+
+
+def require_our_version(theirs: str, name: str) -> None:
+    """Refuse an aggregator whose Photon has another minor version than this one.
+
+    Raises:
+        ProtocolError: names both.
+    """
+    mine = photon_version()
     if _minor(mine) != _minor(theirs):
         raise ProtocolError(
-            f"the aggregator runs Photon {theirs[:40]}, {membership.name} runs {mine}",
+            f"the aggregator runs Photon {theirs[:40]}, {name} runs {mine}",
             hint="Install the same version on both sides; the last of its three numbers may "
             "differ.",
         )

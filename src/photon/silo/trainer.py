@@ -73,7 +73,7 @@ from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
 from photon.silo.socket import answer_of, refusal_of
 from photon.silo.text import own_part
-from photon.store.disk import file_sha256
+from photon.store.disk import file_sha256, write_json
 from photon.store.transfer import Transfer, Wanted
 from photon.telemetry import Event
 from photon.telemetry.events import ComputeChosen, LocalProgress, Notice
@@ -698,6 +698,4 @@ def _write_run(path: Path, ask: Ask, config: RunConfig, parameters: int) -> None
         "parameters": parameters,
         "began_at": time.time(),
     }
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, record, "what is trained here")
