@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
+from collections import Counter
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The same examples on every machine, and no failure because a shared one was slow.
 settings.register_profile("photon", deadline=None, derandomize=True)
 settings.load_profile("photon")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that none of them begins when all others are done.
+
+    Files are handed to processes in this order (`--no-loadscope-reorder`). The sort is stable: a
+    file's own tests keep theirs.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def _write_corpus(
@@ -67,6 +82,17 @@ def prepare_silos(root: Path, parties: dict[str, int]) -> Path:
         silo_fraction=0.1,
     )
     return prepare(options).path
+
+
+@pytest.fixture(scope="session")
+def forks() -> ForkServerContext:
+    """Forks processes that have imported torch and Photon: each would take five seconds to."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["photon.cli.main", "photon.runs"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # read once, when torch is imported
+        forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from photon.telemetry.events import RoundFinished, RunStarted
 
 ROUNDS = 6
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run_file(three_silos, tmp_path_factory):
@@ -53,19 +55,16 @@ max_tokens = 2000
     return path
 
 
-def photon(*words, check=True, **options):
-    command = [sys.executable, "-m", "photon.cli.main", *map(str, words)]
-    return subprocess.run(command, check=check, capture_output=True, text=True, **options)
-
-
 def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def undisturbed(run_file, tmp_path_factory):
+    """Started by the interpreter; the others are forked from one that has imported Photon."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    photon("simulate", run_file, "--run-dir", folder, "--quiet")
+    command = [sys.executable, "-m", "photon.cli.main", "simulate", run_file, "--quiet"]
+    subprocess.run([*map(str, command), "--run-dir", str(folder)], check=True)
     return summary_of(folder), state_hashes(folder)
 
 
@@ -80,17 +79,6 @@ def state_hashes(folder):
         kept = read_node_state(folder / "nodes", silo, number)
         hashes[silo] = (kept.cursor, tensors_sha256(dict(kept.optimizer)))
     return hashes
-
-
-def start(*words):
-    command = [sys.executable, "-m", "photon.cli.main", *map(str, words)]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        # A suite started in the background inherits an ignored SIGINT; a person's shell does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
 
 
 def kill_after(process, folder, event, number, delay_s):
@@ -110,8 +98,7 @@ def kill_after(process, folder, event, number, delay_s):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.slow
-def test_kill_at_chosen_and_random_moments(run_file, undisturbed, tmp_path, workers):
+def test_kill_at_chosen_and_random_moments(photon, run_file, undisturbed, tmp_path, workers):
     """Kills in one run, in different phases; the result is the undisturbed one's."""
     folder = tmp_path / "run"
     draw = random.Random(workers)
@@ -126,11 +113,11 @@ def test_kill_at_chosen_and_random_moments(run_file, undisturbed, tmp_path, work
     words = ["simulate", run_file, "--run-dir", folder, "--quiet"]
     words += ["--set", f"federation.workers={workers}"]
     for event, number, delay_s in moments:
-        code = kill_after(start(*words), folder, event, number, delay_s)
+        code = kill_after(photon(*words), folder, event, number, delay_s)
         assert code == -signal.SIGKILL
         assert not (folder / "summary.json").exists()
         words = ["resume", folder, "--quiet"]
-    photon("resume", folder, "--quiet")
+    assert photon("resume", folder, "--quiet").wait() == 0
     summary, hashes = undisturbed
     resumed = summary_of(folder)
     assert resumed["weights_sha256"] == summary["weights_sha256"]
@@ -146,10 +133,9 @@ def test_kill_at_chosen_and_random_moments(run_file, undisturbed, tmp_path, work
     assert not (folder / "exchange").exists()
 
 
-@pytest.mark.slow
-def test_killed_workers_are_replaced_and_change_nothing(run_file, undisturbed, tmp_path):
+def test_killed_workers_are_replaced_and_change_nothing(photon, run_file, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    process = start(
+    process = photon(
         "simulate", run_file, "--run-dir", folder, "--quiet", "--set", "federation.workers=2"
     )
     killed = 0
@@ -166,7 +152,7 @@ def test_killed_workers_are_replaced_and_change_nothing(run_file, undisturbed, t
                 killed += 1
                 time.sleep(1.0)
         time.sleep(0.02)
-    assert process.wait(timeout=120) == 0
+    assert process.wait() == 0
     assert killed == 2
     lost = [
         line for line in (folder / "events.jsonl").read_text().splitlines() if "worker_lost" in line
@@ -195,74 +181,63 @@ def children(pid):
     return found
 
 
-def test_workers_die_with_a_killed_aggregator(run_file, tmp_path):
+def test_workers_die_with_a_killed_aggregator(photon, run_file, tmp_path):
     folder = tmp_path / "run"
-    process = start(
+    process = photon(
         "simulate", run_file, "--run-dir", folder, "--quiet", "--set", "federation.workers=2"
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     workers = []
     while len(workers) < 2:
-        assert time.monotonic() < deadline, "no two workers within 60 s"
+        assert time.monotonic() < deadline, "no two workers within 180 s"
         assert process.poll() is None
         workers = workers_of(process.pid)
         time.sleep(0.02)
     process.kill()
     process.wait()
     while any(os.path.exists(f"/proc/{worker}") for worker in workers):
-        assert time.monotonic() < deadline + 30, "workers outlived the aggregator"
+        assert time.monotonic() < deadline + 60, "workers outlived the aggregator"
         time.sleep(0.05)
 
 
-def test_ctrl_c_is_resumable(run_file, undisturbed, tmp_path):
+def test_ctrl_c_is_resumable(photon, run_file, undisturbed, tmp_path):
     folder = tmp_path / "run"
-    process = start("simulate", run_file, "--run-dir", folder, "--quiet")
+    process = photon("simulate", run_file, "--run-dir", folder, "--quiet")
     path = folder / "events.jsonl"
     while not (path.exists() and '"round":2,' in path.read_text()):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait() == 130
     assert '"run_stopped"' in path.read_text()
-    photon("resume", folder, "--quiet")
+    assert photon("resume", folder, "--quiet").wait() == 0
     assert summary_of(folder)["weights_sha256"] == undisturbed[0]["weights_sha256"]
 
 
-def test_a_second_process_is_refused(run_file, tmp_path):
+def test_a_second_process_is_refused(photon, run_file, tmp_path):
     folder = tmp_path / "run"
-    process = start("simulate", run_file, "--run-dir", folder, "--quiet")
+    process = photon("simulate", run_file, "--run-dir", folder, "--quiet")
     try:
         while not (folder / "checkpoints").exists():
             assert process.poll() is None
             time.sleep(0.01)
-        second = photon("resume", folder, "--quiet", check=False)
+        second = photon("resume", folder, "--quiet")
+        code = second.wait()
         assert process.poll() is None, "the first process ended too early for this test"
-        assert second.returncode == 46, second.stderr
+        assert code == 46, second.stderr
         assert "another process is working" in second.stderr
     finally:
         process.kill()
         process.wait()
 
 
-def test_a_full_disk_stops_resumably(run_file, undisturbed, tmp_path):
+def test_a_full_disk_stops_resumably(photon, run_file, undisturbed, tmp_path):
     """The kernel refuses writes beyond a size limit: the run stops, then goes on without it."""
     folder = tmp_path / "run"
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-        "from photon.cli.main import main\n"
-        "sys.argv = ['photon'] + sys.argv[1:]\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, "simulate", run_file, "--run-dir", folder, "--quiet"],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 51, done.stderr
+    words = ("simulate", run_file, "--run-dir", folder, "--quiet")
+    done = photon(*words, file_limit_bytes=100_000)
+    assert done.wait() == 51, done.stderr
     assert "no room" in done.stderr
     assert not list(folder.rglob("*.partial"))
-    photon("resume", folder, "--quiet")
+    assert photon("resume", folder, "--quiet").wait() == 0
     assert summary_of(folder)["weights_sha256"] == undisturbed[0]["weights_sha256"]

@@ -336,10 +336,10 @@ def test_a_config_of_any_depth_is_taken_or_refused():
 
 def test_nothing_is_read_beyond_the_longest():
     long = b'{"protocol":1,"x":"' + b"x" * MOST_BYTES + b'"}'
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ProtocolError, match=f"none has more than {MOST_BYTES}"):
         parse_ask(long)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize("spoken", [0, 2, "1", None, [1], {"1": 1}, 1.5])

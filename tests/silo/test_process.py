@@ -38,7 +38,7 @@ from photon.silo.socket import ask_trainer
 pytestmark = pytest.mark.slow
 
 #: A process imports PyTorch and transformers, on a machine that does other things as well.
-START_S = 90.0
+START_S = 240.0
 
 
 class World:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import runpy
 import socket
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -25,17 +23,6 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def forks() -> ForkServerContext:
-    """Forks processes that have imported torch and Photon: each would take five seconds to."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["photon.federation"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # read once, when torch is imported
-        forkserver.ensure_running()
-    return context
-
-
-@pytest.fixture(scope="session")
 def run_ranks(
     forks: ForkServerContext, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., list[Any]]:
@@ -44,7 +31,7 @@ def run_ranks(
     Each is given a JSON of arguments and prints one JSON line; returned in order of rank.
     """
 
-    def run(program: str, world: int, arguments: Any, *, timeout_s: float = 200.0) -> list[Any]:
+    def run(program: str, world: int, arguments: Any, *, timeout_s: float = 400.0) -> list[Any]:
         port = free_port()
         folder = tmp_path_factory.mktemp(program)
         processes = []

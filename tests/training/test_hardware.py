@@ -75,11 +75,11 @@ def test_every_stated_peak_is_plausible():
 
 
 def test_a_measured_peak_is_real_and_quick():
-    started = time.perf_counter()
+    started = time.process_time()
     flops = measure_peak("cpu", torch.float32, seconds=0.1)
     emulated = measure_peak("cpu", torch.bfloat16, seconds=0.1)
     # Emulated bf16 may be a hundred times slower; the products shrink and the time does not grow.
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert 1e8 < flops < 1e15
     assert 1e7 < emulated < 1e15
 

@@ -248,14 +248,14 @@ def test_parts_add_up_and_explain(tiny):
 
 
 def test_seven_billion_weights_take_a_moment_and_no_memory():
-    started = time.perf_counter()
+    started = time.process_time()
     model = skeleton("7b", vocab_size=50368, sequence_length=2048)
     estimate = estimate_with(
         model,
         replace(PLAIN, micro_batch_size=1, sequence_length=2048, bf16=True, device_type="cuda"),
     )
-    # About 1.5 s alone on two slow cores; room for a loaded machine.
-    assert time.perf_counter() - started < 15
+    # About 1.5 s of two slow cores; other processes' load does not count.
+    assert time.process_time() - started < 15
     assert all(parameter.is_meta for parameter in model.parameters())
     # 16 bytes a weight, and 2 for autocast's copies.
     count = sum(parameter.numel() for parameter in model.parameters())

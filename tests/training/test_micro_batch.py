@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from photon.training.micro_batch import MicroBatch, ran_out_of_memory
-
-PROGRAM = Path(__file__).parent / "programs" / "small_memory.py"
 
 
 def test_sizes_are_divisors_of_the_share():
@@ -59,13 +55,17 @@ def test_only_failed_allocations_count_as_out_of_memory():
     assert not ran_out_of_memory(caught.value)
 
 
-def run(**options):
-    command = [sys.executable, str(PROGRAM), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+@pytest.fixture
+def run(run_ranks) -> Callable[..., dict[str, Any]]:
+    """Runs programs/small_memory.py, alone in a process of its own."""
+
+    def run(**options: Any) -> dict[str, Any]:
+        return run_ranks("small_memory", 1, options)[0]
+
+    return run
 
 
-def test_a_real_shortage_halves_the_micro_batch_and_not_the_maths(tmp_path):
+def test_a_real_shortage_halves_the_micro_batch_and_not_the_maths(run, tmp_path):
     """The kernel refuses memory beyond a limit (RLIMIT_DATA); training goes on, the same."""
     memo = str(tmp_path / "memo.json")
     free = run()
@@ -80,7 +80,7 @@ def test_a_real_shortage_halves_the_micro_batch_and_not_the_maths(tmp_path):
     assert again["notices"] == []
 
 
-def test_a_model_that_cannot_fit_at_all_says_so():
+def test_a_model_that_cannot_fit_at_all_says_so(run):
     """Room for the weights, none for one sequence."""
     answer = run(limit_bytes=24 << 20)
     assert "with one sequence at a time" in answer["error"]

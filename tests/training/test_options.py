@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,8 +10,6 @@ from photon.config import ComputeConfig, LocalConfig, ModelConfig
 from photon.link import tensors_sha256
 from photon.models import build_model
 from photon.training import Schedule, Trainer, plan_compute
-
-PROGRAM = Path(__file__).parent / "programs" / "many_rounds.py"
 
 
 class Text:
@@ -128,13 +121,9 @@ def test_prefetching_reads_each_batch_once_in_order():
 
 
 @pytest.mark.slow
-def test_two_hundred_rounds_leak_nothing_and_compile_once():
+def test_two_hundred_rounds_leak_nothing_and_compile_once(run_ranks):
     """tau = 2, three virtual clients, one trainer: RSS within 2%, no block compiled again."""
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM)], capture_output=True, text=True, timeout=220, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.strip().splitlines()[-1])
+    (told,) = run_ranks("many_rounds", 1, {}, timeout_s=450)
     assert told["rounds"] == 200
     assert told["compiled_first_round"] > 0
     assert told["compiled_later"] == 0

@@ -17,7 +17,7 @@ CASES = [(world, layout) for world, layouts in LAYOUTS for layout in layouts]
 @pytest.fixture(scope="module")
 def found(run_ranks) -> dict[int, list[dict[str, Any]]]:
     """For 2, 3 and 4 ranks what each rank found."""
-    (answers,) = run_ranks("sharded_optimizers", 1, LAYOUTS, timeout_s=150)
+    (answers,) = run_ranks("sharded_optimizers", 1, LAYOUTS)
     return {world: answer for (world, _), answer in zip(LAYOUTS, answers, strict=True)}
 
 

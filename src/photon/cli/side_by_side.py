@@ -1,0 +1,168 @@
+"""Several small runs at a time, each in a process of its own on its share of the cores."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from photon.config import RunConfig
+from photon.errors import PhotonError, WorkerLostError
+from photon.telemetry import Event, Listener
+
+#: A run told to stop has this long to write down that it was.
+_STOP_S = 20.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of `train`: its folder, its run file, and whose text it reads."""
+
+    folder: Path
+    config: RunConfig
+    silos: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Process:
+    training: Training
+    process: Any
+    pipe: Connection
+
+
+def train_side_by_side(
+    trainings: Sequence[Training],
+    *,
+    at_once: int,
+    listeners: Mapping[Path, Listener],
+) -> None:
+    """Do or take up each run, `at_once` of them at a time, in the order given.
+
+    A run's result depends on its config alone (compute.threads included), not on what ran beside
+    it. When one fails, and on Ctrl-C, the others stop as on Ctrl-C: each can be taken up again.
+
+    Args:
+        trainings: folders that hold a run already are taken up where they stopped.
+        at_once: processes.
+        listeners: by folder; told the events of that run, in this process.
+
+    Raises:
+        PhotonError: what the first run that failed raised.
+        WorkerLostError: a run's process ended without a word.
+    """
+    # Not forked from this process, as the threads of torch may hold locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["photon.runs"])
+    waiting = deque(trainings)
+    running: list[_Process] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(_start(context, waiting.popleft()))
+            spoke = set(wait([each.pipe for each in running]))
+            for each in [each for each in running if each.pipe in spoke]:
+                if not _hear(each, listeners.get(each.training.folder)):
+                    running.remove(each)
+    finally:
+        _stop(running)
+
+
+def _start(context: Any, training: Training) -> _Process:
+    ours, theirs = context.Pipe(duplex=False)
+    # No daemon: it may start ranks of its own. `_stop` and `_end_with` see to its end.
+    process = context.Process(target=_work, args=(training, theirs), name=training.folder.name)
+    process.start()
+    theirs.close()
+    return _Process(training, process, ours)
+
+
+def _hear(each: _Process, listener: Listener | None) -> bool:
+    """Pass on what a run says; False once it is over."""
+    try:
+        message = each.pipe.recv()
+    except EOFError:
+        each.process.join()
+        each.pipe.close()
+        if each.process.exitcode:
+            raise WorkerLostError(
+                f"the process of {each.training.folder} ended with exit code "
+                f"{each.process.exitcode}",
+                hint="Call the same command again: it goes on with the run where it stopped.",
+            ) from None
+        return False
+    if isinstance(message, PhotonError):
+        raise message
+    if listener is not None:
+        listener.on_event(message)
+    return True
+
+
+def _stop(running: Sequence[_Process]) -> None:
+    for each in running:
+        each.pipe.close()  # none blocks on a pipe that nobody reads any more
+        each.process.terminate()
+    deadline = time.monotonic() + _STOP_S
+    for each in running:
+        each.process.join(max(0.1, deadline - time.monotonic()))
+        each.process.kill()
+        each.process.join()
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Sends a run's events to the process that shows them, which may be gone."""
+
+    send: Callable[[Event], None]
+
+    def on_event(self, event: Event) -> None:
+        with contextlib.suppress(OSError):
+            self.send(event)
+
+    def close(self) -> None:
+        """The pipe closes with its process."""
+
+
+def _work(training: Training, pipe: Connection) -> None:
+    """A process of its own: one run, until it is over, told to stop or left alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the starter's to hand on
+    signal.signal(signal.SIGTERM, _interrupt)
+    _end_with_parent()
+    told = _Told(pipe.send)
+    folder = training.folder
+    try:
+        from photon.runs import resume, train
+
+        if (folder / "run.json").exists():
+            resume(folder, listener=told)
+        else:
+            train(training.config, silos=training.silos, run_dir=folder, listener=told)
+    except PhotonError as error:
+        with contextlib.suppress(OSError):
+            pipe.send(error)
+    except KeyboardInterrupt:
+        pass
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """End this process when its starter is gone, even if it was killed; the run can be resumed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
