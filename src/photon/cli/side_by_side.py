@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +76,7 @@ def train_side_by_side(
 
 def _start(context: Any, training: Training) -> _Process:
     ours, theirs = context.Pipe(duplex=False)
-    # No daemon: it may start ranks of its own. `_stop` and `_end_with` see to its end.
+    # No daemon: it may start ranks of its own. `_stop` and `end_with_parent` see to its end.
     process = context.Process(target=_work, args=(training, theirs), name=training.folder.name)
     process.start()
     theirs.close()
@@ -135,7 +133,10 @@ def _work(training: Training, pipe: Connection) -> None:
     """A process of its own: one run, until it is over, told to stop or left alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the starter's to hand on
     signal.signal(signal.SIGTERM, _interrupt)
-    _end_with_parent()
+    # Imports torch, which the command that starts these need not.
+    from photon.engines.workers import end_with_parent
+
+    end_with_parent()  # the run can be taken up again
     told = _Told(pipe.send)
     folder = training.folder
     try:
@@ -154,15 +155,3 @@ def _work(training: Training, pipe: Connection) -> None:
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _end_with_parent() -> None:
-    """End this process when its starter is gone, even if it was killed; the run can be resumed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -308,7 +308,7 @@ def _free_port() -> int:
 
 def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int) -> None:
     """A worker process: a rank of one node, at work until told to stop or left alone."""
-    _die_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the aggregator's to handle
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     # The aggregator being gone is no error of this process.
@@ -360,8 +360,8 @@ def _parcel_folder(task: FitTask) -> str:
     return f"{task.round}-{task.silo}"
 
 
-def _die_with_parent() -> None:
-    """End this process when the aggregator is gone, even if it was killed."""
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, even if it was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
