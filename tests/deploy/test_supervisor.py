@@ -231,9 +231,10 @@ def test_ten_kills_leak_neither_descriptors_nor_threads(watched) -> None:
     before = held()
     for _ in range(10):
         kill_once()
-    time.sleep(0.2)
     assert len(watched.deaths("sleeper")) == 11
-    assert held() == before
+    # What is held for a moment (a record being written) goes by itself, and the test's own process
+    # may open a file of its own once; a leak of each death is ten, and stays.
+    until(lambda: all(now < was + 5 for now, was in zip(held(), before, strict=True)), "no leak")
 
 
 def test_pauses_double_up_to_the_longest(watched) -> None:
