@@ -39,8 +39,11 @@ from photon.federation.merging import Merging
 from photon.federation.tasks import Receipt, Update
 from photon.freed_memory import share_freed_memory
 from photon.link import Entry, Expected, FolderStore, Header, Parcel, Ref, Transfer, write_parcel
+from photon.store.memory import ReusedMemory
 
 DISTINCT = 4
+#: As an engine's.
+MEMORY = ReusedMemory()
 
 
 def shapes(parameters: float) -> dict[str, tuple[int, ...]]:
@@ -92,23 +95,28 @@ def written(folder: Path, sized: dict[str, tuple[int, ...]], codec: str) -> list
 
 
 def _carrier(folder: Path) -> Transfer:
-    return Transfer(FolderStore(folder, durable=False), streams=2)
+    return Transfer(FolderStore(folder, durable=False, memory=MEMORY), streams=4)
 
 
 def tensors(carrier: Transfer, ref: Ref, expected: Expected) -> Iterator[tuple[str, Tensor]]:
-    yield from Parcel(carrier, ref, expected).tensors()
+    yield from Parcel(carrier, ref, expected, MEMORY).tensors()
 
 
-def merge(folder: Path, refs: list[Ref], codec: str, state: dict[str, Tensor]) -> float:
+def merge(
+    merging: Merging, folder: Path, refs: list[Ref], codec: str, state: dict[str, Tensor]
+) -> float:
     """Seconds of what a round's merging does."""
-    merging, carrier = Merging(FederationConfig()), _carrier(folder)
+    carrier = _carrier(folder)
     sized = {name: tensor.shape for name, tensor in state.items()}
     codecs = frozenset({str(parse_codec(codec))})
     started = time.perf_counter()
     for number, ref in enumerate(refs):
         expected = Expected(header(number % DISTINCT), sized, codecs)
         update = Update(
-            Receipt(1, f"silo-{number}"), partial(tensors, carrier, ref, expected), lasting=True
+            Receipt(1, f"silo-{number}"),
+            partial(tensors, carrier, ref, expected),
+            lasting=True,
+            wire_bytes=ref.payload_bytes,
         )
         assert merging.offer(update, state, 1.0).refused is None
     merging.result()
@@ -145,7 +153,11 @@ def work(options: argparse.Namespace) -> None:
         many = [refs[number % DISTINCT] for number in range(options.count)]
         device = "cpu" if options.state else "meta"
         state = {name: torch.full(shape, 0.5, device=device) for name, shape in sized.items()}
-        times = [merge(options.folder, many, options.codec, state) for _ in range(options.repeats)]
+        merging = Merging(FederationConfig())  # as a run's: from round to round
+        times = [
+            merge(merging, options.folder, many, options.codec, state)
+            for _ in range(options.repeats)
+        ]
         found |= {"gb_per_s": values_bytes / statistics.median(times) / 1e9}
         found |= {"peak_mb": peak_mb(), "wire_mb": sum(ref.wire_bytes for ref in many) / 1e6}
     else:

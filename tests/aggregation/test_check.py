@@ -9,7 +9,9 @@ import torch
 
 from photon.aggregation import check as check_module
 from photon.aggregation import check_update
+from photon.aggregation.check import square_sum
 from photon.errors import ModelMismatchError, NonFiniteError
+from photon.torch_threads import torch_threads
 
 REFERENCE = {
     "w": torch.zeros(3, 4),
@@ -82,3 +84,14 @@ def test_another_shape_is_refused_even_if_it_would_broadcast(shape: tuple[int, .
 def test_integers_are_refused() -> None:
     with pytest.raises(ModelMismatchError, match=r"'b' is torch\.int64"):
         check_update(update(b=torch.ones(4, dtype=torch.int64)), REFERENCE)
+
+
+def test_a_norm_does_not_depend_on_the_number_of_threads():
+    draw = torch.Generator().manual_seed(0)
+    tensor = torch.randn(700_001, generator=draw) * 1e-3
+    squares = set()
+    for threads in (1, 2, 4):
+        with torch_threads(threads):
+            squares.add(square_sum("w", tensor))
+            assert torch.get_num_threads() == threads
+    assert len(squares) == 1

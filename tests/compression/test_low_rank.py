@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from photon.compression import Bf16, Int8, LowRank, PowerSGD, bytes_of
+from photon.torch_threads import torch_threads
 
 
 def drawn(*shape, seed=0):
@@ -165,3 +166,14 @@ def test_a_rank_that_can_not_be_is_refused(rank):
 def test_parameters_have_bounds(make, told):
     with pytest.raises(ValueError, match=told):
         make()
+
+
+@pytest.mark.parametrize("codec", [LowRank(energy=0.9), PowerSGD(rank=20)])
+def test_what_is_decoded_does_not_depend_on_the_number_of_threads(codec):
+    shape = (128, 200)
+    parts = codec.encode(drawn(*shape))
+    found = []
+    for threads in (1, 5, 8):
+        with torch_threads(threads):
+            found.append(codec.decode(parts, shape))
+    assert all(torch.equal(one, found[0]) for one in found)

@@ -11,6 +11,7 @@ from photon.config import FederationConfig
 from photon.errors import ChunkCorruptError, StoreUnavailableError
 from photon.federation.merging import Merging
 from photon.federation.tasks import Receipt, Update
+from photon.torch_threads import torch_threads
 
 SHAPES = {"matrix": (60, 40), "vector": (40,), "last": (7, 3)}
 REFERENCE = {name: torch.empty(shape, device="meta") for name, shape in SHAPES.items()}
@@ -93,3 +94,34 @@ def test_what_is_nobodys_fault_is_not_an_update_refused():
         merging.discard()
         assert merging.offer(Sent(tensors(2), lasting=lasting).update, REFERENCE, 1.0).norm > 0
         merging.discard()
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_cores_are_left_to_those_that_hash(lasting):
+    fp32_bytes = sum(4 * tensor.numel() for tensor in REFERENCE.values())
+    seen = []
+
+    def reading(breaks=None):
+        for name, tensor in tensors(1).items():
+            seen.append(torch.get_num_threads())
+            yield name, tensor
+        if breaks is not None:
+            raise breaks
+
+    def used(wire_bytes, breaks=None):
+        seen.clear()
+        update = Update(
+            Receipt(1, "red"), lambda: reading(breaks), lasting=lasting, wire_bytes=wire_bytes
+        )
+        merging = Merging(FederationConfig())
+        verdict = merging.offer(update, REFERENCE, 1.0)
+        assert (verdict.refused is None) == (breaks is None)
+        assert torch.get_num_threads() == 6
+        return set(seen)
+
+    with torch_threads(6):
+        assert used(0) == {6}
+        assert used(fp32_bytes // 8) == {5}
+        assert used(fp32_bytes) == {2}
+        assert used(fp32_bytes * 100) == {1}
+        assert used(fp32_bytes, ChunkCorruptError("another hash")) == {2}

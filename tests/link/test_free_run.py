@@ -93,7 +93,7 @@ def names(store: Store, run: str = RUN) -> dict[str, int]:
 
 
 def chunks_named(store: Store, key: str) -> set[str]:
-    record = json.loads(store.get(key, max_bytes=1 << 20))
+    record = json.loads(bytes(store.get(key, max_bytes=1 << 20)))
     return {f"global/chunks/{chunk['sha256']}" for chunk in record["chunks"]}
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from photon.link import (
     write_parcel,
 )
 from photon.link.manifest import LARGEST_CHUNK, SMALLEST_CHUNK, Cutter
+from photon.store.memory import ReusedMemory
 
 MIB = 1 << 20
 SHAPES = {"wide": (1000, 3000), "tall": (5000, 700), "vector": (700,), "one": (), "none": (0, 3)}
@@ -83,6 +85,49 @@ def test_what_goes_in_comes_out(spec, kind, tmp_path):
     assert sum(stored.values()) == ref.wire_bytes == entries_bytes(header(), entries, 4 * MIB)
     again = list(parcel.entries())
     assert [entry.codec for entry in again] == [str(parse_codec(spec))] * len(named)
+
+
+def test_parcels_that_share_memory_do_not_share_tensors(tmp_path):
+    """Kept, read twice and let go, in any order; and what is held stays what it is."""
+    memory = ReusedMemory(8)
+    store = FolderStore(tmp_path / "store", memory=memory)
+    carrier = Transfer(store, streams=2)
+    named = [tensors(seed=seed) for seed in range(4)]
+    parcels = []
+    for seed, one in enumerate(named):
+        head = header(round=seed + 1)
+        ref = write_parcel(carrier, "x", head, plain_entries(one.items()), chunk_bytes=4 * MIB)
+        parcel = Parcel(carrier, ref, expected(round=seed + 1), memory)
+        if seed % 2:
+            parcel.keep(tmp_path / str(seed))
+        parcels.append(parcel)
+    held = [dict(parcel.tensors()) for parcel in parcels]
+    for parcel in parcels:
+        for _ in parcel.tensors():  # each let go before the next
+            pass
+    for one, found in zip(named, held, strict=True):
+        assert all(torch.equal(found[name], one[name]) for name in one)
+
+
+def test_parcels_that_are_kept_do_not_each_hold_memory(tmp_path):
+    memory = ReusedMemory(3)
+    carrier = Transfer(FolderStore(tmp_path / "store"), streams=2)
+    named = tensors()
+    ref = write_parcel(carrier, "x", header(), plain_entries(named.items()), chunk_bytes=4 * MIB)
+    parcels = []
+    tracemalloc.start()
+    try:
+        for number in range(6):
+            parcels.append(Parcel(carrier, ref, expected(), memory))
+            parcels[-1].keep(tmp_path / str(number))
+            for name, tensor in parcels[-1].tensors():
+                assert torch.equal(tensor, named[name])
+                del tensor
+        idle_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    largest = max(4 * tensor.numel() for tensor in named.values())
+    assert idle_bytes < 3 * max(largest, 4 * MIB) + MIB
 
 
 def test_plain_tensors_are_counted_without_a_look_at_them():
@@ -140,7 +185,7 @@ def test_a_chunk_that_changed_in_the_store_is_never_handed_over(tmp_path):
 def rewritten(store, change):
     """A parcel whose manifest was changed, with a receipt that fits the change."""
     ref, _ = moved(store, encoded(tensors(), "int8"))
-    record = json.loads(store.get(ref.key, max_bytes=10**6))
+    record = json.loads(bytes(store.get(ref.key, max_bytes=10**6)))
     change(record)
     data = json.dumps(record).encode()
     store.put("x/update/forged.json", data)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 
 from photon.errors import ModelMismatchError, NodeError, NonFiniteError
+from photon.torch_threads import torch_threads
 
 #: Elements whose squares are summed at once. torch.dot is ten times as fast as vector_norm on a
 #: CPU, and its rounding within a piece of this size is a few parts in a million at most.
@@ -139,18 +140,17 @@ def require_weight(weight: float) -> None:
 def square_sum(name: str, tensor: torch.Tensor) -> float:
     """The sum of a tensor's squares: of pieces in fp32, added up in fp64.
 
+    It is the same, bit for bit, whatever PyTorch's number of threads.
+
     Raises:
         NonFiniteError: a value is NaN or infinite.
     """
+    # Rules that clip or weight by norms would merge other bits where dot's threads add up in
+    # another order; and two are no faster than one here.
     square = 0.0
-    for piece in tensor.detach().reshape(-1).split(_PIECE):
-        single = piece.float()
-        part = float(torch.dot(single, single))
-        if not _SAFE < part < math.inf:
-            # Squares of fp32 values may leave its range, which says nothing of the values. In fp64
-            # they can't, so the sum is finite if all values are.
-            part = float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
-        square += part
+    with torch_threads(1):
+        for piece in tensor.detach().reshape(-1).split(_PIECE):
+            square += _square_sum(piece)
     if not math.isfinite(square):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
@@ -158,6 +158,16 @@ def square_sum(name: str, tensor: torch.Tensor) -> float:
             hint="A lower learning rate or a clipped gradient norm keeps local training finite.",
         )
     return square
+
+
+def _square_sum(piece: torch.Tensor) -> float:
+    single = piece.float()
+    square = float(torch.dot(single, single))
+    if _SAFE < square < math.inf:
+        return square
+    # Squares of fp32 values may leave its range, which says nothing of the values. In fp64 they
+    # can't, so the sum is finite if all values are.
+    return float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
 
 
 def _some(names: Iterable[str], most: int = 3) -> str:

@@ -4,8 +4,8 @@ Tensors of two dims and more are taken as M [m, n], the first dim by all others.
 factors are its own: the aggregator averages products, never factors, for the product of averages
 is not the average of products.
 
-What decoders compute is a matrix product. Those with the same BLAS and the same number of threads
-agree bit for bit, others up to fp32's rounding.
+What decoders compute is a matrix product. Those with the same BLAS agree bit for bit, others up to
+fp32's rounding.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from photon.compression.codec import (
     require_part,
 )
 from photon.compression.nested import decode_nested, encode_nested, has_nested
+from photon.torch_threads import torch_threads
 
 #: Of PowerSGD's first basis, the same on all nodes.
 _SEED = 1905_13727
@@ -75,7 +76,8 @@ class _Factors(Codec):
             raise ValueError(f"part 'rank' is {rank}, expected r x ({m} + {n}) below {m} x {n}")
         left = decode_nested(self.inner, parts, "left", (rank, m))
         right = decode_nested(self.inner, parts, "right", (rank, n))
-        return (left.T @ right).view(tuple(shape))
+        with torch_threads(1):  # others add up in another order
+            return (left.T @ right).view(tuple(shape))
 
     @abstractmethod
     def _may_pay(self, m: int, n: int) -> bool:

@@ -40,6 +40,7 @@ from photon.link import (
     write_parcel,
     write_tensors,
 )
+from photon.store.memory import ReusedMemory
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, WorkerLost
 from photon.training import Seat
@@ -130,7 +131,8 @@ class WorkerEngine:
         self._on_event = on_event
         self._ranks = ranks
         share_freed_memory()  # no node trains in this process
-        self._store = FolderStore(exchange, durable=False)
+        self._memory = ReusedMemory()
+        self._store = FolderStore(exchange, durable=False, memory=self._memory)
         self._carrier = Transfer(self._store, streams=1)
         self._codecs = settings.config.link.specs
         # Not forked from this process: a fork copies locks of running thread pools in whatever
@@ -158,14 +160,15 @@ class WorkerEngine:
                 continue
             receipt, ref = answer
             expected = Expected(update_header(task, state), shapes, self._codecs)
-            yield Update(receipt, partial(self._tensors, ref, expected), lasting=True)
+            tensors = partial(self._tensors, ref, expected)
+            yield Update(receipt, tensors, lasting=True, wire_bytes=ref.payload_bytes)
         for task in tasks:
             self._store.delete([key for key, _ in self._store.keys(_parcel_folder(task))])
 
     def _tensors(self, ref: Ref, expected: Expected) -> Iterator[tuple[str, Tensor]]:
         # Opened anew for each reading: manifests kept for a whole round would lie between chunks
         # that come and go, and break the heap up.
-        yield from Parcel(self._carrier, ref, expected).tensors()
+        yield from Parcel(self._carrier, ref, expected, self._memory).tensors()
 
     def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
         for task, answer in zip(tasks, self._serve(tasks, state), strict=True):

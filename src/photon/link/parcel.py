@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from photon.link.manifest import (
     wire_bytes,
 )
 from photon.store.contract import Buffer, FolderStore
+from photon.store.memory import ReusedMemory
 from photon.store.transfer import Wanted
 
 DEFAULT_CHUNK = 16 << 20
@@ -60,9 +62,7 @@ class Carrier(Protocol):
 
     def send(self, objects: Iterable[tuple[str, Buffer]]) -> object: ...
 
-    def fetch(
-        self, wanted: Iterable[Wanted], *, spool: Path | None = None
-    ) -> Iterator[bytes | bytearray]: ...
+    def fetch(self, wanted: Iterable[Wanted], *, spool: Path | None = None) -> Iterator[Buffer]: ...
 
 
 def write_parcel(
@@ -169,6 +169,8 @@ class Parcel:
         carrier: to the store.
         ref: from a task or receipt.
         expected: what the manifest must say.
+        memory: for tensors that span chunks, and chunks that are kept here; None takes it from the
+            heap.
 
     Raises:
         ManifestError: it says something else, or is none.
@@ -176,7 +178,13 @@ class Parcel:
         LinkError: the store can't be reached, or has no such object.
     """
 
-    def __init__(self, carrier: Carrier, ref: Ref, expected: Expected) -> None:
+    def __init__(
+        self,
+        carrier: Carrier,
+        ref: Ref,
+        expected: Expected,
+        memory: ReusedMemory | None = None,
+    ) -> None:
         if ref.bytes > expected.most_manifest_bytes:
             raise ManifestError(
                 f"{ref.key} has {ref.bytes} bytes; a manifest of this model has at most "
@@ -193,6 +201,7 @@ class Parcel:
             )
         self._codecs = [build_codec(spec) for spec in self.manifest.codecs]
         self._kept: FolderStore | None = None
+        self._memory = memory
 
     def keep(self, folder: Path) -> None:
         """Bring all chunks here, verified; they are read from here from now on, and not again.
@@ -206,7 +215,7 @@ class Parcel:
         """
         for _ in self._carrier.fetch(self._wanted(), spool=folder):
             pass
-        self._kept = FolderStore(folder, durable=False)
+        self._kept = FolderStore(folder, durable=False, memory=self._memory)
 
     def entries(self) -> Iterator[Entry]:
         """As they were written, each verified.
@@ -243,7 +252,7 @@ class Parcel:
             for chunk in self.manifest.chunks
         ]
 
-    def _chunks(self) -> Iterator[bytes | bytearray]:
+    def _chunks(self) -> Iterator[Buffer]:
         if self._kept is not None:
             for chunk in self.manifest.chunks:
                 yield self._kept.get(chunk.sha256, max_bytes=chunk.bytes)
@@ -251,7 +260,7 @@ class Parcel:
             yield from self._carrier.fetch(self._wanted())
 
     def _rows(self) -> Iterator[tuple[TensorRow, dict[str, Tensor]]]:
-        stream = _Stream(self._chunks())
+        stream = _Stream(self._chunks(), self._memory)
         for row in self.manifest.tensors:
             parts = {}
             for part in row.parts:
@@ -263,34 +272,42 @@ class Parcel:
 class _Stream:
     """Bytes out of chunks that come one after another."""
 
-    def __init__(self, chunks: Iterator[bytes | bytearray]) -> None:
+    def __init__(self, chunks: Iterator[Buffer], memory: ReusedMemory | None) -> None:
         self._chunks = chunks
-        self._chunk: bytes | bytearray = b""
+        self._memory = memory
+        self._chunk: Buffer = b""
         self._at = 0
+        self._writable = False
 
     def read(self, count: int) -> Tensor:
         """uint8 [count], aligned for any dtype; in the chunk's own memory where that will do."""
-        if self._at == len(self._chunk) and count:
+        if not count:
+            return torch.empty(0, dtype=torch.uint8)
+        if self._at == len(self._chunk):
             self._next()
         whole = count <= len(self._chunk) - self._at
-        if count and whole and isinstance(self._chunk, bytearray) and self._at % 8 == 0:
+        if whole and self._writable and self._at % 8 == 0:
             self._at += count
             return torch.frombuffer(
                 self._chunk, dtype=torch.uint8, count=count, offset=self._at - count
             )
-        raw = torch.empty(count, dtype=torch.uint8)
-        into, done = raw.numpy().data, 0
+        if self._memory is None:
+            into = torch.empty(count, dtype=torch.uint8).numpy()
+        else:
+            into = np.frombuffer(self._memory.take(count), np.uint8)
+        done = 0
         while done < count:
             if self._at == len(self._chunk):
                 self._next()
-            some = memoryview(self._chunk)[self._at : self._at + count - done]
-            into[done : done + len(some)] = some
+            some = np.frombuffer(self._chunk, np.uint8)[self._at : self._at + count - done]
+            into[done : done + len(some)] = some  # NumPy's lets other threads run meanwhile
             self._at += len(some)
             done += len(some)
-        return raw
+        return torch.from_numpy(into)
 
     def _next(self) -> None:
         self._chunk, self._at = next(self._chunks), 0
+        self._writable = not memoryview(self._chunk).readonly
 
 
 def plain_entries(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Entry]:

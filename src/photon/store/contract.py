@@ -12,11 +12,15 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from photon.errors import ChunkCorruptError, LinkError, ObjectMissingError
 from photon.store.disk import sync_to_disk, writing
 
-#: What is written.
+if TYPE_CHECKING:
+    from photon.store.memory import ReusedMemory  # NumPy's 10 MB, which most services don't need
+
+#: What is written and read. Bytes that were read are valid for as long as something refers to them.
 Buffer = bytes | bytearray | memoryview
 
 #: Told of each run of bytes that moved, as it moves; sleeps to keep a bandwidth cap.
@@ -46,7 +50,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes | bytearray:
+    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> Buffer:
         """A whole object.
 
         Args:
@@ -122,11 +126,15 @@ class FolderStore(Store):
     Args:
         folder: made when something is written.
         durable: also wait until the disk has each object.
+        memory: for what is read; None takes it from the heap.
     """
 
-    def __init__(self, folder: Path, *, durable: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, durable: bool = True, memory: ReusedMemory | None = None
+    ) -> None:
         self._folder = folder
         self._durable = durable
+        self._memory = memory
 
     def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
         path = self._path(key)
@@ -150,13 +158,13 @@ class FolderStore(Store):
                 sync_to_disk(path.parent)
         pace(len(data))
 
-    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> bytes | bytearray:
+    def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> Buffer:
         try:
             with self._path(key).open("rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 require_size(self, key, size, max_bytes)
                 # Writable, so that tensors can lie in it without a copy.
-                data = bytearray(size)
+                data = bytearray(size) if self._memory is None else self._memory.take(size)
                 done = 0
                 while done < size and (some := file.readinto(memoryview(data)[done:])):
                     done += some

@@ -145,18 +145,24 @@ def _last_state(store: Store, keys: Iterable[str], folder: str) -> set[str]:
     for number, kind, key in published:
         if number > oldest or (number == oldest and (kind == "state" or not whole)):
             kept.add(key)
-            kept.update(f"{folder}global/chunks/{sha256}" for sha256 in _chunks_of(store, key))
+            kept.update(f"{folder}global/chunks/{sha256}" for sha256 in chunks_of(store, key))
     return kept
 
 
-def _chunks_of(store: Store, key: str) -> list[str]:
+def chunks_of(store: Store, key: str) -> list[str]:
+    """The sha256 of each chunk that a manifest in the store names, whoever wrote it.
+
+    Raises:
+        ManifestError: it is none.
+        LinkError: the store is away or refuses, or has no such object.
+    """
     size = store.size(key) or 0
     try:
-        record = json.loads(store.get(key, max_bytes=min(size, _MOST_MANIFEST_BYTES)))
+        record = json.loads(bytes(store.get(key, max_bytes=min(size, _MOST_MANIFEST_BYTES))))
         return [str(chunk["sha256"]) for chunk in record["chunks"]]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ManifestError(
             f"{key} in {store} can't be read as a manifest: {error!r}",
-            hint="The aggregator wrote it: is that store damaged? Remove the run's folder there by "
-            "hand once you have no more use for it.",
+            hint="Is that store damaged? Remove the run's folder there by hand once you have no "
+            "more use for it.",
         ) from error

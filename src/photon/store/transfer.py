@@ -136,9 +136,7 @@ class Transfer:
             retries=retries,
         )
 
-    def fetch(
-        self, wanted: Iterable[Wanted], *, spool: Path | None = None
-    ) -> Iterator[bytes | bytearray]:
+    def fetch(self, wanted: Iterable[Wanted], *, spool: Path | None = None) -> Iterator[Buffer]:
         """Read objects, in order, each verified; up to `streams` ahead of the caller.
 
         Args:
@@ -157,7 +155,7 @@ class Transfer:
         total_bytes = sum(one.bytes for one in todo)
         kept = FolderStore(spool, durable=False) if spool is not None else None
         with self._crew("to read", total_bytes) as crew:
-            window: deque[Future[bytes | bytearray]] = deque()
+            window: deque[Future[Buffer]] = deque()
 
             def fill() -> None:
                 while todo and len(window) < self._streams:
@@ -201,14 +199,14 @@ class Transfer:
         written = crew.persist(f"writing {key}", count, attempt)
         sent.add(count, written=written)
 
-    def _fetch_one(self, crew: Crew, one: Wanted, kept: FolderStore | None) -> bytes | bytearray:
+    def _fetch_one(self, crew: Crew, one: Wanted, kept: FolderStore | None) -> Buffer:
         if kept is not None:
             found = _from_spool(kept, one)
             if found is not None:
                 crew.add_done(one.bytes)
                 return found
 
-        def attempt(pace: Pace) -> bytes | bytearray:
+        def attempt(pace: Pace) -> Buffer:
             data = self._store.get(one.key, max_bytes=one.bytes, pace=pace)
             problem = _mismatch(data, one)
             if problem:
@@ -264,7 +262,7 @@ class _Tally:
                 self.skipped_bytes += count
 
 
-def _from_spool(kept: FolderStore, one: Wanted) -> bytes | bytearray | None:
+def _from_spool(kept: FolderStore, one: Wanted) -> Buffer | None:
     """An object that an earlier transfer left, if it is what is wanted."""
     try:
         data = kept.get(one.sha256, max_bytes=one.bytes)
@@ -277,7 +275,7 @@ def _from_spool(kept: FolderStore, one: Wanted) -> bytes | bytearray | None:
     return None
 
 
-def _mismatch(data: bytes | bytearray, one: Wanted) -> str | None:
+def _mismatch(data: Buffer, one: Wanted) -> str | None:
     """What is wrong with bytes that arrived; None if nothing is."""
     if len(data) != one.bytes:
         return f"has {len(data)} bytes, {one.bytes} were promised"

@@ -7,7 +7,6 @@ RUN/silos/SILO/     updates, written by that silo
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,16 +14,14 @@ from pathlib import Path
 from torch import Tensor
 
 from photon.config import LinkConfig
-from photon.errors import LinkError
+from photon.errors import LinkError, ManifestError
 from photon.federation import FitTask
 from photon.federation.tasks import GlobalState, Publish, StateRef, update_header
 from photon.link import Expected, Parcel, Ref
 from photon.store.contract import Store
-from photon.store.garbage import collect
+from photon.store.garbage import chunks_of, collect
+from photon.store.memory import ReusedMemory
 from photon.store.transfer import Transfer
-
-#: No manifest of any model here is longer.
-_MOST_MANIFEST_BYTES = 256 << 20
 
 
 def global_folder(run_id: str) -> str:
@@ -52,6 +49,7 @@ class Depot:
         self._config = config
         self._store = store
         self._spool = spool
+        self._memory = ReusedMemory()
         self._offered: tuple[int, Publish] | None = None
         self._state: StateRef | None = None
         shutil.rmtree(spool, ignore_errors=True)
@@ -129,15 +127,13 @@ class Depot:
     def _parcel(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
         shapes = {name: tensor.shape for name, tensor in state.items()}
         expected = Expected(update_header(task, state), shapes, self._config.specs)
-        return Parcel(Transfer(self._store, streams=4), ref, expected)
+        return Parcel(Transfer(self._store, streams=4), ref, expected, self._memory)
 
     def _chunks_of(self, key: str) -> list[str]:
         """The chunks that a manifest in the store names."""
-        size = self._store.size(key) or 0
         try:
-            record = json.loads(self._store.get(key, max_bytes=min(size, _MOST_MANIFEST_BYTES)))
-            return [str(chunk["sha256"]) for chunk in record["chunks"]]
-        except (ValueError, LookupError, TypeError, RecursionError):
+            return chunks_of(self._store, key)
+        except ManifestError:
             return []  # a silo may write anything under its own folder
 
 
