@@ -13,7 +13,9 @@ its supernode and ClientApp at the silo, down and up.
 
 The link is a veth pair under tc netem. A kernel without netem gets two tun devices instead and a
 relay in user space between them, which queues, delays and drops segments as netem would; the table
-says which of them it was. Everything is taken down at the end, also after an error or Ctrl-C.
+says which of them it was. A cell without delay and loss, such as 1000/0/0, is a veth pair under tc
+tbf everywhere, which takes no processor from both ends. Everything is taken down at the end, also
+after an error or Ctrl-C.
 """
 
 from __future__ import annotations
@@ -79,6 +81,10 @@ class Cell:
 
     def __str__(self) -> str:
         return f"{self.mbit_per_s:g} Mbit/s, RTT {self.rtt_s * 1e3:g} ms, loss {self.loss:.1%}"
+
+    @property
+    def only_rate(self) -> bool:
+        return not (self.rtt_s or self.loss)
 
     @property
     def bandwidth_delay_bytes(self) -> float:
@@ -164,8 +170,8 @@ def has_netem() -> bool:
 def link(cell: Cell, netem: bool) -> Iterator[Namespaces]:
     """Two namespaces with a link like that between them."""
     with namespaces() as names, contextlib.ExitStack() as stack:
-        if netem:
-            pair_with_netem(cell, names)
+        if netem or cell.only_rate:
+            shaped_pair(cell, names)
         else:
             names = replace(names, relay=stack.enter_context(relayed(cell, names)))
         for name, address in names.each():
@@ -175,20 +181,28 @@ def link(cell: Cell, netem: bool) -> Iterator[Namespaces]:
         yield names
 
 
-def pair_with_netem(cell: Cell, names: Namespaces) -> None:
+def shaped_pair(cell: Cell, names: Namespaces) -> None:
     """A veth pair. It goes with its namespaces."""
     peer = ("peer", "name", DEVICE, "netns", names.silo)
     ip("link", "add", DEVICE, "netns", names.aggregator, "type", "veth", *peer)
+    for name, _ in names.each():
+        if not cell.only_rate:
+            # Without this, netem counts and drops up to 64 KiB as one packet.
+            ip("-n", name, "link", "set", DEVICE, "gso_max_segs", "1")
+        command = ["tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root"]
+        subprocess.run([*command, *shaper(cell)], check=True)
+
+
+def shaper(cell: Cell) -> list[str]:
+    """tc's words for what shapes each direction."""
+    rate = ["rate", f"{cell.mbit_per_s:g}mbit"]
+    if cell.only_rate:
+        return ["tbf", *rate, "burst", "256kb", "latency", f"{cell.queue_s * 1e3:g}ms"]
     # What is queued and what is on its way count alike.
     held_s = cell.queue_s + cell.rtt_s / 2
     packets = max(1000, round(cell.mbit_per_s * 1e6 / 8 * held_s / MTU))
-    for name, _ in names.each():
-        # Without this, netem counts and drops up to 64 KiB as one packet.
-        ip("-n", name, "link", "set", DEVICE, "gso_max_segs", "1")
-        command = ["tc", "-n", name, "qdisc", "add", "dev", DEVICE, "root", "netem"]
-        command += ["limit", str(packets), "delay", f"{cell.rtt_s * 500:g}ms"]
-        command += ["loss", f"{cell.loss * 100:g}%", "rate", f"{cell.mbit_per_s:g}mbit"]
-        subprocess.run(command, check=True)
+    shape = ["limit", str(packets), "delay", f"{cell.rtt_s * 500:g}ms"]
+    return ["netem", *shape, "loss", f"{cell.loss * 100:g}%", *rate]
 
 
 @contextlib.contextmanager
@@ -354,6 +368,8 @@ def store(names: Namespaces) -> Iterator[tuple[dict[str, Any], int]]:
 
     Gives what S3Presigner needs to know about it, and its process.
     """
+    from photon.deploy.embedded_store import StoreOptions
+
     with tempfile.TemporaryDirectory(prefix="photon-transfer-") as scratch:
         folder = Path(scratch)
         access = {"access_key_id": secrets.token_hex(10), "secret": secrets.token_hex(20)}
@@ -377,7 +393,8 @@ def store(names: Namespaces) -> Iterator[tuple[dict[str, Any], int]]:
         log = folder / "log.txt"
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(log.open("w", encoding="utf-8"))
-            options = {"cwd": folder, "env": os.environ | {"GOMEMLIMIT": "512MiB"}}
+            limit = f"{StoreOptions().memory_mib}MiB"  # as `photon serve` starts it
+            options = {"cwd": folder, "env": os.environ | {"GOMEMLIMIT": limit}}
             command = inside(names.aggregator, *command)
             server = stack.enter_context(child(command, stdout=output, stderr=output, **options))
             try:
@@ -702,7 +719,8 @@ def main() -> None:
 
     netem = has_netem() and not options.relay
     rows = compare(netem, options)
-    how = "tc netem" if netem else "a relay in user space (not netem)"
+    shaped = "tc netem" if netem else "a relay in user space (not netem)"
+    how = " and ".join(sorted({"tc tbf" if one.only_rate else shaped for one in options.cells}))
     text = (
         f"# Transfer over {how}, {machine()}\n\n"
         f"Mbit/s of payload, {options.streams} streams (one PUT: 1), TCP {congestion_control()}, "
