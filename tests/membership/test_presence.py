@@ -34,7 +34,7 @@ def test_a_node_that_starts_again_is_welcome_at_once(roster, join):
         for second in (0, 1):
             assert beat(roster, f"boot-{start}", start * 2 + second)
     assert roster.presences()["lab"][0].boot == "boot-19"
-    assert [event.what for event in roster.events()] == ["invited", "joined"]
+    assert [event.what for event in roster.journal.events()] == ["invited", "joined"]
 
 
 def test_of_two_with_one_key_the_later_one_is_refused(roster, join):
@@ -48,7 +48,7 @@ def test_of_two_with_one_key_the_later_one_is_refused(roster, join):
     with pytest.raises(KeyInUseError, match=r"this one \(process 'new'\) came later") as caught:
         roster.seen("lab", Presence("idle", boot="new"), now=NOW + 60)
     assert "photon members rotate lab" in str(caught.value)
-    last = roster.events()[-1]
+    last = roster.journal.events()[-1]
     assert (last.actor, last.what, last.times) == ("lab", "two nodes with one key", 12)
 
 

@@ -48,19 +48,19 @@ def test_of_processes_that_redeem_one_token_at_once_one_joins(tmp_path, prepared
     with Roster(path) as roster:
         if not prepared:  # four made the file at once, and none was refused by the file
             assert [line.split(" ")[0] for line in said] == ["refused"] * 4
-            assert roster.events()[-1].times == 4
+            assert roster.journal.events()[-1].times == 4
             return
         assert said[0] == f"joined {roster.member('lab').fingerprint}"
         assert [line.split(" at ")[0] for line in said[1:]] == [
             "refused the invitation for lab was used"
         ] * 3
         assert len(roster.members()) == 1
-        assert [event.what for event in roster.events()][:2] == ["invited", "joined"]
+        assert [event.what for event in roster.journal.events()][:2] == ["invited", "joined"]
 
 
 def test_threads_and_processes_share_a_roster(tmp_path):
     with Roster(tmp_path / "members.sqlite") as one, Roster(one.path) as two:
-        one.note("test", "start", "")
+        one.journal.note("test", "start", "")
 
         def work(number):
             roster = (one, two)[number % 2]
@@ -98,7 +98,7 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path):
         torn += [cut] if cut else []
         with Roster(path) as roster:
             for number in said:
-                assert roster.reply(f"task-{number}").text == b"x" * 2000
+                assert roster.tasks.reply(f"task-{number}").text == b"x" * 2000
         report = verify_audit(log)
         assert report.problems == []
         assert report.lines >= acknowledged

@@ -18,14 +18,14 @@ from photon.errors import (
     ProtocolError,
     UnknownMemberError,
 )
-from photon.membership import roster as roster_module
+from photon.membership import journal
 from photon.membership.roster import Facts, OpenTask, Presence, Roster, SignedReply, roster_at
 
 NOW = 1_800_000_000.0
 
 
 def events_of(roster):
-    return [(event.actor, event.what) for event in roster.events()]
+    return [(event.actor, event.what) for event in roster.journal.events()]
 
 
 def test_an_invitation_makes_a_member(roster, keys, facts):
@@ -80,7 +80,7 @@ def refused(roster, *arguments, now=NOW):
     with pytest.raises(MembershipError) as caught:
         roster.redeem(*arguments, now=now)
     assert roster.members() == before
-    last = roster.events()[-1]
+    last = roster.journal.events()[-1]
     assert (last.what, last.detail) == ("invitation refused", caught.value.message)
     return caught.value
 
@@ -94,7 +94,7 @@ def test_a_replayed_invitation_is_refused(roster, keys, facts):
         assert error.message == "the invitation for lab was used at 2027-01-15 08:00 UTC"
     assert roster.member("lab").fingerprint == keys[0].fingerprint
     # Twice the same attempt is one event, counted.
-    assert roster.events()[-1].times == 2
+    assert roster.journal.events()[-1].times == 2
 
 
 def test_an_expired_token_is_refused(roster, keys, facts):
@@ -160,7 +160,7 @@ def test_names_are_those_of_folders(roster):
     for valid_s in (0, -1, float("nan"), float("inf")):
         with pytest.raises(MembershipError, match="can't be valid"):
             roster.invite("lab", valid_s)
-    assert roster.events() == []
+    assert roster.journal.events() == []
 
 
 # --- suspended, expelled, with a new key ----------------------------------------------------------
@@ -174,7 +174,7 @@ def test_suspended_and_reinstated(roster, join, keys):
         roster.active_member("lab")
     with pytest.raises(UnknownMemberError, match="lab is suspended by the aggregator's operator"):
         roster.active(keys[0].fingerprint)
-    assert roster.events()[-1].what == "refused"
+    assert roster.journal.events()[-1].what == "refused"
     roster.reinstate("lab")
     assert roster.active(keys[0].fingerprint).name == "lab"
     assert roster.active_member("lab") == roster.member("lab")
@@ -185,12 +185,12 @@ def test_suspended_and_reinstated(roster, join, keys):
 def test_expelled_for_good(roster, join, keys, facts):
     join("lab")
     roster.set_flower_node("lab", 7)
-    roster.open_task(task("t"))
+    roster.tasks.open(task("t"))
     rotation = roster.invite("lab", 60, rotate=True)
     roster.expel("lab")
     with pytest.raises(UnknownMemberError, match="lab was expelled"):
         roster.active(keys[0].fingerprint)
-    assert roster.open_tasks("lab") == []
+    assert roster.tasks.open_for("lab") == []
     assert roster.leaving_flower_nodes() == [7]
     for change in (roster.reinstate, roster.suspend):
         with pytest.raises(UnknownMemberError, match="was expelled") as caught:
@@ -283,7 +283,7 @@ def test_unknown_keys_are_logged_but_not_without_end(roster, keys):
     for number in range(200):
         with pytest.raises(UnknownMemberError, match="is no member's"):
             roster.by_fingerprint(f"sha256:{number:064x}")
-    events = roster.events(1000)
+    events = roster.journal.events(1000)
     assert len(events) == 61
     assert events[-1].what == "too many refusals"
     assert events[0].what == "unknown key"
@@ -325,49 +325,49 @@ def reply(task_id="r/fit/1/lab", text=b'{"a": 1}\xff'):
 
 
 def test_a_task_is_open_until_it_is_closed(roster):
-    roster.open_task(task())
-    assert roster.open_tasks("lab") == [task()]
-    assert roster.open_tasks("bank") == []
-    assert roster.task("r/fit/1/lab") == task()
-    assert roster.reply("r/fit/1/lab") is None
-    roster.close_task("r/fit/1/lab", reply())
-    assert roster.open_tasks("lab") == []
-    assert roster.task("r/fit/1/lab") is None
-    assert roster.reply("r/fit/1/lab") == reply()
-    assert roster.reply("nothing") is None
+    roster.tasks.open(task())
+    assert roster.tasks.open_for("lab") == [task()]
+    assert roster.tasks.open_for("bank") == []
+    assert roster.tasks.get("r/fit/1/lab") == task()
+    assert roster.tasks.reply("r/fit/1/lab") is None
+    roster.tasks.close("r/fit/1/lab", reply())
+    assert roster.tasks.open_for("lab") == []
+    assert roster.tasks.get("r/fit/1/lab") is None
+    assert roster.tasks.reply("r/fit/1/lab") == reply()
+    assert roster.tasks.reply("nothing") is None
 
 
 def test_a_reply_outlives_what_comes_after(roster):
-    roster.open_task(task())
-    roster.close_task("r/fit/1/lab", reply())
-    roster.close_task("r/fit/1/lab", None)
-    assert roster.reply("r/fit/1/lab") == reply()
-    roster.open_task(task(until=NOW + 99))
-    assert roster.reply("r/fit/1/lab") == reply()
-    assert roster.open_tasks("lab")[0].until == NOW + 99
-    roster.close_task("r/fit/1/lab", None)  # the round ended; a restart may want it still
-    assert roster.reply("r/fit/1/lab") == reply()
-    roster.open_task(task())
-    roster.close_task("r/fit/1/lab", reply(text=b"newer"))
-    assert roster.reply("r/fit/1/lab").text == b"newer"
+    roster.tasks.open(task())
+    roster.tasks.close("r/fit/1/lab", reply())
+    roster.tasks.close("r/fit/1/lab", None)
+    assert roster.tasks.reply("r/fit/1/lab") == reply()
+    roster.tasks.open(task(until=NOW + 99))
+    assert roster.tasks.reply("r/fit/1/lab") == reply()
+    assert roster.tasks.open_for("lab")[0].until == NOW + 99
+    roster.tasks.close("r/fit/1/lab", None)  # the round ended; a restart may want it still
+    assert roster.tasks.reply("r/fit/1/lab") == reply()
+    roster.tasks.open(task())
+    roster.tasks.close("r/fit/1/lab", reply(text=b"newer"))
+    assert roster.tasks.reply("r/fit/1/lab").text == b"newer"
 
 
 def test_replies_of_a_round(roster):
     for silo in ("bank", "lab", "court"):
-        roster.open_task(task(f"r/fit/1/{silo}", silo))
+        roster.tasks.open(task(f"r/fit/1/{silo}", silo))
     for silo in ("lab", "bank"):
-        roster.close_task(f"r/fit/1/{silo}", reply(f"r/fit/1/{silo}"))
-    roster.close_task("r/fit/1/court", None)
-    assert [one.task_id for one in roster.replies("r", 1)] == ["r/fit/1/bank", "r/fit/1/lab"]
-    assert roster.replies("r", 2) == roster.replies("other", 1) == []
+        roster.tasks.close(f"r/fit/1/{silo}", reply(f"r/fit/1/{silo}"))
+    roster.tasks.close("r/fit/1/court", None)
+    assert [one.task_id for one in roster.tasks.replies("r", 1)] == ["r/fit/1/bank", "r/fit/1/lab"]
+    assert roster.tasks.replies("r", 2) == roster.tasks.replies("other", 1) == []
 
 
 def test_who_was_asked_in_a_round(roster):
     for silo, kind in (("bank", "fit"), ("lab", "fit"), ("court", "evaluate")):
-        roster.open_task(task(f"r/{kind}/1/{silo}", silo, kind=kind))
-    roster.close_task("r/fit/1/lab", None)
-    assert roster.asked("r", 1) == {"bank", "lab"}
-    assert roster.asked("r", 2) == roster.asked("other", 1) == set()
+        roster.tasks.open(task(f"r/{kind}/1/{silo}", silo, kind=kind))
+    roster.tasks.close("r/fit/1/lab", None)
+    assert roster.tasks.asked("r", 1) == {"bank", "lab"}
+    assert roster.tasks.asked("r", 2) == roster.tasks.asked("other", 1) == set()
 
 
 def test_whose_key_it_was(roster, join, keys):
@@ -386,34 +386,37 @@ def test_whose_key_it_was(roster, join, keys):
 
 def test_old_tasks_are_forgotten(roster):
     for round_number in (1, 2, 3):
-        roster.open_task(task(f"r/{round_number}", round=round_number))
-    roster.open_task(task("other/1", run="other"))
-    roster.prune_tasks("r", 3)
-    assert [one.id for one in roster.open_tasks("lab")] == ["other/1", "r/3"]
+        roster.tasks.open(task(f"r/{round_number}", round=round_number))
+    roster.tasks.open(task("other/1", run="other"))
+    roster.tasks.prune("r", 3)
+    assert [one.id for one in roster.tasks.open_for("lab")] == ["other/1", "r/3"]
 
 
 def test_granted_bytes_add_up(roster):
-    roster.open_task(task())
-    assert [roster.granted("r/fit/1/lab", 10), roster.granted("r/fit/1/lab", 5)] == [10, 15]
-    assert roster.granted("r/fit/1/lab", 2**70) == 2**60
-    roster.open_task(task())
-    assert roster.granted("r/fit/1/lab", 1) == 1
-    roster.close_task("r/fit/1/lab", None)
+    roster.tasks.open(task())
+    assert [
+        roster.tasks.count_granted("r/fit/1/lab", 10),
+        roster.tasks.count_granted("r/fit/1/lab", 5),
+    ] == [10, 15]
+    assert roster.tasks.count_granted("r/fit/1/lab", 2**70) == 2**60
+    roster.tasks.open(task())
+    assert roster.tasks.count_granted("r/fit/1/lab", 1) == 1
+    roster.tasks.close("r/fit/1/lab", None)
     for task_id in ("r/fit/1/lab", "nothing", "x" * 5000):
         with pytest.raises(MembershipError, match=r"no task .* is open"):
-            roster.granted(task_id, 1)
+            roster.tasks.count_granted(task_id, 1)
 
 
 # --- events, settings, the file -------------------------------------------------------------------
 
 
 def test_events_are_bounded(roster, monkeypatch):
-    monkeypatch.setattr(roster_module, "_MOST_EVENTS", 10)
+    monkeypatch.setattr(journal, "_MOST_EVENTS", 10)
     for number in range(50):
-        roster.note("desk", "something", str(number))
-    assert [event.detail for event in roster.events(100)] == [str(n) for n in range(40, 50)]
-    roster.note("desk", "something", "x" * 100_000)
-    assert len(roster.events(1)[0].detail) == 2000
+        roster.journal.note("desk", "something", str(number))
+    assert [event.detail for event in roster.journal.events(100)] == [str(n) for n in range(40, 50)]
+    roster.journal.note("desk", "something", "x" * 100_000)
+    assert len(roster.journal.events(1)[0].detail) == 2000
 
 
 def test_settings(roster):
@@ -427,14 +430,14 @@ def test_what_was_said_outlives_the_process(tmp_path, keys, facts):
     path = tmp_path / "members.sqlite"
     with Roster(path) as roster:
         roster.redeem(roster.invite("lab", 60), "lab", keys[0].public_pem, facts)
-        roster.open_task(task())
+        roster.tasks.open(task())
         roster.seen("lab", Presence("training", "r", 1, 3, 9, "r/fit/1/lab", "", "b"), now=NOW)
         # As a crash leaves it: the files as they are, the write-ahead log not yet moved over.
         shutil.copytree(tmp_path, tmp_path / "crashed", ignore=shutil.ignore_patterns("crashed"))
     with Roster(tmp_path / "crashed" / "members.sqlite") as roster:
         assert (tmp_path / "crashed" / "members.sqlite-wal").exists()
         assert roster.member("lab").fingerprint == keys[0].fingerprint
-        assert roster.open_tasks("lab") == [task()]
+        assert roster.tasks.open_for("lab") == [task()]
         presence, seen_at = roster.presences()["lab"]
         assert (presence.state, presence.step, presence.of, seen_at) == ("training", 3, 9, NOW)
 
@@ -467,7 +470,7 @@ def test_no_room_changes_nothing(roster, join):
 
     def fill():
         for number in range(10_000):
-            roster.note("desk", str(number), "x" * 2000)
+            roster.journal.note("desk", str(number), "x" * 2000)
 
     with pytest.raises(DiskFullError, match="no room to write"):
         fill()
@@ -490,9 +493,9 @@ def test_nothing_from_outside_breaks_it(
         lambda: roster.redeem(token, name, keys[4].public_pem, facts),
         lambda: roster.by_fingerprint(token),
         lambda: roster.active(token),
-        lambda: roster.granted(task_id, bytes_),
+        lambda: roster.tasks.count_granted(task_id, bytes_),
         lambda: roster.seen(name, Presence(presence, detail=presence, boot=presence)),
-        lambda: roster.task(task_id),
+        lambda: roster.tasks.get(task_id),
     ):
         with contextlib.suppress(PhotonError):
             assert call() is None

@@ -203,7 +203,7 @@ class Aggregator:
             readable=(f"{RUN}/global/", own),
             writable=(own,),
         )
-        self.roster.open_task(task)
+        self.roster.tasks.open(task)
         return task
 
     def close(self) -> None:
@@ -322,7 +322,7 @@ def test_certificates_that_prove_nothing(
 ) -> None:
     port = aggregator.desk.port
     stranger = Authority.made(tmp_path, "photon")  # of the same name
-    asked_before = len(aggregator.roster.events(1000))
+    asked_before = len(aggregator.roster.journal.events(1000))
     for context, words in (
         (stranger.server(), "not of the authority that the invitation names"),
         (authority.server(from_days=-3, to_days=-2), "expired"),
@@ -336,7 +336,7 @@ def test_certificates_that_prove_nothing(
         error = refused_certificate(address, None, tmp_path)
         assert "not of the authority" in error.message
     # Nothing was said to any of them.
-    assert len(aggregator.roster.events(1000)) == asked_before
+    assert len(aggregator.roster.journal.events(1000)) == asked_before
 
 
 def test_a_certificate_authority_that_is_none(tmp_path: Path) -> None:

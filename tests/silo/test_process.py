@@ -84,7 +84,7 @@ class World:
     def open(self, ask: Ask) -> None:
         """Let the silo read the state and write its update, as an aggregator's engine does."""
         own = f"{ask.run.id}/silos/{ask.silo}/"
-        self.roster.open_task(
+        self.roster.tasks.open(
             OpenTask(
                 id=ask.task_id,
                 run=ask.run.id,

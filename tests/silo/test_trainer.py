@@ -517,7 +517,7 @@ def test_what_arrived_before_an_outage_is_not_fetched_again(
     store = unsteady(bench, monkeypatch, streams=1)
     ask = aggregator.fit()
     whole = ask.state.whole.ref()
-    manifest = json.loads(store.get(whole.key, max_bytes=whole.bytes))
+    manifest = json.loads(bytes(store.get(whole.key, max_bytes=whole.bytes)))
     last = manifest["chunks"][-1]["sha256"]
     store.breaks_at, store.got = next(key for key in chunks if key.endswith(last)), []
     reply = bench.answer(ask)

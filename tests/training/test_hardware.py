@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 
+from photon.main_memory import main_memory
 from photon.training import hardware
 from photon.training.hardware import (
     STATED_PEAKS,
@@ -115,12 +116,12 @@ def fake_root(tmp_path, cgroup, files):
 
 def test_memory_without_a_limit(tmp_path):
     root = fake_root(tmp_path, "0::/\n", {"memory.max": "max\n", "memory.current": "5\n"})
-    assert hardware._ram(root) == (1000 * 1024, 800 * 1024)
+    assert main_memory(root) == (1000 * 1024, 800 * 1024)
 
 
 def test_a_containers_limit_counts(tmp_path):
     root = fake_root(tmp_path, "0::/\n", {"memory.max": "500000\n", "memory.current": "200000\n"})
-    assert hardware._ram(root) == (500_000, 300_000)
+    assert main_memory(root) == (500_000, 300_000)
 
 
 def test_the_tightest_ancestor_counts(tmp_path):
@@ -134,7 +135,7 @@ def test_the_tightest_ancestor_counts(tmp_path):
             "job/step/memory.current": "1\n",
         },
     )
-    assert hardware._ram(root) == (400_000, 10_000)
+    assert main_memory(root) == (400_000, 10_000)
 
 
 def test_the_older_cgroups_count_too(tmp_path):
@@ -148,7 +149,7 @@ def test_the_older_cgroups_count_too(tmp_path):
             "memory/job/memory.usage_in_bytes": "100000\n",
         },
     )
-    assert hardware._ram(root) == (300_000, 200_000)
+    assert main_memory(root) == (300_000, 200_000)
 
 
 def test_cxx_names_the_compiler(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The roster: who is a member, who was invited, who is here, which tasks are open.
+"""The roster: who is a member, who was invited, who is here; with the tasks and the journal.
 
 One SQLite file that several processes use at once (the desk, the federation's loop, the command
 line). Every change is one transaction and is on disk when the method returns; every question is
@@ -14,12 +14,12 @@ import os
 import secrets
 import sqlite3
 import time
-from collections import deque
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from photon.errors import InvitationError, KeyInUseError, MembershipError, UnknownMemberError
+from photon.membership.journal import Journal
 from photon.membership.keys import canonical_pem, fingerprint_of
 from photon.membership.records import (
     MEMBER_NAME,
@@ -35,6 +35,7 @@ from photon.membership.records import (
     require_sensible,
 )
 from photon.membership.roster_file import RosterFile
+from photon.membership.tasks import Tasks
 
 __all__ = [
     "ALONE_S",
@@ -58,11 +59,6 @@ ROSTER_FILE = "members.sqlite"
 #: Two processes with one key are two nodes if both speak within so many seconds.
 ALONE_S = 60.0
 
-#: Events kept; and refusals written down per minute, so that a stranger can't keep the disk busy.
-_MOST_EVENTS = 20_000
-_MOST_REFUSALS_PER_MINUTE = 60
-_MOST_EVENT_CHARACTERS = 2000
-
 #: Invitations are forgotten so many seconds after they expired.
 _REMEMBER_INVITATIONS_S = 90 * 86_400
 
@@ -76,12 +72,17 @@ class Roster:
     Raises:
         MembershipError: there is no making or reading it.
         DiskFullError: also raised by every method that writes.
+
+    Attributes:
+        tasks: what silos are asked, and what they answered.
+        journal: what happened to members, keys and invitations.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._file = RosterFile(self.path)
-        self._refusals: deque[float] = deque()
+        self.tasks = Tasks(self._file)
+        self.journal = Journal(self._file)
 
     def close(self) -> None:
         """Let go of the file; the roster can't be used after."""
@@ -143,7 +144,7 @@ class Roster:
                 (_digest(token), name, int(rotate), now, now + valid_s),
             )
             what = "invited with a new key" if rotate else "invited"
-            self._note(db, "operator", what, f"{name}, until {_utc(now + valid_s)}", now)
+            self.journal.add(db, "operator", what, f"{name}, until {_utc(now + valid_s)}", now)
         return token
 
     def redeem(
@@ -196,10 +197,10 @@ class Roster:
                     ),
                 )
                 what = "joined" if old is None else "joined with a new key"
-                self._note(db, name, what, f"{fingerprint}, {facts.train_tokens} tokens", now)
+                self.journal.add(db, name, what, f"{fingerprint}, {facts.train_tokens} tokens", now)
                 joined = self._member(db, name)
             else:
-                self._note_refusal(db, shown, "invitation refused", refusal.message, now)
+                self.journal.add_refusal(db, shown, "invitation refused", refusal.message, now)
         if refusal is not None:
             raise refusal
         assert joined is not None
@@ -252,7 +253,7 @@ class Roster:
             message = f"key {shown} is no member's"
             hint = "Join with an invitation: `photon join --invite FILE`."
         with self._file.changing() as db:
-            self._note_refusal(db, "stranger", "unknown key", message, time.time())
+            self.journal.add_refusal(db, "stranger", "unknown key", message, time.time())
         raise UnknownMemberError(message, hint=hint)
 
     def signer(self, fingerprint: str) -> Signer:
@@ -283,7 +284,7 @@ class Roster:
         if found.status != "active":
             message = f"{found.name} {_STANDING[found.status]}"
             with self._file.changing() as db:
-                self._note_refusal(db, found.name, "refused", message, time.time())
+                self.journal.add_refusal(db, found.name, "refused", message, time.time())
             raise UnknownMemberError(message, hint="Ask the aggregator's operator.")
         return found
 
@@ -331,7 +332,7 @@ class Roster:
                 db, name, "withdrawn", now
             )
             if invited:
-                self._note(db, "operator", "invitation withdrawn", name, now)
+                self.journal.add(db, "operator", "invitation withdrawn", name, now)
         if not invited:
             self._set_status(name, "expelled")
 
@@ -358,7 +359,7 @@ class Roster:
                 " joined_at = ? WHERE name = ?",
                 (pem, fingerprint, now, name),
             )
-            self._note(db, "operator", "rotated", f"{name}: {fingerprint}", now)
+            self.journal.add(db, "operator", "rotated", f"{name}: {fingerprint}", now)
         return self.member(name)
 
     def set_flower_node(self, name: str, node_id: int, *, fingerprint: str | None = None) -> None:
@@ -425,7 +426,7 @@ class Roster:
                     (name, now, json.dumps(vars(presence))),
                 )
             else:
-                self._note_refusal(
+                self.journal.add_refusal(
                     db,
                     name,
                     "two nodes with one key",
@@ -447,138 +448,7 @@ class Roster:
             row["name"]: (Presence(**json.loads(row["presence"])), row["seen_at"]) for row in rows
         }
 
-    # --- tasks ------------------------------------------------------------------------------------
-
-    def open_task(self, task: OpenTask) -> None:
-        """Let a silo read and write what a task needs.
-
-        Opened again, a task counts its granted bytes from zero, and keeps a reply that it has.
-        """
-        with self._file.changing() as db:
-            db.execute(
-                "INSERT INTO tasks (id, run, round, silo, kind, opened_at, until, most_bytes,"
-                " readable, writable) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET opened_at = excluded.opened_at,"
-                " until = excluded.until, most_bytes = excluded.most_bytes,"
-                " readable = excluded.readable, writable = excluded.writable,"
-                " closed_at = NULL, granted_bytes = 0",
-                (
-                    task.id,
-                    task.run,
-                    task.round,
-                    task.silo,
-                    task.kind,
-                    task.opened_at,
-                    task.until,
-                    task.most_bytes,
-                    json.dumps(task.readable),
-                    json.dumps(task.writable),
-                ),
-            )
-
-    def close_task(self, task_id: str, reply: SignedReply | None) -> None:
-        """Nothing is granted for the task any more; `reply` is kept, if there is one.
-
-        Without one, a reply that the task had before stays: a task that is asked again after a
-        restart was answered.
-        """
-        now = time.time()
-        with self._file.changing() as db:
-            if reply is None:
-                db.execute(
-                    "UPDATE tasks SET closed_at = ? WHERE id = ? AND closed_at IS NULL",
-                    (now, task_id),
-                )
-            else:
-                db.execute(
-                    "UPDATE tasks SET closed_at = ?, reply = ?, signature = ?, fingerprint = ?"
-                    " WHERE id = ?",
-                    (now, reply.text, reply.signature, reply.fingerprint, task_id),
-                )
-
-    def open_tasks(self, silo: str) -> list[OpenTask]:
-        """What a silo is asked just now; also what is past its `until`, until it is closed."""
-        return [
-            _task(row)
-            for row in self._file.rows(
-                "SELECT * FROM tasks WHERE silo = ? AND closed_at IS NULL ORDER BY opened_at, id",
-                silo,
-            )
-        ]
-
-    def task(self, task_id: str) -> OpenTask | None:
-        """An open task; None if there is none, or it is closed."""
-        rows = self._file.rows("SELECT * FROM tasks WHERE id = ? AND closed_at IS NULL", task_id)
-        return _task(rows[0]) if rows else None
-
-    def reply(self, task_id: str) -> SignedReply | None:
-        """The answer that a task was closed with."""
-        rows = self._file.rows("SELECT * FROM tasks WHERE id = ? AND reply IS NOT NULL", task_id)
-        return _reply(rows[0]) if rows else None
-
-    def replies(self, run: str, round: int) -> list[SignedReply]:
-        """All answers of a round, by silo."""
-        return [
-            _reply(row)
-            for row in self._file.rows(
-                "SELECT * FROM tasks WHERE run = ? AND round = ? AND reply IS NOT NULL"
-                " ORDER BY silo, id",
-                run,
-                round,
-            )
-        ]
-
-    def asked(self, run: str, round: int) -> set[str]:
-        """Silos that were given a task of training in a round."""
-        rows = self._file.rows(
-            "SELECT DISTINCT silo FROM tasks WHERE run = ? AND round = ? AND kind = 'fit'",
-            run,
-            round,
-        )
-        return {row["silo"] for row in rows}
-
-    def prune_tasks(self, run: str, before_round: int) -> None:
-        """Forget a run's tasks of earlier rounds, and their replies."""
-        with self._file.changing() as db:
-            db.execute("DELETE FROM tasks WHERE run = ? AND round < ?", (run, before_round))
-
-    def granted(self, task_id: str, bytes: int) -> int:
-        """Count bytes that a silo was given leave to write; the sum for that task so far.
-
-        Raises:
-            MembershipError: there is no such open task.
-        """
-        with self._file.changing() as db:
-            # Capped, as SQLite's whole numbers are: beyond any task's most_bytes either way.
-            db.execute(
-                "UPDATE tasks SET granted_bytes = min(granted_bytes + ?, 1 << 60)"
-                " WHERE id = ? AND closed_at IS NULL",
-                (max(0, min(bytes, 1 << 60)), task_id),
-            )
-            row = db.execute(
-                "SELECT granted_bytes FROM tasks WHERE id = ? AND closed_at IS NULL", (task_id,)
-            ).fetchone()
-        if row is None:
-            raise MembershipError(
-                f"no task {task_id[:300]!r} is open",
-                hint="The round went on without it, or it was answered already.",
-            )
-        return row["granted_bytes"]
-
-    # --- events and settings ----------------------------------------------------------------------
-
-    def note(self, actor: str, what: str, detail: str) -> None:
-        """Write an event down. The same one again and again takes one line, and a count."""
-        with self._file.changing() as db:
-            self._note(db, actor, what, detail, time.time())
-
-    def events(self, limit: int = 100) -> list[Event]:
-        """The newest, oldest of them first."""
-        rows = self._file.rows("SELECT * FROM events ORDER BY n DESC LIMIT ?", limit)
-        return [
-            Event(row["at"], row["actor"], row["what"], row["detail"], row["times"])
-            for row in reversed(rows)
-        ]
+    # --- settings ---------------------------------------------------------------------------------
 
     def setting(self, key: str, default: Any = None) -> Any:
         """What all processes of this aggregator share, for instance "draining"."""
@@ -693,12 +563,9 @@ class Roster:
                 db.execute("UPDATE members SET flower_node_id = NULL WHERE name = ?", (name,))
                 self._void_invitations(db, name, "withdrawn", now)
                 self._retire(db, found, "the member was expelled", now)
-                db.execute(
-                    "UPDATE tasks SET closed_at = ? WHERE silo = ? AND closed_at IS NULL",
-                    (now, name),
-                )
+                self.tasks.end_all(db, name, now)
             what = "reinstated" if status == "active" else status
-            self._note(db, "operator", what, name, now)
+            self.journal.add(db, "operator", what, name, now)
 
     def _older_boot(self, db: sqlite3.Connection, name: str, boot: str, now: float) -> str | None:
         """A boot that was here before this one, and spoke since this one is here."""
@@ -716,35 +583,6 @@ class Roster:
             (name, boot),
         ).fetchone()
         return row["boot"] if row is not None else None
-
-    def _note(self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float) -> None:
-        actor, what, detail = (part[:_MOST_EVENT_CHARACTERS] for part in (actor, what, detail))
-        last = db.execute("SELECT * FROM events ORDER BY n DESC LIMIT 1").fetchone()
-        if last is not None and (last["actor"], last["what"], last["detail"]) == (
-            actor,
-            what,
-            detail,
-        ):
-            db.execute("UPDATE events SET at = ?, times = times + 1 WHERE n = ?", (now, last["n"]))
-            return
-        new = db.execute(
-            "INSERT INTO events (at, actor, what, detail) VALUES (?, ?, ?, ?)",
-            (now, actor, what, detail),
-        )
-        db.execute("DELETE FROM events WHERE n <= ?", ((new.lastrowid or 0) - _MOST_EVENTS,))
-
-    def _note_refusal(
-        self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float
-    ) -> None:
-        while self._refusals and self._refusals[0] < now - 60:
-            self._refusals.popleft()
-        if len(self._refusals) < _MOST_REFUSALS_PER_MINUTE:
-            self._refusals.append(now)
-            self._note(db, actor, what, detail, now)
-            if len(self._refusals) == _MOST_REFUSALS_PER_MINUTE:
-                self._note(
-                    db, "desk", "too many refusals", "the rest of this minute's are not noted", now
-                )
 
 
 def roster_at(home: str | os.PathLike[str]) -> Roster:
@@ -784,25 +622,6 @@ def _member(row: sqlite3.Row) -> Member:
         joined_at=row["joined_at"],
         flower_node_id=int(node) if node is not None else None,
     )
-
-
-def _task(row: sqlite3.Row) -> OpenTask:
-    return OpenTask(
-        id=row["id"],
-        run=row["run"],
-        round=row["round"],
-        silo=row["silo"],
-        kind=row["kind"],
-        opened_at=row["opened_at"],
-        until=row["until"],
-        most_bytes=row["most_bytes"],
-        readable=tuple(json.loads(row["readable"])),
-        writable=tuple(json.loads(row["writable"])),
-    )
-
-
-def _reply(row: sqlite3.Row) -> SignedReply:
-    return SignedReply(row["id"], row["reply"], row["signature"], row["fingerprint"])
 
 
 def _now(now: float | None) -> float:

@@ -48,9 +48,7 @@ class _Announced:
     def send(self, objects: Iterable[tuple[str, Buffer]]) -> object:
         return self._carrier.send(objects)
 
-    def fetch(
-        self, wanted: Iterable[Wanted], *, spool: Path | None = None
-    ) -> Iterator[bytes | bytearray]:
+    def fetch(self, wanted: Iterable[Wanted], *, spool: Path | None = None) -> Iterator[Buffer]:
         wanted = list(wanted)
         self._expect(one.key for one in wanted)
         return self._carrier.fetch(wanted, spool=spool)

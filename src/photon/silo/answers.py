@@ -24,7 +24,7 @@ from typing import Any
 from photon.errors import CheckpointCorruptError, PhotonError
 from photon.federation.envelopes import Ask
 from photon.membership.roster import SignedReply
-from photon.store.contract import FolderStore
+from photon.store.contract import Buffer, FolderStore
 from photon.store.disk import write_json
 
 _ANSWER = "answer.json"
@@ -139,7 +139,7 @@ class Answers:
         self._beside(ask, _FAILED).unlink(missing_ok=True)
         self._beside(ask, _BEGUN).unlink(missing_ok=True)
 
-    def chunks(self, ask: Ask) -> Iterator[tuple[str, bytes | bytearray]]:
+    def chunks(self, ask: Ask) -> Iterator[tuple[str, Buffer]]:
         """Key and bytes of each chunk of a finished task's update.
 
         Raises:
@@ -147,7 +147,7 @@ class Answers:
         """
         return self._objects(ask, chunks=True)
 
-    def manifest(self, ask: Ask) -> Iterator[tuple[str, bytes | bytearray]]:
+    def manifest(self, ask: Ask) -> Iterator[tuple[str, Buffer]]:
         """As `chunks`, of the manifest, which belongs into the store once they are there."""
         return self._objects(ask, chunks=False)
 
@@ -217,7 +217,7 @@ class Answers:
         write_json(self._beside(ask, _FAILED), vars(failure), _WHAT)
         return failure
 
-    def _objects(self, ask: Ask, *, chunks: bool) -> Iterator[tuple[str, bytes | bytearray]]:
+    def _objects(self, ask: Ask, *, chunks: bool) -> Iterator[tuple[str, Buffer]]:
         store = FolderStore(self._place(ask) / "parcel")
         for key, size in list(store.keys()):
             folder, _, name = key.rpartition("/")

@@ -73,6 +73,7 @@ from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
 from photon.silo.socket import answer_of, refusal_of
 from photon.silo.text import own_part
+from photon.store.contract import Buffer
 from photon.store.disk import file_sha256, write_json
 from photon.store.transfer import Transfer, Wanted
 from photon.telemetry import Event
@@ -195,14 +196,12 @@ class _Line:
         assert self.carrier is not None
         return self.carrier.send(objects)
 
-    def fetch(
-        self, wanted: Iterable[Wanted], *, spool: Path | None = None
-    ) -> Iterator[bytes | bytearray]:
+    def fetch(self, wanted: Iterable[Wanted], *, spool: Path | None = None) -> Iterator[Buffer]:
         assert self.carrier is not None
         # Not a loop with a name for the object, which would keep it in memory.
         return map(self._counted, self.carrier.fetch(wanted, spool=spool or self.spool))
 
-    def _counted(self, data: bytes | bytearray) -> bytes | bytearray:
+    def _counted(self, data: Buffer) -> Buffer:
         self.received_bytes += len(data)
         return data
 

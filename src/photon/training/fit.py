@@ -50,6 +50,7 @@ def plan_fit(
     share_of: int = 1,
     memo: Path | None = None,
     ranks: Ranks | None = None,
+    scores_only: bool = False,
 ) -> Fit:
     """Choose from estimates of memory; nothing is allocated.
 
@@ -61,6 +62,7 @@ def plan_fit(
         share_of: nodes that share this machine's main memory.
         memo: file of micro-batches found before; see MicroBatch.
         ranks: that must come to the same choice, and so go by the least memory among them.
+        scores_only: whether training fits does not matter.
 
     Raises:
         IncompatibleConfigError: the batch or the strategy does not suit the ranks.
@@ -94,7 +96,7 @@ def plan_fit(
     asked = config.compute.micro_batch_size
     most = min(asked, share) if asked is not None else share
     settings = _spread(settings, strategy, seat)
-    guess = _guess(model, settings, free, most)
+    guess = None if scores_only else _guess(model, settings, free, most)
     if guess == 0 and config.compute.strategy == "auto" and strategy.name == "ddp":
         strategy = cut_strategy(seat, "a copy leaves no room for activations")
         settings = _spread(settings, strategy, seat)

@@ -12,7 +12,7 @@ from photon.membership.roster import OpenTask, Roster, SignedReply
 roster, log = Roster(sys.argv[1]), AuditLog(sys.argv[2])
 for number in itertools.count():
     task = OpenTask(f"task-{number}", "r", number, "lab", "fit", 0.0, 1e12, 1, (), ())
-    roster.open_task(task)
-    roster.close_task(task.id, SignedReply(task.id, b"x" * 2000, "c2ln", "sha256:0"))
+    roster.tasks.open(task)
+    roster.tasks.close(task.id, SignedReply(task.id, b"x" * 2000, "c2ln", "sha256:0"))
     log.append("number", {"number": number, "filling": "x" * 2000})
     print(number, flush=True)

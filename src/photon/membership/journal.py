@@ -1,0 +1,71 @@
+"""The journal: what happened at the aggregator's door, for its operator to read.
+
+A table of the roster's file. Entries about a change are made in the change's own transaction, so
+that neither is there without the other.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections import deque
+
+from photon.membership.records import Event
+from photon.membership.roster_file import RosterFile
+
+#: Events kept; and refusals written down per minute, so that a stranger can't keep the disk busy.
+_MOST_EVENTS = 20_000
+_MOST_REFUSALS_PER_MINUTE = 60
+_MOST_EVENT_CHARACTERS = 2000
+
+
+class Journal:
+    """The events in a roster's file. Safe to share between threads."""
+
+    def __init__(self, file: RosterFile) -> None:
+        self._file = file
+        self._refusals: deque[float] = deque()
+
+    def note(self, actor: str, what: str, detail: str) -> None:
+        """Write an event down. The same one again and again takes one line, and a count."""
+        with self._file.changing() as db:
+            self.add(db, actor, what, detail, time.time())
+
+    def events(self, limit: int = 100) -> list[Event]:
+        """The newest, oldest of them first."""
+        rows = self._file.rows("SELECT * FROM events ORDER BY n DESC LIMIT ?", limit)
+        return [
+            Event(row["at"], row["actor"], row["what"], row["detail"], row["times"])
+            for row in reversed(rows)
+        ]
+
+    def add(self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float) -> None:
+        """`note`, within the transaction that it is about."""
+        actor, what, detail = (part[:_MOST_EVENT_CHARACTERS] for part in (actor, what, detail))
+        last = db.execute("SELECT * FROM events ORDER BY n DESC LIMIT 1").fetchone()
+        if last is not None and (last["actor"], last["what"], last["detail"]) == (
+            actor,
+            what,
+            detail,
+        ):
+            db.execute("UPDATE events SET at = ?, times = times + 1 WHERE n = ?", (now, last["n"]))
+            return
+        new = db.execute(
+            "INSERT INTO events (at, actor, what, detail) VALUES (?, ?, ?, ?)",
+            (now, actor, what, detail),
+        )
+        db.execute("DELETE FROM events WHERE n <= ?", ((new.lastrowid or 0) - _MOST_EVENTS,))
+
+    def add_refusal(
+        self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float
+    ) -> None:
+        """`add` what was refused, unless this minute has seen too much of that."""
+        while self._refusals and self._refusals[0] < now - 60:
+            self._refusals.popleft()
+        if len(self._refusals) < _MOST_REFUSALS_PER_MINUTE:
+            self._refusals.append(now)
+            self.add(db, actor, what, detail, now)
+            if len(self._refusals) == _MOST_REFUSALS_PER_MINUTE:
+                self.add(
+                    db, "desk", "too many refusals", "the rest of this minute's are not noted", now
+                )
