@@ -8,9 +8,12 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from photon.cli import demo
 from photon.cli.demo import WHEEL, WHEEL_FILE, recipe
 from photon.cli.main import app
 from photon.config import load_run_config
+from photon.training import device
+from photon.training.device import cores
 
 SMALL = [
     "federation.rounds=2",
@@ -38,6 +41,19 @@ def test_the_recipe_is_shipped_and_parses():
     assert config.outer.name == "fedavg"
 
 
+@pytest.mark.parametrize(
+    ("machine_cores", "told", "workers"),
+    [(1, None, 0), (3, None, 3), (8, None, 4), (8, 0, 0), (8, 2, 2)],
+)
+def test_silos_train_side_by_side_where_there_are_cores(machine_cores, told, workers, monkeypatch):
+    monkeypatch.setattr(device, "cores", lambda: machine_cores)
+    overrides = [] if told is None else [f"federation.workers={told}"]
+    config = load_run_config(recipe(), ["compute.device=cpu", *overrides])
+    at_once = demo._at_once(config, 4)
+    assert at_once == min(4, machine_cores)
+    assert demo._with_workers(config, at_once).federation.workers == workers
+
+
 @pytest.mark.slow
 def test_the_demo_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(wheel, tmp_path):
     out = tmp_path / "demo"
@@ -63,6 +79,8 @@ def test_the_demo_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(wh
         if (folder / "summary.json").exists()
     }
     assert tokens["federated"] == tokens["centralised"] == 4 * tokens["alone-other"]
+    started = json.loads((out / "federated/events.jsonl").read_text().partition("\n")[0])
+    assert started["workers"] == (min(4, cores()) if cores() > 1 else 0)
     page = (out / "federated/report.html").read_text()
     assert "centralised" in page
 

@@ -108,11 +108,13 @@ class Place:
             readable=(f"{RUN}/global/", own, f"{RUN}/one-key.json"),
             writable=(own,),
         )
-        self.roster.open_task(task)
+        self.roster.tasks.open(task)
         return task
 
     def noted(self) -> list[str]:
-        return [f"{one.actor}: {one.what}: {one.detail}" for one in self.roster.events(1000)]
+        return [
+            f"{one.actor}: {one.what}: {one.detail}" for one in self.roster.journal.events(1000)
+        ]
 
     # --- requests, as anybody could make them ---
 
@@ -731,7 +733,7 @@ def test_another_s_task(place: Place) -> None:
 
 def test_a_closed_task_and_one_whose_time_is_up(place: Place) -> None:
     key, task = place.member("blue"), place.task("blue")
-    place.roster.close_task(task.id, None)
+    place.roster.tasks.close(task.id, None)
     refused(place.wants(key, task.id, put(own("blue", "a"))), 403, 76)
     late = place.task("blue", until_s=-1)
     words = refused(place.wants(key, late.id, put(own("blue", "a"))), 403, 76)
@@ -773,7 +775,7 @@ def test_no_more_than_the_task_may_write(place: Place) -> None:
     (shown,) = place.desks[0].status()["open_tasks"]
     assert (shown["granted_bytes"], shown["most_bytes"]) == (1000, 1000)
     # The roster's own sum was told once of each.
-    assert place.roster.granted(task.id, 0) == 1000
+    assert place.roster.tasks.count_granted(task.id, 0) == 1000
 
 
 def test_sizes_are_counted_when_asked_in_parallel(place: Place) -> None:
@@ -790,7 +792,7 @@ def test_sizes_are_counted_when_asked_in_parallel(place: Place) -> None:
     for thread in threads:
         thread.join()
     assert sum(granted) == 10
-    assert place.roster.granted(task.id, 0) == 1000
+    assert place.roster.tasks.count_granted(task.id, 0) == 1000
 
 
 def test_a_task_that_is_opened_again_is_counted_anew(place: Place) -> None:
@@ -799,7 +801,7 @@ def test_a_task_that_is_opened_again_is_counted_anew(place: Place) -> None:
     full = put(own("blue", "a"), 100)
     assert "url" in place.wants(key, task.id, full).json()["grants"][0]
     assert refusals(place.wants(key, task.id, put(own("blue", "b"), 100)))
-    place.roster.open_task(replace(task, opened_at=task.opened_at + 1))
+    place.roster.tasks.open(replace(task, opened_at=task.opened_at + 1))
     assert "url" in place.wants(key, task.id, put(own("blue", "b"), 100)).json()["grants"][0]
 
 
@@ -1022,7 +1024,7 @@ def test_drain_and_stop(place: Place) -> None:
     assert place.roster.setting("stopping") is True
     kinds = [kind for kind, _ in place.told if kind != "refused"]
     assert kinds == ["drain", "drain", "stop"]
-    assert [one.what for one in place.roster.events(9) if one.actor == "operator"] == [
+    assert [one.what for one in place.roster.journal.events(9) if one.actor == "operator"] == [
         *("drain", "drain taken back"),
         "stop",
     ]

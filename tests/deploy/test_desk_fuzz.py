@@ -66,7 +66,7 @@ class Target:
             readable=(f"{RUN}/global/",),
             writable=(MINE,),
         )
-        self.roster.open_task(task)
+        self.roster.tasks.open(task)
         presigner = S3Presigner("https://s", "box", region="r", access_key_id="a", secret="b")
         self.desk = Desk(self.roster, presigner, register=lambda _: 1, limits=WITHOUT_LIMITS)
         self.desk.start()
@@ -291,7 +291,7 @@ def test_it_is_there_still(target: Target) -> None:
     assert target.client.get("/photon/v1/health").status_code == 200
     assert target.send("presence", encoded({"state": "idle"})).status_code == 200
     assert target.desk.alive
-    assert not any("log says why" in one.detail for one in target.roster.events(20_000))
+    assert not any("log says why" in one.detail for one in target.roster.journal.events(20_000))
     assert [member.name for member in target.roster.members()] == ["blue"]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from photon.deploy import embedded_store
 from photon.deploy.embedded_store import BUCKET, EmbeddedStore, StoreOptions, weed_words
 from photon.deploy.ports import holder
 from photon.errors import DeployError, DiskFullError, LinkError, PhotonError, PortInUseError
@@ -191,6 +192,13 @@ def test_a_damaged_folder_is_told_in_words(short_folder) -> None:
     (folder / "file").write_text("")
     with pytest.raises(DeployError, match="can't make the store's folder"):
         EmbeddedStore(folder / "file" / "store")
+
+
+@pytest.mark.parametrize(("machine_gib", "mib"), [(1, 512), (8, 1024), (24, 2048), (500, 2048)])
+def test_its_memory_goes_by_the_machines(machine_gib, mib, monkeypatch) -> None:
+    monkeypatch.setattr(embedded_store, "main_memory", lambda: (machine_gib * 2**30, 0))
+    assert StoreOptions().memory_mib == mib
+    assert StoreOptions(memory_mib=700).memory_mib == 700
 
 
 def test_words() -> None:

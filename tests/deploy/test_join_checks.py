@@ -89,7 +89,7 @@ class Aggregator:
             self.roster.members(),
             self.roster.invitations(),
             self.roster.presences(),
-            self.roster.events(1000),
+            self.roster.journal.events(1000),
         )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+import silos_in_process
 import torch
 
 from photon.data import open_data
@@ -41,19 +40,6 @@ from photon.store.transfer import Transfer
 from photon.telemetry.events import LocalProgress, Notice
 
 RUN_ID = "0" * 31 + "7"
-
-
-def _silos_in_process() -> Any:
-    file = Path(__file__).parent / "programs" / "silos.py"
-    spec = importlib.util.spec_from_file_location("silos_of_engines", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-silos_in_process = _silos_in_process()
 
 
 class Federated:
@@ -251,7 +237,7 @@ def test_the_same_bits_as_in_one_process(link, three_silos, make_config, tmp_pat
     if link == ('link.broadcast_codec="int8"',):
         assert 0 < second < first / 3  # the outer update only
     assert not list((tmp_path / "arrivals").iterdir())
-    assert bench.roster.open_tasks("red") == []
+    assert bench.roster.tasks.open_for("red") == []
     bench.roster.close()
     federated.local.close()
 
@@ -267,7 +253,7 @@ def test_every_set_is_scored(bench):
     for score in scores:
         assert score.loss == expected[score.silo].loss
         assert score.tokens == expected[score.silo].tokens
-    assert bench.roster.open_tasks("red") == []
+    assert bench.roster.tasks.open_for("red") == []
 
 
 def test_a_silo_that_scores_nothing_is_named_and_the_rest_counts(bench):
@@ -408,7 +394,7 @@ def test_the_time_of_a_round_ends(make_bench):
     assert "red has not answered in the 2 s of round 1" in words
     assert bench.wire.fired == ["red"]
     # What it writes now is nobody's.
-    assert bench.roster.open_tasks("red") == []
+    assert bench.roster.tasks.open_for("red") == []
 
 
 def test_nobody_is_waited_for_in_a_hot_loop(make_bench):
@@ -424,6 +410,24 @@ def test_nobody_is_waited_for_in_a_hot_loop(make_bench):
     bench.wire.pull = counted
     only_fails(bench.answers(), "blue", UnreachableError, bench.federated.expected)
     assert 3 < len(looks) < 25
+
+
+@pytest.mark.parametrize(
+    ("waited_s", "due_s", "pause_s"),
+    [(0, 30, 0.2), (10, 30, 0.2), (50, 30, 1.0), (3600, 30, 2.0), (3600, 0.7, 0.7)],
+)
+def test_who_works_for_long_is_asked_after_less_often(waited_s, due_s, pause_s, bench):
+    """By the last one asked, among those who have not answered, and by who is to be asked again."""
+    now_s = time.time()
+    first, last, over, absent = (Errand(None) for _ in range(4))
+    over.asked_s = absent.asked_s = now_s
+    over.fail(UnreachableError("gone"))
+    absent.next_s = now_s + due_s
+    last.asked_s, first.asked_s = now_s - waited_s, now_s - waited_s - 1000
+    for each in (first, last, over):
+        each.ids.add("on its way")
+    found = bench.engine._messenger.pause_s([first, last, over, absent])
+    assert found == pytest.approx(pause_s, abs=0.02)
 
 
 # --- answers that are none -------------------------------------------------------------------
@@ -508,11 +512,11 @@ def test_what_is_not_the_silos_answer_is_refused(forge, kind, words, bench, tmp_
     failure = only_fails(bench.answers(), "red", kind, bench.federated.expected)
     assert words in failure
     assert bench.wire.fired == ["red"] * 3
-    refused = [event for event in bench.roster.events() if event.what == "reply refused"]
+    refused = [event for event in bench.roster.journal.events() if event.what == "reply refused"]
     assert sum(event.times for event in refused) == 3
     assert refused[-1].actor == "red"
     # Nothing of it is kept for the record of the round.
-    assert [reply.fingerprint for reply in bench.roster.replies(RUN_ID, 1)] == [
+    assert [reply.fingerprint for reply in bench.roster.tasks.replies(RUN_ID, 1)] == [
         bench.silos[name].key.fingerprint for name in ("blue", "green")
     ]
 
@@ -566,7 +570,7 @@ def test_a_refusal_has_the_silos_own_words_and_code(bench):
     assert "red: this site's policy refuses the run: a task takes 2 local steps" in words
     assert "policy.max_local_steps allows 1" in words
     assert bench.wire.times("red") == 1
-    assert any(event.what == "refused" for event in bench.roster.events())
+    assert any(event.what == "refused" for event in bench.roster.journal.events())
 
 
 def test_a_silos_trouble_with_its_link_is_asked_about_again(bench):
@@ -610,7 +614,7 @@ def test_a_chunk_that_is_always_damaged_fails_its_silo_by_name(bench):
     open_when_asked = []
 
     def damaged(silo, ask, times):
-        open_when_asked.append([task.id for task in bench.roster.open_tasks("red")])
+        open_when_asked.append([task.id for task in bench.roster.tasks.open_for("red")])
         answer = silo.answer(ask)
         damage(bench, "red")
         return answer
@@ -694,7 +698,7 @@ def test_what_a_silo_leaves_in_its_folder_stops_nobody(junk, bench):
 def test_a_new_engine_takes_the_answers_that_are_here(bench):
     going = bench.engine.fit(bench.federated.tasks(), calm_of(bench))
     assert next(going).receipt.silo == "blue"
-    while len(bench.roster.replies(RUN_ID, 1)) < 3:
+    while len(bench.roster.tasks.replies(RUN_ID, 1)) < 3:
         bench.engine._messenger.turn([])
         next(going)
     asked = len(bench.wire.asked)
@@ -723,7 +727,7 @@ def test_an_answer_of_a_key_that_was_replaced_is_asked_for_again(bench, tmp_path
     bench.on("red", lambda silo, ask, times: silo.sign(silo.answer(ask).text, new))
     assert bench.answers()["red"][1] == bench.federated.expected["red"]
     assert bench.wire.fired == ["red"]
-    assert {one.fingerprint for one in bench.roster.replies(RUN_ID, 1)} >= {new.fingerprint}
+    assert {one.fingerprint for one in bench.roster.tasks.replies(RUN_ID, 1)} >= {new.fingerprint}
 
 
 @pytest.mark.parametrize("end", ["expel", "suspend"])
@@ -744,7 +748,7 @@ def test_who_is_expelled_after_answering_is_not_merged(bench):
     """Its answer waits for its turn behind one that comes later."""
 
     def ending(silo, ask, times):
-        assert bench.roster.reply(f"{RUN_ID}/fit/1/red") is not None
+        assert bench.roster.tasks.reply(f"{RUN_ID}/fit/1/red") is not None
         bench.roster.expel("red")
         bench.wire.quiet.add("red")
         return silo.answer(ask)
@@ -764,7 +768,7 @@ def test_a_task_may_be_written_to_under_the_silos_own_folder_only(bench):
     seen = {}
 
     def look(silo, ask, times):
-        (seen["task"],) = bench.roster.open_tasks("red")
+        (seen["task"],) = bench.roster.tasks.open_for("red")
         return silo.answer(ask)
 
     bench.on("red", look)
@@ -774,4 +778,4 @@ def test_a_task_may_be_written_to_under_the_silos_own_folder_only(bench):
     assert task.readable == (f"{RUN_ID}/global/", f"{RUN_ID}/silos/red/")
     values = sum(tensor.numel() for tensor in calm_of(bench).values())
     assert task.most_bytes > 4 * values
-    assert bench.roster.open_tasks("red") == []
+    assert bench.roster.tasks.open_for("red") == []

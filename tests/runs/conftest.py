@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
+import silos_in_process
 
 from photon.config import write_resolved
 from photon.membership.keys import NodeKey
@@ -32,19 +31,6 @@ SMALL = (
     "eval.every=3",
     "serve.min_silos=3",
 )
-
-
-def _silos_in_process() -> Any:
-    file = Path(__file__).parents[1] / "engines" / "programs" / "silos.py"
-    spec = importlib.util.spec_from_file_location("silos_of_runs", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-silos_in_process = _silos_in_process()
 
 
 class Served:

@@ -92,7 +92,7 @@ def test_who_is_gone_for_good_does_not_hold_up_the_run(make_served, trained, run
     trained.clear()
     run = make_served(*TWO)
     lose_round_two(run)
-    assert run.roster.reply(f"{run_id}/fit/2/blue") is not None
+    assert run.roster.tasks.reply(f"{run_id}/fit/2/blue") is not None
     assert run.audit().rounds == 1  # the log stands, with the loss in it
     come_back(run, "green")
     summary = run.go_on().summary
@@ -190,7 +190,7 @@ def test_a_site_is_asked_about_the_new_company(make_served, run_id):
     (run.folder / "serve.toml").write_text(text.replace("quorum = 2", "quorum = 3"))
     with pytest.raises(QuorumLostError, match="1 good updates of 3"):
         run.go_on()
-    assert run.roster.replies(run_id, 2)
+    assert run.roster.tasks.replies(run_id, 2)
     resolved = run.folder / "config.resolved.toml"
     resolved.write_text(resolved.read_text().replace("quorum = 3", "quorum = 2"))
     come_back(run, "green")
@@ -219,17 +219,17 @@ def test_a_lost_round_is_drawn_anew_and_earlier_answers_are_forgotten(fleet, ros
     now = time.time()
     for silo in ("blue", "red"):
         task = f"{run_id}/fit/4/{silo}"
-        roster.open_task(OpenTask(task, run_id, 4, silo, "fit", now, now + 60, 1, (), ()))
+        roster.tasks.open(OpenTask(task, run_id, 4, silo, "fit", now, now + 60, 1, (), ()))
     assert own.drawn_from(4).attempt == 1
-    assert roster.asked(run_id, 4) == {"blue", "red"}
+    assert roster.tasks.asked(run_id, 4) == {"blue", "red"}
     own.lost(4)
     own.lost(4)  # is no news
     assert told == [(4, 1)]
-    assert roster.asked(run_id, 4) == {"blue", "red"}
+    assert roster.tasks.asked(run_id, 4) == {"blue", "red"}
     roster.expel("red")
     again = fleet().drawn_from(4)
     assert (again.attempt, sorted(again.tokens)) == (2, ["blue", "green"])
-    assert roster.asked(run_id, 4) == set()
+    assert roster.tasks.asked(run_id, 4) == set()
     assert fleet().drawn_from(5).attempt == 1
 
 

@@ -6,8 +6,10 @@ import time
 
 import pytest
 
+from photon.data import open_data
 from photon.errors import (
     AccessRefusedError,
+    DoesNotFitError,
     MembershipError,
     QuorumLostError,
     RunNotFoundError,
@@ -16,11 +18,13 @@ from photon.federation import Candidates
 from photon.membership.roster import Presence
 from photon.membership.verification import verify_audit
 from photon.runs import fleet as fleet_module
+from photon.runs.nodes import Nodes
 from photon.runs.notary import Notary
 from photon.store.contract import FolderStore
 from photon.store.served import Serving
 from photon.telemetry import read_history
 from photon.telemetry.events import RunStopped, UpdateDropped
+from photon.training import fit
 
 
 def same(summary, calm):
@@ -54,7 +58,7 @@ def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(
         # The wire asks the last silo first: red's answer is here, and waits for blue's.
         if silo.name == "blue" and ask.round == 2 and ask.fit and not rotated:
             red = served.silos["red"]
-            assert served.roster.reply(f"{run_id}/fit/2/red") is not None
+            assert served.roster.tasks.reply(f"{run_id}/fit/2/red") is not None
             rotated.append(red.key.fingerprint)
             new = red.take_key(tmp_path / "new.key")
             served.roster.rotate("red", new.public_pem)
@@ -77,6 +81,29 @@ def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(
     ]
     assert signed == [rotated[0], rotated[0], rotated[1]]
     assert served.roster.setting("waiting") is None
+
+
+def test_the_aggregator_only_scores_whatever_its_machine_and_shell_say(
+    make_served, calm, monkeypatch
+):
+    """Found by a silo of two machines: with two ranks the aggregator trained by itself."""
+    served = make_served("compute.processes=2", 'compute.strategy="ddp"')
+    # As docs/deploy.md has it for a silo of two machines.
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "10.255.255.1"}.items():
+        monkeypatch.setenv(name, value)
+    same(served.go_on().summary, calm)
+    for number in (1, 2, 3):
+        assert served.asked(number) == ["blue", "green", "red"]
+
+
+def test_an_aggregator_needs_no_room_for_training(config, tmp_path, monkeypatch):
+    data = open_data(config.data.path)
+    monkeypatch.setattr(fit, "memory_of", lambda device: (4 << 20, 4 << 20))
+    places = {kind: Nodes(kind, config, data, ["red"], tmp_path) for kind in ("simulate", "serve")}
+    model = places["serve"].skeleton()
+    with pytest.raises(DoesNotFitError):
+        places["simulate"].fit(model)
+    assert places["serve"].fit(model).strategy.name == "single"
 
 
 def test_a_crash_between_checkpoint_and_record_is_made_good(served, calm, monkeypatch):

@@ -156,28 +156,17 @@ class Host:
                 process.wait()
 
 
-def await_(what: str, true: Callable[[], bool], *, within_s: float) -> float:
-    """Wait until something is so; the seconds it took."""
-    start = time.monotonic()
-    while not true():
-        assert time.monotonic() - start < within_s, f"not within {within_s} s: {what}"
-        time.sleep(0.1)
-    return time.monotonic() - start
-
-
-def kill(pid: int) -> None:
-    """kill -9, and wait until it is gone."""
-    os.kill(pid, signal.SIGKILL)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
-
-
 def children(pid: int) -> Sequence[int]:
     """Processes that this one started."""
     try:
         return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
+
+
+def sockets(folder: str, names: Sequence[str]) -> list[str]:
+    """Those of some names that are sockets, which can't be copied."""
+    return [name for name in names if (Path(folder) / name).is_socket()]
 
 
 def _die_with_parent() -> None:
@@ -200,17 +189,17 @@ class Federation:
     ) -> None:
         self.folder = folder
         self.network = network
+        self.aggregator = network["aggregator"]
         self.silos = list(silos)
         self.home = folder / "server"
         self.run = folder / "run"
         self.run_file = folder / "run.toml"
-        aggregator = network["aggregator"]
         self.run_file.write_text(
             run_file
             + f"""
 [serve]
 listen = "0.0.0.0:8443"
-host = "{aggregator.address}"
+host = "{self.aggregator.address}"
 home = "{self.home}"
 min_silos = {len(self.silos)}
 silos = {json.dumps(self.silos)}
@@ -232,16 +221,13 @@ threads = 1
 
     def serve(self) -> None:
         """Start the aggregator, or go on with its run."""
-        words = (
-            ["--resume", self.run]
-            if (self.run / "serve.json").exists()
-            else [
-                self.run_file,
-                "--run-dir",
-                self.run,
-            ]
-        )
-        self.serving = self.network["aggregator"].start(
+        if (self.run / "serve.json").exists():
+            address = f"serve.host={self.aggregator.address}"
+            home = f"serve.home={self.home}"
+            words = ["--resume", self.run, "--set", address, "--set", home]
+        else:
+            words = [self.run_file, "--run-dir", self.run]
+        self.serving = self.aggregator.start(
             *PHOTON, "serve", *words, "--quiet", log=self.folder / "serve.log"
         )
 
@@ -257,20 +243,26 @@ threads = 1
                 return False
             return "superexec" in record.get("services", {})
 
-        await_("the aggregator is up", up, within_s=within_s)
+        self.wait("the aggregator is up", up, within_s=within_s)
 
     def invite(self, silo: str) -> Path:
         """An invitation file for a silo."""
         file = self.folder / f"{silo}.invitation.toml"
         file.unlink(missing_ok=True)
-        self.network["aggregator"].run(
-            *PHOTON, "invite", silo, "--run-file", self.run_file, "--out", file
-        )
+        self.aggregator.run(*PHOTON, "invite", silo, "--run-file", self.run_file, "--out", file)
         return file
 
-    def join(self, silo: str, invitation: Path | None = None) -> None:
-        """Start a silo's node."""
-        words = ["--invite", invitation] if invitation is not None else []
+    def join(
+        self,
+        silo: str,
+        invitation: Path | None = None,
+        *,
+        address: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start a silo's node: the first time with its invitation, at times with a new address."""
+        words: list[str | Path] = [address] if address is not None else []
+        words += ["--invite", invitation] if invitation is not None else []
         self.joined[silo] = self.network[silo].start(
             *PHOTON,
             "join",
@@ -280,10 +272,48 @@ threads = 1
             "--home",
             self.node_home(silo),
             log=self.folder / f"{silo}.log",
+            env=env,
         )
+
+    def trainer_log(self, silo: str) -> str:
+        """What a silo's trainer said so far."""
+        try:
+            return (self.node_home(silo) / "logs" / "trainer.log").read_text()
+        except OSError:
+            return ""
 
     def node_home(self, silo: str) -> Path:
         return self.folder / silo
+
+    def wait(self, what: str, true: Callable[[], bool], *, within_s: float) -> None:
+        """Until something is so."""
+        start = time.monotonic()
+        while not true():
+            assert time.monotonic() - start < within_s, (
+                f"not within {within_s} s: {what}; {self.log()}"
+            )
+            time.sleep(0.1)
+
+    def kill_aggregator(self) -> None:
+        """kill -9 of the process that was started; then wait for what it had started."""
+        assert self.serving is not None
+        record = json.loads((self.home / "serve.json").read_text())
+        services = [one["pid"] for one in record["services"].values()]
+        services += [each for pid in services for each in children(pid)]
+        self.serving.kill()
+        self.serving.wait()
+        gone = [Path(f"/proc/{pid}/exe") for pid in services]
+        self.wait("its services are gone", lambda: not any(map(os.path.exists, gone)), within_s=30)
+
+    def move(self, host: str) -> None:
+        """Hand the run to another machine: copies, and an address of its own."""
+        self.aggregator = self.network[host]
+        for name in ("home", "run"):
+            old: Path = getattr(self, name)
+            new = self.folder / host / old.name
+            shutil.copytree(old, new, ignore=sockets)
+            shutil.rmtree(old)
+            setattr(self, name, new)
 
     def begin(self) -> None:
         """Everything up, all silos invited and joined."""
@@ -332,7 +362,7 @@ threads = 1
                 assert self.serving.poll() is None, self.log()
             return self.summary() is not None
 
-        await_("the run is over", over, within_s=within_s)
+        self.wait("the run is over", over, within_s=within_s)
         found = self.summary()
         assert found is not None
         return found
@@ -367,37 +397,57 @@ def silos() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def silo_data(tmp_path_factory: pytest.TempPathFactory, write_corpus, silos: list[str]) -> Path:
-    """Prepared text of four silos of different sizes."""
+def make_data(tmp_path_factory: pytest.TempPathFactory, write_corpus) -> Callable[..., Path]:
+    """Prepares text of some silos, each of another size."""
     from photon.data import PrepareOptions, prepare
 
-    root = tmp_path_factory.mktemp("sites")
-    sizes = {silo: 16 + 4 * number for number, silo in enumerate(silos)}
-    options = PrepareOptions(
-        input=str(write_corpus(root / "text", sizes)),
-        out=root / "data",
-        metadata=root / "metadata.csv",
-        silo_field="party",
-        vocab_size=300,
-        global_fraction=0.1,
-        silo_fraction=0.1,
-    )
-    return prepare(options).path
+    def make(silos: Sequence[str]) -> Path:
+        root = tmp_path_factory.mktemp("sites")
+        sizes = {silo: 16 + 4 * number for number, silo in enumerate(silos)}
+        options = PrepareOptions(
+            input=str(write_corpus(root / "text", sizes)),
+            out=root / "data",
+            metadata=root / "metadata.csv",
+            silo_field="party",
+            vocab_size=300,
+            global_fraction=0.1,
+            silo_fraction=0.1,
+        )
+        return prepare(options).path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def silo_data(make_data, silos: list[str]) -> Path:
+    """Prepared text of all four silos."""
+    return make_data(silos)
+
+
+@pytest.fixture(scope="session")
+def pair() -> list[str]:
+    return ["lab-a", "lab-b"]
+
+
+@pytest.fixture(scope="session")
+def pair_data(make_data, pair: list[str]) -> Path:
+    """Prepared text of two silos."""
+    return make_data(pair)
 
 
 @pytest.fixture
-def make_federation(hosts_possible, tmp_path, silos, silo_data):
+def make_federation(hosts_possible, tmp_path, silos):
     """Builds federations; takes their hosts down at the end."""
     networks = []
 
     def make(
-        run_file: str, *, extra_hosts: Sequence[str] = (), only: Sequence[str] = ()
+        run_file: str, data: Path, *, extra_hosts: Sequence[str] = (), only: Sequence[str] = ()
     ) -> Federation:
         chosen = list(only) or silos
         network = Network("aggregator", *chosen, *extra_hosts)
         networks.append(network)
         network.__enter__()
-        return Federation(tmp_path, network, run_file, silo_data, chosen)
+        return Federation(tmp_path, network, run_file, data, chosen)
 
     yield make
     for network in networks:

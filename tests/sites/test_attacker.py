@@ -92,7 +92,7 @@ max_tokens = 1000
 
 def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data, tmp_path) -> None:
     federation = make_federation(
-        RUN.format(data=silo_data), extra_hosts=["mallory"], only=["lab-a", "lab-b"]
+        RUN.format(data=silo_data), silo_data, extra_hosts=["mallory"], only=["lab-a", "lab-b"]
     )
     federation.begin()
     until = time.monotonic() + 300

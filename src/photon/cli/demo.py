@@ -7,6 +7,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,13 +56,12 @@ def demo(
     from photon.data import open_data
 
     silos = sorted(open_data(data).silos)
-    folders = {"federated": _run(out / "federated", config, None, console, quiet)}
-    folders["centralised"] = _run(out / "centralised", config, silos, console, quiet)
-    # A silo alone is compared on the global set only; scoring the others' text would take minutes.
-    scores = config.eval.model_copy(update={"per_silo": False})
-    alone = config.model_copy(update={"eval": scores})
-    _run_alone(out, alone, silos, console, quiet)
-    folders |= {f"alone: {silo}": _alone(out, silo) for silo in silos}
+    at_once = _at_once(config, len(silos))
+    folders = {"federated": out / "federated"}
+    _run(folders["federated"], _with_workers(config, at_once), None, console, quiet)
+    baselines = _baselines(out, config, silos)
+    folders |= {label: training.folder for label, training in baselines.items()}
+    _train(baselines, at_once, console, quiet)
     _finish(folders)
 
 
@@ -137,41 +137,62 @@ def _run(
     return folder
 
 
-def _alone(out: Path, silo: str) -> Path:
-    return out / f"alone-{silo}"
-
-
 def _named(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"run": config.run.model_copy(update={"name": folder.name})})
 
 
-def _run_alone(
-    out: Path, config: RunConfig, silos: list[str], console: Console, quiet: bool
-) -> None:
-    """Each silo by itself; on a CPU several at a time, as one such model leaves cores idle."""
-    from photon.cli.bars import run_bars
-    from photon.runs import read_summary
+def _at_once(config: RunConfig, silos: int) -> int:
+    """Processes that train at a time: on a CPU one such model leaves all cores but one idle."""
     from photon.training import plan_compute
     from photon.training.device import cores
 
-    left = [silo for silo in silos if read_summary(_alone(out, silo)) is None]
     if plan_compute(config.compute).device.type != "cpu":
-        for silo in left:
-            _run(_alone(out, silo), config, [silo], console, quiet)
-        return
-    at_once = max(1, min(len(silos), cores()))
-    # By all silos, not by those left: the threads decide how sums round.
-    threads = plan_compute(config.compute, processes=at_once).threads
-    compute = config.compute.model_copy(update={"threads": threads})
-    config = config.model_copy(update={"compute": compute})
-    trainings = {
-        silo: Training(_alone(out, silo), _named(config, _alone(out, silo)), (silo,))
-        for silo in left
+        return 1
+    return max(1, min(silos, cores()))
+
+
+def _with_workers(config: RunConfig, at_once: int) -> RunConfig:
+    """Silos that train side by side, unless the user said how many may."""
+    if at_once == 1 or "workers" in config.federation.model_fields_set:
+        return config
+    federation = config.federation.model_copy(update={"workers": at_once})
+    return config.model_copy(update={"federation": federation})
+
+
+def _baselines(out: Path, config: RunConfig, silos: list[str]) -> dict[str, Training]:
+    """All text in one place, and each silo by itself; the longest first."""
+    # A silo alone is compared on the global set only; scoring the others' text would take minutes.
+    scores = config.eval.model_copy(update={"per_silo": False})
+    alone = config.model_copy(update={"eval": scores})
+    trainings = {"centralised": Training(out / "centralised", config, tuple(silos))}
+    for silo in silos:
+        trainings[f"alone: {silo}"] = Training(out / f"alone-{silo}", alone, (silo,))
+    return trainings
+
+
+def _train(baselines: dict[str, Training], at_once: int, console: Console, quiet: bool) -> None:
+    """Whatever of the baselines is not trained yet: on a CPU several at a time."""
+    from photon.cli.bars import run_bars
+    from photon.runs import read_summary
+    from photon.training import plan_compute
+
+    left = {
+        label: replace(each, config=_named(each.config, each.folder))
+        for label, each in baselines.items()
+        if read_summary(each.folder) is None
     }
-    names = {} if quiet else {silo: f"alone: {silo}" for silo in left}
-    with run_bars(console, names) as bars:
-        listeners = {trainings[silo].folder: bar for silo, bar in bars.items()}
-        train_side_by_side(list(trainings.values()), at_once=at_once, listeners=listeners)
+    if at_once == 1:
+        for each in left.values():
+            _run(each.folder, each.config, list(each.silos), console, quiet)
+        return
+    for label, each in left.items():
+        # Not by how many are left: the threads decide how sums round.
+        threads = plan_compute(each.config.compute, processes=at_once).threads
+        compute = each.config.compute.model_copy(update={"threads": threads})
+        left[label] = replace(each, config=each.config.model_copy(update={"compute": compute}))
+    with run_bars(console, {} if quiet else {label: label for label in left}) as bars:
+        listeners = {left[label].folder: bar for label, bar in bars.items()}
+        train_side_by_side(list(left.values()), at_once=at_once, listeners=listeners)
 
 
 @contextmanager

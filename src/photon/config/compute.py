@@ -24,7 +24,7 @@ class ComputeConfig(Section):
         default=0,
         description="Ranks of a node: one process per device, gradients summed among them. 0 takes "
         "one for each CUDA device that the workers leave it, and 1 elsewhere. Under torchrun the "
-        "number is WORLD_SIZE.",
+        "number is WORLD_SIZE. The aggregator of silos elsewhere only scores, and takes one.",
     )
     strategy: Literal["auto", "single", "ddp", "fsdp", "hybrid"] = Field(
         default="auto",

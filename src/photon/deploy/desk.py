@@ -204,7 +204,7 @@ class Desk:
             detail += f" (and {left_out} refusals before it that were not noted)"
         if not isinstance(error, _NOTED_BY_ROSTER):
             try:
-                self._roster.note(actor, f"refused {what}", detail)
+                self._roster.journal.note(actor, f"refused {what}", detail)
             except Exception as trouble:
                 logger.error("can't note a refusal: %s", type(trouble).__name__)
         self._tell(
@@ -386,7 +386,7 @@ class Desk:
         presences = self._roster.presences()
         members, tasks = [], []
         for member in self._roster.members():
-            own = self._roster.open_tasks(member.name)
+            own = self._roster.tasks.open_for(member.name)
             tasks += own
             members.append(
                 {
@@ -414,7 +414,7 @@ class Desk:
                 | {"granted_bytes": self._granting.written_bytes(task)}
                 for task in tasks
             ],
-            "events": [asdict(event) for event in self._roster.events(_EVENTS_SHOWN)],
+            "events": [asdict(event) for event in self._roster.journal.events(_EVENTS_SHOWN)],
         }
 
     def _shown(
@@ -447,13 +447,13 @@ class Desk:
             if not isinstance(wanted, bool):
                 raise ProtocolError('drain takes nothing, or {"draining": true} or false')
         self._roster.set_setting("draining", wanted)
-        self._roster.note("operator", "drain" if wanted else "drain taken back", "")
+        self._roster.journal.note("operator", "drain" if wanted else "drain taken back", "")
         self._tell("drain", {"draining": wanted})
         return {"ok": True, "draining": wanted}
 
     def _stop(self, _: Caller) -> dict[str, Any]:
         self._roster.set_setting("stopping", True)
-        self._roster.note("operator", "stop", "")
+        self._roster.journal.note("operator", "stop", "")
         self._tell("stop", {})
         return {"ok": True, "stopping": True}
 

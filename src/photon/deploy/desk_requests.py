@@ -257,7 +257,7 @@ class Granting:
             AccessRefusedError: there is none; the words are the same for what is another's, what
                 is closed and what never was.
         """
-        found = [one for one in self._roster.open_tasks(member.name) if one.id == task_id]
+        found = [one for one in self._roster.tasks.open_for(member.name) if one.id == task_id]
         if not found or found[0].silo != member.name:
             raise AccessRefusedError(
                 f"{member.name} has no open task {printable(task_id)[:200]!r}",
@@ -293,7 +293,7 @@ class Granting:
                 errors.append(error)
                 answers.append({"error": error_record(error)})
         if new_bytes:
-            self._roster.granted(task.id, new_bytes)
+            self._roster.tasks.count_granted(task.id, new_bytes)
         return answers, errors
 
     def written_bytes(self, task: OpenTask) -> int:
@@ -389,7 +389,7 @@ class Granting:
 
     def _forget_closed(self, silo: str) -> None:
         """What other tasks of the silo wrote, once they are closed."""
-        still = {one.id for one in self._roster.open_tasks(silo)}
+        still = {one.id for one in self._roster.tasks.open_for(silo)}
         for task_id in [
             task_id
             for task_id, written in self._written.items()

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from photon.deploy.logs import readable
 from photon.deploy.ports import free_ports, is_free
 from photon.deploy.service import RestartPolicy, Service
 from photon.errors import DeployError, DiskFullError, ObjectMissingError
+from photon.main_memory import main_memory
 from photon.store.contract import Store
 from photon.store.disk import write_json
 from photon.store.object_store import open_store
@@ -54,7 +55,9 @@ class StoreOptions:
         min_free_gib: it takes no more once so little disk is free; what it holds stays readable.
         volume_mib: size of the files that it keeps objects in; a file's space comes back when it is
             vacuumed, which needs room for a copy.
-        memory_mib: what its garbage collector aims at; some 100 MiB come on top.
+        memory_mib: what its garbage collector aims at; some 100 MiB come on top. It holds tens of
+            MiB for each object that is being written: with less than all of them need, the
+            collector takes half of its CPU time.
         stop_s: how long it may take to end, 16 to 26 s most often. Killed, it loses nothing that it
             acknowledged either, but leaves parts of uploads behind.
     """
@@ -62,7 +65,7 @@ class StoreOptions:
     bucket: str = BUCKET
     min_free_gib: float = 2.0
     volume_mib: int = 1024
-    memory_mib: int = 512
+    memory_mib: int = field(default_factory=lambda: _memory_mib(main_memory()[0]))
     stop_s: float = 30.0
 
 
@@ -313,6 +316,11 @@ def weed_words(line: str) -> str | None:
     level = {"W": "warning", "E": "error", "F": "fatal"}[found[1]]
     # Queries carry signatures.
     return readable(f"{level}: {re.sub(r'[?]X-Amz-[^ ]*', '', found[3])}")
+
+
+def _memory_mib(main_memory_bytes: int) -> int:
+    """An eighth of the machine's, or the container's, within bounds."""
+    return min(max(main_memory_bytes // 8 >> 20, 512), 2048)
 
 
 def _free_space(gib: float) -> str:

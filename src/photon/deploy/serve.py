@@ -60,7 +60,7 @@ OPERATOR_SOCKET = "operator.sock"
 RECORD = "serve.json"
 
 #: Between two looks at the run.
-_LOOK_S = 0.5
+_LOOK_S = 1.0
 #: For removals in a store that are under way when serving ends.
 _LAST_DELETION_S = 10.0
 #: A loop that dies so often within so many seconds, without a round finished, is given up.

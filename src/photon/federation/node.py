@@ -70,6 +70,7 @@ class NodeSettings:
         processes: nodes that share this machine's cores.
         worker: number of this node, for receipts.
         seat: this process's place among the node's ranks.
+        scores_only: it will be given no text to train on, and needs no room for that.
     """
 
     config: RunConfig
@@ -77,6 +78,7 @@ class NodeSettings:
     processes: int = 1
     worker: int = 0
     seat: Seat = field(default_factory=Seat)
+    scores_only: bool = False
 
 
 class Node:
@@ -127,6 +129,7 @@ class Node:
                 share_of=settings.processes,
                 memo=settings.folder / f"micro_batch-{seat.rank}.json",
                 ranks=self._ranks,
+                scores_only=settings.scores_only,
             )
             strategy = fit.strategy
             self._flops_per_token = count_flops(model, config.data.sequence_length).per_token

@@ -110,12 +110,15 @@ class Update:
         tensors: as they will be merged: decoded, where a codec was at work.
         packed: as they travel; None where they leave as they are, in fp32.
         lasting: the tensors stay readable until the engine's answers are exhausted.
+        wire_bytes: of those that are read and hashed while tensors are merged: this update's or the
+            next ones'; 0 if they lie in memory.
     """
 
     receipt: Receipt
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     packed: Sequence[Entry] | None = None
     lasting: bool = False
+    wire_bytes: int = 0
 
     @classmethod
     def of(cls, receipt: Receipt, packed: Sequence[Entry]) -> Update:

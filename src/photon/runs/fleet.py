@@ -74,9 +74,9 @@ class JoinedFleet:
             if here is None:
                 return None
             before = self._draws.of(round_number)
-            if self._roster.asked(self._run_id, round_number):
+            if self._roster.tasks.asked(self._run_id, round_number):
                 # Answers to an earlier attempt, before the draw that they are no answers to.
-                self._roster.prune_tasks(self._run_id, before_round=round_number + 1)
+                self._roster.tasks.prune(self._run_id, before_round=round_number + 1)
             begun = Drawn(1 + (before.attempt if before is not None else 0), dict(here))
             self._draws.keep(round_number, begun)
         return Candidates(begun.tokens, begun.attempt)

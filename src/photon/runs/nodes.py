@@ -25,10 +25,11 @@ Elsewhere = Callable[[Engine, Callable[[Event], None]], Engine]
 
 
 class Nodes:
-    """What trains in a run on this machine.
+    """What trains, or at least scores, on this machine in a run.
 
     Args:
-        kind: "simulate", or "train" for one node on pooled text.
+        kind: "simulate"; "train" for one node on pooled text; "serve" where silos train elsewhere
+            and one process here scores the global held-out set, whatever [compute] says.
         config: the run file.
         data: the prepared text.
         silos: that take part, or whose text is pooled.
@@ -61,10 +62,7 @@ class Nodes:
     @property
     def ranks(self) -> int:
         """Processes of each node."""
-        launched = Seat.from_environment().world_size
-        if launched > 1:
-            return launched
-        return ranks_of_a_node(self._config.compute, workers=self.workers)
+        return ranks_of(self._kind, self._config)
 
     @property
     def batch_size(self) -> int:
@@ -82,11 +80,15 @@ class Nodes:
         config = self._config
         if self._kind == "train":
             config = central_config(config, self.batch_size)
+        elif self._kind == "serve":
+            alone = config.compute.model_copy(update={"processes": 1, "strategy": "auto"})
+            config = config.model_copy(update={"compute": alone})
         return NodeSettings(
             config,
             self._folder / "nodes",
             processes=max(1, self.workers),
-            seat=Seat.from_environment(),
+            seat=seat_of(self._kind),
+            scores_only=self._kind == "serve",
         )
 
     def skeleton(self) -> nn.Module:
@@ -101,7 +103,14 @@ class Nodes:
         if seat.world_size == 1:
             seat = Seat(0, 0, self.ranks, self.ranks)
         plan = plan_compute(self._config.compute, seat=seat)
-        return plan_fit(model, settings.config, plan, seat, share_of=settings.processes)
+        return plan_fit(
+            model,
+            settings.config,
+            plan,
+            seat,
+            share_of=settings.processes,
+            scores_only=settings.scores_only,
+        )
 
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The global state before the first round."""
@@ -128,6 +137,19 @@ class Nodes:
     def follow(self) -> None:
         """Train with rank 0, which keeps the run; for the other ranks under torchrun."""
         Node(self.settings(), lambda _: None, data=self._data).follow()
+
+
+def seat_of(kind: Kind) -> Seat:
+    """This process's place: torchrun's, but for an aggregator, which may share a silo's shell."""
+    return Seat() if kind == "serve" else Seat.from_environment()
+
+
+def ranks_of(kind: Kind, config: RunConfig) -> int:
+    """Processes of each node here; one in an aggregator."""
+    launched = seat_of(kind).world_size
+    if launched > 1 or kind == "serve":
+        return launched
+    return ranks_of_a_node(config.compute, workers=workers_of(kind, config))
 
 
 def workers_of(kind: Kind, config: RunConfig) -> int:

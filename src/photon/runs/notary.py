@@ -83,7 +83,7 @@ class Notary:
     def _close_round(self, number: int) -> None:
         replies = {
             reply.task_id.rpartition("/")[2]: reply
-            for reply in self._roster.replies(self._run_id, number)
+            for reply in self._roster.tasks.replies(self._run_id, number)
             if f"/fit/{number}/" in reply.task_id
         }
         for name in self._merged:
@@ -107,7 +107,7 @@ class Notary:
             dropped=self._dropped,
         )
         self._log.append("round", record)
-        self._roster.prune_tasks(self._run_id, before_round=number - 1)
+        self._roster.tasks.prune(self._run_id, before_round=number - 1)
 
     def _settle(self, checkpoint: int) -> None:
         """Make the log end where the run goes on.

@@ -42,7 +42,7 @@ from photon.models import (
     trainable_parameters,
 )
 from photon.runs.folder import finite, only_process
-from photon.runs.nodes import Elsewhere, Nodes, workers_of
+from photon.runs.nodes import Elsewhere, Nodes, ranks_of, seat_of, workers_of
 from photon.store.disk import write_json
 from photon.store.served import RUN_FILE, SERVE_FILE
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
@@ -50,10 +50,8 @@ from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import (
-    Seat,
     decayed_names,
     plan_compute,
-    ranks_of_a_node,
 )
 from photon.version import photon_version
 
@@ -381,12 +379,9 @@ class Session:
 
 def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
-    workers = workers_of(kind, config)
-    ranks = ranks_of_a_node(config.compute, workers=workers)
-    plan = plan_compute(
-        config.compute,
-        processes=max(1, workers) * max(ranks, Seat.from_environment().local_world_size),
-    )
+    seat, workers = seat_of(kind), workers_of(kind, config)
+    here = seat.local_world_size if seat.world_size > 1 else ranks_of(kind, config)
+    plan = plan_compute(config.compute, processes=max(1, workers) * here)
     decided = {
         "threads": plan.threads,
         "precision": plan.precision,

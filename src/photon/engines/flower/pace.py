@@ -20,11 +20,13 @@ TASK_HEARTBEAT_S = 3
 #: The shim's heartbeats come this often, s, so that one that is late is no loss.
 SHIM_BEAT_S = 1.0
 
-#: Shim to supernode: is there a task? s. Both are on one machine.
+#: Shim to supernode: is there a task? s. Both are on one machine. The long one while the shim has a
+#: task: there is another only where the supernode gave that one up.
 SHIM_POLL_S = 0.2
+BUSY_SHIM_POLL_S = 1.0
 
 #: Superexec to superlink: is there a run to start? s. It looks after its ServerApp as often.
-SUPEREXEC_POLL_S = 0.5
+SUPEREXEC_POLL_S = 1.0
 
 #: Supernode to superlink: is there a task? s; the short one for `LIVELY_S` after the last task, as
 #: an evaluation follows a round. A question costs the superlink some 10 ms of a core (it writes to

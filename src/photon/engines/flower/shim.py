@@ -94,6 +94,8 @@ class Shim:
         self._trainer = trainer
         self._ask = ask
         self._stopping = threading.Event()
+        #: A task has ended, or all are to: no more waiting before the next look.
+        self._woken = threading.Event()
         self._tasks: set[_Task] = set()
         try:
             loaded = load_superexec_auth_secret(secret_file=str(secret))
@@ -137,19 +139,25 @@ class Shim:
                 refused_since_s = None
                 if taken.HasField("task") and taken.token:
                     self._begin(taken.token)
-                self._stopping.wait(pace.SHIM_POLL_S)
+                self._woken.wait(pace.BUSY_SHIM_POLL_S if self._tasks else pace.SHIM_POLL_S)
+                self._woken.clear()
         for task in list(self._tasks):
             task.give_up("the silo's shim was stopped; ask again")
 
     def stop(self) -> None:
         """Take no more tasks, and answer those that are under way with an error."""
         self._stopping.set()
+        self._woken.set()
 
     def _begin(self, token: str) -> None:
         client = self._client(RuntimeTokenHttpInterceptor(token))
-        task = _Task(client, self._trainer, self._ask, self._tasks.discard)
+        task = _Task(client, self._trainer, self._ask, self._end)
         self._tasks.add(task)
         threading.Thread(target=task.run, name="photon-task", daemon=True).start()
+
+    def _end(self, task: _Task) -> None:
+        self._tasks.discard(task)
+        self._woken.set()
 
     def _client(self, interceptor: Any) -> RuntimeHttpClient:
         """Without Flower's retries: they end the process when a token is no longer valid."""
@@ -315,7 +323,8 @@ def main() -> None:
         shim = Shim(options.runtime_api, options.secret, options.socket)
 
         def stop(_signal: int, _frame: FrameType | None) -> None:
-            shim.stop()
+            # Not here: what the handler interrupts may hold the locks that this takes.
+            threading.Thread(target=shim.stop, name="photon-stop").start()
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)

@@ -9,7 +9,7 @@ from functools import partial
 
 from photon.engines.remote.depot import Depot
 from photon.engines.remote.errand import ATTEMPTS, Errand
-from photon.engines.remote.messenger import POLL_S, Messenger
+from photon.engines.remote.messenger import Messenger
 from photon.errors import (
     ChunkCorruptError,
     LinkError,
@@ -66,10 +66,11 @@ class Arrivals:
                 elif errand.reply is not None and errand.update is None:
                     break
                 elif not self._messenger.turn(self._errands):
-                    _wait(fetching)
+                    _wait(fetching, self._messenger.pause_s(self._errands))
             yield self._update(position, parcel)
             if errand.update is not None:
                 self._depot.let_go(errand.update)
+            self._fetching.pop(position, None)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -119,12 +120,12 @@ class Arrivals:
         if ref is None or parcel is None:
             return Update(receipt, lambda: iter(()))
         tensors = partial(self._depot.tensors, parcel, task, ref, self._state)
-        return Update(receipt, tensors, lasting=True)
+        return Update(receipt, tensors, lasting=True, wire_bytes=ref.payload_bytes)
 
 
-def _wait(fetching: Future[Parcel] | None) -> None:
+def _wait(fetching: Future[Parcel] | None, most_s: float) -> None:
     """A little while, or less if what is on its way arrives."""
     if fetching is None:
-        time.sleep(POLL_S)
+        time.sleep(most_s)
     else:
-        wait([fetching], POLL_S)
+        wait([fetching], most_s)

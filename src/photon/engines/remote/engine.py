@@ -10,7 +10,7 @@ from photon.config import RunConfig
 from photon.engines.remote.arrivals import Arrivals
 from photon.engines.remote.depot import Depot
 from photon.engines.remote.errand import Errand
-from photon.engines.remote.messenger import POLL_S, Messenger, Post
+from photon.engines.remote.messenger import Messenger, Post
 from photon.errors import PhotonError
 from photon.federation import Engine, EvalReceipt, EvalTask, FitTask, Update
 from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, StatePart
@@ -103,7 +103,7 @@ class RemoteEngine:
             yield from self._evaluator.evaluate(own, state)
             while not all(errand.over for errand in errands.values()):
                 if not self._messenger.turn(errands.values()):
-                    time.sleep(POLL_S)
+                    time.sleep(self._messenger.pause_s(errands.values()))
             for silo, errand in errands.items():
                 if errand.reply is not None and errand.reply.evaluate is not None:
                     yield errand.reply.evaluate.receipt(silo)

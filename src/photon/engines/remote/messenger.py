@@ -31,8 +31,9 @@ from photon.membership.signing import RECEIPT, verify_document
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, Notice
 
-#: Between two looks at the post.
-POLL_S = 0.2
+#: Between two looks at the post: a fiftieth of the time since a silo was last asked, so that who
+#: trains for minutes costs few questions and the wait for its answer grows by a hundredth.
+_SOON_S, _LATE_S, _SHARE = 0.2, 2.0, 0.02
 #: A silo that says it is idle so long after it was asked did not get the task, or lost it.
 #: (Delivery takes seconds, and ten where a machine is overloaded.)
 _IDLE_S = 10.0
@@ -82,7 +83,7 @@ class Messenger:
         """Let the silo read the state and write its update."""
         ask = errand.ask
         folder = silo_folder(ask.run.id, ask.silo)
-        self._roster.open_task(
+        self._roster.tasks.open(
             OpenTask(
                 id=ask.task_id,
                 run=ask.run.id,
@@ -100,7 +101,7 @@ class Messenger:
     def close(self, errands: Collection[Errand]) -> None:
         """Nothing is granted for their tasks any more."""
         for errand in errands:
-            self._roster.close_task(errand.ask.task_id, None)
+            self._roster.tasks.close(errand.ask.task_id, None)
 
     def turn(self, errands: Collection[Errand]) -> bool:
         """Look once at what came back, and send what is to be sent; whether one is over by it."""
@@ -120,6 +121,16 @@ class Messenger:
             if not errand.over:
                 self._watch(errand, presences.get(errand.ask.silo), now_s)
         return any(errand.over for errand in open_ones)
+
+    def pause_s(self, errands: Collection[Errand]) -> float:
+        """How long to wait before the next turn: less where something is to be sent before."""
+        now_s = time.time()
+        pause_s = _LATE_S
+        for errand in errands:
+            if not errand.over:
+                due_s = _SHARE * (now_s - errand.asked_s) if errand.ids else errand.next_s - now_s
+                pause_s = min(pause_s, due_s)
+        return max(pause_s, _SOON_S)
 
     def barred(self, silo: str) -> UnknownMemberError | None:
         """Why a silo may not take part any more; None if it may."""
@@ -209,7 +220,7 @@ class Messenger:
     def _take_earlier(self, errand: Errand) -> None:
         """An answer that came before this process began."""
         ask = errand.ask
-        earlier = self._roster.reply(ask.task_id)
+        earlier = self._roster.tasks.reply(ask.task_id)
         if earlier is None:
             return
         try:
@@ -228,7 +239,7 @@ class Messenger:
             reply = self._verified(errand.ask, answer)
         except (ProtocolError, MembershipError) as error:
             # Not its answer. Whoever sent it is named in the log; the silo is asked again.
-            self._roster.note(errand.ask.silo, "reply refused", error.message)
+            self._roster.journal.note(errand.ask.silo, "reply refused", error.message)
             self.notice(errand.ask, f"a reply was refused: {error.message}")
             errand.troubles += 1
             if errand.troubles >= ATTEMPTS:
@@ -238,12 +249,12 @@ class Messenger:
             return
         if reply.refused is None:
             errand.reply = reply
-            self._roster.close_task(errand.ask.task_id, answer)
+            self._roster.tasks.close(errand.ask.task_id, answer)
             return
         refusal = reply.refused
         error = error_of(refusal.code)(f"{reply.silo}: {refusal.message}", hint=refusal.hint)
         errand.troubles += 1
-        self._roster.note(reply.silo, "refused", refusal.message)
+        self._roster.journal.note(reply.silo, "refused", refusal.message)
         if 70 <= refusal.code < 80 and errand.troubles < ATTEMPTS:  # its link's trouble may pass
             errand.again(now_s, refusal.message)
         else:

@@ -19,7 +19,7 @@ _PAUSE_S = 0.5
 
 def run(post: FlowerPost) -> None:
     folder = run_folder()
-    (folder / "loop.pid").write_text(str(os.getpid()))
+    write(folder / "loop.pid", str(os.getpid()))
     waiting: dict[str, Path] = {}
     later: dict[Path, float] = {}
     while True:
@@ -29,10 +29,10 @@ def run(post: FlowerPost) -> None:
                 continue
             ask = json.loads(path.read_text())
             if ask.get("fail"):
-                answered.write_text("{}")
+                write(answered, "{}")
                 raise DiskFullError("no room for a test", hint="Make some.")
             if ask.get("finish"):
-                answered.write_text("{}")
+                write(answered, "{}")
                 return
             try:
                 name = post.push(ask["silo"], path.read_bytes(), ttl_s=ask["until"] - time.time())
@@ -51,12 +51,16 @@ def run(post: FlowerPost) -> None:
                 "signature": answer.signature,
                 "fingerprint": answer.fingerprint,
             }
-            partial = folder / "answers" / f".{path.name}"
-            partial.write_text(json.dumps(record))
-            partial.replace(folder / "answers" / path.name)
-        (folder / "present.partial").write_text(json.dumps(sorted(post.present())))
-        (folder / "present.partial").replace(folder / "present.json")
+            write(folder / "answers" / path.name, json.dumps(record))
+        write(folder / "present.json", json.dumps(sorted(post.present())))
         time.sleep(0.2)  # as photon.engines.remote
+
+
+def write(path: Path, text: str) -> None:
+    """Whole, or not at all: the test reads while this writes, and kills it."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def note(folder: Path, path: Path, words: str) -> None:

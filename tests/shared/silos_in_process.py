@@ -1,6 +1,6 @@
 """Silos in this process: real trainers, keys and a roster, and a post that carries Asks to them.
 
-Loaded by path (tests of engines and of served runs), as test folders are no packages.
+Tests of engines and of served runs import it (`pythonpath` in pyproject.toml).
 """
 
 from __future__ import annotations
