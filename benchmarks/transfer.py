@@ -687,7 +687,7 @@ def parse_arguments() -> argparse.Namespace:
         default=CELLS,
         help="Mbit/s / RTT in ms / loss in %%, comma-separated: 200/100/0,50/10/0.5",
     )
-    parser.add_argument("--streams", type=int, default=16, help="of iperf3 and of Photon")
+    parser.add_argument("--streams", type=int, default=8, help="of iperf3 and of Photon")
     parser.add_argument("--seconds", type=float, default=10, help="that each transfer takes, about")
     parser.add_argument("--repeats", type=int, help="default: 1, or 2 for a cell with loss")
     parser.add_argument("--relay", action="store_true", help="not netem, even if there is one")
