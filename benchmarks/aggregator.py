@@ -8,7 +8,9 @@ included (250 MB). With --state it holds a global state beside them, as in a run
 
 Another process, with PyTorch's and glibc's defaults, takes the plain mean of updates that lie in
 its memory: torch.stack(updates).mean(0) for each tensor, and the fastest way there is, a running
-sum. Neither reads, hashes, decodes or checks a byte. The medians of their turns are compared.
+sum. Neither reads, hashes, decodes or checks a byte. The medians of their turns are compared. The
+process also takes the SHA-256 of the same memory with every thread, and does nothing else: whoever
+verifies fp32 updates can't be faster than that.
 
 The updates are four different ones, over and over: their bytes are read, hashed, decoded and merged
 N times, but disk and memory hold four.
@@ -26,7 +28,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -137,6 +141,13 @@ def running_sum(updates: list[dict[str, Tensor]]) -> None:
         tensor.div_(len(updates))
 
 
+def hashed(updates: list[dict[str, Tensor]]) -> None:
+    todo = [tensor.numpy() for update in updates for tensor in update.values()]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(sha256, sorted(todo, key=lambda array: -array.nbytes)):
+            pass
+
+
 def peak_mb() -> float:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1.024e-3
 
@@ -163,11 +174,11 @@ def work(options: argparse.Namespace) -> None:
     else:
         distinct = [dict(values(sized, number)) for number in range(min(DISTINCT, options.count))]
         updates = [distinct[number % len(distinct)] for number in range(options.count)]
-        for name, mean in (("stacked", stacked_mean), ("running", running_sum)):
+        for name, turn in (("stacked", stacked_mean), ("running", running_sum), ("hashed", hashed)):
             times = []
             for _ in range(options.repeats):
                 started = time.perf_counter()
-                mean(updates)
+                turn(updates)
                 times.append(time.perf_counter() - started)
             found[name] = values_bytes / statistics.median(times) / 1e9
     print(json.dumps(found))
@@ -228,10 +239,11 @@ def main() -> None:
                         f"{found['stacked']:.2f}",
                         f"{found['gb_per_s'] / found['stacked']:.2f}",
                         f"{found['running']:.2f}",
+                        f"{found['hashed']:.2f}",
                     )
                 )
     head = ("codec", "updates", "MB read", "peak MB, of model x 2 + 300", "GB/s of fp32")
-    head += ("stack and mean in memory", "ratio", "running sum in memory")
+    head += ("stack and mean in memory", "ratio", "running sum in memory", "SHA-256 in memory")
     text = (
         f"# Streaming aggregator, {options.parameters:g} M parameters, {options.threads} threads, "
         f"{machine()}\n\n{table(head, rows)}\n"

@@ -6,6 +6,8 @@
 A codec is `UP` (updates; states travel in fp32) or `UP / DOWN`, and may end in `@ LR`, the outer
 learning rate, which is 1 otherwise. What a sparse codec sends of a silo's update is a fraction of
 it, so the rate that suits it is larger; `fp32 @ 2` shows what the same rate does without a codec.
+`all-reduce` is no codec but one model on all four silos' text, with steps of the four silos'
+batches: what gradients all-reduced after every step would compute.
 
 Each run trains a small Llama (by default 0.3 M parameters: four layers of width 64, vocabulary
 1,024: small enough to see several tokens for each) on four silos from the same weights on the same
@@ -34,12 +36,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from photon.compression import build_codec, bytes_of
 from photon.config import parse_run_config
 from photon.data import PrepareOptions, prepare
-from photon.runs import simulate
+from photon.runs import simulate, train
 from photon.telemetry import read_history
 from photon.telemetry.events import LocalFinished
 from trainer import machine, table
 
 NONE = "fp32"
+#: Instead of a codec: training that is not federated.
+ALL_REDUCE = "all-reduce"
+SILOS = 4
 CODECS = (
     "int8",
     "int4",
@@ -69,7 +74,10 @@ _HEAD = (
 
 @dataclass(frozen=True)
 class Case:
-    """What a run is made with: codecs up and down, and the outer learning rate."""
+    """What a run is made with: codecs up and down, and the outer learning rate.
+
+    `up` may be ALL_REDUCE.
+    """
 
     up: str
     down: str
@@ -110,8 +118,8 @@ def shapes_of(model: Path) -> list[torch.Size]:
 
 
 def ratio_without_manifests(codec: str, shapes: list[torch.Size]) -> float | None:
-    """fp32 bytes over encoded ones; None where these depend on the values."""
-    if "zstd" in codec or "lowrank" in codec:
+    """fp32 bytes over encoded ones; None where these depend on the values, or there are none."""
+    if codec == ALL_REDUCE or "zstd" in codec or "lowrank" in codec:
         return None
     made = build_codec(codec)
     encoded = sum(bytes_of(made.encode(torch.randn(shape))) for shape in shapes)
@@ -141,25 +149,27 @@ def run(
             "compute": {"threads": options.threads},
             "outer": {"lr": case.outer_lr},
             "link": {
-                "update_codec": case.up,
+                "update_codec": NONE if case.up == ALL_REDUCE else case.up,
                 "broadcast_codec": case.down,
                 "feedback_decay": options.decay,
             },
             "eval": {"every": 0, "max_tokens": options.eval_tokens, "per_silo": False},
         }
     )
-    summary = simulate(config, run_dir=folder).summary
-    left = [event.left_out for event in read_history(folder).of(LocalFinished)]
+    start = train if case.up == ALL_REDUCE else simulate
+    summary = start(config, run_dir=folder).summary
+    history = read_history(folder)
+    left = [event.left_out for event in history.of(LocalFinished)]
     told = [share for share in left if share is not None]
-    parameters = read_history(folder).started.parameters
-    tasks = len(left)
+    updates = options.rounds * SILOS
+    moved = {name: summary[name] for name in ("bytes_up", "bytes_down")}
+    each_way = 4 * history.started.parameters * options.steps * updates
     return {
         "loss": summary["global_loss"],
-        "bytes_up": summary["bytes_up"],
-        "bytes_down": summary["bytes_down"],
+        **(dict.fromkeys(moved, each_way) if case.up == ALL_REDUCE else moved),
         "left_out": statistics.mean(told) if told else None,
-        "all_reduce_bytes": 4 * parameters * 2 * options.steps * tasks,
-        "bf16_exchange_bytes": 2 * parameters * 2 * tasks,
+        "all_reduce_bytes": 2 * each_way,
+        "bf16_exchange_bytes": 2 * history.started.parameters * 2 * updates,
     }
 
 
@@ -172,13 +182,18 @@ def row(
     first = found[0]
     moved = first["bytes_up"] + first["bytes_down"]
     left = first["left_out"]
+
+    def times(way: str) -> str:
+        ratio = plain[0][way] / first[way]
+        return f"{ratio:.1f}" if ratio >= 0.1 else f"{ratio:.1g}"
+
     return (
         str(case),
         f"{statistics.mean(one['loss'] for one in found):.4f}",
         "" if case == PLAIN else f"{statistics.mean(change):+.2f}%{spread}",
-        f"{plain[0]['bytes_up'] / first['bytes_up']:.1f}",
+        times("bytes_up"),
         "" if without_manifests is None else f"{without_manifests:.1f}",
-        f"{plain[0]['bytes_down'] / first['bytes_down']:.1f}",
+        times("bytes_down"),
         f"{first['bf16_exchange_bytes'] / moved:.1f}",
         f"{first['all_reduce_bytes'] / moved:,.0f}",
         f"{first['all_reduce_bytes'] / 2 / first['bytes_up']:,.0f}",
@@ -231,7 +246,7 @@ def measure(
     if data is None:
         data = scratch / "data"
         vocabulary = options.vocabulary
-        prepare(PrepareOptions(input=options.text, out=data, iid=4, vocab_size=vocabulary))
+        prepare(PrepareOptions(input=options.text, out=data, iid=SILOS, vocab_size=vocabulary))
     found: dict[Case, list[dict]] = {case: [] for case in cases}
     for seed in range(options.seeds):
         for number, case in enumerate(cases):

@@ -181,7 +181,7 @@ class Scaled(Fp32):
     def encode(self, tensor, memory=None):
         return super().encode(tensor * self.by)
 
-    def decode(self, parts, shape):
+    def decode(self, parts, shape, empty=None):
         return super().decode(parts, shape) / self.by
 
     @property

@@ -87,17 +87,17 @@ def test_what_goes_in_comes_out(spec, kind, tmp_path):
     assert [entry.codec for entry in again] == [str(parse_codec(spec))] * len(named)
 
 
-def test_parcels_that_share_memory_do_not_share_tensors(tmp_path):
+@pytest.mark.parametrize("spec", ["fp32", "int8"])
+def test_parcels_that_share_memory_do_not_share_tensors(spec, tmp_path):
     """Kept, read twice and let go, in any order; and what is held stays what it is."""
     memory = ReusedMemory(8)
     store = FolderStore(tmp_path / "store", memory=memory)
     carrier = Transfer(store, streams=2)
     named = [tensors(seed=seed) for seed in range(4)]
-    parcels = []
-    for seed, one in enumerate(named):
-        head = header(round=seed + 1)
-        ref = write_parcel(carrier, "x", head, plain_entries(one.items()), chunk_bytes=4 * MIB)
-        parcel = Parcel(carrier, ref, expected(round=seed + 1), memory)
+    parcels, sent = [], [encoded(one, spec) for one in named]
+    for seed, entries in enumerate(sent):
+        ref = write_parcel(carrier, "x", header(round=seed + 1), entries, chunk_bytes=4 * MIB)
+        parcel = Parcel(carrier, ref, expected(SHAPES, spec, round=seed + 1), memory)
         if seed % 2:
             parcel.keep(tmp_path / str(seed))
         parcels.append(parcel)
@@ -105,8 +105,8 @@ def test_parcels_that_share_memory_do_not_share_tensors(tmp_path):
     for parcel in parcels:
         for _ in parcel.tensors():  # each let go before the next
             pass
-    for one, found in zip(named, held, strict=True):
-        assert all(torch.equal(found[name], one[name]) for name in one)
+    for entries, found in zip(sent, held, strict=True):
+        assert all(torch.equal(found[entry.name], entry.decoded()) for entry in entries)
 
 
 def test_parcels_that_are_kept_do_not_each_hold_memory(tmp_path):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from photon.compression.codec import (
     Codec,
+    Empty,
     Memory,
     Parts,
     count_of,
@@ -65,13 +66,13 @@ class Blockwise(Codec):
             self._pack(self._codes(piece, scales[kept].float()[:, None]), codes[kept])
         return {"codes": codes.flatten(), "scales": scales}
 
-    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+    def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         count = count_of(shape)
         blocks = -(-count // self.block)
         codes = require_part(parts, "codes", torch.uint8, blocks * self._block_bytes)
         scales = require_part(parts, "scales", torch.bfloat16, blocks)
         codes = codes.view(blocks, self._block_bytes)
-        values = torch.empty(blocks, self.block)
+        values = empty(blocks * self.block).view(blocks, self.block)
         step = max(1, _PIECE // self.block)
         for start in range(0, blocks, step):
             kept = slice(start, start + step)

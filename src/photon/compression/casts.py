@@ -10,6 +10,7 @@ from torch import Tensor
 
 from photon.compression.codec import (
     Codec,
+    Empty,
     Memory,
     Parts,
     count_of,
@@ -30,9 +31,11 @@ class _Cast(Codec):
             require_finite(torch.stack([values.amax(), values.amin()]), self.name)
         return {"values": values}
 
-    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+    def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         values = require_part(parts, "values", self._dtype, count_of(shape))
-        return values.to(torch.float32).view(tuple(shape))
+        if self._dtype != torch.float32:
+            values = empty(values.numel()).copy_(values)
+        return values.view(tuple(shape))
 
 
 class Fp32(_Cast):

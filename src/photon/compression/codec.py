@@ -22,6 +22,9 @@ Parts = Mapping[str, Tensor]
 #: What a node keeps of one tensor from round to round for a codec that learns (PowerSGD's basis).
 Memory = MutableMapping[str, Tensor]
 
+#: Where decoded values are put: given their number, uninitialised fp32 [number].
+Empty = Callable[[int], Tensor]
+
 #: The way to all tensors of an update, by name; may be walked more than once.
 Update = Callable[[], Iterable[tuple[str, Tensor]]]
 
@@ -48,8 +51,11 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+    def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         """fp32 of what `encode` made of a tensor of this shape.
+
+        Args:
+            empty: memory for the result, unless that lies in a part's own.
 
         Raises:
             ValueError: the parts are not those of such a tensor, in names, dtypes, sizes or values.

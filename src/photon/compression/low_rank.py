@@ -21,6 +21,7 @@ from torch import Tensor
 from photon.compression.casts import Fp32
 from photon.compression.codec import (
     Codec,
+    Empty,
     Memory,
     Parts,
     count_of,
@@ -64,9 +65,9 @@ class _Factors(Codec):
             | encode_nested(self.inner, right * unit, "right")
         )
 
-    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+    def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         if has_nested(parts, "whole"):
-            return decode_nested(self.inner, parts, "whole", shape)
+            return decode_nested(self.inner, parts, "whole", shape, empty)
         sides = _sides(shape)
         if sides is None:
             raise ValueError(f"no part 'whole' (there are: {', '.join(sorted(parts)) or 'none'})")
@@ -77,7 +78,8 @@ class _Factors(Codec):
         left = decode_nested(self.inner, parts, "left", (rank, m))
         right = decode_nested(self.inner, parts, "right", (rank, n))
         with torch_threads(1):  # others add up in another order
-            return (left.T @ right).view(tuple(shape))
+            product = torch.mm(left.T, right, out=empty(m * n).view(m, n))
+        return product.view(tuple(shape))
 
     @abstractmethod
     def _may_pay(self, m: int, n: int) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from photon.compression.codec import Codec, Parts
+from photon.compression.codec import Codec, Empty, Parts
 
 
 def encode_nested(inner: Codec, tensor: Tensor, prefix: str) -> dict[str, Tensor]:
@@ -17,7 +18,9 @@ def encode_nested(inner: Codec, tensor: Tensor, prefix: str) -> dict[str, Tensor
     return {f"{prefix}.{name}": part for name, part in inner.encode(tensor).items()}
 
 
-def decode_nested(inner: Codec, parts: Parts, prefix: str, shape: Sequence[int]) -> Tensor:
+def decode_nested(
+    inner: Codec, parts: Parts, prefix: str, shape: Sequence[int], empty: Empty = torch.empty
+) -> Tensor:
     """What `encode_nested` was given.
 
     Raises:
@@ -26,7 +29,7 @@ def decode_nested(inner: Codec, parts: Parts, prefix: str, shape: Sequence[int])
     start = f"{prefix}."
     own = {name.removeprefix(start): part for name, part in parts.items() if name.startswith(start)}
     try:
-        return inner.decode(own, shape)
+        return inner.decode(own, shape, empty)
     except ValueError as error:
         raise ValueError(f"{prefix}: {error}") from error
 

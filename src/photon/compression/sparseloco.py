@@ -11,6 +11,7 @@ from torch import Tensor
 
 from photon.compression.codec import (
     Codec,
+    Empty,
     Memory,
     Parts,
     count_of,
@@ -95,16 +96,16 @@ class SparseLoco(Codec):
             index[some] = _pack_places(places[some])
         return {"index": index.flatten(), "codes": codes.flatten(), "levels": levels.flatten()}
 
-    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+    def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         count = count_of(shape)
         if count < _SMALL:
             whole = require_part(parts, "values", torch.bfloat16, count)
-            return whole.to(torch.float32).view(tuple(shape))
+            return empty(count).copy_(whole).view(tuple(shape))
         chunks, k = _chunks_of(shape), self.k
         index = require_part(parts, "index", torch.uint8, chunks * 3 * k // 2).view(chunks, 3, -1)
         codes = require_part(parts, "codes", torch.uint8, chunks * k // 4).view(chunks, -1)
         levels = require_part(parts, "levels", torch.bfloat16, chunks * 2).view(chunks, 2)
-        result = torch.empty(tuple(shape))
+        result = empty(count).view(tuple(shape))
         done = 0
         for rows, columns in _cuts(shape):
             target = _matrix(result)[rows, columns]

@@ -11,6 +11,7 @@ from torch import Tensor
 from photon.compression.casts import Fp32
 from photon.compression.codec import (
     Codec,
+    Empty,
     Memory,
     Parts,
     Update,
@@ -92,7 +93,7 @@ class TopK(Codec):
             places = {"bitmap": _bitmap(values, threshold)}
         return places | encode_nested(self.inner, torch.cat(kept), "values")
 
-    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+    def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         count = count_of(shape)
         if "bitmap" in parts:
             places = _places_of_bitmap(parts, count)
@@ -100,7 +101,7 @@ class TopK(Codec):
             places = _places_of_index(parts, count)
         else:
             raise ValueError(f"no part 'index' or 'bitmap' (there are: {', '.join(sorted(parts))})")
-        values = torch.zeros(count)
+        values = empty(count).zero_()
         values[places] = decode_nested(self.inner, parts, "values", (len(places),))
         return values.view(tuple(shape))
 

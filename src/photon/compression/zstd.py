@@ -11,7 +11,7 @@ import zstandard
 from torch import Tensor
 
 from photon.compression.casts import Fp32
-from photon.compression.codec import Codec, Memory, Parts, Update, count_of
+from photon.compression.codec import Codec, Empty, Memory, Parts, Update, count_of
 
 #: Before the frame: what kind of number the bytes are, and how many bytes they are.
 _HEADER = struct.Struct("<BQ")
@@ -77,7 +77,7 @@ class Zstd(Codec):
         parts = self.inner.encode(tensor, memory)
         return {name: self._compressed(part) for name, part in parts.items()}
 
-    def decode(self, parts: Parts, shape: Sequence[int]) -> Tensor:
+    def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         # All sizes are known to be right before the first is believed.
         left = _BYTES_PER_VALUE * count_of(shape) + _BYTES_BESIDE
         for name, part in parts.items():
@@ -88,7 +88,7 @@ class Zstd(Codec):
                     f"values can need (expected {_BYTES_PER_VALUE} x values + {_BYTES_BESIDE})"
                 )
         raw = {name: _decompressed(name, part) for name, part in parts.items()}
-        return self.inner.decode(raw, shape)
+        return self.inner.decode(raw, shape, empty)
 
     def _compressed(self, part: Tensor) -> Tensor:
         if not part.numel():

@@ -1,6 +1,5 @@
 """How model state moves: parcels of encoded tensors in stores, and files of tensors on disk."""
 
-from photon.link.intake import Intake
 from photon.link.manifest import Expected, Header, Manifest, Part, Ref, shapes_fingerprint
 from photon.link.parcel import (
     Carrier,
@@ -30,7 +29,6 @@ __all__ = [
     "GrantedStore",
     "Grants",
     "Header",
-    "Intake",
     "Manifest",
     "MemoryStore",
     "ObjectStore",

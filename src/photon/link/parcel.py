@@ -169,8 +169,8 @@ class Parcel:
         carrier: to the store.
         ref: from a task or receipt.
         expected: what the manifest must say.
-        memory: for tensors that span chunks, and chunks that are kept here; None takes it from the
-            heap.
+        memory: for what is decoded, tensors that span chunks, and chunks that are kept here; None
+            takes it from the heap.
 
     Raises:
         ManifestError: it says something else, or is none.
@@ -238,13 +238,18 @@ class Parcel:
 
     def _decoded(self, row: TensorRow, parts: Parts, codec: Codec) -> Tensor:
         try:
-            return codec.decode(parts, row.shape)
+            return codec.decode(parts, row.shape, self._empty)
         except ValueError as error:
             spec = self.manifest.codecs[row.codec]
             raise ManifestError(
                 f"tensor {row.name!r} can't be decoded by {spec}: {error}",
                 hint="The sender is of another version, or means harm; its parcel is not used.",
             ) from error
+
+    def _empty(self, count: int) -> Tensor:
+        if self._memory is None or not count:
+            return torch.empty(count)
+        return torch.frombuffer(self._memory.take(4 * count), dtype=torch.float32)
 
     def _wanted(self) -> list[Wanted]:
         return [

@@ -16,10 +16,11 @@ class ReusedMemory:
 
     Args:
         most_free: pieces kept for later, the largest ones. The default is for an update at a time:
-            the chunks on their way, the one that is read, and tensors that span chunks.
+            the chunks on their way, the one that is read, tensors that span chunks, and those that
+            were decoded.
     """
 
-    def __init__(self, most_free: int = 8) -> None:
+    def __init__(self, most_free: int = 12) -> None:
         self._most_free = most_free
         self._free: list[np.ndarray] = []
         # Reentrant: a piece may come back while this thread is in here, when garbage is collected.
