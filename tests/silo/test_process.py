@@ -289,7 +289,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_update(
     trainer.creep(lambda: "round 2, step 2:" in trainer.log)
     presence = world.roster.presences()["red"][0]
     trainer.kill()
-    assert presence.task == second.task_id
+    assert presence.task in ("", second.task_id)  # "": its word was still on its way
     trainer.start()
     assert reply_of(world, "red", asking.result()).fit.update.ref() == expected
 
