@@ -406,6 +406,21 @@ def test_draining_takes_no_new_task_but_gives_what_is_done(bench, aggregator):
     assert bench.answer(aggregator.fit(number=2)).fit is not None
 
 
+def test_it_is_told_which_task_is_worked_on(bench, aggregator, monkeypatch):
+    told, say = [], bench.reporter.say
+
+    def say_and_note(state, **what):
+        say(state, **what)
+        told.append((bench.reporter.now.state, bench.reporter.now.task))
+
+    monkeypatch.setattr(bench.reporter, "say", say_and_note)
+    ask = aggregator.fit()
+    assert bench.answer(ask).fit is not None
+    assert ("training", ask.task_id) in told
+    assert {task for state, task in told if state != "idle"} == {ask.task_id}
+    assert told[-1] == ("idle", "")
+
+
 def test_a_copied_key_stops_the_later_node(bench, aggregator):
     bench.reporter.key_in_use = KeyInUseError("another node runs with the key of red")
     assert bench.refusal(aggregator.fit()).code == 96
