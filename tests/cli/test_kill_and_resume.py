@@ -221,6 +221,7 @@ def test_a_second_process_is_refused(photon, run_file, tmp_path):
         while not (folder / "checkpoints").exists():
             assert process.poll() is None
             time.sleep(0.01)
+        process.send_signal(signal.SIGSTOP)  # it keeps its lock, and doesn't end before the other
         second = photon("resume", folder, "--quiet")
         code = second.wait()
         assert process.poll() is None, "the first process ended too early for this test"

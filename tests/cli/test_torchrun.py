@@ -82,7 +82,7 @@ def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(three_silos, make_confi
     folder = tmp_path / "pair"
     more = ("--run-dir", folder, "--set", "compute.strategy=fsdp", "--quiet")
     process = launch("simulate", tmp_path / "run.toml", *more)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "checkpoints/round-000001").exists():
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline

@@ -187,7 +187,7 @@ def running_door(short_folder, certificates, running_store) -> Iterator[RunningD
         superlink_ca=certificates.ca,
         desk_port=desk.port,
         store_port=running_store.store.port,
-        body_silence_s=1,
+        body_silence_s=3,
     )
     service = front_door(settings, found.home / "door")
     try:

@@ -118,7 +118,7 @@ def test_kill_9_while_objects_are_written_loses_none_that_was_acknowledged(runni
     inside = store.open("kill", silence_s=5)
     acknowledged: dict[str, str] = {}
     refused = 0
-    pid = watched.status("store").pid
+    pid, deaths = watched.status("store").pid, len(watched.deaths("store"))
     for number in range(60):
         data = secrets.token_bytes(200_000)
         if number == 20:
@@ -131,6 +131,7 @@ def test_kill_9_while_objects_are_written_loses_none_that_was_acknowledged(runni
             if refused > 3:
                 break
     assert refused, "the kill did not hit"
+    until(lambda: len(watched.deaths("store")) > deaths, "word of its death")
     assert watched.deaths("store")[-1].exit_code == -signal.SIGKILL
     until(lambda: watched.status("store").state == "up", "the store")
     assert watched.status("store").pid != pid

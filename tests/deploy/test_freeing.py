@@ -202,7 +202,7 @@ garbage._AT_ONCE = 20
 from photon.store.contract import FolderStore
 store = FolderStore(Path(sys.argv[2]))
 def slowly():
-    time.sleep(0.02)
+    time.sleep(0.2)
     return True
 free_leftovers(Path(sys.argv[1]), store, tell=lambda words: print(words, flush=True), go_on=slowly)
 """

@@ -203,12 +203,12 @@ def test_bodies_and_headers_are_bounded(running_door, client) -> None:
 
 
 def test_a_body_that_does_not_come_is_cut_off(running_door) -> None:
-    """body_silence_s is 1 here; one that comes in drops, faster than that, is let through."""
-    head = b"POST /photon/v1/join HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n"
+    """body_silence_s is 3 here; one that comes in drops, faster than that, is let through."""
+    head = b"POST /photon/v1/join HTTP/1.1\r\nhost: x\r\ncontent-length: 17\r\n"
     head += b"connection: close\r\n\r\n"
     began = time.monotonic()
-    raw(running_door, head + b"x", wait_s=15)
-    assert 0.5 < time.monotonic() - began < 8
+    raw(running_door, head + b"x", wait_s=60)
+    assert 2 < time.monotonic() - began < 60
     context = ssl.create_default_context(cafile=str(running_door.files.ca))
     address = ("127.0.0.1", running_door.settings.port)
     with (
@@ -216,8 +216,8 @@ def test_a_body_that_does_not_come_is_cut_off(running_door) -> None:
         context.wrap_socket(connection, server_hostname="127.0.0.1") as tls,
     ):
         tls.sendall(head)
-        for _ in range(4):
-            time.sleep(0.5)
+        for _ in range(17):
+            time.sleep(0.25)
             tls.sendall(b"y")
         assert tls.recv(100).startswith(b"HTTP/1.1 200")
 
@@ -272,7 +272,7 @@ def test_kill_9_of_the_door(running_door, client) -> None:
     watched = running_door.watched
     pid = watched.status("door").pid
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while watched.status("door").pid in (pid, None) or watched.status("door").state != "up":
         assert time.monotonic() < deadline
         time.sleep(0.05)

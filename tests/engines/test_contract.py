@@ -132,7 +132,7 @@ def test_a_silent_worker_is_replaced_by_its_deadline(three_silos, make_config, t
         "compute.threads=1",
         "run.log_every=1",
         "federation.silence_s=6",
-        "local.steps=4",
+        "local.steps=20",
     )
     calm = Bench("local", config, tmp_path / "calm")
     expected = [digest for _, digest in calm.fit()]
@@ -159,7 +159,8 @@ def test_a_silent_worker_is_replaced_by_its_deadline(three_silos, make_config, t
 
 
 def test_a_worker_lost_again_and_again_fails_its_task_only(three_silos, make_config, tmp_path):
-    config = make_config(three_silos, "compute.threads=1", "run.log_every=1")
+    # Steps enough that the kill hits before the answer is given.
+    config = make_config(three_silos, "compute.threads=1", "run.log_every=1", "local.steps=20")
     bench = Bench(1, config, tmp_path)
     victim = sorted(bench.data.silos)[1]
 

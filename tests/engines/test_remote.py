@@ -378,7 +378,7 @@ def test_a_silo_that_is_never_heard_of_fails_alone(make_bench):
     answers = bench.answers()
     words = only_fails(answers, "red", UnreachableError, bench.federated.expected)
     assert "red has not been heard of for 1.5 s" in words
-    assert 1.4 < time.monotonic() - started < 10
+    assert 1.4 < time.monotonic() - started < 60
     assert bench.wire.fired == ["red"]
 
 
@@ -399,7 +399,7 @@ def test_the_time_of_a_round_ends(make_bench):
 
 def test_nobody_is_waited_for_in_a_hot_loop(make_bench):
     """With answers here already, a silo that works is looked at a few times a second."""
-    bench = make_bench("serve.round_deadline_s=2")
+    bench = make_bench("serve.round_deadline_s=6")
     bench.on("blue", lambda silo, ask, times: None)
     looks, pull = [], bench.wire.pull
 
@@ -409,7 +409,7 @@ def test_nobody_is_waited_for_in_a_hot_loop(make_bench):
 
     bench.wire.pull = counted
     only_fails(bench.answers(), "blue", UnreachableError, bench.federated.expected)
-    assert 3 < len(looks) < 25
+    assert 3 < len(looks) < 75
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def test_silent_store(
         with pytest.raises(TransferStalledError) as caught:
             move(transfer)
         # The silence and what threads get to leave, on a machine with other work.
-        assert 1.4 < time.monotonic() - start < 12
+        assert 1.4 < time.monotonic() - start < 25
         assert mute.accepted
     for said in ("the mute store", f"{doing} run/a", "0 of" if doing == "reading" else "0 bytes"):
         assert said in str(caught.value)

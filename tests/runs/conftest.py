@@ -51,6 +51,8 @@ class Served:
         self.roster = Roster(folder / "home" / ROSTER_FILE)
         silos_in_process.join_all(self.roster, self.silos)
         self.wire = silos_in_process.Wire(self.silos, self.roster)
+        #: Held while it is said that one silo is here; hold it to say that one is not.
+        self.telling = threading.Lock()
 
     def go_on(self):
         """As another process would; the silos that are not quiet say all the time that they are."""
@@ -69,8 +71,10 @@ class Served:
             self._be_here()
 
     def _be_here(self) -> None:
-        for name in set(self.silos) - self.wire.quiet:
-            self.wire.be_here(name)
+        for name in sorted(self.silos):
+            with self.telling:
+                if name not in self.wire.quiet:
+                    self.wire.be_here(name)
 
     def asked(self, number):
         return sorted(ask.silo for ask in self.wire.asked if ask.round == number and ask.fit)

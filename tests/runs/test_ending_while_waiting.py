@@ -33,8 +33,9 @@ def when_waiting(run, word):
 
 def leave(run, *names):
     for name in names:
-        run.wire.quiet.add(name)
-        run.roster.seen(name, Presence("stopping", boot=name))
+        with run.telling:
+            run.wire.quiet.add(name)
+            run.roster.seen(name, Presence("stopping", boot=name))
 
 
 @pytest.mark.parametrize("word", ["draining", "stopping"])

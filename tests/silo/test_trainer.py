@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import math
 import shutil
 import time
 
@@ -546,15 +547,16 @@ def test_an_outage_longer_than_the_deadline_is_a_refusal_and_loses_nothing(
     bench, aggregator, monkeypatch, fits
 ):
     store = unsteady(bench, monkeypatch)
-    send = bench.trainer._send
+    send, ends = bench.trainer._send, [math.inf]
 
     def outage(ask):
         store.down = 10**6
+        ends[0] = min(ends[0], time.time() + 3)
         send(ask)
 
     bench.trainer._send = outage
     ask = aggregator.fit()
-    refused = bench.refusal(ask, until=time.time() + 3)
+    refused = parse_reply(bench.trainer.answer(ask, lambda: ends[0]).text).refused
     assert refused.code == 71
     assert store.refused > 3
     store.down = 0

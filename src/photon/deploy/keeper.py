@@ -225,13 +225,14 @@ class Keeper:
         deadline = life.started + self.service.ready_s
         ready, problem = self.service.ready is None, "it did not answer"
         while not ready and self._runs(life):
+            ready, problem = _ask(self.service.ready, problem)
+            if ready:
+                break
             if time.monotonic() > deadline:
                 return f"it was not ready within {self.service.ready_s:.0f} s: {problem}"
-            ready, problem = _ask(self.service.ready, problem)
-            if not ready:
-                with self._change:
-                    if self._runs(life):
-                        self._change.wait(_ASK_READY_S)
+            with self._change:
+                if self._runs(life):
+                    self._change.wait(_ASK_READY_S)
         if self._runs(life):
             self._ever_up = True
             with self._change:

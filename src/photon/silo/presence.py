@@ -49,6 +49,7 @@ class Reporter:
         self._now = Presence("idle", boot=secrets.token_hex(8))
         self._changed = threading.Event()
         self._reporting = threading.Lock()
+        self._ended = False
         self._trouble: str | None = None
         #: The desk wants this node to take no new task.
         self.draining = False
@@ -64,6 +65,8 @@ class Reporter:
 
     def say(self, state: str, **what: Any) -> None:
         """From now on this node does this; `what` are fields of Presence."""
+        if self._ended:
+            return  # work that goes on until the process is gone
         detail = str(what.pop("detail", ""))[:_MOST_DETAIL_CHARACTERS]
         self._now = Presence(state, boot=self._now.boot, detail=detail, **what)
         self._changed.set()
@@ -75,6 +78,7 @@ class Reporter:
     def stop(self, timeout_s: float) -> None:
         """Say that this node ends, if that is possible in this time."""
         self.say("stopping")
+        self._ended = True
         if self._desk is not None:
             last = threading.Thread(target=self._tell, daemon=True)
             last.start()

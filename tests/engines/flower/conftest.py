@@ -80,8 +80,9 @@ class Program:
         process = self.process
         assert process is not None
         assert process.poll() is None, f"{self.name} was not running"
+        ends = len(self.codes)
         process.send_signal(number)
-        wait_for(f"the end of {self.name}", lambda: self.process is not process or self.codes, 20)
+        wait_for(f"the end of {self.name}", lambda: len(self.codes) > ends, 60)
 
     def tell_to_stop(self) -> None:
         self.stopping.set()

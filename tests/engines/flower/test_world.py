@@ -21,7 +21,7 @@ from photon.membership.keys import NodeKey
 
 PROGRAMS = Path(__file__).parent / "programs"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow]
 
 
 def check_answer(answer: dict[str, str], task: str, silo: str) -> None:
@@ -61,12 +61,12 @@ def test_tasks_are_answered_and_warm_round_trips_are_quick(world):
     wait_for("both silos", lambda: set(world.present()) == set(world.silos))
 
 
-def test_silos_work_at_the_same_time(world):
-    tasks = {silo: world.ask(silo, work_s=3) for silo in world.silos}
+def test_silos_work_at_the_same_time(world, tmp_path):
+    gate = tmp_path / "gate"  # neither is done before it is there
+    tasks = {silo: world.ask(silo, gate=str(gate)) for silo in world.silos}
     for silo, task in tasks.items():
         wait_for("both at work", lambda: f"asked {task}" in world.silos[silo].log())  # noqa: B023
-    for silo, task in tasks.items():
-        assert f"trained {task}" not in world.silos[silo].log(), "one after the other"
+    gate.touch()
     for silo, task in tasks.items():
         check_answer(world.answer(task)[0], task, silo)
 
@@ -119,24 +119,28 @@ def test_killed_in_the_middle_of_a_task(world, victim):
         assert world.runs == runs + 1
 
 
-def test_a_trainer_that_dies_is_asked_again_by_the_shim(world):
+def test_a_trainer_that_dies_is_asked_again_by_the_shim(world, tmp_path):
     silo = world.silos["south"]
     words = len(world.words())
-    task = world.ask("south", work_s=1.5)
+    gate = tmp_path / "gate"
+    task = world.ask("south", gate=str(gate))
     wait_for("the trainer", lambda: f"asked {task}" in silo.log())
     silo.trainer.kill()
+    gate.touch()
     answer, _ = world.answer(task)
     check_answer(answer, task, "south")
     assert silo.log().count(f"asked {task}") == 2
     assert world.words()[words:] == [], "the aggregator need not know"
 
 
-def test_a_shim_that_is_stopped_says_so(world):
+def test_a_shim_that_is_stopped_says_so(world, tmp_path):
     silo = world.silos["north"]
     words = len(world.words())
-    task = world.ask("north", work_s=2)
+    gate = tmp_path / "gate"
+    task = world.ask("north", gate=str(gate))
     wait_for("the trainer", lambda: f"asked {task}" in silo.log())
     silo.shim.kill(signal.SIGTERM)
+    gate.touch()
     answer, waited_s = world.answer(task)
     check_answer(answer, task, "north")
     assert any("shim was stopped" in line for line in world.words()[words:])
@@ -240,7 +244,7 @@ def test_a_shim_that_dies_while_it_answers_holds_nobody_up_for_long(world):
         env=silo.shim.command.env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
     )
     assert bad.stdout.strip() == "announced", bad.stderr
     begun_s = time.monotonic()
