@@ -92,6 +92,15 @@ def test_a_desk_that_hangs_holds_up_nobody(desk):
     eventually(lambda: desk.told and desk.told[-1].state == "stopping")
 
 
+def test_work_that_goes_on_does_not_unsay_the_end(desk):
+    reporter = Reporter(desk, every_s=0.03)
+    reporter.stop(20)
+    reporter.say("publishing", step=4, of=4)
+    reporter.add(step=5)
+    assert reporter.now.state == "stopping"
+    assert desk.told[-1].state == "stopping"
+
+
 def test_what_the_desk_says_is_heeded(desk):
     reporter = Reporter(desk, every_s=0.03)
     desk.answer = {"draining": True}
