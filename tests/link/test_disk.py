@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -153,13 +153,6 @@ while True:
 """
 
 
-def wait_until(condition: Callable[[], bool], most_s: float = 60.0) -> None:
-    end = time.monotonic() + most_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 def test_killed_at_any_moment_the_file_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     last, cut_short = 0, 0
@@ -169,8 +162,10 @@ def test_killed_at_any_moment_the_file_is_whole(tmp_path: Path) -> None:
         ) as writer:
             assert writer.stdout is not None
             writer.stdout.readline()
-            if not attempt:
-                wait_until(path.exists)
+            end = time.monotonic() + 60
+            while not attempt and not path.exists():
+                assert time.monotonic() < end
+                time.sleep(0.001)
             time.sleep(0.05 + 0.013 * attempt)
             writer.kill()
         cut_short += len(list(tmp_path.glob(".a.json.*.partial")))

@@ -247,9 +247,7 @@ class Parcel:
             ) from error
 
     def _empty(self, count: int) -> Tensor:
-        if self._memory is None or not count:
-            return torch.empty(count)
-        return torch.frombuffer(self._memory.take(4 * count), dtype=torch.float32)
+        return _room(self._memory, 4 * count).view(torch.float32)
 
     def _wanted(self) -> list[Wanted]:
         return [
@@ -296,11 +294,8 @@ class _Stream:
             return torch.frombuffer(
                 self._chunk, dtype=torch.uint8, count=count, offset=self._at - count
             )
-        if self._memory is None:
-            into = torch.empty(count, dtype=torch.uint8).numpy()
-        else:
-            into = np.frombuffer(self._memory.take(count), np.uint8)
-        done = 0
+        room = _room(self._memory, count)
+        into, done = room.numpy(), 0
         while done < count:
             if self._at == len(self._chunk):
                 self._next()
@@ -308,11 +303,18 @@ class _Stream:
             into[done : done + len(some)] = some  # NumPy's lets other threads run meanwhile
             self._at += len(some)
             done += len(some)
-        return torch.from_numpy(into)
+        return room
 
     def _next(self) -> None:
         self._chunk, self._at = next(self._chunks), 0
         self._writable = not memoryview(self._chunk).readonly
+
+
+def _room(memory: ReusedMemory | None, size: int) -> Tensor:
+    """uint8 [size], uninitialised."""
+    if memory is None or not size:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.frombuffer(memory.take(size), dtype=torch.uint8)
 
 
 def plain_entries(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Entry]:

@@ -68,8 +68,7 @@ class Depot:
         assert self._offered is not None
         number, publish = self._offered
         if self._state is None or self._state.round != number:
-            carrier = Transfer(self._store, streams=4)
-            self._state = publish(carrier, global_folder(self._run_id))
+            self._state = publish(self._carrier(), global_folder(self._run_id))
         return self._state
 
     def fetch(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
@@ -127,7 +126,10 @@ class Depot:
     def _parcel(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
         shapes = {name: tensor.shape for name, tensor in state.items()}
         expected = Expected(update_header(task, state), shapes, self._config.specs)
-        return Parcel(Transfer(self._store, streams=4), ref, expected, self._memory)
+        return Parcel(self._carrier(), ref, expected, self._memory)
+
+    def _carrier(self) -> Transfer:
+        return Transfer(self._store, streams=4)
 
     def _chunks_of(self, key: str) -> list[str]:
         """The chunks that a manifest in the store names."""
