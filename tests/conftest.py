@@ -96,6 +96,12 @@ def forks() -> ForkServerContext:
 
 
 @pytest.fixture(scope="session")
+def prepare_text():
+    """Makes prepared folders; see `prepare_silos`."""
+    return prepare_silos
+
+
+@pytest.fixture(scope="session")
 def write_corpus():
     """Writes text files with something to learn; see `_write_corpus`."""
     return _write_corpus

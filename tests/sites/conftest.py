@@ -397,23 +397,12 @@ def silos() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def make_data(tmp_path_factory: pytest.TempPathFactory, write_corpus) -> Callable[..., Path]:
+def make_data(tmp_path_factory: pytest.TempPathFactory, prepare_text) -> Callable[..., Path]:
     """Prepares text of some silos, each of another size."""
-    from photon.data import PrepareOptions, prepare
 
     def make(silos: Sequence[str]) -> Path:
-        root = tmp_path_factory.mktemp("sites")
         sizes = {silo: 16 + 4 * number for number, silo in enumerate(silos)}
-        options = PrepareOptions(
-            input=str(write_corpus(root / "text", sizes)),
-            out=root / "data",
-            metadata=root / "metadata.csv",
-            silo_field="party",
-            vocab_size=300,
-            global_fraction=0.1,
-            silo_fraction=0.1,
-        )
-        return prepare(options).path
+        return prepare_text(tmp_path_factory.mktemp("sites"), sizes)
 
     return make
 
