@@ -232,12 +232,20 @@ def test_the_last_frame_stays_on_the_screen_and_closing_twice_is_fine(stream):
     assert "finished" in last
 
 
-def test_a_terminal_that_goes_away_does_not_end_the_run(stream):
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), BrokenPipeError()])
+def test_a_stream_that_takes_nothing_does_not_end_the_run(stream, monkeypatch, terminal, fault):
     class Gone(io.StringIO):
         def write(self, text):
-            raise OSError(5, "Input/output error")
+            raise fault
 
-    view = LiveView(Console(width=80, height=30, force_terminal=True, file=Gone()))
+        def isatty(self):
+            return terminal
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr("sys.stderr", Gone())
+    view = progress_view()
+    assert isinstance(view, LiveView if terminal else PlainView)
     for event in stream(rounds=2).whole():
         view.on_event(event)
     view.close()

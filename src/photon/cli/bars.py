@@ -27,9 +27,9 @@ def run_bars(console: Console, names: Mapping[str, str]) -> Iterator[dict[str, L
         yield {key: PlainView(_labelled(console, name)) for key, name in names.items()}
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),  # silos' names
         BarColumn(),
-        TextColumn("{task.fields[standing]}"),
+        TextColumn("{task.fields[standing]}", markup=False),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:

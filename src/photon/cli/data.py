@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from photon.cli.screen import console, say, show, show_table
 from photon.data import PreparedData, PrepareOptions, SiloData, open_data, prepare
 from photon.errors import InvalidValueError
 
@@ -166,7 +166,7 @@ def prepare_command(
         seed=seed,
         overwrite=overwrite,
     )
-    with progress_bar(Console(stderr=True)) as report:
+    with progress_bar(console()) as report:
         data = prepare(options, report)
     _show(data, as_json)
 
@@ -180,7 +180,7 @@ def show_command(
     """What a prepared folder holds. Example: `photon data show data/speeches --verify`"""
     data = open_data(folder)
     if verify:
-        with progress_bar(Console(stderr=True)) as report:
+        with progress_bar(console()) as report:
             data.verify(lambda done, total: report("verifying", done, total))
     _show(data, as_json)
 
@@ -242,15 +242,18 @@ def _show(data: PreparedData, as_json: bool) -> None:
         }
         typer.echo(json.dumps(record, indent=1))
         return
-    table = Table("silo", title=str(data.path), title_justify="left")
-    for heading in ("documents", "tokens", "held-out documents", "held-out tokens", "text MB"):
-        table.add_column(heading, justify="right")
+    rows = []
     for name, part in {**data.silos, "(global held-out)": data.held_out}.items():
         *counts, size = _counts(part).values()
-        table.add_row(name, *(f"{count:,}" for count in counts), f"{size / 1e6:.2f}")
-    Console().print(table)
+        rows.append((name, *(f"{count:,}" for count in counts), f"{size / 1e6:.2f}"))
+    show(str(data.path))
+    show_table(
+        ("silo", "documents", "tokens", "held-out documents", "held-out tokens", "text MB"),
+        rows,
+        right=range(1, 6),
+    )
     for remark in data.remarks:
-        Console(stderr=True).print(f"note: {remark}", markup=False, highlight=False)
+        say(f"note: {remark}")
 
 
 def _counts(part: SiloData) -> dict[str, int]:

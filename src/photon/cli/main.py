@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
 from photon.cli.data import data_app
@@ -16,6 +15,7 @@ from photon.cli.demo import demo
 from photon.cli.doctor import doctor
 from photon.cli.members import audit, invite, members_app
 from photon.cli.profile import profile
+from photon.cli.screen import console, guard_output, say, show, show_facts, show_table
 from photon.cli.serve import join, serve, status, stop
 from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
 
@@ -24,16 +24,15 @@ class _Photon(TyperGroup):
     """Turns PhotonError into its message on stderr and its exit code, and Ctrl-C into 130."""
 
     def invoke(self, ctx: Any) -> Any:
-        console = Console(stderr=True)
         try:
             return super().invoke(ctx)
         except PhotonError as error:
-            console.print(f"error: {error.message}", style="red", markup=False, soft_wrap=True)
+            say(f"error: {error.message}", style="red")
             if error.hint:
-                console.print(error.hint, markup=False, soft_wrap=True, highlight=False)
+                say(error.hint)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            console.print("Stopped. If a run had begun, `photon resume DIR` goes on with it.")
+            say("Stopped. If a run had begun, `photon resume DIR` goes on with it.")
             ctx.exit(INTERRUPTED_EXIT_CODE)
 
 
@@ -157,7 +156,7 @@ def report(
 
     others = dict(_pair(pair, "--compare", "LABEL=DIR") for pair in compare or [])
     page = write_report(folder, out=out, compare={k: Path(v) for k, v in others.items()})
-    Console().print(f"Report: {page}", highlight=False, soft_wrap=True)
+    show(f"Report: {page}")
 
 
 @app.command()
@@ -181,7 +180,7 @@ def export(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
-    Console().print(f"Model: {path}", highlight=False, soft_wrap=True)
+    show(f"Model: {path}")
 
 
 @app.command("eval")
@@ -210,16 +209,20 @@ def evaluate(
             )
         )
         return
-    table = Table("held-out text", "perplexity", "bits per byte", "loss", "tokens")
-    for name, one in {"global": scores.overall, **scores.per_silo}.items():
-        table.add_row(
-            name,
-            f"{one.perplexity:.2f}",
-            f"{one.bits_per_byte:.4f}",
-            f"{one.loss:.4f}",
-            f"{one.tokens:,}",
-        )
-    Console().print(table)
+    show_table(
+        ("held-out text", "perplexity", "bits per byte", "loss", "tokens"),
+        (
+            (
+                name,
+                f"{one.perplexity:.2f}",
+                f"{one.bits_per_byte:.4f}",
+                f"{one.loss:.4f}",
+                f"{one.tokens:,}",
+            )
+            for name, one in {"global": scores.overall, **scores.per_silo}.items()
+        ),
+        right=(1, 2, 3, 4),
+    )
 
 
 @app.command()
@@ -259,6 +262,7 @@ def version() -> None:
 
 def main() -> None:
     """Entry point of the `photon` script."""
+    guard_output()
     app()
 
 
@@ -267,7 +271,7 @@ def _view(quiet: bool) -> Any:
         return None
     from photon.dashboard import progress_view
 
-    return progress_view(Console(stderr=True))
+    return progress_view(console())
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:
@@ -283,22 +287,26 @@ def _show_result(folder: Path, summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
         return
-    console = Console()
-    table = Table(show_header=False, box=None)
-    table.add_row("held-out perplexity", f"{summary['global_perplexity']:.2f}")
-    table.add_row("bits per byte", f"{summary['bits_per_byte']:.4f}")
-    table.add_row("rounds, tokens", f"{summary['rounds']}, {summary['tokens']:,}")
+    facts = [
+        ("held-out perplexity", f"{summary['global_perplexity']:.2f}"),
+        ("bits per byte", f"{summary['bits_per_byte']:.4f}"),
+        ("rounds, tokens", f"{summary['rounds']}, {summary['tokens']:,}"),
+    ]
     sent = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
-    table.add_row("exchanged", f"{sent:,.1f} MB")
+    facts.append(("exchanged", f"{sent:,.1f} MB"))
     if sent and "all_reduce_bytes" in summary:
         less = [summary[key] / 1e6 / sent for key in ("all_reduce_bytes", "bf16_exchange_bytes")]
-        table.add_row("", f"{less[0]:,.1f} times less than fp32 gradients after every step")
-        table.add_row("", f"{less[1]:,.1f} times less than bf16 models every round")
-    table.add_row("time", f"{summary['wall_s']:.1f} s, {summary['utilisation']:.0%} training")
-    table.add_row("weights sha256", summary["weights_sha256"])
-    table.add_row("run folder", str(folder))
-    console.print(table)
-    console.print(f"Next: photon report {folder}", highlight=False, markup=False, soft_wrap=True)
+        facts += [
+            ("", f"{less[0]:,.1f} times less than fp32 gradients after every step"),
+            ("", f"{less[1]:,.1f} times less than bf16 models every round"),
+        ]
+    facts += [
+        ("time", f"{summary['wall_s']:.1f} s, {summary['utilisation']:.0%} training"),
+        ("weights sha256", summary["weights_sha256"]),
+        ("run folder", str(folder)),
+    ]
+    show_facts(facts)
+    show(f"Next: photon report {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from photon.cli.screen import say, show_table
 from photon.errors import CertificateError, InvalidValueError
 from photon.membership.invitation import (
     Invitation,
@@ -128,24 +127,26 @@ def list_command(run_file: RunFile = None, home: Home = None, as_json: AsJson = 
         }
         typer.echo(json.dumps(record, indent=1))
         return
-    table = Table("name", "status", "joined (UTC)", "tokens", "Photon", "seen", "key")
-    table.columns[3].justify = "right"
+    rows = []
     for member in members:
         presence, seen_at = presences.get(member.name, (None, 0.0))
         seen = f"{_ago(time.time() - seen_at)} ago, {presence.state}" if presence else "never"
-        table.add_row(
-            member.name,
-            member.status,
-            _utc(member.joined_at),
-            f"{member.facts.train_tokens:,}",
-            member.facts.photon_version,
-            seen,
-            member.fingerprint[:23] + "...",
+        rows.append(
+            (
+                member.name,
+                member.status,
+                _utc(member.joined_at),
+                f"{member.facts.train_tokens:,}",
+                member.facts.photon_version,
+                seen,
+                member.fingerprint[:23] + "...",
+            )
         )
     for invitation in invitations:
         what = "invited, new key" if invitation.rotate else "invited"
-        table.add_row(invitation.name, what, "", "", "", f"until {_utc(invitation.expires_at)}", "")
-    Console().print(table)
+        rows.append((invitation.name, what, "", "", "", f"until {_utc(invitation.expires_at)}", ""))
+    headings = ("name", "status", "joined (UTC)", "tokens", "Photon", "seen", "key")
+    show_table(headings, rows, right=(3,))
 
 
 @members_app.command("suspend")
@@ -156,7 +157,7 @@ def suspend_command(name: Name, run_file: RunFile = None, home: Home = None) -> 
     """
     with _roster(run_file, home) as roster:
         roster.suspend(name)
-    _say(f"{name} is suspended. `photon members reinstate {name}` takes it back.")
+    say(f"{name} is suspended. `photon members reinstate {name}` takes it back.")
 
 
 @members_app.command("reinstate")
@@ -167,7 +168,7 @@ def reinstate_command(name: Name, run_file: RunFile = None, home: Home = None) -
     """
     with _roster(run_file, home) as roster:
         roster.reinstate(name)
-    _say(f"{name} may take part again.")
+    say(f"{name} may take part again.")
 
 
 @members_app.command("expel")
@@ -183,7 +184,7 @@ def expel_command(name: Name, run_file: RunFile = None, home: Home = None) -> No
     """
     with _roster(run_file, home) as roster:
         roster.expel(name)
-    _say(f"{name} is expelled: neither a key nor an invitation of that name is accepted.")
+    say(f"{name} is expelled: neither a key nor an invitation of that name is accepted.")
 
 
 def audit(
@@ -244,7 +245,7 @@ def _invite(
     )
     write_invitation(out, invitation)
     if serve.silos and name not in serve.silos:
-        _say(f"note: serve.silos does not name {name}; it will not be asked to train")
+        say(f"note: serve.silos does not name {name}; it will not be asked to train")
     if as_json:
         record = {
             "name": name,
@@ -308,7 +309,7 @@ def _authority(serve: ServeConfig, host: str) -> str:
         make_authority(Path(serve.home))
     if files.certificate.exists():
         for problem in check_certificate(files.certificate, files.key, files.ca, host):
-            _say(f"note: {problem}; `photon serve` will not start with it, or makes another")
+            say(f"note: {problem}; `photon serve` will not start with it, or makes another")
     try:
         return files.ca.read_text(encoding="ascii")
     except (OSError, UnicodeError) as error:
@@ -320,23 +321,15 @@ def _show_audit(report: AuditReport) -> None:
         f"{report.path}: {report.lines} lines, {report.rounds} rounds, {report.updates} updates, "
         f"the last one of round {report.last_round}"
     )
-    table = Table("silo", "key")
-    table.columns[1].overflow = "fold"
-    for name, fingerprint in sorted(report.members.items()):
-        table.add_row(name, fingerprint)
     if report.members:
-        Console().print(table)
+        show_table(("silo", "key"), sorted(report.members.items()))
     typer.echo(f"head {report.head}")
     for text in report.remarks:
-        _say(f"note: {text}")
+        say(f"note: {text}")
     for text in report.problems:
-        _say(f"problem: {text}")
+        say(f"problem: {text}")
     if not report.problems:
         typer.echo("No line was changed, every update is signed, none counts twice.")
-
-
-def _say(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _utc(at: float) -> str:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from photon.cli.screen import console, say, show, show_table
 from photon.errors import InvitationError, MembershipError, RunNotFoundError
 
 if TYPE_CHECKING:
@@ -76,7 +75,6 @@ def serve(
         return
     from photon.deploy.serve import Aggregator, prepare_run, reopen_run
 
-    console = Console(stderr=True)
     if resume is not None:
         folder, config = resume, reopen_run(resume, overrides)
     else:
@@ -84,7 +82,7 @@ def serve(
         config = load_run_config(run_file, overrides or [])
         folder = run_dir or Path("runs") / config.run.name
         config = prepare_run(config, folder, overwrite=overwrite)
-    lines = _Lines(Path(config.serve.home) / "logs" / "serve.log", console, verbose=verbose)
+    lines = _Lines(Path(config.serve.home) / "logs" / "serve.log", verbose=verbose)
     aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)
 
     def ready() -> None:
@@ -94,21 +92,20 @@ def serve(
         waiting = config.serve.min_silos
         lines.event(f"the first round begins once {waiting} {'are' if waiting > 1 else 'is'} here")
 
-    with _following(folder, None if quiet or verbose else _view(console)):
+    with _following(folder, None if quiet or verbose else _view()):
         outcome = aggregator.run(on_ready=ready)
     if not outcome.finished:
-        console.print(f"Stopped. `photon serve --resume {folder}` goes on.", highlight=False)
+        say(f"Stopped. `photon serve --resume {folder}` goes on.")
         return
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if as_json:
         typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
         return
-    console.print(
+    say(
         f"Done: {summary['rounds']} rounds, held-out perplexity "
-        f"{summary['global_perplexity']:.2f}, weights {summary['weights_sha256'][:12]}...",
-        highlight=False,
+        f"{summary['global_perplexity']:.2f}, weights {summary['weights_sha256'][:12]}..."
     )
-    console.print(f"Next: photon report {folder}", highlight=False, markup=False)
+    say(f"Next: photon report {folder}")
 
 
 def join(
@@ -156,18 +153,13 @@ def join(
     from photon.membership.keys import NodeKey
     from photon.silo.policy import MEMBERSHIP_FILE
 
-    console = Console(stderr=True)
     node = load_node_config(node_file)
     known = (home / MEMBERSHIP_FILE).exists()
     if invite is not None:
         invitation = read_invitation(invite)
         membership = accept_invitation(invitation, node, home)
         key = NodeKey.load(home / KEY_FILE)
-        console.print(
-            f"{membership.name} is a member at {membership.address}; its key is {key.fingerprint}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(f"{membership.name} is a member at {membership.address}; its key is {key.fingerprint}")
     elif not known:
         raise InvitationError(
             f"{home} is no member's home yet",
@@ -175,7 +167,7 @@ def join(
         )
     elif url is not None:
         moved(home, _address(url))
-    lines = _Lines(home / "logs" / "join.log", console, verbose=verbose)
+    lines = _Lines(home / "logs" / "join.log", verbose=verbose)
     Node(home, node_file, log=lines.service, on_event=lines.event).run(
         on_ready=lambda: lines.event("taking part; Ctrl-C stops")
     )
@@ -226,11 +218,10 @@ def stop(
 class _Lines:
     """One readable log: a file that has everything, and the console, which has what matters."""
 
-    def __init__(self, path: Path, console: Console, *, verbose: bool) -> None:
+    def __init__(self, path: Path, *, verbose: bool) -> None:
         from photon.deploy.logs import BoundedLog
 
         self._log = BoundedLog(path)
-        self._console = console
         self._verbose = verbose
         self._lock = threading.Lock()
 
@@ -238,13 +229,13 @@ class _Lines:
         """A service's own line, already stamped."""
         self._write(line)
         if self._verbose:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(line)
 
     def event(self, words: str) -> None:
         """What the operator should see."""
         line = f"{time.strftime('%H:%M:%S')} photon | {words}"
         self._write(line)
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(line)
 
     def _write(self, line: str) -> None:
         with self._lock:
@@ -295,10 +286,10 @@ def _follow(path: Path, tell: Callable[[Any], None], over: threading.Event) -> N
             return
 
 
-def _view(console: Console) -> Listener:
+def _view() -> Listener:
     from photon.dashboard import progress_view
 
-    return progress_view(console)
+    return progress_view(console())
 
 
 def _show_checks(findings: list[Check], as_json: bool) -> None:
@@ -308,13 +299,16 @@ def _show_checks(findings: list[Check], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([vars(one) for one in findings], indent=1))
     else:
-        table = Table("looked at", "verdict", "found", box=None)
-        table.columns[2].overflow = "fold"  # of a fingerprint every digit counts
         colours = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
-        for one in findings:
-            words = Text(f"{one.found}\n{one.hint}" if one.hint else one.found)
-            table.add_row(one.name, f"[{colours[one.verdict]}]{one.verdict}[/]", words)
-        Console().print(table)
+        rows = [
+            (
+                one.name,
+                Text(one.verdict, style=colours[one.verdict]),
+                f"{one.found}\n{one.hint}" if one.hint else one.found,
+            )
+            for one in findings
+        ]
+        show_table(("looked at", "verdict", "found"), rows, frame=False)
     if worst(findings):
         raise typer.Exit(worst(findings))
 
@@ -347,39 +341,39 @@ def _home_of(folder: Path | None) -> Path:
 
 
 def _show_status(found: dict[str, Any]) -> None:
-    console = Console()
     run = found.get("run", {})
     at = f"round {run.get('in_round') or run.get('round', 0)} of {run.get('rounds', '?')}"
-    console.print(f"{run.get('name', '?')}: {at}", highlight=False)
+    show(f"{run.get('name', '?')}: {at}")
     waiting = run.get("waiting")
     if waiting:
         until = datetime.fromtimestamp(waiting["until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
-        console.print(
+        show(
             f"waits for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
-            f"{', '.join(waiting['here']) or 'none'}; until {until}",
-            highlight=False,
+            f"{', '.join(waiting['here']) or 'none'}; until {until}"
         )
     warning = (run.get("certificate") or {}).get("warning")
     if warning:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
-    table = Table("member", "key", "doing", "round", "step", "since", "seen", "until", "", box=None)
+        say(f"warning: {warning}", style="yellow")
+    rows = []
     for member in found["members"]:
         doing = member.get("presence") or {}
-        table.add_row(
-            member["name"],
-            member["status"],
-            doing.get("state", "never seen") if member["here"] else "away",
-            str(doing.get("round") or ""),
-            f"{doing['step']}/{doing['of']}" if doing.get("of") else "",
-            _ago(doing.get("since"), found["server_time"]),
-            _ago(doing.get("seen_at"), found["server_time"]),
-            _clock(doing.get("until")),
-            doing.get("detail", ""),
+        rows.append(
+            (
+                member["name"],
+                member["status"],
+                doing.get("state", "never seen") if member["here"] else "away",
+                str(doing.get("round") or ""),
+                f"{doing['step']}/{doing['of']}" if doing.get("of") else "",
+                _ago(doing.get("since"), found["server_time"]),
+                _ago(doing.get("seen_at"), found["server_time"]),
+                _clock(doing.get("until")),
+                doing.get("detail", ""),
+            )
         )
-    console.print(table)
-    services = Table("service", "state", "pid", "since", "restarts", "", box=None)
-    for one in found["services"]:
-        services.add_row(
+    headings = ("member", "key", "doing", "round", "step", "since", "seen", "until", "")
+    show_table(headings, rows, frame=False)
+    services = [
+        (
             one["name"],
             one["state"],
             str(one["pid"] or ""),
@@ -387,7 +381,9 @@ def _show_status(found: dict[str, Any]) -> None:
             str(one["restarts"]),
             one["detail"],
         )
-    console.print(services)
+        for one in found["services"]
+    ]
+    show_table(("service", "state", "pid", "since", "restarts", ""), services, frame=False)
 
 
 def _ago(at: float | None, now: float) -> str:

@@ -39,10 +39,17 @@ _MILESTONES = (RoundFinished, Evaluated, UpdateDropped, WorkerLost, ComputeChose
 def progress_view(console: Console | None = None) -> Listener:
     """The live view on a terminal, plain lines in a pipe or CI. Standard error by default."""
     if console is None:
-        console = Console(stderr=True)
+        console = _StandardError(stderr=True)
     # CI systems set FORCE_COLOR to have colours in logs, which makes rich believe in a terminal.
     real = console.file.isatty() or not os.environ.get("FORCE_COLOR")
     return LiveView(console) if console.is_interactive and real else PlainView(console)
+
+
+class _StandardError(Console):
+    """Raises where rich would end the process: a view is no reason to."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError at hand
 
 
 class LiveView:
@@ -132,9 +139,14 @@ class PlainView:
         self.progress.fold(event)
         line = self._line(event)
         if line is not None:
-            self._console.print(
-                wording.one_line(line), markup=False, highlight=False, emoji=False, soft_wrap=True
-            )
+            with contextlib.suppress(OSError):  # nobody reads it any more; training goes on
+                self._console.print(
+                    wording.one_line(line),
+                    markup=False,
+                    highlight=False,
+                    emoji=False,
+                    soft_wrap=True,
+                )
 
     def close(self) -> None:
         """Nothing to put away."""
