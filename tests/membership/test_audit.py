@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from photon.errors import AuditError, DiskFullError
+from photon.errors import AuditError, DiskFullError, RunNotFoundError
 from photon.membership.audit import (
     MEMBER,
     RESUMED,
@@ -90,9 +90,9 @@ def test_a_good_log(three_rounds, path, keys):
 def test_an_empty_log_is_good(path):
     AuditLog(path)
     assert verify_audit(path).problems == []
-    with pytest.raises(AuditError, match="there is no"):
+    with pytest.raises(RunNotFoundError, match="there is no"):
         verify_audit(path.parent / "nowhere")
-    with pytest.raises(AuditError, match="there is no"):
+    with pytest.raises(RunNotFoundError, match="there is no"):
         verify_audit(path.parent / "other.jsonl")
 
 

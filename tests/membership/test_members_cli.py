@@ -172,7 +172,7 @@ def test_rotate(joined, run_file, keys, facts):
 def test_audit(joined, tmp_path, keys):
     run = tmp_path / "runs/med"
     run.mkdir(parents=True)
-    assert "there is no" in photon("audit", run, code=84).output
+    assert "there is no" in photon("audit", run, code=42).output
     log = AuditLog(run / "audit.jsonl")
     log.append(MEMBER, MemberRecord.of(joined.member("hospital-a")))
     result = photon("audit", run)

@@ -201,7 +201,8 @@ def audit(
     """Verify a run's log: no line changed, every update signed by its silo, none counted twice.
 
     Needs nothing but the log: a silo may run it on a copy. It compares the fingerprint that is
-    printed with its own (`photon join` prints it). Exit code 84 if anything is wrong.
+    printed with its own (`photon join` prints it). Exit code 84 if anything is wrong, 42 if
+    there is no log.
 
     Example: `photon audit runs/med --json`
     """

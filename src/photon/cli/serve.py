@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -73,7 +74,7 @@ def serve(
 
         _show_checks(preflight(config.serve), as_json)
         return
-    from photon.deploy.serve import Aggregator, prepare_run, reopen_run
+    from photon.deploy.serve import Aggregator, reopen_run
 
     if resume is not None:
         folder, config = resume, reopen_run(resume, overrides)
@@ -81,19 +82,21 @@ def serve(
         assert run_file is not None
         config = load_run_config(run_file, overrides or [])
         folder = run_dir or Path("runs") / config.run.name
-        config = prepare_run(config, folder, overwrite=overwrite)
     lines = _Lines(Path(config.serve.home) / "logs" / "serve.log", verbose=verbose)
     aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)
 
     def ready() -> None:
         from photon.deploy.front_door import public_url
 
+        if not (quiet or verbose):  # not before: an events.jsonl may be there that is replaced
+            view.enter_context(_following(folder, _view()))
+
         lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
         waiting = config.serve.min_silos
         lines.event(f"the first round begins once {waiting} {'are' if waiting > 1 else 'is'} here")
 
-    with _following(folder, None if quiet or verbose else _view()):
-        outcome = aggregator.run(on_ready=ready)
+    with contextlib.ExitStack() as view:
+        outcome = aggregator.run(fresh=resume is None, overwrite=overwrite, on_ready=ready)
     if not outcome.finished:
         say(f"Stopped. `photon serve --resume {folder}` goes on.")
         return
@@ -243,11 +246,8 @@ class _Lines:
 
 
 @contextmanager
-def _following(folder: Path, listener: Listener | None) -> Iterator[None]:
+def _following(folder: Path, listener: Listener) -> Iterator[None]:
     """Tell a listener the run's events as another process writes them."""
-    if listener is None:
-        yield
-        return
     over = threading.Event()
     thread = threading.Thread(
         target=_follow, args=(folder / "events.jsonl", listener.on_event, over), daemon=True

@@ -15,6 +15,8 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 from photon.config import NodeConfig
@@ -30,6 +32,7 @@ from photon.deploy.supervisor import (
 from photon.engines.flower import commands
 from photon.errors import (
     CertificateError,
+    DeployError,
     InvitationError,
     KeyInUseError,
     MembershipError,
@@ -41,7 +44,7 @@ from photon.silo.desk_client import DeskClient
 from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership
 from photon.silo.socket import connected
 from photon.silo.text import own_part
-from photon.store.disk import write_json, write_whole
+from photon.store.disk import held_alone, write_json, write_whole
 from photon.version import photon_version
 
 KEY_FILE, CA_FILE, RECORD = "node.key", "ca.crt", "join.json"
@@ -62,17 +65,23 @@ def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> M
 
     Raises:
         InvitationError: expired, used, or another member's home.
+        DeployError: a node runs in this home; the invitation is unused.
         CertificateError: the aggregator is not the one that invited.
         PhotonError: the text can't be used, or the aggregator can't be reached.
     """
     invitation.require_unexpired(time.time())
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone(home):
+        return _accept(invitation, node, home)
+
+
+def _accept(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
     if certificate_fingerprint(invitation.ca_pem) != invitation.ca_fingerprint:
         raise CertificateError(
             f"the invitation for {invitation.name} names the authority "
             f"{invitation.ca_fingerprint}, and carries another",
             hint="It was damaged or changed on its way. Ask for a new one.",
         )
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with contextlib.suppress(MembershipError):
         known = read_membership(home)
         if known.name != invitation.name:
@@ -108,12 +117,22 @@ def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> M
 def moved(home: Path, address: str) -> Membership:
     """Note that the aggregator is at another address now; who it must be stays the same."""
     known = read_membership(home)
-    if known.address != address:
-        known = Membership(
-            known.name, address, known.ca_fingerprint, known.data_sha256, known.store
-        )
-        _write_membership(home, known)
+    with _alone(home):
+        if known.address != address:
+            known = replace(known, address=address)
+            _write_membership(home, known)
     return known
+
+
+def _alone(home: Path) -> AbstractContextManager[None]:
+    """Hold a node's home as its supervisor does: a node that runs must keep its key and address."""
+    return held_alone(
+        (home / RECORD).with_suffix(".lock"),
+        DeployError(
+            f"another `photon join` runs in {home}; nothing was changed",
+            hint="End it first (Ctrl-C, or `systemctl stop`), or choose another --home.",
+        ),
+    )
 
 
 class Node:

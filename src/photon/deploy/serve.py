@@ -52,7 +52,7 @@ from photon.membership.roster import ROSTER_FILE, Member, Roster
 from photon.store.disk import write_json
 from photon.store.object_store import open_store, presigner_for
 from photon.store.presign import Presigner
-from photon.store.served import RUN_FILE, SERVE_FILE, Serving
+from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE, Serving, hold_run
 
 #: In serve.home: where `photon status` and `photon stop` ask.
 OPERATOR_SOCKET = "operator.sock"
@@ -84,6 +84,8 @@ class Outcome:
 def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> RunConfig:
     """Make a run folder for a new run: the run file with whole paths, and its id.
 
+    Called while the run is held (`Aggregator.run`): what is there may be another's, at work.
+
     Raises:
         RunExistsError: the folder holds a run, or something else.
     """
@@ -102,8 +104,10 @@ def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> 
                 keep_last_state=False,
                 grant_s=config.serve.grant_s,
             )
-        shutil.rmtree(folder)
-    elif folder.exists() and any(folder.iterdir()):
+        for path in folder.iterdir():
+            if path.name not in LOCKS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif folder.exists() and any(path.name not in LOCKS for path in folder.iterdir()):
         raise RunExistsError(
             f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
         )
@@ -116,6 +120,8 @@ def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> 
 
 def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
     """The run file of a run that was served before; [serve] may change from start to start.
+
+    It is read only; what changed is written once the run is held (`Aggregator.run`).
 
     Raises:
         RunNotFoundError: no served run there.
@@ -131,17 +137,15 @@ def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
             f"{changed[0].partition('=')[0].strip()} can't change in a run that has begun",
             hint="Only keys of [serve] can; for anything else start a new run.",
         )
-    config = _with_whole_paths(load_run_config(folder / RUN_FILE, overrides or []))
-    write_resolved(config, folder / RUN_FILE)
-    return config
+    return _with_whole_paths(load_run_config(folder / RUN_FILE, overrides or []))
 
 
 class Aggregator:
     """All services of one served run.
 
     Args:
-        config: the run file, with whole paths.
-        folder: of the run (`prepare_run` or `reopen_run` was called).
+        config: the run file; of a run that goes on, as `reopen_run` gave it.
+        folder: of the run.
         log: told each line of every service.
         on_event: told what happens to services and at the desk, in words.
     """
@@ -154,10 +158,10 @@ class Aggregator:
         log: Callable[[str], None],
         on_event: Callable[[str], None] | None = None,
     ) -> None:
-        self._config = config
+        self._config = config = _with_whole_paths(config)
         self._serve: ServeConfig = config.serve
         self._folder = folder.absolute()
-        self._home = Path(config.serve.home).absolute()
+        self._home = Path(config.serve.home)
         self._log = log
         self._on_event = on_event or (lambda _: None)
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -174,10 +178,20 @@ class Aggregator:
             facts={"run": str(self._folder), "address": public_url(self._serve)},
         )
 
-    def run(self, *, on_ready: Callable[[], None] | None = None) -> Outcome:
+    def run(
+        self,
+        *,
+        fresh: bool = False,
+        overwrite: bool = False,
+        on_ready: Callable[[], None] | None = None,
+    ) -> Outcome:
         """Serve until the run is over, or somebody stops it.
 
+        Nothing is written to the run's folder, or removed, before home and run are held.
+
         Args:
+            fresh: begin a new run in the folder; else go on with the one there.
+            overwrite: a fresh one may replace another.
             on_ready: called once silos can join.
 
         Raises:
@@ -187,6 +201,12 @@ class Aggregator:
             ends.callback(self._roster.close)
             supervisor = ends.enter_context(self._supervisor)
             ends.enter_context(supervisor.ending_on_signals())
+            self._folder.mkdir(parents=True, exist_ok=True)
+            ends.enter_context(hold_run(self._folder, served=True))
+            if fresh:
+                prepare_run(self._config, self._folder, overwrite=overwrite)
+            else:
+                write_resolved(self._config, self._folder / RUN_FILE)
             self._roster.set_setting("draining", False)
             self._roster.set_setting("stopping", False)
             self._roster.set_setting("waiting", None)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from photon.errors import AuditError, MembershipError
+from photon.errors import AuditError, MembershipError, RunNotFoundError
 from photon.membership.audit import (
     AUDIT_FILE,
     DAMAGE_HINT,
@@ -76,7 +76,8 @@ def verify_audit(path: str | os.PathLike[str], *, head: str | None = None) -> Au
         head: sha256 of a line that must be there: the head noted at an earlier time.
 
     Raises:
-        AuditError: there is no log to read. Whatever is wrong inside it is in the report.
+        RunNotFoundError: there is no log.
+        AuditError: it can't be read. Whatever is wrong inside it is in the report.
     """
     path = Path(path)
     folder = path if path.is_dir() else None
@@ -106,7 +107,7 @@ def verify_audit(path: str | os.PathLike[str], *, head: str | None = None) -> Au
                 if record is not None:
                     story.tell(where, record)
     except FileNotFoundError:
-        raise AuditError(
+        raise RunNotFoundError(
             f"there is no {file}",
             hint="Name the run folder of a run that `photon serve` made, or its audit.jsonl.",
         ) from None

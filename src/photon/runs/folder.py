@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -20,6 +19,8 @@ from photon.federation import CheckpointStore
 from photon.federation.node import empty_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.models import trainable_parameters
+from photon.store.disk import held_alone
+from photon.store.served import LOCK_FILE, hold_run
 from photon.training import materialise
 
 
@@ -80,16 +81,19 @@ def tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 @contextlib.contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold the run folder; a second process is refused."""
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunBusyError(
-                f"another process is working in {folder}",
-                hint="Wait for it, or stop it first.",
-            ) from None
+def only_process(folder: Path, *, served: bool = False) -> Iterator[None]:
+    """Hold the run folder; a second process is refused.
+
+    Args:
+        served: the process is the loop of a `photon serve`, which holds its own lock.
+    """
+    busy = RunBusyError(
+        f"another process is working in {folder}", hint="Wait for it, or stop it first."
+    )
+    with contextlib.ExitStack() as held:
+        held.enter_context(held_alone(folder / LOCK_FILE, busy))
+        if not served:
+            held.enter_context(hold_run(folder, served=False))
         yield
 
 

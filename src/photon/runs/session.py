@@ -44,7 +44,7 @@ from photon.models import (
 from photon.runs.folder import finite, only_process
 from photon.runs.nodes import Elsewhere, Nodes, ranks_of, seat_of, workers_of
 from photon.store.disk import write_json
-from photon.store.served import RUN_FILE, SERVE_FILE
+from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
@@ -58,7 +58,7 @@ from photon.version import photon_version
 Groups = dict[str, dict[str, Tensor]]
 
 #: What a run folder holds before the run's first process: its lock, and what `photon serve` left.
-KEPT = (".lock", SERVE_FILE, RUN_FILE, "audit.jsonl")
+KEPT = (*LOCKS, SERVE_FILE, RUN_FILE, "audit.jsonl")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,10 @@ class Session:
         """
         self._check()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with only_process(self.folder), writing("the run", self.folder):
+        with (
+            only_process(self.folder, served=self.kind == "serve"),
+            writing("the run", self.folder),
+        ):
             self._model = initial_model(self.config, self.data)
             fingerprint = model_fingerprint(self._model)
             checkpoints = CheckpointStore(

@@ -11,6 +11,7 @@ from photon.config import RunConfig, load_run_config
 from photon.errors import ResumeMismatchError, RunExistsError
 from photon.runs.folder import holds_run, read_record, read_summary
 from photon.runs.session import RunResult, Session
+from photon.store.served import LOCKS
 from photon.telemetry import Listener
 from photon.telemetry.events import Kind
 from photon.training import Seat
@@ -125,7 +126,7 @@ def _start(
                 hint=f"Continue it with `photon resume {folder}`, choose another --run-dir, or "
                 "replace it with --overwrite.",
             )
-    elif folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
+    elif folder.exists() and any(path.name not in LOCKS for path in folder.iterdir()):
         raise RunExistsError(
             f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
         )

@@ -8,7 +8,6 @@ again from what is on disk (photon.silo.answers).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import queue
@@ -19,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from photon.silo.socket import (
     unframe,
 )
 from photon.silo.trainer import SiloTrainer
+from photon.store.disk import held_alone
 
 log = logging.getLogger(__name__)
 
@@ -292,15 +293,11 @@ def _listening(path: Path) -> socket.socket:
     return server
 
 
-@contextlib.contextmanager
-def _only_trainer(home: Path) -> Iterator[None]:
-    with (home / _LOCK_FILE).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunBusyError(
-                f"another trainer is working in {home}",
-                hint="It may be ending; the next attempt will show. Each node has a home of its "
-                "own.",
-            ) from None
-        yield
+def _only_trainer(home: Path) -> AbstractContextManager[None]:
+    return held_alone(
+        home / _LOCK_FILE,
+        RunBusyError(
+            f"another trainer is working in {home}",
+            hint="It may be ending; the next attempt will show. Each node has a home of its own.",
+        ),
+    )

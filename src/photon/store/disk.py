@@ -7,6 +7,7 @@ bytes, whatever ends the process or the machine. It breaks if a name is written 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -18,13 +19,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from photon.errors import DiskFullError
+from photon.errors import DiskFullError, PhotonError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: Ends the name of a file that is being written beside the one it will replace.
 _PARTIAL = ".partial"
 #: No small file takes so long to write: what is older was left by a process that was killed.
 _LEFT_BEHIND_S = 3600.0
+
+
+@contextmanager
+def held_alone(lock: Path, otherwise: PhotonError) -> Iterator[None]:
+    """Hold a lock file, which goes with its process; whoever comes second gets `otherwise`."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise otherwise from None
+        yield
 
 
 @contextmanager

@@ -8,18 +8,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from photon.errors import AccessRefusedError, RunNotFoundError
-from photon.store.disk import write_json
+from photon.errors import AccessRefusedError, RunBusyError, RunNotFoundError
+from photon.store.disk import held_alone, write_json
 
 if TYPE_CHECKING:
     from photon.store.contract import Store
 
 #: What `photon serve` leaves in the run folder, and the run file with whole paths beside it.
 SERVE_FILE, RUN_FILE = "serve.json", "serve.toml"
+
+#: In a run folder: held by the process that works in it, and by the `photon serve` that serves it,
+#: whose loop is such a process and comes and goes.
+LOCKS = LOCK_FILE, SERVE_LOCK_FILE = ".lock", ".serve.lock"
+
+
+def hold_run(folder: Path, *, served: bool) -> AbstractContextManager[None]:
+    """Be the only one that serves a run, or (else) that may replace what is served there.
+
+    Raises (on entry):
+        RunBusyError: another does.
+    """
+    what = "another `photon serve`, or another process," if served else "a `photon serve`"
+    return held_alone(
+        folder / SERVE_LOCK_FILE,
+        RunBusyError(
+            f"{what} has the run in {folder}",
+            hint=f"See `photon status {folder}`; end it first (`photon stop {folder}`).",
+        ),
+    )
 
 
 @dataclass(frozen=True)
