@@ -16,8 +16,16 @@ from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, open_data
 from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
-from photon.models import ModelCard, context_length, export_model, generate_text, load_pretrained
-from photon.runs import load_weights, read_summary, tokenizer_folder
+from photon.models import (
+    HUB_PREFIX,
+    ModelCard,
+    context_length,
+    export_model,
+    generate_text,
+    load_pretrained,
+    tokenizer_file_of,
+)
+from photon.runs import load_weights, read_summary, require_same_tokenizer, tokenizer_folder
 from photon.training import plan_compute
 
 
@@ -89,13 +97,17 @@ def evaluate(
             smaller of 1,024 and what the model reads.
 
     Raises:
-        VocabularyMismatchError: the data's token ids reach beyond the model's vocabulary.
+        ModelError: neither a run nor a model is there. The hub is asked for "hf:OWNER/NAME" only.
+        VocabularyMismatchError: the data was cut by another tokenizer than the model's.
     """
     text = open_data(data)
     if is_run(folder):
+        require_same_tokenizer(tokenizer_folder(folder) / "tokenizer.json", text)
         model, config = load_weights(folder)
         length = sequence_length or config.data.sequence_length
     else:
+        _require_model(folder)
+        require_same_tokenizer(tokenizer_file_of(str(folder)), text)
         model = load_pretrained(str(folder))
         length = sequence_length or min(1024, context_length(model.config) or 1024)
     _require_vocabulary(model, text, folder)
@@ -140,6 +152,7 @@ def generate(
         "seed": seed,
     }
     if not is_run(folder):
+        _require_model(folder)
         return generate_text(Path(folder), prompt, **settings)
     scratch = Path(tempfile.mkdtemp(prefix="photon-generate-"))
     try:
@@ -147,6 +160,15 @@ def generate(
         return generate_text(scratch / "model", prompt, **settings)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _require_model(folder: str | os.PathLike[str]) -> None:
+    if not Path(folder).exists() and not str(folder).startswith(HUB_PREFIX):
+        raise ModelError(
+            f"no run or model in {folder}: there is no such folder",
+            hint="Name the folder of a run or of a Hugging Face model. A model on the hub is named "
+            f"{HUB_PREFIX}OWNER/NAME; nothing else is looked up there.",
+        )
 
 
 def _require_vocabulary(model: nn.Module, data: PreparedData, folder: object) -> None:

@@ -151,6 +151,27 @@ def test_runs_that_exist_or_do_not(run_file, finished, tmp_path):
     assert photon("export", tmp_path / "nothing", "--out", tmp_path / "hf").exit_code == 42
 
 
+def test_text_cut_by_another_tokenizer_is_not_scored(finished, one_silo, tmp_path):
+    """Of the same size, as by default: the figures would look fine."""
+    exported = tmp_path / "hf"
+    assert photon("export", finished, "--out", exported).exit_code == 0
+    for model in (finished, exported):
+        result = photon("eval", model, "--data", one_silo, "--max-tokens", "100")
+        assert result.exit_code == 25, result.output
+        assert "another tokenizer" in result.output
+
+
+def test_a_misspelt_folder_is_never_looked_up_on_the_hub(three_silos, monkeypatch):
+    def looked_up(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", looked_up)
+    for words in (["eval", "runs/frist", "--data", three_silos], ["generate", "runs/frist"]):
+        result = photon(*words)
+        assert result.exit_code == 30, result.output
+        assert "no run or model in runs/frist" in result.output
+
+
 def test_resume_of_a_finished_run_says_what_it_reached(finished):
     before = (finished / "events.jsonl").read_bytes()
     result = photon("resume", finished, "--json", "--quiet")

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig, T5Config
+from transformers import (
+    ApertusConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    RoFormerConfig,
+    T5Config,
+)
 
 from photon.config import ModelConfig
 from photon.config.run import PRESETS
@@ -22,12 +31,14 @@ from photon.models import (
     build_model,
     build_skeleton,
     hidden_matrices,
+    load_pretrained,
     model_fingerprint,
     require_document_masks,
     tokenizer_file_of,
     trainable_parameters,
     transformer_blocks,
 )
+from photon.training import materialise
 
 VOCABULARY, LENGTH = 320, 32  # of conftest.py
 ConfigOf = Callable[[str], ModelConfig]
@@ -277,14 +288,113 @@ def test_no_weights(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_missing_weights_are_never_made_up(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_of(folders["mistral"], tmp_path, num_hidden_layers=3)
-    with pytest.raises(ModelError, match=r"no weights for \d+ tensors"):
+    with pytest.raises(ModelError, match=r"no weights for tensors 'model.layers.2"):
         build(pretrained(folder))
 
 
 def test_weights_of_another_shape(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copy_of(folders["qwen2"], tmp_path, intermediate_size=128)
-    with pytest.raises(ModelError, match="can't be loaded"):
+    with pytest.raises(
+        ModelError, match=r"mlp.*has shape \(32, 64\), config.json says \(32, 128\)"
+    ):
         build(pretrained(folder))
+
+
+def saved_llama(folder: Path, edit: Callable[[Any], None] = lambda _: None, **settings: Any) -> Any:
+    """A llama of two layers in a folder, its weights edited first."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**(sizes | settings)))
+    with torch.no_grad():
+        edit(model)
+    model.save_pretrained(folder)
+
+
+def test_tensors_without_a_place_are_refused_by_name(tmp_path: Path) -> None:
+    """Layers or biases that config.json does not know would be dropped without a word."""
+    saved_llama(tmp_path / "layers")
+    saved_llama(tmp_path / "biases", attention_bias=True)
+    for name, config, tensor in (
+        ("layers", {"num_hidden_layers": 1}, r"model\.layers\.1\."),
+        ("biases", {"attention_bias": False}, r"proj\.bias"),
+    ):
+        file = tmp_path / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | config))
+        with pytest.raises(ModelError, match=f"no place for tensors '.*{tensor}"):
+            build(pretrained(tmp_path / name))
+
+
+def test_a_head_of_its_own_under_a_tied_flag_is_refused(tmp_path: Path) -> None:
+    saved_llama(tmp_path, lambda model: model.lm_head.weight.fill_(0.5))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(ModelError, match=r"of its own for 'lm_head\.weight'"):
+        build(pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_no_number_is_told_as_that(tmp_path: Path, value: float) -> None:
+    def spoil(model: Any) -> None:
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = value
+
+    saved_llama(tmp_path, spoil)
+    with pytest.raises(ModelError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' holds NaN"):
+        build(pretrained(tmp_path))
+
+
+def skeleton_of(config: ModelConfig) -> Any:
+    return build_skeleton(config, vocab_size=VOCABULARY, sequence_length=LENGTH, eos_id=0)
+
+
+def test_parameters_that_are_not_trained_are_refused_by_name(tmp_path: Path) -> None:
+    """RoFormer's positions are a frozen parameter; no state of a round would hold it."""
+    RoFormerConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, is_decoder=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    for made in (build, skeleton_of):
+        with pytest.raises(ModelError, match=r"not trained: 'roformer\.encoder\.embed_positions"):
+            made(ModelConfig(path=str(tmp_path)))
+
+
+DEEPSEEK = DeepseekV3Config(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, n_routed_experts=4,
+    num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, q_lora_rank=8,
+    kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, first_k_dense_replace=1,
+    n_shared_experts=1,
+)  # fmt: skip
+APERTUS = ApertusConfig(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+)  # fmt: skip
+
+
+def test_buffers_with_values_of_their_own_are_refused_by_name(tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_config(DEEPSEEK)
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.tensor([5.0, 0, -5, 0]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"'model\.layers\.1\.mlp\.gate\.e_score_correction_bias'"):
+        build(pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("config", [DEEPSEEK, APERTUS], ids=["deepseek", "apertus"])
+def test_a_skeleton_has_the_buffers_that_the_architecture_fills_in(
+    config: Any, tmp_path: Path
+) -> None:
+    """Persistent ones, too: a routing bias of zeros, an activation's constants."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, skeleton = build(pretrained(tmp_path)), skeleton_of(pretrained(tmp_path))
+    materialise(skeleton, torch.device("cpu"))
+    found = dict(skeleton.named_buffers())
+    assert any(name in skeleton.state_dict() for name in found)
+    assert all(buffer.equal(found[name]) for name, buffer in model.named_buffers())
+
+
+def test_a_loss_of_the_configuration_is_never_dropped(tmp_path: Path) -> None:
+    MixtralConfig(output_router_logits=True).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="loss that balances its experts"):
+        skeleton_of(ModelConfig(path=str(tmp_path)))
 
 
 def test_a_folder_that_is_not_there() -> None:
@@ -301,8 +411,22 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
 
 def test_a_hub_name_that_can_not_be_reached() -> None:
     with pytest.raises(ModelError, match="nobody/nothing") as raised:
-        build(ModelConfig(path="nobody/nothing"))
+        build(ModelConfig(path="hf:nobody/nothing"))
     assert "hub" in str(raised.value)
+    with pytest.raises(ModelError, match="no model on the hub"):
+        build(ModelConfig(path="hf:../nothing"))
+
+
+def test_only_a_name_that_says_so_is_looked_up_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked_up(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", looked_up)
+    for path in ("runs/frist", "gpt2"):
+        with pytest.raises(ModelError, match=f"'{path}' does not exist"):
+            build(ModelConfig(path=path))
+        with pytest.raises(ModelError, match=f"'{path}' does not exist"):
+            load_pretrained(path)
 
 
 def test_a_local_folder_never_asks_the_network(
@@ -329,7 +453,7 @@ def test_building_is_silent(
 
 def test_the_tokenizer_of_a_local_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     assert tokenizer_file_of(str(folders["gpt2"])) is None
-    assert tokenizer_file_of("owner/name") is None
+    assert tokenizer_file_of("hf:owner/name") is None
     (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_file_of(str(tmp_path)) == tmp_path / "tokenizer.json"
 

@@ -53,8 +53,8 @@ class PolicyConfig(Section):
     model_paths: list[str] = Field(
         default_factory=list,
         description="Values of model.path that runs may name, as shell patterns: folders of this "
-        "site, or names on the Hugging Face hub. None by default: a run can't make this site read "
-        "or download anything.",
+        "site, or hf:OWNER/NAME on the Hugging Face hub. None by default: a run can't make this "
+        "site read or download anything.",
     )
     trust_tokenizer: str | None = Field(
         default=None,

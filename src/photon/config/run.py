@@ -49,7 +49,8 @@ class ModelConfig(Section):
     )
     path: str | None = Field(
         default=None,
-        description="A folder or hub name of a Hugging Face causal LM, instead of a preset.",
+        description="A Hugging Face causal LM instead of a preset: its folder, or hf:OWNER/NAME "
+        "for one on the hub.",
     )
     init: Literal["random", "pretrained"] = Field(
         default="random",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -170,6 +171,25 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
         raise DataError(f"{given} is not a readable tokenizer: {error}") from error
     settings = _settings(folder)
     return _finished(tokenizer, eos_token or _eos_of(tokenizer, settings, given), settings)
+
+
+def tokenizer_identity(file: Path) -> str:
+    """sha256 of how a tokenizer.json cuts text: the same however the file is laid out.
+
+    What it would pad, truncate or add around a text is no part of it; `encode` never asks for that.
+
+    Raises:
+        DataError: not a readable tokenizer.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise DataError(f"{file} is not a readable tokenizer: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    record = json.loads(tokenizer.to_str())
+    record["post_processor"] = None
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Models: the paper's shapes, any Hugging Face causal LM, and the way back to Hugging Face."""
 
 from photon.models.build import (
+    HUB_PREFIX,
     build_model,
     build_skeleton,
     context_length,
@@ -23,6 +24,7 @@ from photon.models.presets import SHAPES, Shape, preset_config
 from photon.models.quiet import quiet_transformers
 
 __all__ = [
+    "HUB_PREFIX",
     "SHAPES",
     "HeadLoss",
     "ModelCard",

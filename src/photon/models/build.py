@@ -18,7 +18,9 @@ from photon.errors import ModelError, VocabularyMismatchError
 from photon.models.presets import preset_config
 from photon.models.quiet import quiet_transformers
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+#: "hf:OWNER/NAME" names a model on the hub; nothing else is ever looked up there.
+HUB_PREFIX = "hf:"
+_HUB_NAME = re.compile(r"hf:[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def build_model(
@@ -33,7 +35,7 @@ def build_model(
     """A Hugging Face causal LM on the CPU, fp32, in training mode, its cache off.
 
     The same arguments give the same weights, bit for bit; no global random state is touched. The
-    network is used only if `config.path` is a hub name and no folder of that name exists.
+    network is used only if `config.path` is "hf:OWNER/NAME".
 
     Args:
         config: [model] of run.toml.
@@ -45,8 +47,9 @@ def build_model(
 
     Raises:
         ModelError: the folder or hub model can't be read, is not a causal LM, needs its own code,
-            is quantised, lacks weights, is too short for `sequence_length`, or has no such
-            attention.
+            is quantised, lacks weights or holds some it has no place for, is too short for
+            `sequence_length`, has no such attention, or holds what is neither trained nor carried
+            from round to round.
         VocabularyMismatchError: the model knows fewer tokens than the data.
     """
     hf_config = _hf_config(config, vocab_size, sequence_length, eos_id)
@@ -56,9 +59,11 @@ def build_model(
         if config.init == "pretrained":
             model = load_pretrained(str(config.path), attention=attention)
         else:
-            model = _from_config(hf_config, str(config.path or config.preset), attention)
+            model = _from_config(hf_config, _name(config), attention)
     model.config.use_cache = False
+    _require_trainable(model, _name(config))
     if config.path is not None:
+        _require_same_buffers(model, _skeleton(hf_config, config, attention), config.path)
         _require_causal(model, config.path)
     return model.train()
 
@@ -80,10 +85,18 @@ def build_skeleton(
         ModelError, VocabularyMismatchError: as `build_model`.
     """
     hf_config = _hf_config(config, vocab_size, sequence_length, eos_id)
-    with _parameters_on_meta():
-        model = _from_config(hf_config, str(config.path or config.preset), attention)
-    model.config.use_cache = False
+    model = _skeleton(hf_config, config, attention)
+    _require_trainable(model, _name(config))
     return model.train()
+
+
+def _skeleton(hf_config: PretrainedConfig, config: ModelConfig, attention: str) -> Any:
+    with _parameters_on_meta():
+        return _from_config(hf_config, _name(config), attention)
+
+
+def _name(config: ModelConfig) -> str:
+    return str(config.path or config.preset)
 
 
 @contextmanager
@@ -113,26 +126,30 @@ def tokenizer_file_of(path: str) -> Path | None:
 
 
 def local_folder(path: str) -> Path | None:
-    """`model.path` as a folder that exists here, or None if it is a hub name.
+    """A model's name as a folder that exists here, or None if it is "hf:OWNER/NAME".
 
     Raises:
-        ModelError: it is a file, or reads like a folder that isn't there.
+        ModelError: it is a file, a folder that isn't there, or no name the hub could have.
     """
+    if path.startswith(HUB_PREFIX):
+        if not _HUB_NAME.fullmatch(path):
+            raise ModelError(f"{path!r} is no model on the hub", hint="Write hf:OWNER/NAME.")
+        return None
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ModelError(f"model.path {path!r} is a file, not a model folder")
-    if not _HUB_NAME.fullmatch(path):
-        raise ModelError(
-            f"model folder {path!r} does not exist",
-            hint="Relative paths start at the current directory; a hub name is owner/name.",
-        )
-    return None
+        raise ModelError(f"model {path!r} is a file, not a model folder")
+    raise ModelError(
+        f"model folder {path!r} does not exist",
+        hint="Relative paths start at the current directory. A model on the Hugging Face hub is "
+        "named hf:OWNER/NAME; nothing else is looked up there.",
+    )
 
 
 def load_pretrained(path: str, *, attention: str = "auto") -> Any:
-    """The causal LM in a folder or on the hub, fp32, every weight from its safetensors.
+    """The causal LM in a folder or on the hub, fp32: every weight from its safetensors, and every
+    tensor there in its place (but for those that transformers knows to be of no use).
 
     Raises:
         ModelError: as `build_model`.
@@ -141,22 +158,91 @@ def load_pretrained(path: str, *, attention: str = "auto") -> Any:
     load_config(path)
     with _model_errors(path, hub=folder is None), quiet_transformers(progress=folder is None):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder or path,
+            folder or path.removeprefix(HUB_PREFIX),
             dtype=torch.float32,
             attn_implementation=_kernels(attention),
             local_files_only=folder is not None,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
     model, report = loaded
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"model {path!r} holds no weights for {len(missing)} tensors, first {missing[0]!r}",
-            hint="The checkpoint is incomplete, or of another model than its config.json says.",
-        )
+    _require_all_loaded(model, report, path)
     return model
+
+
+def _require_all_loaded(model: Any, report: dict[str, Any], path: str) -> None:
+    """The file's tensors are the model's: none missing, left over, of another shape or untied."""
+    misfits = [
+        f"{name!r} has shape {tuple(found)}, config.json says {tuple(wanted)}"
+        for name, found, wanted in sorted(report["mismatched_keys"])
+    ]
+    if misfits:
+        raise ModelError(
+            f"the weights of model {path!r} are of another shape than its config.json says: "
+            f"{_some(misfits)}",
+            hint="Use the config.json that belongs to the weights.",
+        )
+    for kind, words in (("missing", "holds no weights for"), ("unexpected", "has no place for")):
+        names = sorted(map(repr, report[f"{kind}_keys"]))
+        if names:
+            raise ModelError(
+                f"model {path!r} {words} tensors {_some(names)}",
+                hint="The weights are incomplete, or of another model than config.json says.",
+            )
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter(name) is not model.get_parameter(source):
+            raise ModelError(
+                f"model {path!r} has weights of its own for {name!r}, which its config.json ties "
+                f"to {source!r}",
+                hint="Set tie_word_embeddings = false in its config.json, or remove that tensor.",
+            )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"model {path!r} has weights that are no numbers: {name!r} holds NaN or infinity",
+                hint="They are damaged, or of training that diverged. Use an earlier checkpoint.",
+            )
+
+
+def _require_trainable(model: Any, name: str) -> None:
+    """Every parameter is trained: only those are merged, kept and exported.
+
+    Frozen ones would be uninitialised memory wherever a skeleton is filled from a round's state.
+    """
+    frozen = [repr(one) for one, p in model.named_parameters() if not p.requires_grad]
+    if frozen:
+        raise ModelError(
+            f"model {name!r} has tensors that are not trained: {_some(frozen)}",
+            hint="Frozen tensors are not supported yet: they would not travel with the model. Use "
+            "an architecture whose weights are all trained.",
+        )
+
+
+def _require_same_buffers(model: Any, skeleton: Any, name: str) -> None:
+    """What a model holds beside its parameters is what its architecture fills in by itself.
+
+    Else it would be lost: states of rounds hold parameters only.
+    """
+    filled = dict(skeleton.named_buffers())
+    other = [
+        repr(one)
+        for one, buffer in model.named_buffers()
+        if one not in filled or not torch.equal(buffer, filled[one])
+    ]
+    if other:
+        raise ModelError(
+            f"model {name!r} holds values of its own in tensors that are not trained: "
+            f"{_some(other)}",
+            hint="Carried tensors (such as the routing bias of a mixture of experts) are not "
+            "supported yet: they would not travel with the model.",
+        )
+
+
+def _some(words: list[str]) -> str:
+    rest = len(words) - 3
+    return ", ".join(words[:3]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def load_config(path: str) -> PretrainedConfig:
@@ -170,7 +256,9 @@ def load_config(path: str) -> PretrainedConfig:
         _require_known_type(folder)
     with _model_errors(path, hub=folder is None), quiet_transformers(progress=folder is None):
         config = AutoConfig.from_pretrained(
-            folder or path, local_files_only=folder is not None, trust_remote_code=False
+            folder or path.removeprefix(HUB_PREFIX),
+            local_files_only=folder is not None,
+            trust_remote_code=False,
         )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise ModelError(
@@ -182,6 +270,13 @@ def load_config(path: str) -> PretrainedConfig:
             f"model {path!r} is quantised, which can't be trained in fp32",
             hint="Use the unquantised model.",
         )
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ModelError(
+            f"model {path!r} asks for a loss that balances its experts (output_router_logits), "
+            "which Photon does not train",
+            hint="Set output_router_logits = false in its config.json to train without it.",
+        )
+    config.use_cache = False
     return config
 
 
@@ -227,7 +322,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     return None
 
 
-def _from_config(config: PretrainedConfig, name: str, attention: str = "auto") -> Any:
+def _from_config(config: PretrainedConfig, name: str, attention: str) -> Any:
     with _model_errors(name), quiet_transformers():
         return AutoModelForCausalLM.from_config(
             config,
@@ -308,7 +403,7 @@ def _model_errors(name: str, *, hub: bool = False) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        hint = "No folder of that name is here, so it was looked up on the Hugging Face hub."
+        hint = "It was looked up on the Hugging Face hub."
         if type(error).__name__ == "SafetensorError":
             hint = "A weights file is cut or damaged; copy or download it again."
         elif not hub:

@@ -1,6 +1,11 @@
 """A run from start to summary; the same functions serve the command line and `import photon`."""
 
-from photon.runs.folder import load_weights, read_summary, tokenizer_folder
+from photon.runs.folder import (
+    load_weights,
+    read_summary,
+    require_same_tokenizer,
+    tokenizer_folder,
+)
 from photon.runs.session import RunResult
 from photon.runs.start import resume, simulate, train
 
@@ -8,6 +13,7 @@ __all__ = [
     "RunResult",
     "load_weights",
     "read_summary",
+    "require_same_tokenizer",
     "resume",
     "simulate",
     "tokenizer_folder",

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from photon.config import RunConfig, load_run_config
-from photon.errors import RunBusyError, RunNotFoundError
+from photon.data import PreparedData, tokenizer_identity
+from photon.errors import RunBusyError, RunNotFoundError, VocabularyMismatchError
 from photon.federation import CheckpointStore
 from photon.federation.node import empty_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
@@ -78,6 +79,24 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig]:
 def tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
     """Where a run keeps the tokenizer of its data."""
     return Path(folder) / "tokenizer"
+
+
+def require_same_tokenizer(file: Path | None, data: PreparedData) -> None:
+    """Tokens mean something to a model only if its own tokenizer cut them; sizes prove nothing.
+
+    Args:
+        file: tokenizer.json of a run or a model; None where it has none, so that nothing is known.
+        data: cut by the same one, or refused.
+
+    Raises:
+        VocabularyMismatchError: another tokenizer cut the data.
+    """
+    if file is None or tokenizer_identity(file) == tokenizer_identity(data.tokenizer_file):
+        return
+    raise VocabularyMismatchError(
+        f"the data at {data.path} was prepared with another tokenizer than {file}",
+        hint=f"Prepare it again with --tokenizer {file.parent}.",
+    )
 
 
 @contextlib.contextmanager

@@ -15,13 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from photon.config import RunConfig, write_resolved
-from photon.data import PreparedData, load_tokenizer, open_data
+from photon.data import PreparedData, open_data
 from photon.errors import (
     EmptySiloError,
     IncompatibleConfigError,
     ModelMismatchError,
     ResumeMismatchError,
-    VocabularyMismatchError,
 )
 from photon.federation import (
     CentralisedTraining,
@@ -41,7 +40,7 @@ from photon.models import (
     tokenizer_file_of,
     trainable_parameters,
 )
-from photon.runs.folder import finite, only_process
+from photon.runs.folder import finite, only_process, require_same_tokenizer
 from photon.runs.nodes import Elsewhere, Nodes, ranks_of, seat_of, workers_of
 from photon.store.disk import write_json
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
@@ -141,8 +140,8 @@ class Session:
             open_stream(config, data, [silo]).close()
         if config.data.verify:
             data.verify()
-        if config.model.init == "pretrained":
-            _require_same_tokenizer(config, data)
+        if config.model.init == "pretrained":  # its weights mean something with its tokens only
+            require_same_tokenizer(tokenizer_file_of(str(config.model.path)), data)
         shape = self._nodes.skeleton()
         self._nodes.fit(shape)
         decayed_names(trainable_parameters(shape), config.local.no_decay)
@@ -396,20 +395,6 @@ def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
         path = str(Path(config.model.path).resolve())
         resolved["model"] = config.model.model_copy(update={"path": path})
     return config.model_copy(update=resolved)
-
-
-def _require_same_tokenizer(config: RunConfig, data: PreparedData) -> None:
-    """Pretrained weights only mean something with the tokenizer they were trained with."""
-    theirs = tokenizer_file_of(str(config.model.path))
-    if theirs is None:
-        return
-    expected = load_tokenizer(theirs).tokenizer.get_vocab()
-    if load_tokenizer(data.tokenizer_file).tokenizer.get_vocab() != expected:
-        raise VocabularyMismatchError(
-            f"the data at {data.path} was prepared with another tokenizer than the pretrained "
-            f"model in {config.model.path}",
-            hint=f"Prepare it again with --tokenizer {theirs.parent}.",
-        )
 
 
 def _chosen_silos(data: PreparedData, silos: Sequence[str] | None) -> list[str]:
