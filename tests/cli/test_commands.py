@@ -1,7 +1,9 @@
 """The commands as a person or a script calls them."""
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +122,22 @@ def test_a_report_compares(run, run_file, tmp_path):
     assert "centralised" in page
     assert f"{run[1]['global_perplexity']:.0f}"[:2] in page
     assert photon("report", run[0], "--compare", "nonsense").exit_code == 2
+
+
+def test_an_infinity_in_a_checkpoint_keeps_no_run_from_its_summary_and_report(run, tmp_path):
+    folder = tmp_path / "poisoned"
+    shutil.copytree(run[0], folder)
+    state = max((folder / "checkpoints").iterdir()) / "state.json"
+    poisoned = json.loads(state.read_text()) | {"local_train_s": math.inf}
+    state.write_text(json.dumps(poisoned))
+    (folder / "summary.json").unlink()
+    result = photon("resume", folder, "--json", "-q")
+    assert result.exit_code == 0, result.output
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["local_train_s"], summary["utilisation"]) == (None, None)
+    assert summary["weights_sha256"] == run[1]["weights_sha256"]
+    assert "Infinity" not in (folder / "events.jsonl").read_text()
+    assert photon("report", folder).exit_code == 0
 
 
 def test_evaluation_agrees_with_the_run_and_with_the_export(run, exported, three_silos):

@@ -250,16 +250,16 @@ def test_a_long_run_gives_a_small_page(folder, stream):
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_diverged_run_draws_what_it_can(folder, stream, bad):
     events = [
-        e.model_copy(update={"loss": bad, "perplexity": bad, "bits_per_byte": bad})
+        type(e)(**vars(e) | {"loss": bad, "perplexity": bad, "bits_per_byte": bad})
         if isinstance(e, Evaluated) and e.round >= 4
-        else e.model_copy(update={"loss": bad})
+        else type(e)(**vars(e) | {"loss": bad})
         if isinstance(e, LocalProgress) and e.round >= 4
         else e
         for e in stream().whole()
     ]
     page = report(folder, events)
-    word = "infinite" if bad == math.inf else "undefined"
-    assert f"perplexity on shared held-out text is {word}: the model has diverged" in page.text
+    assert "held-out text is no finite number: the model has diverged" in page.text
+    assert "perplexity diverged 812 before training" in page.text
     assert "Three evaluations gave no finite number" in page.text
     assert not re.search(r"\b(nan|inf)\b", "".join(re.findall(r"<svg.*?</svg>", page.raw, re.S)))
 
@@ -319,6 +319,82 @@ def test_an_incident_of_a_round_run_again_is_marked(folder, stream):
         ("resumed", False),
         ("worker lost", False),
     ]
+
+
+def test_a_run_of_several_sessions_is_told_from_its_beginning(folder, stream):
+    made = stream(dropped={3: "judicial"})
+    events = list(made.resumed(stop_in=4))
+    at = next(i for i, e in enumerate(events) if e.name == "run_started" and i)
+    later = {"started_at": "2026-01-09T10:00:00+00:00", "time_s": 57.0}
+    events[at] = events[at].model_copy(update=later)  # the clock of the checkpoint
+    events[at - 1] = events[at - 1].model_copy(update={"time_s": 70.0})
+    lost = next(e for e in stream(dropped={4: "republican"}).whole() if e.name == "update_dropped")
+    run = folder([*events[: at - 1], lost, *events[at - 1 :]])
+    page, digest = read(write_report(run)), read_digest(run)
+    assert "Started 2026-01-02T03:04:05+00:00 Resumed one time, last 2026-01-09T10" in page.text
+    times = [incident.time_s for incident in digest.incidents]
+    assert times == sorted(times)
+    # Every drop that is an incident counts, of a round that was run again, too.
+    drops = {name: silo.dropped for name, silo in digest.silos.items() if silo.dropped}
+    assert drops == {"judicial": 1, "republican": 1}
+
+
+def test_what_a_silo_received_to_evaluate_counts_as_received(folder, stream):
+    events = [
+        e.model_copy(update={"bytes_down": 0})
+        if e.name == "local_finished"
+        else e.model_copy(update={"bytes_down": 4_400_000})
+        if isinstance(e, Evaluated) and e.silo and e.round
+        else e
+        for e in stream(step_s={"forward_s": 1.0}).whole()
+    ]
+    page = report(folder, events)
+    table = page.raw[page.raw.index("How silos trained") : page.raw.index("<h2>Incidents")]
+    assert re.findall(r'<td class="n">([^<]*)</td>', table)[6] == "4.4 MB"
+
+
+def bytes_per_token(event, *, silos):
+    """The event as a text gives it whose tokens are longer in one silo than in the others."""
+    factor = 1.5 if event.silo in silos else 1.0
+    return event.model_copy(update={"bits_per_byte": event.bits_per_byte / factor})
+
+
+def test_bits_per_byte_are_drawn_where_texts_of_silos_differ(folder, stream):
+    title = "Bits per byte in each silo"
+    whole = list(stream().whole())
+    assert title not in report(folder, whole).titles
+    languages = [
+        bytes_per_token(e, silos=["judicial"]) if isinstance(e, Evaluated) else e for e in whole
+    ]
+    page = read(write_report(folder(languages, "languages")))
+    assert page.titles[2] == title
+    assert "compare silos by this, not by perplexity" in page.text
+    unknown = [
+        e.model_copy(update={"bits_per_byte": None}) if isinstance(e, Evaluated) and e.silo else e
+        for e in languages
+    ]
+    assert title not in read(write_report(folder(unknown, "unknown"))).titles
+    crowd = stream(silos=[f"client-{i}" for i in range(20)], rounds=2).whole()
+    crowd = [
+        bytes_per_token(e, silos=["client-3"]) if isinstance(e, Evaluated) else e for e in crowd
+    ]
+    assert title in read(write_report(folder(crowd, "crowd"))).titles
+
+
+def test_runs_with_other_tokenizers_are_compared_by_bits_per_byte(folder, stream):
+    run = folder(stream().whole(), "fed")
+    others = stream(silos=["centralised"], kind="train", floor=4.4)
+    words = [
+        bytes_per_token(e, silos=[None]) if isinstance(e, Evaluated) else e for e in others.whole()
+    ]
+    page = read(write_report(run, compare={"words": folder(words, "words")}))
+    ours, theirs = read_digest(run).last, read_digest(run.with_name("words")).last
+    gap = theirs.bits_per_byte / ours.bits_per_byte - 1
+    assert theirs.perplexity > ours.perplexity
+    assert gap < 0
+    assert f"−{-gap * 100:.1f}%" in page.text
+    assert "Bits per byte against this run" in page.text
+    assert "held-out bits per byte" in page.text
 
 
 def test_lines_that_are_missing_do_not_matter(folder, stream):
@@ -452,8 +528,8 @@ def test_the_terminal_table_compares(folder, stream):
     fed = ComparisonRow.read("federated", folder(stream().whole(), "a"), federated=True)
     rows = [
         fed,
-        ComparisonRow("centralised", 3_100_000, fed.perplexity * 0.9, 1.4, 61.0),
-        ComparisonRow("alone: [bold]judicial", 786_432, fed.perplexity * 1.5, 1.7, None),
+        ComparisonRow("centralised", 3_100_000, fed.perplexity * 0.9, 1.496, 61.0),
+        ComparisonRow("alone: [bold]judicial", 786_432, fed.perplexity * 1.5, 1.66, None),
         ComparisonRow("untested", 0, None, None, None),
     ]
     console = Console(width=80, record=True, file=io.StringIO())
@@ -461,8 +537,8 @@ def test_the_terminal_table_compares(folder, stream):
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
     assert lines[1:] == [
         "federated 1.6M 118 1.530 – 1 min 54 s",
-        "centralised 3.1M 107 1.400 −10.0% 1 min 01 s",
-        "alone: [bold]judicial 786k 178 1.700 +50.0% –",
+        "centralised 3.1M 107 1.496 −10.0% 1 min 01 s",
+        "alone: [bold]judicial 786k 178 1.660 +50.0% –",
         "untested 0 – – – –",
     ]
 

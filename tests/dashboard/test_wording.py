@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from rich.cells import cell_len
 
 from photon.dashboard import wording
 
@@ -37,7 +38,7 @@ def test_durations(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (float("inf"), "infinite"), (float("nan"), "undefined"), (50_368.4, "50,368"),
+    [(None, "–"), (float("inf"), "–"), (float("nan"), "–"), (50_368.4, "50,368"),
      (1e7, "1e+07"), (812.4, "812"), (99.96, "100"), (96.34, "96.3"), (9.996, "10.0"),
      (3.14159, "3.14")],
 )  # fmt: skip
@@ -54,7 +55,32 @@ def test_the_rest():
     assert wording.several(1, "silo") == "one silo"
     assert wording.several(64, "silo") == "64 silos"
     assert wording.several(2, "entry", "entries") == "two entries"
-    assert wording.ratio(31.99) == "32×"
+    assert wording.times_less(31.99, 1) == "32× less than"
+    assert wording.times_less(1, 2) == "2.0× more than"
+    assert wording.times_less(1, 1.04) == "as much as"
     assert wording.decimal(None) == "–"
-    assert wording.decimal(float("nan")) == "undefined"
+    assert wording.decimal(float("nan")) == "–"
+    assert [wording.count(n) for n in (None, float("nan"), float("inf"))] == ["–", "–", "–"]
     assert wording.one_line("a\nb\x1b[0m\u200b") == "a b [0m"
+
+
+@pytest.mark.parametrize("most", [10, 14, 20])
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"debian-description-{code}" for code in ("de", "en", "fr", "ja", "pt", "zh")],
+        ["a-long-name-of-" + "x" * i + "-silos" for i in range(30)],
+        ["東京大学病院東京大学病院" + end for end in ("東", "西", "")],
+        ["x" * 60, "x" * 61, "short"],
+    ],
+)
+def test_names_that_are_cut_still_differ(names, most):
+    short = wording.distinct(names, most)
+    assert list(short) == names
+    assert len(set(short.values())) == len(names)
+    assert all(cell_len(name) <= most for name in short.values())
+
+
+def test_a_name_that_fits_is_left_alone():
+    assert wording.distinct(["north", "x" * 30], 8) == {"north": "north", "x" * 30: "xxxxxxx…"}
+    assert wording.distinct(["debian-fr", "debian-de"], 7)["debian-fr"] == "deb…-fr"

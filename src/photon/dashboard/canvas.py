@@ -19,6 +19,8 @@ from photon.dashboard import palette, wording
 
 #: Inches; a wide figure fills the page, a half one shares it with a neighbour.
 WIDE, HALF = (10.2, 3.9), (5.0, 3.4)
+#: Characters of a name that fit beside a plot.
+LONGEST = 22
 
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -101,6 +103,7 @@ def label_ends(
     height_pt = axes.bbox.height / axes.get_figure(root=True).dpi * 72  # type: ignore[union-attr]
     step = 11.5 / height_pt
     to_axes = axes.transData + axes.transAxes.inverted()
+    shown = wording.distinct([name for _, _, name, _ in ends], LONGEST)
     columns: dict[float, list[tuple[float, float, float, str, str]]] = {}
     for x, y, name, colour in ends:
         along, up = to_axes.transform((x, y))
@@ -112,7 +115,7 @@ def label_ends(
         targets = spread([up for up, *_ in placed], step)
         for target, (_, x, y, name, colour) in zip(targets, placed, strict=True):
             axes.annotate(
-                shorten(name),
+                shown[name],
                 xy=(x, y),
                 xytext=(column + 0.022, target),
                 textcoords="axes fraction",
@@ -153,12 +156,6 @@ def spread(wanted: Sequence[float], step: float) -> list[float]:
     flat = [mean for mean, size in pools for _ in range(size)]
     highest = max(0.0, 1.0 - (len(flat) - 1) * step)
     return [min(max(mean, 0.0), highest) + i * step for i, mean in enumerate(flat)]
-
-
-def shorten(name: str, most: int = 22) -> str:
-    """A name that fits a margin."""
-    name = wording.one_line(name)
-    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def to_svg(figure: Figure, prefix: str, description: str) -> str:

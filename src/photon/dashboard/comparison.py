@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 from rich.text import Text
 
 from photon.dashboard import wording
-from photon.dashboard.digest import RunDigest, read_digest
+from photon.dashboard.digest import SAME_TOKENIZER, RunDigest, read_digest
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class ComparisonRow:
         label: what the run is called in the table, e.g. "federated", "alone: democratic".
         tokens: tokens it trained on.
         perplexity: on the global held-out text; None where it was not evaluated.
-        bits_per_byte: on the same text; None where it was not evaluated.
+        bits_per_byte: on the same text; None where it was not evaluated, or has no sense.
         seconds: wall-clock time; None where it is not known.
         federated: the row that the gap of the others is measured against.
     """
@@ -53,19 +54,29 @@ class ComparisonRow:
         return cls.of(label, read_digest(Path(run_folder)), federated=federated)
 
 
+def compared_by(rows: Sequence[ComparisonRow]) -> Literal["perplexity", "bits_per_byte"]:
+    """Perplexity, or bits per byte where the runs' tokenizers cut the same text differently."""
+    sizes = [
+        math.log2(row.perplexity) / row.bits_per_byte
+        for row in rows
+        if row.perplexity and row.bits_per_byte
+    ]
+    alike = not sizes or max(sizes) <= min(sizes) * (1 + SAME_TOKENIZER)
+    return "perplexity" if alike else "bits_per_byte"
+
+
 def gap(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> float | None:
-    """Perplexity over the federated run's, less one: + is worse. None for that run itself."""
+    """`compared_by` over the federated run's, less one: + is worse. None for that run itself."""
     federated = next((other for other in rows if other.federated), None)
     if federated is None or row.federated:
         return None
-    ours, theirs = federated.perplexity, row.perplexity
-    if not ours or not theirs or not math.isfinite(ours) or not math.isfinite(theirs):
-        return None
-    return theirs / ours - 1
+    measure = compared_by(rows)
+    ours, theirs = getattr(federated, measure), getattr(row, measure)
+    return theirs / ours - 1 if ours and theirs else None
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
-    """A table for the terminal; the gap is perplexity against the federated row, + is worse."""
+    """A table for the terminal; the gap is to the federated row, + is worse."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("run", overflow="fold")  # Alone in giving way: no number is ever cut.
     for title in ("tokens", "perplexity", "bits/byte", "vs federated", "time"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,17 +26,34 @@ from photon.telemetry.events import (
 )
 
 State = Literal["finished", "stopped", "unfinished"]
+Measure = Literal["loss", "perplexity", "bits_per_byte"]
+
+#: Bytes per token may differ by so much between runs that score the same text with one tokenizer.
+SAME_TOKENIZER = 0.01
+#: The incident that counts against a silo.
+DROPPED = "update dropped"
 
 
 @dataclass(frozen=True)
 class EvaluationPoint:
-    """Held-out loss after so many rounds and tokens; loss in nats per token."""
+    """Held-out loss after so many rounds and tokens, in nats per token; None: the model diverged.
+
+    Attributes:
+        bits_per_byte: None also where the text holds too much that the vocabulary does not know.
+    """
 
     round: int
     tokens: int
-    loss: float
-    perplexity: float
-    bits_per_byte: float
+    loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the text, as the tokenizer cuts it: perplexity compares only where these agree."""
+        if not self.loss or not self.bits_per_byte:
+            return None
+        return self.loss / math.log(2) / self.bits_per_byte
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,6 @@ class SiloDigest:
     tokens: int = 0
     last_loss: float | None = None
     dropped: int = 0
-    workers_lost: int = 0
     throughput: list[float] = field(default_factory=list)
     training: list[tuple[float, float]] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
@@ -116,7 +132,10 @@ class SiloDigest:
 
 @dataclass(frozen=True)
 class Incident:
-    """Something a reader should know of. `undone` marks rounds that a resume ran again."""
+    """Something a reader should know of. `undone` marks rounds that a resume ran again.
+
+    time_s counts every second in which the run ran, also those of rounds that were run again.
+    """
 
     time_s: float
     round: int | None
@@ -128,10 +147,11 @@ class Incident:
 
 @dataclass
 class RunDigest:
-    """A run as its report sees it."""
+    """A run as its report sees it; `sessions` holds each process that worked on it."""
 
     folder: Path
     started: RunStarted
+    sessions: list[RunStarted]
     state: State
     stop: RunStopped | None
     rounds: list[RoundCost]
@@ -209,10 +229,17 @@ def read_digest(folder: Path) -> RunDigest:
     state, stop = _state(raw)
     before = _tokens_before(history)
     silos = _silos(history, before)
+    incidents = _incidents(raw)
+    for incident in incidents:
+        if incident.kind == DROPPED and incident.silo is not None:
+            silos.setdefault(incident.silo, SiloDigest(incident.silo)).dropped += 1
     points: list[EvaluationPoint] = []
     for event in history.of(Evaluated):
         point = _point(event, before)
-        target = points if event.silo is None else silos[event.silo].evaluations
+        silo = silos.setdefault(event.silo, SiloDigest(event.silo)) if event.silo else None
+        if silo is not None:
+            silo.bytes_down += event.bytes_down
+        target = points if silo is None else silo.evaluations
         # Evaluated again after a resume: the newer one counts.
         target[:] = [old for old in target if old.round != point.round]
         target.append(point)
@@ -223,12 +250,13 @@ def read_digest(folder: Path) -> RunDigest:
     return RunDigest(
         folder=folder,
         started=started,
+        sessions=[event for event in raw if isinstance(event, RunStarted)],
         state=state,
         stop=stop,
         rounds=rounds,
         silos=silos,
         evaluations=points,
-        incidents=_incidents(raw),
+        incidents=incidents,
         tasks=sum(len(event.participants) for event in drawn.values() if event.round <= done),
         tokens=closed[0].total_tokens if closed else 0,
         bytes_up=closed[0].total_bytes_up if closed else 0,
@@ -247,9 +275,19 @@ def _left_out(history: RunHistory) -> float | None:
     return sum(share for share in newest if share is not None) / len(newest) if newest else None
 
 
-def finite(points: Iterable[EvaluationPoint]) -> list[EvaluationPoint]:
-    """Those a plot can show."""
-    return [p for p in points if math.isfinite(p.perplexity) and math.isfinite(p.loss)]
+def curve(
+    points: Iterable[EvaluationPoint], measure: Measure, over: Literal["tokens", "round"] = "round"
+) -> list[tuple[float, float]]:
+    """x and y of the points that have the figure."""
+    both = ((getattr(point, over), getattr(point, measure)) for point in points)
+    return [(x, y) for x, y in both if y is not None]
+
+
+def cut_alike(points: Iterable[EvaluationPoint | None], tolerance: float) -> bool:
+    """Whether these texts have as many bytes per token as each other, so far as it is known."""
+    known = [point.bytes_per_token for point in points if point is not None]
+    sizes = [size for size in known if size is not None]
+    return not sizes or max(sizes) <= min(sizes) * (1 + tolerance)
 
 
 def _state(raw: list[Event]) -> tuple[State, RunStopped | None]:
@@ -307,16 +345,12 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
             continue
         silo = silos.setdefault(name, SiloDigest(name))
         match event:
-            case LocalProgress():
+            case LocalProgress() if event.loss is not None:
                 beside = drawn[event.round].participants if event.round in drawn else [name]
                 within = len(beside) * per_task * event.step / max(1, started.local_steps)
                 silo.training.append((before.get(event.round, 0) + within, event.loss))
             case LocalFinished():
                 silo.finished(event)
-            case UpdateDropped():
-                silo.dropped += 1
-            case WorkerLost():
-                silo.workers_lost += 1
     return silos
 
 
@@ -343,34 +377,34 @@ def _rounds(history: RunHistory) -> list[RoundCost]:
 def _incidents(raw: list[Event]) -> list[Incident]:
     """From every line of the file: also of rounds that a resume took back."""
     found: list[Incident] = []
+    lost_s = newest_s = 0.0
+
+    def note(event: Event, number: int | None, kind: str, silo: str | None, text: str) -> None:
+        found.append(Incident(event.time_s + lost_s, number, kind, silo, text))
+
     for event in raw:
+        if isinstance(event, RunStarted):
+            # The run's clock goes back to the checkpoint; a reader's does not.
+            lost_s = max(lost_s, newest_s - event.time_s)
+        newest_s = max(newest_s, event.time_s + lost_s)
         match event:
             case UpdateDropped():
-                found.append(
-                    Incident(event.time_s, event.round, "update dropped", event.silo, event.reason)
-                )
+                note(event, event.round, DROPPED, event.silo, event.reason)
             case Notice():
-                found.append(Incident(event.time_s, event.round, "notice", event.silo, event.text))
+                note(event, event.round, "notice", event.silo, event.text)
             case WorkerLost():
-                found.append(
-                    Incident(
-                        event.time_s,
-                        event.round,
-                        "worker lost",
-                        event.silo,
-                        f"worker {event.worker}: {event.reason}",
-                    )
-                )
+                why = f"worker {event.worker}: {event.reason}"
+                note(event, event.round, "worker lost", event.silo, why)
             case RunStopped():
-                found.append(Incident(event.time_s, event.round, "run stopped", None, event.reason))
+                note(event, event.round, "run stopped", None, event.reason)
             case RunStarted() if event.resumed_from_round is not None:
                 last = event.resumed_from_round
                 found = [
-                    Incident(i.time_s, i.round, i.kind, i.silo, i.text, undone=True)
+                    replace(i, undone=True)
                     if (i.round or 0) > last and i.kind not in ("run stopped", "resumed")
                     else i
                     for i in found
                 ]
                 text = f"goes on after round {last}, with its checkpoint"
-                found.append(Incident(event.time_s, last, "resumed", None, text))
+                note(event, last, "resumed", None, text)
     return found

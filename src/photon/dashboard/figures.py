@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from photon.dashboard import palette, wording
 from photon.dashboard.canvas import (
     HALF,
+    LONGEST,
     WIDE,
     count_ticks,
     drawing_style,
@@ -22,14 +23,27 @@ from photon.dashboard.canvas import (
     new_axes,
     round_ticks,
     scale_perplexity,
-    shorten,
     to_svg,
 )
-from photon.dashboard.digest import EvaluationPoint, RoundCost, RunDigest, finite
+from photon.dashboard.digest import (
+    SAME_TOKENIZER,
+    EvaluationPoint,
+    Measure,
+    RoundCost,
+    RunDigest,
+    curve,
+    cut_alike,
+)
 
 _PHASES = ("local training", "evaluation", "merging", "checkpoint", "other")
 _GLOBAL = "shared held-out"
 _MOST_COLUMNS = 64
+#: Bytes per token may differ by so much from one silo's text to another's.
+_SAME_TEXT = 0.1
+_SCORES: dict[Measure, tuple[str, str]] = {
+    "perplexity": ("Perplexity", "silos"),
+    "bits_per_byte": ("Bits per byte", "bytes-of-silos"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,8 @@ def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Dr
         drawings = [
             loss_against_tokens(digest),
             comparison(digest, compare),
-            silo_perplexity(digest),
+            silo_scores(digest),
+            silo_bits_per_byte(digest),
             time_per_round(digest),
             bytes_per_round(digest),
             throughput(digest),
@@ -60,17 +75,17 @@ def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Dr
 def loss_against_tokens(digest: RunDigest) -> Drawing | None:
     """Training loss of each silo, thin, and the global model's held-out loss, thick."""
     curves = {name: _thin_out(silo.training) for name, silo in digest.silos.items()}
-    curves = {name: curve for name, curve in curves.items() if curve}
-    points = finite(digest.evaluations)
+    curves = {name: line for name, line in curves.items() if line}
+    points = curve(digest.evaluations, "loss", "tokens")
     if not curves and not points:
         return None
     named = len(curves) <= palette.MOST_NAMED
     figure, axes = new_axes(WIDE, right=0.15)
     ends: list[tuple[float, float, str, str]] = []
     order = list(digest.silos)
-    for name, curve in curves.items():
+    for name, line in curves.items():
         colour, dash = palette.silo_style(order.index(name))
-        xs, ys = zip(*curve, strict=True)
+        xs, ys = zip(*line, strict=True)
         axes.plot(
             xs,
             ys,
@@ -83,7 +98,7 @@ def loss_against_tokens(digest: RunDigest) -> Drawing | None:
             ends.append((xs[-1], ys[-1], name, colour))
     if points:
         _plot_evaluations(axes, points, palette.INK, width=2.4)
-        ends.append((points[-1].tokens, points[-1].loss, _GLOBAL, palette.INK))
+        ends.append((*points[-1], _GLOBAL, palette.INK))
     count_ticks(axes)
     name_axes(axes, "tokens trained on, all silos together", "loss (nats per token)")
     axes.margins(x=0.01)
@@ -98,10 +113,16 @@ def loss_against_tokens(digest: RunDigest) -> Drawing | None:
 
 
 def comparison(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Drawing | None:
-    """Held-out loss of the merged model and of other runs, against the tokens each trained on."""
-    others = {label: finite(other.evaluations) for label, other in compare.items()}
+    """Held-out loss of the merged model and of other runs, against the tokens each trained on.
+
+    Bits per byte in its place where tokenizers differ, as nats are per token.
+    """
+    runs = [digest, *compare.values()]
+    alike = cut_alike((run.last for run in runs), SAME_TOKENIZER)
+    measure: Measure = "loss" if alike else "bits_per_byte"
+    others = {label: curve(run.evaluations, measure, "tokens") for label, run in compare.items()}
     others = {label: points for label, points in others.items() if points}
-    points = finite(digest.evaluations)
+    points = curve(digest.evaluations, measure, "tokens")
     if not others or not points:
         return None
     figure, axes = new_axes(WIDE, right=0.2)
@@ -110,59 +131,74 @@ def comparison(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Drawing |
     for i, (label, line) in enumerate(others.items()):
         colour, dash = _comparison_style(label, i, names)
         _plot_evaluations(axes, line, colour, width=1.4, dash=dash)
-        ends.append((line[-1].tokens, line[-1].loss, label, colour))
+        ends.append((*line[-1], label, colour))
     _plot_evaluations(axes, points, palette.INK, width=2.4)
-    ends.append((points[-1].tokens, points[-1].loss, "this run", palette.INK))
+    ends.append((*points[-1], "this run", palette.INK))
     count_ticks(axes)
-    name_axes(axes, "tokens the run trained on", "held-out loss (nats per token)")
+    what = "Loss" if alike else "Bits per byte"
+    unit = "held-out loss (nats per token)" if alike else "held-out bits per byte"
+    name_axes(axes, "tokens the run trained on", unit)
     label_ends(axes, ends, bold="this run")
     caption = (
-        "Loss on the same shared held-out text. Lower is better; a line that ends further left "
+        f"{what} on the same shared held-out text. Lower is better; a line that ends further left "
         "trained on fewer tokens."
     )
+    if not alike:
+        caption += " Tokenizers differ, so losses per token don't compare."
     svg = to_svg(figure, "comparison", f"Line plot. {caption}")
     return Drawing("Against other runs", svg, caption, wide=True)
 
 
-def silo_perplexity(digest: RunDigest) -> Drawing | None:
-    """Perplexity of the merged model on each silo's own held-out text, over rounds."""
+def silo_scores(digest: RunDigest, measure: Measure = "perplexity") -> Drawing | None:
+    """What the merged model scores on each silo's own held-out text, over rounds."""
     order = list(digest.silos)
-    lines = {name: finite(silo.evaluations) for name, silo in digest.silos.items()}
+    lines = {name: curve(silo.evaluations, measure) for name, silo in digest.silos.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return None
+    title, prefix = _SCORES[measure]
     if len(lines) > palette.MOST_NAMED:
-        return _heat_strip(lines)
-    longest = max(len(shorten(name)) for name in lines)
+        return _heat_strip(lines, title, prefix)
+    longest = max(len(name) for name in wording.distinct(lines, LONGEST).values())
     figure, axes = new_axes(HALF, right=max(0.12, 0.05 + 0.014 * longest))
     ends = []
     for name, points in lines.items():
         colour, dash = palette.silo_style(order.index(name))
-        xs, ys = [p.round for p in points], [p.perplexity for p in points]
+        xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.5, marker="o", markersize=2.5)
         ends.append((xs[-1], ys[-1], name, colour))
-    flat = [p for points in lines.values() for p in points]
-    logarithmic = scale_perplexity(axes, [p.perplexity for p in flat])
-    round_ticks(axes, [p.round for p in flat])
-    name_axes(axes, "round", "perplexity" + (" (logarithmic)" if logarithmic else ""))
+    flat = [point for points in lines.values() for point in points]
+    logarithmic = scale_perplexity(axes, [y for _, y in flat])
+    round_ticks(axes, [int(x) for x, _ in flat])
+    name_axes(axes, "round", title.lower() + (" (logarithmic)" if logarithmic else ""))
     label_ends(axes, ends)
-    caption = "Perplexity of the merged model on each silo's own held-out text."
-    svg = to_svg(figure, "silos", f"Line plot. {caption}")
-    return Drawing("Perplexity in each silo", svg, caption)
+    caption = f"{title} of the merged model on each silo's own held-out text."
+    svg = to_svg(figure, prefix, f"Line plot. {caption}")
+    return Drawing(f"{title} in each silo", svg, caption)
 
 
-def _heat_strip(lines: Mapping[str, list[EvaluationPoint]]) -> Drawing:
-    """Many silos: one thin row each, best at the end on top, colour for perplexity."""
+def silo_bits_per_byte(digest: RunDigest) -> Drawing | None:
+    """Where silos' texts differ so much, in language for one, that perplexities don't compare."""
+    newest = [silo.evaluations[-1] for silo in digest.silos.values() if silo.evaluations]
+    drawn = None if cut_alike(newest, _SAME_TEXT) else silo_scores(digest, "bits_per_byte")
+    if drawn is None:
+        return None
+    caption = f"{drawn.caption} A token holds more bytes in some silos than in others, so compare "
+    return replace(drawn, caption=caption + "silos by this, not by perplexity.")
+
+
+def _heat_strip(lines: Mapping[str, list[tuple[float, float]]], title: str, prefix: str) -> Drawing:
+    """Many silos: one thin row each, best at the end on top, colour for the score."""
     import numpy as np
 
-    rounds = sorted({p.round for points in lines.values() for p in points})
+    rounds = sorted({number for points in lines.values() for number, _ in points})
     # Every n-th round and the last: a cell is a path, and a page must stay small.
     stride = -(-len(rounds) // _MOST_COLUMNS)
     rounds = rounds[::-1][::stride][::-1]
-    rows = sorted(lines.items(), key=lambda item: item[1][-1].perplexity)
+    rows = sorted(lines.items(), key=lambda item: item[1][-1][1])
     grid = np.full((len(rows), len(rounds)), np.nan)
     for i, (_, points) in enumerate(rows):
-        values = {point.round: point.perplexity for point in points}
+        values = dict(points)
         grid[i] = [values.get(number, np.nan) for number in rounds]
     # Before training all silos are far off alike; that column would eat the scale.
     judged = grid[:, 1:] if len(rounds) > 3 and np.isfinite(grid[:, 1:]).any() else grid
@@ -182,7 +218,7 @@ def _heat_strip(lines: Mapping[str, list[EvaluationPoint]]) -> Drawing:
     axes.invert_yaxis()
     axes.set_yticks([])
     every = max(1, len(rounds) // 8)
-    axes.set_xticks(range(0, len(rounds), every), [str(r) for r in rounds[::every]])
+    axes.set_xticks(range(0, len(rounds), every), [f"{r:g}" for r in rounds[::every]])
     name_axes(axes, "round", f"{len(rows)} silos, best on top")
     where = axes.get_position()
     beside = figure.add_axes((where.x1 + 0.03, where.y0, 0.025, where.height))
@@ -196,12 +232,12 @@ def _heat_strip(lines: Mapping[str, list[EvaluationPoint]]) -> Drawing:
     scale.set_ticks(ticks, labels=labels)
     best, worst = rows[0], rows[-1]
     caption = (
-        f"Perplexity of the merged model on each silo's own held-out text, one row per silo. "
-        f"Last round: {best[0]} {wording.perplexity(best[1][-1].perplexity)} (best), "
-        f"{worst[0]} {wording.perplexity(worst[1][-1].perplexity)} (worst)."
+        f"{title} of the merged model on each silo's own held-out text, one row per silo. "
+        f"Last round: {wording.one_line(best[0])} {wording.perplexity(best[1][-1][1])} (best), "
+        f"{wording.one_line(worst[0])} {wording.perplexity(worst[1][-1][1])} (worst)."
     )
-    svg = to_svg(figure, "silos", f"Heat strip. {caption}")
-    return Drawing("Perplexity in each silo", svg, caption)
+    svg = to_svg(figure, prefix, f"Heat strip. {caption}")
+    return Drawing(f"{title} in each silo", svg, caption)
 
 
 def time_per_round(digest: RunDigest) -> Drawing | None:
@@ -265,8 +301,10 @@ def throughput(digest: RunDigest) -> Drawing | None:
     figure, axes = new_axes(HALF)
     axes.grid(visible=False)
     axes.grid(axis="x", color=palette.GRID, linewidth=0.8)
+    shown: list[str] = []
     if named:
-        longest = max(len(shorten(silo.name)) for silo in rows)
+        shown = list(wording.distinct([silo.name for silo in rows], LONGEST).values())
+        longest = max(len(name) for name in shown)
         left = 0.06 + longest * 0.0155
         box = axes.get_position()
         axes.set_position((left, box.y0, 0.97 - left, box.height))
@@ -276,9 +314,9 @@ def throughput(digest: RunDigest) -> Drawing | None:
         size = 6 if named else 2.5
         axes.plot([min(silo.throughput), max(silo.throughput)], [y, y], color=colour, linewidth=1.2)
         axes.plot([statistics.median(silo.throughput)], [y], "o", color=colour, markersize=size)
-    if named:
+    if shown:
         axes.set_yticks(range(len(rows)))
-        axes.set_yticklabels([shorten(silo.name) for silo in rows], parse_math=False)
+        axes.set_yticklabels(shown, parse_math=False)
         axes.tick_params(axis="y", colors=palette.INK)
     else:
         axes.set_yticks([])
@@ -288,18 +326,18 @@ def throughput(digest: RunDigest) -> Drawing | None:
     name_axes(axes, "tokens per second of local training", "" if named else f"{len(rows)} silos")
     caption = "Dot: median over the rounds a silo took part in. Line: slowest to fastest round."
     if not named:
-        caption += f" Slowest: {rows[0].name}. Fastest: {rows[-1].name}."
+        slowest, fastest = wording.one_line(rows[0].name), wording.one_line(rows[-1].name)
+        caption += f" Slowest: {slowest}. Fastest: {fastest}."
     svg = to_svg(figure, "throughput", f"Dot plot. {caption}")
     return Drawing("Training speed of each silo", svg, caption)
 
 
 def _plot_evaluations(
-    axes: Axes, points: Sequence[EvaluationPoint], colour: str, *, width: float, dash: str = "-"
+    axes: Axes, points: Sequence[tuple[float, float]], colour: str, *, width: float, dash: str = "-"
 ) -> None:
     marker = "o" if len(points) <= 40 else ""
     axes.plot(
-        [point.tokens for point in points],
-        [point.loss for point in points],
+        *zip(*points, strict=True),
         color=colour,
         linewidth=width,
         linestyle=dash,
@@ -317,7 +355,7 @@ def _comparison_style(label: str, index: int, silos: list[str]) -> tuple[str, st
 
 
 def _left_out(points: Sequence[EvaluationPoint]) -> str:
-    missing = len(points) - len(finite(points))
+    missing = sum(point.loss is None for point in points)
     if not missing:
         return ""
     word = wording.several(missing, "evaluation")

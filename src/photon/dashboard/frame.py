@@ -147,24 +147,21 @@ def _silos(progress: RunProgress, width: int, room: int) -> Iterator[Line]:
     shown = silos
     if len(silos) > room - 1:
         chosen = sorted(silos, key=lambda s: _ORDER[s.state])[: max(1, room - 2)]
-        names = {silo.name for silo in chosen}
-        shown = [silo for silo in silos if silo.name in names]
-    widest = max(cell_len(wording.one_line(silo.name)) for silo in silos)
-    name_cells = min(widest, max(10, width // 4))
+        shown = [silo for silo in silos if silo in chosen]
+    names = wording.distinct((silo.name for silo in silos), max(10, width // 4))
+    widest = max(cell_len(name) for name in names.values())
     for silo in shown:
-        yield _silo_line(silo, progress.local_steps, name_cells, width)
+        name = set_cell_size(names[silo.name], widest)
+        yield _silo_line(silo, name, progress.local_steps, width)
     if len(shown) < len(silos):
-        names = {silo.name for silo in shown}
-        yield [("  … and " + _count_states(s for s in silos if s.name not in names), "dim")]
+        rest = [silo for silo in silos if silo not in shown]
+        yield [("  … and " + _count_states(rest), "dim")]
 
 
-def _silo_line(silo: SiloProgress, local_steps: int, name_cells: int, width: int) -> Line:
-    name = wording.one_line(silo.name)
-    if cell_len(name) > name_cells:
-        name = set_cell_size(name, name_cells - 1) + "…"
+def _silo_line(silo: SiloProgress, name: str, local_steps: int, width: int) -> Line:
     line: Line = [
         (f"  {_MARKS[silo.state]} ", silo.state),
-        (set_cell_size(name, name_cells), "" if silo.state != "waiting" else "dim"),
+        (name, "" if silo.state != "waiting" else "dim"),
         (f"  {silo.state:<8}  ", silo.state),
     ]
     if silo.note and silo.state in ("dropped", "waiting"):
@@ -172,9 +169,8 @@ def _silo_line(silo: SiloProgress, local_steps: int, name_cells: int, width: int
     digits = len(str(local_steps))
     steps = f" {silo.step:>{digits}}/{local_steps}"
     loss = f"  loss {wording.decimal(silo.loss):>6}"
-    speed = wording.count(silo.tokens_per_s) if silo.tokens_per_s is not None else "–"
-    rest = f"{loss}  {speed:>5} tokens/s"
-    used = 4 + name_cells + 12 + len(steps) + len(rest)
+    rest = f"{loss}  {wording.count(silo.tokens_per_s):>5} tokens/s"
+    used = 4 + cell_len(name) + 12 + len(steps) + len(rest)
     cells = max(4, min(40, width - used))
     share = silo.step / local_steps if local_steps else 0.0
     return [*line, *bar(share, cells), (steps, ""), (rest, "")]
@@ -195,10 +191,11 @@ def _evaluation(progress: RunProgress) -> Iterator[Line]:
     line: Line = [
         ("Held-out  ", "title"),
         ("perplexity ", "dim"),
-        (wording.perplexity(last.perplexity), "value"),
+        (wording.perplexity(last.perplexity, "diverged"), "value"),
     ]
-    if before is not None:
-        line.append((" " + change(last.perplexity, before.perplexity), _side(last, before)))
+    if before is not None and last.perplexity is not None and before.perplexity is not None:
+        side = "better" if last.perplexity < before.perplexity else "worse"
+        line.append((" " + change(last.perplexity, before.perplexity), side))
     line += [
         ("   loss ", "dim"),
         (wording.decimal(last.loss), ""),
@@ -212,15 +209,8 @@ def _evaluation(progress: RunProgress) -> Iterator[Line]:
 def change(now: float, before: float) -> str:
     """How a perplexity moved, with an arrow: `▼ 4.2`."""
     difference = now - before
-    if difference != difference or difference in (float("inf"), float("-inf")):
-        return "–"
     arrow = "▼" if difference < 0 else "▲" if difference > 0 else "="
     return f"{arrow} {wording.perplexity(abs(difference))}"
-
-
-def _side(last: object, before: object) -> str:
-    now, then = getattr(last, "perplexity", 0.0), getattr(before, "perplexity", 0.0)
-    return "better" if now < then else "worse"
 
 
 def _totals(progress: RunProgress) -> Iterator[Line]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -12,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from photon.dashboard import palette, wording
-from photon.dashboard.comparison import ComparisonRow, gap
+from photon.dashboard.comparison import ComparisonRow, compared_by, gap
 from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, read_digest
 from photon.dashboard.effort import STEP_PARTS, effort_rows, step_legend
 from photon.errors import DiskFullError
 
 _TEMPLATE = "report.html.j2"
+_MEASURES = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
 
 GLOSSARY = (
     ("Silo", "An organisation that takes part with its own text and machines. Its text stays."),
@@ -114,6 +114,7 @@ def render(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:
         step_legend=step_legend(),
         incidents=[_incident_row(incident) for incident in digest.incidents],
         comparison=_comparison_rows(digest, others),
+        measure=_MEASURES[compared_by(_comparison(digest, others))],
         config=_config(digest.folder),
         glossary=GLOSSARY,
         facts=_facts(digest),
@@ -151,14 +152,12 @@ def _outcome(first: EvaluationPoint | None, last: EvaluationPoint | None) -> str
         return "it has not been evaluated on held-out text yet"
     subject = "perplexity on shared held-out text"
     now = wording.perplexity(last.perplexity)
-    if not math.isfinite(last.perplexity):
-        return f"{subject} is {now}: the model has diverged"
-    if first is last:
+    if last.perplexity is None:
+        return f"{subject} is no finite number: the model has diverged"
+    if first is last or first.perplexity is None:
         return f"{subject} is {now}"
     before = wording.perplexity(first.perplexity)
     since = f" after round {first.round}" if first.round else ""
-    if not math.isfinite(first.perplexity):
-        return f"{subject} went from {before}{since} to {now}"
     if before == now:
         return f"{subject} stayed at {now}"
     verb = "fell" if last.perplexity < first.perplexity else "rose"
@@ -191,12 +190,12 @@ def tiles(digest: RunDigest) -> list[Tile]:
     was = ""
     if first is not None and last is not None and first is not last:
         when = "before training" if first.round == 0 else f"after round {first.round}"
-        was = f"{wording.perplexity(first.perplexity)} {when}"
+        was = f"{wording.perplexity(first.perplexity, 'diverged')} {when}"
     moved = digest.bytes_up + digest.bytes_down
     speed = digest.tokens / digest.wall_s if digest.wall_s > 0 else 0.0
     utilisation = digest.utilisation
     return [
-        Tile("perplexity", wording.perplexity(last.perplexity if last else None), was),
+        Tile("perplexity", _perplexity(last), was),
         Tile(
             "bits per byte",
             wording.decimal(last.bits_per_byte if last else None, 2),
@@ -218,15 +217,16 @@ def tiles(digest: RunDigest) -> list[Tile]:
     ]
 
 
+def _perplexity(point: EvaluationPoint | None) -> str:
+    return "–" if point is None else wording.perplexity(point.perplexity, "diverged")
+
+
 def _ratio_note(digest: RunDigest, moved: int) -> str:
     if digest.started.kind == "train":
         return "a central run exchanges nothing"
     if not moved or not digest.baseline_bytes:
         return ""
-    factor = digest.baseline_bytes / moved
-    if factor >= 1:
-        return f"{wording.ratio(factor)} less than an exchange every step"
-    return f"{wording.ratio(1 / factor)} more than an exchange every step"
+    return f"{wording.times_less(digest.baseline_bytes, moved)} an exchange every step"
 
 
 def baseline_formula(digest: RunDigest) -> str | None:
@@ -285,8 +285,8 @@ def _silo_row(digest: RunDigest, index: int, silo: SiloDigest) -> dict[str, Any]
         "width": f"{(silo.share or 0.0) * 100:.2f}",
         "rounds": silo.rounds,
         "loss": wording.decimal(silo.last_loss),
-        "first": wording.perplexity(first.perplexity if first else None),
-        "last": wording.perplexity(last.perplexity if last else None),
+        "first": _perplexity(first),
+        "last": _perplexity(last),
         "dropped": silo.dropped or "–",
     }
 
@@ -302,12 +302,15 @@ def _incident_row(incident: Any) -> dict[str, Any]:
     }
 
 
+def _comparison(digest: RunDigest, others: Mapping[str, RunDigest]) -> list[ComparisonRow]:
+    this = ComparisonRow.of("this run", digest, federated=True)
+    return [this, *(ComparisonRow.of(label, other) for label, other in others.items())]
+
+
 def _comparison_rows(digest: RunDigest, others: Mapping[str, RunDigest]) -> list[dict[str, Any]]:
     if not others:
         return []
-    rows = [ComparisonRow.of("this run", digest, federated=True)]
-    rows += [ComparisonRow.of(label, other) for label, other in others.items()]
-    table = []
+    rows, table = _comparison(digest, others), []
     for row, other in zip(rows, [digest, *others.values()], strict=True):
         difference = gap(row, rows)
         table.append(
@@ -329,16 +332,21 @@ def _facts(digest: RunDigest) -> list[tuple[str, str]]:
     started = digest.started
     facts = [
         ("Run", f"{wording.one_line(started.run)} ({started.kind})"),
-        ("Started", wording.one_line(started.started_at)),
-        ("Photon", started.photon_version),
+        ("Started", wording.one_line(digest.sessions[0].started_at)),
+        ("Photon", wording.one_line(started.photon_version)),
         ("Model", f"{started.parameters:,} parameters"),
         ("Participants of a round", f"{started.participants_per_round} of {len(started.silos)}"),
         ("Batch", f"{started.batch_size} sequences of {started.sequence_length} tokens"),
         ("Device", f"{started.device}, {started.precision}"),
         ("Processes", f"{max(1, started.workers)}, {started.threads} threads each"),
     ]
+    if len(digest.sessions) > 1:
+        again = wording.several(len(digest.sessions) - 1, "time")
+        facts.insert(2, ("Resumed", f"{again}, last {wording.one_line(started.started_at)}"))
     versions = _summary_versions(digest)
-    return facts + [(name, version) for name, version in sorted(versions.items())]
+    return facts + [
+        (wording.one_line(name), wording.one_line(told)) for name, told in sorted(versions.items())
+    ]
 
 
 def _summary_versions(digest: RunDigest) -> dict[str, str]:

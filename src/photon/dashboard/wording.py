@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+
+from rich.cells import cell_len, set_cell_size
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def count(value: float) -> str:
-    """A count in at most four figures: 987, 12.3k, 1.1M, 6.7B, 1.2T."""
+def count(value: float | None) -> str:
+    """A count in at most four figures: 987, 12.3k, 1.1M, 6.7B, 1.2T; a dash for no number."""
+    if value is None or not math.isfinite(value):
+        return "–"
     for limit, scale, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "B")):
         # The limit allows for rounding: 999,960 is 1.0M, not 1000.0k.
         if abs(value) < limit * 0.9995:
@@ -61,14 +66,10 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def perplexity(value: float | None) -> str:
-    """Four figures or so; words where it is no number."""
-    if value is None:
-        return "–"
-    if math.isnan(value):
-        return "undefined"
-    if math.isinf(value):
-        return "infinite"
+def perplexity(value: float | None, none: str = "–") -> str:
+    """Four figures or so; `none` where there is no number."""
+    if value is None or not math.isfinite(value):
+        return none
     if value >= 1e5:
         return f"{value:.2g}"
     if value >= 99.95:
@@ -77,14 +78,8 @@ def perplexity(value: float | None) -> str:
 
 
 def decimal(value: float | None, places: int = 3) -> str:
-    """A loss or bits per byte; a dash for none, words for no number."""
-    if value is None:
-        return "–"
-    if math.isnan(value):
-        return "undefined"
-    if math.isinf(value):
-        return "infinite"
-    return f"{value:.{places}f}"
+    """A loss or bits per byte; a dash for no number."""
+    return f"{value:.{places}f}" if value is not None and math.isfinite(value) else "–"
 
 
 def percent(share: float, places: int = 0) -> str:
@@ -101,9 +96,12 @@ def signed_percent(share: float) -> str:
     return sign + text
 
 
-def ratio(value: float) -> str:
-    """How many times: 1.4×, 32×, 1,024×."""
-    return f"{value:,.0f}×" if value >= 9.95 else f"{value:.1f}×"
+def times_less(baseline: float, ours: float) -> str:
+    """`ours` against a baseline, both above 0: `32× less than`, `as much as`, `1.4× more than`."""
+    factor, word = (baseline / ours, "less") if baseline >= ours else (ours / baseline, "more")
+    if factor < 1.05:
+        return "as much as"
+    return f"{factor:,.0f}× {word} than" if factor >= 9.95 else f"{factor:.1f}× {word} than"
 
 
 def several(number: int, singular: str, plural: str | None = None) -> str:
@@ -120,6 +118,29 @@ def sentence(text: str) -> str:
 def one_line(text: str) -> str:
     """Without line breaks and control characters, so that a name can't break a layout."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def distinct(names: Iterable[str], most: int) -> dict[str, str]:
+    """Each name on one line of at most so many cells, cut so that it still differs from the others.
+
+    Ends are cut if that will do, else middles, else beginnings, else they are numbered.
+    """
+    lines = {name: one_line(name) for name in names}
+    for tail in (0, (most - 1) // 2, most - 1):
+        short = {name: _cut(line, most, tail) for name, line in lines.items()}
+        if len(set(short.values())) == len(lines):
+            return short
+    ends = {name: str(number) for number, name in enumerate(lines, 1)}
+    return {
+        name: _cut(line, most - len(ends[name]), 0) + ends[name] for name, line in lines.items()
+    }
+
+
+def _cut(line: str, most: int, tail: int) -> str:
+    if cell_len(line) <= most:
+        return line
+    end = set_cell_size(line[::-1], tail)[::-1].lstrip()
+    return set_cell_size(line, most - 1 - tail).rstrip() + "…" + end
 
 
 def _places(value: float) -> int:

@@ -75,6 +75,7 @@ class Ledger:
                     bits_per_byte=receipt.bits_per_byte,
                     tokens=receipt.tokens,
                     eval_s=receipt.eval_s,
+                    bytes_down=receipt.bytes_down,
                 )
             )
         return time.perf_counter() - started

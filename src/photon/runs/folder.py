@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -114,8 +113,3 @@ def only_process(folder: Path, *, served: bool = False) -> Iterator[None]:
         if not served:
             held.enter_context(hold_run(folder, served=False))
         yield
-
-
-def finite(value: float) -> float | None:
-    """The number, or None where JSON has no word for it (a diverged model's perplexity)."""
-    return value if math.isfinite(value) else None

@@ -40,13 +40,13 @@ from photon.models import (
     tokenizer_file_of,
     trainable_parameters,
 )
-from photon.runs.folder import finite, only_process, require_same_tokenizer
+from photon.runs.folder import only_process, require_same_tokenizer
 from photon.runs.nodes import Elsewhere, Nodes, ranks_of, seat_of, workers_of
 from photon.store.disk import write_json
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
-from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped
+from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped, finite
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import (
     decayed_names,
@@ -210,7 +210,7 @@ class Session:
             if not over:
                 recorder.emit(RunStopped(round=ledger.state.round, reason="drained"))
                 return RunResult(self.folder, {})
-            summary = self._summary(ledger, loop.weights, recorder.elapsed_s)
+            summary = finite(self._summary(ledger, loop.weights, recorder.elapsed_s))
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             with contextlib.suppress(OSError):
@@ -347,11 +347,11 @@ class Session:
         return {
             "rounds": state.round,
             "tokens": state.total_tokens,
-            "global_loss": finite(overall.loss),
-            "global_perplexity": finite(overall.perplexity),
-            "bits_per_byte": finite(overall.bits_per_byte),
+            "global_loss": overall.loss,
+            "global_perplexity": overall.perplexity,
+            "bits_per_byte": overall.bits_per_byte,
             "per_silo": {
-                silo: finite(receipt.perplexity)
+                silo: receipt.perplexity
                 for silo, receipt in ledger.evaluation.items()
                 if silo is not None
             },

@@ -567,7 +567,8 @@ class SiloTrainer:
     def _heard(self, event: Event) -> None:
         """What the node tells while it trains."""
         if isinstance(event, LocalProgress):
-            words = f"loss {event.loss:.3f}, {event.tokens_per_s:,.0f} tokens/s"
+            loss, speed = (event.loss or math.nan), (event.tokens_per_s or math.nan)
+            words = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
             self._reporter.add(step=event.step, detail=words)
             log.info("round %d, step %d: %s", event.round, event.step, words)
         elif isinstance(event, ComputeChosen):

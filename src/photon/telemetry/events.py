@@ -3,15 +3,33 @@
 `time_s` is seconds since the run first started, counting only time in which it ran: a resumed run
 goes on where its last checkpoint stood. Bytes are payload bytes as the link carries them. Losses
 are nats per token.
+
+Every number is finite: a loss that diverged and a figure that nobody has are null, and seconds that
+are no number count as none. So an event can be written as JSON, drawn and summed, whoever told it.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Kind = Literal["simulate", "train", "serve"]
+
+
+def finite(value: Any) -> Any:
+    """The value with None for each number in it that is infinite or none at all."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Figure = Annotated[float | None, AfterValidator(finite)]
+#: Three centuries are no span of a run either; a sum of such spans would be infinite.
+Seconds = Annotated[float, AfterValidator(lambda given: given if 0 <= given < 1e10 else 0.0)]
 
 
 class Event(BaseModel):
@@ -20,7 +38,7 @@ class Event(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     name: ClassVar[str]
 
-    time_s: float = 0.0
+    time_s: Seconds = 0.0
 
 
 class RunStarted(Event):
@@ -86,10 +104,10 @@ class LocalProgress(Event):
     silo: str
     step: int
     global_step: int
-    loss: float
-    lr: float
-    gradient_norm: float
-    tokens_per_s: float
+    loss: Figure
+    lr: Figure
+    gradient_norm: Figure
+    tokens_per_s: Figure
 
 
 class LocalFinished(Event):
@@ -103,26 +121,26 @@ class LocalFinished(Event):
     name = "local_finished"
     round: int
     silo: str
-    loss: float
-    first_loss: float
-    last_loss: float
+    loss: Figure
+    first_loss: Figure
+    last_loss: Figure
     tokens: int
-    update_norm: float
-    train_s: float
-    load_s: float
-    publish_s: float
+    update_norm: Figure
+    train_s: Seconds
+    load_s: Seconds
+    publish_s: Seconds
     bytes_down: int
     bytes_up: int
     worker: int = 0
-    data_s: float = 0.0
-    forward_s: float = 0.0
-    backward_s: float = 0.0
-    optimizer_s: float = 0.0
-    communication_s: float | None = None
-    mfu: float | None = None
+    data_s: Seconds = 0.0
+    forward_s: Seconds = 0.0
+    backward_s: Seconds = 0.0
+    optimizer_s: Seconds = 0.0
+    communication_s: Figure = None
+    mfu: Figure = None
     peak_memory_bytes: int = 0
     micro_batch_size: int = 0
-    left_out: float | None = None
+    left_out: Figure = None
 
 
 class UpdateDropped(Event):
@@ -151,22 +169,29 @@ class RoundMerged(Event):
     round: int
     participants: list[str]
     tokens: int
-    train_loss: float
-    pseudo_gradient_norm: float
-    merge_s: float
+    train_loss: Figure
+    pseudo_gradient_norm: Figure
+    merge_s: Seconds
 
 
 class Evaluated(Event):
-    """Held-out loss of the global model. `silo` is null for the global held-out set."""
+    """Held-out loss of the global model. `silo` is null for the global held-out set.
+
+    bytes_down is what the silo received to evaluate the model: a state that it did not have yet.
+
+    Loss and perplexity are null where the model diverged, bits_per_byte also where text is mostly
+    tokens that the vocabulary does not know.
+    """
 
     name = "evaluated"
     round: int
     silo: str | None
-    loss: float
-    perplexity: float
-    bits_per_byte: float
+    loss: Figure
+    perplexity: Figure
+    bits_per_byte: Figure
     tokens: int
-    eval_s: float
+    eval_s: Seconds
+    bytes_down: int = 0
 
 
 class CheckpointSaved(Event):
@@ -175,7 +200,7 @@ class CheckpointSaved(Event):
     name = "checkpoint_saved"
     round: int
     bytes: int
-    save_s: float
+    save_s: Seconds
 
 
 class RoundFinished(Event):
@@ -184,11 +209,11 @@ class RoundFinished(Event):
     name = "round_finished"
     round: int
     global_step: int
-    round_s: float
-    local_train_s: float
-    eval_s: float
-    merge_s: float
-    checkpoint_s: float
+    round_s: Seconds
+    local_train_s: Seconds
+    eval_s: Seconds
+    merge_s: Seconds
+    checkpoint_s: Seconds
     tokens: int
     total_tokens: int
     bytes_up: int
@@ -202,7 +227,7 @@ class RunFinished(Event):
     """The last line of a run that reached its end; `summary` is what summary.json holds."""
 
     name = "run_finished"
-    summary: dict[str, Any]
+    summary: Annotated[dict[str, Any], AfterValidator(finite)]
 
 
 class RunStopped(Event):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from photon.telemetry.events import Event
+from photon.telemetry.events import Event, finite
 
 
 class Listener(Protocol):
@@ -63,7 +62,9 @@ class JsonlWriter:
 
     def on_event(self, event: Event) -> None:
         record = {"event": event.name, **event.model_dump(mode="json")}
-        self._file.write(_json_line(record).encode() + b"\n")
+        # JSON has no NaN, and an event can be copied past its checks.
+        line = json.dumps(finite(record), separators=(",", ":"), allow_nan=False)
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -76,19 +77,3 @@ class JsonlWriter:
             self._file.seek(size - 1)
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")
-
-
-def _json_line(record: dict[str, Any]) -> str:
-    # JSON has no NaN; "nan" and "inf" read back as floats and every parser accepts them.
-    try:
-        return json.dumps(record, separators=(",", ":"), allow_nan=False)
-    except ValueError:
-        return json.dumps(_spelled(record), separators=(",", ":"))
-
-
-def _spelled(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _spelled(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_spelled(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

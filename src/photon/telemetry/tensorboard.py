@@ -11,7 +11,7 @@ import importlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ class TensorBoardWriter:
 
     # --- files ----------------------------------------------------------------------------------
 
-    def _step(self, global_step: int, scalars: dict[str, float]) -> None:
+    def _step(self, global_step: int, scalars: Mapping[str, float | None]) -> None:
         if self._by_step is None:  # A stream without its run_started event.
             self._by_step = _EventFile(self._folder, purge_from=None)
         self._by_step.write(global_step, scalars)
@@ -215,8 +215,9 @@ class _EventFile:
             self._records.write(mark.SerializeToString())
         self.flush()
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in scalars.items()]
+    def write(self, step: int, scalars: Mapping[str, float | None]) -> None:
+        told = {tag: value for tag, value in scalars.items() if value is not None}
+        values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in told.items()]
         event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
         self._records.write(event.SerializeToString())
         self._unflushed += len(values)
