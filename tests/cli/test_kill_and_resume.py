@@ -73,11 +73,12 @@ def state_hashes(folder):
     state, groups, problems = CheckpointStore(folder / "checkpoints", 2).load_latest()
     assert not problems
     hashes = {name: tensors_sha256(tensors) for name, tensors in groups.items()}
+    hashes["cursors"] = str(state.cursors)
     from photon.federation.node_state import read_node_state
 
     for silo, number in state.node_rounds.items():
         kept = read_node_state(folder / "nodes", silo, number)
-        hashes[silo] = (kept.cursor, tensors_sha256(dict(kept.optimizer)))
+        hashes[silo] = tensors_sha256(dict(kept))
     return hashes
 
 

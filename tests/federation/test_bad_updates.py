@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 
 from photon.compression import build_codec
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
-from photon.federation import FitTask
+from photon.errors import NonFiniteError
+from photon.federation import FitTask, Node
+from photon.federation.baseline import CENTRALISED
 from photon.federation.tasks import update_header
 from photon.link import Entry, plain_entries, write_parcel
-from photon.runs import simulate
+from photon.runs import simulate, train
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundMerged, UpdateDropped
 
@@ -128,3 +131,45 @@ def test_nothing_wrong_is_ever_merged(three_silos, make_config, tmp_path, monkey
     monkeypatch.setattr(LocalEngine, "fit", failing)
     calm = simulate(configured("federation.workers=0"), run_dir=tmp_path / "calm").summary
     assert summary["weights_sha256"] == calm["weights_sha256"]
+
+
+@pytest.fixture
+def infinite_after_the_last_step(monkeypatch):
+    """No loss shows it: red's weights overflow in the last step of round 2."""
+    fired = []
+    train = Node._train
+
+    def overflowing(self, task):
+        result = train(self, task)
+        if task.round == 2 and task.silo in ("red", CENTRALISED):
+            fired.append(task.silo)
+            with torch.no_grad():
+                next(iter(self._trainer.optimizer.parameters.values())).view(-1)[0] = math.inf
+        return result
+
+    monkeypatch.setattr(Node, "_train", overflowing)
+    return fired
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8", "sign", "powersgd(rank=2)"])
+def test_an_update_that_is_not_finite_costs_its_silo_with_every_codec(
+    codec, three_silos, make_config, tmp_path, infinite_after_the_last_step
+):
+    config = make_config(
+        three_silos, f'link.update_codec="{codec}"', "federation.rounds=2", "eval.every=0"
+    )
+    simulate(config, run_dir=tmp_path / "run")
+    assert infinite_after_the_last_step == ["red"]
+    history = read_history(tmp_path / "run")
+    (dropped,) = history.of(UpdateDropped)
+    assert (dropped.round, dropped.silo) == (2, "red")
+    assert history.of(RoundMerged)[1].participants == ["blue", "green"]
+
+
+def test_centralised_training_keeps_no_weights_that_are_not_finite(
+    three_silos, make_config, tmp_path, infinite_after_the_last_step
+):
+    with pytest.raises(NonFiniteError, match="holds 1 NaN or infinite"):
+        train(make_config(three_silos, "eval.every=0"), run_dir=tmp_path / "run")
+    assert infinite_after_the_last_step == [CENTRALISED]
+    assert max((tmp_path / "run/checkpoints").iterdir()).name == "round-000001"

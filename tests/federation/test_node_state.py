@@ -9,7 +9,7 @@ import torch
 
 from photon.config import ComputeConfig, LocalConfig, ModelConfig
 from photon.errors import CheckpointCorruptError
-from photon.federation.node_state import NodeState, NodeStates, prune_node_states, read_node_state
+from photon.federation.node_state import NodeStates, prune_node_states, read_node_state
 from photon.models import build_model
 from photon.training import Schedule, Trainer, plan_compute
 
@@ -25,20 +25,16 @@ def trainer():
 
 def state_of(trainer, value):
     name, parameter = next(iter(trainer.optimizer.parameters.items()))
-    return NodeState(
-        int(value),
-        {
-            f"{name}.exp_avg": torch.full(parameter.shape, float(value)),
-            f"{name}.step": torch.tensor(float(value)),
-        },
-    )
+    return {
+        f"{name}.exp_avg": torch.full(parameter.shape, float(value)),
+        f"{name}.step": torch.tensor(float(value)),
+    }
 
 
 def assert_is(state, expected):
-    assert state.cursor == expected.cursor
-    assert state.optimizer.keys() == expected.optimizer.keys()
-    for name, tensor in expected.optimizer.items():
-        assert torch.equal(state.optimizer[name], tensor)
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor)
 
 
 def test_a_saved_state_comes_back_from_disk(trainer, tmp_path):
@@ -48,13 +44,13 @@ def test_a_saved_state_comes_back_from_disk(trainer, tmp_path):
     states.settle()
     assert_is(states.load("red", 1), state_of(trainer, 1))
     assert_is(read_node_state(tmp_path, "blue", 1), state_of(trainer, 2))
-    assert states.load("red", None) == NodeState()
+    assert states.load("red", None) == {}
     with pytest.raises(CheckpointCorruptError, match="silo red after round 7"):
         states.load("red", 7)
 
 
 def test_memory_holds_the_newest_states_up_to_its_bound(trainer, tmp_path):
-    one = sum(tensor.nbytes for tensor in state_of(trainer, 0).optimizer.values())
+    one = sum(tensor.nbytes for tensor in state_of(trainer, 0).values())
     states = NodeStates(tmp_path, trainer, cache_bytes=2 * one)
     for number, silo in enumerate(["red", "blue", "green"], start=1):
         states.save(silo, 1, state_of(trainer, number))
@@ -70,11 +66,11 @@ def test_memory_is_not_shared_with_what_trains_on(trainer, tmp_path):
     states = NodeStates(tmp_path, trainer, cache_bytes=2**30)
     mine = state_of(trainer, 1)
     states.save("red", 1, mine)
-    for tensor in mine.optimizer.values():
+    for tensor in mine.values():
         tensor.zero_()
     loaded = states.load("red", 1)
     assert_is(loaded, state_of(trainer, 1))
-    for tensor in loaded.optimizer.values():
+    for tensor in loaded.values():
         tensor.zero_()
     assert_is(states.load("red", 1), state_of(trainer, 1))
     # A silo's older state makes way for its newer one.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from photon.errors import (
     DiskFullError,
     IncompatibleConfigError,
     QuorumLostError,
+    ResumeMismatchError,
     RunExistsError,
 )
 from photon.federation import sample_participants
@@ -19,6 +21,7 @@ from photon.telemetry import read_history
 from photon.telemetry.events import (
     Evaluated,
     LocalFinished,
+    Notice,
     RoundFinished,
     RoundMerged,
     RoundStarted,
@@ -145,14 +148,11 @@ def test_a_sampled_silo_reads_on_where_it_stopped(three_silos, make_config, tmp_
     taken = [event.participants[0] for event in read_history(tmp_path / "run").of(RoundStarted)]
     assert len(set(taken)) > 1
     state = json.loads((tmp_path / "run/checkpoints/round-000005/state.json").read_text())
-    from photon.federation.node_state import read_node_state
-
-    nodes = tmp_path / "run/nodes"
     per_task = config.local.steps * config.local.batch_size
     for silo in set(taken):
         node_round = state["node_rounds"][silo]
         assert node_round == max(n + 1 for n, name in enumerate(taken) if name == silo)
-        assert read_node_state(nodes, silo, node_round).cursor == taken.count(silo) * per_task
+        assert state["cursors"][silo] == taken.count(silo) * per_task
 
 
 def test_a_diverged_silo_is_dropped_by_name_and_the_round_goes_on(
@@ -174,18 +174,67 @@ def test_a_diverged_silo_is_dropped_by_name_and_the_round_goes_on(
     assert history.of(RoundFinished)[1].dropped == [silo]
 
 
-def test_a_dropped_silo_rereads_the_text_it_did_not_contribute(
+def test_a_dropped_silo_reads_on_and_keeps_the_optimizer_of_its_last_good_round(
     three_silos, make_config, tmp_path, monkeypatch
 ):
+    """A batch that no training survives can't come again and again."""
     silo = sorted(config_silos(three_silos))[0]
-    fired = poison(monkeypatch, silo, {1})
-    config = make_config(three_silos)
-    simulate(config, run_dir=tmp_path / "run")
-    assert fired == [(1, silo)]
-    from photon.federation.node_state import read_node_state
+    tasks = []
+    fit = LocalEngine.fit
 
+    def noted(self, of_round, state):
+        tasks.extend(task for task in of_round if task.silo == silo)
+        return fit(self, of_round, state)
+
+    monkeypatch.setattr(LocalEngine, "fit", noted)
+    fired = poison(monkeypatch, silo, {2})
+    config = make_config(
+        three_silos, "federation.rounds=4", 'federation.optimizer_state="keep"', "eval.every=0"
+    )
+    simulate(config, run_dir=tmp_path / "run")
+    assert fired == [(2, silo)]
     per_task = config.local.steps * config.local.batch_size
-    assert read_node_state(tmp_path / "run/nodes", silo, 3).cursor == 2 * per_task
+    assert [task.cursor for task in tasks] == [0, per_task, 2 * per_task, 3 * per_task]
+    assert [task.node_round for task in tasks] == [None, 1, 1, 3]
+
+
+LOSSES = {
+    "all of it": lambda nodes: shutil.rmtree(nodes / "red"),
+    "one file": lambda nodes: next(nodes.glob("red/round-000002/*.distcp")).unlink(),
+    "the feedback": lambda nodes: (nodes / "red/feedback-000002.safetensors").write_bytes(b"torn"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_silo_that_lost_what_it_kept_comes_back(
+    loss, three_silos, make_config, tmp_path, monkeypatch
+):
+    config = make_config(
+        three_silos,
+        'federation.optimizer_state="keep"',
+        'link.update_codec="int8"',
+        "link.error_feedback=true",
+        "federation.quorum=3",
+        "eval.every=0",
+    )
+    with monkeypatch.context() as patch:
+        poison(patch, "green", {3})
+        with pytest.raises(QuorumLostError):
+            simulate(config, run_dir=tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    hashes = []
+    for folder in (tmp_path / "run", tmp_path / "again"):
+        LOSSES[loss](folder / "nodes")
+        hashes.append(resume(folder).summary["weights_sha256"])
+        history = read_history(folder)
+        (notice,) = history.of(Notice)
+        assert (notice.round, notice.silo) == (3, "red")
+        assert "red has lost what it kept after round 2" in notice.text
+        assert len(history.of(RoundMerged)[-1].participants) == 3
+        state = json.loads((folder / "checkpoints/round-000003/state.json").read_text())
+        per_task = config.local.steps * config.local.batch_size
+        assert set(state["cursors"].values()) == {3 * per_task}
+    assert hashes[0] == hashes[1]  # the same loss, the same bits
 
 
 def test_quorum_lost_stops_resumably(three_silos, make_config, tmp_path, monkeypatch):
@@ -200,9 +249,30 @@ def test_quorum_lost_stops_resumably(three_silos, make_config, tmp_path, monkeyp
     stopped = read_history(tmp_path / "run").of(RunStopped)[-1]
     assert stopped.round == 1
     assert not (tmp_path / "run/summary.json").exists()
+    assert not (tmp_path / "run/nodes").exists()  # what keeps nothing can lose nothing
     summary = resume(tmp_path / "run").summary
     assert summary["weights_sha256"] == undisturbed["weights_sha256"]
     assert summary["tokens"] == undisturbed["tokens"]
+
+
+def test_a_resume_names_other_versions_and_refuses_what_it_can_not_read(
+    three_silos, make_config, tmp_path, monkeypatch
+):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poison(patch, "red", {2})
+        config = make_config(three_silos, "federation.quorum=3", "federation.rounds=2")
+        with pytest.raises(QuorumLostError):
+            simulate(config, run_dir=folder)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "format": 1, "photon_version": "0.1"}))
+    with pytest.raises(ResumeMismatchError, match=r"format 1, begun by Photon 0\.1;"):
+        resume(folder)
+    (folder / "run.json").write_text(json.dumps({**record, "torch_version": "1.0"}))
+    resume(folder)
+    (notice,) = read_history(folder).of(Notice)
+    assert "PyTorch 1.0, and goes on with" in notice.text
+    assert json.loads((folder / "run.json").read_text()) == record
 
 
 def test_impossible_quorum_and_sample_are_refused_before_training(

@@ -94,6 +94,7 @@ class Aggregator:
             global_step=(number - 1) * steps,
             steps=steps,
             node_round=node_round,
+            cursor=(number - 1) * steps * self.config.local.batch_size,
             state_bytes=777,
         )
         return self._ask("fit", silo, fit=part, **fields)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from photon.aggregation import check_update
 from photon.config import LinkConfig, RunConfig
 from photon.errors import error_of
-from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
+from photon.federation.ledger import Ledger, RoundCosts, due, local_finished, state_lost
 from photon.federation.tasks import WEIGHTS, Engine, EvalTask, FitTask, section
 from photon.telemetry.events import RoundStarted
 
@@ -80,7 +81,7 @@ class CentralisedTraining:
         """Train the steps that are left, and evaluate what came out; true, as the run is over then.
 
         Raises:
-            NonFiniteError: the loss diverged; the last checkpoint stands.
+            NonFiniteError: the loss or the weights diverged; the last checkpoint stands.
         """
         config, ledger = self._config, self._ledger
         rounds = config.federation.rounds
@@ -108,6 +109,7 @@ class CentralisedTraining:
             global_step=global_step,
             steps=config.local.steps,
             node_round=ledger.state.node_rounds.get(CENTRALISED),
+            cursor=(cursor := ledger.state.cursors.get(CENTRALISED, 0)),
             texts=self._texts,
         )
         self._train(task, costs)
@@ -118,6 +120,7 @@ class CentralisedTraining:
             {"global": self.state},
             global_step=global_step + config.local.steps,
             node_rounds={CENTRALISED: number},
+            cursors={CENTRALISED: cursor + config.local.steps * config.local.batch_size},
         )
         ledger.prune_node_states(self._node_folder)
 
@@ -127,6 +130,9 @@ class CentralisedTraining:
             receipt = update.receipt
             if receipt.failure is not None:
                 raise error_of(receipt.failure_code)(receipt.failure, hint=receipt.failure_hint)
+            if receipt.state_lost:
+                self._ledger.recorder.emit(state_lost(task))
+            check_update(update.tensors(), self.state)
             for name, tensor in update.tensors():
                 self.state[name].copy_(tensor)
             costs.local_train_s, costs.tokens = receipt.train_s, receipt.tokens

@@ -28,6 +28,7 @@ class RunState:
         round: rounds completed.
         global_step: the server's clock.
         node_rounds: silo -> round after which its newest committed node state was saved.
+        cursors: silo -> first sequence of its stream that it was not asked to train on yet.
         model_fingerprint: of the shapes that the tensors belong to.
         data_sha256: of the prepared data the run started with.
         outer_update_bytes: of the newest outer update on the wire; 0 where whole states travel.
@@ -38,6 +39,7 @@ class RunState:
     model_fingerprint: str
     data_sha256: str
     node_rounds: dict[str, int] = field(default_factory=dict)
+    cursors: dict[str, int] = field(default_factory=dict)
     total_tokens: int = 0
     bytes_up: int = 0
     bytes_down: int = 0

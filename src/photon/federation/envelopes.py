@@ -123,6 +123,7 @@ class FitPart(_Part):
     global_step: _Whole
     steps: Annotated[int, Field(ge=1, lt=2**31)]
     node_round: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    cursor: _Whole = 0
     state_bytes: _Whole = 0
 
 
@@ -209,6 +210,7 @@ class FitAnswer(_Part):
     peak_memory_bytes: _Whole = 0
     micro_batch_size: _Whole = 0
     left_out: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    state_lost: bool = False
 
     @model_validator(mode="after")
     def _update_or_failure(self) -> FitAnswer:

@@ -11,9 +11,15 @@ from torch import Tensor
 
 from photon.federation.checkpoint import CheckpointStore, RunState
 from photon.federation.node_state import prune_node_states
-from photon.federation.tasks import EvalReceipt, Receipt
+from photon.federation.tasks import EvalReceipt, FitTask, Receipt
 from photon.telemetry import Recorder
-from photon.telemetry.events import CheckpointSaved, Evaluated, LocalFinished, RoundFinished
+from photon.telemetry.events import (
+    CheckpointSaved,
+    Evaluated,
+    LocalFinished,
+    Notice,
+    RoundFinished,
+)
 
 
 @dataclass
@@ -99,6 +105,7 @@ class Ledger:
         *,
         global_step: int,
         node_rounds: dict[str, int],
+        cursors: dict[str, int],
         outer_update_bytes: int = 0,
     ) -> None:
         """Add a round's costs to the totals, checkpoint, and tell that it is over.
@@ -114,6 +121,7 @@ class Ledger:
             round=old.round + 1,
             global_step=global_step,
             node_rounds=node_rounds,
+            cursors=cursors,
             total_tokens=old.total_tokens + costs.tokens,
             bytes_up=old.bytes_up + costs.bytes_up,
             bytes_down=old.bytes_down + costs.bytes_down,
@@ -163,6 +171,16 @@ def local_finished(receipt: Receipt, *, update_norm: float) -> LocalFinished:
         micro_batch_size=receipt.micro_batch_size,
         left_out=receipt.left_out,
         **vars(receipt.times),
+    )
+
+
+def state_lost(task: FitTask) -> Notice:
+    """What is told of a silo that lost the state its task names."""
+    return Notice(
+        text=f"{task.silo} has lost what it kept after round {task.node_round}: its inner "
+        "optimizer and error feedback started afresh, its text went on where it was",
+        round=task.round,
+        silo=task.silo,
     )
 
 

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 from photon.config import RunConfig
 from photon.data import PreparedData, held_out_text, open_data, token_stream
-from photon.errors import NonFiniteError, RankLostError
+from photon.errors import (
+    CheckpointCorruptError,
+    ModelMismatchError,
+    NonFiniteError,
+    RankLostError,
+)
 from photon.evaluation import LossSum, evaluate_loss, score
-from photon.federation.node_state import NodeState, NodeStates
+from photon.federation.node_state import NodeStates
 from photon.federation.outbox import Outbox
 from photon.federation.tasks import (
     OPTIMIZER,
@@ -144,6 +149,7 @@ class Node:
             )
             cache_bytes = int(config.compute.state_cache_gib * 2**30)
             self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
+            self._keeps = config.federation.optimizer_state == "keep"
             self._outbox = Outbox(config.link, settings.folder)
             if self._ranks.leader:
                 on_event(
@@ -161,9 +167,10 @@ class Node:
     def fit(self, task: FitTask, state: GlobalState) -> Update:
         """Take the task's local steps from the global state.
 
-        A non-finite loss is a receipt with a failure, not an exception: the round goes on. The
-        silo's own state then stays as it was. What is kept may still be on its way to disk when
-        this returns; `settle` waits for it.
+        A loss or an update that is not finite is a receipt with a failure, not an exception: the
+        round goes on. What is kept may still be on its way to disk when this returns; `settle`
+        waits for it. Where the kept state that the task names is gone, the silo starts without
+        one, and the receipt says so.
         """
         self._ranks.announce(("fit", task))
         return self._fit(task, state)
@@ -215,13 +222,16 @@ class Node:
         started = time.perf_counter()
         trainer = self._trainer
         trainer.load_weights(section(state, WEIGHTS) if state is not None else None)
-        node_state = self._states.load(task.silo, task.node_round)
-        self._load_optimizer(task, state, node_state)
+        state_lost = not self._load_optimizer(task, state)
         load_s = time.perf_counter() - started
         if self._fault is not None:
             self._fault(task, trainer)
         try:
-            result = self._train(task, node_state.cursor)
+            result = self._train(task)
+            published = time.perf_counter()
+            if self._keeps:
+                self._states.save(task.silo, task.round, trainer.optimizer.state_tensors())
+            update = self._update(task, state)
         except NonFiniteError as error:
             receipt = Receipt(
                 task.round,
@@ -232,13 +242,9 @@ class Node:
                 failure=error.message,
                 failure_code=error.exit_code,
                 failure_hint=error.hint,
+                state_lost=state_lost,
             )
             return Update(receipt, lambda: iter(()))
-        published = time.perf_counter()
-        keeps = self._config.federation.optimizer_state == "keep"
-        kept = trainer.optimizer.state_tensors() if keeps else {}
-        self._states.save(task.silo, task.round, NodeState(result.cursor, kept))
-        update = self._update(task, state)
         receipt = Receipt(
             task.round,
             task.silo,
@@ -258,15 +264,16 @@ class Node:
             peak_memory_bytes=result.peak_memory_bytes,
             micro_batch_size=result.micro_batch_size,
             left_out=update.receipt.left_out,
+            state_lost=state_lost or update.receipt.state_lost,
         )
         return replace(update, receipt=receipt)
 
-    def _train(self, task: FitTask, cursor: int) -> LocalResult:
+    def _train(self, task: FitTask) -> LocalResult:
         config = self._config
         with open_stream(config, self._data, task.pooled) as stream:
             return self._trainer.fit(
                 stream,
-                cursor=cursor,
+                cursor=task.cursor,
                 global_step=task.global_step,
                 steps=task.steps,
                 seed=stream_seed(config.run.seed, task.pooled),
@@ -319,18 +326,27 @@ class Node:
             time.perf_counter() - started,
         )
 
-    def _load_optimizer(
-        self, task: FitTask, state: GlobalState | None, node_state: NodeState
-    ) -> None:
+    def _load_optimizer(self, task: FitTask, state: GlobalState | None) -> bool:
+        """Take up the inner optimizer's state; whether what the silo kept was there, if it kept."""
         optimizer = self._trainer.optimizer
-        if self._config.federation.optimizer_state != "average":
-            optimizer.load_state_tensors(node_state.optimizer)
-            return
+        if self._keeps:
+            found = True
+            try:
+                optimizer.load_state_tensors(self._states.load(task.silo, task.node_round))
+            except (CheckpointCorruptError, ModelMismatchError):
+                found = False
+            if not (found := bool(self._ranks.least(found))):
+                optimizer.reset()
+            return found
+        if self._config.federation.optimizer_state == "reset":
+            optimizer.reset()
+            return True
         averaged = section(state, OPTIMIZER) if state is not None else None
         if self._ranks.size > 1:
             averaged = self._trainer.placed.spread(averaged)
         assert averaged is not None
         optimizer.load_state_tensors(averaged, steps_taken=task.global_step if averaged else None)
+        return True
 
     def _update(self, task: FitTask, state: GlobalState | None) -> Update:
         """What leaves the node, encoded as the run says; on ranks other than 0, nothing."""
@@ -341,7 +357,8 @@ class Node:
         packed = self._outbox.pack(
             tensors, silo=task.silo, node_round=task.node_round, number=task.round
         )
-        return Update.of(replace(receipt, left_out=packed.left_out), packed.entries)
+        receipt = replace(receipt, left_out=packed.left_out, state_lost=packed.state_lost)
+        return Update.of(receipt, packed.entries)
 
     def _bytes_up(self, task: FitTask, state: GlobalState | None, update: Update) -> int:
         """Of the update on the wire, to the byte."""

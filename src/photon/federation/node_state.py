@@ -1,11 +1,10 @@
-"""What a silo keeps between tasks: data cursor and, if the run says so, inner-optimizer state."""
+"""The inner-optimizer state that a silo keeps between tasks, if the run says so."""
 
 from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,48 +23,29 @@ from photon.training import (
     write_snapshot,
 )
 
-
-@dataclass(frozen=True)
-class NodeState:
-    """A silo's own state after a task.
-
-    Attributes:
-        cursor: index of the first sequence of its stream that it has not trained on.
-        optimizer: inner-optimizer tensors as this rank holds them; empty when the run resets or
-            averages them.
-    """
-
-    cursor: int = 0
-    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+#: Inner-optimizer tensors as this rank holds them.
+State = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
 class _Packed:
     """A state as copies in host memory: this rank's parts, with the whole tensors' shapes."""
 
-    cursor: int
-    parts: Mapping[str, tuple[torch.Size, Tensor]]
-
-    @classmethod
-    def of(cls, state: NodeState) -> _Packed:
-        return cls(
-            state.cursor,
-            {
-                name: (tensor.shape, local_part(tensor).to("cpu", copy=True))
-                for name, tensor in state.optimizer.items()
-            },
-        )
+    def __init__(self, state: State) -> None:
+        self._parts = {
+            name: (tensor.shape, local_part(tensor).to("cpu", copy=True))
+            for name, tensor in state.items()
+        }
 
     @property
     def bytes(self) -> int:
-        return sum(part.nbytes for _, part in self.parts.values())
+        return sum(part.nbytes for _, part in self._parts.values())
 
-    def unpacked(self, allocate: Allocate) -> NodeState:
+    def unpacked(self, allocate: Allocate) -> State:
         tensors: dict[str, Tensor] = {}
-        for name, (shape, part) in self.parts.items():
+        for name, (shape, part) in self._parts.items():
             tensors[name] = allocate(name, shape, part.dtype)
             local_part(tensors[name]).copy_(part)
-        return NodeState(self.cursor, tensors)
+        return tensors
 
 
 class NodeStates:
@@ -88,14 +68,14 @@ class NodeStates:
         self._cache: OrderedDict[Path, _Packed] = OrderedDict()
         self._pending: PendingSnapshot | None = None
 
-    def load(self, silo: str, node_round: int | None) -> NodeState:
-        """The state saved after `node_round`; a fresh one for None.
+    def load(self, silo: str, node_round: int | None) -> State:
+        """The state saved after `node_round`; an empty one for None.
 
         Raises:
             CheckpointCorruptError: that snapshot is missing or unreadable.
         """
         if node_round is None:
-            return NodeState()
+            return {}
         self.settle()
         path = _path(self._folder, silo, node_round)
         if path in self._cache:
@@ -104,7 +84,7 @@ class NodeStates:
             self._folder, silo, node_round, allocate=self._allocate, ranks=self._trainer.ranks
         )
 
-    def save(self, silo: str, round_number: int, state: NodeState) -> None:
+    def save(self, silo: str, round_number: int, state: State) -> None:
         """Begin to write a state; it is on disk once `settle` returned.
 
         Raises:
@@ -113,9 +93,7 @@ class NodeStates:
         self.settle()
         path = _path(self._folder, silo, round_number)
         with writing("a silo's state", path):
-            self._pending = write_snapshot(
-                path, state.optimizer, {"cursor": state.cursor}, self._trainer.ranks
-            )
+            self._pending = write_snapshot(path, state, {}, self._trainer.ranks)
         self._remember(path, state)
 
     def settle(self) -> None:
@@ -129,13 +107,13 @@ class NodeStates:
             with writing("a silo's state", pending.path):
                 pending.finish()
 
-    def _remember(self, path: Path, state: NodeState) -> None:
+    def _remember(self, path: Path, state: State) -> None:
         if not self._cache_bytes:
             return
         # A silo's older states are never asked for again, but after a resume, from disk.
         for other in [other for other in self._cache if other.parent == path.parent]:
             del self._cache[other]
-        self._cache[path] = _Packed.of(state)
+        self._cache[path] = _Packed(state)
         while sum(packed.bytes for packed in self._cache.values()) > self._cache_bytes:
             self._cache.popitem(last=False)
 
@@ -150,7 +128,7 @@ def read_node_state(
     *,
     allocate: Allocate = lambda _, shape, dtype: torch.empty(shape, dtype=dtype),
     ranks: Ranks | None = None,
-) -> NodeState:
+) -> State:
     """The state a silo saved after a round; by default whole, in this process.
 
     Args:
@@ -161,14 +139,11 @@ def read_node_state(
     Raises:
         CheckpointCorruptError: that snapshot is missing or unreadable.
     """
-    path = _path(folder, silo, node_round)
     try:
-        tensors, numbers = read_snapshot(path, allocate, ranks or Ranks.alone())
-        return NodeState(numbers["cursor"], tensors)
+        return read_snapshot(_path(folder, silo, node_round), allocate, ranks or Ranks.alone())[0]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointCorruptError(
-            f"the state of silo {silo} after round {node_round} can't be read: {error}",
-            hint="Resume from an older checkpoint: move the newest folder out of checkpoints/.",
+            f"the state of silo {silo} after round {node_round} can't be read: {error}"
         ) from error
 
 

@@ -46,10 +46,12 @@ class Packed:
         entries: one for each tensor.
         left_out: norm of what the codec left out over the norm of what it was given; None where
             nothing is fed back.
+        state_lost: the feedback that was to be added is gone.
     """
 
     entries: list[Entry]
     left_out: float | None
+    state_lost: bool = False
 
 
 class Outbox:
@@ -85,10 +87,14 @@ class Outbox:
 
         Raises:
             NonFiniteError: the update holds NaN or infinity.
-            CheckpointCorruptError: the silo's feedback is missing or unreadable.
             DiskFullError: no room for the new feedback.
         """
-        old = self._load(silo, node_round)
+        old, state_lost = Feedback(), False
+        if node_round is not None and self._keeps:
+            try:
+                old = self._load(silo, node_round)
+            except CheckpointCorruptError:
+                state_lost = True
 
         def corrected() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in tensors():
@@ -113,22 +119,12 @@ class Outbox:
                 new.residual[name] = left.mul_(self._decay)
         self._save(silo, number, new)
         share = math.sqrt(lost / given) if given else 0.0
-        return Packed(entries, share if self._feeds_back else None)
+        return Packed(entries, share if self._feeds_back else None, state_lost)
 
-    def _load(self, silo: str, node_round: int | None) -> Feedback:
+    def _load(self, silo: str, node_round: int) -> Feedback:
         feedback = Feedback()
-        if node_round is None or not self._keeps:
-            return feedback
-        path = feedback_path(self._folder, silo, node_round)
-        try:
-            with TensorFile(path) as file:
-                tensors = file.read()
-        except CheckpointCorruptError as error:
-            raise CheckpointCorruptError(
-                f"the error feedback of silo {silo} after round {node_round} can't be read: "
-                f"{error.message}",
-                hint="Resume from an older checkpoint: move the newest folder out of checkpoints/.",
-            ) from error
+        with TensorFile(feedback_path(self._folder, silo, node_round)) as file:
+            tensors = file.read()
         for name, tensor in tensors.items():
             if name.startswith(_RESIDUAL):
                 feedback.residual[name.removeprefix(_RESIDUAL)] = tensor

@@ -15,7 +15,7 @@ from photon.aggregation import OuterOptimizer, build_outer_optimizer
 from photon.config import RunConfig
 from photon.errors import QuorumLostError
 from photon.federation.broadcast import Broadcast
-from photon.federation.ledger import Ledger, RoundCosts, due, local_finished
+from photon.federation.ledger import Ledger, RoundCosts, due, local_finished, state_lost
 from photon.federation.merging import Merging
 from photon.federation.sampling import Candidates, Fleet, sample_participants
 from photon.federation.tasks import (
@@ -137,6 +137,7 @@ class Federation:
                 global_step=global_step,
                 steps=config.local.steps,
                 node_round=(last := ledger.state.node_rounds.get(silo)),
+                cursor=ledger.state.cursors.get(silo, 0),
                 state_bytes=self._broadcast.bytes_down(
                     number, self.state, holds_last=last is not None and last == number - 1
                 ),
@@ -150,11 +151,15 @@ class Federation:
         if due(config.eval.every, number, config.federation.rounds):
             costs.eval_s = self._evaluate(number)
         node_rounds = ledger.state.node_rounds | {receipt.silo: number for receipt in merged}
+        # Whatever came of it: nothing in a silo's text can keep it out for longer than one round.
+        asked = config.local.steps * config.local.batch_size
+        cursors = ledger.state.cursors | {task.silo: task.cursor + asked for task in tasks}
         ledger.close_round(
             costs,
             self._groups(),
             global_step=global_step + config.local.steps,
             node_rounds=node_rounds,
+            cursors=cursors,
             outer_update_bytes=self._broadcast.update_bytes,
         )
         ledger.prune_node_states(self._node_folder)
@@ -164,8 +169,10 @@ class Federation:
         merged: list[Receipt] = []
         busy_s = 0.0
         try:
-            for update in self._engine.fit(tasks, self.state):
+            for task, update in zip(tasks, self._engine.fit(tasks, self.state), strict=True):
                 receipt = update.receipt
+                if receipt.state_lost:
+                    self._ledger.recorder.emit(state_lost(task))
                 busy_s += receipt.train_s
                 costs.bytes_down += receipt.bytes_down
                 costs.bytes_up += receipt.bytes_up

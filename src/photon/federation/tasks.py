@@ -38,8 +38,10 @@ class FitTask:
         round: counts from 1.
         global_step: the server's clock at the first local step.
         steps: tau.
-        node_round: round after which the silo's kept state (cursor, inner optimizer) was saved;
-            None when it never took part.
+        node_round: round after which the silo's kept state (inner optimizer, error feedback) was
+            saved; None when none was.
+        cursor: first sequence of the silo's stream that it is to train on: the aggregator's to
+            say, so that a silo that lost all it kept goes on where it was.
         texts: silos whose pooled text is trained on; its own by default.
         profile: also measure how long ranks exchange gradients.
         state_bytes: what the participant gets before it can start, on the wire.
@@ -51,6 +53,7 @@ class FitTask:
     global_step: int
     steps: int
     node_round: int | None
+    cursor: int = 0
     texts: tuple[str, ...] = ()
     profile: bool = False
     state_bytes: int = 0
@@ -75,6 +78,7 @@ class Receipt:
         peak_memory_bytes, micro_batch_size: of rank 0.
         left_out: what the codec left out of this update, as a share of its norm; None where
             nothing is fed back.
+        state_lost: the kept state that the task names is gone; the silo started without one.
     """
 
     round: int
@@ -98,6 +102,7 @@ class Receipt:
     peak_memory_bytes: int = 0
     micro_batch_size: int = 0
     left_out: float | None = None
+    state_lost: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from photon.config import RunConfig, write_resolved
@@ -46,13 +47,16 @@ from photon.store.disk import write_json
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
-from photon.telemetry.events import Kind, RunFinished, RunStarted, RunStopped, finite
+from photon.telemetry.events import Kind, Notice, RunFinished, RunStarted, RunStopped, finite
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import (
     decayed_names,
     plan_compute,
 )
 from photon.version import photon_version
+
+#: Of run.json. 2: checkpoints say where each silo's data cursor stands.
+FORMAT = 2
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -181,10 +185,12 @@ class Session:
             checkpoints = CheckpointStore(
                 self.folder / "checkpoints", self.config.run.keep_checkpoints
             )
+            notices: list[str] = []
             if record is None:
                 self._make_folder(fingerprint)
             else:
                 self._check_same(record, fingerprint)
+                notices = self._note_versions(record)
                 write_resolved(self.config, self.folder / "config.resolved.toml")
             state, tensors = RunState(0, 0, fingerprint, self.data.sha256), {}
             resumed = bool(checkpoints.rounds())
@@ -195,6 +201,8 @@ class Session:
             try:
                 recorder.emit(self._started(state.round if record is not None else None))
                 ledger = Ledger(state, recorder, checkpoints)
+                for text in notices:
+                    recorder.emit(Notice(text=text, round=state.round, silo=""))
                 for problem in problems:
                     recorder.emit(RunStopped(round=state.round, reason=f"skipped: {problem}"))
                 return self._run_loop(ledger, recorder, tensors)
@@ -315,18 +323,26 @@ class Session:
         write_json(
             self.folder / "run.json",
             {
-                "format": 1,
+                "format": FORMAT,
                 "kind": self.kind,
                 "silos": self.silos,
                 "vocab_size": self.data.vocab_size,
                 "eos_id": self.data.eos_id,
                 "model_fingerprint": fingerprint,
                 "data_sha256": self.data.sha256,
-                "photon_version": photon_version(),
+                **_versions(),
             },
         )
 
     def _check_same(self, record: dict[str, Any], fingerprint: str) -> None:
+        if record.get("format") != FORMAT:
+            found, begun = record.get("format"), record.get("photon_version", "another version")
+            raise ResumeMismatchError(
+                f"{self.folder} is a run of format {found}, begun by Photon {begun}; "
+                f"this is Photon {photon_version()}, which goes on with format {FORMAT}",
+                hint=f"Finish it with Photon {begun}, or start a new run from its model: `photon "
+                'export`, then model.path with model.init = "pretrained".',
+            )
         if record["data_sha256"] != self.data.sha256:
             raise ResumeMismatchError(
                 f"the data at {self.config.data.path} is not what this run started with "
@@ -339,6 +355,20 @@ class Session:
                 "started with (its parameter names or shapes differ)",
                 hint="Undo the change to [model] or [data], or start a new run.",
             )
+
+    def _note_versions(self, record: dict[str, Any]) -> list[str]:
+        """What is to be told where this process has other versions than the one before it."""
+        here = _versions()
+        there = {key: record.get(key, "unknown") for key in here}
+        if there == here:
+            return []
+        write_json(self.folder / "run.json", {**record, **here})
+        return [
+            f"this run was last worked on with Photon {there['photon_version']} and PyTorch "
+            f"{there['torch_version']}, and goes on with Photon {here['photon_version']} and "
+            f"PyTorch {here['torch_version']}: it need not come to the same bits as if nothing "
+            "had changed"
+        ]
 
     def _summary(
         self, ledger: Ledger, weights: dict[str, Tensor], elapsed_s: float
@@ -395,6 +425,11 @@ def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
         path = str(Path(config.model.path).resolve())
         resolved["model"] = config.model.model_copy(update={"path": path})
     return config.model_copy(update=resolved)
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides how numbers are rounded."""
+    return {"photon_version": photon_version(), "torch_version": str(torch.__version__)}
 
 
 def _chosen_silos(data: PreparedData, silos: Sequence[str] | None) -> list[str]:

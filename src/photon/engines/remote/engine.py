@@ -138,6 +138,7 @@ class RemoteEngine:
             global_step=task.global_step,
             steps=task.steps,
             node_round=task.node_round,
+            cursor=task.cursor,
             state_bytes=task.state_bytes,
         )
         return self._ask("fit", task.silo, ref, until, fit=part)
