@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -112,6 +114,26 @@ def test_one_silo_alone_takes_its_own_steps(run_file, run, tmp_path):
     pooled = photon("train", run_file, "--run-dir", tmp_path / "pooled", "--json", "-q")
     assert json.loads(pooled.stdout)["tokens"] == run[1]["tokens"]
     assert json.loads(pooled.stdout)["bytes_up"] == 0
+
+
+def test_a_run_ends_with_its_silos_and_a_baseline_that_can_be_run(run):
+    folder, _ = run
+    told = photon("resume", folder, "-q").stdout  # of a finished run: what it ended with
+    assert "more than bf16 models every round" in told  # not "0.5 times less"
+    for silo in ("blue", "green", "red"):
+        assert re.search(rf"^ {silo} +\d+\.?\d* +\d\.\d{{3}}", told, re.M)
+    for step in ("report", "generate", "export", "eval"):
+        assert f"photon {step} {folder}" in told
+    assert f"tensorboard --logdir {folder}/tensorboard" in told
+    assert (folder / "tensorboard").is_dir()
+    line = re.search(r"photon (train .*)$", told, re.M)
+    assert line is not None
+    alone = photon(*shlex.split(line.group(1)), "--json", "-q")
+    assert alone.exit_code == 0, alone.output
+    assert json.loads(alone.stdout)["tokens"] == run[1]["tokens"]  # of one silo, as many
+    beside = re.search(r"photon (report .* --compare .*)$", told, re.M)
+    assert beside is not None
+    assert photon(*shlex.split(beside.group(1))).exit_code == 0
 
 
 def test_a_report_compares(run, run_file, tmp_path):

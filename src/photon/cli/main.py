@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +13,9 @@ from photon.cli.data import data_app
 from photon.cli.demo import demo
 from photon.cli.doctor import doctor
 from photon.cli.members import audit, invite, members_app
+from photon.cli.outcome import show_outcome
 from photon.cli.profile import profile
-from photon.cli.screen import console, guard_output, say, show, show_facts, show_table
+from photon.cli.screen import console, guard_output, say, show, show_table
 from photon.cli.serve import join, serve, status, stop
 from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
 
@@ -92,7 +92,8 @@ def simulate(
 
     config = load_run_config(run_file, overrides or [])
     result = start(config, run_dir=run_dir, listener=_view(quiet), overwrite=overwrite)
-    _show_result(result.folder, result.summary, as_json)
+    if result.summary:  # not so for a rank other than 0 under torchrun: rank 0 tells
+        show_outcome(result.folder, result.summary, as_json=as_json)
 
 
 @app.command()
@@ -111,7 +112,8 @@ def train(
     """Train without a federation, on pooled text: the centralised baseline.
 
     Takes as many steps as the federated run, each on as many tokens as all participants together
-    (`[train] batch_size` says otherwise).
+    (`[train] batch_size` says otherwise). With `--silo`, each on as many as those silos would have
+    had in the federation, unless `[train] batch_size` is that of all participants together.
 
     Example: `photon train recipes/demo.toml --run-dir runs/central`
     """
@@ -122,7 +124,8 @@ def train(
     result = start(
         config, silos=silo or None, run_dir=run_dir, listener=_view(quiet), overwrite=overwrite
     )
-    _show_result(result.folder, result.summary, as_json)
+    if result.summary:  # not so for a rank other than 0 under torchrun: rank 0 tells
+        show_outcome(result.folder, result.summary, as_json=as_json)
 
 
 @app.command()
@@ -136,7 +139,8 @@ def resume(
     from photon.runs import resume as start
 
     result = start(folder, overrides=overrides or [], listener=_view(quiet))
-    _show_result(result.folder, result.summary, as_json)
+    if result.summary:  # not so for a rank other than 0 under torchrun: rank 0 tells
+        show_outcome(result.folder, result.summary, as_json=as_json)
 
 
 @app.command()
@@ -279,34 +283,6 @@ def _pair(text: str, option: str, form: str) -> tuple[str, str]:
     if not (equals and key and value):
         raise typer.BadParameter(f"{text!r} is not of the form {form}", param_hint=option)
     return key, value
-
-
-def _show_result(folder: Path, summary: dict[str, Any], as_json: bool) -> None:
-    if not summary:  # a rank other than 0 under torchrun: rank 0 tells
-        return
-    if as_json:
-        typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
-        return
-    facts = [
-        ("held-out perplexity", f"{summary['global_perplexity']:.2f}"),
-        ("bits per byte", f"{summary['bits_per_byte']:.4f}"),
-        ("rounds, tokens", f"{summary['rounds']}, {summary['tokens']:,}"),
-    ]
-    sent = (summary["bytes_up"] + summary["bytes_down"]) / 1e6
-    facts.append(("exchanged", f"{sent:,.1f} MB"))
-    if sent and "all_reduce_bytes" in summary:
-        less = [summary[key] / 1e6 / sent for key in ("all_reduce_bytes", "bf16_exchange_bytes")]
-        facts += [
-            ("", f"{less[0]:,.1f} times less than fp32 gradients after every step"),
-            ("", f"{less[1]:,.1f} times less than bf16 models every round"),
-        ]
-    facts += [
-        ("time", f"{summary['wall_s']:.1f} s, {summary['utilisation']:.0%} training"),
-        ("weights sha256", summary["weights_sha256"]),
-        ("run folder", str(folder)),
-    ]
-    show_facts(facts)
-    show(f"Next: photon report {shlex.quote(str(folder))}")
 
 
 if __name__ == "__main__":

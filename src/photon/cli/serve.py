@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from photon.cli.outcome import show_outcome
 from photon.cli.screen import console, say, show, show_table
 from photon.errors import InvitationError, MembershipError, RunNotFoundError
 
@@ -101,14 +102,7 @@ def serve(
         say(f"Stopped. `photon serve --resume {folder}` goes on.")
         return
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    if as_json:
-        typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
-        return
-    say(
-        f"Done: {summary['rounds']} rounds, held-out perplexity "
-        f"{summary['global_perplexity']:.2f}, weights {summary['weights_sha256'][:12]}..."
-    )
-    say(f"Next: photon report {folder}")
+    show_outcome(folder, summary, as_json=as_json)
 
 
 def join(

@@ -1,0 +1,96 @@
+"""What a finished federation or baseline ends with on screen: figures, silos, what comes next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from photon.cli.screen import show, show_facts, show_table
+from photon.dashboard import wording
+from photon.dashboard.digest import RunDigest, read_digest
+from photon.dashboard.palette import MOST_NAMED
+
+
+def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False) -> None:
+    """A finished run in one screen, or its summary as JSON."""
+    if as_json:
+        typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
+        return
+    digest = read_digest(folder)
+    facts = [
+        ("held-out perplexity", wording.perplexity(summary["global_perplexity"], "diverged")),
+        ("bits per byte", wording.decimal(summary["bits_per_byte"], 4)),
+        ("rounds, tokens", f"{summary['rounds']}, {summary['tokens']:,}"),
+    ]
+    sent = summary["bytes_up"] + summary["bytes_down"]
+    facts.append(("exchanged", wording.size(sent)))
+    if sent and "all_reduce_bytes" in summary:
+        less = [
+            wording.times_less(summary[key], sent)
+            for key in ("all_reduce_bytes", "bf16_exchange_bytes")
+        ]
+        facts += [
+            ("", f"{less[0]} fp32 gradients after every step"),
+            ("", f"{less[1]} bf16 models every round"),
+        ]
+    utilisation = digest.utilisation
+    training = f", {utilisation:.0%} training" if utilisation is not None else ""
+    facts += [
+        ("time", wording.duration(digest.wall_s) + training),
+        ("weights sha256", summary["weights_sha256"]),
+        ("run folder", str(folder)),
+    ]
+    show_facts(facts)
+    _show_silos(digest)
+    show("\nNext:")
+    show_facts([*next_steps(folder), *_baseline_steps(digest)])
+
+
+def _show_silos(digest: RunDigest) -> None:
+    """The newest score on each silo's own held-out text."""
+    rows = [
+        (name, wording.perplexity(last.perplexity, "diverged"), wording.decimal(last.bits_per_byte))
+        for name, silo in digest.silos.items()
+        for last in silo.evaluations[-1:]
+    ]
+    if not rows:
+        return
+    show("")
+    headings = ("held-out text of", "perplexity", "bits per byte")
+    show_table(headings, rows[:MOST_NAMED], right=(1, 2), frame=False)
+    if len(rows) > MOST_NAMED:
+        show(f"... and {len(rows) - MOST_NAMED} more, in the report")
+
+
+def next_steps(folder: Path) -> list[tuple[str, str]]:
+    """What can be done with a finished run, and the command for it."""
+    run, exported = shlex.quote(str(folder)), shlex.quote(f"{folder}-hf")
+    return [
+        ("pictures", f"photon report {run}"),
+        ("text from it", f'photon generate {run} --prompt "..."'),
+        ("for transformers", f"photon export {run} --out {exported}"),
+        ("on other text", f"photon eval {run} --data DATA"),
+        ("curves", f"tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"),
+    ]
+
+
+def _baseline_steps(digest: RunDigest) -> list[tuple[str, str]]:
+    """How to see what a federation was good for: its largest silo alone, at equal tokens."""
+    texts = digest.started.silo_tokens
+    if digest.started.kind != "simulate" or len(texts) < 2:
+        return []
+    most = max(texts, key=lambda name: texts[name])
+    batch = digest.started.participants_per_round * digest.started.batch_size
+    file, alone = digest.folder / "config.resolved.toml", f"{digest.folder}-alone"
+    run, file, alone, most = (shlex.quote(str(it)) for it in (digest.folder, file, alone, most))
+    return [
+        (
+            "alone, equal tokens",
+            f"photon train {file} --set train.batch_size={batch} --silo {most} --run-dir {alone}",
+        ),
+        ("beside this run", f"photon report {run} --compare alone={alone}"),
+    ]
