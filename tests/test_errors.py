@@ -142,3 +142,13 @@ def test_every_class_has_a_line_of_its_own() -> None:
     for kind in ours():
         assert kind.__doc__, kind
         assert "exit_code" in vars(kind), kind
+
+
+def test_from_python_a_hint_names_arguments():
+    hint = "Use --run-dir, replace it with --overwrite, or `photon members list --home DIR`."
+    error = photon.errors.RunExistsError("there -- already", hint=hint)
+    assert str(error) == (
+        "there -- already\nUse run_dir, replace it with overwrite, or "
+        "`photon members list --home DIR`."
+    )
+    assert error.hint == hint

@@ -6,7 +6,11 @@ what went wrong (naming the file, key or silo and the value) and, where there is
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
+
+#: An option of the command line; or a whole command, which stays as it is.
+_OPTION = re.compile(r"`photon [^`]*`|(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
 
 
 class PhotonError(Exception):
@@ -14,7 +18,8 @@ class PhotonError(Exception):
 
     Args:
         message: what is wrong, naming the file, key or silo and the value found.
-        hint: what the reader can do about it; shown on a line of its own.
+        hint: what the reader can do about it; shown on a line of its own. Options are written as on
+            the command line; Python, which shows `str(error)`, gets their arguments' names.
     """
 
     exit_code: ClassVar[int] = 1
@@ -25,7 +30,8 @@ class PhotonError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}\n{self.hint}" if self.hint else self.message
+        text = f"{self.message}\n{self.hint}" if self.hint else self.message
+        return _OPTION.sub(lambda found: (found[1] or "").replace("-", "_") or found[0], text)
 
     def __reduce__(self) -> tuple:
         return (_rebuild, (type(self), self.message, self.hint))

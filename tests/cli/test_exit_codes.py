@@ -1,6 +1,7 @@
 """Bad input: the numbered exit, the culprit named, and no folder left half-made."""
 
 import json
+import os
 import resource
 import shutil
 
@@ -63,6 +64,41 @@ def unfinished(finished, tmp_path):
 
 def photon(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Names that no run folder can have."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    return {
+        "a file": tmp_path / "file",
+        "in a file": tmp_path / "file" / "run",
+        "a dangling link": tmp_path / "link",
+        "over-long": tmp_path / ("x" * 300),
+        "not UTF-8": tmp_path / os.fsdecode(b"caf\xe9"),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind", ["a file", "in a file", "a dangling link", "over-long", "not UTF-8"]
+)
+def test_a_run_folder_that_can_not_be_is_told_before_the_work(places, kind, run_file):
+    result = photon("simulate", run_file, "--run-dir", places[kind], "--quiet")
+    assert result.exit_code == 40, result.output
+    assert "can't be a run folder: " in result.stderr
+    assert "--run-dir" in result.stderr
+    assert str(places[kind]).encode(errors="backslashreplace").decode() in result.stderr
+
+
+def test_what_the_system_refuses_is_one_sentence_unless_asked_for_more(finished):
+    words = ("report", finished, "--out", "/proc/report.html")
+    result = photon(*words)
+    assert result.exit_code == 50
+    assert result.stderr.startswith("error: /proc/")
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in photon("--verbose", *words).stderr
+    assert "Traceback" in photon("--verbose", "resume", "nowhere").stderr
 
 
 @pytest.mark.parametrize(

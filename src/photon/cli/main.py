@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ from photon.cli.outcome import show_outcome
 from photon.cli.profile import profile
 from photon.cli.screen import console, guard_output, say, show, show_table
 from photon.cli.serve import join, serve, status, stop
-from photon.errors import INTERRUPTED_EXIT_CODE, PhotonError
+from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
 
 
 class _Photon(TyperGroup):
@@ -26,11 +27,19 @@ class _Photon(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except PhotonError as error:
-            say(f"error: {error.message}", style="red")
-            if error.hint:
-                say(error.hint)
-            ctx.exit(error.exit_code)
+        except (PhotonError, OSError) as error:
+            if ctx.params["verbose"]:
+                say(traceback.format_exc())
+            if isinstance(error, PhotonError):
+                known = error
+            elif error.filename is not None:
+                known = MachineError(f"{error.filename}: {error.strerror}")
+            else:
+                raise
+            say(f"error: {known.message}", style="red")
+            if known.hint:
+                say(known.hint)
+            ctx.exit(known.exit_code)
         except KeyboardInterrupt:
             say("Stopped. If a run had begun, `photon resume DIR` goes on with it.")
             ctx.exit(INTERRUPTED_EXIT_CODE)
@@ -39,13 +48,35 @@ class _Photon(TyperGroup):
 app = typer.Typer(
     name="photon",
     cls=_Photon,
-    help="Train one language model across organisations that keep their data.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from photon.version import photon_version
+
+        show(f"photon {photon_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def photon(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print Photon's version."),
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With an error, also where in the code it came from.")
+    ] = False,
+) -> None:
+    """Train one language model across organisations that keep their data."""
+
+
 app.add_typer(data_app, name="data")
 app.command("demo")(demo)
 app.command("doctor")(doctor)

@@ -14,12 +14,12 @@ from torch import nn
 
 from photon.config import RunConfig, load_run_config
 from photon.data import PreparedData, tokenizer_identity
-from photon.errors import RunBusyError, RunNotFoundError, VocabularyMismatchError
+from photon.errors import RunBusyError, RunError, RunNotFoundError, VocabularyMismatchError
 from photon.federation import CheckpointStore
 from photon.federation.node import empty_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.models import trainable_parameters
-from photon.store.disk import held_alone
+from photon.store.disk import held_alone, writing
 from photon.store.served import LOCK_FILE, hold_run
 from photon.training import materialise
 
@@ -99,8 +99,26 @@ def require_same_tokenizer(file: Path | None, data: PreparedData) -> None:
 
 
 @contextlib.contextmanager
+def usable(folder: Path) -> Iterator[None]:
+    """Turn what the system says against a run folder's path into RunError, which names it."""
+    try:
+        str(folder.absolute()).encode()  # safetensors could not open what it wrote there
+        yield
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if isinstance(error, FileExistsError):
+            reason = "a file, or a link that leads nowhere, has that name"
+        elif isinstance(error, UnicodeError):
+            reason = "its name is not UTF-8"
+        raise RunError(
+            f"{folder} can't be a run folder: {reason}",
+            hint="Choose another --run-dir, on a disk that can be written.",
+        ) from error
+
+
+@contextlib.contextmanager
 def only_process(folder: Path, *, served: bool = False) -> Iterator[None]:
-    """Hold the run folder; a second process is refused.
+    """Make the run folder if need be, and hold it; a second process is refused.
 
     Args:
         served: the process is the loop of a `photon serve`, which holds its own lock.
@@ -109,7 +127,9 @@ def only_process(folder: Path, *, served: bool = False) -> Iterator[None]:
         f"another process is working in {folder}", hint="Wait for it, or stop it first."
     )
     with contextlib.ExitStack() as held:
-        held.enter_context(held_alone(folder / LOCK_FILE, busy))
+        with usable(folder), writing("the run", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(held_alone(folder / LOCK_FILE, busy))
         if not served:
             held.enter_context(hold_run(folder, served=False))
         yield

@@ -175,7 +175,6 @@ class Session:
             PhotonError: all that can be known before training is checked first.
         """
         self._check()
-        self.folder.mkdir(parents=True, exist_ok=True)
         with (
             only_process(self.folder, served=self.kind == "serve"),
             writing("the run", self.folder),

@@ -9,7 +9,7 @@ from typing import Any
 
 from photon.config import RunConfig, load_run_config
 from photon.errors import ResumeMismatchError, RunExistsError
-from photon.runs.folder import holds_run, read_record, read_summary
+from photon.runs.folder import holds_run, read_record, read_summary, usable
 from photon.runs.session import RunResult, Session
 from photon.store.served import LOCKS
 from photon.telemetry import Listener
@@ -119,14 +119,17 @@ def _start(
     if Seat.from_environment().rank:
         Session(kind, config, chosen, folder, None).follow()
         return RunResult(folder, {})
-    if holds_run(folder):
+    with usable(folder):
+        begun = holds_run(folder)
+        others = folder.exists() and any(path.name not in LOCKS for path in folder.iterdir())
+    if begun:
         if not overwrite:
             raise RunExistsError(
                 f"{folder} already holds a run",
                 hint=f"Continue it with `photon resume {folder}`, choose another --run-dir, or "
                 "replace it with --overwrite.",
             )
-    elif folder.exists() and any(path.name not in LOCKS for path in folder.iterdir()):
+    elif others:
         raise RunExistsError(
             f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
         )
