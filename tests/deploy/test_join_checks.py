@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from photon.cli.main import app
 from photon.config import load_node_config
+from photon.data import open_data
 from photon.deploy import desk as desk_module
 from photon.deploy import join_checks
 from photon.deploy.certificates import CertificateFiles, fingerprint, keep_certificate
@@ -40,8 +41,14 @@ from photon.errors import (
     UnknownKeyError,
     UnknownMemberError,
     UnreachableError,
+    VocabularyMismatchError,
 )
-from photon.membership.invitation import Invitation, write_invitation
+from photon.membership.invitation import (
+    Invitation,
+    SharedTokenizer,
+    read_invitation,
+    write_invitation,
+)
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster
 from photon.silo.desk_client import DeskClient
@@ -63,6 +70,7 @@ class Aggregator:
     presigner: S3Presigner
     desk: Desk
     settings: DoorSettings
+    tokenizer: SharedTokenizer
 
     @property
     def address(self) -> str:
@@ -78,6 +86,7 @@ class Aggregator:
             ca_fingerprint=fingerprint(pem),
             token=self.roster.invite(name, max(60.0, hours * 3600)),
             expires_at=float(int(time.time() + hours * 3600)),
+            tokenizer=self.tokenizer,
         )
         path = self.folder / f"{name}.toml"
         write_invitation(path, replace(invitation, **changed))
@@ -94,7 +103,7 @@ class Aggregator:
 
 
 @pytest.fixture(scope="module")
-def aggregator(short_folder, running_store, watch) -> Iterator[Aggregator]:
+def aggregator(short_folder, running_store, watch, three_silos) -> Iterator[Aggregator]:
     folder = short_folder("aggregator")
     files = keep_certificate(folder / "home", "127.0.0.1")
     roster = Roster(folder / "members.sqlite")
@@ -114,7 +123,8 @@ def aggregator(short_folder, running_store, watch) -> Iterator[Aggregator]:
     try:
         with watched.supervisor as supervisor:
             supervisor.start(front_door(settings, folder / "door"))
-            yield Aggregator(folder, roster, files, presigner, desk, settings)
+            tokenizer = SharedTokenizer(open_data(three_silos).tokenizer_sha256, "</s>", None)
+            yield Aggregator(folder, roster, files, presigner, desk, settings, tokenizer)
     finally:
         desk.stop()
         roster.close()
@@ -139,8 +149,6 @@ class Site:
         return {one.name: one for one in found}
 
     def join(self, aggregator: Aggregator, name: str) -> None:
-        from photon.membership.invitation import read_invitation
-
         invitation = read_invitation(aggregator.invite(name))
         accept_invitation(invitation, load_node_config(self.file), self.home)
 
@@ -248,6 +256,40 @@ def test_data(member, tmp_path) -> None:
     (changed / "manifest.json").write_text(json.dumps(manifest, indent=7))
     member.say("", data=changed)
     assert failed(member.look()["data"], DataChangedError, "it registered")
+
+
+def test_text_that_another_tokenizer_cut_is_told_before_the_invitation_is_used_up(
+    site, aggregator, request
+) -> None:
+    name = name_of(request)
+    other = SharedTokenizer("f" * 64, "</s>", None)
+    invitation = aggregator.invite(name, tokenizer=other)
+    said = site.look(invitation=invitation)["data"]
+    assert failed(said, VocabularyMismatchError, "cut by another tokenizer")
+    assert "photon data prepare --tokenizer" in said.hint
+    assert "ffffffffffff" in said.found
+    before = aggregator.state()
+    with pytest.raises(VocabularyMismatchError, match="cut by another tokenizer"):
+        accept_invitation(read_invitation(invitation), load_node_config(site.file), site.home)
+    assert aggregator.state() == before
+    assert not (site.home / "node.key.new").exists()
+    # An invitation from before there was a run says nothing of it, and that is said.
+    unnamed = site.look(invitation=aggregator.invite(name, tokenizer=None))["data"]
+    assert unnamed.verdict == "warn"
+    assert "does not name the federation's tokenizer" in unnamed.found
+    site.join(aggregator, name)
+
+
+def test_join_does_not_wait_with_other_text_than_it_registered(member, tmp_path) -> None:
+    """For an aggregator that is away, for ever: nothing that it could ask would be answered."""
+    changed = shutil.copytree(member.data, tmp_path / "changed")
+    manifest = json.loads((changed / "manifest.json").read_text())
+    (changed / "manifest.json").write_text(json.dumps(manifest, indent=7))
+    member.say("", data=changed)
+    words = ["join", "--node", str(member.file), "--home", str(member.home)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == DataChangedError.exit_code, result.output
+    assert "it registered" in result.output
 
 
 def test_disk(member) -> None:

@@ -1,12 +1,16 @@
 """The invitation file: what is in it, who may read it, and what is refused."""
 
+import base64
 import dataclasses
+import hashlib
 import os
+import random
 import stat
 import subprocess
 import tomllib
 
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +18,7 @@ from photon.deploy.certificates import make_authority
 from photon.errors import DiskFullError, InvitationError
 from photon.membership.invitation import (
     Invitation,
+    SharedTokenizer,
     certificate_fingerprint,
     read_invitation,
     write_invitation,
@@ -129,7 +134,7 @@ def changed(path, invitation, old, new):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("photon_invitation = 1", "photon_invitation = 2", "photon_invitation is '2'"),
+        ("photon_invitation = 2", "photon_invitation = 1", "photon_invitation is '1'"),
         ('name = "hospital-a"', 'name = "../a"', "name is '../a'"),
         ("port = 8443", "port = 0", "port is 0; it must be a port"),
         ("port = 8443", "port = true", "port is True"),
@@ -154,6 +159,72 @@ def test_a_changed_file_is_refused(invitation, path, old, new, words):
     assert "t t" not in str(caught.value)
 
 
+def test_the_tokenizer_goes_with_it(invitation, path):
+    json = b'{"model": "' + b"a token " * 50_000 + b'"}'
+    shared = SharedTokenizer(hashlib.sha256(json).hexdigest(), "<|end of 'text'|>", json)
+    write_invitation(path, dataclasses.replace(invitation, tokenizer=shared))
+    assert read_invitation(path).tokenizer == shared
+    assert path.stat().st_size < 5000  # compressed
+    # At the end: what a person wants to see of the file comes first.
+    assert path.read_text().index("zstd_base64") > path.read_text().index("ca_pem")
+
+
+def test_a_large_tokenizer_is_named_only(invitation, path):
+    json = random.Random(0).randbytes(5 << 20)  # as good as compressed
+    shared = SharedTokenizer(hashlib.sha256(json).hexdigest(), "</s>", json)
+    write_invitation(path, dataclasses.replace(invitation, tokenizer=shared))
+    assert read_invitation(path).tokenizer == dataclasses.replace(shared, json=None)
+    assert path.stat().st_size < 65_536
+
+
+def test_another_tokenizer_than_it_names_is_refused(invitation, path):
+    shared = SharedTokenizer(hashlib.sha256(b"{}").hexdigest(), "</s>", b"{ }")
+    write_invitation(path, dataclasses.replace(invitation, tokenizer=shared))
+    with pytest.raises(InvitationError, match="the tokenizer in it is not the one that it names"):
+        read_invitation(path)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        "!",
+        "e30=",
+        # A gigabyte in a few letters, which is never unpacked; and one that hides its size.
+        base64.b64encode(zstandard.compress(bytes(1 << 30), 1)).decode(),
+        base64.b64encode(
+            zstandard.ZstdCompressor(write_content_size=False).compress(b"{}")
+        ).decode(),
+    ],
+    ids=["no base64", "no zstd", "a bomb", "of unknown size"],
+)
+def test_a_damaged_tokenizer_is_refused(invitation, path, packed):
+    shared = SharedTokenizer(hashlib.sha256(b"{}").hexdigest(), "</s>", b"{}")
+    changed(
+        *(path, dataclasses.replace(invitation, tokenizer=shared), f"'''\n{shared.packed}'''"),
+        f"'''\n{packed}'''",
+    )
+    with pytest.raises(InvitationError, match=r"tokenizer is .* zstd in base64"):
+        read_invitation(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('eos_token = "</s>"', "eos_token = 3", "eos_token is 3"),
+        ('eos_token = "</s>"', 'eos_token = "\\u001b[2J"', "eos_token is"),
+        ("sha256 = ", "sha = ", "sha256 is missing"),
+        ("[tokenizer]", "tokenizer = 5", "tokenizer is 5"),
+    ],
+)
+def test_a_changed_tokenizer_table_is_refused(invitation, path, old, new, words):
+    shared = SharedTokenizer("a" * 64, "</s>", None)
+    changed(path, dataclasses.replace(invitation, tokenizer=shared), old, new)
+    with pytest.raises(InvitationError) as caught:
+        read_invitation(path)
+    assert words in caught.value.message
+    assert "\x1b" not in caught.value.message
+
+
 def test_another_certificate_is_refused(invitation, path, tmp_path):
     other = make_authority(tmp_path / "other").read_text()
     write_invitation(path, dataclasses.replace(invitation, ca_pem=other))
@@ -167,7 +238,7 @@ def test_other_files_are_no_invitations(path, tmp_path):
         read_invitation(path)
     with pytest.raises(InvitationError, match="Is a directory"):
         read_invitation(tmp_path)
-    for data in (b"", b"\xff\xfe", b"x" * 70_000, b"a = " + b"[" * 20_000):
+    for data in (b"", b"\xff\xfe", b"x" * (7 << 20), b"a = " + b"[" * 20_000):
         path.write_bytes(data)
         with pytest.raises(InvitationError):
             read_invitation(path)

@@ -47,7 +47,7 @@ def run_file(tmp_path):
 @pytest.fixture
 def joined(run_file, keys, facts):
     """hospital-a is a member; its roster."""
-    photon("invite", "hospital-a", "--run-file", run_file)
+    photon("invite", "hospital-a", "--run-file", run_file, "--new")
     invitation = read_invitation("hospital-a.invitation.toml")
     with Roster("server/members.sqlite") as roster:
         roster.redeem(invitation.token, "hospital-a", keys[0].public_pem, facts)
@@ -55,7 +55,7 @@ def joined(run_file, keys, facts):
 
 
 def test_invite_writes_one_file(run_file, tmp_path, keys, facts):
-    result = photon("invite", "hospital-a", "--run-file", run_file)
+    result = photon("invite", "hospital-a", "--run-file", run_file, "--new")
     path = tmp_path / "hospital-a.invitation.toml"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     invitation = read_invitation(path)
@@ -72,7 +72,7 @@ def test_invite_writes_one_file(run_file, tmp_path, keys, facts):
 def test_invite_for_scripts(run_file):
     result = photon(
         "invite", "lab", "--run-file", run_file, "--out", "a.toml", "--json", "--valid-hours", "1",
-        "--address", "[fd00::7]:443",
+        "--address", "[fd00::7]:443", "--new",
     )  # fmt: skip
     record = json.loads(result.stdout)
     invitation = read_invitation("a.toml")
@@ -84,10 +84,34 @@ def test_invite_for_scripts(run_file):
 
 
 def test_without_a_run_file_the_defaults_count(tmp_path):
-    photon("invite", "lab", "--address", "fed.example.org:1")
+    photon("invite", "lab", "--address", "fed.example.org:1", "--new")
     assert (tmp_path / "photon-server/members.sqlite").exists()
-    photon("invite", "lab", "--address", "fed.example.org:1", "--home", "other")
+    said = photon("invite", "lab", "--address", "fed.example.org:1", "--home", "other", "--new")
     assert (tmp_path / "other/members.sqlite").exists()
+    assert f"Made a new aggregator's home {tmp_path / 'other'}." in said.stdout
+    assert "does not name the tokenizer: no run is known" in said.stderr
+    said = photon("invite", "lab", "--address", "fed.example.org:1", "--home", "other", "--new")
+    assert f"The aggregator's home is {tmp_path / 'other'}." in said.stdout
+
+
+def test_in_the_wrong_folder_no_new_authority_is_made(run_file, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    for arguments in ([], ["--run-file", run_file], ["--home", "elsewhere"]):
+        said = photon("invite", "lab", *arguments, code=80).output
+        assert "members.sqlite" in said
+        assert "--new" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_run_that_was_served_last_is_known(joined, run_file, tmp_path, facts):
+    served = tmp_path / "elsewhere" / "run"
+    served.mkdir(parents=True)
+    run_file.rename(served / "serve.toml")
+    joined.set_setting("run", str(served))
+    said = photon("invite", "lab", "--home", "server")
+    assert read_invitation("lab.invitation.toml").address == "127.0.0.1:9443"
+    assert "serve.silos does not name lab" in said.stderr
+    assert "no data can be read at data (data.path of" in said.stderr
 
 
 @pytest.mark.parametrize(
@@ -103,7 +127,7 @@ def test_without_a_run_file_the_defaults_count(tmp_path):
     ],
 )
 def test_what_invite_refuses(run_file, arguments, code, words):
-    defaults = [] if "--run-file" in arguments else ["--run-file", "run.toml"]
+    defaults = ["--new"] if "--run-file" in arguments else ["--run-file", "run.toml", "--new"]
     before = run_file.read_text()
     assert words in photon("invite", *arguments, *defaults, code=code).output
     assert run_file.read_text() == before
@@ -113,7 +137,8 @@ def test_invite_says_when_the_certificate_is_for_another_host(run_file, tmp_path
     from photon.deploy.certificates import keep_certificate
 
     keep_certificate(tmp_path / "server", "127.0.0.1")
-    assert "note" not in photon("invite", "hospital-a", "--run-file", run_file).stderr
+    Roster(tmp_path / "server/members.sqlite").close()
+    assert "certificate" not in photon("invite", "hospital-a", "--run-file", run_file).stderr
     said = photon("invite", "hospital-a", "--run-file", run_file, "--address", "10.0.0.1:1").stderr
     assert "not for 10.0.0.1" in said.replace("\n", " ")
 
@@ -141,7 +166,8 @@ def test_suspend_reinstate_expel_count_at_once(joined, run_file, keys):
         ("reinstate", "active"),
         ("expel", "expelled"),
     ):
-        photon("members", command, "hospital-a", "--run-file", run_file)
+        more = ["--yes"] if command != "reinstate" else []
+        photon("members", command, "hospital-a", "--run-file", run_file, *more)
         assert joined.by_fingerprint(keys[0].fingerprint).status == status
     refused = photon("members", "reinstate", "hospital-a", "--run-file", run_file, code=82)
     assert "was expelled" in refused.output
@@ -149,6 +175,35 @@ def test_suspend_reinstate_expel_count_at_once(joined, run_file, keys):
     assert "there is no member 'nobody'" in refused.output
     refused = photon("members", "list", "--home", "elsewhere", code=80)
     assert "there is no elsewhere/members.sqlite" in refused.output
+
+
+@pytest.mark.parametrize(("command", "done"), [("suspend", "suspended"), ("expel", "expelled")])
+def test_a_run_that_is_left_with_too_few_is_asked_about(
+    joined, run_file, keys, facts, tmp_path, command, done
+):
+    def asked(answer, code):
+        words = ["members", command, "hospital-a", "--run-file", str(run_file)]
+        result = CliRunner().invoke(app, words, input=answer)
+        assert result.exit_code == code, result.output
+        assert "med needs 1 silos for a round; without hospital-a it has 0 (none)" in result.output
+        return result.output
+
+    for answer in ("", "n\n"):
+        assert f"hospital-a was not {done}" in asked(answer, 80)
+        assert joined.member("hospital-a").status == "active"
+    # Who is no silo of the run, or where the run is over, is let go unasked.
+    joined.redeem(joined.invite("lab", 60), "lab", keys[1].public_pem, facts)
+    assert "needs" not in photon("members", command, "lab", "--run-file", run_file).output
+    asked("y\n", 0)
+    assert joined.member("hospital-a").status == done
+
+
+def test_a_run_that_is_over_is_not_asked_about(joined, run_file, tmp_path):
+    joined.set_setting("run", str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    photon("members", "suspend", "hospital-a", "--run-file", run_file)
+    assert joined.member("hospital-a").status == "suspended"
 
 
 def test_rotate(joined, run_file, keys, facts):
@@ -204,7 +259,7 @@ def test_none_of_it_loads_torch_or_flower(run_file):
         "import sys\n"
         "import photon.membership.verification, photon.membership.invitation\n"
         "from photon.cli.members import invite\n"
-        f"invite('lab', run_file=__import__('pathlib').Path({str(run_file)!r}))\n"
+        f"invite('lab', run_file=__import__('pathlib').Path({str(run_file)!r}), new=True)\n"
         "heavy = {'torch', 'flwr', 'transformers', 'numpy', 'grpc'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -108,7 +108,8 @@ def prepare_command(
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="tokenizer.json or folder; else one is trained.", rich_help_panel=_TOKENS
+            help="tokenizer.json, its folder, or a federation's invitation; else one is trained.",
+            rich_help_panel=_TOKENS,
         ),
     ] = None,
     vocab_size: Annotated[

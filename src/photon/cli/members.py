@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,17 +14,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from photon.cli.screen import say, show_table
-from photon.errors import CertificateError, InvalidValueError
+from photon.errors import (
+    CertificateError,
+    ConfigError,
+    InvalidValueError,
+    MembershipError,
+    ShardCorruptError,
+)
 from photon.membership.invitation import (
     Invitation,
+    SharedTokenizer,
     certificate_fingerprint,
     require_writable,
     write_invitation,
 )
-from photon.membership.roster import ROSTER_FILE, Roster, roster_at
+from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Roster, roster_at
+from photon.store.served import RUN_FILE
 
 if TYPE_CHECKING:
-    from photon.config import ServeConfig
+    from photon.config import RunConfig, ServeConfig
     from photon.membership.verification import AuditReport
 
 members_app = typer.Typer(
@@ -39,7 +49,10 @@ Name = Annotated[
 RunFile = Annotated[
     Path | None,
     typer.Option(
-        "--run-file", metavar="RUN.toml", help="Its [serve] says where the aggregator lives."
+        "--run-file",
+        metavar="RUN.toml",
+        help="Its [serve] says where the aggregator lives, its [data] has the tokenizer; the run "
+        "that is served from --home, or was last, by default.",
     ),
 ]
 Home = Annotated[
@@ -59,6 +72,11 @@ Out = Annotated[Path | None, typer.Option(help="File to write; NAME.invitation.t
 ValidHours = Annotated[
     float, typer.Option(help="Hours until it expires.", min=0.01, max=_MOST_HOURS)
 ]
+New = Annotated[
+    bool,
+    typer.Option("--new", help="Make the aggregator's home and authority, where there is none."),
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Don't ask, even if the run may stop for it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
@@ -69,16 +87,21 @@ def invite(
     address: Address = None,
     out: Out = None,
     valid_hours: ValidHours = 72.0,
+    new: New = False,
     as_json: AsJson = False,
 ) -> None:
     """Invite a silo: one file with this aggregator's address, its fingerprint and a one-time token.
+
+    The run's tokenizer goes with it, as the silo's text must be cut by the same one: `photon data
+    prepare --tokenizer FILE` takes it from there. A very large one is named only.
 
     Send the file over a channel that others can't read: whoever uses it first is NAME. On the node:
     `photon join --invite FILE --node node.toml`. An earlier invitation of that name is void.
 
     Example: `photon invite hospital-a --run-file run.toml --valid-hours 24`
     """
-    _invite(name, run_file, home, address, out, valid_hours, as_json, rotate=False)
+    place = _place(run_file, home, new=new)
+    _invite(name, place, address, out, valid_hours, as_json, rotate=False)
 
 
 @members_app.command("rotate")
@@ -99,7 +122,8 @@ def rotate_command(
 
     Example: `photon members rotate hospital-a --run-file run.toml`
     """
-    _invite(name, run_file, home, address, out, valid_hours, as_json, rotate=True)
+    place = _place(run_file, home)
+    _invite(name, place, address, out, valid_hours, as_json, rotate=True)
 
 
 @members_app.command("list")
@@ -108,7 +132,7 @@ def list_command(run_file: RunFile = None, home: Home = None, as_json: AsJson = 
 
     Example: `photon members list --home photon-server --json`
     """
-    with _roster(run_file, home) as roster:
+    with Roster(_place(run_file, home).roster) as roster:
         members, invitations = roster.members(), roster.invitations()
         presences = roster.presences()
     if as_json:
@@ -150,12 +174,18 @@ def list_command(run_file: RunFile = None, home: Home = None, as_json: AsJson = 
 
 
 @members_app.command("suspend")
-def suspend_command(name: Name, run_file: RunFile = None, home: Home = None) -> None:
+def suspend_command(
+    name: Name, run_file: RunFile = None, home: Home = None, yes: Yes = False
+) -> None:
     """Refuse everything a member asks, from now until it is reinstated.
+
+    Where fewer silos would be left than the run needs, it says so, and asks.
 
     Example: `photon members suspend hospital-a`
     """
-    with _roster(run_file, home) as roster:
+    place = _place(run_file, home)
+    with Roster(place.roster) as roster:
+        _require_enough_left(roster, place, name, "suspended", yes)
         roster.suspend(name)
     say(f"{name} is suspended. `photon members reinstate {name}` takes it back.")
 
@@ -166,23 +196,28 @@ def reinstate_command(name: Name, run_file: RunFile = None, home: Home = None) -
 
     Example: `photon members reinstate hospital-a`
     """
-    with _roster(run_file, home) as roster:
+    with Roster(_place(run_file, home).roster) as roster:
         roster.reinstate(name)
     say(f"{name} may take part again.")
 
 
 @members_app.command("expel")
-def expel_command(name: Name, run_file: RunFile = None, home: Home = None) -> None:
+def expel_command(
+    name: Name, run_file: RunFile = None, home: Home = None, yes: Yes = False
+) -> None:
     """Refuse a member from now on; its key is never accepted again.
 
     Of somebody who has not joined yet, the invitation is withdrawn.
 
     What it contributed to finished rounds stays in the model. An expelled name can be invited again
-    (`photon invite NAME`), and then comes with another key.
+    (`photon invite NAME`), and then comes with another key. Where fewer silos would be left than
+    the run needs, it says so, and asks.
 
     Example: `photon members expel hospital-a`
     """
-    with _roster(run_file, home) as roster:
+    place = _place(run_file, home)
+    with Roster(place.roster) as roster:
+        _require_enough_left(roster, place, name, "expelled", yes)
         roster.expel(name)
     say(f"{name} is expelled: neither a key nor an invitation of that name is accepted.")
 
@@ -217,10 +252,53 @@ def audit(
     report.require_good()
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where an aggregator lives.
+
+    Attributes:
+        run: the run file that is known of, whose [serve] `serve` is; None if there is none.
+        source: where that is from, for messages.
+        made: whether the home is only to be made.
+    """
+
+    serve: ServeConfig
+    run: RunConfig | None
+    source: str
+    made: bool
+
+    @property
+    def roster(self) -> Path:
+        return Path(self.serve.home) / ROSTER_FILE
+
+
+def _place(run_file: Path | None, home: Path | None, *, new: bool = False) -> _Place:
+    """The aggregator's home, by what was named; it is there, or `new`.
+
+    Raises:
+        MembershipError: there is none.
+    """
+    from photon.config import ServeConfig, load_run_config
+
+    run, source = None, ""
+    if run_file is not None:
+        run, source = load_run_config(run_file), str(run_file)
+    serve = run.serve if run is not None else ServeConfig()
+    at = Path(home) if home is not None else Path(serve.home)
+    made = new and not (at / ROSTER_FILE).exists()
+    if not made:
+        with roster_at(at) as roster:
+            served = roster.setting(RUN_SETTING)
+        if run is None and served is not None:
+            with contextlib.suppress(ConfigError):  # it has moved, or is gone
+                run, source = load_run_config(Path(served) / RUN_FILE), f"{served}, served last"
+                serve = run.serve
+    return _Place(serve.model_copy(update={"home": str(at)}), run, source, made)
+
+
 def _invite(
     name: str,
-    run_file: Path | None,
-    home: Path | None,
+    place: _Place,
     address: str | None,
     out: Path | None,
     valid_hours: float,
@@ -228,12 +306,13 @@ def _invite(
     *,
     rotate: bool,
 ) -> None:
-    serve = _settings(run_file, home)
+    serve = place.serve
     host, port = _host_and_port(address) if address else _public_address(serve)
+    tokenizer = _tokenizer(place)
     ca_pem = _authority(serve, host)
     out = out or Path(f"{name}.invitation.toml")
     require_writable(out)  # before the earlier invitation is void
-    with Roster(Path(serve.home) / ROSTER_FILE) as roster:
+    with Roster(place.roster) as roster:
         token = roster.invite(name, valid_hours * 3600, rotate=rotate)
     invitation = Invitation(
         name=name,
@@ -243,40 +322,100 @@ def _invite(
         ca_fingerprint=certificate_fingerprint(ca_pem),
         token=token,
         expires_at=float(int(time.time() + valid_hours * 3600)),
+        tokenizer=tokenizer,
     )
     write_invitation(out, invitation)
     if serve.silos and name not in serve.silos:
         say(f"note: serve.silos does not name {name}; it will not be asked to train")
+    carried = tokenizer is not None and tokenizer.packed is not None
     if as_json:
         record = {
             "name": name,
             "file": str(out),
+            "home": serve.home,
             "address": invitation.address,
             "ca_fingerprint": invitation.ca_fingerprint,
             "expires_at": invitation.expires_at,
             "rotate": rotate,
+            "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None,
+            "tokenizer_carried": carried,
         }
         typer.echo(json.dumps(record, indent=1))
         return
+    began = "Made a new aggregator's home" if place.made else "The aggregator's home is"
+    typer.echo(f"{began} {Path(serve.home).absolute()}.")
     typer.echo(f"Wrote {out}: works once, until {_utc(invitation.expires_at)} UTC.")
     typer.echo(f"It leads to {invitation.address}, fingerprint {invitation.ca_fingerprint}.")
+    cut = f"--tokenizer {out.name}" if carried else "--tokenizer FOLDER"
     typer.echo(
         f"Send it to {name} over a channel that others can't read. There:\n"
+        f"  photon data prepare --input texts/ --iid 1 {cut} --out data/{name}\n"
         f"  photon join --invite {out.name} --node node.toml"
     )
     if rotate:
         typer.echo(f"The key that {name} has now works until then.")
 
 
-def _settings(run_file: Path | None, home: Path | None) -> ServeConfig:
-    from photon.config import ServeConfig, load_run_config
+def _tokenizer(place: _Place) -> SharedTokenizer | None:
+    """Of the run's data. Not by `open_data`, which would load for seconds.
 
-    serve = load_run_config(run_file).serve if run_file is not None else ServeConfig()
-    return serve.model_copy(update={"home": str(home)}) if home is not None else serve
+    Raises:
+        ShardCorruptError: it is not the one that the manifest names.
+    """
+    left_out = "note: the invitation does not name the tokenizer"
+    if place.run is None:
+        say(f"{left_out}: no run is known; --run-file RUN.toml names one")
+        return None
+    folder = Path(place.run.data.path)
+    try:
+        named = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]
+        data = (folder / "tokenizer" / "tokenizer.json").read_bytes()
+        shared = SharedTokenizer(named["sha256"], named["eos_token"], data)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        say(f"{left_out}: no data can be read at {folder} (data.path of {place.source}): {error}")
+        return None
+    if hashlib.sha256(data).hexdigest() != shared.sha256:
+        raise ShardCorruptError(
+            f"{folder / 'tokenizer' / 'tokenizer.json'} is not the one that the data was made with",
+            hint="Prepare the data again.",
+        )
+    if shared.packed is None:
+        say(
+            "note: the tokenizer is too large for an invitation, which only names it: send the "
+            f"folder {folder / 'tokenizer'} too"
+        )
+    return shared
 
 
-def _roster(run_file: Path | None, home: Path | None) -> Roster:
-    return roster_at(home if home is not None else _settings(run_file, None).home)
+def _require_enough_left(roster: Roster, place: _Place, name: str, what: str, yes: bool) -> None:
+    """Ask before a member is taken from a run that then has fewer than it needs.
+
+    Raises:
+        MembershipError: the answer was no, or nobody answered.
+    """
+    run, served = place.run, roster.setting(RUN_SETTING)
+    if run is None or (served is not None and (Path(served) / "summary.json").exists()):
+        return
+    able = {
+        one.name
+        for one in roster.members()
+        if one.status == "active" and (not run.serve.silos or one.name in run.serve.silos)
+    }
+    left = sorted(able - {name})
+    if name not in able or len(left) >= run.silos_needed:
+        return
+    words = (
+        f"run {run.run.name} needs {run.silos_needed} silos for a round; without {name} it has "
+        f"{len(left)} ({', '.join(left) or 'none'}): a round under way may be lost, which ends it "
+        f"(44), and the next one waits for others, at most {run.serve.gather_s:g} s"
+    )
+    say(f"warning: {words}", style="yellow")
+    sure = yes
+    if not yes:
+        with contextlib.suppress(typer.Abort):  # nobody there to answer
+            sure = typer.confirm(f"Is {name} to be {what} all the same?", err=True)
+    if not sure:
+        raise MembershipError(f"{name} was not {what}", hint="With --yes it is, unasked.")
 
 
 def _public_address(serve: ServeConfig) -> tuple[str, int]:

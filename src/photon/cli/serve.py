@@ -145,7 +145,7 @@ def join(
         _show_checks(preflight(home, node_file, invitation=invite, address=address), as_json)
         return
     from photon.config import load_node_config
-    from photon.deploy.join import KEY_FILE, Node, accept_invitation, moved
+    from photon.deploy.join import KEY_FILE, Node, accept_invitation, moved, require_registered
     from photon.membership.invitation import read_invitation
     from photon.membership.keys import NodeKey
     from photon.silo.policy import MEMBERSHIP_FILE
@@ -164,6 +164,7 @@ def join(
         )
     elif url is not None:
         moved(home, _address(url))
+    require_registered(home, node)
     lines = _Lines(home / "logs" / "join.log", verbose=verbose)
     Node(home, node_file, log=lines.service, on_event=lines.event).run(
         on_ready=lambda: lines.event("taking part; Ctrl-C stops")

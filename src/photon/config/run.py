@@ -313,6 +313,15 @@ class RunConfig(Section):
             return max(1, math.ceil(participants / 2))
         return min(self.federation.quorum, participants)
 
+    @property
+    def silos_needed(self) -> int:
+        """Fewest silos that must be here before a served round begins.
+
+        With fewer than the quorum a round would be lost, or the quorum be lowered to them.
+        """
+        federation = self.federation
+        return max(self.serve.min_silos, federation.sample or 1, federation.quorum or 1)
+
     @model_validator(mode="after")
     def _compatible(self) -> RunConfig:
         federation, outer = self.federation, self.outer

@@ -41,7 +41,8 @@ class PrepareOptions:
             default.
         min_documents: silos with fewer are folded into "other".
         source_field: makes several sources inside each silo, for mixtures.
-        tokenizer: tokenizer.json or folder; trained on the training text by default.
+        tokenizer: tokenizer.json, its folder, or an invitation; trained on the training text by
+            default.
         eos: end-of-text token of that tokenizer, where it can't be told.
         vocab_size: of the tokenizer that is trained.
         train_bytes: most text it is trained on.

@@ -19,6 +19,7 @@ from tokenizers.trainers import BpeTrainer
 
 from photon.data.shards import sha256_of
 from photon.errors import DataError, DataNotFoundError, PhotonError, VocabularyMismatchError
+from photon.membership.invitation import is_invitation, read_invitation
 
 END_OF_TEXT = "<|endoftext|>"
 _KNOWN_ENDS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[EOS]")
@@ -129,8 +130,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
 def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -> TextTokenizer:
     """Load a tokenizer.json, or a Hugging Face folder with one (or with vocab.json, merges.txt).
 
+    An invitation (`photon invite`) has its federation's tokenizer in it.
+
     Args:
-        path: the file or folder.
+        path: the file or folder; or an invitation.
         eos_token: its end-of-text token; by default tokenizer_config.json's eos_token, or the
             first of the usual ones that it has.
 
@@ -140,6 +143,8 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
         VocabularyMismatchError: it has no such token.
     """
     given = Path(path)
+    if given.is_file() and is_invitation(given):
+        return _invited(given, eos_token)
     folder = given if given.is_dir() else given.parent
     file = given / "tokenizer.json" if given.is_dir() else given
     try:
@@ -190,6 +195,21 @@ def tokenizer_identity(file: Path) -> str:
     record = json.loads(tokenizer.to_str())
     record["post_processor"] = None
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _invited(path: Path, eos_token: str | None) -> TextTokenizer:
+    shared = read_invitation(path).tokenizer
+    if shared is None or shared.json is None:
+        what = "names no tokenizer" if shared is None else "only names its tokenizer, a large file"
+        raise DataNotFoundError(
+            f"{path} {what}",
+            hint="Ask the aggregator's operator for the folder tokenizer/ of the run's data.",
+        )
+    try:
+        tokenizer = Tokenizer.from_str(shared.json.decode())
+    except Exception as error:
+        raise DataError(f"{path} has no readable tokenizer: {error}") from error
+    return _finished(tokenizer, eos_token or shared.eos_token, {})
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from photon.config import NodeConfig
-from photon.data import open_data
+from photon.data import PreparedData, open_data
 from photon.deploy.ports import answers, free_ports
 from photon.deploy.service import troubles_to
 from photon.deploy.supervisor import (
@@ -36,12 +36,13 @@ from photon.errors import (
     InvitationError,
     KeyInUseError,
     MembershipError,
+    VocabularyMismatchError,
 )
-from photon.membership.invitation import Invitation, certificate_fingerprint
+from photon.membership.invitation import Invitation, SharedTokenizer, certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts
 from photon.silo.desk_client import DeskClient
-from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership
+from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership, require_same_data
 from photon.silo.socket import connected
 from photon.silo.text import own_part
 from photon.store.disk import held_alone, write_json, write_whole
@@ -67,6 +68,7 @@ def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> M
         InvitationError: expired, used, or another member's home.
         DeployError: a node runs in this home; the invitation is unused.
         CertificateError: the aggregator is not the one that invited.
+        VocabularyMismatchError: the text was cut by another tokenizer than the federation's.
         PhotonError: the text can't be used, or the aggregator can't be reached.
     """
     invitation.require_unexpired(time.time())
@@ -90,6 +92,7 @@ def _accept(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
                 hint="Choose another --home for another member.",
             )
     data = own_part(open_data(node.data.path), node.data, invitation.name)
+    require_tokenizer(invitation.tokenizer, data, invitation.name)
     facts = Facts(
         data_sha256=data.sha256,
         tokenizer_sha256=data.tokenizer_sha256,
@@ -112,6 +115,39 @@ def _accept(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
     pending.replace(home / KEY_FILE)
     _write_membership(home, membership)
     return membership
+
+
+def require_tokenizer(shared: SharedTokenizer | None, data: PreparedData, name: str) -> None:
+    """Refuse text that no task could be trained on, before an invitation is used up.
+
+    Args:
+        shared: the invitation's; None where it names none.
+        name: of the member.
+
+    Raises:
+        VocabularyMismatchError: the text was cut by another tokenizer.
+    """
+    if shared is None or shared.sha256 == data.tokenizer_sha256:
+        return
+    given = "the invitation" if shared.json is not None else "the folder that the operator sends"
+    raise VocabularyMismatchError(
+        f"the text of {name} was cut by another tokenizer than the federation's: its sha256 is "
+        f"{data.tokenizer_sha256[:12]}..., the invitation names {shared.sha256[:12]}...",
+        hint="The invitation is still unused. Prepare the text again: `photon data prepare "
+        f"--tokenizer FILE ...`, where FILE is {given}.",
+    )
+
+
+def require_registered(home: Path, node: NodeConfig) -> None:
+    """Refuse to wait for an aggregator that would get no answer: the data is not as registered.
+
+    Raises:
+        DataChangedError: it is another than this node joined with.
+        DataError: it can't be opened.
+    """
+    member = read_membership(home)
+    data = own_part(open_data(node.data.path), node.data, member.name)
+    require_same_data(data, member.data_sha256, member.name)
 
 
 def moved(home: Path, address: str) -> Membership:

@@ -29,11 +29,10 @@ from photon.deploy.checks import (
     skew_check,
     synchronised,
 )
-from photon.deploy.join import CA_FILE, KEY_FILE, RECORD
+from photon.deploy.join import CA_FILE, KEY_FILE, RECORD, require_tokenizer
 from photon.deploy.supervisor import runner
 from photon.errors import (
     CertificateError,
-    DataChangedError,
     DeployError,
     InvitationError,
     PhotonError,
@@ -41,12 +40,19 @@ from photon.errors import (
 )
 from photon.membership.invitation import (
     Invitation,
+    SharedTokenizer,
     certificate_fingerprint,
     read_invitation,
 )
 from photon.membership.keys import NodeKey
 from photon.silo.desk_client import DeskClient, Standing
-from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership, require_our_version
+from photon.silo.policy import (
+    MEMBERSHIP_FILE,
+    Membership,
+    read_membership,
+    require_our_version,
+    require_same_data,
+)
 from photon.silo.text import own_part
 from photon.store.granted_store import GrantedStore
 from photon.store.presign import Grant
@@ -67,6 +73,7 @@ class Aggregator:
         ca_pem, ca_fingerprint: of the authority, as they came.
         ca_source: the file that ca_pem is from.
         membership: None before joining.
+        tokenizer: that the invitation names.
     """
 
     name: str
@@ -75,6 +82,7 @@ class Aggregator:
     ca_fingerprint: str
     ca_source: Path
     membership: Membership | None = None
+    tokenizer: SharedTokenizer | None = None
 
 
 def preflight(
@@ -154,6 +162,7 @@ def _aggregator(
                 invitation.ca_pem,
                 invitation.ca_fingerprint,
                 file,
+                tokenizer=invitation.tokenizer,
             )
         )
         return found
@@ -226,16 +235,14 @@ def _data(node: NodeConfig, known: Aggregator | None) -> Check:
     data = own_part(folder, node.data, known.name)
     tokens = data.silos[known.name].train_tokens
     words = f"{node.data.path}, sha256 {data.sha256[:12]}..., {tokens:,} tokens to train on"
-    registered = known.membership.data_sha256 if known.membership is not None else None
-    if registered is not None and registered != data.sha256:
-        raise DataChangedError(
-            f"the data of {known.name} has sha256 {data.sha256[:12]}..., it registered "
-            f"{registered[:12]}...",
-            hint="Point data.path of node.toml at the registered folder, or join again with a new "
-            "invitation to register this one.",
-        )
+    require_tokenizer(known.tokenizer, data, known.name)
     if known.membership is None:
-        return Check("data", "ok", f"{words}; joining registers it")
+        if known.tokenizer is None:
+            unknown = "the invitation does not name the federation's tokenizer"
+            hint = "If the text was cut by another one, this site can't train: ask the operator."
+            return Check("data", "warn", f"{words}; {unknown}", hint)
+        return Check("data", "ok", f"{words}, the federation's tokenizer; joining registers it")
+    require_same_data(data, known.membership.data_sha256, known.name)
     # A task reads it through; that takes as long as the disk does, and `data show --verify` does.
     return Check("data", "ok", f"{words}; as registered")
 

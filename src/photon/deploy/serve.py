@@ -48,7 +48,7 @@ from photon.errors import (
     UnreachableError,
     error_of,
 )
-from photon.membership.roster import ROSTER_FILE, Member, Roster
+from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Member, Roster
 from photon.store.disk import write_json
 from photon.store.object_store import open_store, presigner_for
 from photon.store.presign import Presigner
@@ -210,6 +210,7 @@ class Aggregator:
             self._roster.set_setting("draining", False)
             self._roster.set_setting("stopping", False)
             self._roster.set_setting("waiting", None)
+            self._roster.set_setting(RUN_SETTING, str(self._folder))
             self._certificate = DoorCertificate(self._serve, self._home, tell=self._on_event)
             door = self._certificate.files
             presigner, store_port = self._store(supervisor)

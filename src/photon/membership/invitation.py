@@ -1,11 +1,15 @@
 """The one file that a new silo gets: where the aggregator is, how to know it, and a secret to join.
 
-It is TOML, so that whoever gets it can see what it says before using it.
+It is TOML, so that whoever gets it can see what it says before using it. At its end is the
+federation's tokenizer, as all text must be cut by the same one.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import contextlib
+import hashlib
 import math
 import os
 import re
@@ -13,21 +17,53 @@ import secrets
 import tomllib
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+import zstandard
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from photon.errors import DiskFullError, InvitationError
 
-_FORMAT = 1
-_MOST_BYTES = 65_536
+_FORMAT = 2
+#: Of the file; of a tokenizer in it, compressed and as it is.
+_MOST_BYTES, _MOST_PACKED_BYTES, _MOST_TOKENIZER_BYTES = 6 << 20, 4 << 20, 64 << 20
 _HINT = "Ask the aggregator's operator for a new one (`photon invite NAME`)."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")
+_BEGINS = "# Makes its first user the member "
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{20,200}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+#: One line, nothing invisible.
+_EOS = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,200}")
+
+
+@dataclass(frozen=True)
+class SharedTokenizer:
+    """The tokenizer by which all text of a federation is cut.
+
+    Attributes:
+        sha256: of its tokenizer.json, as `photon data prepare` writes it.
+        eos_token: what ends a document.
+        json: tokenizer.json itself; None where it is too large to go with an invitation.
+    """
+
+    sha256: str
+    eos_token: str
+    json: bytes | None
+
+    @cached_property
+    def packed(self) -> str | None:
+        """As it travels: zstd, base64 in lines; None where it does not."""
+        if self.json is None or len(self.json) > _MOST_TOKENIZER_BYTES:
+            return None
+        packed = zstandard.compress(self.json, 19)
+        if len(packed) > _MOST_PACKED_BYTES:
+            return None
+        return base64.encodebytes(packed).decode("ascii")
 
 
 @dataclass(frozen=True)
@@ -41,6 +77,7 @@ class Invitation:
         ca_fingerprint: of that, to be compared by telephone; see `certificate_fingerprint`.
         token: the secret; it works once.
         expires_at: seconds since the epoch.
+        tokenizer: the federation's; None where it was not known when the invitation was made.
     """
 
     name: str
@@ -50,6 +87,7 @@ class Invitation:
     ca_fingerprint: str
     token: str
     expires_at: float
+    tokenizer: SharedTokenizer | None = None
 
     @property
     def address(self) -> str:
@@ -126,9 +164,10 @@ def write_invitation(path: str | os.PathLike[str], invitation: Invitation) -> No
         "ca_pem": invitation.ca_pem,
     }
     text = (
-        f"# Makes its first user the member {invitation.name}, once: keep it as you keep a "
+        f"{_BEGINS}{invitation.name}, once: keep it as you keep a "
         f"password.\n# On the node: photon join --invite {path.name} --node node.toml\n"
         + tomli_w.dumps(record, multiline_strings=True)
+        + _tokenizer_text(invitation.tokenizer)
     )
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -145,6 +184,15 @@ def write_invitation(path: str | os.PathLike[str], invitation: Invitation) -> No
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def is_invitation(path: Path) -> bool:
+    """Whether a file looks like an invitation, whole or not."""
+    try:
+        with path.open("rb") as file:
+            return path.suffix == ".toml" or file.read(len(_BEGINS)) == _BEGINS.encode()
+    except OSError:
+        return False
 
 
 def read_invitation(path: str | os.PathLike[str]) -> Invitation:
@@ -201,7 +249,43 @@ def _parsed(record: dict[str, Any], path: Path) -> Invitation:
         )
     if not math.isfinite(seconds):
         raise _wrong(path, "expires_at", expires_at, "a time with its zone")
-    return Invitation(name, host, port, pem, said, token, seconds)
+    tokenizer = _parsed_tokenizer(record.get("tokenizer"), path)
+    return Invitation(name, host, port, pem, said, token, seconds, tokenizer)
+
+
+def _tokenizer_text(shared: SharedTokenizer | None) -> str:
+    """The last table of the file; empty without one."""
+    if shared is None:
+        return ""
+    record = {"tokenizer": {"sha256": shared.sha256, "eos_token": shared.eos_token}}
+    packed = shared.packed
+    # A literal string: thousands of lines are read at once.
+    json = f"zstd_base64 = '''\n{packed}'''\n" if packed is not None else ""
+    return f"\n# What the text at the node must be cut by.\n{tomli_w.dumps(record)}{json}"
+
+
+def _parsed_tokenizer(record: object, path: Path) -> SharedTokenizer | None:
+    if record is None:
+        return None
+    if not isinstance(record, dict):
+        raise _wrong(path, "tokenizer", record, "a table")
+    sha256 = _text(record, "sha256", _SHA256, path)
+    eos_token = _text(record, "eos_token", _EOS, path)
+    if "zstd_base64" not in record:
+        return SharedTokenizer(sha256, eos_token, None)
+    try:
+        packed = base64.b64decode("".join(str(record["zstd_base64"]).split()), validate=True)
+        if not 0 <= zstandard.frame_content_size(packed) <= _MOST_TOKENIZER_BYTES:
+            raise ValueError("its size is not said, or too much")
+        json = zstandard.ZstdDecompressor().decompress(packed)
+    except (binascii.Error, zstandard.ZstdError, ValueError, MemoryError) as error:
+        raise _wrong(path, "tokenizer", str(error), "zstd in base64") from error
+    if hashlib.sha256(json).hexdigest() != sha256:
+        raise InvitationError(
+            f"{path}: the tokenizer in it is not the one that it names, {sha256}",
+            hint=f"It was changed or damaged on its way: do not use it. {_HINT}",
+        )
+    return SharedTokenizer(sha256, eos_token, json)
 
 
 def _text(record: dict[str, Any], key: str, shape: re.Pattern[str] | None, path: Path) -> str:

@@ -40,6 +40,7 @@ from photon.membership.tasks import Tasks
 __all__ = [
     "ALONE_S",
     "ROSTER_FILE",
+    "RUN_SETTING",
     "Event",
     "Facts",
     "Member",
@@ -55,6 +56,9 @@ __all__ = [
 
 #: The roster's name in the aggregator's home.
 ROSTER_FILE = "members.sqlite"
+
+#: Setting: folder of the run that is served from this home, or was last.
+RUN_SETTING = "run"
 
 #: Two processes with one key are two nodes if both speak within so many seconds.
 ALONE_S = 60.0
@@ -595,8 +599,9 @@ def roster_at(home: str | os.PathLike[str]) -> Roster:
     if not path.is_file():
         raise MembershipError(
             f"no members yet: there is no {path}",
-            hint="`photon invite NAME` makes the first one. If the aggregator's home is elsewhere, "
-            "say so with --run-file or --home.",
+            hint="If the aggregator's home is elsewhere, say so with --home, or with --run-file in "
+            "the folder where serve runs. The first `photon serve` makes one, or `photon invite "
+            "NAME --new`.",
         )
     return Roster(path)
 

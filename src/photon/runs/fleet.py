@@ -98,10 +98,7 @@ class JoinedFleet:
     def _gathered(self, round_number: int) -> dict[str, int] | None:
         """Those who are here, once they are enough; None where the run is to end before that."""
         config = self._config
-        # With fewer than the quorum a round would be lost, or the quorum be lowered to them.
-        needed = max(
-            config.serve.min_silos, config.federation.sample or 1, config.federation.quorum or 1
-        )
+        needed = config.silos_needed
         until, told = time.time() + config.serve.gather_s, None
         try:
             while len(here := self._here()) < needed:

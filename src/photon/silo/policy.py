@@ -189,13 +189,7 @@ def require_data(ask: Ask, data: PreparedData, registered: str | None) -> None:
         DataChangedError: the data is another.
         VocabularyMismatchError: the run has another tokenizer.
     """
-    if registered is not None and data.sha256 != registered:
-        raise DataChangedError(
-            f"the data of {ask.silo} has sha256 {data.sha256[:12]}..., it registered "
-            f"{registered[:12]}...",
-            hint="Point data.path of node.toml at the registered folder, or join again with a new "
-            "invitation to register this one.",
-        )
+    require_same_data(data, registered, ask.silo)
     for what, mine, theirs in (
         ("tokenizer's sha256", data.tokenizer_sha256, ask.run.tokenizer),
         ("vocabulary size", data.vocab_size, ask.run.vocab_size),
@@ -208,6 +202,24 @@ def require_data(ask: Ask, data: PreparedData, registered: str | None) -> None:
                 hint="Prepare the text again with the federation's tokenizer: `photon data prepare "
                 "--tokenizer FOLDER`.",
             )
+
+
+def require_same_data(data: PreparedData, registered: str | None, name: str) -> None:
+    """Refuse other text than a member registered.
+
+    Args:
+        registered: sha256 of the data's manifest; None for any.
+
+    Raises:
+        DataChangedError: the data is another.
+    """
+    if registered is not None and data.sha256 != registered:
+        raise DataChangedError(
+            f"the data of {name} has sha256 {data.sha256[:12]}..., it registered "
+            f"{registered[:12]}...",
+            hint="Point data.path of node.toml at the registered folder, or join again with a new "
+            "invitation to register this one.",
+        )
 
 
 def _refusal(rule: str, asked: str, allowed: str) -> PolicyError:
