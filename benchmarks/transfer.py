@@ -466,7 +466,9 @@ def run_photon(task: dict[str, Any]) -> dict[str, float]:
 
     def transfer() -> Transfer:
         granted = GrantedStore(
-            lambda *asked: presigner.grant(*asked, valid_s=3600), origin=task["store"]["endpoint"]
+            lambda *asked: presigner.grant(*asked, valid_s=3600),
+            task["store"]["endpoint"],
+            allowed=["127.0.0.1"],
         )
         return Transfer(granted, streams=task["streams"])
 

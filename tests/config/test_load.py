@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from photon.config import RunConfig, load_run_config, parse_run_config, write_resolved
+from photon.config import (
+    RunConfig,
+    load_node_config,
+    load_run_config,
+    parse_run_config,
+    write_resolved,
+)
+from photon.config.addresses import host_and_port
 from photon.errors import (
     ConfigError,
     IncompatibleConfigError,
@@ -332,3 +339,72 @@ def test_config_is_frozen() -> None:
         config.local.steps = 3  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         config.local = config.local  # type: ignore[misc]
+
+
+# --- what an operator writes is checked where it is written ---------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("host", "kept"),
+    [
+        ("ai.example.org", "ai.example.org"),
+        ("lab_7", "lab_7"),
+        ("10.0.0.7", "10.0.0.7"),
+        ("[::1]", "::1"),
+        ("fd00:0:0::1", "fd00::1"),
+        ("\xc4.example.org", "xn--4ca.example.org"),
+    ],
+)
+def test_hosts(host: str, kept: str) -> None:
+    assert parse(serve={"host": host}).serve.host == kept
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("ai.example.org:8443", "https://ai.example.org", "a b", "a/b", "", ".", "a..b", "-a"),
+        *("10.0.0.256", "fe80::1%eth0", "[ai.example.org]", "u@h", "a" * 64, "\u2024"),
+    ],
+)
+def test_what_is_no_host(host: str) -> None:
+    error = refused(InvalidValueError, serve={"host": host})
+    assert "serve.host" in str(error)
+    with pytest.raises(ValueError, match=r"HOST:PORT|must be a name|has a zone"):
+        host_and_port(f"{host}:8443")
+
+
+@pytest.mark.parametrize("text", ["a", "a:", ":1", "a:0", "a:65536", "a:1_0", "::1:80", "a:1:2"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match=r"HOST:PORT|must be a name"):
+        host_and_port(text)
+
+
+def test_private_addresses_of_a_site(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    node = '[data]\npath = "d"\n[network]\nallow_private_addresses = ["{}"]\n'
+    for entry, kept in (
+        ("10.1.0.0/16", "10.1.0.0/16"),
+        ("10.1.2.3", "10.1.2.3/32"),
+        ("[fd00::1]", "fd00::1/128"),
+        ("MinIO.lab", "minio.lab"),
+    ):
+        file.write_text(node.format(entry))
+        assert load_node_config(file).network.allow_private_addresses == [kept]
+    for entry in ("10.1.0.1/16", "https://minio", "minio:9000", "*", ""):
+        file.write_text(node.format(entry))
+        with pytest.raises(InvalidValueError, match="allow_private_addresses"):
+            load_node_config(file)
+
+
+def test_a_tilde_is_the_home_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse(
+        data={"path": "~/text"},
+        serve={"home": "~/s", "certificate": "~/c", "key": "~/k", "ca": "~/a"},
+    )
+    serve = config.serve
+    found = [config.data.path, serve.home, serve.certificate, serve.key, serve.ca]
+    assert found == [str(tmp_path / name) for name in ("text", "s", "c", "k", "a")]
+    file = tmp_path / "node.toml"
+    file.write_text('[data]\npath = "~/text"\n')
+    assert load_node_config(file).data.path == str(tmp_path / "text")

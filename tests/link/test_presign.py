@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import http.server
 import logging
+import os
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -19,9 +21,12 @@ from typing import Any
 import httpx2
 import pytest
 
-from photon.errors import AccessRefusedError, LinkError, StoreUnavailableError
+from photon.errors import AccessRefusedError, LinkError, StoreUnavailableError, UnreachableError
 from photon.link import Grant, GrantedStore, S3Presigner, open_store, presigner_for
+from photon.store.dialling import proxy_to
 
+#: Where this site lets a store be, in these tests.
+HERE = ["127.0.0.1"]
 DATA = b"what was promised"
 SHA256 = hashlib.sha256(DATA).hexdigest()
 
@@ -172,11 +177,18 @@ def test_a_fresh_grant_when_the_first_is_refused(seaweed: Any, prefix: str) -> N
     good = sign.get("a", 60)
     bad = Grant("GET", good.url[:-4] + "0000", good.headers, good.expires_at)
     given = [bad, good]
-    assert GrantedStore(lambda *_: given.pop(0)).get("a", max_bytes=100) == DATA
+    assert (
+        GrantedStore(lambda *_: given.pop(0), seaweed.endpoint, allowed=HERE).get(
+            "a", max_bytes=100
+        )
+        == DATA
+    )
     assert not given
     given = [bad, bad, good]
     with pytest.raises(AccessRefusedError, match=r"403 [A-Za-z]+ to GET a") as caught:
-        GrantedStore(lambda *_: given.pop(0), name="theirs").get("a", max_bytes=100)
+        GrantedStore(lambda *_: given.pop(0), seaweed.endpoint, allowed=HERE, name="theirs").get(
+            "a", max_bytes=100
+        )
     assert given == [good]
     assert "theirs" in str(caught.value)
     assert "Signature=" not in str(caught.value)
@@ -187,7 +199,11 @@ def test_nothing_secret_is_logged(
     seaweed: Any, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     sign = seaweed.presigner(prefix).grant
-    store = GrantedStore(lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60))
+    store = GrantedStore(
+        lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60),
+        seaweed.endpoint,
+        allowed=HERE,
+    )
     with caplog.at_level(logging.DEBUG):
         store.put("a", DATA)
         assert store.get("a", max_bytes=100) == DATA
@@ -249,7 +265,7 @@ def test_answers_of_an_odd_server(
     status: int, headers: dict[str, str], kind: type[LinkError], message: str
 ) -> None:
     with answering(status, headers, b"short" if status == 200 else b"") as (url, asked):
-        store = GrantedStore(lambda *_: at(f"{url}/a?hush"), silence_s=5)
+        store = GrantedStore(lambda *_: at(f"{url}/a?hush"), url, allowed=HERE, silence_s=5)
         with pytest.raises(kind, match=message) as caught:
             store.get("a", max_bytes=100)
         assert asked == ["/a?hush"]
@@ -270,10 +286,14 @@ def test_certificates(tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     with answering(200, {"content-length": "2"}, b"ok", context) as (url, asked):
-        trusting = GrantedStore(lambda *_: at(f"{url}/a?hush"), origin=url, ca_file=certificate)
+        trusting = GrantedStore(
+            lambda *_: at(f"{url}/a?hush"), url, allowed=HERE, ca_file=certificate
+        )
         assert trusting.get("a", max_bytes=2) == b"ok"
         with pytest.raises(AccessRefusedError, match="certificate of theirs can't be") as caught:
-            GrantedStore(lambda *_: at(f"{url}/a?hush"), name="theirs").get("a", max_bytes=2)
+            GrantedStore(lambda *_: at(f"{url}/a?hush"), url, allowed=HERE, name="theirs").get(
+                "a", max_bytes=2
+            )
         assert asked == ["/a?hush"]
     assert "hush" not in str(caught.value)
 
@@ -281,21 +301,147 @@ def test_certificates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "origin", "message"),
     [
-        ("http://store.example/a", None, "not encrypted"),
         ("https://elsewhere.example/a", "https://store.example", "only speaks to https://store"),
         ("https://store.example:444/a", "https://store.example", "only speaks to"),
         ("http://store.example/a", "https://store.example", "only speaks to"),
-        ("https://user:hush@store.example/a", None, "names no http"),
-        ("file:///etc/passwd", None, "names no http"),
+        ("https://user:hush@store.example/a", "https://store.example", "no http or https URL"),
+        ("file:///etc/passwd", "https://store.example", "no http or https URL"),
     ],
 )
-def test_grants_a_node_does_not_use(url: str, origin: str | None, message: str) -> None:
-    store = GrantedStore(lambda *_: at(url), origin=origin)
+def test_grants_a_node_does_not_use(url: str, origin: str, message: str) -> None:
+    store = GrantedStore(lambda *_: at(url), origin)
     with pytest.raises(AccessRefusedError, match=message) as caught:
         store.get("a", max_bytes=1)
     assert "hush" not in str(caught.value)
 
 
+def test_no_store_is_written_to_in_the_clear() -> None:
+    for allowed in ((), ("10.0.0.0/8", "store.example")):
+        for origin in ("http://10.1.2.3:9000", "http://store.example"):
+            with pytest.raises(AccessRefusedError, match="not encrypted") as caught:
+                GrantedStore(lambda *_: pytest.fail("asked for leave"), origin, allowed=allowed)
+            assert "https" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("origin", "shown"),
+    [
+        ("https://127.0.0.1:1", "127.0.0.1"),
+        ("http://127.0.0.1:1", "127.0.0.1"),
+        ("https://localhost:1", "127.0.0.1"),
+        ("https://10.1.2.3", "10.1.2.3"),
+        ("https://169.254.169.254", "169.254.169.254"),
+        ("https://[fd00::1]:9000", "fd00::1"),
+        ("https://[::ffff:192.168.0.7]", "192.168.0.7"),
+        ("https://[64:ff9b::a01:203]", "10.1.2.3"),
+        ("https://100.64.0.1", "100.64.0.1"),
+        ("https://0.0.0.0", "0.0.0.0"),
+    ],
+)
+def test_an_aggregator_can_name_no_store_inside_a_site(origin: str, shown: str) -> None:
+    store = GrantedStore(lambda verb, *_: Grant(verb, f"{origin}/a", {}, 0), origin)
+    for ask in (lambda: store.get("a", max_bytes=1), lambda: store.put("a", b"x")):
+        with pytest.raises(AccessRefusedError, match="inside this site's own network") as caught:
+            ask()
+        assert f'allow_private_addresses = ["{shown}"]' in str(caught.value.hint)
+
+
+def test_a_site_says_which_private_store_it_means() -> None:
+    with answering(200, {"content-length": "2"}, b"ok") as (url, _):
+        for allowed in ("127.0.0.1", "127.0.0.0/8"):
+            store = GrantedStore(lambda *_: at(f"{url}/a"), url, allowed=[allowed])
+            assert store.get("a", max_bytes=2) == b"ok"
+        named = url.replace("127.0.0.1", "localhost")
+        store = GrantedStore(lambda *_: at(f"{named}/a"), named, allowed=["localhost"])
+        assert store.get("a", max_bytes=2) == b"ok"
+
+
+def test_a_name_is_held_to_the_address_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked up once for the check and once for the connection, it may be two addresses."""
+    with answering(200, {"content-length": "2"}, b"ok") as (url, asked):
+        port = int(url.rpartition(":")[2])
+        origin = f"https://store.example:{port}"
+        real, given = socket.getaddrinfo, ["93.184.215.14", "127.0.0.1"]
+        monkeypatch.setattr(
+            socket, "getaddrinfo", lambda host, *rest, **more: real(given.pop(0), *rest, **more)
+        )
+        with pytest.raises(AccessRefusedError, match=r"store.example \(127.0.0.1\)"):
+            GrantedStore(lambda *_: at(f"{origin}/a"), origin).get("a", max_bytes=2)
+    assert not given
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"host": "anything.example"},
+        {"x-aws-ec2-metadata-token-ttl-seconds": "60"},
+        {"authorization": "Basic eDp5"},
+        {"content-length": "3"},
+        {"x-amz-checksum-sha256": "AAAA"},
+    ],
+)
+def test_a_grant_brings_no_headers_of_its_own(headers: dict[str, str]) -> None:
+    origin = "https://store.example"
+    store = GrantedStore(lambda verb, *_: Grant(verb, f"{origin}/a", headers, 0), origin)
+    for ask in (lambda: store.get("a", max_bytes=1), lambda: store.put("a", b"xy")):
+        with pytest.raises(AccessRefusedError, match=next(iter(headers))):
+            ask()
+
+
+def test_this_machine_is_reached_past_every_proxy(
+    seaweed: Any, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    options = {
+        "endpoint": seaweed.endpoint,
+        "region": seaweed.region,
+        "access_key_id": seaweed.access_key_id,
+        "secret_access_key": seaweed.secret,
+    }
+    open_store(f"s3://{seaweed.bucket}/{prefix}", options).put("a", DATA)
+    sign = seaweed.presigner(prefix)
+    granted = GrantedStore(lambda *_: sign.get("a", 60), seaweed.endpoint, allowed=HERE)
+    assert granted.get("a", max_bytes=100) == DATA
+    assert proxy_to("https://[::1]:8443") is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "url", "found"),
+    [
+        ({"HTTPS_PROXY": "http://u:hush@p:3128"}, "https://a.example", "HTTPS_PROXY=http://p:3128"),
+        ({"ALL_PROXY": "p:3128"}, "https://a.example", "ALL_PROXY=http://p:3128"),
+        ({"HTTP_PROXY": "http://p:3128"}, "https://a.example", None),
+        ({"ALL_PROXY": "http://p", "NO_PROXY": ".example"}, "https://a.example", None),
+        ({"ALL_PROXY": "http://p", "NO_PROXY": "10.0.0.0/8"}, "https://10.2.3.4", None),
+    ],
+)
+def test_proxies_of_the_environment(
+    variables: dict[str, str], url: str, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    proxy = proxy_to(url)
+    assert (None if proxy is None else str(proxy)) == found
+    assert "hush" not in repr(proxy)
+
+
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "ALL_PROXY", "all_proxy"])
+def test_socks_is_refused_in_words(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "socks5h://u:hush@127.0.0.1:1080")
+    with pytest.raises(
+        UnreachableError, match=rf"{name.upper()}=socks5h://127.0.0.1:1080"
+    ) as caught:
+        GrantedStore(lambda *_: pytest.fail("asked for leave"), "https://store.example")
+    assert "hush" not in str(caught.value)
+
+
 def test_a_grant_for_something_else() -> None:
     with pytest.raises(LinkError, match="leave to HEAD a, was given leave to GET"):
-        GrantedStore(lambda *_: at("https://store.example/a")).size("a")
+        GrantedStore(lambda *_: at("https://store.example/a"), "https://store.example").size("a")

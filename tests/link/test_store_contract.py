@@ -44,7 +44,11 @@ def make_store(kind: str, request: pytest.FixtureRequest, tmp_path: Path, prefix
     if kind == "seaweed":
         return weed.store(prefix)
     sign = weed.presigner(prefix).grant
-    return GrantedStore(lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60))
+    return GrantedStore(
+        lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60),
+        weed.endpoint,
+        allowed=["127.0.0.1"],
+    )
 
 
 @pytest.fixture(params=ALL)
@@ -184,7 +188,7 @@ def test_deletion(listed: Store) -> None:
 
 
 def test_a_node_can_neither_list_nor_delete() -> None:
-    store = GrantedStore(lambda *_: pytest.fail("asked for leave"))
+    store = GrantedStore(lambda *_: pytest.fail("asked for leave"), "https://store.example")
     with pytest.raises(LinkError, match="can't be listed"):
         store.keys()
     with pytest.raises(LinkError, match="can be deleted"):
@@ -205,7 +209,7 @@ def test_open_store(seaweed: Any, prefix: str, tmp_path: Path) -> None:
     for secret in (seaweed.secret, seaweed.access_key_id):
         assert secret not in str(store)
     grant = presigner_for(store).get("a", 60)
-    granted = GrantedStore(lambda *_: grant)
+    granted = GrantedStore(lambda *_: grant, seaweed.endpoint, allowed=["127.0.0.1"])
     assert granted.get("a", max_bytes=1) == b"x"
 
     for url in (str(tmp_path / "o"), f"file://{tmp_path}/o"):

@@ -37,7 +37,10 @@ def wanted_of(chunks: list[tuple[str, bytes]]) -> list[Wanted]:
 
 def granted(presigner: Any, **options: Any) -> GrantedStore:
     return GrantedStore(
-        lambda verb, key, count, sha256: presigner.grant(verb, key, count, sha256, 300), **options
+        lambda verb, key, count, sha256: presigner.grant(verb, key, count, sha256, 300),
+        presigner._origin,
+        allowed=["127.0.0.1"],
+        **options,
     )
 
 
@@ -328,7 +331,9 @@ def test_fetch_of_grants_goes_on_where_it_was(seaweed: Any, prefix: str, tmp_pat
                 raise LinkError("the aggregator is gone")
             return seaweed.presigner(prefix).grant(verb, key, count, sha256, 60)
 
-        transfer = Transfer(GrantedStore(grants), streams=2)
+        transfer = Transfer(
+            GrantedStore(grants, seaweed.endpoint, allowed=["127.0.0.1"]), streams=2
+        )
         return list(transfer.fetch(wanted_of(chunks), spool=tmp_path / "spool"))
 
     with pytest.raises(LinkError, match="the aggregator is gone"):

@@ -284,7 +284,11 @@ def test_bandwidth_cap_over_all_streams() -> None:
 
 def test_bandwidth_cap_within_an_object(seaweed: Any, prefix: str) -> None:
     sign = seaweed.presigner(prefix).grant
-    store = GrantedStore(lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60))
+    store = GrantedStore(
+        lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60),
+        seaweed.endpoint,
+        allowed=["127.0.0.1"],
+    )
     chunks = make_chunks(2, 2_000_000)
     told: list[tuple[float, int]] = []
     transfer = Transfer(

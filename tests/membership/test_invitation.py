@@ -140,6 +140,7 @@ def changed(path, invitation, old, new):
         ("port = 8443", "port = true", "port is True"),
         ("port = 8443\n", "", "port is missing"),
         ('host = "fed.example.org"', 'host = "a b"', "host is 'a b'"),
+        ('host = "fed.example.org"', 'host = "a.example:1"', "host is 'a.example:1'"),
         ("2027-01-15 09:00:00+00:00", "2027-01-15 09:00:00", "a time with its zone"),
         ("2027-01-15 09:00:00+00:00", '"soon"', "a time with its zone"),
         ("t" * 43, "t t", "token is damaged"),

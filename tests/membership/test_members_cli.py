@@ -120,6 +120,8 @@ def test_the_run_that_was_served_last_is_known(joined, run_file, tmp_path, facts
         (["../lab"], 80, "is no name for a member"),
         (["lab", "--address", "host"], 12, "is not HOST:PORT"),
         (["lab", "--address", "host:99999"], 12, "is not HOST:PORT"),
+        (["lab", "--address", "https://host:1"], 12, "is not HOST:PORT"),
+        (["lab", "--address", "a b:1"], 12, "must be a name or an address"),
         (["lab", "--out", "nowhere/a.toml"], 81, "there is no folder nowhere"),
         (["lab", "--out", "run.toml"], 81, "is no invitation; it is not replaced"),
         (["lab", "--valid-hours", "0"], 2, "valid-hours"),

@@ -742,7 +742,7 @@ def test_an_update_through_a_desk_into_a_store_and_back(seaweed: Any, tmp_path: 
         objects = [chunk(f"{RUN}/silos/blue", seed, 10_000) for seed in range(40)]
         task = aggregator.task("blue", most_bytes=40 * 10_000)
         book = blue.grants(task.id)
-        sender = Transfer(GrantedStore(book, origin=seaweed.endpoint), streams=4)
+        sender = Transfer(GrantedStore(book, seaweed.endpoint, allowed=["127.0.0.1"]), streams=4)
         sent = sender.send(objects)
         assert (sent.objects, sent.bytes) == (40, 400_000)
         # Two questions an object, several to a request.
@@ -750,13 +750,15 @@ def test_an_update_through_a_desk_into_a_store_and_back(seaweed: Any, tmp_path: 
         stored = dict(seaweed.store("runs").keys(f"{RUN}/silos/blue"))
         assert stored == {key: 10_000 for key, _ in objects}
         # Sent again by a node that was killed: all there, and nothing counts twice.
-        again = Transfer(GrantedStore(blue.grants(task.id), origin=seaweed.endpoint)).send(objects)
+        again = Transfer(
+            GrantedStore(blue.grants(task.id), seaweed.endpoint, allowed=["127.0.0.1"])
+        ).send(objects)
         assert (again.objects, again.skipped_bytes) == (0, 400_000)
         # Read back, leave for all of it in one request.
         reader = blue.grants(task.id)
         reader.expect(key for key, _ in objects)
         wanted = [Wanted(key, len(data), hashlib.sha256(data).hexdigest()) for key, data in objects]
-        carrier = Transfer(GrantedStore(reader, origin=seaweed.endpoint), streams=1)
+        carrier = Transfer(GrantedStore(reader, seaweed.endpoint, allowed=["127.0.0.1"]), streams=1)
         assert [bytes(data) for data in carrier.fetch(wanted)] == [data for _, data in objects]
         assert reader.requests == 1
     finally:
@@ -828,7 +830,7 @@ def test_a_desk_that_restarts_in_the_middle(seaweed: Any, tmp_path: Path) -> Non
     thread = threading.Thread(target=restart)
     thread.start()
     try:
-        store = GrantedStore(blue.grants(task.id), origin=seaweed.endpoint)
+        store = GrantedStore(blue.grants(task.id), seaweed.endpoint, allowed=["127.0.0.1"])
         carrier = Transfer(store, streams=2)
         sent = carrier.send(some(objects))
         thread.join(30)

@@ -425,12 +425,12 @@ def _public_address(serve: ServeConfig) -> tuple[str, int]:
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if not (colon and host and port.isdecimal() and 0 < int(port) < 65_536):
-        raise InvalidValueError(
-            f"--address {address!r} is not HOST:PORT, for example fed.example.org:8443"
-        )
-    return host.strip("[]"), int(port)
+    from photon.config.addresses import host_and_port
+
+    try:
+        return host_and_port(address)
+    except ValueError as error:
+        raise InvalidValueError(f"--address {error}") from None
 
 
 def _authority(serve: ServeConfig, host: str) -> str:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from photon.cli.outcome import show_outcome
 from photon.cli.screen import console, say, show, show_table
-from photon.errors import InvitationError, MembershipError, RunNotFoundError
+from photon.errors import InvalidValueError, InvitationError, RunNotFoundError
 
 if TYPE_CHECKING:
     from photon.deploy.checks import Check
@@ -157,6 +157,7 @@ def join(
         membership = accept_invitation(invitation, node, home)
         key = NodeKey.load(home / KEY_FILE)
         say(f"{membership.name} is a member at {membership.address}; its key is {key.fingerprint}")
+        say(f"its updates go to the store at {membership.store_origin}")
     elif not known:
         raise InvitationError(
             f"{home} is no member's home yet",
@@ -397,9 +398,9 @@ def _clock(at: float | None) -> str:
 
 def _address(url: str) -> str:
     """host:port out of what a person may give: with https://, with a slash."""
-    address = url.removeprefix("https://").rstrip("/")
-    if ":" not in address:
-        raise MembershipError(
-            f"{url!r} is no address of an aggregator", hint="HOST:PORT, as in the invitation."
-        )
-    return address
+    from photon.config.addresses import host_and_port, joined
+
+    try:
+        return joined(*host_and_port(url.removeprefix("https://").rstrip("/")))
+    except ValueError as error:
+        raise InvalidValueError(f"the aggregator's address {error}") from None

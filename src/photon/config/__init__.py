@@ -12,7 +12,7 @@ from photon.config.load import (
     resolved_toml,
     write_resolved,
 )
-from photon.config.node import NodeConfig, PolicyConfig
+from photon.config.node import NetworkConfig, NodeConfig, PolicyConfig
 from photon.config.run import (
     DataConfig,
     EvalConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "LinkConfig",
     "LocalConfig",
     "ModelConfig",
+    "NetworkConfig",
     "NodeConfig",
     "OuterConfig",
     "PolicyConfig",

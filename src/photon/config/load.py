@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -168,7 +168,9 @@ def _suggestion(key: str, prefix: str, model: type[BaseModel], root: type[BaseMo
 
 def _options_of(annotation: Any) -> tuple[Any, ...]:
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return typing.get_args(annotation)
+        return tuple(one for part in typing.get_args(annotation) for one in _options_of(part))
+    if typing.get_origin(annotation) is Annotated:
+        return _options_of(typing.get_args(annotation)[0])
     return (annotation,)
 
 

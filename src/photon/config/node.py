@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from photon.config.addresses import network_or_host
 from photon.config.compute import ComputeConfig
-from photon.config.section import Positive, Section
+from photon.config.section import LocalPath, Positive, Section
 
 
 class NodeDataConfig(Section):
     """[data]: the site's text. It is read here and never leaves."""
 
-    path: str = Field(
+    path: LocalPath = Field(
         description="Folder made by `photon data prepare`; relative to the current directory."
     )
     silo: str | None = Field(
@@ -74,6 +75,17 @@ class NetworkConfig(Section):
     silence_s: Annotated[float, Field(gt=0)] = Field(
         default=60.0, description="A transfer is given up when no byte moved for so many seconds."
     )
+    allow_private_addresses: list[str] = Field(
+        default_factory=list,
+        description="Where a store that the aggregator names may lie inside this site's own "
+        'network or machine: ranges, addresses or host names, for instance ["10.1.0.0/16", '
+        '"minio.lab.example.org"]. None by default; the aggregator itself needs no entry.',
+    )
+
+    @field_validator("allow_private_addresses")
+    @classmethod
+    def _ranges(cls, entries: list[str]) -> list[str]:
+        return [str(network_or_host(entry)) for entry in entries]
 
 
 class DiskConfig(Section):

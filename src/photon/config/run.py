@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
-from photon.config.section import Positive, Section
+from photon.config.section import LocalPath, Positive, Section
 from photon.config.serve import ServeConfig
 from photon.plugins import MERGING_RULES, OUTER_OPTIMIZERS, plugin_names
 
@@ -77,7 +77,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """[data]: the prepared text."""
 
-    path: str = Field(
+    path: LocalPath = Field(
         description="Folder made by `photon data prepare`; relative to the current directory."
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(

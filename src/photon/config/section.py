@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
+
+#: Of a file or folder on this machine; "~" is the home of who runs Photon.
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from photon.config.section import Positive, Section
+from photon.config.addresses import host_name
+from photon.config.section import LocalPath, Positive, Section
 
 _LISTEN = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):(\d{1,5})$")
 
@@ -22,24 +23,26 @@ class ServeConfig(Section):
     host: str | None = Field(
         default=None,
         description="Name or address by which silos reach this machine, as certificates and "
-        "invitations have it; the machine's own name by default.",
+        "invitations have it, without scheme, port or path; the machine's own name by default.",
     )
     public_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
         default=None,
         description="Port that silos dial, where a router forwards another one than listen's.",
     )
-    home: str = Field(
+    home: LocalPath = Field(
         default="photon-server",
         description="Folder of what outlives runs: certificates, members, logs, the embedded "
         "store. Relative to the current directory.",
     )
-    certificate: str | None = Field(
+    certificate: LocalPath | None = Field(
         default=None,
         description="PEM file of a certificate for the door, with its chain; made by Photon's own "
         "authority by default.",
     )
-    key: str | None = Field(default=None, description="PEM file of the certificate's private key.")
-    ca: str | None = Field(
+    key: LocalPath | None = Field(
+        default=None, description="PEM file of the certificate's private key."
+    )
+    ca: LocalPath | None = Field(
         default=None,
         description="PEM file of the authority that signed the certificate; its fingerprint goes "
         "into invitations. Needed with certificate.",
@@ -85,6 +88,11 @@ class ServeConfig(Section):
         if found is None or not 1 <= int(found[2]) <= 65535:
             raise ValueError(f"{listen!r} is not ADDRESS:PORT, for instance 0.0.0.0:8443")
         return listen
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, host: str | None) -> str | None:
+        return host if host is None else host_name(host)
 
     @model_validator(mode="after")
     def _whole_certificate(self) -> ServeConfig:

@@ -45,8 +45,10 @@ from photon.errors import (
     DeployError,
     DiskFullError,
     PhotonError,
+    UnreachableError,
 )
 from photon.store.contract import Store
+from photon.store.dialling import http_client
 from photon.store.object_store import open_store, presigner_for
 from photon.store.presign import ObstorePresigner
 
@@ -337,9 +339,10 @@ def _probe(store: Store) -> float:
 def _store_clock(store: Store) -> Check:
     grant = presigner_for(store).head(f"{_PROBE}/none", 60)
     try:
-        answer = httpx2.head(grant.url, headers=dict(grant.headers), timeout=_STORE_SILENCE_S)
+        with http_client(grant.url, None, httpx2.Timeout(_STORE_SILENCE_S)) as client:
+            answer = client.head(grant.url, headers=dict(grant.headers))
         theirs = parsedate_to_datetime(answer.headers["date"])
-    except (httpx2.HTTPError, KeyError, ValueError, TypeError):
+    except (UnreachableError, httpx2.HTTPError, KeyError, ValueError, TypeError):
         return Check("store clock", "warn", f"{store} does not say what time it has")
     return skew_check("store clock", theirs, datetime.now(UTC), str(store))
 

@@ -26,6 +26,7 @@ from photon.deploy.service import RestartPolicy, Service
 from photon.errors import DeployError, DiskFullError, ObjectMissingError
 from photon.main_memory import main_memory
 from photon.store.contract import Store
+from photon.store.dialling import http_client
 from photon.store.disk import write_json
 from photon.store.object_store import open_store
 from photon.store.presign import S3Presigner, Verb
@@ -250,7 +251,8 @@ class EmbeddedStore:
         """A request about the bucket, which no call of obstore's sends."""
         grant = self.presigner(self.endpoint).bucket_request(verb, 60)
         try:
-            answer = httpx2.request(verb, grant.url, timeout=_ANSWER_S, trust_env=False)
+            with http_client(grant.url, None, httpx2.Timeout(_ANSWER_S)) as client:
+                answer = client.request(verb, grant.url)
         except httpx2.HTTPError as error:
             raise DeployError(f"the store does not answer: {error}") from error
         code = re.search(r"<Code>([A-Za-z]{1,60})</Code>", answer.text)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from photon.config.addresses import joined
 from photon.config.serve import ServeConfig
 from photon.deploy.logs import readable
 from photon.deploy.service import RestartPolicy, Service
@@ -81,9 +82,7 @@ def public_host(serve: ServeConfig) -> str:
 
 def public_url(serve: ServeConfig) -> str:
     """The door's URL as silos use it, without a path."""
-    host = public_host(serve)
-    shown = f"[{host}]" if ":" in host else host
-    return f"https://{shown}:{serve.public_port or serve.port}"
+    return f"https://{joined(public_host(serve), serve.public_port or serve.port)}"
 
 
 def front_door(settings: DoorSettings, folder: Path) -> Service:

@@ -69,6 +69,8 @@ def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> M
         DeployError: a node runs in this home; the invitation is unused.
         CertificateError: the aggregator is not the one that invited.
         VocabularyMismatchError: the text was cut by another tokenizer than the federation's.
+        AccessRefusedError: its store is where this site lets nobody send it: see
+            network.allow_private_addresses.
         PhotonError: the text can't be used, or the aggregator can't be reached.
     """
     invitation.require_unexpired(time.time())
@@ -111,6 +113,7 @@ def _accept(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
         data_sha256=facts.data_sha256,
         store=answer.get("store"),
     )
+    membership.require_store(node.network)
     # The aggregator believes the new key from now on: it takes the old one's place.
     pending.replace(home / KEY_FILE)
     _write_membership(home, membership)

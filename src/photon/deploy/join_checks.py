@@ -11,14 +11,13 @@ import socket
 import ssl
 import tempfile
 import time
-import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from photon.config import NodeConfig, load_node_config
+from photon.config import NetworkConfig, NodeConfig, load_node_config
 from photon.data import open_data
 from photon.deploy.checks import (
     KEEP_IT_RIGHT,
@@ -54,6 +53,7 @@ from photon.silo.policy import (
     require_same_data,
 )
 from photon.silo.text import own_part
+from photon.store.dialling import proxy_to
 from photon.store.granted_store import GrantedStore
 from photon.store.presign import Grant
 
@@ -112,7 +112,8 @@ def preflight(
         found += [_skipped(name, "node.toml") for name in ("data", "disk", "compute")]
     found.append(checked("flower", flower))
     if known:
-        found += _outside(home, known[0], found)
+        network = nodes[0].network if nodes else NetworkConfig()
+        found += _outside(home, known[0], network, found)
     else:
         names = ("authority", "address", "door", "version", "clock", "member", "store")
         found += [_skipped(name, what) for name in names]
@@ -172,6 +173,8 @@ def _aggregator(
             hint="Look with the invitation: `photon join --check --invite FILE`.",
         )
     membership = read_membership(home)
+    if address is not None:
+        membership = replace(membership, address=address)
     try:
         pem = (home / CA_FILE).read_text(encoding="ascii")
     except (OSError, UnicodeError) as error:
@@ -182,7 +185,7 @@ def _aggregator(
     known.append(
         Aggregator(
             membership.name,
-            address or membership.address,
+            membership.address,
             pem,
             membership.ca_fingerprint,
             home / CA_FILE,
@@ -289,7 +292,9 @@ def _compute(node: NodeConfig) -> Check:
 # --- the aggregator -------------------------------------------------------------------------------
 
 
-def _outside(home: Path, known: Aggregator, before: list[Check]) -> list[Check]:
+def _outside(
+    home: Path, known: Aggregator, network: NetworkConfig, before: list[Check]
+) -> list[Check]:
     """All that needs the network, each only where what it needs is well."""
     found = [checked("authority", lambda: _authority(known))]
     if found[0].verdict == "fail":
@@ -310,7 +315,8 @@ def _outside(home: Path, known: Aggregator, before: list[Check]) -> list[Check]:
             return found + [_skipped(name, "door") for name in names]
         found.append(checked("version", lambda: _version(known, health)))
         found.append(checked("clock", lambda: _clock(known, health)))
-        if known.membership is None:
+        membership = known.membership
+        if membership is None:
             return found + [Check(name, "skip", _LATER) for name in ("member", "store")]
         if any(one.name == "key" and one.verdict == "fail" for one in before):
             return found + [_skipped(name, "key") for name in ("member", "store")]
@@ -318,7 +324,7 @@ def _outside(home: Path, known: Aggregator, before: list[Check]) -> list[Check]:
         found.append(checked("member", lambda: _member(home, known, ca_file, standings)))
         if not standings:
             return [*found, _skipped("store", "member")]
-        found.append(checked("store", lambda: _store(known, ca_file, standings[0])))
+        found.append(checked("store", lambda: _store(membership, network, ca_file, standings[0])))
     return found
 
 
@@ -344,8 +350,9 @@ def _authority(known: Aggregator) -> Check:
 def _address(address: str) -> Check:
     parts = urlsplit(f"https://{address}")
     host, port = parts.hostname or "", parts.port or 443
-    if _proxy_for(host):
-        return Check("address", "ok", f"{address}, through the proxy that HTTPS_PROXY names")
+    proxy = proxy_to(f"https://{address}")
+    if proxy is not None:
+        return Check("address", "ok", f"{address}, through the proxy {proxy}")
     try:
         places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
@@ -370,10 +377,6 @@ def _address(address: str) -> Check:
     )
 
 
-def _proxy_for(host: str) -> bool:
-    return "https" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
-
-
 def _door(known: Aggregator, ca_file: Path, health: dict[str, Any]) -> Check:
     client = DeskClient(known.address, ca_file, None, timeout_s=_ANSWER_S)
     try:
@@ -394,7 +397,7 @@ def _door(known: Aggregator, ca_file: Path, health: dict[str, Any]) -> Check:
 def _days_left(address: str, ca_file: Path) -> float | None:
     """Until the door's certificate expires; None where a proxy is between."""
     parts = urlsplit(f"https://{address}")
-    if _proxy_for(parts.hostname or ""):
+    if proxy_to(f"https://{address}") is not None:
         return None
     trust = ssl.create_default_context(cafile=str(ca_file))
     try:
@@ -445,22 +448,25 @@ def _member(home: Path, known: Aggregator, ca_file: Path, standings: list[Standi
     return Check("member", "ok", f"{standing.name} is {standing.status} and registered for tasks")
 
 
-def _store(known: Aggregator, ca_file: Path, standing: Standing) -> Check:
+def _store(
+    membership: Membership, network: NetworkConfig, ca_file: Path, standing: Standing
+) -> Check:
     probe = standing.probe
     if isinstance(probe, PhotonError):
         raise probe
-    elsewhere = known.membership.store if known.membership is not None else None
-    origin = elsewhere or f"https://{known.address}"
+    origin = membership.store_origin
+    membership.require_store(network)
 
     def leave(*_: object) -> Grant:
         return probe
 
     store = GrantedStore(
         leave,
+        origin,
+        allowed=membership.store_allowed(network),
         name=f"the store at {origin}",
-        origin=origin,
         silence_s=_ANSWER_S,
-        ca_file=None if elsewhere else ca_file,
+        ca_file=ca_file if membership.store is None else None,
     )
     began = time.monotonic()
     try:

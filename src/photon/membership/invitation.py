@@ -26,6 +26,7 @@ import zstandard
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+from photon.config.addresses import host_name, joined
 from photon.errors import DiskFullError, InvitationError
 
 _FORMAT = 2
@@ -33,7 +34,6 @@ _FORMAT = 2
 _MOST_BYTES, _MOST_PACKED_BYTES, _MOST_TOKENIZER_BYTES = 6 << 20, 4 << 20, 64 << 20
 _HINT = "Ask the aggregator's operator for a new one (`photon invite NAME`)."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_HOST = re.compile(r"[A-Za-z0-9_.:-]{1,253}")
 _BEGINS = "# Makes its first user the member "
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{20,200}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -92,7 +92,7 @@ class Invitation:
     @property
     def address(self) -> str:
         """ "host:port", with the brackets that an IPv6 address needs."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return joined(self.host, self.port)
 
     def require_unexpired(self, now: float) -> None:
         """The aggregator decides by its own clock; this spares the way to it.
@@ -228,11 +228,15 @@ def read_invitation(path: str | os.PathLike[str]) -> Invitation:
 
 def _parsed(record: dict[str, Any], path: Path) -> Invitation:
     name = _text(record, "name", _NAME, path)
-    host = _text(record, "host", _HOST, path)
+    host = _text(record, "host", None, path)
     token = _text(record, "token", _TOKEN, path)
     pem = _text(record, "ca_pem", None, path)
     said = _text(record, "ca_fingerprint", None, path)
     port, expires_at = record.get("port"), record.get("expires_at")
+    try:
+        host_name(host)
+    except ValueError as error:
+        raise _wrong(path, "host", host, str(error)) from None
     if not (type(port) is int and 0 < port < 65_536):
         raise _wrong(path, "port", port, "a port, 1 to 65535")
     if not (isinstance(expires_at, datetime) and expires_at.tzinfo is not None):

@@ -63,13 +63,12 @@ def outside(
     cap = node.network.mbit_per_s
 
     def carrier(task_id: str) -> Carrier:
-        behind_the_door = membership.store is None
         grants = desk.grants(task_id)
         store = GrantedStore(
             grants,
-            # A grant that names another host is refused: an update goes where it was agreed.
-            origin=f"https://{membership.address}" if behind_the_door else membership.store,
-            ca_file=door_ca if behind_the_door else None,
+            membership.store_origin,
+            allowed=membership.store_allowed(node.network),
+            ca_file=door_ca if membership.store is None else None,
         )
         transfer = Transfer(
             store,

@@ -36,6 +36,7 @@ from photon.errors import (
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
+from photon.store.dialling import http_client, is_loopback, proxy_to
 from photon.store.presign import Grant, Verb
 
 #: photon.deploy.desk_requests.DESK_PATH.
@@ -108,7 +109,7 @@ class _GrantsAnswer(_Answer):
 class DeskClient:
     """Speaks to one aggregator's desk. Safe to share between threads.
 
-    Where the environment names a proxy (HTTPS_PROXY, NO_PROXY), it is used. Redirects are not
+    Where the environment names a proxy, it is used (photon.store.dialling). Redirects are not
     followed.
 
     Args:
@@ -120,7 +121,7 @@ class DeskClient:
 
     Raises:
         CertificateError: ca_file can't be read.
-        UnreachableError: the address is none.
+        UnreachableError: the address is none, or there is a proxy that can't be used.
     """
 
     def __init__(
@@ -137,12 +138,7 @@ class DeskClient:
                 f"{ca_file} can't be read as a certificate authority: {error}",
                 hint="It came with the invitation: join again, or copy it from a backup.",
             ) from error
-        self._client = httpx2.Client(
-            verify=trust,
-            timeout=httpx2.Timeout(timeout_s),
-            headers={"accept-encoding": "identity", "user-agent": "photon"},
-            follow_redirects=False,
-        )
+        self._client = http_client(self._origin, trust, httpx2.Timeout(timeout_s))
         #: Closes connections; called by itself when nobody holds this any more.
         self.close = weakref.finalize(self, self._client.close)
 
@@ -168,7 +164,11 @@ class DeskClient:
                 hint="Give DeskClient the key whose public half is registered.",
             )
         body = {"token": token, "name": name, "public_key": public_pem, "facts": asdict(facts)}
-        return self._asked("join", body)
+        answer = self._asked("join", body)
+        store = answer.get("store")
+        if store is not None and not (isinstance(store, str) and 0 < len(store) <= 300):
+            raise ProtocolError(f"the desk of {self} names a store that is no address")
+        return answer
 
     def presence(self, presence: Presence) -> dict[str, Any]:
         """Say what this node is doing.
@@ -317,7 +317,14 @@ class DeskClient:
         if isinstance(error, httpx2.TimeoutException):
             words = f"no answer within {self._timeout_s:g} s"
         else:
-            words = str(error)[:300] or type(error).__name__
+            words = _printable(str(error))[:300] or type(error).__name__
+        proxy = proxy_to(self._origin)
+        if proxy is not None:
+            return UnreachableError(
+                f"{self} can't be reached through the proxy {proxy}: {words}",
+                hint="Is the proxy right, does it want a password, and does it let this machine "
+                "connect to that host and port? NO_PROXY names hosts that need none.",
+            )
         return UnreachableError(
             f"{self} can't be reached: {words}",
             hint="Is the address right, is `photon serve` up, and does a firewall let this machine "
@@ -505,7 +512,7 @@ def _origin(address: str) -> str:
             f"{address[:200]!r} is no address of an aggregator",
             hint="HOST:PORT, for instance photon.example:8443.",
         )
-    if plain and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+    if plain and not is_loopback(parts.hostname):
         raise UnreachableError(
             f"{address[:200]!r} is not encrypted", hint="HOST:PORT, without http://."
         )

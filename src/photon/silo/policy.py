@@ -6,13 +6,13 @@ Everything is checked before anything of a run is read, built or downloaded.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from photon.config.addresses import host_and_port
 from photon.errors import (
     DataChangedError,
     MembershipError,
@@ -20,17 +20,17 @@ from photon.errors import (
     ProtocolError,
     VocabularyMismatchError,
 )
+from photon.store.dialling import Allowed
+from photon.store.granted_store import require_origin
 from photon.version import photon_version
 
 if TYPE_CHECKING:  # they import torch, and `photon join` reads the membership without it
-    from photon.config import PolicyConfig, RunConfig
+    from photon.config import NetworkConfig, PolicyConfig, RunConfig
     from photon.data import PreparedData
     from photon.federation.envelopes import Ask
 
 #: What `photon join` leaves in a node's home.
 MEMBERSHIP_FILE = "membership.json"
-
-_ADDRESS = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):\d{1,5}$")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,29 @@ class Membership:
     ca_fingerprint: str
     data_sha256: str | None = None
     store: str | None = None
+
+    @property
+    def store_origin(self) -> str:
+        """Scheme, host and port that every grant must name."""
+        return self.store or f"https://{self.address}"
+
+    def store_allowed(self, network: NetworkConfig) -> list[str]:
+        """Where the store may lie inside this site's network, as photon.store.dialling.Allowed.
+
+        The door may: whoever accepted the invitation chose it.
+        """
+        if self.store is None:
+            return [host_and_port(self.address)[0]]
+        return network.allow_private_addresses
+
+    def require_store(self, network: NetworkConfig) -> None:
+        """Refuse a store that this node would not speak to.
+
+        Raises:
+            AccessRefusedError: not encrypted, or inside this site's network.
+        """
+        _, host, port = require_origin(self.store_origin)
+        Allowed(self.store_allowed(network)).require(host, port)
 
 
 def read_membership(home: Path) -> Membership:
@@ -78,8 +101,10 @@ def read_membership(home: Path) -> Membership:
         optional = key in ("data_sha256", "store")
         if not (isinstance(value, str) and value) and not (optional and value is None):
             raise MembershipError(f"{path}: {key} = {value!r} is not a string", hint=again)
-    if not _ADDRESS.match(found.address):
-        raise MembershipError(f"{path}: address = {found.address!r} is not HOST:PORT", hint=again)
+    try:
+        host_and_port(found.address)
+    except ValueError as error:
+        raise MembershipError(f"{path}: address = {error}", hint=again) from None
     return found
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
-import ipaddress
 import logging
 import re
 import ssl
@@ -17,6 +17,7 @@ import httpx2
 
 from photon.errors import AccessRefusedError, LinkError, StoreUnavailableError
 from photon.store.contract import Buffer, Pace, Store, missing, require_key, require_size, unpaced
+from photon.store.dialling import Allowed, http_client, is_loopback, proxy_to
 from photon.store.presign import Grant, Verb
 
 #: Asked for leave: verb, key, and for PUT the bytes and sha256 of what will be written.
@@ -40,41 +41,50 @@ _LATER_CODES = {"BadDigest", "XAmzContentChecksumMismatch", "IncompleteBody", "R
 class GrantedStore(Store):
     """Objects by grants: presigned URLs that the aggregator hands out one by one.
 
-    Redirects are not followed, and plain http only goes to this machine unless `origin` names it.
-    Where the environment names a proxy (HTTPS_PROXY, NO_PROXY), it is used.
+    A grant is held against what this side knows: the verb, where the store is, the length and
+    sha256 of what is written. It brings no header but those that a store's signature needs, and
+    redirects are not followed. Plain http is for this machine only. Where the environment names a
+    proxy, it is used (photon.store.dialling).
 
     Args:
         grants: asks for leave; called from several threads. What it raises is passed on, so that
             a transfer tries again after StoreUnavailableError.
+        origin: scheme, host and port that grants name ("https://door.example:443"): an update
+            goes where it was agreed.
+        allowed: photon.store.dialling.Allowed: where the store may lie inside this site's network.
         name: for messages.
-        origin: scheme, host and port that grants may name ("https://door.example:443"); any if
-            None. A server can't send a node's update elsewhere then.
         silence_s: the longest wait for a connection, for a write to go on, for a byte to read.
             Shorter than a transfer's own, so that a dead connection is given up and tried again.
         ca_file: trust this certificate authority and no other.
+
+    Raises:
+        AccessRefusedError: an origin that no store may have.
+        UnreachableError: the environment names a proxy that can't be used.
     """
 
     def __init__(
         self,
         grants: Grants,
+        origin: str,
         *,
+        allowed: Iterable[str] = (),
         name: str = "the run's store",
-        origin: str | None = None,
         silence_s: float = 20.0,
         ca_file: Path | None = None,
     ) -> None:
         self._grants = grants
         self._name = name
-        self._origin = _origin(origin) if origin is not None else None
+        self._origin = require_origin(origin)
+        self._watch = Allowed(allowed).watching(*self._origin[1:])
         self._silence_s = silence_s
-        self._client = httpx2.Client(
-            verify=ssl.create_default_context(cafile=str(ca_file)) if ca_file else True,
-            timeout=httpx2.Timeout(silence_s, connect=min(10.0, silence_s), pool=None),
+        self._client = http_client(
+            origin,
+            ssl.create_default_context(cafile=str(ca_file)) if ca_file else None,
+            httpx2.Timeout(silence_s, connect=min(10.0, silence_s), pool=None),
             # As many connections as there are streams: the transfer bounds those.
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32),
-            headers={"accept-encoding": "identity", "user-agent": "photon"},
-            follow_redirects=False,
         )
+        self._through = proxy_to(origin)
         #: Closes connections; called by itself when nobody holds this store any more.
         self.close = weakref.finalize(self, self._client.close)
         _keep_queries_out_of_logs()
@@ -147,10 +157,18 @@ class GrantedStore(Store):
     ) -> Iterator[httpx2.Response]:
         """The answer to one request, with a fresh grant if the first is refused (it may be old)."""
         for last in (False, True):
-            grant = self._checked(self._grants(verb, key, bytes, sha256), verb, key)
+            grant = self._grants(verb, key, bytes, sha256)
+            self._check(grant, verb, key)
+            if verb == "PUT":
+                _check_headers(grant, key, bytes, sha256)
             with self._speaking(verb, key):
                 request = self._client.build_request(
-                    verb, grant.url, headers=grant.headers, content=body() if body else None
+                    verb,
+                    grant.url,
+                    headers=grant.headers,
+                    content=body() if body else None,
+                    # A connection to a proxy is none to the store.
+                    extensions={} if self._through else {"trace": self._watch},
                 )
                 answer = self._client.send(request, stream=True)
                 try:
@@ -162,23 +180,20 @@ class GrantedStore(Store):
                 finally:
                     answer.close()
 
-    def _checked(self, grant: Grant, verb: Verb, key: str) -> Grant:
-        """A grant that may be used: for this verb, at a host it may name."""
+    def _check(self, grant: Grant, verb: Verb, key: str) -> None:
+        """Refuse a grant for another verb, or one that names another host."""
         if grant.verb != verb:
             raise LinkError(f"asked for leave to {verb} {key}, was given leave to {grant.verb}")
         origin = _origin(grant.url)
-        if self._origin is not None and origin != self._origin:
+        if origin != self._origin:
             raise AccessRefusedError(
                 f"leave to {verb} {key} names {_shown(origin)}, this node only speaks to "
                 f"{_shown(self._origin)}"
             )
-        scheme, host, _ = origin
-        if scheme == "http" and self._origin is None and not _is_loopback(host):
+        if verb != "PUT" and grant.headers:
             raise AccessRefusedError(
-                f"leave to {verb} {key} names {_shown(origin)}: not encrypted",
-                hint="Use https. Plain http is for this machine, or where node.toml names it.",
+                f"leave to {verb} {key} brings headers: {_listed(grant.headers)}"
             )
-        return grant
 
     @contextmanager
     def _speaking(self, verb: Verb, key: str) -> Iterator[None]:
@@ -198,8 +213,9 @@ class GrantedStore(Store):
                     hint="Name the certificate authority that the aggregator gave you. If it is "
                     "the right one, somebody else answers in the store's place.",
                 ) from error
+            by = f" through the proxy {self._through}" if self._through else ""
             raise StoreUnavailableError(
-                f"the connection to {self} failed, {verb} {key}: {error}"
+                f"the connection to {self}{by} failed, {verb} {key}: {error}"
             ) from error
 
     def _length(self, answer: httpx2.Response, key: str) -> int:
@@ -248,6 +264,42 @@ def _read_rest(answer: httpx2.Response) -> None:
         _error_code(answer)
 
 
+def require_origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port of a store: https, or http on this machine.
+
+    Raises:
+        AccessRefusedError: something else.
+    """
+    found = _origin(url)
+    if found[0] != "https" and not is_loopback(found[1]):
+        raise AccessRefusedError(
+            f"the store at {_shown(found)} is not encrypted",
+            hint="A store needs https: ask the aggregator's operator, whose AWS_ENDPOINT_URL or "
+            "serve.store names it.",
+        )
+    return found
+
+
+def _check_headers(grant: Grant, key: str, size: int | None, sha256: str | None) -> None:
+    """Refuse headers that no store's signature needs, or that say something untrue."""
+    assert sha256 is not None
+    known = {
+        "content-length": str(size),
+        "if-none-match": "*",
+        "x-amz-checksum-sha256": base64.b64encode(bytes.fromhex(sha256)).decode(),
+        "x-ms-blob-type": "BlockBlob",
+    }
+    odd = [name for name, value in grant.headers.items() if known.get(name) != value]
+    if odd:
+        raise AccessRefusedError(
+            f"leave to PUT {key} brings headers that it must not: {_listed(odd)}"
+        )
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(name[:100] for name in names)
+
+
 def _origin(url: str) -> tuple[str, str, int]:
     """Scheme, host and port of a URL; the rest may be secret."""
     parts = urlsplit(url)
@@ -256,20 +308,13 @@ def _origin(url: str) -> tuple[str, str, int]:
     except (KeyError, ValueError):
         port = 0
     if not port or not parts.hostname or parts.username is not None:
-        raise AccessRefusedError("a grant names no http or https URL")
+        raise AccessRefusedError("the store's address is no http or https URL")
     return parts.scheme, parts.hostname, port
 
 
 def _shown(origin: tuple[str, str, int]) -> str:
     scheme, host, port = origin
     return f"{scheme}://{host}:{port}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class _WithoutQueries(logging.Filter):
