@@ -27,6 +27,7 @@ from photon.deploy.join import accept_invitation
 from photon.deploy.join_checks import preflight
 from photon.deploy.ports import free_ports
 from photon.errors import (
+    AccessRefusedError,
     CertificateError,
     ClockSkewError,
     DataChangedError,
@@ -497,6 +498,32 @@ def test_leave_that_names_another_host_is_not_used(member, another_door, running
     assert "192.0.2.1" in found["store"].found
 
 
+def test_a_store_inside_the_site_is_joined_only_where_the_site_says_so(
+    site, aggregator, monkeypatch
+) -> None:
+    for store, allowed in (
+        ("https://10.1.2.3:9000", "10.1.2.3"),
+        ("https://169.254.169.254", "169.254.169.254"),
+    ):
+        monkeypatch.setattr(aggregator.desk, "_store_origin", store)
+        site.say("")
+        with pytest.raises(AccessRefusedError, match="inside this site's own network") as caught:
+            site.join(aggregator, "inside")
+        assert not (site.home / "membership.json").exists()
+        line = f'allow_private_addresses = ["{allowed}"]'
+        assert line in str(caught.value.hint)
+        # The same node again is in: the invitation is not lost by it.
+        site.say(f"[network]\n{line}")
+        invitation = read_invitation(aggregator.folder / "inside.toml")
+        known = accept_invitation(invitation, load_node_config(site.file), site.home)
+        assert known.store_origin == store
+        shutil.rmtree(site.home)
+        aggregator.roster.expel("inside")
+    monkeypatch.setattr(aggregator.desk, "_store_origin", "http://10.1.2.3:9000")
+    with pytest.raises(AccessRefusedError, match="not encrypted"):
+        site.join(aggregator, "inside")
+
+
 def failed_store(found: dict[str, Check], error: type[PhotonError], *words: str) -> bool:
     check = found["store"]
     assert check.verdict == "fail", check
@@ -523,3 +550,19 @@ def test_the_command(member) -> None:
     assert result.exit_code == MembershipError.exit_code
     assert json.loads(result.stdout)[2]["verdict"] == "fail"
     assert photon(*words, f"127.0.0.1:{free_ports(1)[0]}").exit_code == MembershipError.exit_code
+
+
+def test_socks_is_refused_before_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:1080")
+    (tmp_path / "run.toml").write_text('[model]\npreset = "tiny"\n[data]\npath = "d"\n')
+    for words in (
+        ["join", "--check"],
+        ["join", "--invite", "i.toml"],
+        ["serve", "run.toml"],
+        ["serve", "run.toml", "--check"],
+    ):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 95, result.output
+        assert "ALL_PROXY=socks5://127.0.0.1:1080" in result.output.replace("\n", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]

@@ -7,6 +7,7 @@ import http.server
 import importlib.util
 import ipaddress
 import json
+import os
 import random
 import shutil
 import socket
@@ -866,3 +867,39 @@ def test_a_member_s_limit_is_no_obstacle_to_a_busy_node(aggregator: Aggregator) 
 def test_no_torch_in_a_client() -> None:
     program = "import sys, photon.silo.desk_client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# --- through a proxy ---
+
+
+def test_a_proxy_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        monkeypatch.setenv("ALL_PROXY", f"http://u:hush@127.0.0.1:{port}")
+
+        def refuse() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                asked.append(connection.recv(4096))
+                connection.sendall(refusal)
+
+        asked: list[bytes] = []
+        proxy = threading.Thread(target=refuse)
+        proxy.start()
+        client = DeskClient("fed.example:8443", None, None)
+        with pytest.raises(UnreachableError, match="407 Proxy Authentication") as refused:
+            client.health()
+        proxy.join()
+        listener.close()
+        assert asked[0].startswith(b"CONNECT fed.example:8443 ")
+        with pytest.raises(UnreachableError, match="Connection refused") as dead:
+            client.health()
+        client.close()
+    for error in (refused.value, dead.value):
+        assert f"through the proxy ALL_PROXY=http://127.0.0.1:{port}" in error.message
+        assert "serve" not in f"{error}"
+        assert "hush" not in f"{error}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,9 +67,11 @@ def serve(
     Invite silos with `photon invite NAME`, see who is here with `photon status`.
     """
     from photon.config import load_run_config
+    from photon.store.dialling import keep_to_this_machine
 
     if (run_file is None) == (resume is None):
         raise typer.BadParameter("name a run file, or a run folder with --resume")
+    keep_to_this_machine(os.environ)
     if check:
         config = load_run_config(run_file or _run_file_of(resume), overrides or [])
         from photon.deploy.checks import preflight
@@ -138,6 +141,9 @@ def join(
     `photon join --check`, also with an invitation, tells what is wrong before; it changes nothing
     and leaves the invitation unused. Its exit code is that of the first failure.
     """
+    from photon.store.dialling import keep_to_this_machine
+
+    keep_to_this_machine(os.environ)
     if check:
         from photon.deploy.join_checks import preflight
 

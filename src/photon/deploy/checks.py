@@ -49,6 +49,7 @@ from photon.errors import (
 )
 from photon.store.contract import Store
 from photon.store.dialling import http_client
+from photon.store.granted_store import require_origin
 from photon.store.object_store import open_store, presigner_for
 from photon.store.presign import ObstorePresigner
 
@@ -305,6 +306,7 @@ def _own_store(url: str) -> list[Check]:
         opened.append(store)
         seconds = _probe(store)
         signer = presigner_for(store)
+        require_origin(signer.head(f"{_PROBE}/none", 60).url)
         found = f"{store} took, gave back and removed an object in {seconds:.1f} s"
         if isinstance(signer, ObstorePresigner):
             return Check(

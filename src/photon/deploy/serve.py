@@ -50,6 +50,7 @@ from photon.errors import (
 )
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Member, Roster
 from photon.store.disk import write_json
+from photon.store.granted_store import require_origin
 from photon.store.object_store import open_store, presigner_for
 from photon.store.presign import Presigner
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE, Serving, hold_run
@@ -517,6 +518,8 @@ def _with_whole_paths(config: RunConfig) -> RunConfig:
 
 
 def _origin_of(presigner: Presigner) -> str:
-    """Scheme, host and port that grants of this presigner name."""
-    parts = urlsplit(presigner.head("origin", 60).url)
+    """Scheme, host and port that grants of this presigner name; such as silos speak to."""
+    url = presigner.head("origin", 60).url
+    require_origin(url)
+    parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"

@@ -6,7 +6,7 @@ import contextlib
 import ipaddress
 import socket
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -69,26 +69,44 @@ def proxy_to(url: str) -> Proxy | None:
     HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY count.
 
     Raises:
-        UnreachableError: one that can't be used: Photon's clients speak CONNECT only. Whichever
-            would be used: Flower's client makes all of them ready.
+        UnreachableError: as `keep_to_this_machine`.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
-    proxies = getproxies()
-    if is_loopback(host) or proxy_bypass(host) or _in_a_range(host, proxies.get("no", "")):
+    if is_loopback(host) or proxy_bypass(host) or _in_a_range(host, getproxies().get("no", "")):
         return None
+    proxies = _proxies()
+    return proxies.get(parts.scheme) or proxies.get("all")
+
+
+def keep_to_this_machine(environment: MutableMapping[str, str]) -> None:
+    """Let what is on loopback be reached past proxies, by libraries that read them themselves.
+
+    Raises:
+        UnreachableError: a proxy that can't be used: only those that take CONNECT can.
+    """
+    _proxies()
+    spellings = ("NO_PROXY", "no_proxy")
+    kept = [one for name in spellings for one in environment.get(name, "").split(",") if one]
+    left_out = ",".join(dict.fromkeys([*kept, "127.0.0.1", "localhost", "::1"]))
+    for name in spellings:
+        environment[name] = left_out
+
+
+def _proxies() -> dict[str, Proxy]:
+    """By scheme, and "all". Libraries make all of them ready, whichever is used then."""
     found = {
-        name: Proxy(f"{name.upper()}_PROXY", proxy if "://" in proxy else f"http://{proxy}")
-        for name in (parts.scheme, "https", "http", "all")
-        if (proxy := proxies.get(name))
+        scheme: Proxy(f"{scheme.upper()}_PROXY", proxy if "://" in proxy else f"http://{proxy}")
+        for scheme, proxy in getproxies().items()
+        if scheme in ("http", "https", "all")
     }
     for proxy in found.values():
         if not proxy.url.lower().startswith(("http://", "https://")):
             raise UnreachableError(
                 f"the proxy {proxy} can't be used: Photon speaks to http:// and https:// proxies",
-                hint="Name one that takes CONNECT, or leave the aggregator out by NO_PROXY.",
+                hint="Name one that takes CONNECT, or take that variable out of the environment.",
             )
-    return found.get(parts.scheme) or found.get("all")
+    return found
 
 
 def _in_a_range(host: str, left_out: str) -> bool:

@@ -150,9 +150,9 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    for name in ("NO_PROXY", "no_proxy"):
-        kept = [part for part in env.get(name, "").split(",") if part]
-        env[name] = ",".join(dict.fromkeys([*kept, _LOOPBACK, "localhost"]))
+    from photon.store.dialling import keep_to_this_machine  # not for who only wants the words
+
+    keep_to_this_machine(env)
     return env
 
 
