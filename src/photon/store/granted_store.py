@@ -274,8 +274,8 @@ def require_origin(url: str) -> tuple[str, str, int]:
     if found[0] != "https" and not is_loopback(found[1]):
         raise AccessRefusedError(
             f"the store at {_shown(found)} is not encrypted",
-            hint="A store needs https. serve.store and AWS_ENDPOINT_URL at the aggregator say where "
-            "it is.",
+            hint="A store needs https. serve.store and AWS_ENDPOINT_URL of the aggregator say "
+            "where it is.",
         )
     return found
 
