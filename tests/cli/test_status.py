@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from photon.cli import serve
+from photon.dashboard.progress import RunProgress
+from photon.errors import UnreachableError
+from photon.telemetry.events import RoundStarted, RunStopped
 
 
 def found(detail: str) -> dict:
@@ -36,3 +41,42 @@ def test_and_moves_no_cursor(capsys) -> None:
     said = capsys.readouterr().out
     assert "all good" in said
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(said)
+
+
+def test_the_view_of_a_served_run_says_what_it_waits_for(tmp_path, monkeypatch) -> None:
+    events = [
+        RoundStarted(round=2, global_step=4, participants=["lab-a", "lab-b"]),
+        RunStopped(round=2, reason="interrupted"),
+    ]
+    path = tmp_path / "events.jsonl"
+    lines = [json.dumps({"event": one.name, **one.model_dump()}) for one in events]
+    path.write_text("\n".join([*lines, ""]))
+    waiting = {"for_silos": 2, "round": 2, "here": ["lab-a"], "until": 4e9}
+    monkeypatch.setattr(serve, "_STATUS_EVERY", 1)
+
+    class Over:
+        """An end that comes after so many looks."""
+
+        def __init__(self, looks: int) -> None:
+            self.looks = looks
+
+        def wait(self, _: float) -> bool:
+            self.looks -= 1
+            return self.looks < 0
+
+    for looks, known, words in (
+        (1, {}, "for the federation's loop to start"),
+        (2, found("x"), "for the federation's loop to start"),
+        (2, found("x") | {"run": {"waiting": waiting}}, "for 2 silos for round 2, here: lab-a"),
+    ):
+        progress = RunProgress()
+        serve._follow(path, progress.fold, lambda known=known: known, Over(looks))
+        assert progress.waits_for is not None
+        assert progress.waits_for.startswith(words)
+
+    def nobody() -> dict:
+        raise UnreachableError("no desk")
+
+    progress = RunProgress()
+    serve._follow(path, progress.fold, nobody, Over(2))
+    assert progress.stopped is not None

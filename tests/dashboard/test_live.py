@@ -20,6 +20,7 @@ from photon.telemetry.events import (
     Notice,
     RoundFinished,
     RunStarted,
+    Standing,
     UpdateDropped,
     WorkerLost,
 )
@@ -262,13 +263,16 @@ def test_plain_lines_say_what_happened(stream):
         "simulate presidents: 1.1M parameters, four silos, three rounds of 32 local steps, "
         "cpu fp32",
         "before training evaluated: perplexity 812, loss 6.700, 2.148 bits per byte",
+        "round 1/3 independent: step 16/32, loss 5.941, 16.4k tokens/s",
         "round 1/3 evaluated: perplexity 233 (was 812), loss 5.450, 1.747 bits per byte",
         "round 1/3 finished: train loss 5.500, 262k tokens, up 17.6 MB, down 17.6 MB, 19 s, "
         "about 39 s left",
         "round 2/3 lost worker 1 while it trained republican: exit code -9 (killed)",
+        "round 2/3 independent: step 16/32, loss 5.426, 16.4k tokens/s",
         "round 2/3 evaluated: perplexity 172 (was 233), loss 5.145, 1.649 bits per byte",
         "round 2/3 finished: train loss 5.195, 262k tokens, up 17.6 MB, down 17.6 MB, 19 s, "
         "about 19 s left",
+        "round 3/3 independent: step 16/32, loss 5.217, 16.4k tokens/s",
         "round 3/3 dropped judicial: update has 3 values that are not finite",
         "round 3/3 evaluated: perplexity 152 (was 172), loss 5.022, 1.610 bits per byte",
         "round 3/3 finished: train loss 5.072, 197k tokens, up 17.6 MB, down 17.6 MB, 19 s, "
@@ -276,6 +280,77 @@ def test_plain_lines_say_what_happened(stream):
         "run finished: 721k tokens in 57 s",
         "run stopped in round 3: interrupted by Ctrl-C; it can be resumed",
     ]
+
+
+@pytest.mark.parametrize(("log_every", "lines"), [(1, 16), (16, 8), (32, 4)])
+def test_a_log_tells_how_a_round_goes_as_often_as_the_run_is_told_to(stream, log_every, lines):
+    file = io.StringIO()
+    view = PlainView(Console(file=file, width=200))
+    # A step of a silo takes 1.25 s: a line after ten of them, or at each report if that is later.
+    for event in stream(rounds=1, round_s=200.0, log_every=log_every).whole():
+        view.on_event(event)
+    told = [line for line in file.getvalue().splitlines() if "tokens/s" in line]
+    assert len(told) == lines
+    words = r"round 1/1 democratic: step \d+/32, loss \d\.\d{3}, 1\.6k tokens/s"
+    assert re.fullmatch(words, told[0])
+
+
+def served(event):
+    """The event as a silo elsewhere tells it: how far it is, and no figures."""
+    if not isinstance(event, LocalProgress):
+        return event
+    nothing = dict.fromkeys(("loss", "lr", "gradient_norm", "tokens_per_s"), float("nan"))
+    return LocalProgress(**vars(event) | nothing)
+
+
+def test_figures_that_nobody_has_are_no_words(stream):
+    events = [served(event) for event in stream(log_every=1).whole()]
+    file = io.StringIO()
+    view = PlainView(Console(file=file, width=200))
+    for event in events:
+        view.on_event(event)
+    lines = draw(until(events, LocalProgress, 3))
+    assert "3/32" in row(lines, "democratic")
+    for text in ("\n".join(lines), file.getvalue()):
+        assert not re.search(r"\b(nan|undefined|None|inf)", text, re.IGNORECASE)
+    assert "step " in file.getvalue()
+
+
+def test_a_run_that_stopped_and_waits_for_silos_says_what_for(stream):
+    made = stream()
+    events = [*until(made.whole(), RoundFinished), made.stopped(2)]
+    waits = Standing(waits_for="for 4 silos for round 2, here: judicial", away=["republican"])
+    lines = "\n".join(draw([*events, waits]))
+    assert "Waits for 4 silos for round 2, here: judicial" in lines
+    assert "waiting" in lines
+    assert "topped" not in lines
+    nothing = Standing(waits_for=None, away=[])
+    assert "Waits" not in "\n".join(draw([*events, waits, made.started(resumed_from_round=1)]))
+    assert "Stopped in round 2" in "\n".join(draw([*events, nothing]))
+    assert "Stopped in round 2" in "\n".join(draw([*events, waits, made.stopped(2), nothing]))
+    file = io.StringIO()
+    view = PlainView(Console(file=file, width=200))
+    for event in [*events, waits, waits, nothing]:
+        view.on_event(event)
+    assert file.getvalue().count("waits for 4 silos for round 2") == 1
+
+
+def test_a_silo_that_is_gone_is_no_longer_said_to_be_done(stream):
+    events = until(stream().whole(), LocalFinished)
+    gone = Standing(waits_for=None, away=["democratic", "judicial"])
+    lines = draw([*events, gone])
+    assert "away" in row(lines, "democratic")
+    assert "done" not in row(lines, "democratic")
+    assert "away" not in row(lines, "republican")
+    back = Standing(waits_for=None, away=[])
+    assert "done" in row(draw([*events, gone, back]), "democratic")
+
+
+def test_silos_with_long_names_can_be_told_apart(stream):
+    codes = ("de", "en", "fr", "ja", "pt", "zh")
+    names = [f"debian-descriptions-of-packages-{code}" for code in codes]
+    lines = draw(until(stream(silos=names).whole(), LocalProgress))
+    assert [len([line for line in lines if f"-{code} " in line]) for code in codes] == [1] * 6
 
 
 def test_the_console_decides_which_view(monkeypatch):

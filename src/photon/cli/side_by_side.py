@@ -139,18 +139,17 @@ def _work(training: Training, pipe: Connection) -> None:
     end_with_parent()  # the run can be taken up again
     told = _Told(pipe.send)
     folder = training.folder
-    try:
-        from photon.runs import resume, train
+    with contextlib.suppress(KeyboardInterrupt):  # also while an error is told
+        try:
+            from photon.runs import resume, train
 
-        if (folder / "run.json").exists():
-            resume(folder, listener=told)
-        else:
-            train(training.config, silos=training.silos, run_dir=folder, listener=told)
-    except PhotonError as error:
-        with contextlib.suppress(OSError):
-            pipe.send(error)
-    except KeyboardInterrupt:
-        pass
+            if (folder / "run.json").exists():
+                resume(folder, listener=told)
+            else:
+                train(training.config, silos=training.silos, run_dir=folder, listener=told)
+        except PhotonError as error:
+            with contextlib.suppress(OSError):
+                pipe.send(error)
 
 
 def _interrupt(*_: object) -> None:

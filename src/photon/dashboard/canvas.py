@@ -91,19 +91,24 @@ def round_ticks(axes: Axes, rounds: Sequence[int]) -> None:
 
 
 def label_ends(
-    axes: Axes, ends: Sequence[tuple[float, float, str, str]], *, bold: str | None = None
+    axes: Axes,
+    ends: Sequence[tuple[float, float, str, str]],
+    *,
+    bold: str | None = None,
+    longest: int = LONGEST,
 ) -> None:
     """Names lines at their right end instead of in a legend, pushed apart where they would touch.
 
     Args:
         ends: x, y, name and colour of each line, in data units.
         bold: the name that stands out.
+        longest: characters of a name that there is room for.
     """
     axes.autoscale_view()  # Limits are settled lazily; the transform below needs them now.
     height_pt = axes.bbox.height / axes.get_figure(root=True).dpi * 72  # type: ignore[union-attr]
     step = 11.5 / height_pt
     to_axes = axes.transData + axes.transAxes.inverted()
-    shown = wording.distinct([name for _, _, name, _ in ends], LONGEST)
+    shown = wording.distinct([name for _, _, name, _ in ends], longest)
     columns: dict[float, list[tuple[float, float, float, str, str]]] = {}
     for x, y, name, colour in ends:
         along, up = to_axes.transform((x, y))

@@ -75,6 +75,12 @@ def gap(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> float | None:
     return theirs / ours - 1 if ours and theirs else None
 
 
+def gap_in_words(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> str:
+    """Its gap as tables and sentences give it: `+4.2%`."""
+    difference = gap(row, rows)
+    return "–" if difference is None else wording.signed_percent(difference)
+
+
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     """A table for the terminal; the gap is to the federated row, + is worse."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -83,15 +89,14 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         difference = gap(row, rows)
-        better = difference is not None and difference < 0
-        gap_text = "–" if difference is None else wording.signed_percent(difference)
+        style = "" if difference is None else "green" if difference < 0 else "yellow"
         seconds = "–" if row.seconds is None else wording.duration(row.seconds)
         table.add_row(
             Text(wording.one_line(row.label), style="bold" if row.federated else ""),
             wording.count(row.tokens),
             Text(wording.perplexity(row.perplexity), style="bold"),
             wording.decimal(row.bits_per_byte),
-            Text(gap_text, style="" if difference is None else "green" if better else "yellow"),
+            Text(gap_in_words(row, rows), style=style),
             seconds,
         )
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from matplotlib.axes import Axes
@@ -38,6 +38,8 @@ from photon.dashboard.digest import (
 _PHASES = ("local training", "evaluation", "merging", "checkpoint", "other")
 _GLOBAL = "shared held-out"
 _MOST_COLUMNS = 64
+#: Characters of another run's label that fit beside a wide plot.
+_LONGEST_LABEL = 40
 #: Bytes per token may differ by so much from one silo's text to another's.
 _SAME_TEXT = 0.1
 _SCORES: dict[Measure, tuple[str, str]] = {
@@ -125,11 +127,11 @@ def comparison(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Drawing |
     points = curve(digest.evaluations, measure, "tokens")
     if not others or not points:
         return None
-    figure, axes = new_axes(WIDE, right=0.2)
-    names = list(digest.silos)
+    longest = max(len(wording.one_line(label)) for label in [*others, "this run"])
+    figure, axes = new_axes(WIDE, right=0.04 + 0.0075 * min(longest, _LONGEST_LABEL))
     ends = []
-    for i, (label, line) in enumerate(others.items()):
-        colour, dash = _comparison_style(label, i, names)
+    styles = _comparison_styles(list(others), list(digest.silos))
+    for (label, line), (colour, dash) in zip(others.items(), styles, strict=True):
         _plot_evaluations(axes, line, colour, width=1.4, dash=dash)
         ends.append((*line[-1], label, colour))
     _plot_evaluations(axes, points, palette.INK, width=2.4)
@@ -138,7 +140,7 @@ def comparison(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Drawing |
     what = "Loss" if alike else "Bits per byte"
     unit = "held-out loss (nats per token)" if alike else "held-out bits per byte"
     name_axes(axes, "tokens the run trained on", unit)
-    label_ends(axes, ends, bold="this run")
+    label_ends(axes, ends, bold="this run", longest=_LONGEST_LABEL)
     caption = (
         f"{what} on the same shared held-out text. Lower is better; a line that ends further left "
         "trained on fewer tokens."
@@ -346,12 +348,17 @@ def _plot_evaluations(
     )
 
 
-def _comparison_style(label: str, index: int, silos: list[str]) -> tuple[str, str]:
-    """A silo that trained alone keeps its colour; any other baseline is dashed and muted."""
-    name = label.rpartition(":")[2].strip()
-    if name in silos and len(silos) <= palette.MOST_NAMED:
-        return palette.silo_style(silos.index(name))
-    return palette.MUTED, ("--", ":", "-.")[index % 3]
+def _comparison_styles(labels: list[str], silos: list[str]) -> Iterator[tuple[str, str]]:
+    """A silo that trained alone keeps its colour, dotted the second time; others are muted."""
+    seen: set[str] = set()
+    for index, label in enumerate(labels):
+        name = label.rpartition(":")[2].strip()
+        if name in silos and len(silos) <= palette.MOST_NAMED:
+            colour, dash = palette.silo_style(silos.index(name))
+            yield colour, ":" if name in seen else dash
+            seen.add(name)
+        else:
+            yield palette.MUTED, ("--", ":", "-.")[index % 3]
 
 
 def _left_out(points: Sequence[EvaluationPoint]) -> str:

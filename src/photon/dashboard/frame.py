@@ -6,6 +6,7 @@ times as much, in the process that trains.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from rich.cells import cell_len, set_cell_size
@@ -28,14 +29,15 @@ _STYLES = {
     "training": Style(color="cyan"),
     "done": Style(color="green"),
     "dropped": Style(color="yellow"),
+    "away": Style(color="yellow"),
     "waiting": Style(dim=True),
     "better": Style(color="green"),
     "worse": Style(color="yellow"),
     "value": Style(bold=True),
 }
-_MARKS = {"waiting": "·", "training": "▸", "done": "✓", "dropped": "✗"}
+_MARKS = {"waiting": "·", "training": "▸", "done": "✓", "dropped": "✗", "away": "?"}
 #: Shown first when there is no room for all.
-_ORDER = {"dropped": 0, "training": 1, "done": 2, "waiting": 3}
+_ORDER = {"dropped": 0, "away": 0, "training": 1, "done": 2, "waiting": 3}
 _HISTORY_ROWS = 5
 _WIDEST = 120
 
@@ -127,6 +129,8 @@ def _header(progress: RunProgress, width: int) -> Iterator[Line]:
 def _left(progress: RunProgress) -> str:
     if progress.finished:
         return "finished"
+    if progress.waits_for is not None:
+        return "waiting"
     if progress.stopped is not None:
         return "stopped"
     left_s = progress.left_s
@@ -134,6 +138,9 @@ def _left(progress: RunProgress) -> str:
 
 
 def _silos(progress: RunProgress, width: int, room: int) -> Iterator[Line]:
+    if progress.waits_for is not None:
+        yield [("Waits ", "title"), (wording.one_line(progress.waits_for), "")]
+        return
     if progress.stopped is not None:
         yield [
             (f"Stopped in round {progress.stopped.round} ", "worse"),
@@ -146,25 +153,29 @@ def _silos(progress: RunProgress, width: int, room: int) -> Iterator[Line]:
     silos = list(progress.silos.values())
     shown = silos
     if len(silos) > room - 1:
-        chosen = sorted(silos, key=lambda s: _ORDER[s.state])[: max(1, room - 2)]
+        chosen = sorted(silos, key=lambda s: _ORDER[_state(s, progress)])[: max(1, room - 2)]
         shown = [silo for silo in silos if silo in chosen]
     names = wording.distinct((silo.name for silo in silos), max(10, width // 4))
     widest = max(cell_len(name) for name in names.values())
     for silo in shown:
         name = set_cell_size(names[silo.name], widest)
-        yield _silo_line(silo, name, progress.local_steps, width)
+        yield _silo_line(silo, name, _state(silo, progress), progress.local_steps, width)
     if len(shown) < len(silos):
         rest = [silo for silo in silos if silo not in shown]
-        yield [("  … and " + _count_states(rest), "dim")]
+        yield [("  … and " + _count_states(_state(silo, progress) for silo in rest), "dim")]
 
 
-def _silo_line(silo: SiloProgress, name: str, local_steps: int, width: int) -> Line:
+def _state(silo: SiloProgress, progress: RunProgress) -> str:
+    return "away" if silo.name in progress.away and silo.state != "dropped" else silo.state
+
+
+def _silo_line(silo: SiloProgress, name: str, state: str, local_steps: int, width: int) -> Line:
     line: Line = [
-        (f"  {_MARKS[silo.state]} ", silo.state),
-        (name, "" if silo.state != "waiting" else "dim"),
-        (f"  {silo.state:<8}  ", silo.state),
+        (f"  {_MARKS[state]} ", state),
+        (name, "" if state != "waiting" else "dim"),
+        (f"  {state:<8}  ", state),
     ]
-    if silo.note and silo.state in ("dropped", "waiting"):
+    if silo.note and state in ("dropped", "waiting"):
         return [*line, (wording.one_line(silo.note), "dim")]
     digits = len(str(local_steps))
     steps = f" {silo.step:>{digits}}/{local_steps}"
@@ -176,10 +187,8 @@ def _silo_line(silo: SiloProgress, name: str, local_steps: int, width: int) -> L
     return [*line, *bar(share, cells), (steps, ""), (rest, "")]
 
 
-def _count_states(silos: Iterable[SiloProgress]) -> str:
-    counts: dict[str, int] = {}
-    for silo in silos:
-        counts[silo.state] = counts.get(silo.state, 0) + 1
+def _count_states(states: Iterable[str]) -> str:
+    counts = Counter(states)
     parts = [f"{number} {state}" for state, number in counts.items()]
     return f"{sum(counts.values())} more ({', '.join(parts)})"
 

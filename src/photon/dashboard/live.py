@@ -18,11 +18,13 @@ from photon.telemetry import Event, Listener
 from photon.telemetry.events import (
     ComputeChosen,
     Evaluated,
+    LocalProgress,
     Notice,
     RoundFinished,
     RunFinished,
     RunStarted,
     RunStopped,
+    Standing,
     UpdateDropped,
     WorkerLost,
 )
@@ -33,7 +35,18 @@ _FRAME_S = 0.2
 _BUDGET = 0.004
 #: Seconds of rendering it may save up, so that a change of phase shows at once.
 _SAVINGS_S = 0.05
-_MILESTONES = (RoundFinished, Evaluated, UpdateDropped, WorkerLost, ComputeChosen, Notice)
+_MILESTONES = (
+    RoundFinished,
+    Evaluated,
+    UpdateDropped,
+    WorkerLost,
+    ComputeChosen,
+    Notice,
+    RunStopped,
+    Standing,
+)
+#: A log says something at least so often while a node trains, if run.log_every lets it.
+_LINE_S = 10.0
 
 
 def progress_view(console: Console | None = None) -> Listener:
@@ -129,16 +142,19 @@ class LiveView:
 
 
 class PlainView:
-    """A listener that prints one readable line per milestone, for logs."""
+    """A listener that prints one readable line per milestone, and some on the way, for logs."""
 
     def __init__(self, console: Console) -> None:
         self.progress = RunProgress()
         self._console = console
+        self._told_s = 0.0
+        self._waits_for: str | None = None
 
     def on_event(self, event: Event) -> None:
         self.progress.fold(event)
         line = self._line(event)
         if line is not None:
+            self._told_s = self.progress.now_s
             with contextlib.suppress(OSError):  # nobody reads it any more; training goes on
                 self._console.print(
                     wording.one_line(line),
@@ -160,6 +176,11 @@ class PlainView:
                     f"node {event.worker} trains with {event.strategy} on "
                     f"{wording.several(event.ranks, 'rank')}: {event.reason}"
                 )
+            case LocalProgress() if self.progress.now_s - self._told_s >= _LINE_S:
+                return f"{self._round(event.round)} {event.silo}: {self._describe_step(event)}"
+            case Standing():
+                told, self._waits_for = self._waits_for, event.waits_for
+                return f"waits {event.waits_for}" if event.waits_for not in (None, told) else None
             case Notice():
                 return f"{self._round(event.round)} {event.silo}: {event.text}"
             case UpdateDropped():
@@ -188,11 +209,19 @@ class PlainView:
         total = str(self.progress.rounds or "?")
         return f"round {number:>{len(total)}}/{total}"
 
+    def _describe_step(self, event: LocalProgress) -> str:
+        parts = [f"step {event.step}/{self.progress.local_steps}"]
+        if event.loss is not None:
+            parts.append(f"loss {wording.decimal(event.loss)}")
+        if event.tokens_per_s is not None:
+            parts.append(f"{wording.count(event.tokens_per_s)} tokens/s")
+        return ", ".join(parts)
+
     def _describe_evaluation(self, event: Evaluated) -> str:
         before = self.progress.evaluation_before
         was = f" (was {wording.perplexity(before.perplexity)})" if before is not None else ""
         return (
-            f"perplexity {wording.perplexity(event.perplexity)}{was}, "
+            f"perplexity {wording.perplexity(event.perplexity, 'diverged')}{was}, "
             f"loss {wording.decimal(event.loss)}, "
             f"{wording.decimal(event.bits_per_byte)} bits per byte"
         )

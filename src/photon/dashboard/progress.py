@@ -18,6 +18,7 @@ from photon.telemetry.events import (
     RunFinished,
     RunStarted,
     RunStopped,
+    Standing,
     UpdateDropped,
     WorkerLost,
 )
@@ -74,6 +75,8 @@ class RunProgress:
     workers_lost: int = 0
     updates_dropped: int = 0
     stopped: RunStopped | None = None
+    waits_for: str | None = None
+    away: frozenset[str] = frozenset()
     finished: bool = False
     _train_loss: float | None = None
 
@@ -125,7 +128,13 @@ class RunProgress:
 
     def fold(self, event: Event) -> None:
         """Takes one event in."""
-        self.now_s = max(self.now_s, event.time_s)
+        if isinstance(event, Standing):
+            # That it stopped is told until there is something newer.
+            if event.waits_for is not None or self.stopped is None:
+                self.waits_for = event.waits_for
+            self.away = frozenset(event.away)
+            return
+        self.now_s, self.waits_for = max(self.now_s, event.time_s), None
         match event:
             case LocalProgress():
                 silo = self._silo(event.silo)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from photon.dashboard import palette, wording
-from photon.dashboard.comparison import ComparisonRow, compared_by, gap
+from photon.dashboard.comparison import ComparisonRow, compared_by, gap_in_words
 from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, read_digest
 from photon.dashboard.effort import STEP_PARTS, effort_rows, step_legend
 from photon.errors import DiskFullError
@@ -312,7 +312,6 @@ def _comparison_rows(digest: RunDigest, others: Mapping[str, RunDigest]) -> list
         return []
     rows, table = _comparison(digest, others), []
     for row, other in zip(rows, [digest, *others.values()], strict=True):
-        difference = gap(row, rows)
         table.append(
             {
                 "label": wording.one_line(row.label),
@@ -320,7 +319,7 @@ def _comparison_rows(digest: RunDigest, others: Mapping[str, RunDigest]) -> list
                 "tokens": wording.count(row.tokens),
                 "perplexity": wording.perplexity(row.perplexity),
                 "bits": wording.decimal(row.bits_per_byte),
-                "gap": "–" if difference is None else wording.signed_percent(difference),
+                "gap": gap_in_words(row, rows),
                 "time": wording.duration(row.seconds or 0.0),
                 "unfinished": other.state != "finished",
             }

@@ -238,6 +238,17 @@ class RunStopped(Event):
     reason: str
 
 
+class Standing(Event):
+    """Where a served run stands between its events; told to a view, and written to no file.
+
+    waits_for says in words for what and until when; away names silos that are not heard of.
+    """
+
+    name = "standing"
+    waits_for: str | None
+    away: list[str]
+
+
 EVENTS: dict[str, type[Event]] = {kind.name: kind for kind in Event.__subclasses__()}
 
 
