@@ -18,6 +18,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
 PROMISES = [page for page in PAGES if page.name not in {"ARCHITECTURE.md", "LAB.md"}]
 
 
+COMMANDS = get_command(app)
+
+
 def commands_in(text: str) -> list[str]:
     """Command lines in code blocks and in `inline code`, with continuation lines joined."""
     text = text.replace("\\\n", " ")
@@ -30,7 +33,7 @@ def commands_in(text: str) -> list[str]:
 def wrong_with(line: str) -> str | None:
     """What is not there: the command or the option that a command line names."""
     words = shlex.split(line, comments=True)[1:]
-    command: Any = get_command(app)
+    command: Any = COMMANDS
     while hasattr(command, "commands") and words and re.match(r"[a-z]", words[0]):
         if words[0] not in command.commands:
             return f"no command {words[0]!r}"
@@ -78,7 +81,7 @@ def test_every_command_shows_an_example_in_its_help() -> None:
             found += leaves(child, f"{path} {name}")
         return found
 
-    for path, command in leaves(get_command(app), "photon"):
+    for path, command in leaves(COMMANDS, "photon"):
         if path != "photon version":
             assert f"`{path}" in (command.help or ""), f"{path} --help has no example"
         for line in commands_in(command.help or ""):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,7 @@ from typer.core import TyperGroup
 from photon.cli.data import data_app
 from photon.cli.demo import demo
 from photon.cli.doctor import doctor
+from photon.cli.init import init
 from photon.cli.members import audit, invite, members_app
 from photon.cli.outcome import show_outcome
 from photon.cli.profile import profile
@@ -23,6 +26,10 @@ from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
 
 class _Photon(TyperGroup):
     """Turns PhotonError into its message on stderr and its exit code, and Ctrl-C into 130."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order of use; typer has groups last."""
+        return [name for commands in _PANELS.values() for name in commands] + ["version"]
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -74,20 +81,11 @@ def photon(
         bool, typer.Option("--verbose", help="With an error, also where in the code it came from.")
     ] = False,
 ) -> None:
-    """Train one language model across organisations that keep their data."""
+    """Train one language model across organisations that keep their data.
 
+    New here? `photon init first` writes a run file and a little text, and says how to go on.
+    """
 
-app.add_typer(data_app, name="data")
-app.command("demo")(demo)
-app.command("doctor")(doctor)
-app.command("profile")(profile)
-app.command("serve")(serve)
-app.command("join")(join)
-app.command("status")(status)
-app.command("stop")(stop)
-app.command("invite")(invite)
-app.add_typer(members_app, name="members")
-app.command("audit")(audit)
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", metavar="RUN.toml")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]
@@ -103,7 +101,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
 
 
-@app.command()
 def simulate(
     run_file: RunFile,
     overrides: Sets = None,
@@ -118,6 +115,7 @@ def simulate(
 
     Ctrl-C stops at once; `photon resume DIR` goes on from the last finished round.
     """
+    _loading(quiet)
     from photon.config import load_run_config
     from photon.runs import simulate as start
 
@@ -127,7 +125,6 @@ def simulate(
         show_outcome(result.folder, result.summary, as_json=as_json)
 
 
-@app.command()
 def train(
     run_file: RunFile,
     overrides: Sets = None,
@@ -148,6 +145,7 @@ def train(
 
     Example: `photon train recipes/demo.toml --run-dir runs/central`
     """
+    _loading(quiet)
     from photon.config import load_run_config
     from photon.runs import train as start
 
@@ -159,7 +157,6 @@ def train(
         show_outcome(result.folder, result.summary, as_json=as_json)
 
 
-@app.command()
 def resume(
     folder: Folder, overrides: Sets = None, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
@@ -167,6 +164,7 @@ def resume(
 
     The result is the same as if it had never stopped. Example: `photon resume runs/demo`
     """
+    _loading(quiet)
     from photon.runs import resume as start
 
     result = start(folder, overrides=overrides or [], listener=_view(quiet))
@@ -174,7 +172,6 @@ def resume(
         show_outcome(result.folder, result.summary, as_json=as_json)
 
 
-@app.command()
 def report(
     folder: Folder,
     out: Annotated[Path | None, typer.Option("--out", help="Where; DIR/report.html.")] = None,
@@ -194,19 +191,21 @@ def report(
     show(f"Report: {page}")
 
 
-@app.command()
 def export(
     folder: Folder,
     out: Annotated[Path, typer.Option("--out", help="Hugging Face folder to make.")],
     bf16: Annotated[bool, typer.Option("--bf16", help="Write bfloat16 weights.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
-    overwrite: Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that is there.")
+    ] = False,
 ) -> None:
     """Write the model as safetensors, config.json, tokenizer and model card.
 
     Loads in transformers and vLLM unchanged. Example: `photon export runs/demo --out my-model`
     """
-    from photon.products import export as write
+    with _imports():
+        from photon.products import export as write
 
     path = write(
         folder,
@@ -218,19 +217,24 @@ def export(
     show(f"Model: {path}")
 
 
-@app.command("eval")
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="Run folder or Hugging Face folder.")],
     data: Annotated[Path, typer.Option("--data", help="Folder made by `photon data prepare`.")],
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a window.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Bound per held-out set.")] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens that the model sees at a time; the run's own by default."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Score at most so many of each held-out set.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and bits per byte on the global held-out text and each silo's own.
 
     Example: `photon eval runs/demo --data data/demo`
     """
-    from photon.products import evaluate as run
+    with _imports():
+        from photon.products import evaluate as run
 
     scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens)
     if as_json:
@@ -260,20 +264,27 @@ def evaluate(
     )
 
 
-@app.command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="Run folder or Hugging Face folder.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = (
-        "The people of the United States"
-    ),
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = "The",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 100,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Most likely tokens considered.")] = 50,
-    top_p: Annotated[float, typer.Option(help="Probability mass considered.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="How freely it chooses; at 0 always the likeliest token.", min=0)
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(help="Choose among this many of the likeliest tokens.")
+    ] = 50,
+    top_p: Annotated[
+        float, typer.Option(help="Choose among the likeliest tokens that have this share together.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
-    """Continue a prompt. Example: `photon generate runs/demo --prompt "Fellow citizens"`"""
-    from photon.products import generate as run
+    """Let the model continue a text.
+
+    Example: `photon generate runs/demo --prompt "Fellow citizens"`
+    """
+    with _imports():
+        from photon.products import generate as run
 
     words = run(
         folder,
@@ -287,18 +298,60 @@ def generate(
     typer.echo(prompt + words)
 
 
-@app.command()
-def version() -> None:
-    """Print Photon's version."""
-    from photon.version import photon_version
+#: Commands as a person comes to need them; `photon --help` shows them so.
+_PANELS: dict[str, dict[str, Any]] = {
+    "First": {"init": init, "demo": demo, "doctor": doctor},
+    "Train on this machine": {
+        "data": data_app,
+        "profile": profile,
+        "simulate": simulate,
+        "train": train,
+        "resume": resume,
+    },
+    "See and use what came out": {
+        "report": report,
+        "eval": evaluate,
+        "generate": generate,
+        "export": export,
+    },
+    "Across organisations: the aggregator's operator": {
+        "serve": serve,
+        "invite": invite,
+        "members": members_app,
+        "status": status,
+        "stop": stop,
+        "audit": audit,
+    },
+    "Across organisations: a silo": {"join": join},
+}
+for _panel, _commands in _PANELS.items():
+    for _name, _command in _commands.items():
+        if isinstance(_command, typer.Typer):
+            app.add_typer(_command, name=_name, rich_help_panel=_panel)
+        else:
+            app.command(_name, rich_help_panel=_panel)(_command)
 
-    typer.echo(photon_version())
+
+@app.command("version", hidden=True)
+def version_command() -> None:
+    """Print Photon's version; `photon --version` does, too."""
+    _version(True)
 
 
 def main() -> None:
     """Entry point of the `photon` script."""
     guard_output()
     app()
+
+
+def _loading(quiet: bool) -> None:
+    """A first line at once: importing PyTorch and transformers takes seconds on a cold disk."""
+    if not quiet and os.environ.get("RANK", "0") == "0":  # torchrun's other ranks say nothing
+        say("Loading PyTorch ...")
+
+
+def _imports() -> AbstractContextManager[Any]:
+    return console().status("Loading PyTorch ...")
 
 
 def _view(quiet: bool) -> Any:
