@@ -100,7 +100,7 @@ def evaluate(
         ModelError: neither a run nor a model is there. The hub is asked for "hf:OWNER/NAME" only.
         VocabularyMismatchError: the data was cut by another tokenizer than the model's.
     """
-    text = open_data(data)
+    text = open_data(data, only_to_score=True)
     if is_run(folder):
         require_same_tokenizer(tokenizer_folder(folder) / "tokenizer.json", text)
         model, config = load_weights(folder)

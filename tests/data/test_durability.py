@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from photon.data import PrepareOptions, open_data, prepare
-from photon.errors import DataError, MachineError
+from photon.errors import DataError, EmptySiloError, MachineError
 
 
 @pytest.fixture
@@ -152,10 +155,85 @@ def test_a_link_stays_a_link(rows):
     assert left(rows.parent) == ["data", "real", "rows.jsonl"]
 
 
-def test_an_out_that_can_not_be_made_is_said_in_words(rows):
+def unread(stage, done, total):
+    raise AssertionError("it began to read")
+
+
+@pytest.mark.parametrize("out", ["file/below", "file/a/b", "x" * 300, "new/" + "x" * 300, "loop/a"])
+def test_what_can_not_be_written_is_said_before_the_work(rows, out):
     (rows.parent / "file").write_text("no folder")
-    with pytest.raises(MachineError, match=r"can't prepare .*file/below: "):
-        prepare(PrepareOptions(input=rows, out=rows.parent / "file" / "below", vocab_size=300))
+    (rows.parent / "loop").symlink_to("loop")
+    before = left(rows.parent)
+    with pytest.raises(MachineError, match=r"can't prepare .*/") as caught:
+        prepare(PrepareOptions(input=rows, out=rows.parent / out, vocab_size=300), unread)
+    assert "--out" in caught.value.hint
+    assert left(rows.parent) == before
+
+
+def test_a_folder_that_takes_no_files_is_said_before_the_work(unprivileged):
+    root = Path(tempfile.mkdtemp())
+    try:
+        rows = root / "rows.jsonl"
+        rows.write_text('{"text": "a"}\n')
+        root.chmod(0o555)
+        with (
+            unprivileged(),
+            pytest.raises(MachineError, match=r"can't prepare .*Permission denied"),
+        ):
+            prepare(PrepareOptions(input=rows, out=root / "data", vocab_size=300), unread)
+    finally:
+        root.chmod(0o755)
+        shutil.rmtree(root)
+
+
+def test_parents_that_were_made_go_with_a_failure(rows):
+    with pytest.raises(EmptySiloError):
+        prepare(PrepareOptions(input=rows, out=rows.parent / "a/b/c", iid=50, vocab_size=300))
+    assert left(rows.parent) == ["rows.jsonl"]
+    assert prepare(PrepareOptions(input=rows, out=rows.parent / "a/b/c", vocab_size=300)).silos
+
+
+def test_names_that_are_no_utf8_are_kept_as_they_are(tmp_path):
+    """Bytes of another encoding in a folder's, a file's or an ending's name."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for silo in ("a", os.fsdecode(b"\xfc")):
+        (folder / silo).mkdir(parents=True)
+        for n in range(12):
+            (folder / silo / f"{n}.txt").write_text(f"{n} ships. " * 20)
+    (folder / os.fsdecode(b"x.\xe9")).write_text("")
+    data = prepare(PrepareOptions(input=folder, out=tmp_path / "data", silo_folders=True))
+    assert list(data.silos) == ["a", "unnamed"]
+    manifest = json.loads((data.path / "manifest.json").read_bytes())
+    assert manifest["options"]["input"] == folder.name
+    assert r"caf\udce9" in (data.path / "README.md").read_text()
+    open_data(data.path).verify()
+
+
+def test_names_beyond_the_machines_encoding_are_refused_before_the_work():
+    code = r"""
+from photon.data import PrepareOptions, prepare
+from photon.data.partition import folder_names
+from photon.errors import PhotonError
+for call in (
+    lambda: folder_names(["\u6771\u4eac"]),
+    lambda: prepare(PrepareOptions(input="x", out="\u6771")),
+):
+    try:
+        call()
+    except PhotonError as error:
+        print(error.exit_code, "file names on this machine are" in str(error))
+"""
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+    environment = os.environ | plain
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, check=True
+    )
+    assert done.stdout == "20 True\n50 True\n"
+
+
+def test_an_unreadable_prepared_folder_is_said_in_words(rows):
+    with pytest.raises(MachineError, match=r"can't read the prepared data at x{300}: File name"):
+        open_data("x" * 300)
 
 
 def test_permissions_are_those_of_other_folders(rows):

@@ -63,7 +63,7 @@ def test_a_mixed_folder_is_read_in_the_order_of_names(tmp_path):
     documents = list(Source(str(tmp_path)).documents())
     texts = [document.text for document in documents]
     assert texts == ["First.", *(row["text"] for row in ROWS), "Last."]
-    assert documents[1].fields["folder"] == "b"
+    assert documents[1].origin.folder == "b"
 
 
 @pytest.mark.parametrize("kind", ["Dataset", "DatasetDict"])

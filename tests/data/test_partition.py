@@ -6,13 +6,19 @@ from collections import Counter
 import pytest
 
 from photon.data import DocumentInfo, PrepareOptions, prepare
+from photon.data.ingest import Origin
 from photon.data.partition import folder_names
 from photon.errors import DataError, EmptySiloError, PluginError
 
 
 def infos(count, **fields):
     return [
-        DocumentInfo(n, {k: v(n) for k, v in fields.items()}, 100 + n, f"file-{n % 4}")
+        DocumentInfo(
+            n,
+            {k: v(n) for k, v in fields.items()},
+            100 + n,
+            Origin(f"file-{n % 4}", file=f"f{n}.txt"),
+        )
         for n in range(count)
     ]
 
@@ -66,9 +72,9 @@ def test_dirichlet_that_can_not_fill_its_silos_says_so():
 
 
 def test_a_missing_field_names_the_file_and_its_fields():
-    documents = infos(4, file=lambda n: f"f{n}.txt", year=str)
+    documents = infos(4, topic=lambda n: "a", year=str)
     with pytest.raises(
-        DataError, match=r"--silo-field party: f0\.txt has no such field.*file, yea"
+        DataError, match=r"--silo-field party: f0\.txt has no such field.*topic, yea"
     ):
         assign(documents, silo_field="party")
 

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from photon.data import Source
-from photon.data.ingest import Tally
+from photon.data.ingest import Origin, Tally
 from photon.errors import DataError, DataNotFoundError
 
 
@@ -85,8 +85,9 @@ def test_sources_name_the_file_or_folder(tmp_path):
     (tmp_path / "news/local/a.txt").write_text("text")
     (tmp_path / "news/b.jsonl").write_text('{"text": "row", "n": 1, "deep": {"x": 2}}\n')
     found = list(Source(str(tmp_path)).documents())
-    assert [document.source for document in found] == ["news/b.jsonl", "news/local"]
-    assert found[0].fields == {"file": "b.jsonl", "folder": "news", "n": "1"}
+    assert [document.origin.source for document in found] == ["news/b.jsonl", "news/local"]
+    assert found[0].origin == Origin("news/b.jsonl", "b.jsonl", "news")
+    assert found[0].fields == {"n": "1"}
 
 
 def test_metadata_by_file_name_and_two_rows_for_one(tmp_path):
@@ -140,7 +141,9 @@ def test_parquet_that_is_cut_flipped_or_not_utf8(tmp_path):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=r"rows\.parquet is not a readable parquet file"):
             list(Source(str(path)).documents())
-    with pytest.raises(DataError, match=r"latin\.parquet is not a readable parquet file"):
+    with pytest.raises(
+        DataError, match=r"latin\.parquet, rows 1 to 1: the column 'text' \(string\)"
+    ):
         list(Source(str(tmp_path / "latin.parquet")).documents())
 
 

@@ -28,20 +28,25 @@ _SPLIT = "Held-out text"
 
 @data_app.command("prepare")
 def prepare_command(
-    input_: Annotated[
-        str,
+    inputs: Annotated[
+        list[str],
         typer.Option(
             "--input",
             metavar="PATH_OR_NAME",
             help="Text file, JSONL (.gz, .zst), parquet, a folder of these, a saved Hugging Face "
-            "dataset, or hf:OWNER/NAME or hf:OWNER/NAME/CONFIG:SPLIT for one on the hub.",
+            "dataset, or hf:OWNER/NAME or hf:OWNER/NAME/CONFIG:SPLIT for one on the hub. "
+            "Repeatable: all are read, as if they lay in one folder.",
             rich_help_panel=_TEXT,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to make.")],
     silo_field: Annotated[
         str | None,
-        typer.Option(help="One silo per value of this field.", rich_help_panel=_HOW),
+        typer.Option(
+            help="One silo per value of this field; what Photon knows of a document is called "
+            "@file, @folder, @split, @source.",
+            rich_help_panel=_HOW,
+        ),
     ] = None,
     iid: Annotated[
         int | None, typer.Option(help="N silos, documents at random.", rich_help_panel=_HOW)
@@ -118,6 +123,13 @@ def prepare_command(
     train_bytes: Annotated[
         int, typer.Option(help="Most text it is trained on.", rich_help_panel=_TOKENS)
     ] = 50_000_000,
+    max_document_bytes: Annotated[
+        int,
+        typer.Option(
+            help="Longest stretch of a document without a place to cut it at.",
+            rich_help_panel=_TOKENS,
+        ),
+    ] = 16_000_000,
     eos: Annotated[
         str | None, typer.Option(help="Its end-of-text token.", rich_help_panel=_TOKENS)
     ] = None,
@@ -127,6 +139,30 @@ def prepare_command(
     silo_fraction: Annotated[
         float, typer.Option(help="Of documents, for each silo's own.", rich_help_panel=_SPLIT)
     ] = 0.03,
+    stratify_field: Annotated[
+        str | None,
+        typer.Option(
+            help="The global set takes some of each of its values, as of each file and folder.",
+            rich_help_panel=_SPLIT,
+        ),
+    ] = None,
+    ignore_splits: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-splits",
+            help="Train on the input's own validation and test splits too. By default they are "
+            "the global set.",
+            rich_help_panel=_SPLIT,
+        ),
+    ] = False,
+    held_out_only: Annotated[
+        bool,
+        typer.Option(
+            "--held-out-only",
+            help="Hold out everything: text for `photon eval`, of any amount.",
+            rich_help_panel=_SPLIT,
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of splits and random silos.")] = 0,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard file.")] = 2**26,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
@@ -141,7 +177,7 @@ def prepare_command(
     documents are cut into silos. Nothing is fetched unless --input says hf:NAME.
     """
     options = PrepareOptions(
-        input=input_,
+        input=inputs,
         out=out,
         text_key=text_key,
         metadata=metadata,
@@ -161,9 +197,13 @@ def prepare_command(
         eos=eos,
         vocab_size=vocab_size,
         train_bytes=train_bytes,
+        max_document_bytes=max_document_bytes,
         global_fraction=global_fraction,
         silo_fraction=silo_fraction,
         shard_tokens=shard_tokens,
+        stratify_field=stratify_field,
+        ignore_splits=ignore_splits,
+        held_out_only=held_out_only,
         seed=seed,
         overwrite=overwrite,
     )
@@ -179,7 +219,7 @@ def show_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """What a prepared folder holds. Example: `photon data show data/speeches --verify`"""
-    data = open_data(folder)
+    data = open_data(folder, only_to_score=True)
     if verify:
         with progress_bar(console()) as report:
             data.verify(lambda done, total: report("verifying", done, total))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from photon.data.partition import (
     Iid,
     Partitioner,
 )
-from photon.data.readers import HUB_PREFIX
+from photon.data.readers import HUB_PREFIX, PROVENANCE
 from photon.errors import DataError, IncompatibleConfigError, PluginError
 from photon.plugins import PARTITIONERS, load_plugin
 
@@ -28,7 +28,8 @@ class PrepareOptions:
     """What `photon data prepare` takes; at most one way to partition.
 
     Attributes:
-        input: file, folder, saved Hugging Face dataset, or "hf:OWNER/NAME[/CONFIG][:SPLIT]".
+        input: file, folder, saved Hugging Face dataset, or "hf:OWNER/NAME[/CONFIG][:SPLIT]"; or
+            several, which are read as if they lay side by side in one folder.
         out: folder to make.
         text_key: of the text in JSONL, parquet and datasets.
         metadata: CSV joined to text files by file name or stem.
@@ -46,13 +47,20 @@ class PrepareOptions:
         eos: end-of-text token of that tokenizer, where it can't be told.
         vocab_size: of the tokenizer that is trained.
         train_bytes: most text it is trained on.
+        max_document_bytes: a longer stretch of a document must have a place where it can be cut for
+            the tokenizer; memory is about 220 times as much.
         global_fraction, silo_fraction: of documents held out, globally and per silo.
+        stratify_field: the global held-out set takes something of each of its values, as it does of
+            each source and folder.
+        ignore_splits: treat the input's own validation and test splits like the rest; they are the
+            global held-out set by default.
+        held_out_only: all text to score models with, none to train on; needs `tokenizer`.
         shard_tokens: a token file is closed once it holds as many.
         seed: of splits and of random partitions.
         overwrite: replace a prepared folder at `out`.
     """
 
-    input: str | os.PathLike[str]
+    input: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     out: str | os.PathLike[str]
     text_key: str = "text"
     metadata: str | os.PathLike[str] | None = None
@@ -72,8 +80,12 @@ class PrepareOptions:
     eos: str | None = None
     vocab_size: int = 4096
     train_bytes: int = 50_000_000
+    max_document_bytes: int = 16_000_000
     global_fraction: float = 0.03
     silo_fraction: float = 0.03
+    stratify_field: str | None = None
+    ignore_splits: bool = False
+    held_out_only: bool = False
     shard_tokens: int = 2**26
     seed: int = 0
     overwrite: bool = False
@@ -82,8 +94,21 @@ class PrepareOptions:
         """The input these options name."""
         metadata = Path(self.metadata) if self.metadata is not None else None
         return Source(
-            os.fspath(self.input), self.text_key, metadata, self.metadata_key, self.separator
+            self.inputs,
+            self.text_key,
+            metadata,
+            self.metadata_key,
+            self.separator,
+            self._fields_read,
         )
+
+    @property
+    def inputs(self) -> list[str]:
+        """Each input."""
+        given = self.input
+        return [
+            os.fspath(each) for each in ([given] if isinstance(given, str | os.PathLike) else given)
+        ]
 
     def build_partitioner(self) -> Partitioner:
         """The partitioner these options name.
@@ -97,6 +122,11 @@ class PrepareOptions:
         if len(named) > 1:
             raise IncompatibleConfigError(
                 f"{' and '.join(named)} each say how to make silos", hint="Name one of them."
+            )
+        if named and self.held_out_only:
+            raise IncompatibleConfigError(
+                f"{next(iter(named))} makes silos, and --held-out-only makes none",
+                hint="Leave one of them away.",
             )
         return next(iter(named.values()))() if named else Everything()
 
@@ -116,8 +146,15 @@ class PrepareOptions:
             named["--partitioner"] = lambda: _plugin(plugin, self.partitioner_options)
         return named
 
+    @property
+    def silos_mean_something(self) -> bool:
+        """Silos are of a kind of text each; not drawn at random, or cut by size."""
+        return self.iid is None and self.dirichlet is None and self.contiguous is None
+
     def partition_in_words(self) -> str:
         """How documents became silos, for the data card."""
+        if self.held_out_only:
+            return "none, as all text is held out"
         said = "one, of all documents"
         if self.silo_field is not None:
             said = f"one for each value of the field `{self.silo_field}`"
@@ -140,12 +177,15 @@ class PrepareOptions:
         return said
 
     @property
-    def fields_read(self) -> set[str] | None:
-        """Fields that decide anything; None when a plugin may look at all of them."""
+    def _fields_read(self) -> dict[str, str] | None:
+        """Fields that decide anything, and by which option; None when a plugin may see them all."""
         if self.partitioner is not None:
             return None
-        named = {self.silo_field, self.label_field, self.source_field, "folder", "file"}
-        return {name for name in named if name is not None}
+        named = {
+            getattr(self, name): _option(name)
+            for name in ("silo_field", "label_field", "source_field", "stratify_field")
+        }
+        return {name: named[name] for name in named if name not in (None, *PROVENANCE)}
 
     def check(self) -> None:
         """Whether values are in bounds and `out` may be written.
@@ -161,7 +201,7 @@ class PrepareOptions:
                     f"{_option(name)} {value} must lie between 0 and 0.5, both excluded",
                     hint="0.03 holds out about one document in thirty.",
                 )
-        for name in ("min_documents", "train_bytes", "shard_tokens"):
+        for name in ("min_documents", "train_bytes", "shard_tokens", "max_document_bytes"):
             if getattr(self, name) < 1:
                 raise DataError(f"{_option(name)} {getattr(self, name)} must be at least 1")
         if self.seed < 0:
@@ -180,17 +220,33 @@ class PrepareOptions:
                     f"{_option(name)} means nothing without {_option(needed)}",
                     hint=f"Add {_option(needed)}, or leave {_option(name)} away.",
                 )
+        if self.held_out_only and self.tokenizer is None:
+            raise IncompatibleConfigError(
+                "--held-out-only needs a --tokenizer: a model is scored on text as its own cuts it",
+                hint="Name the model's, for example --tokenizer RUN/tokenizer.",
+            )
         self._check_out()
 
     def _check_out(self) -> None:
-        out, given = Path(self.out), os.fspath(self.input)
-        if not given.startswith(HUB_PREFIX):
-            inside, outside = out.resolve(), Path(given).resolve()
-            if inside == outside or inside in outside.parents or outside in inside.parents:
-                raise DataError(
-                    f"--out {out} and --input {given} lie inside one another",
-                    hint="Choose an --out beside the input.",
-                )
+        out = Path(self.out)
+        if not self.inputs:
+            raise DataError("no input is named", hint="Name a file or a folder: --input PATH.")
+        local = [given for given in self.inputs if not given.startswith(HUB_PREFIX)]
+        for number, given in enumerate(local):
+            others = [("--out", os.fspath(out)), *(("--input", path) for path in local[:number])]
+            for option, other in others:
+                one, two = Path(os.path.realpath(other)), Path(os.path.realpath(given))
+                if one == two or one in two.parents or two in one.parents:
+                    raise DataError(
+                        f"{option} {other} and --input {given} lie inside one another",
+                        hint="Choose an --out beside the input, and name no text twice.",
+                    )
+        names = [_last_part(given) for given in local]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise DataError(
+                f"several inputs are called {min(twice)!r}: what lies in them can't be told apart",
+                hint="Rename them, or name the folder that holds them all.",
+            )
         if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
             if not self.overwrite:
                 raise DataError(
@@ -211,11 +267,16 @@ class PrepareOptions:
         record = asdict(self)
         for name in ("out", "overwrite"):
             record.pop(name)
-        for name in ("input", "metadata", "tokenizer"):
-            value = record[name]
-            if value is not None and not os.fspath(value).startswith(HUB_PREFIX):
-                record[name] = Path(value).resolve().name
+        inputs = [_last_part(given) for given in self.inputs]
+        record["input"] = inputs if len(inputs) > 1 else inputs[0]
+        for name in ("metadata", "tokenizer"):
+            if record[name] is not None:
+                record[name] = _last_part(os.fspath(record[name]))
         return record
+
+
+def _last_part(given: str) -> str:
+    return given if given.startswith(HUB_PREFIX) else os.path.basename(os.path.realpath(given))
 
 
 def _plugin(name: str, options: Mapping[str, str]) -> Partitioner:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from photon.data.ingest import Origin
+from photon.data.readers import PROVENANCE, no_field
 from photon.errors import DataError, EmptySiloError
 
 _DRAWS = 100
@@ -24,13 +28,13 @@ class DocumentInfo:
         index: its place in the input, from 0.
         fields: columns that stood beside the text.
         bytes: UTF-8 bytes of the text.
-        source: the file or folder it came out of; see `Document.source`.
+        origin: the file, folder and split that it came out of.
     """
 
     index: int
     fields: Mapping[str, str]
     bytes: int
-    source: str = ""
+    origin: Origin = field(default_factory=Origin)
 
 
 class Partitioner(ABC):
@@ -56,13 +60,13 @@ class ByFolder(Partitioner):
 
     def assign(self, documents: Sequence[DocumentInfo], seed: int) -> list[str]:
         for document in documents:
-            if not document.fields.get("folder"):
+            if not document.origin.folder:
                 raise DataError(
-                    f"--silo-folders: {document.fields.get('file', 'the input')} lies in no "
+                    f"--silo-folders: {document.origin.file or 'the input'} lies in no "
                     "folder of the input",
                     hint="Put each silo's files into a folder of its own.",
                 )
-        return [document.fields["folder"] for document in documents]
+        return [document.origin.folder for document in documents]
 
 
 class Everything(Partitioner):
@@ -150,7 +154,7 @@ class Dirichlet(Partitioner):
 
     def _label(self, document: DocumentInfo) -> str:
         if self._label_field is None:
-            return document.source
+            return document.origin.source
         return _field(document, self._label_field, "--label-field")
 
 
@@ -164,7 +168,7 @@ def folder_names(names: Sequence[str], kind: str = "silos") -> list[str]:
     """Names of silos or sources as safe folder names.
 
     Raises:
-        DataError: two would share a folder, or a name is too long for one.
+        DataError: two would share a folder, or a name is too long for one, or can't be written.
     """
     safe: dict[str, str] = {}
     taken: dict[str, str] = {}
@@ -176,6 +180,14 @@ def folder_names(names: Sequence[str], kind: str = "silos") -> list[str]:
                 f"{name[:60]!r}... is too long to name one of the {kind} ({len(plain)} characters)",
                 hint="Partition by a field with short values.",
             )
+        try:
+            os.fsencode(plain)
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{name!a} can't name one of the {kind}: file names on this machine are "
+                f"{sys.getfilesystemencoding()}",
+                hint="Set LC_ALL=C.UTF-8, or rename it in the input.",
+            ) from None
         if plain in taken:
             raise DataError(
                 f"{kind} {taken[plain]!r} and {name!r} would share the folder {plain!r}",
@@ -191,14 +203,11 @@ def _numbered(numbers: np.ndarray, count: int) -> list[str]:
 
 
 def _field(document: DocumentInfo, field: str, option: str) -> str:
-    value = document.fields.get(field)
+    asked_of_photon = field in PROVENANCE
+    value = getattr(document.origin, field[1:]) if asked_of_photon else document.fields.get(field)
     if value is None or not value.strip():
-        where = document.fields.get("file") or f"document {document.index + 1}"
-        raise DataError(
-            f"{option} {field}: {where} has no such field; it has "
-            f"{', '.join(sorted(document.fields)) or 'none'}",
-            hint="Name a field that every document has (--metadata joins a CSV to text files).",
-        )
+        where = document.origin.file or f"document {document.index + 1}"
+        raise no_field(option, field, where, document.fields)
     return value
 
 
@@ -209,8 +218,11 @@ def _positive(count: int, option: str) -> int:
 
 
 def _require_enough(documents: Sequence[DocumentInfo], count: int) -> None:
-    if len(documents) < 2 * count:
+    most = len(documents) // 2
+    if most < count:
         raise EmptySiloError(
             f"{len(documents)} documents can't fill {count} silos: each needs at least 2",
-            hint=f"Ask for at most {len(documents) // 2} silos.",
+            hint=(f"Ask for at most {most} silos" if most else "Give it more documents")
+            + ". (A text file is one document, unless --separator says what parts its documents, "
+            r"for example --separator '\n\n'.)",
         )

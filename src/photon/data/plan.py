@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from photon.data.ingest import Document, Source, Tally
+from photon.data.ingest import Document, Origin, Source, Tally
 from photon.data.options import PrepareOptions
-from photon.data.partition import ByField, DocumentInfo, Partitioner, fold_small, folder_names
+from photon.data.partition import (
+    ByField,
+    DocumentInfo,
+    Everything,
+    Partitioner,
+    fold_small,
+    folder_names,
+)
 from photon.data.splits import GLOBAL, LOCAL, position_of, split_documents
-from photon.errors import DataError, DataNotFoundError
+from photon.errors import DataError, DataNotFoundError, EmptySiloError
 
 #: Told (stage, done, total); total is 0 where it is not known yet.
 Reporter = Callable[[str, int, int], None]
@@ -22,9 +29,10 @@ class Plan:
     """What happens to each document, in input order.
 
     Attributes:
-        silos: folder name of its silo.
+        silos: folder name of its silo; "" where the input itself holds it out.
         splits: GLOBAL, LOCAL or TRAIN of `photon.data.splits`.
         sources: folder-safe name of its source.
+        origins: where it came from.
         sizes: UTF-8 bytes of its text.
         positions: hash of its text, in [0, 1).
         seed: of the hash.
@@ -34,6 +42,7 @@ class Plan:
     silos: list[str]
     splits: list[str]
     sources: list[str]
+    origins: list[Origin]
     sizes: list[int]
     positions: list[float]
     seed: int
@@ -79,10 +88,9 @@ def make_plan(
     infos: list[DocumentInfo] = []
     positions: list[float] = []
     tally = Tally()
-    wanted = options.fields_read
     for index, document in enumerate(source.documents(tally)):
-        fields = _kept(document.fields, wanted)
-        infos.append(DocumentInfo(index, fields, document.bytes, sys.intern(document.source)))
+        fields = {sys.intern(name): sys.intern(value) for name, value in document.fields.items()}
+        infos.append(DocumentInfo(index, fields, document.bytes, document.origin))
         positions.append(position_of(document.text, options.seed))
         if index % 256 == 0:
             report("reading", index, 0)
@@ -93,26 +101,79 @@ def make_plan(
             hint="Name an input with text in it.",
         )
     remarks = tally.remarks()
-    silos = _silos(infos, options, partitioner, remarks)
-    splits, helped = split_documents(
-        positions,
-        silos,
-        global_fraction=options.global_fraction,
-        silo_fraction=options.silo_fraction,
-    )
+    silos, splits = _parted(infos, positions, options, partitioner, remarks)
     sources = ["text"] * len(infos)
     if options.source_field is not None:
         by_field = ByField(options.source_field, "--source-field").assign(infos, options.seed)
         sources = folder_names(by_field, "sources")
     sizes = [info.bytes for info in infos]
-    return Plan(silos, splits, sources, sizes, positions, options.seed, remarks + helped)
+    origins = [info.origin for info in infos]
+    return Plan(silos, splits, sources, origins, sizes, positions, options.seed, remarks)
 
 
-def _kept(fields: Mapping[str, str], wanted: set[str] | None) -> Mapping[str, str]:
-    # All of them where one is missing, so that the error can say what there is.
-    if wanted is None or not wanted <= fields.keys() | {"folder", "file"}:
-        return fields
-    return {name: sys.intern(fields[name]) for name in wanted if name in fields}
+def _parted(
+    infos: list[DocumentInfo],
+    positions: list[float],
+    options: PrepareOptions,
+    partitioner: Partitioner,
+    remarks: list[str],
+) -> tuple[list[str], list[str]]:
+    """(silos, splits) of all documents; what the input itself holds out is in no silo."""
+    silos, splits = [""] * len(infos), [GLOBAL] * len(infos)
+    if options.held_out_only:
+        return silos, splits
+    held = [info.origin.held_out and not options.ignore_splits for info in infos]
+    rest = [n for n, own in enumerate(held) if not own]
+    own = {position for position, own in zip(positions, held, strict=True) if own}
+    if not rest:
+        raise EmptySiloError(
+            f"all {len(infos)} documents are in splits that the input itself holds out",
+            hint="Train on them with --ignore-splits, or only score with --held-out-only.",
+        )
+    named = _silos([infos[n] for n in rest], options, partitioner, remarks)
+    # Nothing of how silos were made: the set must not depend on it.
+    strata = [[infos[n].origin.source for n in rest], [infos[n].origin.folder for n in rest]]
+    if options.stratify_field is not None:
+        by_field = ByField(options.stratify_field, "--stratify-field")
+        strata.append(by_field.assign([infos[n] for n in rest], options.seed))
+    found, helped = split_documents(
+        [positions[n] for n in rest],
+        named,
+        global_fraction=options.global_fraction,
+        silo_fraction=options.silo_fraction,
+        own=own,
+        strata=strata,
+    )
+    for n, silo, split in zip(rest, named, found, strict=True):
+        silos[n], splits[n] = silo, split
+    if options.silos_mean_something:
+        remarks += _unheard(silos, splits, [info.bytes for info in infos])
+    if own:
+        names = sorted({infos[n].origin.split for n, is_own in enumerate(held) if is_own})
+        copies = found.count(GLOBAL)
+        remarks.append(
+            f"the input's own splits ({', '.join(names)}: {sum(held)} documents"
+            + (f", and {copies} copies of them among the rest" if copies else "")
+            + ") are the global held-out set, and --global-fraction is not used; to train on them "
+            "like on the rest: --ignore-splits"
+        )
+    remarks += helped
+    return silos, splits
+
+
+def _unheard(silos: list[str], splits: list[str], sizes: list[int]) -> list[str]:
+    """A remark on silos that the global set holds nothing of."""
+    heard = {silo for silo, split in zip(silos, splits, strict=True) if split == GLOBAL}
+    unheard = sorted(set(silos) - heard)
+    if not unheard or "" in heard:
+        return []
+    own = sum(size for silo, size in zip(silos, sizes, strict=True) if silo in unheard)
+    shown = ", ".join(unheard[:8]) + (", ..." if len(unheard) > 8 else "")
+    return [
+        f"the global held-out set holds nothing of {len(unheard)} silos ({shown}; "
+        f"{own / sum(sizes):.0%} of all text): --stratify-field NAME takes some of each value of a "
+        "field, a larger --global-fraction more of everything"
+    ]
 
 
 def _silos(
@@ -121,6 +182,8 @@ def _silos(
     partitioner: Partitioner,
     remarks: list[str],
 ) -> list[str]:
+    if isinstance(partitioner, Everything):
+        remarks.append("nothing says how to make silos, so all text is one silo, 'all'")
     names = list(partitioner.assign(infos, options.seed))
     if len(names) != len(infos) or not all(isinstance(name, str) for name in names):
         raise DataError(

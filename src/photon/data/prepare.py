@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 from photon.data.card import data_card
 from photon.data.ingest import Source
 from photon.data.options import PrepareOptions
+from photon.data.pieces import batches, pieces
 from photon.data.plan import Plan, Reporter, make_plan
 from photon.data.prepared import PreparedData, open_data
 from photon.data.scratch import put_in_place, scratch_folder
@@ -30,12 +34,19 @@ from photon.data.shards import (
     write_manifest,
 )
 from photon.data.splits import GLOBAL, LOCAL
-from photon.data.tokenizer import TextTokenizer, load_tokenizer, parallel, train_tokenizer
+from photon.data.tokenizer import (
+    TextTokenizer,
+    load_tokenizer,
+    parallel,
+    train_tokenizer,
+    untrained_tokenizer,
+)
 from photon.errors import DiskFullError, MachineError
 from photon.version import photon_version
 
-#: Text tokenised at a time, in bytes.
-_BATCH_BYTES = 4_000_000
+_COUNTED = ("documents", "tokens", "bytes")
+#: Silos or sources that the held-out set is broken down by.
+_MOST_PARTS = 200
 
 #: (silo or "" for the global set, split, source)
 _Key = tuple[str, str, str]
@@ -56,25 +67,24 @@ def prepare(options: PrepareOptions, progress: Reporter | None = None) -> Prepar
         MachineError: a file or folder that can't be read or written.
         In every case, Ctrl-C too, nothing is left behind and what was at `out` is still there.
     """
-    # A link stays a link: what it names is made or replaced.
-    out = Path(options.out).resolve()
     report = progress or (lambda stage, done, total: None)
-    with _in_words(out):
+    with _in_words(options.out):
+        # A link stays a link: what it names is made or replaced.
+        out = Path(os.path.realpath(options.out))
         options.check()
         partitioner = options.build_partitioner()
         given = load_tokenizer(options.tokenizer, options.eos) if options.tokenizer else None
         source = options.source()
-        plan = make_plan(source, options, partitioner, report)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _require_room(out.parent, sum(plan.sizes))
-        with scratch_folder(out) as scratch:
+        with scratch_folder(out) as scratch:  # first: what can't be written is told before the work
+            plan = make_plan(source, options, partitioner, report)
+            _require_room(scratch, sum(plan.sizes))
             with parallel():
                 tokenizer = given or _train(source, plan, options, report)
-                shards = _write(source, plan, tokenizer, options, scratch, report)
-            _describe(shards, tokenizer, plan, options, scratch)
+                shards, in_global = _write(source, plan, tokenizer, options, scratch, report)
+            _describe(shards, tokenizer, plan, in_global, options, scratch)
             scratch.chmod(0o755)
             put_in_place(scratch, out)
-    return open_data(out)
+    return open_data(out, only_to_score=options.held_out_only)
 
 
 def _train(source: Source, plan: Plan, options: PrepareOptions, report: Reporter) -> TextTokenizer:
@@ -82,6 +92,7 @@ def _train(source: Source, plan: Plan, options: PrepareOptions, report: Reporter
     total = sum(size for number, size in enumerate(plan.sizes) if plan.training(number))
     stride = max(1, -(-total // options.train_bytes))
     budget = min(total, options.train_bytes)
+    untrained = untrained_tokenizer()
 
     def sample() -> Iterator[str]:
         left, seen = budget, 0
@@ -89,10 +100,10 @@ def _train(source: Source, plan: Plan, options: PrepareOptions, report: Reporter
             if not plan.training(number):
                 continue
             if seen % stride == 0 and left > 0:
-                if document.bytes <= left:
-                    yield document.text
-                else:
-                    yield document.text.encode("utf-8")[:left].decode("utf-8", "ignore")
+                text = document.text
+                if document.bytes > left:
+                    text = text.encode("utf-8")[:left].decode("utf-8", "ignore")
+                yield from pieces(text, untrained, options.max_document_bytes, document.place)
                 left -= document.bytes
                 report("training the tokenizer", budget - max(0, left), budget)
             seen += 1
@@ -108,42 +119,38 @@ def _write(
     options: PrepareOptions,
     root: Path,
     report: Reporter,
-) -> dict[_Key, list[Shard]]:
-    """Tokenise everything into shards under `root`."""
+) -> tuple[dict[_Key, list[Shard]], dict[int, int]]:
+    """Tokenise everything into shards under `root`; also the tokens of each globally held out."""
     dtype = _dtype(tokenizer)
     writers: dict[_Key, ShardWriter] = {}
     done, total = 0, sum(plan.sizes)
-    for batch in _batches(source, plan):
-        encoded = tokenizer.encode([text for _, text in batch])
-        for (number, _), ids in zip(batch, encoded, strict=True):
+    in_global: dict[int, int] = {}
+    begun: list[np.ndarray] = []  # pieces of a document whose last is yet to come
+    texts = ((n, one.text, one.place) for n, one in plan.replay(source))
+    for batch in batches(texts, tokenizer.tokenizer, options.max_document_bytes):
+        encoded = tokenizer.encode([text for _, text, _ in batch])
+        for (number, _, ends), ids in zip(batch, encoded, strict=True):
+            begun.append(np.array([*ids, tokenizer.eos_id] if ends else ids, dtype=dtype))
+            if not ends:
+                continue
             key = _place(plan, number)
             if key not in writers:
                 folder = _folder(root, key[0])
                 folder.mkdir(parents=True, exist_ok=True)
                 stem = key[1] if key[2] == "text" else f"{key[1]}-{key[2]}"
                 writers[key] = ShardWriter(folder, stem, dtype, options.shard_tokens)
-            tokens = np.array([*ids, tokenizer.eos_id], dtype=dtype)
+            tokens = np.concatenate(begun) if len(begun) > 1 else begun[0]
+            begun.clear()
             writers[key].add(tokens, plan.sizes[number])
-            done += plan.sizes[number]
-        for key in {_place(plan, number) for number, _ in batch}:
+            if plan.splits[number] == GLOBAL:
+                in_global[number] = len(tokens)
+        for key in {_place(plan, number) for number, _, ends in batch if ends}:
             writers[key].flush()
+        done += sum(len(text.encode("utf-8")) for _, text, _ in batch)
         report("tokenising", done, total)
     for writer in writers.values():
         writer.close()
-    return {key: writers[key].shards for key in sorted(writers)}
-
-
-def _batches(source: Source, plan: Plan) -> Iterator[list[tuple[int, str]]]:
-    batch: list[tuple[int, str]] = []
-    size = 0
-    for number, document in plan.replay(source):
-        batch.append((number, document.text))
-        size += document.bytes
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    return {key: writers[key].shards for key in sorted(writers)}, in_global
 
 
 def _place(plan: Plan, number: int) -> _Key:
@@ -165,6 +172,7 @@ def _describe(
     shards: dict[_Key, list[Shard]],
     tokenizer: TextTokenizer,
     plan: Plan,
+    in_global: Mapping[int, int],
     options: PrepareOptions,
     root: Path,
 ) -> None:
@@ -197,6 +205,7 @@ def _describe(
         "dtype": _dtype(tokenizer).str,
         "tokenizer": tokenizer_record,
         "held_out": sets.pop(""),
+        "held_out_from": _held_out_from(plan, in_global),
         "silos": sets,
         "partition": options.partition_in_words(),
         "options": options.recorded(),
@@ -204,15 +213,31 @@ def _describe(
     }
     write_manifest(root / "manifest.json", manifest)
     card = root / "README.md"
-    card.write_bytes(data_card(open_data(root), manifest).encode("utf-8"))
+    opened = open_data(root, only_to_score=options.held_out_only)
+    card.write_bytes(data_card(opened, manifest).encode("utf-8", "backslashreplace"))
     sync(card)
+
+
+def _held_out_from(plan: Plan, tokens: Mapping[int, int]) -> dict[str, Any]:
+    """What the global held-out set holds of each silo and source, where these are not too many."""
+    labels = {"silo": plan.silos, "source": [origin.source for origin in plan.origins]}
+    counts = {kind: {name: Counter() for name in names} for kind, names in labels.items()}
+    for number, size in tokens.items():
+        for kind, names in labels.items():
+            one = {"documents": 1, "tokens": size, "bytes": plan.sizes[number]}
+            counts[kind][names[number]].update(one)
+    return {
+        kind: {name: {what: count[what] for what in _COUNTED} for name, count in parts.items()}
+        for kind, parts in counts.items()
+        if 1 < len(parts) <= _MOST_PARTS and "" not in parts
+    }
 
 
 def _summary(splits: Splits) -> dict[str, dict[str, int]]:
     return {
         split: {
             what: sum(getattr(shard, what) for shards in sources.values() for shard in shards)
-            for what in ("documents", "tokens", "bytes")
+            for what in _COUNTED
         }
         for split, sources in splits.items()
     }
@@ -230,7 +255,7 @@ def _require_room(folder: Path, text_bytes: int) -> None:
 
 
 @contextmanager
-def _in_words(out: Path) -> Iterator[None]:
+def _in_words(out: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of the operating system as Photon's."""
     try:
         yield
@@ -241,5 +266,12 @@ def _in_words(out: Path) -> Iterator[None]:
                 hint="Free space or choose another --out. Nothing half-written was kept.",
             ) from error
         raise MachineError(
-            f"can't prepare {out}: {error}", hint="Nothing half-written was kept."
+            f"can't prepare {out}: {error}",
+            hint="Choose an --out that can be written. Nothing half-written was kept.",
+        ) from error
+    except UnicodeEncodeError as error:
+        raise MachineError(
+            f"can't prepare {os.fspath(out)!a}: file names on this machine are "
+            f"{sys.getfilesystemencoding()}, which has no {error.object[error.start]!a}",
+            hint="Choose another name, or set LC_ALL=C.UTF-8.",
         ) from error

@@ -23,6 +23,7 @@ from photon.data.shards import (
 from photon.errors import (
     DataNotFoundError,
     EmptySiloError,
+    MachineError,
     ShardCorruptError,
     VocabularyMismatchError,
 )
@@ -108,7 +109,7 @@ class PreparedData:
 
     Attributes:
         path: its folder.
-        silos: by name, sorted.
+        silos: by name, sorted; none where all text is held out.
         held_out: the global held-out set.
         tokenizer_file: tokenizer.json; its folder is what transformers reads.
         tokenizer_sha256: of that file.
@@ -168,10 +169,14 @@ class PreparedData:
                 progress(done, len(files))
 
 
-def open_data(path: str | os.PathLike[str]) -> PreparedData:
+def open_data(path: str | os.PathLike[str], *, only_to_score: bool = False) -> PreparedData:
     """Open a folder made by `photon data prepare`; checks that every file is there and whole.
 
     Sizes are checked, and the hashes of manifests; `PreparedData.verify` checks the rest.
+
+    Args:
+        path: the folder; "~" is a home.
+        only_to_score: nothing is trained, so a folder without silos (--held-out-only) will do.
 
     Raises:
         DataNotFoundError: no such folder, or not a prepared one.
@@ -179,8 +184,18 @@ def open_data(path: str | os.PathLike[str]) -> PreparedData:
         ShardCorruptError: a manifest or file is damaged, truncated or missing.
         VocabularyMismatchError: a silo's tokens were made with another tokenizer.
         EmptySiloError: there is no silo, or one without training text.
+        MachineError: it may not be read.
     """
-    root = Path(path).resolve()
+    try:
+        return _open(Path(os.path.realpath(Path(path).expanduser())), path, only_to_score)
+    except OSError as error:
+        raise MachineError(
+            f"can't read the prepared data at {path}: {error.strerror or error}",
+            hint="Correct the path, or make it readable.",
+        ) from error
+
+
+def _open(root: Path, path: str | os.PathLike[str], only_to_score: bool) -> PreparedData:
     if not root.exists():
         raise DataNotFoundError(
             f"no prepared data at {path}",
@@ -208,7 +223,7 @@ def open_data(path: str | os.PathLike[str]) -> PreparedData:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ShardCorruptError(f"{manifest} is damaged: {error!r}", hint=_AGAIN) from error
-    _require_whole(opened)
+    _require_whole(opened, only_to_score)
     return opened
 
 
@@ -236,9 +251,12 @@ def _open_set(name: str, folder: Path, entry: Any, tokenizer_sha256: str) -> Sil
     return SiloData(name, folder, read_splits(record, path))
 
 
-def _require_whole(data: PreparedData) -> None:
-    if not data.silos:
-        raise EmptySiloError(f"{data.path} holds no silo", hint="Prepare the data again.")
+def _require_whole(data: PreparedData, only_to_score: bool) -> None:
+    if not (data.silos or only_to_score):
+        raise EmptySiloError(
+            f"{data.path} holds no silo: its text is held out to score models with",
+            hint="Prepare text to train on without --held-out-only.",
+        )
     if not data.tokenizer_file.is_file():
         raise ShardCorruptError(f"{data.tokenizer_file} is missing", hint=_AGAIN)
     for part in data.sets():

@@ -7,7 +7,9 @@ import datetime
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -18,10 +20,75 @@ from photon.errors import DataError, DataNotFoundError, PhotonError
 #: "hf:OWNER/NAME[/CONFIG][:SPLIT]": the only spelling that may reach a hub.
 HUB_PREFIX = "hf:"
 
+#: What may be named as a field and is never looked for in a row: see `photon.data.ingest.Origin`.
+PROVENANCE = ("@file", "@folder", "@split", "@source")
+
 _CHUNK = 1 << 20
+_ROWS = 256
+#: Most memory that a zstandard frame may ask for: all that `zstd --long=31` writes.
+_LARGEST_WINDOW = 2**31
 _DAMAGED = (zstandard.ZstdError, zlib.error, EOFError, gzip.BadGzipFile)
+#: What may stand beside a text; the rest (lists, pictures, sound) is passed over.
+_PLAIN = (str, int, float, bool, Decimal, datetime.date, datetime.time, datetime.timedelta)
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is read of a row; a column that nobody asked for can't stop the text.
+
+    Attributes:
+        text: the key of the text.
+        fields: others that are needed, and the options that ask for them; None for all that hold
+            plain values.
+    """
+
+    text: str = "text"
+    fields: Mapping[str, str] | None = None
+
+    def among(self, schema: Any, place: str) -> list[str]:
+        """Those of an Arrow schema that are needed.
+
+        Raises:
+            DataError: it has no text, or lacks a field.
+        """
+        import pyarrow
+
+        kinds = dict(zip(schema.names, schema.types, strict=True))
+        nested = {name for name, kind in kinds.items() if pyarrow.types.is_nested(kind)}
+        if self.text not in kinds or self.text in nested:
+            raise no_text(place, self.text, [*kinds], kinds.get(self.text))
+        others = kinds.keys() - nested if self.fields is None else self.fields.keys()
+        for name, option in (self.fields or {}).items():
+            if name not in kinds:
+                raise no_field(option, name, place, kinds)
+        return [name for name in kinds if name == self.text or name in others]
+
+    def split(self, row: Row, place: str) -> tuple[str, dict[str, str]]:
+        """The text ("" for null), and the other plain values as strings.
+
+        Raises:
+            DataError: no text there, or a needed field that is no plain value.
+        """
+        text = row.get(self.text)
+        if text is None and self.text in row:
+            text = ""  # how tables say that a document is empty
+        if not isinstance(text, str):
+            found = type(text).__name__ if self.text in row else None
+            raise no_text(place, self.text, list(row), found)
+        fields: dict[str, str] = {}
+        for name, value in row.items():
+            if name == self.text or (self.fields is not None and name not in self.fields):
+                continue
+            if isinstance(value, _PLAIN):
+                fields[str(name)] = str(value)
+            elif self.fields is not None and value is not None:
+                raise DataError(
+                    f"{place}: expected one value under {name!r}, found a {type(value).__name__}",
+                    hint="Name a field that holds text, a number or a date.",
+                )
+        return text, fields
 
 
 def decoded(raw: bytes, place: str) -> str:
@@ -44,14 +111,24 @@ def text_parts(path: Path, separator: str | None) -> Iterator[str]:
     if separator is None:
         yield decoded(path.read_bytes(), f"{path} is")
         return
-    mark, rest, number = separator.encode("utf-8"), b"", 0
+    number = 0
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            *parts, rest = (rest + chunk).split(mark)
-            for part in parts:
-                number += 1
-                yield decoded(part, f"{path}, document {number}, is")
-    yield decoded(rest, f"{path}, document {number + 1}, is")
+        chunks = iter(lambda: file.read(_CHUNK), b"")
+        for number, part in enumerate(_parted(chunks, separator.encode("utf-8")), start=1):
+            yield decoded(part, f"{path}, document {number}, is")
+
+
+def _parted(chunks: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
+    """What stands between marks; time is linear in a part's length, however many chunks it has."""
+    held = bytearray()
+    for chunk in chunks:
+        begin = max(0, len(held) - len(mark) + 1)
+        held += chunk
+        if held.find(mark, begin) >= 0:
+            *parts, rest = bytes(held).split(mark)
+            yield from parts
+            held = bytearray(rest)
+    yield bytes(held)
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
@@ -68,6 +145,12 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
             if line.strip():
                 yield place, _object(line, place)
     except _DAMAGED as error:
+        if "memory" in str(error):
+            raise DataError(
+                f"{path} needs more than the {_LARGEST_WINDOW >> 20:,} MiB of memory that Photon "
+                f"gives to unpacking (a zstandard window beyond --long=31): {error}",
+                hint="Compress it again with a smaller window, for instance `zstd --long=27`.",
+            ) from error
         raise DataError(
             f"{path} is damaged or cut short after line {number}: {error}",
             hint="Fetch it, or compress it, again.",
@@ -76,7 +159,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 def _object(line: str, place: str) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_int=_integer)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(
             f"{place}: not JSON: {error}", hint="Each line must be one JSON object (JSONL)."
@@ -89,15 +172,17 @@ def _object(line: str, place: str) -> Row:
     return row
 
 
+def _integer(digits: str) -> int | Decimal:
+    try:
+        return int(digits)
+    except ValueError:  # longer than Python turns into a number
+        return Decimal(digits)
+
+
 def _lines(path: Path) -> Iterator[bytes]:
     # Split at \n alone, as JSONL does, and before decoding, so that an error knows its line.
     with path.open("rb") as file:
-        rest = b""
-        for chunk in _chunks(file, path.suffix.lower()):
-            *lines, rest = (rest + chunk).split(b"\n") if b"\n" in chunk else (rest + chunk,)
-            yield from lines
-        if rest:
-            yield rest
+        yield from _parted(_chunks(file, path.suffix.lower()), b"\n")
 
 
 def _chunks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
@@ -118,7 +203,7 @@ def _zstandard_chunks(file: BinaryIO) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK):
         while chunk:
             if frame is None:
-                frame = zstandard.ZstdDecompressor().decompressobj()
+                frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
             out = frame.decompress(chunk)
             chunk = b""
             if frame.eof:
@@ -129,30 +214,43 @@ def _zstandard_chunks(file: BinaryIO) -> Iterator[bytes]:
         raise EOFError("the last frame has no end")
 
 
-def parquet_rows(path: Path, key: str) -> Iterator[tuple[str, Row]]:
+def parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
     """(place, row) of a parquet file, a batch of rows in memory at a time.
 
     Raises:
-        DataError: it can't be read, or has no column `key`.
+        DataError: it can't be read, or has no text column.
     """
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if key not in schema.names:
-                raise no_text(str(path), key, schema.names)
-            columns = [field.name for field in schema if not pyarrow.types.is_nested(field.type)]
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            names = columns.among(file.schema_arrow, str(path))
+            yield from _rows(file.iter_batches(batch_size=_ROWS, columns=names), f"{path}, row")
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is not a readable parquet file: {error}", hint="Fetch or write it again."
         ) from error
+
+
+def _rows(batches: Iterable[Any], place: str) -> Iterator[tuple[str, Row]]:
+    """(place, row) of Arrow batches or tables."""
+    number = 0
+    for batch in batches:
+        values = []
+        for name in batch.schema.names:
+            try:
+                values.append(batch.column(name).to_pylist())
+            except Exception as error:  # dates that Python does not know, time zones, bad UTF-8
+                kind = batch.schema.field(name).type
+                raise DataError(
+                    f"{place}s {number + 1} to {number + batch.num_rows}: the column {name!r} "
+                    f"({kind}) can't be read: {error}",
+                    hint="Write that column as text, or do without it.",
+                ) from error
+        for row in zip(*values, strict=True):
+            number += 1
+            yield f"{place} {number}", dict(zip(batch.schema.names, row, strict=True))
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -161,8 +259,8 @@ def is_saved_dataset(folder: Path) -> bool:
     return saved or (folder / "dataset_dict.json").exists()
 
 
-def saved_rows(folder: Path) -> Iterator[tuple[str, str, Row]]:
-    """(split, place, row) of a dataset saved with `save_to_disk`; memory-mapped by the library.
+def saved_splits(folder: Path) -> dict[str, Any]:
+    """The datasets in a folder made with `save_to_disk`, by split; "" where it holds only one.
 
     Raises:
         DataError: it can't be read.
@@ -172,20 +270,37 @@ def saved_rows(folder: Path) -> Iterator[tuple[str, str, Row]]:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise DataError(f"{folder} is not a readable Hugging Face dataset: {error}") from error
-    parts: dict[str, Any] = {"": loaded}
+        raise DataError(
+            f"{folder} is not a readable Hugging Face dataset: {error}", hint="Save it again."
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
-        parts = {str(name): part for name, part in loaded.items()}
-    for split in sorted(parts):
-        for number, row in enumerate(parts[split], start=1):
-            yield split, f"{folder}, {split + ' ' if split else ''}row {number}", row
+        return {str(name): loaded[name] for name in sorted(loaded, key=str)}
+    return {"": loaded}
 
 
-def hub_rows(name: str) -> Iterator[tuple[str, Row]]:
+def saved_rows(dataset: Any, place: str, columns: Columns) -> Iterator[tuple[str, Row]]:
+    """(place, row) of one saved dataset; memory-mapped by the library.
+
+    Raises:
+        DataError: it can't be read, or has no text column.
+    """
+    import pyarrow
+
+    names = columns.among(dataset.features.arrow_schema, place)
+    try:
+        # As Arrow tables: whatever format it was saved with, nothing is decoded.
+        chosen = dataset.with_format("arrow").select_columns(names)
+        yield from _rows(chosen.iter(batch_size=_ROWS), f"{place} row")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{place} can't be read: {error}", hint="Save it again.") from error
+
+
+def hub_rows(name: str, columns: Columns) -> Iterator[tuple[str, Row]]:
     """(place, row) of OWNER/NAME[/CONFIG][:SPLIT], streamed from the hub.
 
     Raises:
         DataNotFoundError: no such dataset, or no connection.
+        DataError: it has no text column.
     """
     import datasets
 
@@ -198,6 +313,9 @@ def hub_rows(name: str) -> Iterator[tuple[str, Row]]:
         rows: Any = datasets.load_dataset(
             owner_and_name, config, split=split or "train", streaming=True
         )
+        if rows.features is not None:
+            schema = rows.features.arrow_schema
+            rows = rows.select_columns(columns.among(schema, f"{HUB_PREFIX}{name}"))
         for number, row in enumerate(rows, start=1):
             yield f"{HUB_PREFIX}{name}, row {number}", row
     except PhotonError:
@@ -211,32 +329,23 @@ def hub_rows(name: str) -> Iterator[tuple[str, Row]]:
         ) from error
 
 
-def text_and_fields(row: Mapping[str, Any], key: str, place: str) -> tuple[str, dict[str, str]]:
-    """The text under `key` ("" for null), and the other plain values as strings.
-
-    Raises:
-        DataError: no such key, or no text under it.
-    """
-    text = row.get(key)
-    if text is None and key in row:
-        text = ""  # how tables say that a document is empty
-    if not isinstance(text, str):
-        raise no_text(place, key, list(row), None if key not in row else type(text).__name__)
-    plain = (str, int, float, bool, datetime.date)
-    return text, {
-        str(name): str(value)
-        for name, value in row.items()
-        if name != key and isinstance(value, plain)
-    }
-
-
-def no_text(place: str, key: str, keys: list[Any], found: str | None = None) -> DataError:
+def no_text(place: str, key: str, keys: list[Any], found: object = None) -> DataError:
     """The error for a row without text."""
-    what = f"a {found}" if found else "no such key"
+    what = f"a {found}" if found is not None else "no such key"
     return DataError(
         f"{place}: expected text under {key!r}, found {what}; keys: "
         f"{', '.join(map(str, keys)) or 'none'}",
         hint="Name the key that holds the text with --text-key.",
+    )
+
+
+def no_field(option: str, name: str, place: str, names: Iterable[Any]) -> DataError:
+    """The error for a document without a field that an option named."""
+    return DataError(
+        f"{option} {name}: {place} has no such field, or nothing in it; it has "
+        f"{', '.join(sorted(map(str, names))) or 'none'}",
+        hint="Name a field that every document has (--metadata joins a CSV to text files), or what "
+        f"Photon knows of it: {', '.join(PROVENANCE)}.",
     )
 
 
@@ -247,6 +356,7 @@ def read_metadata(path: Path, key: str | None) -> dict[str, dict[str, str]]:
         DataNotFoundError: it does not exist.
         DataError: not a CSV, no such column, or two rows for one file.
     """
+    limit = csv.field_size_limit(2**31 - 1)  # a long column that nobody asked for is no error
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -271,3 +381,5 @@ def read_metadata(path: Path, key: str | None) -> dict[str, dict[str, str]]:
         raise DataNotFoundError(f"no metadata file at {path}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a readable CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)

@@ -17,18 +17,26 @@ _OLD = ".old"
 def scratch_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` to write in; `put_in_place` makes it `out`.
 
-    It goes when the block ends, by an error or Ctrl-C too. A process that is killed leaves it; the
-    next one for the same `out` removes it. Which of them is in use shows by a lock that dies with
-    its process, so two processes may prepare one `out` at once: the last to finish wins.
+    It goes when the block ends, by an error or Ctrl-C too, and so do parents that were made for it.
+    A process that is killed leaves it; the next one for the same `out` removes it. Which of them is
+    in use shows by a lock that dies with its process, so two processes may prepare one `out` at
+    once: the last to finish wins.
     """
     prefix = f".{out.name}.preparing-"
-    _sweep(out, prefix)
-    folder, lock = _locked(out.parent, prefix)
+    missing = [parent for parent in out.parents if not parent.exists()]
     try:
-        yield folder
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out, prefix)
+        folder, lock = _locked(out.parent, prefix)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        for parent in missing:
+            with suppress(OSError):  # it is in use
+                parent.rmdir()
 
 
 def put_in_place(folder: Path, out: Path) -> None:

@@ -140,7 +140,8 @@ def sha256_of(path: Path) -> str:
 def write_manifest(path: Path, record: Mapping[str, Any]) -> None:
     """JSON with sorted keys: the same record gives the same bytes."""
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    path.write_bytes(text.encode("utf-8"))
+    # A file's name may hold bytes that are no UTF-8: as JSON's escapes they come back the same.
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
     sync(path)
 
 

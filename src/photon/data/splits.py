@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from photon.errors import EmptySiloError
+
+#: Different texts that a source has before the global held-out set asks one of it.
+STRATUM = 8
 
 #: The global held-out set, a silo's own held-out set, or training text.
 GLOBAL, LOCAL, TRAIN = "global", "local", "train"
@@ -25,18 +28,24 @@ def split_documents(
     *,
     global_fraction: float,
     silo_fraction: float,
+    own: Collection[float] = (),
+    strata: Sequence[Sequence[str]] = (),
 ) -> tuple[list[str], list[str]]:
     """Split documents by their positions.
 
     Below global_fraction: the global held-out set. Below global_fraction + silo_fraction: the
     held-out set of their silo. A set that would be empty takes its lowest training text, with all
     its copies in all silos, or one silo would train on what another holds out: the only place
-    where the partition has a say.
+    where the partition has a say. The global set takes the lowest of each stratum, too, that it
+    holds nothing of.
 
     Args:
         positions: `position_of` each text.
         silos: of each document.
         global_fraction, silo_fraction: expected shares of different texts.
+        own: positions of texts that the input itself holds out: they are the global set then.
+        strata: labels of all documents, in one or more ways (source, folder): the global set is to
+            hold something of each label that has at least `STRATUM` different texts.
 
     Returns:
         the split of each document, and remarks on sets that had to be helped.
@@ -44,33 +53,56 @@ def split_documents(
     Raises:
         EmptySiloError: a silo has too few different texts to train and hold out.
     """
-    bound = global_fraction + silo_fraction
-    splits = [
-        GLOBAL if position < global_fraction else LOCAL if position < bound else TRAIN
-        for position in positions
-    ]
+    texts: dict[str, set[float]] = {silo: set() for silo in sorted(set(silos))}
+    homes: dict[float, set[str]] = defaultdict(set)
+    for position, silo in zip(positions, silos, strict=True):
+        texts[silo].add(position)
+        homes[position].add(silo)
+    overall = set(own) & homes.keys() if own else {at for at in homes if at < global_fraction}
     remarks: list[str] = []
-    if GLOBAL not in splits:
-        lowest = _spare(positions, silos)
-        splits = [
-            GLOBAL if position == lowest else split
-            for position, split in zip(positions, splits, strict=True)
-        ]
-        remarks.append("the global held-out set was empty: it takes the text of lowest hash")
+    if not own:
+        if not overall:
+            lowest = _spare(homes, {silo: len(each) for silo, each in texts.items()}, homes)
+            overall.add(lowest if lowest is not None else min(homes))
+            remarks.append("the global held-out set was empty: it takes the text of lowest hash")
+        remarks += _spread(overall, positions, strata, texts, homes)
+    bound = global_fraction + silo_fraction
     decided = {
-        position: split
-        for position, split in zip(positions, splits, strict=True)
-        if split != GLOBAL
+        at: LOCAL if global_fraction <= at < bound else TRAIN for at in homes if at not in overall
     }
     documents = Counter(silos)
-    texts: dict[str, set[float]] = {silo: set() for silo in sorted(documents)}
-    for position, silo in zip(positions, silos, strict=True):
-        if position in decided:
-            texts[silo].add(position)
-    for silo, own in texts.items():
-        _require_two(silo, documents[silo], len(own))
+    for silo, different in texts.items():
+        different -= overall
+        _require_two(silo, documents[silo], len(different))
     remarks += _help(decided, texts)
     return [decided.get(position, GLOBAL) for position in positions], remarks
+
+
+def _spread(
+    overall: set[float],
+    positions: Sequence[float],
+    strata: Sequence[Sequence[str]],
+    texts: Mapping[str, set[float]],
+    homes: Mapping[float, set[str]],
+) -> list[str]:
+    """Add to `overall` a text of each label that has none in it and can spare one; says which."""
+    helped: list[str] = []
+    left = {silo: len(different - overall) for silo, different in texts.items()}
+    for labels in strata:
+        groups: dict[str, set[float]] = defaultdict(set)
+        for position, label in zip(positions, labels, strict=True):
+            groups[label].add(position)
+        for label in sorted(groups):
+            if len(groups[label]) < STRATUM or groups[label] & overall:
+                continue
+            if (lowest := _spare(groups[label], left, homes)) is not None:
+                overall.add(lowest)
+                left.update((silo, left[silo] - 1) for silo in homes[lowest])
+                helped.append(label)
+    if not helped:
+        return []
+    shown = ", ".join(map(repr, helped[:8])) + (", ..." if len(helped) > 8 else "")
+    return [f"the global held-out set had nothing of {shown}: it takes the text of lowest hash"]
 
 
 def _help(decided: dict[float, str], texts: Mapping[str, set[float]]) -> list[str]:
@@ -105,17 +137,12 @@ def _help(decided: dict[float, str], texts: Mapping[str, set[float]]) -> list[st
     return remarks
 
 
-def _spare(positions: Sequence[float], silos: Sequence[str]) -> float:
-    """The lowest position that leaves two different texts to each silo; else the lowest of all."""
-    texts: dict[str, set[float]] = defaultdict(set)
-    homes: dict[float, set[str]] = defaultdict(set)
-    for position, silo in zip(positions, silos, strict=True):
-        texts[silo].add(position)
-        homes[position].add(silo)
-    for position in sorted(homes):
-        if all(len(texts[silo]) > 2 for silo in homes[position]):
-            return position
-    return min(homes)
+def _spare(
+    candidates: Iterable[float], left: Mapping[str, int], homes: Mapping[float, set[str]]
+) -> float | None:
+    """The lowest position that leaves two different texts to each silo that has it."""
+    can = (at for at in sorted(candidates) if all(left[silo] > 2 for silo in homes[at]))
+    return next(can, None)
 
 
 def _require_two(silo: str, documents: int, different: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -22,6 +25,7 @@ from photon.errors import DataError, DataNotFoundError, PhotonError, VocabularyM
 from photon.membership.invitation import is_invitation, read_invitation
 
 END_OF_TEXT = "<|endoftext|>"
+_T = TypeVar("_T")
 _KNOWN_ENDS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "[EOS]")
 
 
@@ -49,6 +53,24 @@ def parallel() -> Iterator[None]:
         yield
     finally:
         os.environ[_PARALLELISM] = "false"
+
+
+def interruptible(call: Callable[[], _T]) -> _T:
+    """`call`, which may take minutes in native code, so that Ctrl-C is heard at once.
+
+    It runs in a thread; one that nobody waits for any more goes on until it is done, or the process
+    ends.
+    """
+    done: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 @dataclass(frozen=True)
@@ -95,8 +117,18 @@ class TextTokenizer:
         No special token is added, and none is read out of a text: a document that spells the
         end-of-text token does not end there.
         """
-        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = interruptible(
+            lambda: self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        )
         return [encoding.ids for encoding in encodings]
+
+
+def untrained_tokenizer() -> Tokenizer:
+    """What `train_tokenizer` trains: byte-level BPE that knows no token yet."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
@@ -114,16 +146,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
             f"--vocab-size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257",
             hint="4096 suits a few megabytes of text, 32768 a few gigabytes.",
         )
-    tokenizer = Tokenizer(BPE())
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevelDecoder()
+    tokenizer, stopped = untrained_tokenizer(), threading.Event()
+
+    def heard() -> Iterator[str]:
+        yield from itertools.takewhile(lambda text: not stopped.is_set(), texts)
+
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=sorted(ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
+    try:
+        interruptible(lambda: tokenizer.train_from_iterator(heard(), trainer=trainer))
+    finally:
+        stopped.set()
     return _finished(tokenizer, END_OF_TEXT, {})
 
 
