@@ -18,15 +18,17 @@ from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
 from photon.models import (
     HUB_PREFIX,
+    HeadLoss,
     ModelCard,
     context_length,
     export_model,
     generate_text,
     load_pretrained,
+    sequences_at_once,
     tokenizer_file_of,
 )
 from photon.runs import load_weights, read_summary, require_same_tokenizer, tokenizer_folder
-from photon.training import plan_compute
+from photon.training import MicroBatch, Ranks, plan_compute, within_memory
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ def evaluate(
 ) -> Evaluation:
     """Score a run folder or a Hugging Face folder on prepared data.
 
+    A run is scored as it evaluates itself: on the same sample of the text for the same lengths, and
+    with documents apart where it was trained so.
+
     Args:
         sequence_length: context of a scored window; the run's own, or for other models the
             smaller of 1,024 and what the model reads.
@@ -105,26 +110,37 @@ def evaluate(
         require_same_tokenizer(tokenizer_folder(folder) / "tokenizer.json", text)
         model, config = load_weights(folder)
         length = sequence_length or config.data.sequence_length
+        documents = config.local.document_mask
     else:
         _require_model(folder)
         require_same_tokenizer(tokenizer_file_of(str(folder)), text)
         model = load_pretrained(str(folder))
         length = sequence_length or min(1024, context_length(model.config) or 1024)
+        documents = False
     _require_vocabulary(model, text, folder)
     plan = plan_compute(ComputeConfig(device=device))
     plan.apply()
     model.to(plan.device)
 
+    head = HeadLoss.of(model)
+    batch = MicroBatch(batch_size, asked=sequences_at_once(model, length))
+
     def scored(silo: str | None) -> HeldOutScore:
         held_out = held_out_text(text, silo)
-        total = evaluate_loss(
-            model,
-            held_out.windows(length, max_tokens),
-            device=plan.device,
-            batch_size=batch_size,
-            autocast_dtype=plan.autocast_dtype,
+        total = within_memory(
+            lambda sequences: evaluate_loss(
+                model,
+                held_out.windows(length, max_tokens, documents=documents),
+                device=plan.device,
+                batch_size=sequences,
+                autocast_dtype=plan.autocast_dtype,
+                head=head,
+            ),
+            batch,
+            plan.device,
+            Ranks.alone(),
         )
-        return score(total, text_tokens=held_out.tokens, text_bytes=held_out.bytes)
+        return score(total)
 
     return Evaluation(scored(None), {silo: scored(silo) for silo in sorted(text.silos)})
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from photon.data import PrepareOptions, held_out_text, prepare, token_stream
+from photon.data import PrepareOptions, prepare, token_stream
 from photon.errors import EmptySiloError, IncompatibleConfigError, SequenceTooLongError
 
 LENGTH = 16
@@ -116,12 +116,3 @@ def test_a_stream_opens_no_file_before_it_is_read(data, tmp_path):
     assert batch.dtype == np.int64
     assert batch.flags.owndata
     stream.close()
-
-
-def test_bits_per_byte(data):
-    text = held_out_text(data, None)
-    assert text.bytes_per_token == text.bytes / text.tokens
-    uniform_bytes = np.log(256) * text.bytes_per_token  # nats a token of a byte-uniform model
-    assert text.bits_per_byte(uniform_bytes) == pytest.approx(8.0)
-    with pytest.raises(ValueError, match="at least 1"):
-        next(text.windows(0))

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from photon.errors import DoesNotFitError, RankLostError
+from photon.training import Ranks, Seat, within_memory
 from photon.training.micro_batch import MicroBatch, ran_out_of_memory
 
 
@@ -53,6 +55,24 @@ def test_only_failed_allocations_count_as_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2) @ torch.ones(3)
     assert not ran_out_of_memory(caught.value)
+
+
+def test_scoring_takes_what_fits_on_all_ranks(run_ranks):
+    for answer in run_ranks("scoring", 2, {"room": [8, 2]}):
+        assert answer == {"tried": [8, 4, 2], "given": 2}
+
+
+def test_scoring_that_can_not_go_on_says_so(tmp_path):
+    def fails(_: int) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    cpu, memo = torch.device("cpu"), tmp_path / "memo.json"
+    with pytest.raises(DoesNotFitError, match="one sequence at a time"):
+        within_memory(fails, MicroBatch(4), cpu, Ranks.alone())
+    # Cut among ranks: the others wait inside a collective, so the node starts again, with less.
+    with pytest.raises(RankLostError, match=r"rank 1: .*scoring 4 sequences"):
+        within_memory(fails, MicroBatch(4, memo=memo), cpu, Ranks(Seat(1, 1, 2, 2)), cut=True)
+    assert MicroBatch(4, memo=memo).size == 2
 
 
 @pytest.fixture

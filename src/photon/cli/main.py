@@ -21,6 +21,7 @@ from photon.cli.outcome import show_outcome
 from photon.cli.profile import profile
 from photon.cli.screen import console, guard_output, say, show, show_table
 from photon.cli.serve import join, serve, status, stop
+from photon.dashboard import wording
 from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
 
 
@@ -222,10 +223,11 @@ def evaluate(
     data: Annotated[Path, typer.Option("--data", help="Folder made by `photon data prepare`.")],
     sequence_length: Annotated[
         int | None,
-        typer.Option(help="Tokens that the model sees at a time; the run's own by default."),
+        typer.Option(help="Tokens that the model sees at a time; the run's own by default.", min=1),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Score at most so many of each held-out set.")
+        int | None,
+        typer.Option(help="Score an even sample of so many tokens of each held-out set.", min=1),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -248,20 +250,23 @@ def evaluate(
             )
         )
         return
+    rows = {"global": scores.overall, **scores.per_silo}
     show_table(
         ("held-out text", "perplexity", "bits per byte", "loss", "tokens"),
         (
             (
                 name,
                 f"{one.perplexity:.2f}",
-                f"{one.bits_per_byte:.4f}",
+                wording.decimal(one.bits_per_byte, 4),
                 f"{one.loss:.4f}",
                 f"{one.tokens:,}",
             )
-            for name, one in {"global": scores.overall, **scores.per_silo}.items()
+            for name, one in rows.items()
         ),
         right=(1, 2, 3, 4),
     )
+    if any(one.bits_per_byte is None for one in rows.values()):
+        show(f"No bits per byte: {wording.UNKNOWN_TEXT}.")
 
 
 def generate(

@@ -21,9 +21,11 @@ def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False
         typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
         return
     digest = read_digest(folder)
+    bits, perplexity = summary["bits_per_byte"], summary["global_perplexity"]
+    none = "diverged" if perplexity is None else f"none: {wording.UNKNOWN_TEXT}"
     facts = [
-        ("held-out perplexity", wording.perplexity(summary["global_perplexity"], "diverged")),
-        ("bits per byte", wording.decimal(summary["bits_per_byte"], 4)),
+        ("held-out perplexity", wording.perplexity(perplexity, "diverged")),
+        ("bits per byte", none if bits is None else wording.decimal(bits, 4)),
         ("rounds, tokens", f"{summary['rounds']}, {summary['tokens']:,}"),
     ]
     sent = summary["bytes_up"] + summary["bytes_down"]

@@ -268,7 +268,9 @@ class EvalConfig(Section):
     )
     batch_size: Positive = Field(default=32, description="Sequences per forward pass.")
     max_tokens: Positive | None = Field(
-        default=None, description="Upper bound of held-out tokens per set; all of them by default."
+        default=None,
+        description="Score a sample of so many held-out tokens of each set, spread evenly over its "
+        "sources and the same in every round; all of them by default.",
     )
     per_silo: bool = Field(
         default=True, description="Also evaluate on each silo's own held-out text."

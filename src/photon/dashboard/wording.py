@@ -77,6 +77,10 @@ def perplexity(value: float | None, none: str = "–") -> str:
     return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
+#: Why a text that was scored has no bits per byte.
+UNKNOWN_TEXT = "too much of the text is unknown to the tokenizer for a figure to mean anything"
+
+
 def decimal(value: float | None, places: int = 3) -> str:
     """A loss or bits per byte; a dash for no number."""
     return f"{value:.{places}f}" if value is not None and math.isfinite(value) else "–"

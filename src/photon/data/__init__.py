@@ -1,6 +1,6 @@
 """Text to tokenised shards, and shards to an endless seekable stream; no torch."""
 
-from photon.data.held_out import HeldOut, held_out_text
+from photon.data.held_out import HeldOut, Window, held_out_text
 from photon.data.ingest import Document, Source
 from photon.data.options import PrepareOptions
 from photon.data.partition import DocumentInfo, Partitioner
@@ -25,6 +25,7 @@ __all__ = [
     "Source",
     "TextTokenizer",
     "TokenStream",
+    "Window",
     "held_out_text",
     "load_tokenizer",
     "open_data",

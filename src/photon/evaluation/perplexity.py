@@ -9,8 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from photon.data import Window
 from photon.errors import EmptySiloError
-from photon.models import next_token_loss
+from photon.models import HeadLoss, held_out_loss
+
+#: Where more of the scored tokens are the unknown token, there are no bits per byte: to predict
+#: "something I have no word for" is easy, however long that something was.
+MOST_UNKNOWN = 0.1
 
 
 @dataclass(frozen=True)
@@ -20,13 +25,22 @@ class LossSum:
     Args:
         nats: total cross-entropy of the predictions, in nats.
         tokens: number of predictions.
+        bytes: UTF-8 bytes of text that the predicted tokens stand for.
+        unknown: predicted tokens that are the tokenizer's unknown one.
     """
 
     nats: float
     tokens: int
+    bytes: int
+    unknown: int
 
     def __add__(self, other: LossSum) -> LossSum:
-        return LossSum(self.nats + other.nats, self.tokens + other.tokens)
+        return LossSum(
+            self.nats + other.nats,
+            self.tokens + other.tokens,
+            self.bytes + other.bytes,
+            self.unknown + other.unknown,
+        )
 
 
 @dataclass(frozen=True)
@@ -36,47 +50,52 @@ class HeldOutScore:
     Args:
         loss: nats per predicted token.
         perplexity: exp(loss); infinite where that overflows.
-        bits_per_byte: loss / ln 2 x tokens per byte of the text; comparable between tokenizers.
+        bits_per_byte: nats / ln 2 / bytes of the predicted tokens; comparable between tokenizers.
+            None where there is no such figure: much of the text is unknown to the tokenizer.
         tokens: number of predictions behind it.
     """
 
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
 
 
 def evaluate_loss(
     model: torch.nn.Module,
-    windows: Iterable[np.ndarray],
+    windows: Iterable[Window],
     *,
     device: torch.device | str,
     batch_size: int,
     autocast_dtype: torch.dtype | None = None,
+    head: HeadLoss | None = None,
     part: tuple[int, int] = (0, 1),
 ) -> LossSum:
     """Cross-entropy of every token of the windows but each window's first.
 
-    The model is in evaluation mode meanwhile and then as it was. The fp32 losses are summed in
-    fp64, so batch_size moves the result only by the kernels' rounding (< 1e-6 relative).
+    The model is in evaluation mode meanwhile and then as it was. Losses are summed in fp64, so
+    batch_size moves the result only by the kernels' rounding (< 1e-6 relative).
 
     Args:
         model: a Hugging Face causal LM, already on `device`.
-        windows: int64 arrays of 2 or more tokens; neighbours of equal length share a batch.
+        windows: neighbours of equal length share a batch. Where they tell documents apart,
+            attention stays inside one.
         device: the model's.
         batch_size: windows per forward pass.
         autocast_dtype: of the forward pass; None computes in the weights' own dtype.
+        head: the model's, so that whole logits are never made.
         part: this process's number and how many share the batches; add up their sums. All make
             equally many forward passes, as a model that is cut among ranks needs.
     """
     number, parts = part
     device = torch.device(device)
     training = model.training
-    nats, tokens = 0.0, 0
+    total = LossSum(0.0, 0, 0, 0)
     model.eval()
     try:
         for batch, counts in _dealt(_batches(windows, batch_size), number, parts):
-            inputs = torch.from_numpy(batch.astype(np.int64, copy=False)).to(device)
+            tokens = _on(device, [window.tokens for window in batch])
+            documents = [one for window in batch if (one := window.documents) is not None]
             with (
                 # FSDP2 can't gather weights in inference mode.
                 torch.inference_mode() if parts == 1 else torch.no_grad(),
@@ -84,38 +103,42 @@ def evaluate_loss(
                     device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None
                 ),
             ):
-                loss = next_token_loss(model, inputs, reduction="none")
+                nats = held_out_loss(
+                    model,
+                    tokens,
+                    document_ids=_on(device, documents) if documents else None,
+                    head=head,
+                )
             if counts:
-                nats += float(loss.cpu().double().sum())
-                tokens += loss.numel()
+                total += LossSum(
+                    nats,
+                    tokens[:, 1:].numel(),
+                    sum(window.bytes for window in batch),
+                    sum(window.unknown for window in batch),
+                )
     finally:
         model.train(training)
-    return LossSum(nats, tokens)
+    return total
 
 
-def score(loss_sum: LossSum, *, text_tokens: int, text_bytes: int) -> HeldOutScore:
+def score(total: LossSum) -> HeldOutScore:
     """Loss, perplexity and bits per byte.
 
-    Args:
-        loss_sum: from `evaluate_loss`; may cover a part of the held-out text only.
-        text_tokens: tokens of the whole held-out text.
-        text_bytes: its UTF-8 bytes.
-
     Raises:
-        EmptySiloError: there are no predictions, bytes or tokens to score.
+        EmptySiloError: there are no predictions to score.
     """
-    if loss_sum.tokens < 1 or text_bytes < 1 or text_tokens < 1:
+    if total.tokens < 1:
         raise EmptySiloError(
-            f"nothing to score: {loss_sum.tokens} predictions on a held-out text of "
-            f"{text_tokens} tokens, {text_bytes} bytes",
+            "there is nothing to score: not one token is predicted",
             hint="Hold out more text when preparing the data.",
         )
-    loss = loss_sum.nats / loss_sum.tokens
+    loss = total.nats / total.tokens
+    known = total.bytes > 0 and total.unknown <= MOST_UNKNOWN * total.tokens
     return HeldOutScore(
         loss=loss,
         perplexity=perplexity(loss),
-        bits_per_byte=loss / math.log(2) * text_tokens / text_bytes,
-        tokens=loss_sum.tokens,
+        bits_per_byte=total.nats / math.log(2) / total.bytes if known else None,
+        tokens=total.tokens,
     )
 
 
@@ -127,12 +150,16 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
+def _on(device: torch.device, arrays: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays).astype(np.int64, copy=False)).to(device)
+
+
 def _dealt(
-    batches: Iterable[np.ndarray], number: int, parts: int
-) -> Iterator[tuple[np.ndarray, bool]]:
+    batches: Iterable[list[Window]], number: int, parts: int
+) -> Iterator[tuple[list[Window], bool]]:
     """Every `parts`-th batch from `number` on, each with True; where a last one is lacking, any
     batch with False, to keep step with the others."""
-    hand: list[np.ndarray] = []
+    hand: list[list[Window]] = []
     for batch in batches:
         hand.append(batch)
         if len(hand) == parts:
@@ -142,13 +169,13 @@ def _dealt(
         yield hand[min(number, len(hand) - 1)], number < len(hand)
 
 
-def _batches(windows: Iterable[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """int64 [b, length] of neighbours that are equally long, b <= batch_size."""
-    batch: list[np.ndarray] = []
+def _batches(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
+    """At most batch_size neighbours that are equally long."""
+    batch: list[Window] = []
     for window in windows:
-        if batch and (len(batch) == batch_size or len(batch[0]) != len(window)):
-            yield np.stack(batch)
+        if batch and (len(batch) == batch_size or len(batch[0].tokens) != len(window.tokens)):
+            yield batch
             batch = []
         batch.append(window)
     if batch:
-        yield np.stack(batch)
+        yield batch

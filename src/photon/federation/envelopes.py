@@ -239,7 +239,7 @@ class EvalAnswer(_Part):
 
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: _Whole
     eval_s: _Seconds
     bytes_down: _Whole = 0

@@ -45,11 +45,13 @@ from photon.models import (
     build_skeleton,
     model_fingerprint,
     require_document_masks,
+    sequences_at_once,
 )
 from photon.telemetry import Event
 from photon.telemetry.events import ComputeChosen, LocalProgress, Notice
 from photon.training import (
     LocalResult,
+    MicroBatch,
     Ranks,
     Schedule,
     Seat,
@@ -59,6 +61,7 @@ from photon.training import (
     plan_compute,
     plan_fit,
     stated_peak,
+    within_memory,
 )
 from photon.version import photon_version
 
@@ -126,13 +129,14 @@ class Node:
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._ranks.close)
             self._require_same_files(model)
+            memo = settings.folder / f"micro_batch-{seat.rank}.json"
             fit = plan_fit(
                 model,
                 config,
                 plan,
                 seat,
                 share_of=settings.processes,
-                memo=settings.folder / f"micro_batch-{seat.rank}.json",
+                memo=memo,
                 ranks=self._ranks,
                 scores_only=settings.scores_only,
             )
@@ -148,6 +152,14 @@ class Node:
                 micro_batch=fit.micro_batch,
             )
             cache_bytes = int(config.compute.state_cache_gib * 2**30)
+            # Remembered by rank like the micro-batches of training, and beside them.
+            self._scored_at_once = MicroBatch(
+                config.eval.batch_size,
+                asked=sequences_at_once(model, config.data.sequence_length),
+                memo=memo,
+                key=f"scoring, {strategy.name} on {seat.world_size} ranks, {plan.device.type}",
+            )
+            self._scored_at_once.limit(self._ranks.least(self._scored_at_once.size))
             self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
             self._keeps = config.federation.optimizer_state == "keep"
             self._outbox = Outbox(config.link, settings.folder)
@@ -305,24 +317,41 @@ class Node:
         started = time.perf_counter()
         config, trainer, ranks = self._config, self._trainer, self._ranks
         text = held_out_text(self._data, task.silo)
-        with trainer.evaluating() as model:
-            own = evaluate_loss(
-                model,
-                text.windows(config.data.sequence_length, config.eval.max_tokens),
-                device=trainer.plan.device,
-                batch_size=config.eval.batch_size,
-                autocast_dtype=trainer.autocast_dtype,
-                part=(ranks.seat.rank, ranks.size),
-            )
-        nats, tokens = ranks.total([own.nats, own.tokens])
-        total = LossSum(nats, int(tokens))
-        scored = score(total, text_tokens=text.tokens, text_bytes=text.bytes)
+
+        def scored(sequences: int) -> LossSum:
+            with trainer.evaluating() as model:
+                return evaluate_loss(
+                    model,
+                    text.windows(
+                        config.data.sequence_length,
+                        config.eval.max_tokens,
+                        documents=config.local.document_mask,
+                    ),
+                    device=trainer.plan.device,
+                    batch_size=sequences,
+                    autocast_dtype=trainer.autocast_dtype,
+                    head=trainer.placed.head,
+                    part=(ranks.seat.rank, ranks.size),
+                )
+
+        own = within_memory(
+            scored,
+            self._scored_at_once,
+            trainer.plan.device,
+            ranks,
+            cut=trainer.placed.strategy.shards,
+            on_notice=lambda words: self._tell(
+                Notice(text=words, round=task.round, silo=task.silo or "")
+            ),
+        )
+        nats, *counts = ranks.total([own.nats, own.tokens, own.bytes, own.unknown])
+        one = score(LossSum(nats, *map(int, counts)))
         return EvalReceipt(
             task.silo,
-            scored.loss,
-            scored.perplexity,
-            scored.bits_per_byte,
-            total.tokens,
+            one.loss,
+            one.perplexity,
+            one.bits_per_byte,
+            one.tokens,
             time.perf_counter() - started,
         )
 

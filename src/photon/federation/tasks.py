@@ -204,13 +204,14 @@ class EvalReceipt:
     """Held-out loss in nats per token, and what follows from it.
 
     Attributes:
+        bits_per_byte: None where the text is mostly unknown to its tokenizer.
         bytes_down: that the participant received for it: a state that it did not hold yet.
     """
 
     silo: str | None
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
     eval_s: float
     bytes_down: int = 0

@@ -12,8 +12,8 @@ from photon.models.build import (
 )
 from photon.models.export import ModelCard, export_model
 from photon.models.generate import generate_text, load_exported
-from photon.models.head_loss import HeadLoss, head_loss, rows_at_once
-from photon.models.loss import next_token_loss, training_loss
+from photon.models.head_loss import HeadLoss, head_loss, rows_at_once, sequences_at_once
+from photon.models.loss import held_out_loss, next_token_loss, training_loss
 from photon.models.parameters import (
     hidden_matrices,
     model_fingerprint,
@@ -35,6 +35,7 @@ __all__ = [
     "export_model",
     "generate_text",
     "head_loss",
+    "held_out_loss",
     "hidden_matrices",
     "load_config",
     "load_exported",
@@ -45,6 +46,7 @@ __all__ = [
     "quiet_transformers",
     "require_document_masks",
     "rows_at_once",
+    "sequences_at_once",
     "tokenizer_file_of",
     "trainable_parameters",
     "training_loss",

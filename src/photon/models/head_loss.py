@@ -113,7 +113,17 @@ def head_loss(
     """
     if rows is None:
         rows = rows_at_once(weight.shape[0], hidden.device.type)
+    if not torch.is_grad_enabled():  # a Function is told of what wants gradients all the same
+        hidden, weight = hidden.detach(), weight.detach()
     return _HeadLoss.apply(hidden, weight, targets, z_loss, rows)  # pyright: ignore[reportReturnType]
+
+
+def sequences_at_once(model: Any, sequence_length: int) -> int | None:
+    """Sequences whose whole logits are not too many, for a model that makes them; None: any."""
+    if HeadLoss.suits(model):
+        return None
+    bytes_each = 4 * sequence_length * model.get_output_embeddings().weight.shape[0]
+    return max(1, _LOGITS_BYTES_ELSEWHERE // bytes_each)
 
 
 def rows_at_once(vocabulary: int, device_type: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from photon.models.head_loss import HeadLoss
+from photon.models.head_loss import HeadLoss, rows_at_once
 
 
 def next_token_loss(
@@ -66,6 +66,35 @@ def training_loss(
     log_z = torch.logsumexp(logits, dim=-1)
     loss = (log_z - logits.gather(-1, targets[:, None]).squeeze(-1)).mean()
     return loss + z_loss * log_z.square().mean(), loss
+
+
+def held_out_loss(
+    model: Callable[..., Any],
+    tokens: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    head: HeadLoss | None = None,
+) -> float:
+    """Summed cross-entropy of predicting tokens[:, 1:], in nats; no gradient.
+
+    Args:
+        model, tokens, document_ids: as in `next_token_loss`.
+        head: takes the loss inside the model, without whole logits. Without one the model makes
+            them; they are upcast some rows at a time.
+    """
+    if head is not None:
+        targets = tokens[:, 1:].flatten()
+        _, mean = head(model, targets, 0.0, **_inputs(tokens, document_ids))
+        return float(mean) * len(targets)
+    logits, targets = _predictions(model, tokens, document_ids)
+    rows = rows_at_once(logits.shape[-1], logits.device.type)
+    parts = [
+        functional.cross_entropy(
+            logits[start : start + rows].float(), targets[start : start + rows], reduction="sum"
+        )
+        for start in range(0, len(targets), rows)
+    ]
+    return float(torch.stack(parts).cpu().double().sum())
 
 
 def _predictions(

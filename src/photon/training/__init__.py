@@ -7,7 +7,7 @@ from photon.training.flops import count_flops
 from photon.training.hardware import mfu, stated_peak
 from photon.training.inner import InnerOptimizer, decayed_names
 from photon.training.local_tensors import local as local_part
-from photon.training.micro_batch import MicroBatch
+from photon.training.micro_batch import MicroBatch, within_memory
 from photon.training.placement import PlacedModel, materialise
 from photon.training.ranks import Ranks, Seat
 from photon.training.recipe import CentralRecipe, photon_recipe
@@ -49,5 +49,6 @@ __all__ = [
     "ranks_of_a_node",
     "read_snapshot",
     "stated_peak",
+    "within_memory",
     "write_snapshot",
 ]

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+from photon.errors import DoesNotFitError, RankLostError
+from photon.training.ranks import Ranks
+
+T = TypeVar("T")
 
 
 class MicroBatch:
@@ -67,6 +74,49 @@ class MicroBatch:
             return dict(json.loads(self._memo.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
+
+
+def within_memory(
+    act: Callable[[int], T],
+    batch: MicroBatch,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    cut: bool = False,
+    on_notice: Callable[[str], None] = lambda _: None,
+) -> T:
+    """`act(batch.size)`, done again with a smaller size wherever an allocation failed on any rank.
+
+    Args:
+        cut: the model is cut among ranks: where one fails, the others wait inside a collective.
+        on_notice: told in words.
+
+    Raises:
+        DoesNotFitError: not even one sequence at a time fits.
+        RankLostError: as `cut` says; the size is remembered for when the ranks start again.
+    """
+    while True:
+        done = None
+        try:
+            done = act(batch.size)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+        lost = done is None and cut and ranks.size > 1
+        if not lost and ranks.least(int(done is not None)) and done is not None:
+            return done
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        was = batch.size
+        if not batch.shrink():
+            raise DoesNotFitError(
+                f"out of memory on {device} when scoring one sequence at a time",
+                hint="Free memory on it, or use another device or a shorter data.sequence_length.",
+            )
+        text = f"out of memory on {device} when scoring {was} sequences at a time"
+        if lost:
+            raise RankLostError(f"rank {ranks.seat.rank}: {text}")
+        on_notice(f"{text}; going on with {batch.size}")
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
