@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import subprocess
 import sys
 
@@ -31,6 +32,7 @@ PUBLIC = [
     "read_run",
     "report",
     "resume",
+    "show_progress",
     "simulate",
     "train",
 ]
@@ -57,16 +59,37 @@ def test_type_checkers_see_the_same_names():
 
 def test_import_is_light():
     code = (
-        "import sys, photon\n"
+        "import os, sys, photon\n"
+        "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'\n"
         "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'grain'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "photon.load_config\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-def test_a_notebook_from_text_to_words(three_silos, tmp_path):
+@pytest.mark.parametrize(("policy", "told"), [(None, 1), ("ACTIVE", 0), ("PASSIVE", 0)])
+def test_threads_that_spin_are_told(policy, told):
+    # Not the real torch, which takes seconds: what counts is that a module of that name is there.
+    code = (
+        "import sys, types, warnings\n"
+        "sys.modules['torch'] = types.ModuleType('torch')\n"
+        "from photon.openmp import warn_of_spinning\n"
+        "with warnings.catch_warnings(record=True) as found:\n"
+        "    warn_of_spinning()\n"
+        "print(len(found))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == f"{told}\n"
+
+
+def test_a_notebook_from_text_to_words(three_silos, tmp_path, monkeypatch, capsys):
     text = three_silos.parent / "text"
     data = photon.prepare_data(
         photon.PrepareOptions(input=text, out=tmp_path / "data", iid=2, vocab_size=300)
@@ -91,10 +114,24 @@ def test_a_notebook_from_text_to_words(three_silos, tmp_path):
         def close(self):
             heard.append(None)
 
-    result = photon.simulate(config, run_dir=tmp_path / "run", listener=Ear())
+    monkeypatch.setattr("photon.openmp._TOO_LATE", True)
+    with pytest.warns(RuntimeWarning, match="Import photon first"):
+        result = photon.simulate(config, run_dir=tmp_path / "run", listener=Ear())
+    monkeypatch.setattr("photon.openmp._TOO_LATE", False)
     assert heard[-1] is None
+    view = photon.show_progress()
+    for event in heard[:-1]:
+        view.on_event(event)
+    assert "round 2/2 finished" in capsys.readouterr().err
+    with pytest.raises(photon.PhotonError, match="choose another run_dir, or replace it with ov"):
+        photon.simulate(config, run_dir=tmp_path / "run")
     assert any(isinstance(event, photon.events.RoundMerged) for event in heard)
     history = photon.read_run(result.folder)
+    assert repr(result).startswith(f"RunResult('{result.folder}': rounds=2, tokens=")
+    assert "2 RoundFinished" in repr(history)
+    assert "silo-0: " in repr(data)
+    for shown in (repr(result), repr(history), repr(data)):
+        assert len(shown) < 500
     table = history.table(photon.events.Evaluated)
     overall = [loss for loss, silo in zip(table["loss"], table["silo"], strict=True) if not silo]
     assert overall[-1] == result.summary["global_loss"]

@@ -4,11 +4,12 @@
 
     data = photon.prepare_data(photon.PrepareOptions(input="speeches/", out="data/speeches", iid=4))
     config = photon.load_config("recipes/demo.toml", ["data.path=data/speeches"])
-    result = photon.simulate(config)
+    result = photon.simulate(config, listener=photon.show_progress())
     photon.export(result.folder, "my-model")
     losses = photon.read_run(result.folder).table(photon.events.Evaluated)
 
-Names are imported when first used, so that `import photon` is quick.
+Names are imported when first used, so that `import photon` is quick. Import it before torch: see
+openmp.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from photon.config import RunConfig
     from photon.config import load_run_config as load_config
     from photon.config import parse_run_config as build_config
+    from photon.dashboard import progress_view as show_progress
     from photon.dashboard import write_report as report
     from photon.data import Partitioner, PreparedData, PrepareOptions, open_data
     from photon.data import prepare as prepare_data
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from photon.telemetry import RunHistory, events
     from photon.telemetry import read_history as read_run
     from photon.training import photon_recipe
+
+importlib.import_module("photon.openmp")  # before anything imports torch
 
 _HOMES: dict[str, tuple[str, str]] = {
     "MergingRule": ("photon.aggregation", "MergingRule"),
@@ -53,6 +57,7 @@ _HOMES: dict[str, tuple[str, str]] = {
     "read_run": ("photon.telemetry", "read_history"),
     "report": ("photon.dashboard", "write_report"),
     "resume": ("photon.runs", "resume"),
+    "show_progress": ("photon.dashboard", "progress_view"),
     "simulate": ("photon.runs", "simulate"),
     "train": ("photon.runs", "train"),
 }
@@ -79,6 +84,7 @@ __all__ = [
     "read_run",
     "report",
     "resume",
+    "show_progress",
     "simulate",
     "train",
 ]

@@ -91,5 +91,6 @@ def _library() -> Iterator[tuple[str, str]]:
 
 def _packages() -> Iterator[tuple[str, str]]:
     """What installed packages say of themselves."""
-    told = {one.name: str(one.metadata.get_payload() or "") for one in distributions()}
-    yield from sorted(told.items())
+    told = {one.name: one.read_text("METADATA") or "" for one in distributions()}
+    for name, text in sorted(told.items()):
+        yield name, text.partition("\n\n")[2]  # without its headers

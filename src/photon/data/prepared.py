@@ -103,7 +103,7 @@ class SiloData:
         return sorted(self.splits.get(TRAIN, {}))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PreparedData:
     """What `photon data prepare` made.
 
@@ -130,6 +130,10 @@ class PreparedData:
     dtype: np.dtype
     sha256: str
     remarks: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        silos = ", ".join(f"{name}: {one.train_tokens:,}" for name, one in self.silos.items())
+        return f"PreparedData({str(self.path)!r}, tokens of silos {{{silos[:200]}}})"
 
     def sets(self) -> Iterator[SiloData]:
         """The silos, then the global held-out set."""

@@ -64,7 +64,7 @@ Groups = dict[str, dict[str, Tensor]]
 KEPT = (*LOCKS, SERVE_FILE, RUN_FILE, "audit.jsonl")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunResult:
     """A finished run.
 
@@ -75,6 +75,15 @@ class RunResult:
 
     folder: Path
     summary: dict[str, Any]
+
+    def __repr__(self) -> str:
+        told = {name: self.summary.get(name) for name in ("rounds", "tokens", "global_perplexity")}
+        figures = ", ".join(
+            f"{name}={value:,.2f}" if isinstance(value, float) else f"{name}={value:,}"
+            for name, value in told.items()
+            if value is not None
+        )
+        return f"RunResult({str(self.folder)!r}: {figures or 'not finished'})"
 
 
 @dataclass(frozen=True)

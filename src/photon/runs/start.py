@@ -9,6 +9,7 @@ from typing import Any
 
 from photon.config import RunConfig, load_run_config
 from photon.errors import ResumeMismatchError, RunExistsError
+from photon.openmp import warn_of_spinning
 from photon.runs.folder import holds_run, read_record, read_summary, usable
 from photon.runs.session import RunResult, Session
 from photon.store.served import LOCKS
@@ -43,7 +44,7 @@ def simulate(
     Args:
         config: the run file.
         run_dir: the run folder; runs/<run.name> by default.
-        listener: told every event, e.g. a live view.
+        listener: told every event; `photon.show_progress()` shows them.
         overwrite: replace a run that is in the folder already.
 
     Raises:
@@ -103,6 +104,7 @@ def resume(
     if Seat.from_environment().rank:
         run.follow()
         return RunResult(folder, {})
+    _warn_if_slow(run)
     return run.execute(record)
 
 
@@ -134,7 +136,13 @@ def _start(
             f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
         )
     run = Session(kind, config, chosen, folder, listener)
+    _warn_if_slow(run)
     return run.execute(None)
+
+
+def _warn_if_slow(run: Session) -> None:
+    if run.config.compute.device == "cpu":
+        warn_of_spinning()
 
 
 def _finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:

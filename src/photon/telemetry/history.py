@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from photon.telemetry.events import Event, RunFinished, RunStarted, parse_event
 E = TypeVar("E", bound=Event)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunHistory:
     """A run as it counts: rounds that a resume took back are left out.
 
@@ -30,6 +31,11 @@ class RunHistory:
     folder: Path
     events: list[Event] = field(default_factory=list)
     superseded: int = 0
+
+    def __repr__(self) -> str:
+        kinds = Counter(type(event).__name__ for event in self.events)
+        counts = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+        return f"RunHistory({str(self.folder)!r}: {counts or 'no events'})"
 
     @classmethod
     def of_events(cls, folder: Path, events: Iterable[Event]) -> RunHistory:
