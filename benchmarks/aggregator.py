@@ -119,11 +119,10 @@ def merge(
         update = Update(
             Receipt(1, f"silo-{number}"),
             partial(tensors, carrier, ref, expected),
-            lasting=True,
             wire_bytes=ref.payload_bytes,
         )
         assert merging.offer(update, state, 1.0).refused is None
-    merging.result()
+    merging.result(state)
     return time.perf_counter() - started
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from photon.link import Entry, plain_entries, write_parcel
 from photon.runs import simulate, train
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundMerged, UpdateDropped
+from photon.training import StepTimes
 
 
 def flipped_byte(engine, task, state, receipt, ref):
@@ -173,3 +175,40 @@ def test_centralised_training_keeps_no_weights_that_are_not_finite(
         train(make_config(three_silos, "eval.every=0"), run_dir=tmp_path / "run")
     assert infinite_after_the_last_step == [CENTRALISED]
     assert max((tmp_path / "run/checkpoints").iterdir()).name == "round-000001"
+
+
+#: What a receipt may say that would wreck sums, weights or summary.json.
+FIGURES = [
+    {"tokens": 0},
+    {"tokens": 4 * 4 * 32 + 1},
+    {"train_s": 1.7e308},
+    {"train_s": -1.0},
+    {"bytes_up": 2**80},
+    {"loss": math.nan},
+    {"left_out": math.inf},
+    {"times": StepTimes(data_s=math.inf)},
+]
+
+
+def test_figures_that_no_task_has_cost_their_silo(three_silos, make_config, tmp_path, monkeypatch):
+    fit = LocalEngine.fit
+
+    def lying(self, tasks, state):
+        for task, update in zip(tasks, fit(self, tasks, state), strict=True):
+            if task.silo == "red":
+                receipt = replace(update.receipt, **FIGURES[task.round - 1])
+                update = replace(update, receipt=receipt)
+            yield update
+
+    monkeypatch.setattr(LocalEngine, "fit", lying)
+    rounds = len(FIGURES)
+    config = make_config(
+        three_silos, f"federation.rounds={rounds}", "local.steps=4", "eval.every=0"
+    )
+    summary = simulate(config, run_dir=tmp_path / "run").summary
+    history = read_history(tmp_path / "run")
+    dropped = history.of(UpdateDropped)
+    assert [event.silo for event in dropped] == ["red"] * rounds
+    assert all("its receipt says" in event.reason for event in dropped)
+    assert summary["tokens"] == rounds * 2 * 4 * 4 * 32
+    assert math.isfinite(json.loads((tmp_path / "run/summary.json").read_text())["local_train_s"])

@@ -1,4 +1,4 @@
-"""One reading or two: the same bits, the same refusals, and only bad updates cost a second one."""
+"""Two readings: nothing of a bad update is merged, and nothing of others is read again for it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,32 @@ import math
 import pytest
 import torch
 
+from photon.aggregation import BUILTIN_RULES, WeightedMean
 from photon.config import FederationConfig
-from photon.errors import ChunkCorruptError, StoreUnavailableError
+from photon.errors import ChunkCorruptError, DiskFullError, RunError, StoreUnavailableError
 from photon.federation.merging import Merging
+from photon.federation.norm_bound import NormBound
 from photon.federation.tasks import Receipt, Update
 from photon.torch_threads import torch_threads
 
 SHAPES = {"matrix": (60, 40), "vector": (40,), "last": (7, 3)}
-REFERENCE = {name: torch.empty(shape, device="meta") for name, shape in SHAPES.items()}
+REFERENCE = {f"weights/{name}": torch.zeros(shape) for name, shape in SHAPES.items()}
+MOMENTS = {f"optimizer/{key}": torch.zeros(4) for key in ("w.exp_avg", "w.exp_avg_sq")}
+BOUND = NormBound(1000.0, "what the recipe can move", state=50.0)
 
 
 def tensors(seed, **changes):
     draw = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()} | changes
+    named = {name: torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+    return {f"weights/{name}": one for name, one in (named | changes).items()}
 
 
 class Sent:
     """An update that counts how often it is read; `breaks` is raised before its last tensor."""
 
-    def __init__(self, named, *, lasting, breaks=None):
+    def __init__(self, named, *, breaks=None, wire_bytes=0):
         self.readings, self._named, self._breaks = 0, named, breaks
-        self.update = Update(Receipt(1, "red"), self._read, lasting=lasting)
+        self.update = Update(Receipt(1, "red"), self._read, wire_bytes=wire_bytes)
 
     def _read(self):
         self.readings += 1
@@ -39,82 +44,132 @@ class Sent:
 
 #: What is wrong with an update, and what is said of it.
 BAD = {
-    "nan in the last tensor": (tensors(9, last=torch.full((7, 3), math.nan)), None, "'last' holds"),
-    "a tensor less": ({"matrix": torch.ones(60, 40)}, None, "lacks 2 of 3"),
-    "another shape": (tensors(9, last=torch.ones(3, 7)), None, "has shape"),
-    "damaged": (tensors(9), ChunkCorruptError("another hash"), "another hash"),
-    "too large": ({n: t * 1e4 for n, t in tensors(9).items()}, None, "max_update_norm = 1000"),
+    "nan in the last tensor": (Sent(tensors(9, last=torch.full((7, 3), math.nan))), "last' holds"),
+    "infinite": (Sent(tensors(9, vector=torch.full((40,), math.inf))), "holds 40 NaN or inf"),
+    "a tensor less": (Sent({"weights/matrix": torch.ones(60, 40)}), "lacks 2 of 3"),
+    "another shape": (Sent(tensors(9, last=torch.ones(3, 7))), "has shape"),
+    "damaged": (Sent(tensors(9), breaks=ChunkCorruptError("another hash")), "another hash"),
+    "undecodable": (Sent(tensors(9), breaks=ValueError("no such index")), "no such index"),
+    "not even an error of Photon's": (Sent(tensors(9), breaks=RuntimeError("in a kernel")), "ker"),
+    "too large": (Sent({n: t * 1e4 for n, t in tensors(9).items()}), "exceeds what the recipe can"),
+    "the largest there is": (Sent({n: t * 3e37 for n, t in tensors(9).items()}), "exceeds what"),
 }
 
 
-def merged(lasting, bad, rule="mean"):
-    """The result of three good updates with a bad one before the last, and all that was sent."""
-    merging = Merging(FederationConfig(merging_rule=rule, max_update_norm=1000))
-    named, breaks, words = BAD[bad]
-    sent = [Sent(tensors(seed), lasting=lasting) for seed in (1, 2, 3)]
-    sent.insert(2, Sent(named, lasting=lasting, breaks=breaks))
-    for number, one in enumerate(sent):
-        verdict = merging.offer(one.update, REFERENCE, number + 1.0)
-        if number == 2:
-            assert words in verdict.refused
-        else:
-            assert verdict.refused is None
-            flat = torch.cat([tensor.flatten() for tensor in one._named.values()])
-            assert verdict.norm == pytest.approx(float(flat.norm()), rel=1e-5)
-    return {name: t.clone() for name, t in merging.result().items()}, [s.readings for s in sent]
-
-
+@pytest.mark.parametrize("rule", ["mean", "median", "edit"])
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_update_leaves_no_trace(bad):
-    once, readings = merged(True, bad)
-    twice, both = merged(False, bad)
+def test_a_bad_update_leaves_no_trace(bad, rule):
+    config = FederationConfig(merging_rule=rule)
+    sent, words = BAD[bad]
+    sent.readings = 0
+    merging, undisturbed = Merging(config), Merging(config)
+    good = [Sent(tensors(seed)) for seed in (1, 2, 3)]
+    for number, one in enumerate([*good[:2], sent, good[2]]):
+        verdict = merging.offer(one.update, REFERENCE, number + 1.0, BOUND)
+        if one is sent:
+            assert words in verdict.refused
+            continue
+        assert verdict.refused is None
+        flat = torch.cat([tensor.flatten() for tensor in one._named.values()])
+        assert verdict.norm == pytest.approx(float(flat.norm()), rel=1e-5)
+        undisturbed.offer(Sent(one._named).update, REFERENCE, number + 1.0, BOUND)
+    assert [one.readings for one in good] == [2, 2, 2]  # no reading more for the bad one
+    assert sent.readings == 1
+    merged, expected = merging.result(REFERENCE), undisturbed.result(REFERENCE)
+    assert merged.median_norm == expected.median_norm
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(merged.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_that_is_none_costs_its_update(weight):
     merging = Merging(FederationConfig())
-    for seed, weight in ((1, 1.0), (2, 2.0), (3, 4.0)):
-        merging.offer(Sent(tensors(seed), lasting=False).update, REFERENCE, weight)
-    for name, expected in merging.result().items():
-        assert torch.equal(once[name], expected)
-        assert torch.equal(twice[name], expected)
-    assert readings == [2, 2, 1, 1]  # those before the bad one are read again
-    assert both == [2, 2, 1, 2]
+    assert "weight is" in merging.offer(Sent(tensors(1)).update, REFERENCE, weight).refused
+    assert merging.offer(Sent(tensors(2)).update, REFERENCE, 1.0).refused is None
 
 
-@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "edit"])
-def test_rules_that_ask_for_the_norm_get_it(rule):
-    once, readings = merged(True, "damaged", rule)
-    assert readings == [2, 2, 1, 2]
-    assert all(bool(tensor.isfinite().all()) for tensor in once.values())
-
-
-def test_what_is_nobodys_fault_is_not_an_update_refused():
+@pytest.mark.parametrize("error", [StoreUnavailableError("no store"), DiskFullError("no room")])
+def test_what_is_nobodys_fault_is_not_an_update_refused(error):
     merging = Merging(FederationConfig())
-    for lasting in (True, False):
-        gone = Sent(tensors(1), lasting=lasting, breaks=StoreUnavailableError("no store"))
-        with pytest.raises(StoreUnavailableError):
-            merging.offer(gone.update, REFERENCE, 1.0)
-        merging.discard()
-        assert merging.offer(Sent(tensors(2), lasting=lasting).update, REFERENCE, 1.0).norm > 0
-        merging.discard()
+    with pytest.raises(type(error)):
+        merging.offer(Sent(tensors(1), breaks=error).update, REFERENCE, 1.0)
+    merging.discard()
+    assert merging.offer(Sent(tensors(2)).update, REFERENCE, 1.0).norm > 0
 
 
-@pytest.mark.parametrize("lasting", [True, False])
-def test_cores_are_left_to_those_that_hash(lasting):
+def test_adopted_weights_are_judged_by_how_far_they_went():
+    held = {name: tensor + 1e3 for name, tensor in tensors(5).items()}
+    near = {name: tensor + 0.01 for name, tensor in held.items()}
+    merging = Merging(FederationConfig(merge="adopt"))
+    verdict = merging.offer(Sent(near).update, held, 1.0, NormBound(1.0, "1"))
+    parameters = sum(tensor.numel() for tensor in held.values())
+    assert verdict.norm == pytest.approx(0.01 * math.sqrt(parameters), rel=1e-2)
+    assert verdict.refused is None
+    assert merging.offer(Sent(tensors(5)).update, held, 1.0, NormBound(1.0, "1")).refused
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("w.exp_avg", 100.0, "inner optimizer's state has norm 200.1; "),
+        ("w.exp_avg_sq", -1e-9, "second moments below 0"),
+        ("w.exp_avg_sq", math.nan, "holds 4 NaN"),
+    ],
+)
+def test_averaged_state_is_bounded_and_counts_for_no_distance(key, value, words):
+    merging = Merging(FederationConfig(optimizer_state="average"))
+    reference = REFERENCE | MOMENTS
+    moments = {name: torch.full((4,), 3.0) for name in MOMENTS}
+    bad = moments | {f"optimizer/{key}": torch.full((4,), value)}
+    verdict = merging.offer(Sent(tensors(1) | bad).update, reference, 1.0, BOUND)
+    assert words in verdict.refused
+    alone = Merging(FederationConfig()).offer(Sent(tensors(1)).update, REFERENCE, 1.0)
+    verdict = merging.offer(Sent(tensors(1) | moments).update, reference, 1.0, BOUND)
+    assert (verdict.norm, verdict.refused) == (alone.norm, None)
+
+
+class Doubling(WeightedMean):
+    """A rule that leaves the range of what it was given."""
+
+    def result(self):
+        return {name: tensor * self.factor for name, tensor in super().result().items()}
+
+
+@pytest.mark.parametrize(("factor", "words"), [(1e3, "its norm"), (3e38, "NaN or infinite")])
+def test_what_came_out_is_held_against_the_bound_too(factor, words, monkeypatch):
+    monkeypatch.setitem(BUILTIN_RULES, "mean", lambda config: Doubling())
+    monkeypatch.setattr(Doubling, "factor", factor, raising=False)
+    merging = Merging(FederationConfig())
+    assert merging.offer(Sent(tensors(1)).update, REFERENCE, 1.0, BOUND).refused is None
+    with pytest.raises(RunError, match=f"is not used: .*{words}"):
+        merging.result(REFERENCE, BOUND)
+
+
+def test_the_median_of_norms_is_that_of_the_merged():
+    merging = Merging(FederationConfig())
+    for scale in (5.0, 1.0, 3.0, 1e9, 2.0):
+        one = {name: torch.full(shape, scale) for name, shape in SHAPES.items()}
+        sent = Sent({f"weights/{name}": tensor for name, tensor in one.items()})
+        merging.offer(sent.update, REFERENCE, 1.0, NormBound(1e3, "1000"))
+    parameters = sum(tensor.numel() for tensor in REFERENCE.values())
+    merged = merging.result(REFERENCE, NormBound(1e3, "1000"))
+    assert merged.median_norm == pytest.approx(2.0 * math.sqrt(parameters))
+
+
+def test_cores_are_left_to_those_that_hash():
     fp32_bytes = sum(4 * tensor.numel() for tensor in REFERENCE.values())
     seen = []
 
-    def reading(breaks=None):
-        for name, tensor in tensors(1).items():
-            seen.append(torch.get_num_threads())
-            yield name, tensor
-        if breaks is not None:
-            raise breaks
+    class Watched(Sent):
+        def _read(self):
+            for named in super()._read():
+                seen.append(torch.get_num_threads())
+                yield named
 
     def used(wire_bytes, breaks=None):
         seen.clear()
-        update = Update(
-            Receipt(1, "red"), lambda: reading(breaks), lasting=lasting, wire_bytes=wire_bytes
-        )
-        merging = Merging(FederationConfig())
-        verdict = merging.offer(update, REFERENCE, 1.0)
+        sent = Watched(tensors(1), breaks=breaks, wire_bytes=wire_bytes)
+        verdict = Merging(FederationConfig()).offer(sent.update, REFERENCE, 1.0)
         assert (verdict.refused is None) == (breaks is None)
         assert torch.get_num_threads() == 6
         return set(seen)

@@ -64,27 +64,35 @@ def test_a_run_finishes_with_each_rule(rule, three_silos, make_config, tmp_path)
     assert (rule_state(tmp_path / "run") is not None) == (rule == "edit")
 
 
-@pytest.mark.parametrize("rule", ["mean", "median"])
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (["federation.max_update_norm=50"], "exceeds federation.max_update_norm = 50"),
+        (["federation.merging_rule=median"], "2 times what 4 steps of this recipe can move"),
+        (["federation.merge=adopt"], "2 times what 4 steps of this recipe can move"),
+        (["local.optimizer=sgd", "local.clip_norm=0"], "10 times the median of what round"),
+    ],
+)
 def test_an_oversize_update_is_dropped_by_name(
-    rule, three_silos, make_config, tmp_path, monkeypatch
+    chosen, words, three_silos, make_config, tmp_path, monkeypatch
 ):
-    fired = disturb(monkeypatch, "green", shift={2})
-    config = make_config(
-        three_silos,
-        "federation.max_update_norm=50",
-        f"federation.merging_rule={rule}",
-        "eval.per_silo=false",
-    )
-    simulate(config, run_dir=tmp_path / "run")
-    assert fired == [2]
+    """By default too; and after an interruption the same is decided."""
+    config = make_config(three_silos, "eval.every=0", *chosen)
+    with monkeypatch.context() as patch:
+        fired = disturb(patch, "green", shift={2}, interrupt={3})
+        with pytest.raises(KeyboardInterrupt):
+            simulate(config, run_dir=tmp_path / "run")
+        assert fired == [2, 3]
+    with monkeypatch.context() as patch:
+        fired = disturb(patch, "green", shift={3})
+        resume(tmp_path / "run")
+        assert fired == [3]
     history = read_history(tmp_path / "run")
-    (dropped,) = history.of(UpdateDropped)
-    assert (dropped.round, dropped.silo) == (2, "green")
-    assert dropped.reason.startswith("its norm ")
-    assert dropped.reason.endswith("exceeds federation.max_update_norm = 50")
+    dropped = history.of(UpdateDropped)
+    assert [(event.round, event.silo) for event in dropped] == [(2, "green"), (3, "green")]
+    assert all(event.reason.startswith("its norm ") and words in event.reason for event in dropped)
     merged = {event.round: event.participants for event in history.of(RoundMerged)}
-    assert merged[2] == ["blue", "red"]
-    assert merged[3] == ["blue", "green", "red"]
+    assert merged == {1: ["blue", "green", "red"], 2: ["blue", "red"], 3: ["blue", "red"]}
 
 
 def test_one_participant_adopted_through_the_median_is_itself(one_silo, make_config, tmp_path):

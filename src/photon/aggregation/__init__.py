@@ -3,7 +3,7 @@
 The one I/O: rules that must see all updates together keep them in a temporary file.
 """
 
-from photon.aggregation.check import Checked, check_update, square_sum
+from photon.aggregation.check import check_update, square_sum
 from photon.aggregation.coordinatewise import Median, TrimmedMean
 from photon.aggregation.edit import EditMean
 from photon.aggregation.mean import ClippedMean, WeightedMean
@@ -24,7 +24,6 @@ from photon.aggregation.rules import BUILTIN_RULES, build_merging_rule
 __all__ = [
     "BUILTIN_OUTER",
     "BUILTIN_RULES",
-    "Checked",
     "ClippedMean",
     "EditMean",
     "FedAdagrad",

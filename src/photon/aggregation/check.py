@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -18,73 +18,50 @@ _PIECE = 1 << 17
 _SAFE = 1e-25
 
 
-class Checked:
-    """An update's tensors, each checked as it passes: names, shapes, finite values.
-
-    Args:
-        tensors: the participant's named tensors, any order, any floating dtype.
-        reference: the tensors an update must have; only names and shapes are read.
-
-    Attributes:
-        norm: L2 norm of the whole update, of pieces in fp32 added up in fp64; 0 until all have
-            passed.
-    """
-
-    def __init__(
-        self,
-        tensors: Iterable[tuple[str, torch.Tensor]],
-        reference: Mapping[str, torch.Tensor],
-    ) -> None:
-        self._tensors = tensors
-        self._reference = reference
-        self.norm = 0.0
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor once.
-
-        Raises:
-            ModelMismatchError: a name is missing, unknown or given twice, a shape differs, or a
-                tensor is not floating point.
-            NonFiniteError: a value is NaN or infinite.
-        """
-        reference, square = self._reference, 0.0
-        missing = dict.fromkeys(reference)
-        for name, tensor in self._tensors:
-            if name not in missing:
-                what = "comes twice in" if name in reference else "is not part of"
-                raise ModelMismatchError(
-                    f"tensor {name!r} {what} the update",
-                    hint=None if name in reference else f"Expected {_some(reference)}.",
-                )
-            del missing[name]
-            require_shape(name, tensor, reference[name])
-            square += square_sum(name, tensor)
-            yield name, tensor
-        if missing:
-            raise ModelMismatchError(
-                f"the update lacks {len(missing)} of {len(reference)} tensors: {_some(missing)}",
-                hint="The node trains another model, or its upload was cut.",
-            )
-        self.norm = math.sqrt(square)
-
-
 def check_update(
-    tensors: Iterable[tuple[str, torch.Tensor]], reference: Mapping[str, torch.Tensor]
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    reference: Mapping[str, torch.Tensor],
+    measured: Callable[[str, torch.Tensor], torch.Tensor | None] = lambda _, tensor: tensor,
 ) -> float:
     """A pass over one participant's tensors that only checks; nothing is kept.
 
     Run it before `MergingRule.add`, so that a rejected update leaves the mean untouched.
 
+    Args:
+        tensors: the participant's named tensors, any order, any floating dtype.
+        reference: the tensors an update must have; only names and shapes are read.
+        measured: by name and tensor, of what the norm is taken; None: this one does not count.
+
     Returns:
-        The L2 norm of the whole update.
+        The L2 norm of all that is measured, of pieces in fp32 added up in fp64.
 
     Raises:
-        ModelMismatchError, NonFiniteError: as `Checked` does.
+        ModelMismatchError: a name is missing, unknown or given twice, a shape differs, or a
+            tensor is not floating point.
+        NonFiniteError: a value is NaN or infinite.
     """
-    checked = Checked(tensors, reference)
-    for _ in checked:
-        pass
-    return checked.norm
+    square = 0.0
+    missing = dict.fromkeys(reference)
+    for name, tensor in tensors:
+        if name not in missing:
+            what = "comes twice in" if name in reference else "is not part of"
+            raise ModelMismatchError(
+                f"tensor {name!r} {what} the update",
+                hint=None if name in reference else f"Expected {_some(reference)}.",
+            )
+        del missing[name]
+        require_shape(name, tensor, reference[name])
+        counted = measured(name, tensor)
+        if counted is None:
+            square_sum(name, tensor)
+        else:
+            square += square_sum(name, counted)
+    if missing:
+        raise ModelMismatchError(
+            f"the update lacks {len(missing)} of {len(reference)} tensors: {_some(missing)}",
+            hint="The node trains another model, or its upload was cut.",
+        )
+    return math.sqrt(square)
 
 
 def require_shape(name: str, tensor: torch.Tensor, expected: torch.Tensor) -> None:

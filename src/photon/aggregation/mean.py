@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -21,14 +20,12 @@ class WeightedMean(MergingRule):
     themselves bit for bit. The order of arrival moves the result by about K fp32 roundings.
     """
 
-    needs_norm = False
-
     def __init__(self) -> None:
         self._mean = RunningMean()
         self._weight = 0.0
 
     def add(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float = math.nan
+        self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float = 0.0
     ) -> None:
         require_weight(weight)
         self._mean.add(tensors, weight / (self._weight + weight))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
 
 import torch
 
@@ -19,10 +18,6 @@ class MergingRule(ABC):
     breaks off half-way has already changed what the rule holds, so all that can be refused is
     refused before. A plugin derives from this class and is built without arguments.
     """
-
-    #: Whether `refuse` or `add` look at the norm. Where they don't, the norm may be taken while
-    #: tensors pass, and `add` is told NaN.
-    needs_norm: ClassVar[bool] = True
 
     def refuse(self, norm: float) -> str | None:
         """Why an update of this norm must not be merged, in words with figures; None if it may.

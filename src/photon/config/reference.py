@@ -100,13 +100,18 @@ def _section(name: str, heading: str, schema: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _value_schema(field: dict[str, Any]) -> dict[str, Any]:
+def _choices(field: dict[str, Any]) -> list[dict[str, Any]]:
     # A key that may be absent is {"anyOf": [what it holds, {"type": "null"}]}.
-    options = [option for option in field.get("anyOf", ()) if option.get("type") != "null"]
-    return options[0] if options else field
+    return [option for option in field.get("anyOf", ()) if option.get("type") != "null"]
+
+
+def _value_schema(field: dict[str, Any]) -> dict[str, Any]:
+    return next(iter(_choices(field)), field)
 
 
 def _type_of(field: dict[str, Any]) -> str:
+    if len(choices := _choices(field)) > 1:
+        return " or ".join(_type_of(choice) for choice in choices)
     value = _value_schema(field)
     if value["type"] == "array":
         return f"array of {value['items']['type']}s"
@@ -126,6 +131,8 @@ def _default_of(field: dict[str, Any]) -> str:
 
 
 def _bounds_of(field: dict[str, Any]) -> str:
+    if len(choices := _choices(field)) > 1:
+        return ", ".join(_bounds_of(choice) for choice in choices)
     value = _value_schema(field)
     if "enum" in value:
         return ", ".join(f"`{choice}`" for choice in value["enum"])

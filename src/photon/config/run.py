@@ -132,11 +132,11 @@ class FederationConfig(Section):
         description="Of edit: refuse norms that lie more standard deviations above the mean of "
         "norms merged in earlier rounds, once 16 were merged.",
     )
-    max_update_norm: Annotated[float, Field(gt=0)] | None = Field(
-        default=None,
-        description="Refuse updates of a larger L2 norm, whatever the merging rule. The norm is "
-        "that of all a participant sends: deltas, or weights with adopt, and averaged inner "
-        "optimizer state.",
+    max_update_norm: Annotated[float, Field(gt=0)] | Literal["auto", "none"] = Field(
+        default="auto",
+        description="Refuse updates whose weights lie further (L2) from the global ones, whatever "
+        "the merging rule. auto: twice what the round's steps can move at most by this recipe, and "
+        "10 times the median of what the last round merged; none: no bound.",
     )
     optimizer_state: Literal["reset", "keep", "average"] = Field(
         default="reset",

@@ -161,7 +161,7 @@ class WorkerEngine:
             receipt, ref = answer
             expected = Expected(update_header(task, state), shapes, self._codecs)
             tensors = partial(self._tensors, ref, expected)
-            yield Update(receipt, tensors, lasting=True, wire_bytes=ref.payload_bytes)
+            yield Update(receipt, tensors, wire_bytes=ref.payload_bytes)
         for task in tasks:
             self._store.delete([key for key, _ in self._store.keys(_parcel_folder(task))])
 

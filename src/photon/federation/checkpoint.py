@@ -32,6 +32,8 @@ class RunState:
         model_fingerprint: of the shapes that the tensors belong to.
         data_sha256: of the prepared data the run started with.
         outer_update_bytes: of the newest outer update on the wire; 0 where whole states travel.
+        merged_norm: lower median norm of the updates that the newest round merged.
+        merged_lr_sum: the learning rates of that round's steps, added up.
     """
 
     round: int
@@ -46,6 +48,8 @@ class RunState:
     local_train_s: float = 0.0
     elapsed_s: float = 0.0
     outer_update_bytes: int = 0
+    merged_norm: float = 0.0
+    merged_lr_sum: float = 0.0
 
 
 class CheckpointStore:

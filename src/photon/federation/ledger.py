@@ -21,6 +21,9 @@ from photon.telemetry.events import (
     RoundFinished,
 )
 
+#: No figure of a receipt is larger: sums of them stay finite and exact.
+_MOST = 2**53
+
 
 @dataclass
 class RoundCosts:
@@ -107,6 +110,8 @@ class Ledger:
         node_rounds: dict[str, int],
         cursors: dict[str, int],
         outer_update_bytes: int = 0,
+        merged_norm: float = 0.0,
+        merged_lr_sum: float = 0.0,
     ) -> None:
         """Add a round's costs to the totals, checkpoint, and tell that it is over.
 
@@ -127,6 +132,8 @@ class Ledger:
             bytes_down=old.bytes_down + costs.bytes_down,
             local_train_s=old.local_train_s + costs.local_train_s,
             outer_update_bytes=outer_update_bytes,
+            merged_norm=merged_norm,
+            merged_lr_sum=merged_lr_sum,
         )
         checkpoint_s = self.save(groups)
         self.recorder.emit(
@@ -147,6 +154,22 @@ class Ledger:
                 dropped=costs.dropped,
             )
         )
+
+
+def implausible(receipt: Receipt, most_tokens: int) -> str | None:
+    """What is wrong with a receipt's figures, which are summed, kept and shown; None: nothing.
+
+    Args:
+        most_tokens: that its task has.
+    """
+    for name, value in (vars(receipt) | vars(receipt.times)).items():
+        if isinstance(value, int | float) and not (
+            (-_MOST if "loss" in name else 0) <= value <= _MOST
+        ):
+            return f"its receipt says {name} = {value}"
+    if receipt.failure is None and not 0 < receipt.tokens <= most_tokens:
+        return f"its receipt says {receipt.tokens} tokens; its task has {most_tokens}"
+    return None
 
 
 def local_finished(receipt: Receipt, *, update_norm: float) -> LocalFinished:

@@ -3,50 +3,79 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from photon.aggregation import Checked, MergingRule, build_merging_rule, check_update
+from photon.aggregation import MergingRule, build_merging_rule, check_update
+from photon.aggregation.check import require_weight, square_sum
 from photon.config import FederationConfig
 from photon.errors import (
-    ChunkCorruptError,
-    ManifestError,
+    AccessRefusedError,
+    MachineError,
     ModelMismatchError,
-    NonFiniteError,
-    ObjectMissingError,
+    PhotonError,
+    RunError,
+    StoreUnavailableError,
+    TransferStalledError,
 )
-from photon.federation.tasks import GlobalState, Update
+from photon.federation.norm_bound import NormBound
+from photon.federation.tasks import OPTIMIZER, GlobalState, Update
 from photon.torch_threads import torch_threads
 
-#: What is the update's own fault. Anything else ends the round.
-_FAULTS = (
-    NonFiniteError,
-    ModelMismatchError,
-    ManifestError,
-    ChunkCorruptError,
-    ObjectMissingError,
+#: Where reading an update raises one of these, it is this side's trouble, and ends the round.
+_OURS = (
+    AccessRefusedError,
+    MachineError,
+    RunError,
+    StoreUnavailableError,
+    TransferStalledError,
 )
+#: Anything else that it raises is the update's own fault.
+_FAULTS = (PhotonError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError)
+
+#: Ends of the names of averaged second moments, which are no means of squares below 0.
+_SECOND_MOMENTS = (".exp_avg_sq", ".max_exp_avg_sq")
+
+#: A median of vectors within a bound, coordinate by coordinate, lies within sqrt(2) of it.
+_OF_A_MEDIAN = 1.415
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one update: its L2 norm, and why it was refused (None: it is merged)."""
+    """On one update: how far its weights lie from the global ones, and why it was refused.
+
+    Attributes:
+        refused: None: it is merged.
+    """
 
     norm: float = math.nan
     refused: str | None = None
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A round's updates as one.
+
+    Attributes:
+        norm: how far its weights lie from the global ones.
+        median_norm: the lower median of that, over the updates merged.
+    """
+
+    tensors: dict[str, Tensor]
+    norm: float
+    median_norm: float
+
+
 class Merging:
     """A round's updates, one after another, through the run's rule.
 
-    An update is read twice, first to check it, so that nothing of a bad one is ever added. Where
-    updates last and the rule has no use for their norms, it is read once, checked as it is added;
-    if it turns out bad, all is discarded and the good ones are added again, which gives the bits
-    that never having seen it would give. That costs a second reading only where somebody sends
-    something bad.
+    An update is read twice, first to check it, so that nothing of a bad one is ever added, and
+    what others sent is never read again for it. Its norm is how far its weights lie from the
+    global ones: that of the delta it is, or of the one that adopted weights make.
 
     Args:
         config: the [federation] table.
@@ -54,30 +83,59 @@ class Merging:
 
     def __init__(self, config: FederationConfig) -> None:
         self._rule: MergingRule = build_merging_rule(config)
-        self._max_norm = config.max_update_norm
-        #: To be added once more after a bad one: update, weight, PyTorch's threads.
-        self._again: list[tuple[Update, float, int]] = []
+        self._adopts = config.merge == "adopt"
+        self._norms: list[float] = []
 
-    def offer(self, update: Update, reference: GlobalState, weight: float) -> Verdict:
+    def offer(
+        self, update: Update, reference: GlobalState, weight: float, bound: NormBound | None = None
+    ) -> Verdict:
         """Merge an update, or say why not.
 
         Args:
-            reference: names and shapes that it must have.
+            reference: the global state; names and shapes that the update must have.
             weight: its share before normalising.
+            bound: on norms; none by default.
         """
         with torch_threads(_threads(update, reference)):
-            if update.lasting and not self._rule.needs_norm:
-                return self._in_one_pass(update, reference, weight)
-            return self._in_two_passes(update, reference, weight)
+            try:
+                require_weight(weight)
+                norm, inner = self._measure(update.tensors(), reference)
+            except _OURS:
+                raise
+            except _FAULTS as error:
+                words = error.message if isinstance(error, PhotonError) else repr(error)[:300]
+                return Verdict(refused=words)
+            refused = (bound or NormBound()).refuse(norm, inner) or self._rule.refuse(norm)
+            if refused is None:
+                self._rule.add(update.tensors(), weight, norm)
+                self._norms.append(norm)
+            return Verdict(norm, refused)
 
-    def result(self) -> dict[str, Tensor]:
-        """The merged tensors; see MergingRule.result."""
-        self._again.clear()
-        return self._rule.result()
+    def result(self, reference: GlobalState, bound: NormBound | None = None) -> Merged:
+        """What the round came to; see MergingRule.result.
+
+        Raises:
+            RunError: it is not finite, or lies beyond the bound of each of its updates.
+        """
+        tensors = self._rule.result()
+        norms, self._norms = self._norms, []
+        try:
+            norm, _ = self._measure(tensors.items(), reference)
+            most = (bound or NormBound()).norm * _OF_A_MEDIAN
+            refused = None if norm <= most else f"its norm {norm:.4g} exceeds {most:.4g}"
+        except PhotonError as error:
+            norm, refused = math.nan, error.message
+        if refused is not None:
+            raise RunError(
+                f"what the updates were merged into is not used: {refused}",
+                hint="The global state is as it was. Look at update_norm in events.jsonl, and at "
+                "the merging rule where it is a plugin's.",
+            )
+        return Merged(tensors, norm, statistics.median_low(norms))
 
     def discard(self) -> None:
         """Forget the round's updates."""
-        self._again.clear()
+        self._norms = []
         self._rule.discard()
 
     def state_tensors(self) -> Mapping[str, Tensor]:
@@ -88,37 +146,23 @@ class Merging:
         """Take over what `state_tensors` gave."""
         self._rule.load_state_tensors(tensors)
 
-    def _in_two_passes(self, update: Update, reference: GlobalState, weight: float) -> Verdict:
-        try:
-            norm = check_update(update.tensors(), reference)
-        except _FAULTS as error:
-            return Verdict(refused=error.message)
-        refused = self._too_large(norm) or self._rule.refuse(norm)
-        if refused is None:
-            self._rule.add(update.tensors(), weight, norm)
-        return Verdict(norm, refused)
+    def _measure(
+        self, tensors: Iterable[tuple[str, Tensor]], reference: GlobalState
+    ) -> tuple[float, float]:
+        """The norms of an update's weights, as a delta, and of its inner-optimizer state."""
+        inner = 0.0
 
-    def _in_one_pass(self, update: Update, reference: GlobalState, weight: float) -> Verdict:
-        checked = Checked(update.tensors(), reference)
-        try:
-            self._rule.add(checked, weight, math.nan)
-        except _FAULTS as error:
-            verdict = Verdict(refused=error.message)
-        else:
-            verdict = Verdict(checked.norm, self._too_large(checked.norm))
-        if verdict.refused is None:
-            self._again.append((update, weight, torch.get_num_threads()))
-            return verdict
-        self._rule.discard()
-        for earlier, its_weight, threads in self._again:
-            with torch_threads(threads):
-                self._rule.add(earlier.tensors(), its_weight, math.nan)
-        return verdict
+        def measured(name: str, tensor: Tensor) -> Tensor | None:
+            nonlocal inner
+            if not name.startswith(OPTIMIZER):
+                return reference[name] - tensor if self._adopts else tensor
+            if name.endswith(_SECOND_MOMENTS) and bool((tensor < 0).any()):
+                raise ModelMismatchError(f"tensor {name!r} holds second moments below 0")
+            inner += square_sum(name, tensor)
+            return None
 
-    def _too_large(self, norm: float) -> str | None:
-        if self._max_norm is not None and norm > self._max_norm:
-            return f"its norm {norm:.4g} exceeds federation.max_update_norm = {self._max_norm:g}"
-        return None
+        norm = check_update(tensors, reference, measured)
+        return norm, math.sqrt(inner)
 
 
 def _threads(update: Update, reference: GlobalState) -> int:

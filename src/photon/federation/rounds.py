@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,8 +14,16 @@ from photon.aggregation import OuterOptimizer, build_outer_optimizer
 from photon.config import RunConfig
 from photon.errors import QuorumLostError
 from photon.federation.broadcast import Broadcast
-from photon.federation.ledger import Ledger, RoundCosts, due, local_finished, state_lost
+from photon.federation.ledger import (
+    Ledger,
+    RoundCosts,
+    due,
+    implausible,
+    local_finished,
+    state_lost,
+)
 from photon.federation.merging import Merging
+from photon.federation.norm_bound import NormBound, lr_sum, norm_bound
 from photon.federation.sampling import Candidates, Fleet, sample_participants
 from photon.federation.tasks import (
     OPTIMIZER,
@@ -70,11 +77,13 @@ class Federation:
         self._node_folder = node_folder
         self.state: dict[str, Tensor] = dict(tensors["global"])
         self._merging = Merging(config.federation)
+        self._bound = NormBound()
         self._outer: OuterOptimizer = build_outer_optimizer(config.outer)
         self._broadcast = Broadcast(
             config.link, config.run.name, tensors.get("broadcast"), ledger.state.outer_update_bytes
         )
         self._published: StateRef | None = None
+        self._step_tokens = config.local.batch_size * config.data.sequence_length
         if tensors.get("outer"):
             self._outer.load_state_tensors(dict(tensors["outer"]))
         if tensors.get("rule"):
@@ -145,9 +154,10 @@ class Federation:
             for silo in participants
         ]
         self._engine.offer(number - 1, partial(self._publish, number - 1))
+        self._bound = norm_bound(config, ledger.state, self.state)
         merged = self._merge_updates(number, tasks, costs)
         self._require_quorum(number, merged, len(tasks), costs)
-        self._step(number, merged, costs)
+        merged_norm = self._step(number, merged, costs)
         if due(config.eval.every, number, config.federation.rounds):
             costs.eval_s = self._evaluate(number)
         node_rounds = ledger.state.node_rounds | {receipt.silo: number for receipt in merged}
@@ -161,6 +171,8 @@ class Federation:
             node_rounds=node_rounds,
             cursors=cursors,
             outer_update_bytes=self._broadcast.update_bytes,
+            merged_norm=merged_norm,
+            merged_lr_sum=lr_sum(config, global_step),
         )
         ledger.prune_node_states(self._node_folder)
 
@@ -173,12 +185,14 @@ class Federation:
                 receipt = update.receipt
                 if receipt.state_lost:
                     self._ledger.recorder.emit(state_lost(task))
-                busy_s += receipt.train_s
-                costs.bytes_down += receipt.bytes_down
-                costs.bytes_up += receipt.bytes_up
-                started = time.perf_counter()
-                reason = receipt.failure or self._merge_one(update)
-                costs.merge_s += time.perf_counter() - started
+                reason = implausible(receipt, task.steps * self._step_tokens)
+                if reason is None:
+                    busy_s += receipt.train_s
+                    costs.bytes_down += receipt.bytes_down
+                    costs.bytes_up += receipt.bytes_up
+                    started = time.perf_counter()
+                    reason = receipt.failure or self._merge_one(update)
+                    costs.merge_s += time.perf_counter() - started
                 if reason is None:
                     merged.append(receipt)
                     costs.tokens += receipt.tokens
@@ -197,7 +211,7 @@ class Federation:
         """Check and add one update; the reason if it is refused."""
         equal = self._config.federation.weighting == "equal"
         weight = 1.0 if equal else float(update.receipt.tokens)
-        verdict = self._merging.offer(update, self.state, weight)
+        verdict = self._merging.offer(update, self.state, weight, self._bound)
         if verdict.refused is None:
             event = local_finished(update.receipt, update_norm=verdict.norm)
             self._ledger.recorder.emit(event)
@@ -219,23 +233,26 @@ class Federation:
         )
 
     @torch.no_grad()
-    def _step(self, number: int, merged: list[Receipt], costs: RoundCosts) -> None:
-        """Turn the merged mean into the next global state, as nodes will have it."""
+    def _step(self, number: int, merged: list[Receipt], costs: RoundCosts) -> float:
+        """Turn what was merged into the next global state, as nodes will have it.
+
+        Returns:
+            The lower median norm of the updates.
+
+        Raises:
+            RunError: what was merged is not fit for that; the state is as it was.
+        """
         started = time.perf_counter()
         before = self._broadcast.keep(self.state)
-        mean = self._merging.result()
-        norm_square = 0.0
+        result = self._merging.result(self.state, self._bound)
+        merged_weights = section(result.tensors, WEIGHTS)
         if self._config.federation.merge == "adopt":
             for name, weight in section(self.state, WEIGHTS).items():
-                adopted = mean[WEIGHTS + name]
-                norm_square += float(torch.dist(weight, adopted)) ** 2
-                weight.copy_(adopted)
+                weight.copy_(merged_weights[name])
         else:
-            pseudo_gradient = section(mean, WEIGHTS)
-            norm_square = sum(float(tensor.norm()) ** 2 for tensor in pseudo_gradient.values())
-            self._outer.step(section(self.state, WEIGHTS), pseudo_gradient)
+            self._outer.step(section(self.state, WEIGHTS), merged_weights)
         for name, tensor in section(self.state, OPTIMIZER).items():
-            tensor.copy_(mean[OPTIMIZER + name])
+            tensor.copy_(result.tensors[OPTIMIZER + name])
         self._broadcast.encode(number, self.state, before)
         costs.merge_s += time.perf_counter() - started
         tokens = sum(receipt.tokens for receipt in merged)
@@ -246,10 +263,11 @@ class Federation:
                 participants=[receipt.silo for receipt in merged],
                 tokens=tokens,
                 train_loss=loss,
-                pseudo_gradient_norm=math.sqrt(norm_square),
+                pseudo_gradient_norm=result.norm,
                 merge_s=costs.merge_s,
             )
         )
+        return result.median_norm
 
     def _evaluate(self, number: int) -> float:
         tasks = [EvalTask(number, None)]

@@ -109,12 +109,11 @@ class Receipt:
 class Update:
     """A receipt and the way to its tensors, which are read one at a time, more than once.
 
-    The tensors are valid until the engine is asked for the next update, or longer if they last.
+    The tensors are valid until the engine is asked for the next update.
 
     Attributes:
         tensors: as they will be merged: decoded, where a codec was at work.
         packed: as they travel; None where they leave as they are, in fp32.
-        lasting: the tensors stay readable until the engine's answers are exhausted.
         wire_bytes: of those that are read and hashed while tensors are merged: this update's or the
             next ones'; 0 if they lie in memory.
     """
@@ -122,7 +121,6 @@ class Update:
     receipt: Receipt
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     packed: Sequence[Entry] | None = None
-    lasting: bool = False
     wire_bytes: int = 0
 
     @classmethod

@@ -5,7 +5,7 @@ from photon.training.device import ComputePlan, plan_compute, ranks_of_a_node
 from photon.training.fit import Fit, plan_fit
 from photon.training.flops import count_flops
 from photon.training.hardware import mfu, stated_peak
-from photon.training.inner import InnerOptimizer, decayed_names
+from photon.training.inner import InnerOptimizer, adam_betas, decayed_names
 from photon.training.local_tensors import local as local_part
 from photon.training.micro_batch import MicroBatch, within_memory
 from photon.training.placement import PlacedModel, materialise
@@ -36,6 +36,7 @@ __all__ = [
     "Strategy",
     "Stream",
     "Trainer",
+    "adam_betas",
     "choose_strategy",
     "count_flops",
     "decayed_names",

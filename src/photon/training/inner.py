@@ -282,10 +282,10 @@ def _build(
 
 
 def _adaptive(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.Optimizer:
-    beta2, epsilon = _DEFAULTS[config.optimizer]
+    epsilon = _DEFAULTS[config.optimizer][1]
     options: dict[str, Any] = {
         "lr": config.lr,
-        "betas": (config.beta1, beta2 if config.beta2 is None else config.beta2),
+        "betas": adam_betas(config),
         "eps": epsilon if config.epsilon is None else config.epsilon,
     }
     if config.optimizer == "adopt":
@@ -295,6 +295,11 @@ def _adaptive(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.
     if config.optimizer_bits == 8:
         return EightBitAdamW(groups, **options)
     return torch.optim.AdamW(groups, **options, fused=True)
+
+
+def adam_betas(config: LocalConfig) -> tuple[float, float]:
+    """beta1 and beta2 of adamw, muon's AdamW, adopt and amsgrad."""
+    return config.beta1, _DEFAULTS[config.optimizer][0] if config.beta2 is None else config.beta2
 
 
 def decayed_names(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> set[str]:

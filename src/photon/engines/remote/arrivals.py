@@ -120,7 +120,7 @@ class Arrivals:
         if ref is None or parcel is None:
             return Update(receipt, lambda: iter(()))
         tensors = partial(self._depot.tensors, parcel, task, ref, self._state)
-        return Update(receipt, tensors, lasting=True, wire_bytes=ref.payload_bytes)
+        return Update(receipt, tensors, wire_bytes=ref.payload_bytes)
 
 
 def _wait(fetching: Future[Parcel] | None, most_s: float) -> None:
