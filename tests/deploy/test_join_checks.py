@@ -85,6 +85,7 @@ class Aggregator:
             port=self.settings.port,
             ca_pem=pem,
             ca_fingerprint=fingerprint(pem),
+            aggregator_key=NodeKey.load_or_create(self.folder / "aggregator.key").public_pem,
             token=self.roster.invite(name, max(60.0, hours * 3600)),
             expires_at=float(int(time.time() + hours * 3600)),
             tokenizer=self.tokenizer,

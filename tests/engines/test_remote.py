@@ -11,8 +11,7 @@ import torch
 
 from photon.data import open_data
 from photon.engines.local import LocalEngine
-from photon.engines.remote import RemoteEngine, errand, messenger
-from photon.engines.remote.depot import Depot
+from photon.engines.remote import Asker, Depot, RemoteEngine, errand, messenger
 from photon.engines.remote.errand import Errand
 from photon.errors import (
     ChunkCorruptError,
@@ -32,6 +31,7 @@ from photon.federation.envelopes import RefPart, RunPart, dictated, parse_reply
 from photon.federation.node import initial_model
 from photon.federation.tasks import WEIGHTS, update_header
 from photon.link import plain_entries, tensors_sha256, write_parcel
+from photon.membership.chain import BEGINNING
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster, SignedReply
 from photon.models import model_fingerprint, trainable_parameters
@@ -53,8 +53,9 @@ class Federated:
             WEIGHTS + name: parameter.detach().clone()
             for name, parameter in trainable_parameters(model).items()
         }
+        self.key = NodeKey.create(folder / "aggregator.key")
         self.silos = {
-            name: silos_in_process.Silo(folder / "silos", name, self.data.path)
+            name: silos_in_process.Silo(folder / "silos", name, self.data.path, self.key)
             for name in sorted(self.data.silos)
         }
         self.run = RunPart(
@@ -117,8 +118,8 @@ class Bench:
             self.config,
             self.wire,
             self.roster,
-            self.store,
-            self.folder / "arrivals",
+            Depot(RUN_ID, self.config.link, self.store, self.folder / "arrivals"),
+            Asker(federated.key, lambda: BEGINNING),
             federated.local,
             self.told.append,
         )

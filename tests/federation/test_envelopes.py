@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from photon.config import load_run_config
 from photon.errors import ConfigError, ProtocolError
+from photon.evaluation.perplexity import perplexity
 from photon.federation.envelopes import (
     MOST_BYTES,
     PROTOCOL,
@@ -52,7 +53,7 @@ RECEIPT = Receipt(
     first_loss=5.75,
     last_loss=5.25,
     bytes_down=4_500,
-    bytes_up=4_700,
+    bytes_up=WHOLE.wire_bytes,
     train_s=1.5,
     load_s=0.25,
     publish_s=0.125,
@@ -63,7 +64,7 @@ RECEIPT = Receipt(
     micro_batch_size=4,
     left_out=0.01,
 )
-SCORE = EvalReceipt("red", 5.5, 244.7, 2.25, 1_990, 0.75, bytes_down=4_500)
+SCORE = EvalReceipt("red", 5.5, perplexity(5.5), 2.25, 1_990, 0.75, bytes_down=4_500)
 
 
 def run_part(config=None, **fields):
@@ -90,7 +91,8 @@ def ask(kind="fit", **fields):
         "silo": "red",
         "run": run_part(),
         "state": StatePart.of(STATE),
-        "until": 1_800_000_000.5,
+        "log_head": "8" * 64,
+        "within_s": 3600.5,
         kind: part,
     }
     return Ask(**plain | fields)
@@ -106,6 +108,8 @@ def reply(kind="fit", **fields):
         "photon_version": "0.1.0",
         "kind": "evaluate" if kind == "evaluate" else "fit",
         "silo": "red",
+        "ask": ask(kind).sha256 if kind != "refused" else ask().sha256,
+        "log_head": "8" * 64,
         "run": RUN_ID,
         "round": 3 if kind == "evaluate" else 4,
         "task": f"{RUN_ID}/fit/4/red",
@@ -184,6 +188,8 @@ def test_a_reply_answers_its_question_only():
         "round": 5,
         "task": "another",
         "state": "f" * 64,
+        "log_head": "f" * 64,
+        "ask": "f" * 64,
     }.items():
         with pytest.raises(ProtocolError, match=f"red answered {name} "):
             answer.model_copy(update={name: value}).require_answer_to(question)
@@ -302,15 +308,15 @@ DEEP = 100_000
         b"[" * DEEP + b"]" * DEEP,
         b'{"protocol":' + b"[" * DEEP + b"]" * DEEP + b"}",
         b'{"protocol":' + b"[" * 900 + b"]" * 900 + b"}",
-        b'{"protocol":1,"round":' + b"9" * 10_000 + b"}",
+        b'{"protocol":2,"round":' + b"9" * 10_000 + b"}",
         b'{"protocol":' + b"9" * 4000 + b"}",
-        b'{"protocol":1,"round":1e99999}',
-        b'{"protocol":1,"silo":"\\ud800"}',
+        b'{"protocol":2,"round":1e99999}',
+        b'{"protocol":2,"silo":"\\ud800"}',
         b"\xef\xbb\xbf{}",
         b"\xff\xfe\x00",
-        b'{"protocol":1}' * 2,
+        b'{"protocol":2}' * 2,
         b"{" + b",".join(b'"k%d":1' % n for n in range(20_000)) + b',"protocol":1}',
-        b'{"protocol":1,"run":{"silos":[' + b",".join([b'"?"'] * 100_000) + b"]}}",
+        b'{"protocol":2,"run":{"silos":[' + b",".join([b'"?"'] * 100_000) + b"]}}",
     ],
     ids=range(18),
 )
@@ -335,14 +341,14 @@ def test_a_config_of_any_depth_is_taken_or_refused():
 
 
 def test_nothing_is_read_beyond_the_longest():
-    long = b'{"protocol":1,"x":"' + b"x" * MOST_BYTES + b'"}'
+    long = b'{"protocol":2,"x":"' + b"x" * MOST_BYTES + b'"}'
     started = time.process_time()
     with pytest.raises(ProtocolError, match=f"none has more than {MOST_BYTES}"):
         parse_ask(long)
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize("spoken", [0, 2, "1", None, [1], {"1": 1}, 1.5])
+@pytest.mark.parametrize("spoken", [0, 1, 3, "2", None, [1], {"1": 1}, 1.5])
 def test_another_protocol_is_named(spoken):
     tree = DOCUMENTS[0] | {"protocol": spoken}
     with pytest.raises(ProtocolError, match="the other side speaks protocol") as caught:
@@ -367,8 +373,10 @@ def test_text_is_utf8_and_nothing_else(encoding):
         (0, ("silo",), "", "silo"),
         (0, ("kind",), "evaluate", "evaluate"),
         (0, ("evaluate",), {"round": 3}, "fit"),
-        (0, ("until",), float("inf"), "until"),
-        (0, ("until",), "1800000000", "until"),
+        (0, ("within_s",), float("inf"), "within_s"),
+        (0, ("within_s",), 31 * 86_400.0, "within_s"),
+        (0, ("within_s",), 0.0, "within_s"),
+        (0, ("within_s",), "3600", "within_s"),
         (0, ("run", "id"), RUN_ID.upper(), "run.id"),
         (0, ("run", "silos"), [], "run.silos"),
         (0, ("run", "silos", 1), 5, "run.silos.1"),
@@ -379,7 +387,32 @@ def test_text_is_utf8_and_nothing_else(encoding):
         (0, ("state", "whole", "bytes"), 2**53, "state.whole.bytes"),
         (0, ("state", "sha256"), "3" * 63, "state.sha256"),
         (2, ("fit", "tokens"), -1, "fit.tokens"),
+        (2, ("fit", "tokens"), 0, "no weight"),
         (2, ("fit", "train_s"), float("nan"), "fit.train_s"),
+        (2, ("fit", "train_s"), 1.7e308, "fit.train_s"),
+        (2, ("fit", "times"), [0.0, 0.0, 0.0, 1e300], "fit.times"),
+        (2, ("fit", "communication_s"), 1e9, "fit.communication_s"),
+        (2, ("fit", "loss"), float("nan"), "fit.loss"),
+        (2, ("fit", "first_loss"), float("inf"), "fit.first_loss"),
+        (2, ("fit", "last_loss"), 1e6, "fit.last_loss"),
+        (2, ("fit", "loss"), -0.5, "fit.loss"),
+        (2, ("fit", "mfu"), 1e9, "fit.mfu"),
+        (2, ("fit", "left_out"), 1e300, "fit.left_out"),
+        (2, ("fit", "peak_memory_bytes"), 2**51, "fit.peak_memory_bytes"),
+        (2, ("fit", "bytes_down"), 2**51, "fit.bytes_down"),
+        (2, ("fit", "bytes_up"), 1, "fit.bytes_up"),
+        (3, ("evaluate", "loss"), float("inf"), "evaluate.loss"),
+        (3, ("evaluate", "bits_per_byte"), float("nan"), "evaluate.bits_per_byte"),
+        (3, ("evaluate", "perplexity"), 1.0, "evaluate.perplexity"),
+        (3, ("evaluate", "tokens"), 0, "evaluate.tokens"),
+        (3, ("evaluate", "eval_s"), 1e12, "evaluate.eval_s"),
+        (4, ("refused", "message"), "a\x1b[2J", "refused.message"),
+        (4, ("refused", "hint"), "two\nlines", "refused.hint"),
+        (5, ("fit", "failure"), "a\u202eb", "fit.failure"),
+        (2, ("photon_version",), "\x1b[2J", "photon_version"),
+        (2, ("task",), "[/x]", "task"),
+        (2, ("fit", "update", "key"), "a/../b", "fit.update.key"),
+        (2, ("fit", "update", "payload_bytes"), 2**52, "fit.update.payload_bytes"),
         (2, ("fit", "times"), [0.0] * 5, "fit.times"),
         (2, ("fit", "update"), None, "fit"),
         (2, ("fit", "failure"), "and an update", "fit"),

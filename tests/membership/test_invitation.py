@@ -33,13 +33,14 @@ def ca_pem(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def invitation(ca_pem):
+def invitation(ca_pem, keys):
     return Invitation(
         name="hospital-a",
         host="fed.example.org",
         port=8443,
         ca_pem=ca_pem,
         ca_fingerprint=certificate_fingerprint(ca_pem),
+        aggregator_key=keys[0].public_pem,
         token="t" * 43,
         expires_at=NOW + 3600,
     )
@@ -145,6 +146,7 @@ def changed(path, invitation, old, new):
         ("2027-01-15 09:00:00+00:00", '"soon"', "a time with its zone"),
         ("t" * 43, "t t", "token is damaged"),
         ("BEGIN CERTIFICATE", "BEGIN WORDS", "a certificate in PEM"),
+        ("BEGIN PUBLIC KEY", "BEGIN WORDS", "a public key in PEM"),
         ("[", "[", "is no invitation"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 import silos_in_process
 
 from photon.config import write_resolved
-from photon.membership.keys import NodeKey
+from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, Facts, Presence, Roster
 from photon.membership.verification import verify_audit
 from photon.runs import fleet as fleet_module
@@ -42,7 +42,10 @@ class Served:
         store = FolderStore(folder / "store")
         names = ("blue", "green", "red")
         data = Path(config.data.path)
-        self.silos = {name: silos_in_process.Silo(folder / "silos", name, data) for name in names}
+        key = NodeKey.create(folder / "home" / AGGREGATOR_KEY_FILE)
+        self.silos = {
+            name: silos_in_process.Silo(folder / "silos", name, data, key) for name in names
+        }
         for silo in self.silos.values():
             silo.store = store
         write_resolved(config, self.folder / "serve.toml")

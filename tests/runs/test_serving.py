@@ -15,6 +15,7 @@ from photon.errors import (
     RunNotFoundError,
 )
 from photon.federation import Candidates
+from photon.membership.keys import NodeKey
 from photon.membership.roster import Presence
 from photon.membership.verification import verify_audit
 from photon.runs import fleet as fleet_module
@@ -270,7 +271,7 @@ def test_a_sample_is_waited_for_too_and_given_up(fleet, roster):
 
 
 def test_a_merged_silo_without_a_receipt_is_never_written_down(roster, run_id, tmp_path):
-    notary = Notary(tmp_path, roster, run_id)
+    notary = Notary(tmp_path, roster, run_id, NodeKey.create(tmp_path / "aggregator.key"))
     notary._merged = ["red"]
     with pytest.raises(MembershipError, match="round 1 merged red, whose receipt is not there"):
         notary._close_round(1)

@@ -14,7 +14,7 @@ from pathlib import Path
 from photon.config import load_node_config
 from photon.data import open_data
 from photon.errors import UnknownMemberError
-from photon.federation.envelopes import Ask, Reply, encoded, parse_ask
+from photon.federation.envelopes import Ask, Reply, encoded
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, Presence, Roster, SignedReply
 from photon.membership.signing import RECEIPT, sign_document
@@ -32,16 +32,21 @@ Answer = SignedReply | str | None
 
 
 class Silo:
-    """A node's home with its trainer."""
+    """A node's home with its trainer, which has pinned the key of an aggregator."""
 
-    def __init__(self, folder: Path, name: str, data: Path) -> None:
+    def __init__(self, folder: Path, name: str, data: Path, aggregator: NodeKey) -> None:
         self.name = name
         self.home = folder / name
         self.home.mkdir(parents=True)
         self.key = NodeKey.create(self.home / "node.key")
         self.store: Store = MemoryStore()
         self._data = data
-        record = {"name": name, "address": "127.0.0.1:1", "fingerprint": "sha256:" + "0" * 64}
+        record = {
+            "name": name,
+            "address": "127.0.0.1:1",
+            "ca_fingerprint": "sha256:" + "0" * 64,
+            "aggregator_key": aggregator.public_pem,
+        }
         (self.home / "membership.json").write_text(json.dumps(record))
         (self.home / "node.toml").write_text(
             f'[data]\npath = "{data}"\n[compute]\nthreads = 1\n[disk]\nmin_free_gib = 0.0\n'
@@ -99,7 +104,7 @@ class Wire:
         assert ttl_s > 0
         if silo not in self.silos:
             raise UnknownMemberError(f"{silo} is not connected")
-        self.asked.append(parse_ask(ask))
+        self.asked.append(self.silos[silo].trainer.read(ask))
         one = f"message-{len(self.asked)}"
         self._waiting[one] = self.asked[-1]
         return one

@@ -107,7 +107,8 @@ class Aggregator:
             "photon_version": photon_version(),
             "run": self.run,
             "state": StatePart.of(self.ref),
-            "until": 4e9,
+            "log_head": "0" * 64,
+            "within_s": 3600.0,
         }
         return Ask(kind=kind, silo=silo, **whole | fields)
 
@@ -139,7 +140,7 @@ class Bench:
 
     def __init__(self, folder: Path, aggregator: Aggregator, *overrides: str, name="red") -> None:
         self.aggregator = aggregator
-        self.home = make_home(folder / "home", name)
+        self.home = make_home(folder / "home", name, folder / "aggregator.key")
         self.key = NodeKey.load(self.home / "node.key")
         path = folder / "node.toml"
         write_node_file(path, aggregator.config.data.path)
@@ -155,26 +156,31 @@ class Bench:
             site, self.key, lambda _: Transfer(self.store), self.reporter, Team(Seat())
         )
 
-    def answer(self, ask: Ask, until: float = NEVER):
+    def answer(self, ask: Ask, left_s: float = NEVER):
         """The reply, its signature checked."""
-        signed = self.trainer.answer(ask, lambda: until)
+        signed = self.trainer.answer(ask, lambda: left_s)
         verify_document(self.key.public_pem, RECEIPT, signed.text, signed.signature)
         assert signed.task_id == ask.task_id
         reply = parse_reply(signed.text)
         reply.require_answer_to(ask)
         return reply
 
-    def refusal(self, ask: Ask, until: float = NEVER):
-        reply = self.answer(ask, until)
+    def refusal(self, ask: Ask, left_s: float = NEVER):
+        reply = self.answer(ask, left_s)
         assert reply.refused is not None
         return reply.refused
 
 
-def make_home(home: Path, name: str) -> Path:
-    """As joining leaves it, without certificates."""
+def make_home(home: Path, name: str, aggregator: Path) -> Path:
+    """As joining leaves it, without certificates; with the key of an aggregator."""
     home.mkdir(parents=True)
     NodeKey.create(home / "node.key")
-    record = {"name": name, "address": "127.0.0.1:1", "fingerprint": "sha256:" + "0" * 64}
+    record = {
+        "name": name,
+        "address": "127.0.0.1:1",
+        "ca_fingerprint": "sha256:" + "0" * 64,
+        "aggregator_key": NodeKey.load_or_create(aggregator).public_pem,
+    }
     (home / "membership.json").write_text(json.dumps(record))
     return home
 

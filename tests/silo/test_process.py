@@ -28,7 +28,8 @@ from photon.deploy.front_door import DoorSettings, front_door
 from photon.deploy.ports import free_ports
 from photon.deploy.supervisor import Supervisor
 from photon.errors import RunBusyError, WorkerLostError
-from photon.federation.envelopes import Ask, encoded, parse_reply
+from photon.federation.envelopes import Ask, parse_reply
+from photon.federation.sealing import sealed
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, OpenTask, Roster
 from photon.membership.signing import RECEIPT, verify_document
@@ -51,6 +52,7 @@ class World:
         self.folder = folder
         files = keep_certificate(folder / "server", "127.0.0.1")
         self.ca = files.ca
+        self.key = NodeKey.create(folder / "aggregator.key")
         self.store = EmbeddedStore(folder / "weed", StoreOptions(min_free_gib=0.1, volume_mib=64))
         self.roster = Roster(folder / "members.sqlite")
         port, nobody = free_ports(2)
@@ -80,6 +82,7 @@ class World:
             "name": name,
             "address": self.address,
             "ca_fingerprint": fingerprint(self.ca.read_text()),
+            "aggregator_key": self.key.public_pem,
         }
         (home / "membership.json").write_text(json.dumps(record))
 
@@ -202,13 +205,14 @@ class Asking(threading.Thread):
     def __init__(self, trainer: Trainer, ask: Ask) -> None:
         super().__init__(daemon=True)
         trainer.world.open(ask)
-        self._socket, self._ask, self.answer = trainer.socket, ask, None
+        self._socket, self.answer = trainer.socket, None
+        self._message = sealed(ask, trainer.world.key)
         self.start()
 
     def run(self) -> None:
         # A test may be over, and its trainer killed, before anybody answers.
         with contextlib.suppress(WorkerLostError):
-            self.answer = ask_trainer(self._socket, encoded(self._ask), until=time.time() + START_S)
+            self.answer = ask_trainer(self._socket, self._message, within_s=START_S)
 
     def result(self):
         self.join(START_S)
@@ -310,7 +314,7 @@ def test_it_ends_soon_when_told_to_and_says_so(world, make_trainer, remote, thre
     trainer.start()
     # A task that the aggregator has not opened: the desk gives no grants, and the words arrive.
     stray = aggregator.fit("green", number=5)
-    answer = ask_trainer(trainer.socket, encoded(stray), until=time.time() + START_S)
+    answer = ask_trainer(trainer.socket, sealed(stray, world.key), within_s=START_S)
     refused = reply_of(world, "green", answer).refused
     assert refused.code == 76
 

@@ -10,11 +10,12 @@ import stat
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from photon.errors import ProtocolError, RunBusyError, UnknownMemberError, WorkerLostError
-from photon.federation.envelopes import MOST_BYTES, encoded
+from photon.federation.envelopes import MOST_BYTES, encoded, parse_ask
 from photon.membership.roster import SignedReply
 from photon.silo.service import Listener, _only_trainer
 from photon.silo.socket import (
@@ -38,22 +39,22 @@ def path(tmp_path):
 
 @pytest.fixture
 def listener(path):
-    return Listener(path, lambda raw, error: refusal_of(error))
+    return Listener(path, parse_ask, lambda raw, error: refusal_of(error))
 
 
 class Asking(threading.Thread):
     """Someone who asks, in a thread; `answer` is what came, or the error."""
 
-    def __init__(self, path, ask, until=4e9):
+    def __init__(self, path, ask, within_s=3600.0):
         super().__init__(daemon=True)
-        self._arguments = (path, ask, until)
+        self._arguments = (path, ask, within_s)
         self.answer = None
         self.start()
 
     def run(self):
-        path, ask, until = self._arguments
+        path, ask, within_s = self._arguments
         try:
-            self.answer = ask_trainer(path, ask, until=until)
+            self.answer = ask_trainer(path, ask, within_s=within_s)
         except Exception as error:
             self.answer = error
 
@@ -87,25 +88,37 @@ def test_only_this_user_may_ask(listener, path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_the_same_question_waits_for_the_same_answer(listener, path, aggregator):
-    """Also with a later deadline, and of a state that lies elsewhere."""
-    ask = aggregator.fit(until=4e9)
-    first = Asking(path, encoded(ask))
+def test_the_same_ask_waits_for_the_same_answer(listener, path, aggregator):
+    ask = aggregator.fit()
+    asking = [Asking(path, encoded(ask)) for _ in range(4)]
     question = listener.next()
-    whole = ask.state.whole.model_copy(update={"key": "elsewhere/state.json"})
-    state = ask.state.model_copy(update={"whole": whole})
-    others = [
-        Asking(path, encoded(ask.model_copy(update={"until": 5e9, "state": state})))
-        for _ in range(3)
-    ]
     eventually(lambda: waiters(listener) == 4)
-    assert question.until == 5e9
     listener.settle(question, answer_of(REPLY))
-    assert [one.result() for one in (first, *others)] == [REPLY] * 4
+    assert [one.result() for one in asking] == [REPLY] * 4
     # Asked once more, it is a question again: the trainer has the answer on disk.
     late = Asking(path, encoded(ask))
     listener.settle(listener.next(), answer_of(REPLY))
     assert late.result() == REPLY
+
+
+def test_the_same_question_in_another_ask_is_waited_for_as_long_and_answered_next(
+    listener, path, aggregator
+):
+    """A later deadline, a state that lies elsewhere: a Reply names the Ask that it answers."""
+    ask = aggregator.fit(within_s=1000.0)
+    first = Asking(path, encoded(ask))
+    question = listener.next()
+    assert 900 < question.left_s() <= 1000
+    whole = ask.state.whole.model_copy(update={"key": "elsewhere/state.json"})
+    state = ask.state.model_copy(update={"whole": whole})
+    second = Asking(path, encoded(ask.model_copy(update={"within_s": 9000.0, "state": state})))
+    eventually(lambda: question.left_s() > 8000)
+    listener.settle(question, answer_of(REPLY))
+    assert first.result() == REPLY
+    after = listener.next()
+    assert after.ask.sha256 != ask.sha256
+    listener.settle(after, answer_of(replace(REPLY, text=b"of the other")))
+    assert second.result().text == b"of the other"
 
 
 def test_other_questions_wait_their_turn(listener, path, aggregator):
@@ -191,7 +204,7 @@ def test_only_so_many_connections(listener, path, monkeypatch):
 def test_a_socket_that_a_dead_trainer_left_is_replaced(path, aggregator):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
-    listener = Listener(path, lambda raw, error: refusal_of(error))
+    listener = Listener(path, parse_ask, lambda raw, error: refusal_of(error))
     asking = Asking(path, encoded(aggregator.fit()))
     listener.settle(listener.next(), answer_of(REPLY))
     assert asking.result() == REPLY
@@ -201,7 +214,7 @@ def test_a_home_may_lie_deep(tmp_path, aggregator):
     """Longer than the system's addresses of sockets."""
     folder = tmp_path / ("d" * 100) / ("e" * 100)
     folder.mkdir(parents=True)
-    listener = Listener(folder / "trainer.sock", lambda raw, error: refusal_of(error))
+    listener = Listener(folder / "trainer.sock", parse_ask, lambda raw, error: refusal_of(error))
     asking = Asking(folder / "trainer.sock", encoded(aggregator.fit()))
     listener.settle(listener.next(), answer_of(REPLY))
     assert asking.result() == REPLY
@@ -249,12 +262,12 @@ class Deaf(threading.Thread):
 
 def test_a_trainer_that_dies_is_asked_again(path):
     deaf = Deaf(path, deaths=3)
-    assert ask_trainer(path, b"the question", until=time.time() + 20) == REPLY
+    assert ask_trainer(path, b"the question", within_s=20) == REPLY
     assert deaf.questions == [b"the question"] * 4
 
 
 def test_a_trainer_that_starts_later_is_waited_for(path):
-    asking = Asking(path, b"early", until=time.time() + 20)
+    asking = Asking(path, b"early", within_s=20)
     time.sleep(0.5)
     Deaf(path, deaths=0)
     assert asking.result() == REPLY
@@ -263,13 +276,13 @@ def test_a_trainer_that_starts_later_is_waited_for(path):
 def test_nobody_waits_for_ever(path):
     started = time.monotonic()
     with pytest.raises(WorkerLostError, match="FileNotFoundError"):
-        ask_trainer(path, b"", until=time.time() + 0.7)
+        ask_trainer(path, b"", within_s=0.7)
     assert time.monotonic() - started < 30
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(path))
         silent.listen()
         with pytest.raises(WorkerLostError, match="timed out"):
-            ask_trainer(path, b"", until=time.time() + 0.5)
+            ask_trainer(path, b"", within_s=0.5)
 
 
 @pytest.mark.parametrize(

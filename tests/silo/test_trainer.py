@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import json
 import math
@@ -11,10 +12,20 @@ import time
 
 import pytest
 
-from photon.errors import KeyInUseError, PhotonError, StoreUnavailableError
+from photon.errors import (
+    KeyInUseError,
+    MembershipError,
+    PhotonError,
+    ProtocolError,
+    SignatureError,
+    StoreUnavailableError,
+)
 from photon.federation import Node
 from photon.federation.envelopes import encoded, parse_reply
-from photon.membership.signing import RECEIPT, verify_document
+from photon.federation.sealing import sealed
+from photon.membership.keys import NodeKey
+from photon.membership.signing import RECEIPT, sign_document, verify_document
+from photon.silo.policy import read_membership
 from photon.silo.trainer import DEATHS
 from photon.store.contract import FolderStore, Store, unpaced
 from photon.store.transfer import Transfer
@@ -97,11 +108,14 @@ def test_rounds_go_on_from_what_the_silo_keeps(recipe, make_aggregator, make_ben
 
 def test_asked_again_it_gives_the_same_answer_without_training(bench, aggregator, fits):
     ask = aggregator.fit()
-    first = bench.trainer.answer(ask, lambda: 4e9)
-    again = bench.trainer.answer(ask.model_copy(update={"until": 4.1e9}), lambda: 4.1e9)
+    first = bench.trainer.answer(ask, lambda: math.inf)
     bench.start()  # also another process
-    after = bench.trainer.answer(ask, lambda: 4e9)
-    assert first == again == after
+    assert bench.trainer.answer(ask, lambda: math.inf) == first
+    # The same question in another Ask, as a restarted aggregator asks it: its answer says so.
+    other = ask.model_copy(update={"within_s": 7000.0, "log_head": "9" * 64})
+    again = bench.answer(other)
+    assert again.fit == parse_reply(first.text).fit
+    assert (again.ask, again.log_head) == (other.sha256, "9" * 64)
     assert len(fits) == 1
 
 
@@ -430,8 +444,8 @@ def test_a_copied_key_stops_the_later_node(bench, aggregator):
 
 
 def test_a_task_that_came_too_late_is_not_begun(bench, aggregator, fits):
-    refused = bench.refusal(aggregator.fit(), until=time.time() - 5)
-    assert "clock" in refused.hint
+    refused = bench.refusal(aggregator.fit(), left_s=-5)
+    assert "5 s ago" in refused.message
     assert not fits
 
 
@@ -449,14 +463,70 @@ def signed_refusal(bench, raw):
 
 def test_what_can_be_told_of_a_broken_ask_is_signed(bench, aggregator):
     record = json.loads(encoded(aggregator.fit()))
-    reply = signed_refusal(bench, json.dumps(record | {"protocol": 2}).encode())
+
+    def around(text) -> bytes:
+        return json.dumps({"protocol": 2, "ask": text, "signature": "none"}).encode()
+
+    text = json.dumps(record | {"protocol": 3})
+    reply = signed_refusal(bench, around(text))
     assert reply.task == aggregator.fit().task_id
     assert reply.refused.message == "it makes no sense"
-    assert "code" in signed_refusal(bench, json.dumps(record | {"silo": "blue"}).encode())
-    for raw in (b"", b"\xff", b"[]", b"{}", b'{"kind": []}', b'{"kind": "fit", "fit": 3}'):
+    # What the aggregator asked has another sha256: nobody's words refuse that.
+    assert reply.ask == hashlib.sha256(text.encode()).hexdigest() != aggregator.fit().sha256
+    assert "code" in signed_refusal(bench, around(json.dumps(record | {"silo": "blue"})))
+    for raw in ("", "[]", "{}", '{"kind": []}', '{"kind": "fit", "fit": 3}', "\ud800"):
+        assert signed_refusal(bench, around(raw))["message"] == "it makes no sense"
+    for raw in (b"", b"\xff", b"[]", b"{}", json.dumps(record).encode()):
         assert signed_refusal(bench, raw)["message"] == "it makes no sense"
     record["run"]["id"] = "../../etc"
-    assert "code" in signed_refusal(bench, json.dumps(record).encode())
+    assert "code" in signed_refusal(bench, around(json.dumps(record)))
+
+
+# --- who asks ----------------------------------------------------------------------------------
+
+
+def test_only_the_aggregators_own_ask_is_read(bench, aggregator, tmp_path):
+    """Nothing of it can be changed by who carries it: not the recipe, the company, nor the time."""
+    key = NodeKey.load(tmp_path / "aggregator.key")
+    ask = aggregator.fit()
+    message = sealed(ask, key)
+    assert bench.trainer.read(message) == ask
+    record = json.loads(message)
+    inner = json.loads(record["ask"])
+    for change in (
+        {"run": inner["run"] | {"silos": ["red"]}},
+        {"run": inner["run"] | {"config": inner["run"]["config"] | {"local": {"lr": 9.0}}}},
+        {"fit": inner["fit"] | {"steps": 1}},
+        {"state": inner["state"] | {"sha256": "f" * 64}},
+        {"within_s": 2.0},
+        {"log_head": "f" * 64},
+    ):
+        text = json.dumps(inner | change, sort_keys=True, separators=(",", ":"))
+        with pytest.raises(SignatureError):
+            bench.trainer.read(json.dumps(record | {"ask": text}).encode())
+    with pytest.raises(SignatureError):  # another key's, this node's own among them
+        bench.trainer.read(sealed(ask, bench.key))
+    # A signature for another purpose is none.
+    other = sign_document(key, RECEIPT, encoded(ask))
+    with pytest.raises(SignatureError):
+        bench.trainer.read(json.dumps(record | {"signature": other}).encode())
+
+
+def test_an_older_protocol_is_refused_in_clear_words(bench, aggregator):
+    record = json.loads(encoded(aggregator.fit())) | {"protocol": 1}
+    with pytest.raises(ProtocolError, match="speaks protocol '1', this Photon speaks 2") as caught:
+        bench.trainer.read(json.dumps(record).encode())
+    assert "same version" in caught.value.hint
+
+
+def test_a_node_that_joined_before_there_were_keys_is_told_what_to_do(bench):
+    path = bench.home / "membership.json"
+    record = json.loads(path.read_text())
+    del record["aggregator_key"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(MembershipError, match="it has no key of the aggregator's") as caught:
+        read_membership(bench.home).require_key()
+    assert "photon members rotate red" in caught.value.hint
 
 
 # --- stores that come and go -------------------------------------------------------------------

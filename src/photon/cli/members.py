@@ -28,6 +28,7 @@ from photon.membership.invitation import (
     require_writable,
     write_invitation,
 )
+from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Roster, roster_at
 from photon.store.served import RUN_FILE
 
@@ -310,6 +311,7 @@ def _invite(
     host, port = _host_and_port(address) if address else _public_address(serve)
     tokenizer = _tokenizer(place)
     ca_pem = _authority(serve, host)
+    key = NodeKey.load_or_create(Path(serve.home) / AGGREGATOR_KEY_FILE)
     out = out or Path(f"{name}.invitation.toml")
     require_writable(out)  # before the earlier invitation is void
     with Roster(place.roster) as roster:
@@ -320,6 +322,7 @@ def _invite(
         port=port,
         ca_pem=ca_pem,
         ca_fingerprint=certificate_fingerprint(ca_pem),
+        aggregator_key=key.public_pem,
         token=token,
         expires_at=float(int(time.time() + valid_hours * 3600)),
         tokenizer=tokenizer,
@@ -463,6 +466,8 @@ def _show_audit(report: AuditReport) -> None:
     )
     if report.members:
         show_table(("silo", "key"), sorted(report.members.items()))
+    signed = f"signed by the aggregator's key {report.aggregator}"
+    typer.echo(signed if report.aggregator else "The lines are not signed by the aggregator.")
     typer.echo(f"head {report.head}")
     for text in report.remarks:
         say(f"note: {text}")

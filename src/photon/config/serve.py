@@ -66,7 +66,7 @@ class ServeConfig(Section):
         default=86_400.0,
         description="Seconds that serve waits for min_silos before it gives up.",
     )
-    round_deadline_s: Annotated[float, Field(gt=0)] = Field(
+    round_deadline_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = Field(
         default=86_400.0,
         description="Seconds from the start of a round after which a silo that has not answered is "
         "left out of it. (federation.silence_s is for silos that say nothing at all.)",

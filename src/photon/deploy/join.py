@@ -110,6 +110,7 @@ def _accept(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
         name=invitation.name,
         address=invitation.address,
         ca_fingerprint=invitation.ca_fingerprint,
+        aggregator_key=invitation.aggregator_key,
         data_sha256=facts.data_sha256,
         store=answer.get("store"),
     )
@@ -196,6 +197,7 @@ class Node:
         self._node_file = node_file.absolute()
         self._on_event = on_event or (lambda _: None)
         self._membership = read_membership(self._home)
+        self._membership.require_key()
         NodeKey.load(self._home / KEY_FILE)  # now, and with its own words where it can't be read
         self._supervisor = Supervisor(
             self._home / RECORD,

@@ -48,6 +48,7 @@ from photon.errors import (
     UnreachableError,
     error_of,
 )
+from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Member, Roster
 from photon.store.disk import write_json
 from photon.store.granted_store import require_origin
@@ -166,6 +167,7 @@ class Aggregator:
         self._log = log
         self._on_event = on_event or (lambda _: None)
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        NodeKey.load_or_create(self._home / AGGREGATOR_KEY_FILE)  # the loop asks with it
         self._roster = Roster(self._home / ROSTER_FILE)
         self._control: Control | None = None
         self._certificate: DoorCertificate | None = None

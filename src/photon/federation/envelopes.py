@@ -1,30 +1,43 @@
 """What an aggregator and a silo say to each other over a control plane: small JSON documents.
 
 A silo is asked with an Ask, which carries everything it needs to start from nothing: a trainer that
-was just restarted answers as one that has been here for a hundred rounds. It answers with a Reply
-that its key has signed (photon.membership.signing). Tensors never travel in these: a Ref says where
-they lie, and what they must be.
+was just restarted answers as one that has been here for a hundred rounds. The aggregator's key has
+signed it (photon.federation.sealing), so that whoever carries it changes nothing. The silo answers
+with a Reply that its own key has signed (photon.membership.signing), and that names the Ask by its
+sha256. Tensors never travel in these: a Ref says where they lie, and what they must be.
 
-Whatever comes from outside is read by `parse_ask` and `parse_reply` only.
+Whatever comes from outside is read by `open_ask` there and `parse_reply` here only. Every number is
+finite and has a bound, every text is one printable line.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from photon.config import RunConfig, parse_run_config
 from photon.errors import PhotonError, ProtocolError
+from photon.evaluation.perplexity import perplexity
 from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, StateRef
 from photon.link import Ref
+from photon.membership.records import printable
 from photon.training import StepTimes
 
 #: Raised when an Ask or Reply changes its meaning; both sides must speak the same one.
-PROTOCOL = 1
+PROTOCOL = 2
 
 #: No Ask or Reply is longer. A run file takes some 4 KB of it.
 MOST_BYTES = 1 << 20
@@ -32,11 +45,32 @@ MOST_BYTES = 1 << 20
 #: A run file is three deep: tables, keys, lists.
 _MOST_DEPTH = 16
 
+#: No task takes longer, s, and no text is longer, characters.
+LONGEST_S = 30 * 86_400.0
+_MOST_TEXT = 4000
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it holds what can't be printed: a line break or a control character")
+    return text
+
+
+_SEGMENT = "[A-Za-z0-9][A-Za-z0-9._-]*"
+_RUN_ID = "[0-9a-f]{32}"
+
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+_RunId = Annotated[str, Field(pattern=f"^{_RUN_ID}$")]
+_Name = Annotated[str, Field(min_length=1, max_length=100, pattern=f"^{_SEGMENT}$")]
+_Version = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9.+!_-]*$")]
+_Text = Annotated[str, Field(max_length=_MOST_TEXT), AfterValidator(_one_line)]
 _Whole = Annotated[int, Field(ge=0, lt=2**53)]
-_Text = Annotated[str, Field(max_length=4000)]
-_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Round = Annotated[int, Field(ge=0, lt=2**31)]
+_Bytes = Annotated[int, Field(ge=0, le=2**50)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Seconds = Annotated[_Finite, Field(ge=0, le=LONGEST_S)]
+_Loss = Annotated[_Finite, Field(ge=0, lt=1e6)]
+_Ratio = Annotated[_Finite, Field(ge=0, le=1000)]
 
 
 class _Part(BaseModel):
@@ -46,10 +80,10 @@ class _Part(BaseModel):
 class RefPart(_Part):
     """A parcel, as photon.link.Ref."""
 
-    key: Annotated[str, Field(min_length=1, max_length=512)]
-    bytes: _Whole
+    key: Annotated[str, Field(max_length=512, pattern=f"^{_SEGMENT}(/{_SEGMENT})*$")]
+    bytes: _Bytes
     sha256: _Sha256
-    payload_bytes: _Whole
+    payload_bytes: _Bytes
 
     def ref(self) -> Ref:
         return Ref(self.key, self.bytes, self.sha256, self.payload_bytes)
@@ -62,7 +96,7 @@ class RefPart(_Part):
 class StatePart(_Part):
     """A global state in the store, as StateRef; whole, or an outer update on top of `base`."""
 
-    round: _Whole
+    round: _Round
     sha256: _Sha256
     whole: RefPart | None = None
     update: RefPart | None = None
@@ -96,10 +130,10 @@ class RunPart(_Part):
         vocab_size, eos_id: of that tokenizer.
     """
 
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    id: _RunId
     silos: Annotated[list[_Name], Field(min_length=1, max_length=10_000)]
     config: dict[str, Any]
-    model: Annotated[str, Field(max_length=100)]
+    model: _Sha256
     tokenizer: _Sha256
     vocab_size: Annotated[int, Field(gt=0, le=2**31)]
     eos_id: _Whole
@@ -122,15 +156,15 @@ class FitPart(_Part):
     round: Annotated[int, Field(ge=1, lt=2**31)]
     global_step: _Whole
     steps: Annotated[int, Field(ge=1, lt=2**31)]
-    node_round: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    node_round: _Round | None = None
     cursor: _Whole = 0
-    state_bytes: _Whole = 0
+    state_bytes: _Bytes = 0
 
 
 class EvalPart(_Part):
     """Score the state on the silo's own held-out text."""
 
-    round: Annotated[int, Field(ge=0, lt=2**31)]
+    round: _Round
 
 
 class Ask(_Part):
@@ -138,18 +172,21 @@ class Ask(_Part):
 
     Attributes:
         silo: who is asked; a silo refuses what is for another.
-        until: seconds since the epoch; nobody waits for an answer that comes later.
+        log_head: of the aggregator's audit log when it asked: a log that loses or changes what was
+            in it by then is found out by the replies.
+        within_s: nobody waits longer for an answer. A duration, as clocks differ.
     """
 
-    protocol: Literal[1] = PROTOCOL
-    photon_version: Annotated[str, Field(max_length=100)]
+    protocol: Literal[2] = PROTOCOL
+    photon_version: _Version
     kind: Literal["fit", "evaluate"]
     silo: _Name
     run: RunPart
     state: StatePart
     fit: FitPart | None = None
     evaluate: EvalPart | None = None
-    until: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    log_head: _Sha256
+    within_s: Annotated[_Seconds, Field(gt=0)]
 
     @model_validator(mode="after")
     def _one_task(self) -> Ask:
@@ -171,6 +208,31 @@ class Ask(_Part):
         """Names the task: asked again under the same name, a silo answers the same."""
         return f"{self.run.id}/{self.kind}/{self.round}/{self.silo}"
 
+    @property
+    def sha256(self) -> str:
+        """Of the Ask as it is signed: names it in the Reply."""
+        return hashlib.sha256(encoded(self)).hexdigest()
+
+    @property
+    def question_sha256(self) -> str:
+        """sha256 of what an answer depends on.
+
+        A state that lies elsewhere in the store is the same state, and a later deadline is the
+        same question. An aggregator that went back to an older checkpoint may ask another one
+        under the same name.
+        """
+        record = {
+            "kind": self.kind,
+            "silo": self.silo,
+            "run": self.run.id,
+            "config": self.run.config,
+            "model": self.run.model,
+            "round": self.round,
+            "state": self.state.sha256,
+            "fit": self.fit.model_dump(exclude={"state_bytes"}) if self.fit is not None else None,
+        }
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
     def fit_task(self, run: str) -> FitTask:
         """As the node takes it.
 
@@ -188,16 +250,16 @@ class Ask(_Part):
 class FitAnswer(_Part):
     """photon.federation.Receipt without round and silo, and where the update lies.
 
-    A failure (a loss that is not finite) has no update.
+    A failure (a loss that is not finite) has no update. What went up is what the update's
+    reference says, and stands nowhere else.
     """
 
     update: RefPart | None = None
     tokens: _Whole = 0
-    loss: float = 0.0
-    first_loss: float = 0.0
-    last_loss: float = 0.0
-    bytes_down: _Whole = 0
-    bytes_up: _Whole = 0
+    loss: _Loss = 0.0
+    first_loss: _Loss = 0.0
+    last_loss: _Loss = 0.0
+    bytes_down: _Bytes = 0
     train_s: _Seconds = 0.0
     load_s: _Seconds = 0.0
     publish_s: _Seconds = 0.0
@@ -206,21 +268,24 @@ class FitAnswer(_Part):
     failure_hint: _Text | None = None
     times: Annotated[list[_Seconds], Field(min_length=4, max_length=4)] = [0.0, 0.0, 0.0, 0.0]
     communication_s: _Seconds | None = None
-    mfu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    peak_memory_bytes: _Whole = 0
-    micro_batch_size: _Whole = 0
-    left_out: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    mfu: _Ratio | None = None
+    peak_memory_bytes: _Bytes = 0
+    micro_batch_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    left_out: _Ratio | None = None
     state_lost: bool = False
 
     @model_validator(mode="after")
     def _update_or_failure(self) -> FitAnswer:
         if (self.update is None) == (self.failure is None):
             raise ValueError("an answer has an update or a failure, not both or neither")
+        if self.update is not None and not self.tokens:
+            raise ValueError("an update of no tokens has no weight")
         return self
 
     def receipt(self, round_number: int, silo: str) -> Receipt:
         fields: dict[str, Any] = dict(self)
-        del fields["update"]
+        update = fields.pop("update")
+        fields["bytes_up"] = update.ref().wire_bytes if update is not None else 0
         fields["times"] = StepTimes(*self.times)
         return Receipt(round_number, silo, **fields)
 
@@ -230,22 +295,23 @@ class FitAnswer(_Part):
             name: getattr(receipt, name) for name in cls.model_fields if name != "update"
         }
         fields["times"] = [float(second) for second in vars(receipt.times).values()]
+        for words in ("failure", "failure_hint"):
+            fields[words] = _fitting(fields[words])
         part = RefPart.of(update) if update is not None else None
         return cls(update=part, **fields)
 
 
 class EvalAnswer(_Part):
-    """photon.federation.EvalReceipt without the silo."""
+    """photon.federation.EvalReceipt without the silo, and without the perplexity of its loss."""
 
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None
-    tokens: _Whole
+    loss: _Loss
+    bits_per_byte: Annotated[_Finite, Field(ge=0, lt=1e7)] | None
+    tokens: Annotated[int, Field(ge=1, lt=2**53)]
     eval_s: _Seconds
-    bytes_down: _Whole = 0
+    bytes_down: _Bytes = 0
 
     def receipt(self, silo: str) -> EvalReceipt:
-        return EvalReceipt(silo, **dict(self))
+        return EvalReceipt(silo, perplexity=perplexity(self.loss), **dict(self))
 
     @classmethod
     def of(cls, receipt: EvalReceipt) -> EvalAnswer:
@@ -261,26 +327,32 @@ class Refusal(_Part):
 
     @classmethod
     def of(cls, error: PhotonError) -> Refusal:
-        hint = error.hint[:4000] if error.hint else None
-        return cls(code=error.exit_code, message=error.message[:4000], hint=hint)
+        message = _fitting(error.message) or ""
+        return cls(code=error.exit_code, message=message, hint=_fitting(error.hint))
 
 
 class Reply(_Part):
     """Silo to aggregator: what its signature covers.
 
     Attributes:
-        run, round, task: bind the answer to its question.
+        ask: sha256 of the Ask that it answers; run, round, task and state say the same in the
+            clear, for those who read the log.
+        log_head: of that Ask, so that the silo has signed what it was told of the log.
         state: sha256 of the state that was trained from, or scored.
         data: sha256 of the manifest of the text that was trained on, as registered.
     """
 
-    protocol: Literal[1] = PROTOCOL
-    photon_version: Annotated[str, Field(max_length=100)]
+    protocol: Literal[2] = PROTOCOL
+    photon_version: _Version
     kind: Literal["fit", "evaluate"]
     silo: _Name
-    run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-    round: Annotated[int, Field(ge=0, lt=2**31)]
-    task: Annotated[str, Field(max_length=300)]
+    ask: _Sha256
+    log_head: _Sha256
+    run: _RunId
+    round: _Round
+    task: Annotated[
+        str, Field(max_length=200, pattern=f"^{_RUN_ID}/(fit|evaluate)/[0-9]+/{_SEGMENT}$")
+    ]
     state: _Sha256
     data: _Sha256 | None = None
     fit: FitAnswer | None = None
@@ -298,7 +370,8 @@ class Reply(_Part):
         """Refuse an answer to another question.
 
         Raises:
-            ProtocolError: run, round, silo, kind or task are not those asked for.
+            ProtocolError: it names another Ask, or run, round, silo, kind, task, state or log
+                head are not those asked for.
         """
         for name, found, wanted in (
             ("run", self.run, ask.run.id),
@@ -307,6 +380,8 @@ class Reply(_Part):
             ("round", self.round, ask.round),
             ("task", self.task, ask.task_id),
             ("state", self.state, ask.state.sha256),
+            ("log_head", self.log_head, ask.log_head),
+            ("ask", self.ask, ask.sha256),
         ):
             if found != wanted:
                 raise ProtocolError(
@@ -315,13 +390,13 @@ class Reply(_Part):
                 )
 
 
-def parse_ask(data: bytes) -> Ask:
-    """An Ask from outside.
+def parse_ask(text: bytes) -> Ask:
+    """An Ask's own text; that the aggregator signed it is sealing.open_ask's to know.
 
     Raises:
         ProtocolError: it is none, or of another protocol; says the first thing that is wrong.
     """
-    return _parsed(data, Ask)
+    return parsed(text, Ask)
 
 
 def parse_reply(data: bytes) -> Reply:
@@ -330,13 +405,18 @@ def parse_reply(data: bytes) -> Reply:
     Raises:
         ProtocolError: it is none, or of another protocol; says the first thing that is wrong.
     """
-    return _parsed(data, Reply)
+    return parsed(data, Reply)
 
 
-def encoded(document: Ask | Reply) -> bytes:
+def encoded(document: BaseModel) -> bytes:
     """As it travels and is signed: JSON, sorted keys, no spaces."""
     record = document.model_dump(mode="json", exclude_none=True)
     return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _fitting(text: str | None) -> str | None:
+    """Words as a document takes them."""
+    return printable(text)[:_MOST_TEXT] if text else None
 
 
 def _inside(value: Any) -> Iterable[Any]:
@@ -345,7 +425,12 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _parsed(data: bytes, kind: Any) -> Any:
+def parsed(data: bytes, kind: Any) -> Any:
+    """A document of some kind, from outside.
+
+    Raises:
+        ProtocolError: see `parse_ask`.
+    """
     if len(data) > MOST_BYTES:
         raise ProtocolError(
             f"{kind.__name__} of {len(data)} bytes; none has more than {MOST_BYTES}"

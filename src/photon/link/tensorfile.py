@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,6 +87,10 @@ class TensorFile:
         for name in self._file.keys():  # noqa: SIM118 - not a mapping
             yield name, self._file.get_tensor(name)
 
+    def sha256(self) -> str:
+        """As `tensors_sha256` of what is in it."""
+        return _sha256((name, self._file.get_tensor(name)) for name in sorted(self.names()))
+
     def read(self) -> dict[str, Tensor]:
         """All tensors, in memory of their own (the file may go away afterwards)."""
         return {name: tensor.clone() for name, tensor in self.named_tensors()}
@@ -94,9 +98,13 @@ class TensorFile:
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and raw bytes, in the order of names."""
+    return _sha256((name, tensors[name]) for name in sorted(tensors))
+
+
+def _sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+    for name, found in tensors:
+        tensor = found.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,9 +1,11 @@
 """A run's audit log: append-only JSON lines, each holding the sha256 of the one before.
 
-What is in it: who had which key ("member"), what each round merged, with the answers exactly as the
-silos signed them ("round"), and where a restart took the run up again ("resumed"). A changed or
-removed line breaks the chain for everybody who reads it. Cutting lines off the end does not: that
-is what a head noted elsewhere is for (`photon.membership.verification`, AuditReport.head).
+What is in it: with which key the aggregator signs the lines ("aggregator"), who had which key
+("member"), what each round merged, with the answers exactly as the silos signed them ("round"), and
+where a restart took the run up again ("resumed"). A changed or removed line breaks the chain for
+everybody who reads it. Cutting lines off the end does not: that is what a head noted elsewhere is
+for. Silos are told the head with each task and sign it; so a line that was the last when they were
+asked can't be taken back (`photon.membership.verification`).
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from photon.errors import AuditError, DiskFullError
 from photon.membership.chain import Chain, raw_lines
+from photon.membership.keys import NodeKey
 from photon.membership.roster import Member, SignedReply, Signer
 
 #: The log's name in a run folder.
 AUDIT_FILE = "audit.jsonl"
 
+AGGREGATOR = "aggregator"
 MEMBER, ROUND, LOST, RESUMED, TORN = "member", "round", "lost", "resumed", "torn"
 
 #: What to do about a log that can't be true.
@@ -41,6 +45,13 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class AggregatorRecord(_Record):
+    """The key that signs this line and those after it."""
+
+    fingerprint: str
+    public_key: str
 
 
 class MemberRecord(_Record):
@@ -103,7 +114,7 @@ class RoundRecord(_Record):
     """A finished round.
 
     Attributes:
-        state_sha256: of the global state after it.
+        state_sha256: of the global state after it: the one that the next round starts from.
         checkpoint: its files, name -> sha256, as state.json of the checkpoint has them.
     """
 
@@ -148,19 +159,24 @@ class AuditLog:
 
     Args:
         path: the file; made if missing.
+        key: the aggregator's: signs each line, and stands in the log before the first of them.
 
     Raises:
         AuditError: the chain is broken; nothing is ever appended to such a log.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], key: NodeKey | None = None) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
         self._size = 0
-        self._chain = Chain()
+        self._chain = Chain(key)
         self._last: dict[str, dict[str, Any]] = {}
         with self._held() as file:
             self._catch_up(file)
+            if key is not None:
+                its = {"fingerprint": key.fingerprint, "public_key": key.public_pem}
+                if self._last.get(AGGREGATOR) != its:
+                    self._write(file, AGGREGATOR, its)
 
     def append(self, kind: str, body: dict[str, Any] | BaseModel) -> None:
         """Write a line.

@@ -1,4 +1,4 @@
-"""The chain of an audit log's lines: each holds the sha256 of the one before."""
+"""The chain of an audit log's lines: each holds the sha256 of the one before, and is signed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from photon.membership.keys import NodeKey
+from photon.membership.signing import LOG, sign_document
+
 #: What the first line follows.
 BEGINNING = "0" * 64
 
 _MOST_LINE_BYTES = 1 << 28
 
+#: Of a line, what its sha256 covers.
+_COVERED = ("at", "body", "kind", "n", "previous")
+
 
 class Chain:
-    """Where in the chain a reader or writer stands."""
+    """Where in the chain a reader or writer stands.
 
-    def __init__(self) -> None:
+    Args:
+        key: signs what is written: the sha256 of each line.
+    """
+
+    def __init__(self, key: NodeKey | None = None) -> None:
+        self._key = key
         self.lines = 0
         self.head = BEGINNING
         self._broken = False
@@ -31,7 +42,10 @@ class Chain:
             "body": body,
         }
         digest = hashlib.sha256(_canonical(record)).hexdigest()
-        return _canonical({**record, "sha256": digest}) + b"\n", digest
+        record["sha256"] = digest
+        if self._key is not None:
+            record["signature"] = sign_document(self._key, LOG, digest.encode())
+        return _canonical(record) + b"\n", digest
 
     def advance(self, head: str) -> None:
         self.lines += 1
@@ -45,7 +59,7 @@ class Chain:
         """
         record = _record(raw)
         digest = record["sha256"]
-        bare = {name: value for name, value in record.items() if name != "sha256"}
+        bare = {name: record[name] for name in _COVERED}
         if hashlib.sha256(_canonical(bare)).hexdigest() != digest:
             raise ValueError("its sha256 is not that of its content")
         if not self._broken:
@@ -80,14 +94,19 @@ def _record(raw: bytes) -> dict[str, Any]:
         record = json.loads(raw)
         if not isinstance(record, dict) or _canonical(record) + b"\n" != raw:
             raise ValueError
-        if sorted(record) != ["at", "body", "kind", "n", "previous", "sha256"]:
+        if record.keys() - {"signature"} != {*_COVERED, "sha256"}:
             raise ValueError
-        texts = (record["kind"], record["previous"], record["sha256"])
+        texts = (*(record[name] for name in ("kind", "previous", "sha256")), signature_of(record))
         if not (all(isinstance(text, str) for text in texts) and isinstance(record["body"], dict)):
             raise ValueError
     except (ValueError, RecursionError):
         raise ValueError("it is no line of an audit log") from None
     return record
+
+
+def signature_of(record: dict[str, Any]) -> Any:
+    """Of a line; "" of one that is not signed."""
+    return record.get("signature", "")
 
 
 def _canonical(record: dict[str, Any]) -> bytes:

@@ -27,7 +27,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from photon.config.addresses import host_name, joined
-from photon.errors import DiskFullError, InvitationError
+from photon.errors import DiskFullError, InvitationError, MembershipError
+from photon.membership.keys import canonical_pem
 
 _FORMAT = 2
 #: Of the file; of a tokenizer in it, compressed and as it is.
@@ -75,6 +76,7 @@ class Invitation:
         host, port: the aggregator's door; an IPv6 address without brackets.
         ca_pem: certificate of the authority that signed the door's.
         ca_fingerprint: of that, to be compared by telephone; see `certificate_fingerprint`.
+        aggregator_key: public half of the key that signs the aggregator's Asks and log, PEM.
         token: the secret; it works once.
         expires_at: seconds since the epoch.
         tokenizer: the federation's; None where it was not known when the invitation was made.
@@ -85,6 +87,7 @@ class Invitation:
     port: int
     ca_pem: str
     ca_fingerprint: str
+    aggregator_key: str
     token: str
     expires_at: float
     tokenizer: SharedTokenizer | None = None
@@ -162,6 +165,7 @@ def write_invitation(path: str | os.PathLike[str], invitation: Invitation) -> No
         "token": invitation.token,
         "ca_fingerprint": invitation.ca_fingerprint,
         "ca_pem": invitation.ca_pem,
+        "aggregator_key": invitation.aggregator_key,
     }
     text = (
         f"{_BEGINS}{invitation.name}, once: keep it as you keep a "
@@ -232,6 +236,7 @@ def _parsed(record: dict[str, Any], path: Path) -> Invitation:
     token = _text(record, "token", _TOKEN, path)
     pem = _text(record, "ca_pem", None, path)
     said = _text(record, "ca_fingerprint", None, path)
+    key = _text(record, "aggregator_key", None, path)
     port, expires_at = record.get("port"), record.get("expires_at")
     try:
         host_name(host)
@@ -253,8 +258,12 @@ def _parsed(record: dict[str, Any], path: Path) -> Invitation:
         )
     if not math.isfinite(seconds):
         raise _wrong(path, "expires_at", expires_at, "a time with its zone")
+    try:
+        key = canonical_pem(key)
+    except MembershipError as error:
+        raise _wrong(path, "aggregator_key", key, "a public key in PEM") from error
     tokenizer = _parsed_tokenizer(record.get("tokenizer"), path)
-    return Invitation(name, host, port, pem, said, token, seconds, tokenizer)
+    return Invitation(name, host, port, pem, said, key, token, seconds, tokenizer)
 
 
 def _tokenizer_text(shared: SharedTokenizer | None) -> str:

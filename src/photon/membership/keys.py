@@ -1,7 +1,8 @@
 """A node's key: made on the node, never leaves it, and everything the node says is signed with it.
 
 One key on the curve P-384, as Flower's node authentication wants it; Flower itself signs nothing
-with it but times of day, so that no signature of Flower's is ever one of ours (`signing`).
+with it but times of day, so that no signature of Flower's is ever one of ours (`signing`). The
+aggregator has such a key too, which Flower never sees.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from photon.errors import MembershipError, SignatureError
+
+#: The aggregator's key, in its home.
+AGGREGATOR_KEY_FILE = "aggregator.key"
 
 #: A P-384 key takes 215 characters as PEM, its signature at most 104 bytes; others are not parsed.
 _MOST_PEM_CHARACTERS = 2000
@@ -116,6 +120,21 @@ class NodeKey:
                 hint="Join with a new invitation and another --home: it makes the right key.",
             )
         return cls(private)
+
+    @classmethod
+    def load_or_create(cls, path: str | os.PathLike[str]) -> NodeKey:
+        """The key at a path, made there if it is missing; of several that make it, one does.
+
+        Raises:
+            MembershipError: see `load`, and `create`.
+        """
+        if not Path(path).exists():
+            try:
+                return cls.create(path)
+            except MembershipError:
+                if not Path(path).exists():
+                    raise
+        return cls.load(path)
 
     def sign(self, data: bytes) -> str:
         """ECDSA over SHA-256, DER, as base64.

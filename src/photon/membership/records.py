@@ -130,12 +130,14 @@ class SignedReply:
         text: exactly the bytes that were signed.
         signature: base64.
         fingerprint: of the key that signed.
+        ask: the text of the Ask that it answers, where the aggregator keeps it.
     """
 
     task_id: str
     text: bytes
     signature: str
     fingerprint: str
+    ask: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -165,3 +167,8 @@ def require_sensible(facts: Facts) -> None:
     version = facts.photon_version
     if not (isinstance(version, str) and 0 < len(version) <= 100 and version.isprintable()):
         raise ProtocolError(f"facts.photon_version {str(version)[:100]!r} is no version")
+
+
+def printable(text: str) -> str:
+    """Text of strangers for a terminal or log: one line, nothing that moves a cursor."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

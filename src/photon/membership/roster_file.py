@@ -13,7 +13,6 @@ from typing import Any
 
 from photon.errors import DiskFullError, MembershipError, ProtocolError
 
-_VERSION = 1
 _BUSY_S = 30.0
 
 _TABLES = """
@@ -52,6 +51,10 @@ CREATE TABLE events (
 );
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+
+#: What makes a roster of version n + 1 of one of version n, the first n being 1. Append only.
+_MIGRATIONS = ("ALTER TABLE tasks ADD COLUMN ask BLOB",)
+_VERSION = 1 + len(_MIGRATIONS)
 
 
 class RosterFile:
@@ -137,12 +140,15 @@ class RosterFile:
             if version == 0:
                 for statement in _TABLES.split(";"):
                     self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version = {_VERSION}")
-            elif version != _VERSION:
+                version = 1
+            if not 1 <= version <= _VERSION:
                 raise MembershipError(
                     f"the roster {self.path} is of version {version}, this Photon reads {_VERSION}",
                     hint="Use the Photon that made it, or a newer one.",
                 )
+            for statement in _MIGRATIONS[version - 1 :]:
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {_VERSION}")
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

@@ -18,8 +18,9 @@ from photon.errors import ClockSkewError, SignatureError
 from photon.membership.keys import NodeKey, verify
 from photon.membership.roster import Member
 
-#: Purpose of the signature over a silo's Reply.
-RECEIPT = "photon-receipt-v1"
+#: Purposes of signatures: the aggregator's over an Ask and over a line of its log, a silo's over
+#: its Reply.
+ASK, LOG, RECEIPT = "photon-ask-v1", "photon-log-v1", "photon-receipt-v1"
 
 _REQUEST = "photon-request-v1"
 _PURPOSE = re.compile(r"[a-z0-9-]{1,64}")

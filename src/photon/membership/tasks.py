@@ -62,9 +62,9 @@ class Tasks:
                 )
             else:
                 db.execute(
-                    "UPDATE tasks SET closed_at = ?, reply = ?, signature = ?, fingerprint = ?"
-                    " WHERE id = ?",
-                    (now, reply.text, reply.signature, reply.fingerprint, task_id),
+                    "UPDATE tasks SET closed_at = ?, reply = ?, signature = ?, fingerprint = ?,"
+                    " ask = ? WHERE id = ?",
+                    (now, reply.text, reply.signature, reply.fingerprint, reply.ask, task_id),
                 )
 
     def open_for(self, silo: str) -> list[OpenTask]:
@@ -159,4 +159,5 @@ def _task(row: sqlite3.Row) -> OpenTask:
 
 
 def _reply(row: sqlite3.Row) -> SignedReply:
-    return SignedReply(row["id"], row["reply"], row["signature"], row["fingerprint"])
+    ask = row["ask"] or b""  # none from before asks were kept
+    return SignedReply(row["id"], row["reply"], row["signature"], row["fingerprint"], ask)

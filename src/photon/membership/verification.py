@@ -1,4 +1,4 @@
-"""Is a run's audit log true? Every link, every signature, and no update counted twice."""
+"""Is a run's audit log true? Every link, every signature, one state a round, no update twice."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from photon.errors import AuditError, MembershipError, RunNotFoundError
 from photon.membership.audit import (
+    AGGREGATOR,
     AUDIT_FILE,
     DAMAGE_HINT,
     LOST,
@@ -19,15 +20,16 @@ from photon.membership.audit import (
     RESUMED,
     ROUND,
     TORN,
+    AggregatorRecord,
     LostRecord,
     MemberRecord,
     MergedUpdate,
     ResumedRecord,
     RoundRecord,
 )
-from photon.membership.chain import BEGINNING, Chain, raw_lines
+from photon.membership.chain import BEGINNING, Chain, raw_lines, signature_of
 from photon.membership.keys import fingerprint_of
-from photon.membership.signing import RECEIPT, verify_document
+from photon.membership.signing import LOG, RECEIPT, verify_document
 
 _MOST_PROBLEMS = 100
 
@@ -41,6 +43,8 @@ class AuditReport:
         rounds: that count, without those that a restart took back.
         updates: merged in those.
         last_round: the newest one; 0 if there is none.
+        aggregator: fingerprint of the key that signed the last line; None: it is not signed. Silos
+            compare it with the one that they pinned.
         members: name -> fingerprint of the key recorded last. Silos compare it with their own.
         head: sha256 of the last line: whoever keeps it can tell later that nothing before it
             changed, and that it was not cut off.
@@ -53,6 +57,7 @@ class AuditReport:
     rounds: int = 0
     updates: int = 0
     last_round: int = 0
+    aggregator: str | None = None
     members: dict[str, str] = field(default_factory=dict)
     head: str = BEGINNING
     problems: list[str] = field(default_factory=list)
@@ -69,7 +74,7 @@ class AuditReport:
 
 
 def verify_audit(path: str | os.PathLike[str], *, head: str | None = None) -> AuditReport:
-    """Check every link, every signature, and that no update counts twice.
+    """Check every link, every signature, one state a round, and that no update counts twice.
 
     Args:
         path: the log, or a run folder.
@@ -143,9 +148,18 @@ class _Story:
         self._keys: dict[tuple[str, str], MemberRecord] = {}  # by name and fingerprint
         self._rounds: dict[str, dict[int, _Round]] = {}  # by run and number
         self._after: dict[str, int] = {}  # the round that a run stands after
+        self._state: dict[str, str | None] = {}  # the state that a run stands at, where told
+        self._heads = {BEGINNING}
+        self._signer: AggregatorRecord | None = None
 
     def tell(self, where: str, record: dict[str, Any]) -> None:
+        self._tell(where, record)
+        self._signed_line(where, record)
+        self._heads.add(record["sha256"])
+
+    def _tell(self, where: str, record: dict[str, Any]) -> None:
         kinds = {
+            AGGREGATOR: AggregatorRecord,
             MEMBER: MemberRecord,
             ROUND: RoundRecord,
             LOST: LostRecord,
@@ -163,7 +177,9 @@ class _Story:
             place = ".".join(str(part)[:60] for part in first["loc"])
             self._problem(where, f"no record of a {record['kind']}: {place}: {first['msg'][:200]}")
             return
-        if isinstance(body, MemberRecord):
+        if isinstance(body, AggregatorRecord):
+            self._aggregator(where, body)
+        elif isinstance(body, MemberRecord):
             self._member(where, body)
         elif isinstance(body, RoundRecord):
             self._round(where, body)
@@ -202,14 +218,36 @@ class _Story:
             if told and not any(one.led_to(None, found) for one in told):
                 _add(report.problems, f"{path} is not the state that the log tells of")
 
-    def _member(self, where: str, body: MemberRecord) -> None:
+    def _aggregator(self, where: str, body: AggregatorRecord) -> None:
+        if not self._is_key_of(where, "the aggregator", body):
+            return
+        if self._signer is not None and self._signer != body:
+            _add(self._report.remarks, f"{where}: from here on another key signs the log")
+        self._signer, self._report.aggregator = body, body.fingerprint
+
+    def _signed_line(self, where: str, record: dict[str, Any]) -> None:
+        """Hold a line against the key that signs since its record."""
+        if self._signer is None:
+            return
+        try:
+            verify_document(
+                self._signer.public_key, LOG, record["sha256"].encode(), signature_of(record)
+            )
+        except MembershipError:
+            self._problem(where, "the aggregator's signature does not hold")
+
+    def _is_key_of(self, where: str, name: str, body: AggregatorRecord | MemberRecord) -> bool:
         try:
             found = fingerprint_of(body.public_key)
         except MembershipError as error:
-            self._problem(where, f"{body.name}: {error.message}")
-            return
+            self._problem(where, f"{name}: {error.message}")
+            return False
         if found != body.fingerprint:
-            self._problem(where, f"the key of {body.name} has another fingerprint: {found}")
+            self._problem(where, f"the key of {name} has another fingerprint: {found}")
+        return found == body.fingerprint
+
+    def _member(self, where: str, body: MemberRecord) -> None:
+        if not self._is_key_of(where, body.name, body):
             return
         self._keys[body.name, body.fingerprint] = body
         self._report.members[body.name] = body.fingerprint
@@ -224,18 +262,28 @@ class _Story:
         rounds[body.round] = _Round(body.state_sha256, body.checkpoint, len(body.merged))
         self._after[body.run] = body.round
         silos: set[str] = set()
+        states = {self._state.get(body.run)} - {None}
         for update in body.merged:
             if update.silo in silos:
                 self._problem(
                     where, f"an update of {update.silo} counts twice in round {body.round}"
                 )
             silos.add(update.silo)
-            self._update(where, body, update)
+            state = self._update(where, body, update)
+            if state is not None and states and state not in states:
+                self._problem(
+                    where,
+                    f"{update.silo} signed that it trained from state {state[:12]}..., not from "
+                    f"{', '.join(f'{one[:12]}...' for one in states if one)} as the log has it",
+                )
+            states = states or {state}
+        self._state[body.run] = body.state_sha256
         for dropped in body.dropped:
             if dropped.silo in silos:
                 self._problem(where, f"{dropped.silo} is both merged and dropped")
 
-    def _update(self, where: str, body: RoundRecord, update: MergedUpdate) -> None:
+    def _update(self, where: str, body: RoundRecord, update: MergedUpdate) -> str | None:
+        """Check an update; returns the state that it was trained from, as signed."""
         silo = update.silo
         member = self._keys.get((silo, update.fingerprint))
         if member is None:
@@ -243,18 +291,18 @@ class _Story:
                 where,
                 f"no key {update.fingerprint[:80]} of {silo} is recorded before this round",
             )
-            return
+            return None
         text = update.reply.encode()
         try:
             verify_document(member.public_key, RECEIPT, text, update.signature)
         except MembershipError:
             self._problem(where, f"the signature of {silo} does not hold")
-            return
+            return None
         signed = _signed(text)
         if signed is None:
             self._problem(where, f"the reply of {silo} is no answer to a training task")
-            return
-        said, data = signed
+            return None
+        said, told = signed
         for name, value in _counted(body, update).items():
             if value is None:
                 continue
@@ -264,8 +312,15 @@ class _Story:
                     f"{silo} signed {name} {repr(said[name])[:80]}, but {value!r} is "
                     "what was counted",
                 )
-        if data is not None and member.data_sha256 not in (None, data):
+        if told["data"] is not None and member.data_sha256 not in (None, told["data"]):
             self._problem(where, f"{silo} trained on other data than it registered")
+        if told["log_head"] is not None and told["log_head"] not in self._heads:
+            self._problem(
+                where,
+                f"{silo} was told that the log's head is {repr(told['log_head'])[:20]}, which it "
+                "never was: this log was changed since, or it is not the only one",
+            )
+        return told["state"] if isinstance(told["state"], str) else None
 
     def _lost(self, where: str, body: LostRecord) -> None:
         wanted = self._after.get(body.run, 0) + 1
@@ -290,6 +345,7 @@ class _Story:
             self._problem(
                 where, f"resumed from another state than the one after round {body.round}"
             )
+        self._state[body.run] = body.state_sha256 or (before.state_sha256 if before else None)
         for later in [number for number in rounds if number > body.round]:
             del rounds[later]
             _add(self._report.remarks, f"{where}: round {later} was taken back by a restart")
@@ -299,8 +355,8 @@ class _Story:
         _add(self._report.problems, f"{where}: {text}")
 
 
-def _signed(reply: bytes) -> tuple[dict[str, Any], Any] | None:
-    """What a signed reply says of what is counted, and the data it was trained on.
+def _signed(reply: bytes) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What a signed reply says of what is counted; and of data, state and log, where it does.
 
     None: it is no answer to a training task.
     """
@@ -309,11 +365,11 @@ def _signed(reply: bytes) -> tuple[dict[str, Any], Any] | None:
         fit = told["fit"]
         said = {name: told[name] for name in ("kind", "run", "round", "silo")}
         said |= {"update": fit["update"]["sha256"], "tokens": fit["tokens"]}
-        data = told.get("data")
+        rest = {name: told.get(name) for name in ("data", "state", "log_head")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     right = isinstance(said["update"], str) and isinstance(said["tokens"], int)
-    return (said, data) if right else None
+    return (said, rest) if right else None
 
 
 def _counted(body: RoundRecord, update: MergedUpdate) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from photon.errors import MembershipError
+from photon.link import TensorFile
 from photon.membership.audit import (
     LOST,
     RESUMED,
@@ -19,6 +20,7 @@ from photon.membership.audit import (
     ResumedRecord,
     RoundRecord,
 )
+from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster, Signer
 from photon.telemetry import Event, read_history
 from photon.telemetry.events import (
@@ -37,17 +39,22 @@ class Notary:
         folder: of the run.
         roster: has the silos' signed replies.
         run_id: of the run.
+        key: the aggregator's, which signs each line.
     """
 
-    def __init__(self, folder: Path, roster: Roster, run_id: str) -> None:
+    def __init__(self, folder: Path, roster: Roster, run_id: str, key: NodeKey) -> None:
         self._folder = folder
         self._roster = roster
         self._run_id = run_id
-        self._log = AuditLog(folder / "audit.jsonl")
+        self._log = AuditLog(folder / "audit.jsonl", key)
         self._named: set[str] = set()
         self._asked: list[str] = []
         self._merged: list[str] = []
         self._dropped: list[DroppedSilo] = []
+
+    def head(self) -> str:
+        """sha256 of the log's last line."""
+        return self._log.head
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, RunStarted):
@@ -94,6 +101,7 @@ class Notary:
         record = RoundRecord(
             run=self._run_id,
             round=number,
+            state_sha256=self._state_sha256(number),
             checkpoint=self._checkpoint(number),
             merged=[
                 MergedUpdate(
@@ -120,7 +128,10 @@ class Notary:
         """
         written = self._written()
         if written > checkpoint:
-            self._log.append("resumed", ResumedRecord(run=self._run_id, round=checkpoint))
+            record = ResumedRecord(
+                run=self._run_id, round=checkpoint, state_sha256=self._state_sha256(checkpoint)
+            )
+            self._log.append("resumed", record)
         elif written == checkpoint - 1:
             self._merged = self._merged_in(checkpoint)
             self._dropped = self._dropped_in(checkpoint)
@@ -157,10 +168,17 @@ class Notary:
             self._named.add(signer.fingerprint)
             self._log.append("member", MemberRecord.of(signer))
 
+    def _state_sha256(self, number: int) -> str:
+        """Of the global state in a checkpoint: what Asks and Replies call it by."""
+        with TensorFile(self._folder_of(number) / "global.safetensors") as file:
+            return file.sha256()
+
     def _checkpoint(self, number: int) -> dict[str, Any]:
         """The hashes of the state that the round led to, as its checkpoint has them."""
         return self._state(number)["files"]
 
     def _state(self, number: int) -> dict[str, Any]:
-        path = self._folder / "checkpoints" / f"round-{number:06d}" / "state.json"
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((self._folder_of(number) / "state.json").read_text(encoding="utf-8"))
+
+    def _folder_of(self, number: int) -> Path:
+        return self._folder / "checkpoints" / f"round-{number:06d}"

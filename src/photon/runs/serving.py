@@ -11,10 +11,11 @@ from pathlib import Path
 
 from photon.config import RunConfig, load_run_config
 from photon.data import PreparedData, open_data
-from photon.engines.remote import Post, RemoteEngine
+from photon.engines.remote import Asker, Depot, Post, RemoteEngine
 from photon.federation import CheckpointStore, Engine
 from photon.federation.envelopes import RunPart, dictated
 from photon.federation.node import empty_model
+from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, Roster
 from photon.models import model_fingerprint
 from photon.runs.draws import Draws
@@ -47,7 +48,8 @@ def continue_run(folder: Path, post: Post) -> RunResult:
         def ending() -> bool:
             return any(roster.setting(word, False) for word in ("draining", "stopping"))
 
-        notary = Notary(folder, roster, serving.run_id)
+        key = NodeKey.load_or_create(Path(serving.home) / AGGREGATOR_KEY_FILE)
+        notary = Notary(folder, roster, serving.run_id, key)
         fleet = JoinedFleet(
             roster,
             config,
@@ -67,8 +69,8 @@ def continue_run(folder: Path, post: Post) -> RunResult:
                 config,
                 post,
                 roster,
-                serving.open_store(),
-                folder / "arrivals",
+                Depot(serving.run_id, config.link, serving.open_store(), folder / "arrivals"),
+                Asker(key, notary.head),
                 evaluator,
                 on_event,
             )

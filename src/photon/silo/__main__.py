@@ -123,6 +123,7 @@ def _run(home: Path, node_file: Path, outside: Outside) -> None:
 
     node = load_node_config(node_file)
     membership = read_membership(home)
+    membership.require_key()
     site = Site(home, node, membership)
     command = [sys.executable, *sys.orig_argv[1:]]
     team = Team.gather(node.compute, command, lost)

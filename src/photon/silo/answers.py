@@ -38,7 +38,7 @@ class Answer:
     """A finished task.
 
     Attributes:
-        question: `question_sha256` the Ask that it answers.
+        question: `question_sha256` of the Ask that it answers.
         reply: as it is given; its publish_s grows once, when the update has been sent.
         sent: whether the store had all of the update once.
     """
@@ -65,26 +65,6 @@ class Failure:
     message: str
 
 
-def question_sha256(ask: Ask) -> str:
-    """sha256 of what an answer depends on.
-
-    A state that lies elsewhere in the store is the same state, and a later deadline is the same
-    question. An aggregator that went back to an older checkpoint may ask another one under the
-    same name.
-    """
-    record = {
-        "kind": ask.kind,
-        "silo": ask.silo,
-        "run": ask.run.id,
-        "config": ask.run.config,
-        "model": ask.run.model,
-        "round": ask.round,
-        "state": ask.state.sha256,
-        "fit": ask.fit.model_dump(exclude={"state_bytes"}) if ask.fit is not None else None,
-    }
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
 class Answers:
     """The finished tasks of a home.
 
@@ -101,7 +81,7 @@ class Answers:
         """The answer to this very question, if it is finished."""
         record = _read(self._place(ask) / _ANSWER)
         try:
-            if record is None or record["question"] != question_sha256(ask):
+            if record is None or record["question"] != ask.question_sha256:
                 return None
             reply = SignedReply(
                 ask.task_id,
@@ -176,7 +156,7 @@ class Answers:
     def begun(self, ask: Ask) -> int:
         """How often this very question was begun, and neither answered nor refused."""
         record = _read(self._beside(ask, _BEGUN)) or {}
-        times = record.get("times") if record.get("question") == question_sha256(ask) else 0
+        times = record.get("times") if record.get("question") == ask.question_sha256 else 0
         return times if isinstance(times, int) else 0
 
     @contextmanager
@@ -188,7 +168,7 @@ class Answers:
         """
         times = self.begun(ask) + 1
         write_json(
-            self._beside(ask, _BEGUN), {"question": question_sha256(ask), "times": times}, _WHAT
+            self._beside(ask, _BEGUN), {"question": ask.question_sha256, "times": times}, _WHAT
         )
         try:
             yield
@@ -207,13 +187,13 @@ class Answers:
             failure = Failure(**record) if record is not None else None
         except TypeError:
             return None
-        return failure if failure is not None and failure.question == question_sha256(ask) else None
+        return failure if failure is not None and failure.question == ask.question_sha256 else None
 
     def note_failure(self, ask: Ask, where: str, *, code: int, message: str) -> Failure:
         """Remember what is about to end the trainer."""
         before = self.failure(ask)
         times = 1 + (before.times if before is not None and before.where == where else 0)
-        failure = Failure(question_sha256(ask), where, times, code, message[:2000])
+        failure = Failure(ask.question_sha256, where, times, code, message[:2000])
         write_json(self._beside(ask, _FAILED), vars(failure), _WHAT)
         return failure
 

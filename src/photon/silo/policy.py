@@ -20,6 +20,7 @@ from photon.errors import (
     ProtocolError,
     VocabularyMismatchError,
 )
+from photon.membership.keys import canonical_pem
 from photon.store.dialling import Allowed
 from photon.store.granted_store import require_origin
 from photon.version import photon_version
@@ -41,6 +42,8 @@ class Membership:
         name: of the member; the silo's name in every run.
         address: of the aggregator's door, "host:port".
         ca_fingerprint: of the authority that signed the door's certificate.
+        aggregator_key: PEM of the key that signs the aggregator's Asks, as the invitation had it;
+            None where an older Photon joined.
         data_sha256: of the data it registered with; None holds it against nothing older than the
             trainer's own start.
         store: scheme, host and port of the store, where it is not behind the door.
@@ -49,6 +52,7 @@ class Membership:
     name: str
     address: str
     ca_fingerprint: str
+    aggregator_key: str | None = None
     data_sha256: str | None = None
     store: str | None = None
 
@@ -75,6 +79,21 @@ class Membership:
         _, host, port = require_origin(self.store_origin)
         Allowed(self.store_allowed(network)).require(host, port)
 
+    def require_key(self) -> str:
+        """The aggregator's key.
+
+        Raises:
+            MembershipError: it is not known, or is none.
+        """
+        if self.aggregator_key is None:
+            raise MembershipError(
+                f"the membership of {self.name} was made by an older Photon: it has no key of the "
+                "aggregator's, by which a node knows the aggregator's tasks now",
+                hint="Ask the aggregator's operator for a rotation invitation (`photon members "
+                f"rotate {self.name}`), and join with it: `photon join --invite FILE`.",
+            )
+        return canonical_pem(self.aggregator_key)
+
 
 def read_membership(home: Path) -> Membership:
     """What joining left in a node's home.
@@ -90,6 +109,7 @@ def read_membership(home: Path) -> Membership:
             record["name"],
             record["address"],
             record.get("fingerprint") or record["ca_fingerprint"],
+            record.get("aggregator_key"),
             record.get("data_sha256"),
             record.get("store"),
         )
@@ -98,7 +118,7 @@ def read_membership(home: Path) -> Membership:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MembershipError(f"can't read {path}: {error!r}", hint=again) from error
     for key, value in vars(found).items():
-        optional = key in ("data_sha256", "store")
+        optional = key in ("aggregator_key", "data_sha256", "store")
         if not (isinstance(value, str) and value) and not (optional and value is None):
             raise MembershipError(f"{path}: {key} = {value!r} is not a string", hint=again)
     try:

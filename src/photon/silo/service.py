@@ -24,8 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from photon.errors import PhotonError, RunBusyError
-from photon.federation.envelopes import Ask, parse_ask
-from photon.silo.answers import question_sha256
+from photon.federation.envelopes import Ask
 from photon.silo.presence import Reporter
 from photon.silo.socket import (
     SOCKET_FILE,
@@ -63,12 +62,12 @@ def serve(home: Path, trainer: SiloTrainer, reporter: Reporter) -> None:
         Exception: what ended it while it worked on a task; the task was not answered.
     """
     with _only_trainer(home):
-        listener = Listener(home / SOCKET_FILE, trainer.refuse_unread)
+        listener = Listener(home / SOCKET_FILE, trainer.read, trainer.refuse_unread)
         log.info("listening at %s", home / SOCKET_FILE)
         reporter.say("idle")
         while True:
             question = listener.next()
-            reply = trainer.answer(question.ask, lambda asked=question: asked.until)
+            reply = trainer.answer(question.ask, question.left_s)
             listener.settle(question, answer_of(reply))
 
 
@@ -77,13 +76,18 @@ class Question:
     """What was asked, and who waits for the answer.
 
     Attributes:
-        until: the latest of those given by all who asked.
+        until: the latest of those given by all who asked the same; this process's clock that
+            never goes back, as the aggregator's is another.
     """
 
     key: str
     ask: Ask
     until: float
     waiting: list[_Connection] = field(default_factory=list)
+
+    def left_s(self) -> float:
+        """How long the answer is waited for still."""
+        return self.until - time.monotonic()
 
 
 @dataclass(eq=False)
@@ -104,6 +108,7 @@ class Listener:
 
     Args:
         path: of the socket, which only this user may open.
+        read: the question in its bytes, if it is the aggregator's; else a PhotonError.
         unread: the answer to what is no question: its bytes, and what is wrong with them.
 
     Raises:
@@ -111,8 +116,12 @@ class Listener:
     """
 
     def __init__(
-        self, path: Path, unread: Callable[[bytes, PhotonError], Mapping[str, Any]]
+        self,
+        path: Path,
+        read: Callable[[bytes], Ask],
+        unread: Callable[[bytes, PhotonError], Mapping[str, Any]],
     ) -> None:
+        self._question_in = read
         self._unread = unread
         self._lock = threading.Lock()
         self._open: dict[str, Question] = {}
@@ -193,18 +202,23 @@ class Listener:
             if record is None:
                 return
             raw = question_of(record)
-            ask = parse_ask(raw)
+            ask = self._question_in(raw)
         except PhotonError as error:
             self._answer(one, self._unread(raw, error))
             return
         one.received, one.deadline = bytearray(), None
-        key = question_sha256(ask)
+        key, same = ask.sha256, ask.question_sha256
+        until = time.monotonic() + ask.within_s
         with self._lock:
             question = self._open.get(key)
             known = question is not None
             if question is None:
-                question = self._open[key] = Question(key, ask, ask.until)
-            question.until = max(question.until, ask.until)
+                question = self._open[key] = Question(key, ask, until)
+            # Asked anew by an aggregator that was restarted, what is worked on is still wanted; the
+            # new Ask is answered after it, from disk, as a Reply names the Ask that it answers.
+            for each in self._open.values():
+                if each.ask.question_sha256 == same:
+                    each.until = max(each.until, until)
             question.waiting.append(one)
             one.question = question
         if not known:

@@ -2,7 +2,7 @@
 
 A frame is its length in 4 bytes, big-endian, and a JSON object of so many bytes:
 
-    question  {"ask": base64 of an Ask's bytes, as they came}
+    question  {"ask": base64 of a sealed Ask's bytes, as they came}
     answer    {"reply": base64 of the Reply's bytes, "signature": base64, "fingerprint": "sha256:."}
     or        {"error": {"code": of a PhotonError, "message": ..., "hint": ...}}
 
@@ -44,13 +44,13 @@ _LONGEST_WAIT_S = 86_400.0
 _MOST_ADDRESS_BYTES = 103
 
 
-def ask_trainer(path: str | os.PathLike[str], ask: bytes, *, until: float) -> SignedReply:
+def ask_trainer(path: str | os.PathLike[str], ask: bytes, *, within_s: float) -> SignedReply:
     """Put a question to the trainer and wait for its answer, over as many restarts as it takes.
 
     Args:
         path: of the socket.
-        ask: an Ask's bytes.
-        until: seconds since the epoch; nobody waits for a later answer.
+        ask: an Ask's bytes, as they came.
+        within_s: nobody waits longer for the answer.
 
     Returns:
         The answer; its task_id is empty, as this side does not read the question.
@@ -62,7 +62,8 @@ def ask_trainer(path: str | os.PathLike[str], ask: bytes, *, until: float) -> Si
     """
     question = frame({"ask": base64.b64encode(ask).decode()})
     pause_s, problem = _FIRST_PAUSE_S, "it was never reached"
-    while (left_s := until - time.time()) > 0:
+    until = time.monotonic() + within_s
+    while (left_s := until - time.monotonic()) > 0:
         reached = False
         try:
             with connected(Path(path)) as trainer:
@@ -77,10 +78,10 @@ def ask_trainer(path: str | os.PathLike[str], ask: bytes, *, until: float) -> Si
             problem = f"{type(error).__name__}: {error}"
         # One that answered the call was there a moment ago, and is on its way back.
         pause_s = _FIRST_PAUSE_S if reached else min(_LONGEST_PAUSE_S, 2 * pause_s)
-        time.sleep(max(0.0, min(pause_s, until - time.time())))
+        time.sleep(max(0.0, min(pause_s, until - time.monotonic())))
     raise WorkerLostError(
         f"the trainer at {path} gave no answer in time; the last attempt: {problem}",
-        hint="See the trainer's log on that node; the node's clock may be wrong, too.",
+        hint="See the trainer's log on that node.",
     )
 
 

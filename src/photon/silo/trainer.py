@@ -9,6 +9,7 @@ removed. It breaks if states are pruned by what was done here, not by what the a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -54,6 +55,7 @@ from photon.federation.envelopes import (
 )
 from photon.federation.node import empty_model
 from photon.federation.node_state import prune_node_states
+from photon.federation.sealing import SealedAsk, open_ask, text_of
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -67,7 +69,7 @@ from photon.membership.keys import NodeKey
 from photon.membership.roster import SignedReply
 from photon.membership.signing import RECEIPT, sign_document
 from photon.models import model_fingerprint, trainable_parameters
-from photon.silo.answers import Answer, Answers, question_sha256
+from photon.silo.answers import Answer, Answers
 from photon.silo.policy import Membership, check, require_data, require_for_us, require_size
 from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
@@ -237,12 +239,21 @@ class SiloTrainer:
         self._at: Ask | None = None
         _remove_partials(site.home / "nodes")
 
-    def answer(self, ask: Ask, until: Callable[[], float]) -> SignedReply:
+    def read(self, raw: bytes) -> Ask:
+        """The question in what came, if the aggregator signed it.
+
+        Raises:
+            MembershipError, ProtocolError: see Membership.require_key, open_ask.
+        """
+        return open_ask(raw, self._site.membership.require_key())
+
+    def answer(self, ask: Ask, left_s: Callable[[], float]) -> SignedReply:
         """Do what is asked, or say why not.
 
         Args:
-            until: seconds since the epoch; nobody waits for a later answer. Called again and again:
-                it may move.
+            ask: from `read`.
+            left_s: for how long the answer is waited for still. Called again and again: it may
+                grow.
 
         Raises:
             Exception: a mistake of Photon's, or a rank that is lost: this process must end. The
@@ -251,7 +262,7 @@ class SiloTrainer:
         self._at = ask
         log.info("asked for %s", ask.task_id)
         try:
-            return self._answer(ask, until)
+            return self._answer(ask, left_s)
         except PhotonError as error:
             if isinstance(error, RankLostError) or (
                 self._team.size > 1 and not self._node_is_sound
@@ -269,15 +280,18 @@ class SiloTrainer:
             self._line.carrier = None
 
     def refuse_unread(self, raw: bytes, error: PhotonError) -> Mapping[str, Any]:
-        """The answer to what is no Ask: signed if it can be told what it should have been.
+        """The answer to what is not the aggregator's Ask: signed, if it can be told what it claims.
+
+        It names the sha256 of what came, so that nobody's words refuse what the aggregator asked.
 
         Args:
             raw: what came.
             error: what is wrong with it.
         """
-        log.warning("asked something that makes no sense: %s", error)
+        log.warning("asked what is not the aggregator's question: %s", error)
         try:
-            asked = json.loads(raw)
+            text = text_of(SealedAsk.model_validate_json(raw))
+            asked = json.loads(text)
             part = asked[asked["kind"]]
             number, run = part["round"], asked["run"]["id"]
             task = f"{run}/{asked['kind']}/{number}/{asked['silo']}"
@@ -287,6 +301,8 @@ class SiloTrainer:
                 photon_version=photon_version(),
                 kind=asked["kind"],
                 silo=asked["silo"],
+                ask=hashlib.sha256(text).hexdigest(),
+                log_head=asked["log_head"],
                 run=run,
                 round=number,
                 task=task,
@@ -325,7 +341,7 @@ class SiloTrainer:
 
     # --- one question ----------------------------------------------------------------------------
 
-    def _answer(self, ask: Ask, until: Callable[[], float]) -> SignedReply:
+    def _answer(self, ask: Ask, left_s: Callable[[], float]) -> SignedReply:
         site = self._site
         require_for_us(ask, site.membership)
         config = site.config(ask.run)
@@ -334,24 +350,24 @@ class SiloTrainer:
         kept = self._answers.find(ask)
         if kept is not None:
             try:
-                return self._give(ask, kept, until)
+                return self._give(ask, kept, left_s)
             except CheckpointCorruptError as error:
                 log.warning("%s", error)
                 self._answers.forget(ask)
-        self._require_willing(ask, until)
+        self._require_willing(ask, left_s)
         self._say(ask, "loading")
         data = site.data()
         require_data(ask, data, site.registered)
         running = self._run_of(ask, config, data)
         self._require_room(running)
         self._answers.begin(ask)
-        state = self._receive(ask, running, until)
+        state = self._receive(ask, running, left_s)
         with self._answers.attempt(ask):
             work = self._fit if ask.kind == "fit" else self._evaluate
             answer = work(ask, running, state)
-        return self._give(ask, answer, until)
+        return self._give(ask, answer, left_s)
 
-    def _require_willing(self, ask: Ask, until: Callable[[], float]) -> None:
+    def _require_willing(self, ask: Ask, left_s: Callable[[], float]) -> None:
         """Refuse what this node was told to leave, or can't do."""
         if self._reporter.key_in_use is not None:
             raise self._reporter.key_in_use
@@ -360,12 +376,11 @@ class SiloTrainer:
                 f"{ask.silo} takes no new task: the aggregator is draining it",
                 hint="Tasks are taken again when the aggregator ends the draining.",
             )
-        late_s = time.time() - until()
+        late_s = -left_s()
         if late_s > 0:
             raise NodeError(
                 f"{ask.task_id} was to be answered {late_s:.0f} s ago; it was not begun",
-                hint="Another task took that long, or the clock of this node, or the "
-                "aggregator's, is wrong.",
+                hint="Another task took that long on this node.",
             )
         failure = self._answers.failure(ask)
         if failure is not None and failure.times >= ATTEMPTS:
@@ -399,7 +414,7 @@ class SiloTrainer:
                 "or move the node's home.",
             )
 
-    def _receive(self, ask: Ask, running: _Running, until: Callable[[], float]) -> GlobalState:
+    def _receive(self, ask: Ask, running: _Running, left_s: Callable[[], float]) -> GlobalState:
         line, spools = self._line, self._site.home / "incoming"
         line.spool = spools / ask.state.sha256
         for other in spools.glob("*"):
@@ -411,7 +426,7 @@ class SiloTrainer:
             line.received_bytes = 0  # what an attempt before this one got comes out of the spool
             return running.inbox.receive(ref)
 
-        state = self._persist("receiving the state", receive, until)
+        state = self._persist("receiving the state", receive, left_s)
         shutil.rmtree(spools, ignore_errors=True)
         log.info("received %.1f MB: the state after round %d", line.received_bytes / 1e6, ref.round)
         return state
@@ -473,21 +488,23 @@ class SiloTrainer:
 
     def _finish(self, ask: Ask, running: _Running, *, sent: bool, **part: Any) -> Answer:
         reply = self._sign(self._reply(ask, data=running.data_sha256, **part))
-        answer = Answer(question_sha256(ask), reply, sent)
+        answer = Answer(ask.question_sha256, reply, sent)
         self._answers.finish(ask, answer)
         return answer
 
-    def _give(self, ask: Ask, answer: Answer, until: Callable[[], float]) -> SignedReply:
+    def _give(self, ask: Ask, answer: Answer, left_s: Callable[[], float]) -> SignedReply:
         """An answer whose update the store has."""
         reply = parse_reply(answer.reply.text)
-        if answer.reply.fingerprint != self._key.fingerprint:  # the node has another key by now
+        if answer.reply.fingerprint != self._key.fingerprint or reply.ask != ask.sha256:
+            # The node has another key by now, or the same question came in another Ask.
+            reply = reply.model_copy(update={"ask": ask.sha256, "log_head": ask.log_head})
             answer = replace(answer, reply=self._sign(reply))
             self._answers.finish(ask, answer)
         if reply.fit is not None and reply.fit.update is not None:
             steps = ask.fit.steps if ask.fit is not None else 0
             self._say(ask, "publishing", step=steps, of=steps)
             started = time.perf_counter()
-            self._persist("sending the update", lambda: self._send(ask), until)
+            self._persist("sending the update", lambda: self._send(ask), left_s)
             if not answer.sent:
                 publish_s = reply.fit.publish_s + time.perf_counter() - started
                 fit = reply.fit.model_copy(update={"publish_s": publish_s})
@@ -503,14 +520,14 @@ class SiloTrainer:
         self._line.send(self._answers.chunks(ask))
         self._line.send(self._answers.manifest(ask))
 
-    def _persist(self, doing: str, act: Callable[[], _T], until: Callable[[], float]) -> _T:
+    def _persist(self, doing: str, act: Callable[[], _T], left_s: Callable[[], float]) -> _T:
         """Go on trying while the store can't be reached: days of work may depend on it."""
         pause_s = _FIRST_PAUSE_S
         while True:
             try:
                 return act()
             except _PASSING as error:
-                if time.time() + pause_s > until():
+                if pause_s > left_s():
                     raise
                 log.warning("%s: trying again in %.0f s: %s", doing, pause_s, error)
                 self._reporter.add(detail=f"{doing}: {error.message}"[:300])
@@ -604,6 +621,8 @@ class SiloTrainer:
             photon_version=photon_version(),
             kind=ask.kind,
             silo=ask.silo,
+            ask=ask.sha256,
+            log_head=ask.log_head,
             run=ask.run.id,
             round=ask.round,
             task=ask.task_id,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
 import subprocess
@@ -15,10 +14,8 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Error, Message, Metadata, RecordDict
 from flwr.app.message import make_message
-from hypothesis import given
-from hypothesis import strategies as st
 
-from photon.engines.flower import bundle, commands, pace, pinned, post, shim, supernode
+from photon.engines.flower import bundle, commands, pace, pinned, post, supernode
 from photon.errors import DeployError
 from photon.membership.roster import SignedReply
 
@@ -191,26 +188,6 @@ def test_an_answer_is_a_reply_a_signature_and_a_fingerprint():
     assert isinstance(words, str)
     assert "code 8" in words
     assert len(words) < 1100
-
-
-@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
-def test_any_ask_has_a_time(ask):
-    assert shim._until(ask) > 0
-
-
-@pytest.mark.parametrize(
-    ("text", "until"),
-    [
-        ('{"until": 17.5}', 17.5),
-        ('{"until": -1}', math.inf),
-        ('{"until": NaN}', math.inf),
-        ('{"until": "17"}', math.inf),
-        ("[1]", math.inf),
-        ("[" * 100_000, math.inf),
-    ],
-)
-def test_the_asks_own_time_counts_where_it_has_one(text, until):
-    assert shim._until(text.encode()) == until
 
 
 # --- a dead one's leave --------------------------------------------------------------------------

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
-import math
 import signal
 import sys
 import threading
@@ -73,7 +71,7 @@ _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 _log = logging.getLogger("photon.shim")
 
-#: Path of the socket, the Ask, when nobody waits any more (s since the epoch).
+#: Path of the socket, the Ask, for how long its answer is waited for (s).
 AskTrainer = Callable[..., SignedReply]
 
 
@@ -251,10 +249,10 @@ class _Task:
                 raise TypeError(f"'ask' is {type(ask).__name__}")
         except (KeyError, TypeError, ValueError) as error:
             return Error(code=_RAISED, reason=f"no Ask in the message: {str(error)[:200]}")
-        metadata = message.metadata
-        until = min(_until(ask), metadata.created_at + metadata.ttl)
         try:
-            answer = self._ask(self._trainer, ask, until=until)
+            # What is in the Ask is the trainer's to read, who knows the aggregator's key. By how
+            # long and not until when: the time of a message is by the aggregator's clock.
+            answer = self._ask(self._trainer, ask, within_s=message.metadata.ttl)
         except PhotonError as error:
             return Error(code=_RAISED, reason=error.message[:_MOST_WORDS])
         except Exception as error:  # whatever it is, the aggregator must hear of it
@@ -292,18 +290,6 @@ class _Task:
             if not alive:
                 _log.warning("the supernode has given this task up; what the trainer says is kept")
                 return
-
-
-def _until(ask: bytes) -> float:
-    """When nobody waits for the answer any more, as the Ask says; never, if it does not.
-
-    The whole of it is the trainer's to check.
-    """
-    try:
-        until = json.loads(ask).get("until")
-    except (ValueError, AttributeError, RecursionError):
-        return math.inf
-    return float(until) if isinstance(until, int | float) and until > 0 else math.inf
 
 
 def main() -> None:

@@ -9,7 +9,8 @@
 Answers are handed over in the order of tasks: the merged weights do not depend on who was faster.
 """
 
-from photon.engines.remote.engine import RemoteEngine
+from photon.engines.remote.depot import Depot
+from photon.engines.remote.engine import Asker, RemoteEngine
 from photon.engines.remote.messenger import Post
 
-__all__ = ["Post", "RemoteEngine"]
+__all__ = ["Asker", "Depot", "Post", "RemoteEngine"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 from photon.config import RunConfig
 from photon.engines.remote.arrivals import Arrivals
@@ -14,16 +14,30 @@ from photon.engines.remote.messenger import Messenger, Post
 from photon.errors import PhotonError
 from photon.federation import Engine, EvalReceipt, EvalTask, FitTask, Update
 from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, StatePart
+from photon.federation.sealing import sealed
 from photon.federation.tasks import GlobalState, Publish
 from photon.freed_memory import share_freed_memory
+from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster
-from photon.store.contract import Store
 from photon.telemetry import Event
 from photon.telemetry.events import Notice
 from photon.version import photon_version
 
 #: What an update may take on the wire beyond twice its fp32 values.
 _SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Asker:
+    """With what the aggregator asks.
+
+    Attributes:
+        key: signs its Asks; silos have pinned its public half.
+        log_head: of its audit log, as it is now.
+    """
+
+    key: NodeKey
+    log_head: Callable[[], str]
 
 
 class RemoteEngine:
@@ -34,8 +48,8 @@ class RemoteEngine:
         config: the run file.
         post: to silos.
         roster: who is a member, what each says it does, which tasks are open.
-        store: updates and states; the aggregator's own way to it.
-        spool: folder for updates on their way to be merged.
+        depot: updates and states.
+        asker: signs what is asked.
         evaluator: scores the global held-out set on this machine.
         on_event: told of local progress and of what goes wrong.
     """
@@ -46,8 +60,8 @@ class RemoteEngine:
         config: RunConfig,
         post: Post,
         roster: Roster,
-        store: Store,
-        spool: Path,
+        depot: Depot,
+        asker: Asker,
         evaluator: Engine,
         on_event: Callable[[Event], None],
     ) -> None:
@@ -58,7 +72,8 @@ class RemoteEngine:
         self._on_event = on_event
         share_freed_memory()  # threads fetch chunks, and no node trains in this process
         self._messenger = Messenger(config, post, roster, on_event)
-        self._depot = Depot(run.id, config.link, store, spool)
+        self._depot = depot
+        self._asker = asker
 
     @property
     def processes(self) -> int:
@@ -70,12 +85,11 @@ class RemoteEngine:
         self._depot.offer(number, publish)
 
     def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
-        until = time.time() + self._config.serve.round_deadline_s
         ref = StatePart.of(self._depot.published())
         self._take_part(tasks)
         values = sum(tensor.numel() for tensor in state.values())
         most_bytes = 8 * values + _SPARE_BYTES
-        errands = [Errand(self._fit_ask(task, ref, until), most_bytes) for task in tasks]
+        errands = [self._errand(self._fit_ask(task, ref), most_bytes) for task in tasks]
         for errand in errands:
             self._messenger.begin(errand)
         arrivals = Arrivals(self._messenger, self._depot, tasks, errands, state)
@@ -88,7 +102,6 @@ class RemoteEngine:
             self._sweep(tasks[0].round)
 
     def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
-        until = time.time() + self._config.serve.round_deadline_s
         own = [task for task in tasks if task.silo is None]
         errands: dict[str, Errand] = {}
         if len(own) < len(tasks):
@@ -96,7 +109,9 @@ class RemoteEngine:
             self._take_part(tasks)
             for task in tasks:
                 if task.silo is not None:
-                    errands[task.silo] = Errand(self._eval_ask(task.silo, task.round, ref, until))
+                    part = EvalPart(round=task.round)
+                    ask = self._ask("evaluate", task.silo, ref, evaluate=part)
+                    errands[task.silo] = self._errand(ask)
                     self._messenger.begin(errands[task.silo])
         try:
             self._messenger.turn(errands.values())  # silos work while this machine does
@@ -132,7 +147,10 @@ class RemoteEngine:
                 Notice(text=f"old rounds stay in the store: {error}", round=number, silo="")
             )
 
-    def _fit_ask(self, task: FitTask, ref: StatePart, until: float) -> Ask:
+    def _errand(self, ask: Ask, most_bytes: int = 0) -> Errand:
+        return Errand(ask, sealed(ask, self._asker.key), most_bytes)
+
+    def _fit_ask(self, task: FitTask, ref: StatePart) -> Ask:
         part = FitPart(
             round=task.round,
             global_step=task.global_step,
@@ -141,18 +159,16 @@ class RemoteEngine:
             cursor=task.cursor,
             state_bytes=task.state_bytes,
         )
-        return self._ask("fit", task.silo, ref, until, fit=part)
+        return self._ask("fit", task.silo, ref, fit=part)
 
-    def _eval_ask(self, silo: str, number: int, ref: StatePart, until: float) -> Ask:
-        return self._ask("evaluate", silo, ref, until, evaluate=EvalPart(round=number))
-
-    def _ask(self, kind, silo: str, ref: StatePart, until: float, **part) -> Ask:
+    def _ask(self, kind, silo: str, ref: StatePart, **part) -> Ask:
         return Ask(
             photon_version=photon_version(),
             kind=kind,
             silo=silo,
             run=self._run,
             state=ref,
-            until=until,
+            log_head=self._asker.log_head(),
+            within_s=self._config.serve.round_deadline_s,
             **part,
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
-from photon.errors import PhotonError
+from photon.config import RunConfig
+from photon.engines.remote.depot import silo_folder
+from photon.errors import PhotonError, ProtocolError
 from photon.federation.envelopes import Ask, Reply
 from photon.link import Ref
 
@@ -19,7 +22,9 @@ class Errand:
     """An Ask that is to be answered.
 
     Attributes:
+        message: the Ask as it travels, signed.
         most_bytes: that the silo may write to the store for it; 0: nothing.
+        begun_s: when it was made up (this machine's epoch, s).
         ids: of its messages that may still be answered.
         asked_s, next_s: when it was sent last, and before when it is not sent again (epoch, s).
         pause_s: before it is sent once more.
@@ -30,7 +35,9 @@ class Errand:
     """
 
     ask: Ask
+    message: bytes = b""
     most_bytes: int = 0
+    begun_s: float = field(default_factory=time.time)
     ids: set[str] = field(default_factory=set)
     asked_s: float = 0.0
     next_s: float = 0.0
@@ -43,6 +50,51 @@ class Errand:
     @property
     def over(self) -> bool:
         return self.reply is not None or self.failure is not None
+
+    @property
+    def until(self) -> float:
+        """When nobody waits for the answer any more (epoch, s)."""
+        return self.begun_s + self.ask.within_s
+
+    def require_possible(self, reply: Reply, config: RunConfig) -> None:
+        """Refuse an answer whose figures contradict what was asked.
+
+        They weigh the update, and are summed, shown and kept: what can't be true counts for
+        nothing.
+
+        Args:
+            reply: to this errand's Ask.
+
+        Raises:
+            ProtocolError: names the figure, and the most that it can be.
+        """
+        ask, bounds = self.ask, []
+        down = sum(part.ref().wire_bytes for part in (ask.state.whole, ask.state.update) if part)
+        if reply.fit is not None and ask.fit is not None:
+            batch = config.local.batch_size
+            bounds = [
+                ("tokens", reply.fit.tokens, ask.fit.steps * batch * config.data.sequence_length),
+                ("micro_batch_size", reply.fit.micro_batch_size, batch),
+                ("bytes_down", reply.fit.bytes_down, down),
+            ]
+            if (update := reply.fit.update) is not None:
+                bounds.append(("bytes of its update", update.ref().wire_bytes, self.most_bytes))
+                own = f"{silo_folder(ask.run.id, ask.silo)}/"
+                if not update.key.startswith(own):
+                    raise ProtocolError(
+                        f"{ask.silo} names an update {update.key!r}; its own are under {own}"
+                    )
+        if reply.evaluate is not None:
+            bounds = [("bytes_down", reply.evaluate.bytes_down, down)]
+            if config.eval.max_tokens is not None:
+                bounds.append(("tokens", reply.evaluate.tokens, config.eval.max_tokens))
+        for name, said, most in bounds:
+            if said > most:
+                raise ProtocolError(
+                    f"{ask.silo} answered {name} = {said}; what it was asked has at most {most}",
+                    hint="A node of another version, or one that means harm: nothing of its answer "
+                    "is used.",
+                )
 
     @property
     def update(self) -> Ref | None:

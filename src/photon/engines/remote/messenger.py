@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Protocol
 
 from photon.config import RunConfig
@@ -25,7 +26,7 @@ from photon.errors import (
     UnreachableError,
     error_of,
 )
-from photon.federation.envelopes import Ask, Reply, encoded, parse_reply
+from photon.federation.envelopes import Ask, Reply, encoded, parse_ask, parse_reply
 from photon.membership.roster import OpenTask, Presence, Roster, SignedReply
 from photon.membership.signing import RECEIPT, verify_document
 from photon.telemetry import Event
@@ -91,7 +92,7 @@ class Messenger:
                 silo=ask.silo,
                 kind=ask.kind,
                 opened_at=time.time(),
-                until=ask.until,
+                until=errand.until,
                 most_bytes=errand.most_bytes,
                 readable=(f"{global_folder(ask.run.id)}/", f"{folder}/"),
                 writable=(f"{folder}/",) if errand.most_bytes else (),
@@ -153,9 +154,8 @@ class Messenger:
             errand.fail(error)
             return
         try:
-            errand.ids.add(
-                self._post.push(ask.silo, encoded(ask), ttl_s=max(60.0, ask.until - now_s))
-            )
+            left_s = max(60.0, errand.until - now_s)
+            errand.ids.add(self._post.push(ask.silo, errand.message, ttl_s=left_s))
         except UnknownMemberError as error:
             errand.again(now_s, error.message)
 
@@ -165,17 +165,16 @@ class Messenger:
         if (error := self.barred(ask.silo)) is not None:
             errand.fail(error)
             return
-        if now_s > ask.until:
+        if now_s > errand.until:
             errand.fail(
                 UnreachableError(
-                    f"{ask.silo} has not answered in the {self._config.serve.round_deadline_s:g} s "
+                    f"{ask.silo} has not answered in the {ask.within_s:g} s "
                     f"of round {ask.round}{errand.because}"
                 )
             )
             return
         presence, seen_s = seen if seen is not None else (None, 0.0)
-        begun_s = ask.until - self._config.serve.round_deadline_s
-        if now_s - max(seen_s, begun_s) > silence_s:
+        if now_s - max(seen_s, errand.begun_s) > silence_s:
             errand.fail(
                 UnreachableError(
                     f"{ask.silo} has not been heard of for {silence_s:g} s{errand.because}"
@@ -218,13 +217,20 @@ class Messenger:
     # --- taking --------------------------------------------------------------------------------
 
     def _take_earlier(self, errand: Errand) -> None:
-        """An answer that came before this process began."""
+        """An answer that came before this process began, to an Ask of the same question.
+
+        That Ask had an earlier head of the log, and perhaps the state elsewhere in the store.
+        """
         ask = errand.ask
         earlier = self._roster.tasks.reply(ask.task_id)
         if earlier is None:
             return
         try:
-            reply = self._verified(ask, earlier)
+            asked = parse_ask(earlier.ask)
+            if (asked.question_sha256, asked.run) != (ask.question_sha256, ask.run):
+                return
+            reply = self._verified(asked, earlier)
+            Errand(asked, most_bytes=errand.most_bytes).require_possible(reply, self._config)
         except (ProtocolError, MembershipError):
             return
         if reply.refused is None:
@@ -247,9 +253,17 @@ class Messenger:
             else:
                 errand.again(now_s, error.message)
             return
+        try:
+            errand.require_possible(reply, self._config)
+        except ProtocolError as error:
+            # Its own answer, to this very Ask: it would answer the same again.
+            self._roster.journal.note(reply.silo, "reply refused", error.message)
+            errand.fail(error)
+            return
         if reply.refused is None:
             errand.reply = reply
-            self._roster.tasks.close(errand.ask.task_id, answer)
+            kept = replace(answer, ask=encoded(errand.ask))
+            self._roster.tasks.close(errand.ask.task_id, kept)
             return
         refusal = reply.refused
         error = error_of(refusal.code)(f"{reply.silo}: {refusal.message}", hint=refusal.hint)
@@ -275,19 +289,4 @@ class Messenger:
         verify_document(member.public_key, RECEIPT, answer.text, answer.signature)
         reply = parse_reply(answer.text)
         reply.require_answer_to(ask)
-        if reply.fit is not None and reply.fit.update is not None:
-            key, own = reply.fit.update.key, f"{silo_folder(ask.run.id, ask.silo)}/"
-            if not key.startswith(own):
-                raise ProtocolError(f"{ask.silo} names an update {key!r}; its own are under {own}")
-            self._require_tokens(ask, reply.fit.tokens)
         return reply
-
-    def _require_tokens(self, ask: Ask, tokens: int) -> None:
-        """An update is weighed by its tokens: none counts for more than its task has."""
-        assert ask.fit is not None
-        config = self._config
-        most = ask.fit.steps * config.local.batch_size * config.data.sequence_length
-        if tokens > most:
-            raise ProtocolError(
-                f"{ask.silo} says it trained on {tokens} tokens; its task has {most}"
-            )
