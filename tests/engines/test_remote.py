@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,14 @@ from photon.errors import (
 )
 from photon.federation import EvalTask, FitTask, Node, NodeSettings
 from photon.federation.broadcast import Broadcast
-from photon.federation.envelopes import RefPart, RunPart, dictated, parse_reply
+from photon.federation.envelopes import (
+    RefPart,
+    RunPart,
+    dictated,
+    encoded,
+    parse_ask,
+    parse_reply,
+)
 from photon.federation.node import initial_model
 from photon.federation.tasks import WEIGHTS, update_header
 from photon.link import plain_entries, tensors_sha256, write_parcel
@@ -483,11 +492,99 @@ def outside_its_folder(silo, ask, key):
     return silo.sign(reply.model_copy(update={"fit": fit}))
 
 
-def more_tokens(silo, ask, key):
-    """Weighed by its tokens, it would be all of the mean."""
+def lying(**figures):
+    """A training's answer with other figures."""
+
+    def answer(silo, ask, key):
+        reply = parse_reply(silo.answer(ask).text)
+        return silo.sign(reply.model_copy(update={"fit": reply.fit.model_copy(update=figures)}))
+
+    return answer
+
+
+def larger_than_allowed(silo, ask, key):
     reply = parse_reply(silo.answer(ask).text)
-    fit = reply.fit.model_copy(update={"tokens": 1000 * reply.fit.tokens})
-    return silo.sign(reply.model_copy(update={"fit": fit}))
+    update = reply.fit.update.model_copy(update={"payload_bytes": 2**50})
+    return lying(update=update)(silo, ask, key)
+
+
+@pytest.mark.parametrize(
+    ("forge", "words"),
+    [
+        (outside_its_folder, "its own are under"),
+        # Weighed by its tokens, it would be all of the mean.
+        (lying(tokens=10**9), "answered tokens = 1000000000; what it was asked has at most"),
+        (lying(bytes_down=2**50), "answered bytes_down"),
+        (lying(micro_batch_size=2**30), "answered micro_batch_size"),
+        (larger_than_allowed, "answered bytes of its update"),
+    ],
+)
+def test_figures_that_contradict_the_question_cost_the_silo_its_update(forge, words, bench):
+    """Its own answer to this very Ask: asked again, it would say the same."""
+    bench.on("red", lambda silo, ask, times: forge(silo, ask, None))
+    failure = only_fails(bench.answers(), "red", ProtocolError, bench.federated.expected)
+    assert words in failure
+    assert bench.wire.fired == ["red"]
+    assert bench.roster.tasks.reply(f"{RUN_ID}/fit/1/red") is None
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"train_s": 1.7e308},
+        {"train_s": math.inf},
+        {"loss": math.nan},
+        {"last_loss": 1e300},
+        {"tokens": 0},
+        {"times": [0.0, 0.0, 0.0, math.inf]},
+        {"peak_memory_bytes": 2**60},
+    ],
+)
+def test_figures_that_nothing_can_have_cost_the_silo_its_update(figures, bench):
+    """What would end a run when it is summed, saved or shown is not even read."""
+    bench.on("red", lambda silo, ask, times: lying(**figures)(silo, ask, None))
+    failure = only_fails(bench.answers(), "red", ProtocolError, bench.federated.expected)
+    assert f"fit.{next(iter(figures))}" in failure or "no weight" in failure
+    assert bench.roster.tasks.reply(f"{RUN_ID}/fit/1/red") is None
+
+
+def test_scores_that_contradict_the_question_are_left_out(make_bench):
+    bench = make_bench("eval.max_tokens=100000")
+
+    def lying_scores(silo, ask, times):
+        reply = parse_reply(silo.answer(ask).text)
+        told = reply.evaluate.model_copy(update={"tokens": 100_001})
+        return silo.sign(reply.model_copy(update={"evaluate": told}))
+
+    bench.on("red", lying_scores)
+    tasks = [EvalTask(1, silo) for silo in sorted(bench.silos)]
+    scores = list(bench.engine.evaluate(tasks, calm_of(bench)))
+    assert [score.silo for score in scores] == ["blue", "green"]
+    (told,) = [event.text for event in bench.told if isinstance(event, Notice)]
+    assert "answered tokens = 100001; what it was asked has at most 100000" in told
+
+
+@pytest.mark.parametrize("poison", ["figures", "another ask", "no ask"])
+def test_a_poisoned_answer_that_was_kept_stops_nobody_after_a_restart(poison, bench):
+    """As an older Photon, or a damaged disk, may have left it in the roster."""
+    bench.answers()
+    kept = bench.roster.tasks.reply(f"{RUN_ID}/fit/1/red")
+    reply, red = parse_reply(kept.text), bench.silos["red"]
+    if poison == "figures":
+        fit = reply.fit.model_copy(update={"train_s": 1.7e308, "tokens": 0})
+        kept = replace(red.sign(reply.model_copy(update={"fit": fit})), ask=kept.ask)
+    elif poison == "another ask":
+        asked = parse_ask(kept.ask)
+        other = asked.model_copy(update={"fit": asked.fit.model_copy(update={"steps": 1})})
+        kept = replace(kept, ask=encoded(other))
+    else:
+        kept = replace(kept, ask=b"")
+    bench.roster.tasks.close(f"{RUN_ID}/fit/1/red", kept)
+    bench.engine = bench.new_engine()
+    asked = len(bench.wire.asked)
+    answers = bench.answers()
+    assert {name: digest for name, (_, digest) in answers.items()} == bench.federated.expected
+    assert [ask.silo for ask in bench.wire.asked[asked:]] == ["red"]
 
 
 @pytest.mark.parametrize(
@@ -502,9 +599,9 @@ def more_tokens(silo, ask, key):
         (of(run="f" * 32), ProtocolError, "answered run"),
         (of(silo="blue"), ProtocolError, "answered silo 'blue'"),
         (of(state="f" * 64), ProtocolError, "answered state"),
-        (of(task=RUN_ID), ProtocolError, "answered task"),
-        (outside_its_folder, ProtocolError, "its own are under"),
-        (more_tokens, ProtocolError, "tokens; its task has"),
+        (of(task=f"{RUN_ID}/fit/9/red"), ProtocolError, "answered task"),
+        (of(ask="f" * 64), ProtocolError, "answered ask"),
+        (of(log_head="f" * 64), ProtocolError, "answered log_head"),
     ],
 )
 def test_what_is_not_the_silos_answer_is_refused(forge, kind, words, bench, tmp_path):

@@ -68,7 +68,7 @@ def test_an_answer_is_what_a_node_in_this_process_gives(bench, aggregator, tmp_p
     assert reply.fit.update.ref() == ref
     for field in ("tokens", "loss", "first_loss", "last_loss"):
         assert getattr(reply.fit, field) == getattr(receipt, field), field
-    assert reply.fit.bytes_up == ref.wire_bytes == receipt.bytes_up
+    assert reply.fit.receipt(1, "red").bytes_up == ref.wire_bytes == receipt.bytes_up
     # As received, whatever the aggregator reckons with.
     assert reply.fit.bytes_down == ask.state.whole.ref().wire_bytes != ask.fit.state_bytes
     assert reply.data == aggregator.data.sha256
@@ -623,12 +623,14 @@ def test_an_outage_longer_than_the_deadline_is_a_refusal_and_loses_nothing(
 
     def outage(ask):
         store.down = 10**6
-        ends[0] = min(ends[0], time.time() + 3)
+        ends[0] = min(ends[0], time.monotonic() + 3)
         send(ask)
 
     bench.trainer._send = outage
     ask = aggregator.fit()
-    refused = parse_reply(bench.trainer.answer(ask, lambda: ends[0]).text).refused
+    refused = parse_reply(
+        bench.trainer.answer(ask, lambda: ends[0] - time.monotonic()).text
+    ).refused
     assert refused.code == 71
     assert store.refused > 3
     store.down = 0
