@@ -305,7 +305,7 @@ class EvalAnswer(_Part):
     """photon.federation.EvalReceipt without the silo, and without the perplexity of its loss."""
 
     loss: _Loss
-    bits_per_byte: Annotated[_Finite, Field(ge=0, lt=1e7)] | None
+    bits_per_byte: Annotated[_Finite, Field(ge=0, lt=1e7)] | None = None
     tokens: Annotated[int, Field(ge=1, lt=2**53)]
     eval_s: _Seconds
     bytes_down: _Bytes = 0
