@@ -1,6 +1,7 @@
 """`photon demo` on the real text, shrunk to seconds."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -69,9 +70,20 @@ def test_the_demo_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(wh
         "other",
         "republican",
     ]
-    for label in ("federated", "centralised", "alone: other"):
-        assert label in result.output
-    assert "gap" in result.output
+    told = result.output
+    for label in ("federated", "centralised", "alone: other", "alone, equal tokens: "):
+        assert label in told
+    # The sentence says the table's figures: (label, perplexity, gap) of each baseline in it.
+    rows = re.findall(r"^(\S.*?: \S+|centralised) +\S+ +(\S+) +\S+ +(\S+%) ", told, re.M)
+    table = {label: (score, gap) for label, score, gap in rows}
+    assert len(table) == 6
+    best = next(label for label in table if label.startswith("alone, equal")).partition(": ")[2]
+    said = re.findall(r"^  .*: (\S+) \((\S+%)\)$", told, re.M)
+    wanted = ("centralised", f"alone: {best}", f"alone, equal tokens: {best}")
+    assert said == [table[label] for label in wanted]
+    alone = {label: float(score.replace(",", "")) for label, (score, _) in table.items()}
+    assert alone[f"alone: {best}"] == min(v for k, v in alone.items() if k.startswith("alone: "))
+    assert "photon export" in told
     assert "report.html" in result.output.replace("\n", "")
     tokens = {
         folder.name: json.loads((folder / "summary.json").read_text())["tokens"]
@@ -79,6 +91,7 @@ def test_the_demo_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(wh
         if (folder / "summary.json").exists()
     }
     assert tokens["federated"] == tokens["centralised"] == 4 * tokens["alone-other"]
+    assert tokens["federated"] == tokens["alone-equal-tokens"]
     started = json.loads((out / "federated/events.jsonl").read_text().partition("\n")[0])
     assert started["workers"] == (min(4, cores()) if cores() > 1 else 0)
     page = (out / "federated/report.html").read_text()

@@ -62,8 +62,20 @@ SCHEMES = [
 def test_silos_are_told_apart_by_every_eye(silos, card, observer):
     seen = [oklab(OBSERVERS[observer] @ linear(colour)) for colour in silos]
     apart = [np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]]
-    assert min(apart) > 0.09
+    assert min(apart) > 0.14
     assert all(contrast(colour, card) >= 3.0 for colour in silos)
+
+
+def test_a_silo_keeps_its_hue_from_light_to_dark():
+    def hue(colour):
+        _, a, b = oklab(linear(colour))
+        return np.degrees(np.arctan2(b, a))
+
+    pairs = zip(palette.SILOS_LIGHT, palette.SILOS_DARK, strict=True)
+    turned = [(hue(light) - hue(dark) + 180) % 360 - 180 for light, dark in pairs]
+    assert np.abs(turned).max() < 3
+    hues = np.sort([hue(colour) % 360 for colour in palette.SILOS_LIGHT])
+    assert np.diff(np.append(hues, hues[0] + 360)).min() > 35
 
 
 def test_text_is_readable_in_both_schemes():

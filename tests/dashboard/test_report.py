@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
 from photon.dashboard import ComparisonRow, comparison_table, write_report
 from photon.dashboard.digest import read_digest
 from photon.dashboard.report import baseline_formula, headline, tiles
-from photon.errors import DiskFullError, RunNotFoundError
+from photon.errors import DiskFullError, RunError, RunNotFoundError
 from photon.telemetry.events import Evaluated, LocalProgress, RoundFinished, RoundStarted
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -118,7 +119,7 @@ def test_how_silos_trained_is_told_where_their_nodes_told_it(folder, stream):
     bars = [attrs["aria-label"] for _, attrs in page.tags if "step" in attrs.get("class", "")]
     assert bars == ["data 6%, forward 25%, backward 50%, optimizer 12%, other 6%"] * 4
     table = page.raw[page.raw.index("How silos trained") : page.raw.index("<h2>Incidents")]
-    row = re.findall(r'<td class="n">([^<]*)</td>', table)[:7]
+    row = re.findall(r'<td class="n"[^>]*>([^<]*)</td>', table)[:7]
     assert row == ["16.4k", "10%", "41.5%", "3.0 GB", "–", "4.4 MB", "4.4 MB"]
 
 
@@ -133,6 +134,41 @@ def test_nothing_comes_from_elsewhere_and_nothing_needs_a_script(folder, stream)
     assert "@media print" in page.raw
 
 
+def test_a_phone_sees_all_of_every_figure_and_cell(folder, stream):
+    told = stream(step_s={"forward_s": 2.0}, dropped={2: "judicial"})
+    run, other = folder(told.whole(), "fed"), folder(stream(silos=["x"]).whole(), "other")
+    page = read(write_report(run, compare={"alone": other}))
+    assert "min-width: 640px" not in page.raw  # nothing is cut and scrolled
+    wide = [attrs for tag, attrs in page.tags if attrs.get("class") == "plot roomy"]
+    narrow = re.findall(r'<div class="plot narrow">(.*?)</div>', page.raw, re.S)
+    assert len(wide) == len(narrow) == 2
+    for svg in narrow:  # drawn for it, not shrunk until nobody can read it
+        assert float(re.search(r'viewBox="0 0 (\S+) ', svg).group(1)) < 400
+    for table in re.findall(r"<table>(.*?)</table>", page.raw, re.S):
+        heads = [" ".join(head.split()) for head in re.findall(r"<th[^>]*>([^<]+)", table)]
+        for cells in re.findall(r"<tr[^>]*>((?:<td|\s).*?)</tr>", table, re.S):
+            names = re.findall(r'<td(?: class="[^"]*")?(?: data-label="([^"]*)")?', cells)
+            assert len(names) == len(heads)
+            # Each cell says its column's name, but for the one that names its row.
+            assert [n for n, head in zip(names, heads, strict=True) if n != head] == [""]
+
+
+def test_a_picture_of_its_own(folder, stream, tmp_path):
+    run, alone = folder(stream().whole(), "fed"), folder(stream(silos=["judicial"]).whole(), "j")
+    loss = write_report(run, out=tmp_path / "loss.svg").read_text()
+    beside = write_report(run, out=tmp_path / "beside.svg", compare={"alone: judicial": alone})
+    for text, word in ((loss, "shared held-out"), (beside.read_text(), "alone: judicial")):
+        root = ElementTree.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert word in "".join(root.itertext())
+        colours = set(re.findall(r"var\(--([a-z0-9-]+)\)", text))
+        assert all(text.count(f"--{name}: #") == 2 for name in colours)  # light and dark
+    assert write_report(run, out=tmp_path / "again.svg").read_text() == loss
+    with pytest.raises(RunError, match="nothing to draw yet"):
+        write_report(folder([stream().started()], "begun"), out=tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
+
+
 def test_ids_are_unique_and_every_reference_has_one(folder, stream):
     page = report(folder, stream().whole())
     assert len(page.ids) == len(set(page.ids)) > 50
@@ -144,7 +180,7 @@ def test_ids_are_unique_and_every_reference_has_one(folder, stream):
 def test_figures_follow_the_colour_scheme(folder, stream):
     page = report(folder, stream().whole())
     figures = re.findall(r"<svg.*?</svg>", page.raw, flags=re.DOTALL)
-    assert len(figures) == len(FIGURES)
+    assert len(figures) == len(FIGURES) + 1  # the loss for narrow screens
     for figure in figures:
         assert set(re.findall(r"#[0-9a-f]{6}\b", figure)) == set()
         assert "var(--" in figure
@@ -159,7 +195,7 @@ def test_a_silo_has_one_colour_everywhere(folder, stream):
     colour = r"var\(--silo-2\)"  # independent
     figures = re.findall(r"<svg.*?</svg>", page.raw, flags=re.DOTALL)
     with_colour = [i for i, figure in enumerate(figures) if re.search(colour, figure)]
-    assert with_colour == [0, 1, 4]
+    assert with_colour == [0, 1, 2, 5]
     assert re.search(rf'background: {colour}"></span>independent', page.raw)
 
 
@@ -350,7 +386,7 @@ def test_what_a_silo_received_to_evaluate_counts_as_received(folder, stream):
     ]
     page = report(folder, events)
     table = page.raw[page.raw.index("How silos trained") : page.raw.index("<h2>Incidents")]
-    assert re.findall(r'<td class="n">([^<]*)</td>', table)[6] == "4.4 MB"
+    assert re.findall(r'<td class="n"[^>]*>([^<]*)</td>', table)[6] == "4.4 MB"
 
 
 def bytes_per_token(event, *, silos):
@@ -434,7 +470,7 @@ def test_other_runs_are_overlaid_and_tabled(folder, stream):
     gap = other.perplexity / last.perplexity - 1
     assert f"alone: judicial 393k {other.perplexity:.0f}" in page.text
     assert f"+{gap * 100:.1f}%" in page.text
-    overlay = re.findall(r"<svg.*?</svg>", page.raw, flags=re.DOTALL)[1]
+    overlay = re.findall(r"<svg.*?</svg>", page.raw, flags=re.DOTALL)[2]
     assert "var(--silo-3)" in overlay  # A silo alone keeps its colour.
     assert "stroke-dasharray" in overlay
 

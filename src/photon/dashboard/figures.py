@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from photon.dashboard import palette, wording
 from photon.dashboard.canvas import (
     HALF,
-    LONGEST,
     WIDE,
     count_ticks,
     drawing_style,
@@ -38,10 +39,8 @@ from photon.dashboard.digest import (
 _PHASES = ("local training", "evaluation", "merging", "checkpoint", "other")
 _GLOBAL = "shared held-out"
 _MOST_COLUMNS = 64
-#: Characters of another run's label that fit beside a wide plot.
-_LONGEST_LABEL = 40
 #: Bytes per token may differ by so much from one silo's text to another's.
-_SAME_TEXT = 0.1
+_SAME_TEXT = 0.2
 _SCORES: dict[Measure, tuple[str, str]] = {
     "perplexity": ("Perplexity", "silos"),
     "bits_per_byte": ("Bits per byte", "bytes-of-silos"),
@@ -50,12 +49,17 @@ _SCORES: dict[Measure, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the page. `legend` holds names with their CSS colours, for those that need it."""
+    """A figure of the page.
+
+    Attributes:
+        narrow: a wide figure drawn again for a narrow screen.
+        legend: names with their CSS colours, for those that need it.
+    """
 
     title: str
     svg: str
     caption: str
-    wide: bool = False
+    narrow: str = ""
     legend: Sequence[tuple[str, str]] = ()
 
 
@@ -63,8 +67,7 @@ def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Dr
     """Every figure that has something to show, in the page's order."""
     with drawing_style():
         drawings = [
-            loss_against_tokens(digest),
-            comparison(digest, compare),
+            *wide_drawings(digest, compare),
             silo_scores(digest),
             silo_bits_per_byte(digest),
             time_per_round(digest),
@@ -74,15 +77,24 @@ def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Dr
     return [drawing for drawing in drawings if drawing is not None]
 
 
-def loss_against_tokens(digest: RunDigest) -> Drawing | None:
+def wide_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Iterator[Drawing]:
+    """Loss, and other runs beside this one."""
+    for draw in (loss_against_tokens, partial(comparison, compare=compare)):
+        wide, narrow = draw(digest), draw(digest, narrow=True)
+        if wide is not None and narrow is not None:
+            yield replace(wide, narrow=narrow.svg)
+
+
+def loss_against_tokens(digest: RunDigest, *, narrow: bool = False) -> Drawing | None:
     """Training loss of each silo, thin, and the global model's held-out loss, thick."""
-    curves = {name: _thin_out(silo.training) for name, silo in digest.silos.items()}
+    most = 120 if narrow else 400
+    curves = {name: _thin_out(silo.training, most) for name, silo in digest.silos.items()}
     curves = {name: line for name, line in curves.items() if line}
     points = curve(digest.evaluations, "loss", "tokens")
     if not curves and not points:
         return None
     named = len(curves) <= palette.MOST_NAMED
-    figure, axes = new_axes(WIDE, right=0.15)
+    figure, axes, longest = _axes_for([_GLOBAL, *(curves if named else ())], narrow)
     ends: list[tuple[float, float, str, str]] = []
     order = list(digest.silos)
     for name, line in curves.items():
@@ -104,17 +116,20 @@ def loss_against_tokens(digest: RunDigest) -> Drawing | None:
     count_ticks(axes)
     name_axes(axes, "tokens trained on, all silos together", "loss (nats per token)")
     axes.margins(x=0.01)
-    label_ends(axes, ends, bold=_GLOBAL)
+    label_ends(axes, ends, bold=_GLOBAL, longest=longest)
     who = "each silo's training loss" if named else f"the training loss of {len(curves)} silos"
     caption = (
         f"Thin lines: {who}. Thick line: loss of the merged model on shared held-out text; "
         "this is the one that counts."
     )
     caption += _left_out(digest.evaluations)
-    return Drawing("Loss", to_svg(figure, "loss", f"Line plot. {caption}"), caption, wide=True)
+    prefix = "loss-narrow" if narrow else "loss"
+    return Drawing("Loss", to_svg(figure, prefix, f"Line plot. {caption}"), caption)
 
 
-def comparison(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Drawing | None:
+def comparison(
+    digest: RunDigest, compare: Mapping[str, RunDigest], *, narrow: bool = False
+) -> Drawing | None:
     """Held-out loss of the merged model and of other runs, against the tokens each trained on.
 
     Bits per byte in its place where tokenizers differ, as nats are per token.
@@ -127,8 +142,7 @@ def comparison(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Drawing |
     points = curve(digest.evaluations, measure, "tokens")
     if not others or not points:
         return None
-    longest = max(len(wording.one_line(label)) for label in [*others, "this run"])
-    figure, axes = new_axes(WIDE, right=0.04 + 0.0075 * min(longest, _LONGEST_LABEL))
+    figure, axes, longest = _axes_for([*others, "this run"], narrow)
     ends = []
     styles = _comparison_styles(list(others), list(digest.silos))
     for (label, line), (colour, dash) in zip(others.items(), styles, strict=True):
@@ -140,15 +154,23 @@ def comparison(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Drawing |
     what = "Loss" if alike else "Bits per byte"
     unit = "held-out loss (nats per token)" if alike else "held-out bits per byte"
     name_axes(axes, "tokens the run trained on", unit)
-    label_ends(axes, ends, bold="this run", longest=_LONGEST_LABEL)
+    above = max((y for line in [*others.values(), points] for _, y in line[1:]), default=0.0)
+    cut = len(points) > 2 and above < points[0][1]
+    if cut:  # what was lost before training would take all the room from what matters
+        lowest = min(y for line in [*others.values(), points] for _, y in line)
+        axes.set_ylim(lowest - 0.06 * (above - lowest), above + 0.06 * (above - lowest))
+    label_ends(axes, ends, bold="this run", longest=longest)
     caption = (
         f"{what} on the same shared held-out text. Lower is better; a line that ends further left "
         "trained on fewer tokens."
     )
     if not alike:
         caption += " Tokenizers differ, so losses per token don't compare."
-    svg = to_svg(figure, "comparison", f"Line plot. {caption}")
-    return Drawing("Against other runs", svg, caption, wide=True)
+    if cut:
+        caption += f" Before training, above the plot: {wording.decimal(points[0][1], 2)}."
+    prefix = "comparison-narrow" if narrow else "comparison"
+    svg = to_svg(figure, prefix, f"Line plot. {caption}")
+    return Drawing("Against other runs", svg, caption)
 
 
 def silo_scores(digest: RunDigest, measure: Measure = "perplexity") -> Drawing | None:
@@ -161,8 +183,7 @@ def silo_scores(digest: RunDigest, measure: Measure = "perplexity") -> Drawing |
     title, prefix = _SCORES[measure]
     if len(lines) > palette.MOST_NAMED:
         return _heat_strip(lines, title, prefix)
-    longest = max(len(name) for name in wording.distinct(lines, LONGEST).values())
-    figure, axes = new_axes(HALF, right=max(0.12, 0.05 + 0.014 * longest))
+    figure, axes, longest = _axes_for(lines, narrow=True, most=22)
     ends = []
     for name, points in lines.items():
         colour, dash = palette.silo_style(order.index(name))
@@ -173,7 +194,7 @@ def silo_scores(digest: RunDigest, measure: Measure = "perplexity") -> Drawing |
     logarithmic = scale_perplexity(axes, [y for _, y in flat])
     round_ticks(axes, [int(x) for x, _ in flat])
     name_axes(axes, "round", title.lower() + (" (logarithmic)" if logarithmic else ""))
-    label_ends(axes, ends)
+    label_ends(axes, ends, longest=longest)
     caption = f"{title} of the merged model on each silo's own held-out text."
     svg = to_svg(figure, prefix, f"Line plot. {caption}")
     return Drawing(f"{title} in each silo", svg, caption)
@@ -305,7 +326,7 @@ def throughput(digest: RunDigest) -> Drawing | None:
     axes.grid(axis="x", color=palette.GRID, linewidth=0.8)
     shown: list[str] = []
     if named:
-        shown = list(wording.distinct([silo.name for silo in rows], LONGEST).values())
+        shown = list(wording.distinct([silo.name for silo in rows], 22).values())
         longest = max(len(name) for name in shown)
         left = 0.06 + longest * 0.0155
         box = axes.get_position()
@@ -332,6 +353,16 @@ def throughput(digest: RunDigest) -> Drawing | None:
         caption += f" Slowest: {slowest}. Fastest: {fastest}."
     svg = to_svg(figure, "throughput", f"Dot plot. {caption}")
     return Drawing("Training speed of each silo", svg, caption)
+
+
+def _axes_for(
+    names: Iterable[str], narrow: bool, *, most: int | None = None
+) -> tuple[Figure, Axes, int]:
+    """Axes with room at their right for these names, and how many characters a name may have."""
+    size = HALF if narrow else WIDE
+    most = most or (18 if narrow else 40)
+    longest = max(len(name) for name in wording.distinct(names, most).values())
+    return *new_axes(size, right=max(0.6, 0.32 + 0.062 * longest) / size[0]), most
 
 
 def _plot_evaluations(
@@ -384,7 +415,7 @@ def _bar_width(xs: Sequence[int]) -> float:
     return 0.45 if len(xs) == 1 else 0.74 if len(xs) <= 60 else 1.0
 
 
-def _thin_out(points: Sequence[tuple[float, float]], most: int = 400) -> list[tuple[float, float]]:
+def _thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
     """At most so many points, as means of neighbours: a page stays small after a long run."""
     points = [point for point in points if math.isfinite(point[1])]
     group = max(1, -(-len(points) // most))

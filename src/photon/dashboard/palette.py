@@ -1,8 +1,9 @@
 """The report's colours: one palette for silos, one for phases of a round, in light and in dark.
 
-Silo colours were searched for in OKLCH so that any two stay at least 0.09 apart in OKLab for normal
+Silo colours were searched for in OKLCH so that any two stay at least 0.14 apart in OKLab for normal
 sight and for protan, deutan and tritan observers (Machado et al. 2009), with a contrast of 3:1 or
-more against the card behind them; a test measures it again. Figures are drawn in the light values
+more against the card behind them, and so that a silo has one hue in both schemes; a test measures
+it again. Figures are drawn in the light values
 and the page swaps in CSS variables, which follow the reader's colour scheme.
 """
 
@@ -10,8 +11,8 @@ from __future__ import annotations
 
 CARD_LIGHT, CARD_DARK = "#ffffff", "#1b1e24"
 
-SILOS_LIGHT = ("#5d90eb", "#9a1e07", "#265847", "#bd3884", "#a27033", "#0b79ac")
-SILOS_DARK = ("#97bae0", "#d4a482", "#65f5cd", "#c75bc8", "#8c630b", "#3c7579")
+SILOS_LIGHT = ("#319bda", "#a64406", "#07787b", "#64283c", "#9d962d", "#4424a4")
+SILOS_DARK = ("#61a9d9", "#fc7e40", "#96eaed", "#ab4f6d", "#e6df73", "#7667e0")
 
 #: Local training, evaluation, merging, checkpoint, other: one hue by lightness, then grey.
 PHASES_LIGHT = ("#1f4e79", "#4f86b8", "#8fb8dc", "#c3d9ec", "#d2d0cb")

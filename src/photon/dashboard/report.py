@@ -14,7 +14,7 @@ from photon.dashboard import palette, wording
 from photon.dashboard.comparison import ComparisonRow, compared_by, gap_in_words
 from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, read_digest
 from photon.dashboard.effort import STEP_PARTS, effort_rows, step_legend
-from photon.errors import DiskFullError
+from photon.errors import DiskFullError, RunError
 
 _TEMPLATE = "report.html.j2"
 _MEASURES = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
@@ -68,19 +68,36 @@ def write_report(
 
     Args:
         run_folder: with events.jsonl; the run may be finished, stopped or still going.
-        out: the file to write, atomically; RUN/report.html by default.
+        out: the file to write, atomically; RUN/report.html by default. A name that ends in .svg
+            gets one picture instead: the run beside those it is compared with, or its loss.
         compare: other run folders by the label they get, e.g. "centralised" or "alone: SILO".
 
     Raises:
         RunNotFoundError: a folder without a run.
+        RunError: a picture of a run that has nothing to draw yet.
         DiskFullError: no room; an older report stays as it was.
     """
     folder = Path(run_folder)
     digest = read_digest(folder)
     others = {label: read_digest(Path(path)) for label, path in (compare or {}).items()}
     target = Path(out) if out is not None else folder / "report.html"
-    _write_atomically(target, render(digest, others))
+    text = picture(digest, others) if target.suffix == ".svg" else render(digest, others)
+    _write_atomically(target, text)
     return target
+
+
+def picture(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:
+    """The figure that says most, as a file of its own."""
+    from photon.dashboard.canvas import drawing_style, standalone
+    from photon.dashboard.figures import wide_drawings
+
+    with drawing_style():
+        drawings = list(wide_drawings(digest, others))
+    if not drawings:
+        raise RunError(
+            f"{digest.folder} has nothing to draw yet", hint="Wait for its first evaluation."
+        )
+    return standalone(drawings[-1].svg)
 
 
 def render(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:

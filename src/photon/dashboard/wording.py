@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from rich.cells import cell_len, set_cell_size
@@ -127,17 +128,17 @@ def one_line(text: str) -> str:
 def distinct(names: Iterable[str], most: int) -> dict[str, str]:
     """Each name on one line of at most so many cells, cut so that it still differs from the others.
 
-    Ends are cut if that will do, else middles, else beginnings, else they are numbered.
+    Ends are cut if that will do, else middles, else beginnings; what is alike then is numbered.
     """
     lines = {name: one_line(name) for name in names}
-    for tail in (0, (most - 1) // 2, most - 1):
-        short = {name: _cut(line, most, tail) for name, line in lines.items()}
-        if len(set(short.values())) == len(lines):
-            return short
-    ends = {name: str(number) for number, name in enumerate(lines, 1)}
-    return {
-        name: _cut(line, most - len(ends[name]), 0) + ends[name] for name, line in lines.items()
-    }
+    tails = (0, (most - 1) // 2, most - 3, most - 1)
+    cuts = [{name: _cut(line, most, tail) for name, line in lines.items()} for tail in tails]
+    best = max(cuts, key=lambda short: len(set(short.values())))
+    counts = Counter(best.values())
+    for number, (name, short) in enumerate(best.items(), 1):
+        if counts[short] > 1:
+            best[name] = _cut(lines[name], most - len(str(number)), 0) + str(number)
+    return best
 
 
 def _cut(line: str, most: int, tail: int) -> str:
