@@ -7,7 +7,12 @@ from typer.testing import CliRunner
 
 from photon.cli.data import data_app
 from photon.data import open_data
-from photon.errors import IncompatibleConfigError, InvalidValueError, ShardCorruptError
+from photon.errors import (
+    EmptySiloError,
+    IncompatibleConfigError,
+    InvalidValueError,
+    ShardCorruptError,
+)
 
 
 @pytest.fixture
@@ -84,6 +89,60 @@ def test_a_separator_is_unescaped(tmp_path):
     held_out = shown["held_out"]["held_out_documents"]
     silo = shown["silos"]["all"]
     assert silo["documents"] + silo["held_out_documents"] + held_out == 30
+
+
+def test_several_inputs_and_evaluation_only_text(rows, tmp_path):
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({"text": f"Other {n}. " * 30}) + "\n" for n in range(40)))
+    both = ["--input", rows, "--input", more]
+    arguments = ["--iid", 2, "--vocab-size", 300, "--json"]
+    result = call("prepare", *both, "--out", tmp_path / "data", *arguments)
+    shown = json.loads(result.stdout)
+    counts = [*shown["silos"].values(), shown["held_out"]]
+    assert sum(row["documents"] + row["held_out_documents"] for row in counts) == 80
+    tokenizer = ["--tokenizer", tmp_path / "data/tokenizer", "--held-out-only", "--json"]
+    result = call("prepare", *both, "--out", tmp_path / "exam", *tokenizer)
+    assert json.loads(result.stdout)["held_out"]["held_out_documents"] == 80
+    table = call("show", tmp_path / "exam").stdout
+    assert "(global held-out)" in table
+
+
+def test_one_text_file_is_told_about_the_separator(tmp_path):
+    (tmp_path / "input.txt").write_text("All of it in one file. " * 100)
+    arguments = ["--input", tmp_path / "input.txt", "--out", tmp_path / "data", "--iid", 4]
+    refused = call("prepare", *arguments, fails=EmptySiloError).exception
+    assert "1 documents can't fill 4 silos" in str(refused)
+    assert "--separator" in refused.hint
+    assert "0 silos" not in refused.hint
+
+
+def test_a_cut_that_nobody_named_is_said(rows, tmp_path):
+    result = call("prepare", "--input", rows, "--out", tmp_path / "data", "--vocab-size", 300)
+    assert "all text is one silo, 'all'" in result.stderr
+    assert "one silo, 'all'" in (tmp_path / "data/README.md").read_text()
+
+
+def test_a_log_shows_that_work_goes_on(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("photon.cli.data._LINE_EVERY_S", 0.0)
+    arguments = ["--input", rows, "--out", tmp_path / "data", "--vocab-size", 300, "--json"]
+    result = call("prepare", *arguments)
+    for stage in ("reading: 40 of 40", "training the tokenizer: ", "tokenising: "):
+        assert stage in result.stderr
+    json.loads(result.stdout)
+
+
+def test_names_are_whole_in_a_narrow_terminal(tmp_path, monkeypatch):
+    names = [f"debian-descriptions-{n}" for n in range(3)]
+    for name in names:
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for n in range(8):
+            (tmp_path / "in" / name / f"{n}.txt").write_text(f"{name} text {n}")
+    monkeypatch.setenv("COLUMNS", "60")
+    arguments = ["--input", tmp_path / "in", "--out", tmp_path / "data", "--silo-folders"]
+    shown = call("prepare", *arguments, "--vocab-size", 300).stdout
+    first = "".join(line.split("│")[1].strip() for line in shown.splitlines() if "│" in line)
+    assert all(name in first for name in names)
+    assert str(tmp_path / "data") in shown
 
 
 def test_help_has_an_example():

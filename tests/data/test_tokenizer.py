@@ -72,6 +72,23 @@ def test_the_end_token_is_found_or_asked_for(trained, tmp_path):
     assert "auto_map" not in (tmp_path / "out/tokenizer_config.json").read_text()
 
 
+def test_the_end_token_may_be_named_in_the_map_of_special_tokens(trained, tmp_path):
+    trained.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", "<|odd|>"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": null, "pad_token": "<|odd|>"}')
+    special = tmp_path / "special_tokens_map.json"
+    special.write_text('{"eos_token": {"content": "<|odd|>"}, "pad_token": "<pad>"}')
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.eos_token, loaded.eos_id) == ("<|odd|>", trained.eos_id)
+    assert loaded.settings["pad_token"] == "<|odd|>"  # the newer file says it
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert load_tokenizer(tmp_path).eos_token == "<|odd|>"
+    special.write_text("{")
+    with pytest.raises(DataError, match=r"special_tokens_map\.json is not JSON"):
+        load_tokenizer(tmp_path)
+
+
 def test_what_is_no_tokenizer(tmp_path):
     with pytest.raises(DataNotFoundError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "nothing")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 from typing import Annotated
 
 import typer
@@ -19,6 +20,9 @@ from photon.errors import InvalidValueError
 data_app = typer.Typer(
     help="Prepare text for training, and look at what is prepared.", no_args_is_help=True
 )
+
+#: Between lines about the work at hand, where no terminal shows a bar.
+_LINE_EVERY_S = 20.0
 
 _HOW = "How to make silos (one of these)"
 _TEXT = "What to read"
@@ -228,7 +232,10 @@ def show_command(
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr for (stage, done, total); total 0 only counts."""
+    """A bar on stderr for (stage, done, total), or lines of a log; total 0 only counts."""
+    if not console.is_terminal:
+        yield _log_lines()
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -240,12 +247,29 @@ def progress_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
         task = progress.add_task("starting", total=None, amount="")
 
         def report(stage: str, done: int, total: int) -> None:
-            amount = f"{done:,}" + (f" of {total:,}" if total else "")
+            amount = _amount(done, total)
             progress.update(
                 task, description=stage, completed=done, total=total or None, amount=amount
             )
 
         yield report
+
+
+def _log_lines() -> Callable[[str, int, int], None]:
+    """A line now and then, so that a log shows that work goes on; none for what is soon done."""
+    said = monotonic()
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal said
+        if monotonic() - said >= _LINE_EVERY_S:
+            said = monotonic()
+            say(f"{stage}: {_amount(done, total)}")
+
+    return report
+
+
+def _amount(done: int, total: int) -> str:
+    return f"{done:,}" + (f" of {total:,}" if total else "")
 
 
 def _count_and_alpha(text: str) -> tuple[int, float]:

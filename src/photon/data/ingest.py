@@ -298,6 +298,6 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"can't read {error.filename or path}: {error.strerror or error}",
+            f"can't read {path}: {error.strerror or error}",
             hint="Make it readable, or move it out of the input.",
         ) from error

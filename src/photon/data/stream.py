@@ -245,7 +245,9 @@ def _require_window(what: str, runs: Sequence[TokenRun], sequence_length: int) -
         raise SequenceTooLongError(
             f"{what} has {longest} training tokens{most}, too few for one sequence of "
             f"data.sequence_length = {sequence_length} (plus one to predict)",
-            hint=f"Use a data.sequence_length below {longest}, or give it more text.",
+            hint=f"Use a data.sequence_length below {longest}, or give it more text."
+            if longest > 1
+            else "Give it more text.",
         )
 
 

@@ -171,8 +171,8 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
 
     Args:
         path: the file or folder; or an invitation.
-        eos_token: its end-of-text token; by default tokenizer_config.json's eos_token, or the
-            first of the usual ones that it has.
+        eos_token: its end-of-text token; by default eos_token of tokenizer_config.json or
+            special_tokens_map.json, or the first of the usual ones that it has.
 
     Raises:
         DataNotFoundError: nothing there.
@@ -250,14 +250,19 @@ def _invited(path: Path, eos_token: str | None) -> TextTokenizer:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    """What lies beside a tokenizer; special_tokens_map.json is the older of the two files."""
+    settings: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} is not JSON: {error}", hint="Fetch it again.") from error
+        if isinstance(found, dict):
+            settings |= {key: value for key, value in found.items() if value is not None}
+    return settings
 
 
 def _eos_of(tokenizer: Tokenizer, settings: Mapping[str, Any], given: Path) -> str:

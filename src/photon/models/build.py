@@ -317,7 +317,7 @@ def context_length(config: PretrainedConfig) -> int | None:
     text = config.get_text_config()
     for key in ("max_position_embeddings", "max_seq_len"):
         limit = getattr(text, key, None)
-        if limit:
+        if limit and int(limit) > 0:  # -1 is how some say that there is none
             return int(limit)
     return None
 
