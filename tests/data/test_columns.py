@@ -83,14 +83,12 @@ def test_a_missing_field_is_named_at_its_first_document(tmp_path):
     rows = [{"text": "a", "topic": "x"}, {"text": " "}, {"text": "b", "lang": "en"}, {"text": 3}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(
-        DataError, match=r"--silo-field topic: .*rows\.jsonl:3 has no such field"
+        DataError, match=r"silo_field topic: .*rows\.jsonl:3 has no such field"
     ) as at:
         texts(path, fields={"topic": "--silo-field"})
     assert "it has lang, text" in str(at.value)
     table = write_table(tmp_path / "rows.parquet", far=ODD["far"])
-    with pytest.raises(
-        DataError, match=r"--silo-field topic: .*rows\.parquet has no such.* far, te"
-    ):
+    with pytest.raises(DataError, match=r"silo_field topic: .*rows\.parquet has no such.* far, te"):
         texts(table, fields={"topic": "--silo-field"})
 
 

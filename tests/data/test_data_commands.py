@@ -71,7 +71,7 @@ def test_verify_finds_damage(rows, tmp_path):
         (["--iid", "2", "--silo-field", "topic"], IncompatibleConfigError, "each say how to make"),
         (["--dirichlet", "many"], InvalidValueError, "is not N:ALPHA"),
         (["--partitioner-option", "x"], InvalidValueError, "is not KEY=VALUE"),
-        (["--partitioner-option", "x=1"], IncompatibleConfigError, "without --partitioner"),
+        (["--partitioner-option", "x=1"], IncompatibleConfigError, "without partitioner"),
     ],
 )
 def test_options_that_clash_or_can_not_be_read(rows, tmp_path, arguments, kind, message):

@@ -99,7 +99,7 @@ def scored(uneven):
 def test_evaluation_only_text_of_any_amount(uneven, scored):
     assert not scored.silos
     assert scored.held_out.held_out_documents == 1
-    assert held_out_text(scored, None).bytes == len("One text to score models with.")
+    assert scored.held_out.held_out_bytes == len("One text to score models with.")
     assert scored.tokenizer_sha256 == open_data(uneven / "base").tokenizer_sha256
     scored.verify()
     card = (scored.path / "README.md").read_text()
@@ -116,8 +116,8 @@ def test_evaluation_only_text_of_any_amount(uneven, scored):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({}, "--held-out-only needs a --tokenizer"),
-        ({"iid": 2, "tokenizer": "x"}, "--iid makes silos, and --held-out-only makes none"),
+        ({}, "held_out_only needs a tokenizer"),
+        ({"iid": 2, "tokenizer": "x"}, "iid makes silos, and held_out_only makes none"),
     ],
 )
 def test_evaluation_only_options_that_clash(uneven, more, said):

@@ -92,7 +92,7 @@ def test_a_tokenizer_that_reads_all_as_one_word_is_given_no_pieces(small):
     whole.normalizer = Sequence([Prepend("▁"), Replace(" ", "▁")])
     text = "word " * 100
     assert list(pieces(text, whole, 1000, "a")) == [text]
-    with pytest.raises(DataError, match=r"book\.txt: .* are beyond --max-document-bytes 300"):
+    with pytest.raises(DataError, match=r"book\.txt: .* are beyond max_document_bytes 300"):
         list(pieces(text, whole, 300, "book.txt"))
 
 
@@ -124,7 +124,7 @@ def test_a_stretch_that_nothing_can_cut_is_refused_by_name(tmp_path, monkeypatch
     every = [{"text": text} for text in [*texts(12, 40), "x" * 9000]]
     rows.write_text("".join(json.dumps(row) + "\n" for row in every))
     options = {"input": rows, "vocab_size": 400}
-    with pytest.raises(DataError, match=r"rows\.jsonl:13: .* beyond --max-document-bytes 8,000"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:13: .* beyond max_document_bytes 8,000"):
         prepare(PrepareOptions(out=tmp_path / "data", max_document_bytes=8000, **options))
     assert not (tmp_path / "data").exists()
     data = prepare(PrepareOptions(out=tmp_path / "data", max_document_bytes=9000, **options))

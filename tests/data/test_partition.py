@@ -63,7 +63,7 @@ def test_dirichlet_skews_labels_by_alpha_and_leaves_no_silo_empty():
 
 
 def test_dirichlet_that_can_not_fill_its_silos_says_so():
-    with pytest.raises(EmptySiloError, match=r"--dirichlet 20:0\.001.*in each of 100 draws"):
+    with pytest.raises(EmptySiloError, match=r"dirichlet 20:0\.001.*in each of 100 draws"):
         assign(infos(40), dirichlet=(20, 0.001))
     with pytest.raises(EmptySiloError, match="3 documents can't fill 2 silos"):
         assign(infos(3), iid=2)
@@ -73,9 +73,7 @@ def test_dirichlet_that_can_not_fill_its_silos_says_so():
 
 def test_a_missing_field_names_the_file_and_its_fields():
     documents = infos(4, topic=lambda n: "a", year=str)
-    with pytest.raises(
-        DataError, match=r"--silo-field party: f0\.txt has no such field.*topic, yea"
-    ):
+    with pytest.raises(DataError, match=r"silo_field party: f0\.txt has no such field.*topic, yea"):
         assign(documents, silo_field="party")
 
 

@@ -74,7 +74,7 @@ def test_no_row_says_where_it_came_from(tmp_path, words_of):
     assert list(own.silos) == ["inbox"]
     dealt = out_of(tmp_path, tmp_path / "in", "dealt", dirichlet=(2, 1.0), label_field="@source")
     assert list(dealt.silos) == ["silo-0", "silo-1"]
-    with pytest.raises(DataError, match=r"--silo-field @split: mail\.jsonl has no such field"):
+    with pytest.raises(DataError, match=r"silo_field @split: mail\.jsonl has no such field"):
         out_of(tmp_path, tmp_path / "in", "none", silo_field="@split")
 
 
@@ -166,9 +166,9 @@ def test_all_inputs_are_read(tmp_path, words_of):
     other = write_folder(tmp_path / "w/a", "w", 2)
     with pytest.raises(DataError, match="several inputs are called 'a'"):
         out_of(tmp_path, [one, other], "more")
-    with pytest.raises(DataError, match=r"--input .*x and --input .*x/a lie inside one another"):
+    with pytest.raises(DataError, match=r"input .*x and input .*x/a lie inside one another"):
         out_of(tmp_path, [tmp_path / "x", one], "more")
-    with pytest.raises(DataError, match=r"--out .*y/more and --input .*y lie inside"):
+    with pytest.raises(DataError, match=r"out .*y/more and input .*y lie inside"):
         out_of(tmp_path, [one, tmp_path / "y"], "y/more")
     with pytest.raises(DataNotFoundError, match="no input at"):
         out_of(tmp_path, [one, tmp_path / "gone"], "more")

@@ -60,7 +60,7 @@ def test_the_end_token_is_found_or_asked_for(trained, tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(DataError, match=r"none of the usual end-of-text tokens") as caught:
         load_tokenizer(tmp_path)
-    assert "--eos" in str(caught.value)
+    assert "--eos" in caught.value.hint
     assert load_tokenizer(tmp_path, "<|odd|>").eos_id == trained.eos_id
     with pytest.raises(VocabularyMismatchError, match="no token '</s>'"):
         load_tokenizer(tmp_path, "</s>")
