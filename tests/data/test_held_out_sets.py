@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from photon.cli.main import app
-from photon.data import PrepareOptions, held_out_text, open_data, prepare
+from photon.data import PrepareOptions, open_data, prepare
 from photon.errors import EmptySiloError, IncompatibleConfigError
 
 KINDS = ["deeds", "hymns", "letters", "news", "plays", "songs"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from photon.data import PrepareOptions, held_out_text, open_data, prepare, token_stream
+from photon.data import PrepareOptions, open_data, prepare, token_stream
 from photon.errors import (
     EmptySiloError,
     SequenceTooLongError,
@@ -80,19 +80,6 @@ def test_document_ids_count_the_ends_of_text(three_silos):
     assert ids.max() > 0
 
 
-def test_held_out_windows_score_each_token_but_the_first_once(three_silos):
-    data = open_data(three_silos)
-    for silo in (None, "red"):
-        held_out = held_out_text(data, silo)
-        tokens = shard_tokens(data, silo, "held_out")
-        assert held_out.tokens == len(tokens)
-        windows = list(held_out.windows(LENGTH))
-        assert all(2 <= len(window) <= LENGTH + 1 for window in windows)
-        np.testing.assert_array_equal(np.concatenate([w[1:] for w in windows]), tokens[1:])
-        bounded = list(held_out.windows(LENGTH, max_tokens=50))
-        np.testing.assert_array_equal(np.concatenate([w[1:] for w in bounded]), tokens[1:51])
-
-
 PARTITIONS = [
     {"silo_field": "party"},
     {"iid": 3},
@@ -137,7 +124,7 @@ def test_splits_are_the_same_whatever_the_partition(text, tmp_path):
         assert not overall & (local | training)
         assert not local & training
         for silo in data.silos:
-            assert held_out_text(data, silo).tokens > 1
+            assert data.silos[silo].held_out_tokens > 1
         seen.append((overall, local, len(training)))
     assert len({frozenset(overall) for overall, _, _ in seen}) == 1
     # Only a silo that would have had none may differ, and none had to be helped here.
