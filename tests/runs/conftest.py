@@ -34,13 +34,12 @@ SMALL = (
 
 
 class Served:
-    """A run folder as `photon serve` leaves it, three silos, and the post to them."""
+    """A run folder as `photon serve` leaves it, its silos, and the post to them."""
 
-    def __init__(self, config, folder: Path) -> None:
+    def __init__(self, config, folder: Path, names=("blue", "green", "red")) -> None:
         self.folder = folder / "run"
         self.folder.mkdir()
         store = FolderStore(folder / "store")
-        names = ("blue", "green", "red")
         data = Path(config.data.path)
         key = NodeKey.create(folder / "home" / AGGREGATOR_KEY_FILE)
         self.silos = {
@@ -121,6 +120,12 @@ def make_served(three_silos, make_config, tmp_path):
     yield make
     for run in made:
         run.roster.close()
+
+
+@pytest.fixture(scope="session")
+def served_run():
+    """Makes one with other silos than three: see `Served`."""
+    return Served
 
 
 @pytest.fixture
