@@ -9,7 +9,7 @@ import pytest
 from photon.cli import serve
 from photon.dashboard.progress import RunProgress
 from photon.errors import UnreachableError
-from photon.telemetry.events import RoundStarted, RunStopped
+from photon.telemetry.events import RoundStarted, RunStopped, UpdateDropped
 
 
 def found(detail: str) -> dict:
@@ -64,13 +64,15 @@ def test_the_view_of_a_served_run_says_what_it_waits_for(tmp_path, monkeypatch) 
             self.looks -= 1
             return self.looks < 0
 
+    said: list[str] = []
     for looks, known, words in (
         (1, {}, "for the federation's loop to start"),
         (2, found("x"), "for the federation's loop to start"),
         (2, found("x") | {"run": {"waiting": waiting}}, "for 2 silos for round 2, here: lab-a"),
     ):
         progress = RunProgress()
-        serve._follow(path, progress.fold, lambda known=known: known, Over(looks))
+        serve._follow(path, progress.fold, lambda known=known: known, said.append, Over(looks))
+        assert said == []
         assert progress.waits_for is not None
         assert progress.waits_for.startswith(words)
 
@@ -78,5 +80,29 @@ def test_the_view_of_a_served_run_says_what_it_waits_for(tmp_path, monkeypatch) 
         raise UnreachableError("no desk")
 
     progress = RunProgress()
-    serve._follow(path, progress.fold, nobody, Over(2))
+    serve._follow(path, progress.fold, nobody, said.append, Over(2))
     assert progress.stopped is not None
+    lost = found("x") | {"run": {"lost": {"why": "dropped: lab-b", "until": 4e9}}}
+    serve._follow(path, progress.fold, lambda: lost, said.append, Over(2))
+    assert progress.waits_for == "until 2096-10-02 07:06 UTC: dropped: lab-b"
+
+
+def test_why_an_update_was_dropped_is_said_whole_whatever_the_view_has_room_for(tmp_path) -> None:
+    path, said = tmp_path / "events.jsonl", []
+    reason = "lab-b: the text was cut by another tokenizer than the run's: " + "x" * 300
+    before = UpdateDropped(round=1, silo="lab-b", reason="of an earlier process")
+    path.write_text(json.dumps({"event": before.name, **before.model_dump()}) + "\n")
+
+    class Over:
+        looks = 0
+
+        def wait(self, _: float) -> bool:
+            self.looks += 1
+            if self.looks == 2:
+                event = UpdateDropped(round=2, silo="lab-b", reason=reason)
+                with path.open("a") as file:
+                    file.write(json.dumps({"event": event.name, **event.model_dump()}) + "\n")
+            return self.looks == 3
+
+    serve._follow(path, lambda _: None, dict, said.append, Over())
+    assert said == [f"round 2: dropped lab-b: {reason}"]

@@ -17,7 +17,7 @@ from photon.deploy.freeing import (
     leftovers,
     note_leftover,
 )
-from photon.deploy.serve import prepare_run
+from photon.deploy.served_run import prepare_run
 from photon.errors import DeployError, RunExistsError
 from photon.store.contract import FolderStore, MemoryStore, Store
 from photon.store.served import SERVE_FILE, Serving

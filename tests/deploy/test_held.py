@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from photon.cli.main import app
 from photon.deploy import serve as serving
-from photon.deploy.join import KEY_FILE, RECORD, _write_membership
+from photon.deploy.join import KEY_FILE, RECORD, Node, _write_membership
 from photon.deploy.supervisor import Supervisor
 from photon.membership.invitation import Invitation, certificate_fingerprint, write_invitation
 from photon.membership.keys import NodeKey
@@ -105,15 +105,36 @@ def test_a_run_that_nobody_holds_is_replaced(live, home, tmp_path, monkeypatch) 
     assert Serving.read(live).run_id != "0" * 32
 
 
+def test_what_a_trainer_says_for_the_screen_is_shown_and_the_rest_is_its_log(home, tmp_path):
+    key = NodeKey.create(home / KEY_FILE).public_pem
+    _write_membership(home, Membership("blue", "127.0.0.1:1", "sha256:" + "0" * 64, key))
+    events, live = [], []
+    node = Node(
+        *(home, tmp_path / "node.toml"),
+        log=lambda _: None,
+        on_event=events.append,
+        on_live=live.append,
+    )
+    wording = node._trainer().wording
+    assert wording("@screen round 1: trains, 5 steps") is None
+    assert wording("@live round 1: step 2 of 5") is None
+    assert wording("INFO round 1 @screen") == "INFO round 1 @screen"
+    assert (events, live) == (["round 1: trains, 5 steps"], ["round 1: step 2 of 5"])
+
+
 def test_joining_and_moving_leave_a_running_node_its_key_and_address(
     certificates, home, three_silos, tmp_path
 ) -> None:
-    NodeKey.create(home / KEY_FILE)
+    key = NodeKey.create(home / KEY_FILE).public_pem
     pem = certificates.ca.read_text(encoding="ascii")
     fingerprint = certificate_fingerprint(pem)
-    _write_membership(home, Membership("blue", "127.0.0.1:1", fingerprint))
-    token = "t" * 43
-    invitation = Invitation("blue", "127.0.0.1", 1, pem, fingerprint, token, time.time() + 999)
+    _write_membership(home, Membership("blue", "127.0.0.1:1", fingerprint, key))
+    invitation = Invitation(
+        *("blue", "127.0.0.1", 1, pem, fingerprint),
+        aggregator_key=key,
+        token="t" * 43,
+        expires_at=time.time() + 999,
+    )
     write_invitation(tmp_path / "blue.invitation.toml", invitation)
     (tmp_path / "node.toml").write_text(f'[data]\npath = "{three_silos}"\n')
     common = ("--node", tmp_path / "node.toml", "--home", home)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
+import threading
 import time
 import types
 from collections.abc import Iterator
@@ -18,6 +21,7 @@ from photon.cli.main import app
 from photon.config import load_node_config
 from photon.data import open_data
 from photon.deploy import desk as desk_module
+from photon.deploy import join as join_module
 from photon.deploy import join_checks
 from photon.deploy.certificates import CertificateFiles, fingerprint, keep_certificate
 from photon.deploy.checks import Check, worst
@@ -280,6 +284,58 @@ def test_text_that_another_tokenizer_cut_is_told_before_the_invitation_is_used_u
     assert unnamed.verdict == "warn"
     assert "does not name the federation's tokenizer" in unnamed.found
     site.join(aggregator, name)
+
+
+def forward(port: int, to: int, over: contextlib.ExitStack) -> None:
+    """One connection that comes to a port goes on to another, until all is over."""
+    listener = over.enter_context(socket.create_server(("127.0.0.1", port)))
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                sink.sendall(data)
+
+    def serve() -> None:
+        ours, _ = listener.accept()
+        theirs = socket.create_connection(("127.0.0.1", to))
+        back = threading.Thread(target=pump, args=(theirs, ours), daemon=True)
+        with ours, theirs:
+            back.start()
+            pump(ours, theirs)
+            theirs.shutdown(socket.SHUT_RDWR)
+            back.join()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    over.callback(thread.join, 30)
+
+
+def test_an_aggregator_that_is_still_starting_is_waited_for_and_that_is_said(
+    site, aggregator, request, monkeypatch
+) -> None:
+    name = name_of(request)
+    invitation = read_invitation(aggregator.invite(name))
+    away = replace(invitation, port=free_ports(1)[0])
+    node, said, naps = load_node_config(site.file), [], []
+    with pytest.raises(UnreachableError):
+        accept_invitation(away, node, site.home)
+
+    over = contextlib.ExitStack()
+
+    def nap(_: float) -> None:
+        naps.append(1)
+        if len(naps) == 3:  # it has come up
+            forward(away.port, invitation.port, over)
+
+    # Not the module's own `sleep`, which other threads use.
+    monkeypatch.setattr(join_module, "time", types.SimpleNamespace(**vars(time) | {"sleep": nap}))
+    with over:
+        member = accept_invitation(away, node, site.home, tell=said.append)
+    assert member.name == name
+    assert len(naps) == 3
+    (line,) = said  # once, not at each attempt
+    assert line.startswith(f"waits for the aggregator at {away.address} until ")
+    assert "when the invitation expires; Ctrl-C ends: " in line
 
 
 def test_join_does_not_wait_with_other_text_than_it_registered(member, tmp_path) -> None:

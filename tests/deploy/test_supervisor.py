@@ -319,15 +319,40 @@ def test_one_that_hangs_is_started_anew(watched, home) -> None:
     def beats() -> bool:
         return time.time() - beat.stat().st_mtime < 2.0
 
-    watched.supervisor.start(python("heart", program, ready=beats, healthy=beats, silence_s=3))
+    watched.supervisor.start(python("heart", program, ready=beats, healthy=beats, silence_s=0.8))
     pid = watched.status("heart").pid
-    time.sleep(4.0)
+    time.sleep(4.5)
     assert watched.status("heart").pid == pid, "one that beats is left alone"
     os.kill(pid, signal.SIGSTOP)
+    until(lambda: "unwell" in watched.kinds("heart"), "the alarm", 60)
     until(lambda: watched.status("heart").restarts == 1, "the restart", 60)
     until(lambda: watched.status("heart").state == "up", "the next life", 60)
     assert "it runs, but for" in watched.deaths("heart")[0].text
     assert not alive(pid)
+
+
+def test_one_that_is_too_busy_to_answer_is_told_of_and_left_alone(watched, home) -> None:
+    """A door in the middle of a transfer of hours: to end it would end the transfer."""
+    free = home / "free"
+    free.touch()
+    program = "import time\nwhile True:\n    until = time.monotonic() + 0.02\n"
+    program += "    while time.monotonic() < until: pass\n    time.sleep(0.05)\n"
+    service = python("door", program, ready=free.exists, healthy=free.exists, silence_s=0.4)
+    watched.supervisor.start(service)
+    pid = watched.status("door").pid
+    free.unlink()
+    until(lambda: "unwell" in watched.kinds("door"), "the alarm", 60)
+    assert watched.status("door").state == "unwell"
+    assert "it did not answer" in watched.status("door").detail
+    assert "left alone while it works" in watched.events[-1].text
+    # Far longer than one that does nothing is given.
+    looked = tether.cpu_s(pid)
+    until(lambda: tether.cpu_s(pid) > looked + 1.0, "work", 120)
+    assert watched.status("door").pid == pid
+    free.touch()
+    until(lambda: watched.status("door").state == "up", "its answer", 60)
+    assert watched.kinds("door") == ["started", "ready", "unwell", "well"]
+    assert watched.status("door").pid == pid
 
 
 # --- the end of the supervisor itself ------------------------------------------------------------

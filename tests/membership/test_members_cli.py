@@ -6,19 +6,12 @@ import subprocess
 import sys
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
-from photon.cli.main import _Photon
-from photon.cli.members import audit, invite, members_app
+from photon.cli.main import app
 from photon.membership.audit import MEMBER, AuditLog, MemberRecord
 from photon.membership.invitation import read_invitation
 from photon.membership.roster import Presence, Roster
-
-app = typer.Typer(cls=_Photon, rich_markup_mode="markdown", pretty_exceptions_enable=False)
-app.add_typer(members_app, name="members")
-app.command("invite")(invite)
-app.command("audit")(audit)
 
 
 def photon(*arguments, code=0):

@@ -15,6 +15,7 @@ from photon.errors import (
     RunNotFoundError,
 )
 from photon.federation import Candidates
+from photon.membership.bulletin import told
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Presence
 from photon.membership.verification import verify_audit
@@ -128,6 +129,26 @@ def test_a_crash_between_checkpoint_and_record_is_made_good(served, calm, monkey
     assert served.audit().rounds == 3
     (dropped,) = read_history(served.folder).of(UpdateDropped)
     assert (dropped.round, dropped.silo) == (1, "green")
+    # Each silo hears of its own part when it next says that it is here.
+    heard = {name: told(served.roster, name)["silo"]["words"] for name in served.silos}
+    assert heard == dict.fromkeys(served.silos, "round 3: this silo's update was merged")
+
+
+def test_a_silo_hears_why_its_update_was_dropped(served):
+    served.silos["green"].start('policy.runs=["another"]')
+
+    def once(silo, ask, times):
+        if ask.fit:
+            served.roster.set_setting("draining", True)
+        return silo.answer(ask)
+
+    served.wire.fault = once
+    served.go_on()
+    words = told(served.roster, "green")["silo"]["words"]
+    assert words.startswith("round 1: this silo's update was dropped: ")
+    assert "policy.runs" in words
+    assert told(served.roster, "red")["silo"]["words"] == "round 1: this silo's update was merged"
+    assert told(served.roster, "nobody")["silo"] is None
 
 
 def test_a_fall_back_is_written_down_and_answers_are_not_asked_for_twice(served, calm, monkeypatch):

@@ -325,6 +325,11 @@ def test_it_ends_soon_when_told_to_and_says_so(world, make_trainer, remote, thre
     assert world.roster.presences()["green"][0].state == "stopping"
     assert not trainer.socket.exists()
     assert asking.answer is None  # the next one has it to give
+    # What `photon join` shows of it; the steps go on in place.
+    said = [line for line in trainer.log.splitlines() if line.startswith("@screen ")]
+    for words in ("round 5: this site refuses the task: ", "round 1: trains, 300 steps"):
+        assert any(line.removeprefix("@screen ").startswith(words) for line in said), said
+    assert "@live round 1: step 1 of 300: loss " in trainer.log
 
 
 def free(home: Path) -> bool:

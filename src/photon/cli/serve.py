@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.status import Status
 from rich.text import Text
 
 from photon.cli.outcome import show_outcome
@@ -82,7 +83,8 @@ def serve(
 
         _show_checks(preflight(config.serve), as_json)
         return
-    from photon.deploy.serve import Aggregator, reopen_run
+    from photon.deploy.serve import Aggregator
+    from photon.deploy.served_run import reopen_run
 
     if resume is not None:
         folder, config = resume, reopen_run(resume, overrides)
@@ -95,13 +97,19 @@ def serve(
 
     def ready() -> None:
         from photon.deploy.front_door import public_url
+        from photon.silo.policy import few_silos
 
-        if not (quiet or verbose):  # not before: an events.jsonl may be there that is replaced
-            view.enter_context(_following(folder, _view(), lambda: _operator(folder, *_STATUS)))
+        # Not before: an events.jsonl may be there that is replaced.
+        shown = None if quiet or verbose else _view()
+        look = lambda: _operator(folder, *_STATUS)  # noqa: E731
+        view.enter_context(_following(folder, shown, look, lines.event))
 
         lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
-        waiting = config.serve.min_silos
-        lines.event(f"the first round begins once {waiting} {'are' if waiting > 1 else 'is'} here")
+        if config.silos_needed < 3:
+            lines.event(
+                f"warning: {few_silos(config.silos_needed)}; serve.min_silos = 3 and "
+                "federation.quorum = 3 prevent it"
+            )
 
     with contextlib.ExitStack() as view:
         outcome = aggregator.run(fresh=resume is None, overwrite=overwrite, on_ready=ready)
@@ -164,7 +172,7 @@ def join(
     known = (home / MEMBERSHIP_FILE).exists()
     if invite is not None:
         invitation = read_invitation(invite)
-        membership = accept_invitation(invitation, node, home)
+        membership = accept_invitation(invitation, node, home, tell=say)
         key = NodeKey.load(home / KEY_FILE)
         say(f"{membership.name} is a member at {membership.address}; its key is {key.fingerprint}")
         say(f"its updates go to the store at {membership.store_origin}")
@@ -177,9 +185,13 @@ def join(
         moved(home, _address(url))
     require_registered(home, node)
     lines = _Lines(home / "logs" / "join.log", verbose=verbose)
-    Node(home, node_file, log=lines.service, on_event=lines.event).run(
-        on_ready=lambda: lines.event("taking part; Ctrl-C stops")
-    )
+    lines.event("starting the trainer, at most 180 s")
+    try:
+        Node(home, node_file, log=lines.service, on_event=lines.event, on_live=lines.live).run(
+            on_ready=lambda: lines.event("ready to take part; Ctrl-C stops")
+        )
+    finally:
+        lines.close()
 
 
 def status(
@@ -195,6 +207,8 @@ def status(
     """
     while True:
         found = _operator(folder, *_STATUS)
+        if watch and not as_json:
+            console(stderr=False).clear()  # of a terminal; a log gets one after the other
         if as_json:
             typer.echo(json.dumps(found, indent=1))
         else:
@@ -233,6 +247,7 @@ class _Lines:
         self._log = BoundedLog(path)
         self._verbose = verbose
         self._lock = threading.Lock()
+        self._live: Status | None = None
 
     def service(self, line: str) -> None:
         """A service's own line, already stamped."""
@@ -244,7 +259,25 @@ class _Lines:
         """What the operator should see."""
         line = f"{time.strftime('%H:%M:%S')} photon | {words}"
         self._write(line)
+        self.close()
         say(line)
+
+    def live(self, words: str) -> None:
+        """How far what goes on has come: on a terminal, in place, until the next event."""
+        if self._verbose or not console().is_interactive:
+            return
+        shown = Text(words)  # a plain str would be markup there
+        if self._live is None:
+            self._live = console().status(shown)
+            self._live.start()
+        else:
+            self._live.update(shown)
+
+    def close(self) -> None:
+        """Put the live line away."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.stop()
 
     def _write(self, line: str) -> None:
         with self._lock:
@@ -253,12 +286,19 @@ class _Lines:
 
 @contextmanager
 def _following(
-    folder: Path, listener: Listener, status: Callable[[], dict[str, Any]]
+    folder: Path,
+    listener: Listener | None,
+    status: Callable[[], dict[str, Any]],
+    say_dropped: Callable[[str], None],
 ) -> Iterator[None]:
-    """Tell a listener the run's events as another process writes them, and how it stands."""
-    over = threading.Event()
+    """Tell a listener the run's events as another process writes them, and how it stands.
+
+    Whose update was dropped is said besides, with the whole reason: a view has no room for it.
+    """
+    over, path = threading.Event(), folder / "events.jsonl"
+    tell = listener.on_event if listener is not None else lambda _: None
     thread = threading.Thread(
-        target=_follow, args=(folder / "events.jsonl", listener.on_event, status, over), daemon=True
+        target=_follow, args=(path, tell, status, say_dropped, over), daemon=True
     )
     thread.start()
     try:
@@ -266,16 +306,18 @@ def _following(
     finally:
         over.set()
         thread.join(timeout=5.0)
-        listener.close()
+        if listener is not None:
+            listener.close()
 
 
 def _follow(
     path: Path,
     tell: Callable[[Any], None],
     status: Callable[[], dict[str, Any]],
+    say_dropped: Callable[[str], None],
     over: threading.Event,
 ) -> None:
-    from photon.telemetry.events import Standing, parse_event
+    from photon.telemetry.events import Standing, UpdateDropped, parse_event
 
     at, torn = 0, b""
     for looks in itertools.count():
@@ -295,6 +337,8 @@ def _follow(
                 continue
             if event is not None:
                 tell(event)
+            if isinstance(event, UpdateDropped) and looks:  # not of an earlier process
+                say_dropped(f"round {event.round}: dropped {event.silo}: {event.reason}")
         if last:
             return
         if looks == 0 and lines:  # of earlier processes: what they ended with is over
@@ -309,17 +353,26 @@ def _standing(status: Callable[[], dict[str, Any]]) -> tuple[str | None, list[st
         found = status()
     except (PhotonError, OSError):
         return None
-    waiting = found.get("run", {}).get("waiting")
+    run = found.get("run", {})
     away = [one["name"] for one in found["members"] if not one["here"]]
-    return (_waits_for(waiting) if waiting else None), away
+    return _waits_for(run), away
 
 
-def _waits_for(waiting: dict[str, Any]) -> str:
-    until = datetime.fromtimestamp(waiting["until"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+def _waits_for(run: dict[str, Any]) -> str | None:
+    """What a served run waits for, and until when; None if it does not."""
+    waiting, lost = run.get("waiting"), run.get("lost")
+    if lost:
+        return f"until {_minute(lost['until'])}: {lost['why']}"
+    if not waiting:
+        return None
     return (
         f"for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
-        f"{', '.join(waiting['here']) or 'none'}; until {until}"
+        f"{', '.join(waiting['here']) or 'none'}; until {_minute(waiting['until'])}"
     )
+
+
+def _minute(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _view() -> Listener:
@@ -380,9 +433,8 @@ def _show_status(found: dict[str, Any]) -> None:
     run = found.get("run", {})
     at = f"round {run.get('in_round') or run.get('round', 0)} of {run.get('rounds', '?')}"
     show(f"{run.get('name', '?')}: {at}")
-    waiting = run.get("waiting")
-    if waiting:
-        show(f"waits {_waits_for(waiting)}")
+    if waits_for := _waits_for(run):
+        show(f"waits {waits_for}")
     warning = (run.get("certificate") or {}).get("warning")
     if warning:
         say(f"warning: {warning}", style="yellow")

@@ -49,6 +49,7 @@ from photon.errors import (
     UnknownMemberError,
     UnreachableError,
 )
+from photon.membership.bulletin import told
 from photon.membership.keys import canonical_pem, fingerprint_of
 from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
 from photon.membership.signing import RequestVerifier
@@ -344,6 +345,7 @@ class Desk:
             "member_status": member.status,
             "registered": member.flower_node_id is not None,
             "draining": bool(self._roster.setting("draining", False)),
+            "told": told(self._roster, member.name),
         }
 
     def _grants(self, caller: Caller) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from photon.config import NodeConfig
 from photon.data import PreparedData, open_data
+from photon.deploy.logs import readable
 from photon.deploy.ports import answers, free_ports
 from photon.deploy.service import troubles_to
 from photon.deploy.supervisor import (
@@ -36,12 +37,14 @@ from photon.errors import (
     InvitationError,
     KeyInUseError,
     MembershipError,
+    UnreachableError,
     VocabularyMismatchError,
 )
 from photon.membership.invitation import Invitation, SharedTokenizer, certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts
 from photon.silo.desk_client import DeskClient
+from photon.silo.narrator import GOES_ON, SAYS
 from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership, require_same_data
 from photon.silo.socket import connected
 from photon.silo.text import own_part
@@ -50,11 +53,20 @@ from photon.version import photon_version
 
 KEY_FILE, CA_FILE, RECORD = "node.key", "ca.crt", "join.json"
 
+#: Between two attempts to join an aggregator that does not answer.
+_ASK_AGAIN_S = 10.0
+
 #: A supernode that is refused just after a crash is let in once the old one counts as gone.
 _REFUSED = Patience(exit_codes=frozenset({KeyInUseError.exit_code}), pause_s=5.0)
 
 
-def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
+def accept_invitation(
+    invitation: Invitation,
+    node: NodeConfig,
+    home: Path,
+    *,
+    tell: Callable[[str], None] | None = None,
+) -> Membership:
     """Make this site's key, register it at the aggregator, and keep what joining needs.
 
     A key that is there already is used again: an answer that was lost costs nothing.
@@ -63,6 +75,8 @@ def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> M
         invitation: from the aggregator's operator.
         node: the site's own file; its text is described, not sent.
         home: of the node; made, and made private.
+        tell: an aggregator that is not there yet is waited for until the invitation expires, and
+            this is told so; None does not wait.
 
     Raises:
         InvitationError: expired, used, or another member's home.
@@ -76,10 +90,12 @@ def accept_invitation(invitation: Invitation, node: NodeConfig, home: Path) -> M
     invitation.require_unexpired(time.time())
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(home):
-        return _accept(invitation, node, home)
+        return _accept(invitation, node, home, tell)
 
 
-def _accept(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
+def _accept(
+    invitation: Invitation, node: NodeConfig, home: Path, tell: Callable[[str], None] | None
+) -> Membership:
     if certificate_fingerprint(invitation.ca_pem) != invitation.ca_fingerprint:
         raise CertificateError(
             f"the invitation for {invitation.name} names the authority "
@@ -105,7 +121,22 @@ def _accept(invitation: Invitation, node: NodeConfig, home: Path) -> Membership:
     key = NodeKey.load(pending) if pending.exists() else NodeKey.create(pending)
     write_whole(home / CA_FILE, invitation.ca_pem, "the aggregator's authority")
     desk = DeskClient(invitation.address, home / CA_FILE, key)
-    answer = desk.join(invitation.token, invitation.name, key.public_pem, facts)
+    told = ""
+    while True:
+        try:
+            answer = desk.join(invitation.token, invitation.name, key.public_pem, facts)
+            break
+        except UnreachableError as error:
+            if tell is None or time.time() + _ASK_AGAIN_S > invitation.expires_at:
+                raise
+            if error.message != told:
+                until = time.strftime("%Y-%m-%d %H:%M", time.localtime(invitation.expires_at))
+                tell(
+                    f"waits for the aggregator at {invitation.address} until {until}, when the "
+                    f"invitation expires; Ctrl-C ends: {error.message}"
+                )
+                told = error.message
+        time.sleep(_ASK_AGAIN_S)
     membership = Membership(
         name=invitation.name,
         address=invitation.address,
@@ -182,7 +213,8 @@ class Node:
         home: of the node, where an invitation was accepted.
         node_file: node.toml, for the trainer.
         log: told each line of every service.
-        on_event: told what happens to services, in words.
+        on_event: told what happens to services, and to this site, in words.
+        on_live: told how far what goes on has come; each replaces the one before.
     """
 
     def __init__(
@@ -192,8 +224,10 @@ class Node:
         *,
         log: Callable[[str], None],
         on_event: Callable[[str], None] | None = None,
+        on_live: Callable[[str], None] | None = None,
     ) -> None:
         self._home = home.absolute()
+        self._on_live = on_live or (lambda _: None)
         self._node_file = node_file.absolute()
         self._on_event = on_event or (lambda _: None)
         self._membership = read_membership(self._home)
@@ -272,7 +306,18 @@ class Node:
             ready=lambda: _listens(socket_path),
             ready_s=180.0,
             stop_s=15.0,
+            wording=self._wording,
         )
+
+    def _wording(self, line: str) -> str | None:
+        """Take what is for the screen out of the trainer's output."""
+        if line.startswith(SAYS):
+            self._on_event(line.removeprefix(SAYS))
+        elif line.startswith(GOES_ON):
+            self._on_live(line.removeprefix(GOES_ON))
+        else:
+            return readable(line)
+        return None
 
 
 def _listens(path: Path) -> bool:

@@ -36,6 +36,9 @@ _FIRST_ATTEMPTS = 3
 _ASK_READY_S = 0.1
 #: How often one that is up is asked, where it says so at all.
 _ASK_HEALTH_S = 5.0
+#: One that does not answer hangs if it used less than this share of a processor, for so many times
+#: its `silence_s`.
+_WORKING, _HUNG = 0.01, 5.0
 #: Lines of a service that are quoted when it is lost, and searched for what it died of.
 _QUOTED_LINES = 12
 _SEARCHED_LINES = 60
@@ -242,9 +245,14 @@ class Keeper:
         return None
 
     def _watch(self, life: _Life) -> str | None:
-        """Wait until it dies or is not wanted (None), or is silent: then what it is ended for."""
-        healthy, silence_s = self.service.healthy, self.service.silence_s
-        heard = time.monotonic()
+        """Wait until it dies or is not wanted (None), or hangs: then what it is ended for.
+
+        One that does not answer may be busy, with transfers of hours: it is told of and left alone
+        for as long as it works. Only what neither answers nor works for long is ended.
+        """
+        healthy, silence_s, pid = self.service.healthy, self.service.silence_s, life.process.pid
+        heard = worked = looked = time.monotonic()
+        spent_s, well_so_far = tether.cpu_s(pid), True
         while self._runs(life):
             with self._change:
                 if self._runs(life):
@@ -253,10 +261,27 @@ class Keeper:
             if healthy is None or not self._runs(life):
                 continue
             well, problem = _ask(healthy, "it did not answer")
+            now, cpu_s = time.monotonic(), tether.cpu_s(pid)
+            if cpu_s - spent_s > _WORKING * (now - looked):
+                worked = now
+            looked, spent_s = now, cpu_s
             if well:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > silence_s:
-                return f"it runs, but for {silence_s:.0f} s {problem}"
+                heard = now
+                if not well_so_far:
+                    self._become("up", pid)
+                    self._event("well", "answers again")
+                well_so_far = True
+            elif now - max(heard, worked) > _HUNG * silence_s:
+                return f"it runs, but for {now - heard:.0f} s {problem}; it does nothing"
+            elif well_so_far and now - heard > silence_s:
+                well_so_far = False
+                self._become("unwell", pid, f"does not answer: {problem}")
+                self._event(
+                    "unwell",
+                    f"runs, but has not answered for {now - heard:.0f} s ({problem}); it is left "
+                    f"alone while it works, and started anew once it did nothing for "
+                    f"{_HUNG * silence_s:.0f} s",
+                )
         return None
 
     def _runs(self, life: _Life) -> bool:

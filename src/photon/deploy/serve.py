@@ -14,47 +14,45 @@ from __future__ import annotations
 
 import contextlib
 import json
-import secrets
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from photon.config import RunConfig, load_run_config, write_resolved
+from photon.config import RunConfig, write_resolved
 from photon.config.serve import ServeConfig
+from photon.deploy.attempts import Attempts
 from photon.deploy.certificates import CertificateFiles, make_authority, make_certificate
 from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.embedded_store import REGION, EmbeddedStore, StoreOptions
 from photon.deploy.freeing import free_leftovers, note_leftover
 from photon.deploy.front_door import READ_AGAIN, DoorSettings, front_door, public_url
 from photon.deploy.front_door import SERVICE as DOOR
-from photon.deploy.ports import free_ports
+from photon.deploy.ports import free_ports, is_free
 from photon.deploy.renewal import DoorCertificate
+from photon.deploy.served_run import prepare_run, progress_of, with_whole_paths
 from photon.deploy.service import troubles_to
 from photon.deploy.supervisor import RestartPolicy, Service, Supervisor
 from photon.engines.flower import commands
 from photon.engines.flower.bundle import build_bundle, digest
-from photon.engines.flower.control import Control, RunState
+from photon.engines.flower.control import Control
 from photon.errors import (
     DeployError,
     PhotonError,
-    RunExistsError,
-    RunNotFoundError,
-    ServiceLostError,
     UnreachableError,
-    error_of,
 )
+from photon.membership.bulletin import tell_all
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Member, Roster
 from photon.store.disk import write_json
 from photon.store.granted_store import require_origin
 from photon.store.object_store import open_store, presigner_for
 from photon.store.presign import Presigner
-from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE, Serving, hold_run
+from photon.store.served import RUN_FILE, Serving, hold_run
 
 #: In serve.home: where `photon status` and `photon stop` ask.
 OPERATOR_SOCKET = "operator.sock"
@@ -65,10 +63,8 @@ RECORD = "serve.json"
 _LOOK_S = 1.0
 #: For removals in a store that are under way when serving ends.
 _LAST_DELETION_S = 10.0
-#: A loop that dies so often within so many seconds, without a round finished, is given up.
-_MOST_DEATHS, _WITHIN_S = 10, 900.0
-#: How much of the end of events.jsonl is read for the round that a run is in.
-_TAIL_BYTES = 1 << 18
+#: Silos say that they are here every few seconds; so long they are given to hear of the end.
+_LAST_WORDS_S = 12.0
 
 
 @dataclass(frozen=True)
@@ -81,65 +77,6 @@ class Outcome:
 
     folder: Path
     finished: bool
-
-
-def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> RunConfig:
-    """Make a run folder for a new run: the run file with whole paths, and its id.
-
-    Called while the run is held (`Aggregator.run`): what is there may be another's, at work.
-
-    Raises:
-        RunExistsError: the folder holds a run, or something else.
-    """
-    if (folder / "run.json").exists() or (folder / SERVE_FILE).exists():
-        if not overwrite:
-            raise RunExistsError(
-                f"{folder} already holds a run",
-                hint=f"Go on with it: `photon serve --resume {folder}`; or choose another "
-                "--run-dir, or replace it with --overwrite.",
-            )
-        # Before the folder goes, which alone says what is its in the store.
-        with contextlib.suppress(RunNotFoundError):
-            note_leftover(
-                Path(config.serve.home).absolute(),
-                Serving.read(folder),
-                keep_last_state=False,
-                grant_s=config.serve.grant_s,
-            )
-        for path in folder.iterdir():
-            if path.name not in LOCKS:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif folder.exists() and any(path.name not in LOCKS for path in folder.iterdir()):
-        raise RunExistsError(
-            f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
-        )
-    config = _with_whole_paths(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_resolved(config, folder / RUN_FILE)
-    Serving(secrets.token_hex(16), config.serve.home, "", {}).write(folder)
-    return config
-
-
-def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
-    """The run file of a run that was served before; [serve] may change from start to start.
-
-    It is read only; what changed is written once the run is held (`Aggregator.run`).
-
-    Raises:
-        RunNotFoundError: no served run there.
-    """
-    if not (folder / SERVE_FILE).exists():
-        raise RunNotFoundError(
-            f"no served run in {folder}: there is no {folder / SERVE_FILE}",
-            hint="Name the run folder of an earlier `photon serve`.",
-        )
-    changed = [one for one in overrides or [] if not one.strip().startswith("serve.")]
-    if changed:
-        raise RunExistsError(
-            f"{changed[0].partition('=')[0].strip()} can't change in a run that has begun",
-            hint="Only keys of [serve] can; for anything else start a new run.",
-        )
-    return _with_whole_paths(load_run_config(folder / RUN_FILE, overrides or []))
 
 
 class Aggregator:
@@ -160,7 +97,7 @@ class Aggregator:
         log: Callable[[str], None],
         on_event: Callable[[str], None] | None = None,
     ) -> None:
-        self._config = config = _with_whole_paths(config)
+        self._config = config = with_whole_paths(config)
         self._serve: ServeConfig = config.serve
         self._folder = folder.absolute()
         self._home = Path(config.serve.home)
@@ -173,6 +110,9 @@ class Aggregator:
         self._certificate: DoorCertificate | None = None
         self._embedded: EmbeddedStore | None = None
         self._registering = threading.Lock()
+        #: Why a round is to be drawn again, and when; what was told last of waiting.
+        self._lost: dict[str, Any] | None = None
+        self._told = ""
         self._supervisor = Supervisor(
             self._home / RECORD,
             self._home / "logs",
@@ -225,7 +165,8 @@ class Aggregator:
             desk = self._desk(presigner)
             desk.start()
             ends.callback(desk.stop)
-            supervisor.start(
+            self._start(
+                supervisor,
                 front_door(
                     DoorSettings(
                         address=self._serve.address,
@@ -238,7 +179,7 @@ class Aggregator:
                         store_port=store_port,
                     ),
                     self._home / "door",
-                )
+                ),
             )
             bundle = build_bundle()
             superexec = commands.superexec(
@@ -249,12 +190,20 @@ class Aggregator:
                 bundle=digest(bundle),
                 run_folder=self._folder,
             )
-            supervisor.start(
-                Service("superexec", superexec.argv, environment=superexec.env, stop_s=8.0)
+            self._start(
+                supervisor,
+                Service("superexec", superexec.argv, environment=superexec.env, stop_s=8.0),
             )
             if on_ready is not None:
                 on_ready()
-            outcome = self._see_through(supervisor, control, bundle)
+            try:
+                outcome = self._see_through(supervisor, control, desk, bundle)
+            except PhotonError as error:
+                tell_all(self._roster, f"{self._config.run.name} ended: {error.message}")
+                self._tell_end(desk)
+                raise
+            if not supervisor.stopping:
+                self._tell_end(desk)
             if outcome.finished:
                 self._free_finished(supervisor)
             return outcome
@@ -266,11 +215,17 @@ class Aggregator:
             "folder": str(self._folder),
             "rounds": self._config.federation.rounds,
             "waiting": self._roster.setting("waiting", None),
+            "lost": self._lost,
             "certificate": self._certificate.status() if self._certificate is not None else None,
-            **_progress_of(self._folder),
+            **progress_of(self._folder),
         }
 
     # --- bringing up -------------------------------------------------------------------------
+
+    def _start(self, supervisor: Supervisor, service: Service) -> None:
+        ready = f", at most {service.ready_s:.0f} s" if service.ready is not None else ""
+        self._on_event(f"starting {service.name}{ready}")
+        supervisor.start(service)
 
     def _store(self, supervisor: Supervisor) -> tuple[Presigner, int | None]:
         serving = replace(Serving.read(self._folder), home=str(self._home))
@@ -284,7 +239,7 @@ class Aggregator:
         store = EmbeddedStore(self._home / "store", options)
         store.require_room()
         store.move_if_taken()
-        supervisor.start(store.service())
+        self._start(supervisor, store.service())
         self._embedded = store
         secrets_file = self._home / "store" / "aggregator.json"
         write_json(
@@ -321,7 +276,8 @@ class Aggregator:
             with Control(f"127.0.0.1:{port}", inner.ca, timeout_s=5.0) as control:
                 return control.healthy()
 
-        supervisor.start(
+        self._start(
+            supervisor,
             Service(
                 "superlink",
                 command.argv,
@@ -332,7 +288,7 @@ class Aggregator:
                 silence_s=90.0,
                 restarts=RestartPolicy(first_pause_s=0.5, longest_pause_s=30.0, most_deaths=20),
                 ports=(("127.0.0.1", port),),
-            )
+            ),
         )
         return port, inner, secret
 
@@ -351,12 +307,12 @@ class Aggregator:
         )
 
     def _kept_port(self, name: str) -> int:
-        """The port of last time, so that what waits for it finds it again; free ones at first."""
+        """The port of last time, so that what waits for it finds it; another where it is taken."""
         path = self._home / "ports.json"
         kept: dict[str, int] = {}
         with contextlib.suppress(OSError, ValueError):
             kept = json.loads(path.read_text(encoding="utf-8"))
-        if name not in kept:
+        if name not in kept or not is_free("127.0.0.1", kept[name]):
             kept[name] = free_ports(1)[0]
             write_json(path, kept, "the ports")
         return kept[name]
@@ -400,13 +356,26 @@ class Aggregator:
 
     # --- while it runs -----------------------------------------------------------------------
 
-    def _see_through(self, supervisor: Supervisor, control: Control, bundle: bytes) -> Outcome:
+    def _see_through(
+        self, supervisor: Supervisor, control: Control, desk: Desk, bundle: bytes
+    ) -> Outcome:
         """Submit the run, and again where its loop died, until it is over."""
-        deaths: list[float] = []
-        run_id, last_round = self._submit(control, bundle), -1
+        log = str(self._home / "logs" / "superexec.log")
+        attempts = Attempts(self._serve.gather_s, str(self._folder), log)
+        run_id: int | None = self._submit(control, bundle)
+        again_s = 0.0
         while not supervisor.wait(_LOOK_S):
             self._look_after_certificate(supervisor)
+            self._look_after_desk(desk)
             self._let_go(control)
+            self._tell()
+            if run_id is None:
+                if self._roster.setting("draining", False):
+                    return self._over("the run is drained; it can be resumed")
+                if time.monotonic() >= again_s:
+                    self._lost = None
+                    run_id = self._submit(control, bundle)
+                continue
             try:
                 state = control.run(run_id)
             except UnreachableError:  # the superlink is being started again
@@ -415,26 +384,62 @@ class Aggregator:
                 continue
             if state.outcome == "completed":
                 finished = (self._folder / "summary.json").exists()
-                self._on_event("the run is over" if finished else "the run is drained")
-                return Outcome(self._folder, finished)
-            self._require_worth_it(state)
-            reached = _progress_of(self._folder).get("round", 0)
-            now_s = time.monotonic()
-            deaths = [] if reached > last_round else [at for at in deaths if now_s - at < _WITHIN_S]
-            last_round = reached
-            deaths.append(now_s)
-            if len(deaths) >= _MOST_DEATHS:
-                raise ServiceLostError(
-                    f"the federation's loop died {len(deaths)} times in round {reached + 1}: "
-                    f"{state.details[-500:]}",
-                    hint=f"See {self._home / 'logs' / 'superexec.log'}; then `photon serve "
-                    f"--resume {self._folder}`.",
+                return self._over(
+                    "the run is over" if finished else "the run is drained; it can be resumed",
+                    finished=finished,
                 )
-            self._on_event(f"the federation's loop died ({state.details[-200:]}); it goes on")
-            run_id = self._submit(control, bundle)
-        with contextlib.suppress(PhotonError):
-            control.stop_run(run_id)
+            again = attempts.after(state, progress_of(self._folder), time.monotonic())
+            self._on_event(again.words)
+            run_id, again_s = None, time.monotonic() + again.pause_s
+            if again.lost:
+                self._lost = {"why": again.words, "until": time.time() + again.pause_s}
+        if run_id is not None:
+            with contextlib.suppress(PhotonError):
+                control.stop_run(run_id)
         return Outcome(self._folder, finished=False)
+
+    def _over(self, words: str, *, finished: bool = False) -> Outcome:
+        self._on_event(words)
+        tell_all(self._roster, f"{self._config.run.name}: {words}")
+        return Outcome(self._folder, finished)
+
+    def _tell(self) -> None:
+        """Say what is waited for, here and to silos, when that has changed."""
+        name, waiting, lost = self._config.run.name, self._roster.setting("waiting"), self._lost
+        words = f"{name} goes on"
+        if lost is not None:
+            words = f"{name} waits until {_clock(lost['until'])}: {lost['why']}"
+        elif waiting is not None:
+            words = (
+                f"{name} waits for {waiting['for_silos']} silos for round {waiting['round']}, "
+                f"{len(waiting['here'])} here, until {_clock(waiting['until'])}"
+            )
+        if words == self._told:
+            return
+        self._told = words
+        tell_all(self._roster, words)
+        if waiting is not None and lost is None:
+            here = ", ".join(waiting["here"]) or "none"
+            self._on_event(f"{words.removeprefix(name).strip()}; here: {here}")
+
+    def _tell_end(self, desk: Desk) -> None:
+        """Let silos that are here hear how it ended, before the desk goes."""
+        self._on_event(f"the silos that are here hear of it (at most {_LAST_WORDS_S:.0f} s)")
+        began, until = time.time(), time.monotonic() + _LAST_WORDS_S
+        while time.monotonic() < until and not self._supervisor.stopping:
+            here = [one["presence"] for one in desk.status()["members"] if one["here"]]
+            if all(one["seen_at"] > began for one in here if one["state"] != "stopping"):
+                return
+            time.sleep(0.2)
+
+    def _look_after_desk(self, desk: Desk) -> None:
+        """The desk is a thread of this process: nobody else would miss it."""
+        if desk.alive:
+            return
+        self._on_event("the desk ended; starting it again (see serve.log)")
+        with contextlib.suppress(DeployError):
+            desk.stop()
+        desk.start(desk.port)  # where the door looks for it; what it raises ends serve
 
     def _look_after_certificate(self, supervisor: Supervisor) -> None:
         if self._certificate is not None:
@@ -447,17 +452,6 @@ class Aggregator:
                 with contextlib.suppress(PhotonError):
                     control.stop_run(earlier.run_id)
         return control.start_run(bundle)
-
-    def _require_worth_it(self, state: RunState) -> None:
-        """Raise what ended the loop, if trying again would end it again."""
-        code = state.exit_code
-        if code is None or 70 <= code < 80 or code >= 90:  # killed; or link and services: may pass
-            return
-        words = state.details.partition(f"photon-exit-{code}: ")[2] or state.details
-        raise error_of(code)(
-            words.strip(),
-            hint=f"Mend it, then `photon serve --resume {self._folder}` goes on.",
-        )
 
     def _let_go(self, control: Control) -> None:
         """Tell Flower whose keys are no longer let in."""
@@ -480,43 +474,8 @@ class Aggregator:
             self._on_event(f"{kind}: {words}" if words else kind)
 
 
-def _progress_of(folder: Path) -> dict[str, Any]:
-    """The newest round of a run and its last evaluation, from the end of its events."""
-    found: dict[str, Any] = {}
-    try:
-        with (folder / "events.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return found
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            name = event.get("event")
-            if name == "round_started":
-                found["in_round"] = event["round"]
-                found["participants"] = event["participants"]
-            elif name == "round_finished":
-                found["round"] = event["round"]
-                found["in_round"] = None
-                found["dropped"] = event.get("dropped", [])
-            elif name == "evaluated" and event.get("silo") is None:
-                found["perplexity"] = event["perplexity"]
-            elif name in ("run_stopped", "run_finished"):
-                found["last"] = event.get("reason", "finished")
-    return found
-
-
-def _with_whole_paths(config: RunConfig) -> RunConfig:
-    data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
-    paths = ("home", "certificate", "key", "ca")
-    whole = {
-        name: str(Path(value).absolute())
-        for name in paths
-        if (value := getattr(config.serve, name)) is not None
-    }
-    serve = config.serve.model_copy(update=whole)
-    return config.model_copy(update={"data": data, "serve": serve})
+def _clock(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _origin_of(presigner: Presigner) -> str:

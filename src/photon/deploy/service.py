@@ -13,8 +13,8 @@ from typing import Literal
 from photon.deploy.logs import readable
 from photon.errors import DeployError
 
-State = Literal["starting", "up", "pausing", "stopping", "stopped", "lost"]
-Kind = Literal["started", "ready", "died", "restarted", "stopped", "given up"]
+State = Literal["starting", "up", "unwell", "pausing", "stopping", "stopped", "lost"]
+Kind = Literal["started", "ready", "unwell", "well", "died", "restarted", "stopped", "given up"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Service:
             take a second or two, and may raise (which is a no). None: as soon as it runs.
         ready_s: how long it may take to become ready.
         healthy: as `ready`, but asked every few seconds while it is up; None: not asked.
-        silence_s: started anew when it runs but `healthy` says no for so long.
+        silence_s: told of when it runs but `healthy` says no for so long; started anew only if it
+            does not work either, five times as long.
         restarts: see RestartPolicy.
         stop_signal: asks it to end; only the program itself gets it, not its children.
         stop_s: how long it may take to end before it and all it started are killed.
@@ -143,7 +144,7 @@ def troubles_to(tell: Callable[[str], None]) -> Callable[[ServiceEvent], None]:
     """A listener that passes on, in words, what an operator should see of services."""
 
     def told(event: ServiceEvent) -> None:
-        if event.kind in ("died", "restarted", "given up"):
+        if event.kind in ("unwell", "well", "died", "restarted", "given up"):
             tell(f"{event.service}: {event.text}")
 
     return told

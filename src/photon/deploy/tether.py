@@ -77,6 +77,16 @@ def birth(pid: int) -> str | None:
     return None if fields[0] == "Z" else f"{boot[:8]}-{fields[19]}"
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds that a process has computed so far; 0 if there is none (or no /proc)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0.0
+    user, system = stat.rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def _run(parent: int, command: list[str]) -> None:
     if _LINUX:
         import ctypes

@@ -18,6 +18,7 @@ from photon.federation.node import empty_model
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, Roster
 from photon.models import model_fingerprint
+from photon.runs.bulletin import Bulletin
 from photon.runs.draws import Draws
 from photon.runs.fleet import JoinedFleet
 from photon.runs.folder import read_record
@@ -75,7 +76,8 @@ def continue_run(folder: Path, post: Post) -> RunResult:
                 on_event,
             )
 
-        guests = Guests(fleet, silo_tokens, engine, notary, ending)
+        listeners = (notary, Bulletin(roster))
+        guests = Guests(fleet, silo_tokens, engine, listeners, ending)
         session = Session("serve", config, None, folder, None, guests=guests)
         return session.execute(read_record(folder) if begun else None)
 

@@ -94,14 +94,14 @@ class Guests:
         fleet: who they are.
         silo_tokens: to train on, by silo, of those that the next round will be drawn from.
         engine: makes the engine that reaches them.
-        listener: told every event first, checkpoints included.
+        listeners: told every event first, checkpoints included.
         ending: whether no further round is to begin.
     """
 
     fleet: Fleet
     silo_tokens: Mapping[str, int]
     engine: Elsewhere
-    listener: Listener
+    listeners: Sequence[Listener]
     ending: Callable[[], bool]
 
 
@@ -316,7 +316,7 @@ class Session:
             TensorBoardWriter(self.folder / "tensorboard"),
         ]
         if self._guests is not None:
-            listeners.append(self._guests.listener)
+            listeners.extend(self._guests.listeners)
         if self.listener is not None:
             listeners.append(self.listener)
         return Recorder(listeners, elapsed_s=state.elapsed_s)

@@ -20,6 +20,7 @@ from photon.errors import PhotonError
 from photon.link import Carrier
 from photon.membership.keys import NodeKey
 from photon.silo.desk_client import DeskClient
+from photon.silo.narrator import Narrator
 from photon.silo.policy import Membership, read_membership
 from photon.silo.presence import Desk, Reporter
 from photon.silo.ranks import Team
@@ -94,9 +95,9 @@ def main(words: Sequence[str] | None = None, *, outside: Outside = outside) -> i
         *("--node", "--site"), dest="node", type=Path, required=True, help="the site's node.toml"
     )
     chosen = parser.parse_args(words)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Indented("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for chatty in ("httpx2", "httpcore2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -133,7 +134,7 @@ def _run(home: Path, node_file: Path, outside: Outside) -> None:
         return
     key = NodeKey.load(home / "node.key")
     desk, carriers = outside(home, node, membership, key)
-    reporter = Reporter(desk)
+    reporter = Reporter(desk, narrator=Narrator(_show))
     trainer.append(SiloTrainer(site, key, carriers, reporter, team))
 
     def last_words() -> None:
@@ -142,6 +143,19 @@ def _run(home: Path, node_file: Path, outside: Outside) -> None:
 
     end_on_signals(last_words)
     serve(home, trainer[0], reporter)
+
+
+class _Indented(logging.Formatter):
+    """Only a record's first line begins a line: what others wrote can't look like one of ours."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return super().format(record).replace("\n", "\n    ")
+
+
+def _show(line: str) -> None:
+    # One write: lines of the log go to the same pipe.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":

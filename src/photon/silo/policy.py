@@ -177,7 +177,7 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
     ]
     if strangers:
         raise _refusal("peers", f"{_some(strangers)} would take part too", _listed(policy.peers))
-    least = _least_merged(ask, config)
+    least = least_merged(ask, config)
     if least < policy.min_participants:
         raise _refusal(
             "min_participants",
@@ -274,7 +274,15 @@ def _refusal(rule: str, asked: str, allowed: str) -> PolicyError:
     )
 
 
-def _least_merged(ask: Ask, config: RunConfig) -> int:
+def few_silos(least: int) -> str:
+    """What a round of fewer than three silos shows, in words for both sides' screens."""
+    return (
+        f"a round may merge as few as {least} updates; of two silos each can compute the other's "
+        "update from the result, and one silo's result is its update"
+    )
+
+
+def least_merged(ask: Ask, config: RunConfig) -> int:
     """Fewest updates that a round of this run is closed with."""
     silos = len(set(ask.run.silos))
     return config.quorum_of(min(config.federation.sample or silos, silos))

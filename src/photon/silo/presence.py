@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from photon.errors import KeyInUseError, PhotonError
 from photon.membership.roster import Presence
+from photon.silo.narrator import Narrator
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,14 @@ class Reporter:
     Args:
         desk: None keeps everything to itself.
         every_s: between two reports.
+        narrator: tells this site's screen the same.
     """
 
-    def __init__(self, desk: Desk | None, *, every_s: float = EVERY_S) -> None:
+    def __init__(
+        self, desk: Desk | None, *, every_s: float = EVERY_S, narrator: Narrator | None = None
+    ) -> None:
         self._desk = desk
+        self._narrator = narrator or Narrator(lambda _: None)
         self._every_s = every_s
         self._now = Presence("idle", boot=secrets.token_hex(8))
         self._changed = threading.Event()
@@ -69,11 +74,17 @@ class Reporter:
             return  # work that goes on until the process is gone
         detail = str(what.pop("detail", ""))[:_MOST_DETAIL_CHARACTERS]
         self._now = Presence(state, boot=self._now.boot, detail=detail, **what)
+        self._narrator.doing(self._now)
         self._changed.set()
+
+    def note(self, words: str) -> None:
+        """For this site's screen only."""
+        self._narrator.say(words)
 
     def add(self, **what: Any) -> None:
         """The same as before, but for these fields; told with the next report."""
         self._now = replace(self._now, **what)
+        self._narrator.doing(self._now)
 
     def stop(self, timeout_s: float) -> None:
         """Say that this node ends, if that is possible in this time."""
@@ -98,12 +109,14 @@ class Reporter:
                 answer = self._desk.presence(self._now)
                 self.draining = bool(answer.get("draining"))
                 self.key_in_use, trouble = None, None
-            except KeyInUseError as error:
-                self.key_in_use, trouble = error, str(error)
-            except PhotonError as error:
-                trouble = str(error)
+                self._narrator.heard(answer)
             except Exception as error:  # whatever it is, it must not end the reports
-                trouble = f"{type(error).__name__}: {error}"
+                trouble = str(error)
+                if isinstance(error, KeyInUseError):
+                    self.key_in_use = error
+                elif not isinstance(error, PhotonError):
+                    trouble = f"{type(error).__name__}: {error}"
+                self._narrator.missed(error)
         if trouble != self._trouble:
             self._trouble = trouble
             if trouble is None:

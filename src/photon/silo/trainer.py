@@ -70,7 +70,15 @@ from photon.membership.roster import SignedReply
 from photon.membership.signing import RECEIPT, sign_document
 from photon.models import model_fingerprint, trainable_parameters
 from photon.silo.answers import Answer, Answers
-from photon.silo.policy import Membership, check, require_data, require_for_us, require_size
+from photon.silo.policy import (
+    Membership,
+    check,
+    few_silos,
+    least_merged,
+    require_data,
+    require_for_us,
+    require_size,
+)
 from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
 from photon.silo.socket import answer_of, refusal_of
@@ -355,7 +363,7 @@ class SiloTrainer:
                 log.warning("%s", error)
                 self._answers.forget(ask)
         self._require_willing(ask, left_s)
-        self._say(ask, "loading")
+        self._say(ask, "loading", detail=f"{config.run.name}, {config.federation.rounds} rounds")
         data = site.data()
         require_data(ask, data, site.registered)
         running = self._run_of(ask, config, data)
@@ -512,7 +520,7 @@ class SiloTrainer:
                 answer = replace(answer, reply=signed, sent=True)
                 self._answers.finish(ask, answer)
         self._prune(ask)
-        self._reporter.say("idle")
+        self._reporter.say("idle", detail=f"round {ask.round}: answered")
         log.info("answered %s", ask.task_id)
         return answer.reply
 
@@ -554,6 +562,10 @@ class SiloTrainer:
                 f"with {found[:12]}... from the same run file",
                 hint="Both sides need the same version of Photon and of transformers, and where "
                 "model.path is set, the same model under that name.",
+            )
+        if (least := least_merged(ask, config)) < 3:
+            self._reporter.note(
+                f"warning: {few_silos(least)}; policy.min_participants can refuse it"
             )
         if config.data.verify:
             self._site.verify(data)

@@ -1,0 +1,116 @@
+"""The folder of a served run: made, opened again, and how far its run has come. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from photon.config import RunConfig, load_run_config, write_resolved
+from photon.deploy.freeing import note_leftover
+from photon.errors import RunExistsError, RunNotFoundError
+from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE, Serving
+
+#: How much of the end of events.jsonl is read for the round that a run is in.
+_TAIL_BYTES = 1 << 18
+
+
+def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> RunConfig:
+    """Make a run folder for a new run: the run file with whole paths, and its id.
+
+    Called while the run is held (`Aggregator.run`): what is there may be another's, at work.
+
+    Raises:
+        RunExistsError: the folder holds a run, or something else.
+    """
+    if (folder / "run.json").exists() or (folder / SERVE_FILE).exists():
+        if not overwrite:
+            raise RunExistsError(
+                f"{folder} already holds a run",
+                hint=f"Go on with it: `photon serve --resume {folder}`; or choose another "
+                "--run-dir, or replace it with --overwrite.",
+            )
+        # Before the folder goes, which alone says what is its in the store.
+        with contextlib.suppress(RunNotFoundError):
+            note_leftover(
+                Path(config.serve.home).absolute(),
+                Serving.read(folder),
+                keep_last_state=False,
+                grant_s=config.serve.grant_s,
+            )
+        for path in folder.iterdir():
+            if path.name not in LOCKS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif folder.exists() and any(path.name not in LOCKS for path in folder.iterdir()):
+        raise RunExistsError(
+            f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
+        )
+    config = with_whole_paths(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_resolved(config, folder / RUN_FILE)
+    Serving(secrets.token_hex(16), config.serve.home, "", {}).write(folder)
+    return config
+
+
+def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
+    """The run file of a run that was served before; [serve] may change from start to start.
+
+    It is read only; what changed is written once the run is held (`Aggregator.run`).
+
+    Raises:
+        RunNotFoundError: no served run there.
+    """
+    if not (folder / SERVE_FILE).exists():
+        raise RunNotFoundError(
+            f"no served run in {folder}: there is no {folder / SERVE_FILE}",
+            hint="Name the run folder of an earlier `photon serve`.",
+        )
+    changed = [one for one in overrides or [] if not one.strip().startswith("serve.")]
+    if changed:
+        raise RunExistsError(
+            f"{changed[0].partition('=')[0].strip()} can't change in a run that has begun",
+            hint="Only keys of [serve] can; for anything else start a new run.",
+        )
+    return with_whole_paths(load_run_config(folder / RUN_FILE, overrides or []))
+
+
+def progress_of(folder: Path) -> dict[str, Any]:
+    """The newest round of a run and its last evaluation, from the end of its events."""
+    found: dict[str, Any] = {}
+    try:
+        with (folder / "events.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return found
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            name = event.get("event")
+            if name == "round_started":
+                found["in_round"] = event["round"]
+                found["participants"] = event["participants"]
+            elif name == "round_finished":
+                found["round"] = event["round"]
+                found["in_round"] = None
+                found["dropped"] = event.get("dropped", [])
+            elif name == "evaluated" and event.get("silo") is None:
+                found["perplexity"] = event["perplexity"]
+            elif name in ("run_stopped", "run_finished"):
+                found["last"] = event.get("reason", "finished")
+    return found
+
+
+def with_whole_paths(config: RunConfig) -> RunConfig:
+    data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
+    paths = ("home", "certificate", "key", "ca")
+    whole = {
+        name: str(Path(value).absolute())
+        for name in paths
+        if (value := getattr(config.serve, name)) is not None
+    }
+    serve = config.serve.model_copy(update=whole)
+    return config.model_copy(update={"data": data, "serve": serve})

@@ -1,0 +1,236 @@
+"""What `photon serve` does while its run goes on: the loop begun again, the desk, who is told."""
+
+from __future__ import annotations
+
+import json
+import time
+import types
+
+import httpx2
+import pytest
+
+from photon.config import parse_run_config
+from photon.deploy import attempts as attempts_module
+from photon.deploy import serve as serve_module
+from photon.deploy.attempts import Attempts
+from photon.deploy.desk import Desk
+from photon.deploy.serve import Aggregator
+from photon.deploy.supervisor import Supervisor
+from photon.engines.flower.control import RunState
+from photon.errors import InvalidValueError, QuorumLostError, ServiceLostError
+from photon.membership.bulletin import told
+from photon.membership.roster import Facts, Presence
+from photon.store.presign import S3Presigner
+
+LOST = "photon-exit-44: round 3 has 1 good updates of 2, the quorum is 2; dropped: lab-b"
+#: As progress_of has it in the middle of round 3, and between two rounds.
+IN_ROUND, BETWEEN = {"round": 2, "in_round": 3}, {"round": 2, "in_round": None}
+
+
+def ended(details: str) -> RunState:
+    return RunState(1, "finished", "failed", details)
+
+
+def attempts(gather_s: float = 86_400.0) -> Attempts:
+    return Attempts(gather_s, "runs/med", "superexec.log")
+
+
+def test_a_lost_quorum_is_waited_for_with_growing_pauses_and_then_given_up() -> None:
+    tried, now_s = attempts(gather_s=4000.0), 100.0
+    for pause_s in (30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1800.0):
+        again = tried.after(ended(LOST), IN_ROUND, now_s)
+        assert (again.pause_s, again.lost) == (pause_s, True)
+        assert "the round is drawn again in" in again.words
+        now_s += again.pause_s + 10.0
+    assert now_s < 100.0 + 4000.0
+    with pytest.raises(QuorumLostError, match="dropped: lab-b; tried for") as caught:
+        tried.after(ended(LOST), IN_ROUND, now_s)
+    assert "--resume runs/med" in (caught.value.hint or "")
+
+
+def test_a_round_that_is_closed_after_all_begins_a_new_count() -> None:
+    tried = attempts()
+    for _ in range(4):
+        tried.after(ended(LOST), IN_ROUND, 0.0)
+    assert tried.after(ended(LOST), {"round": 3, "in_round": 4}, 9e9).pause_s == 30.0
+
+
+def test_silos_that_never_came_were_waited_for_by_the_loop() -> None:
+    words = "photon-exit-44: 1 silos are here (lab-a), round 3 needs 2; waited 86400 s"
+    with pytest.raises(QuorumLostError, match=r"^1 silos are here"):
+        attempts().after(ended(words), BETWEEN, 0.0)
+
+
+def test_deaths_go_on_at_once_until_they_are_too_many() -> None:
+    tried = attempts()
+    for number in range(9):
+        assert tried.after(ended("killed"), IN_ROUND, float(number)).pause_s == 0
+    with pytest.raises(ServiceLostError, match="died 10 times in round 3"):
+        tried.after(ended("photon-exit-71: the store"), IN_ROUND, 9.0)
+    with pytest.raises(InvalidValueError, match=r"^no such key"):
+        attempts().after(ended("photon-exit-12: no such key"), IN_ROUND, 0.0)
+
+
+# --- with the rest of serve ---
+
+
+class Script:
+    """Stands for Flower's control: runs that end as they are told to."""
+
+    def __init__(self, *states: RunState) -> None:
+        self.states = list(states)
+        self.started = 0
+
+    def runs(self) -> list[RunState]:
+        return []
+
+    def start_run(self, _: bytes) -> int:
+        self.started += 1
+        return self.started
+
+    def run(self, _: int) -> RunState:
+        return self.states.pop(0)
+
+
+@pytest.fixture
+def serving(three_silos, home, monkeypatch):
+    """An aggregator as it is once all is up, its desk, and what it said."""
+    monkeypatch.setattr(serve_module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(attempts_module, "_FIRST_PAUSE_S", 0.05)
+    tree = {
+        "run": {"name": "med"},
+        "model": {"preset": "tiny"},
+        "data": {"path": str(three_silos)},
+        "serve": {"home": str(home), "host": "127.0.0.1"},
+    }
+    said: list[str] = []
+    folder = home / "run"
+    folder.mkdir()
+    made = Aggregator(parse_run_config(tree), folder, log=said.append, on_event=said.append)
+    signer = S3Presigner("https://s", "b", region="r", access_key_id="a", secret="s")
+    desk = Desk(made._roster, signer, register=lambda _: 7, operator_socket=home / "o.sock")
+    desk.start()
+    yield made, desk, said
+    desk.stop()
+    made._roster.close()
+
+
+def healthy(desk: Desk) -> bool:
+    return httpx2.get(f"http://127.0.0.1:{desk.port}/photon/v1/health").json()["ok"]
+
+
+def kill(desk: Desk) -> None:
+    """Its thread ends, as by an error that nobody caught."""
+    assert desk._server is not None
+    for server in desk._server._servers:
+        server.should_exit = True
+    desk._server._thread.join(30)
+    assert not desk.alive
+
+
+def test_a_desk_that_ended_is_missed_and_back_where_the_door_looks_for_it(serving, home) -> None:
+    made, desk, said = serving
+    port = desk.port
+    kill(desk)
+    control = Script(RunState(1, "finished", "completed", ""))
+    with Supervisor(home / "serve.json", home / "logs") as supervisor:
+        made._see_through(supervisor, control, desk, b"")
+    assert desk.alive
+    assert desk.port == port
+    assert healthy(desk)
+    assert sum("the desk ended" in line for line in said) == 1
+
+
+def test_a_lost_round_is_tried_again_and_everybody_told(serving, home) -> None:
+    made, desk, said = serving
+    event = {"event": "round_started", "round": 3, "participants": ["lab-a", "lab-b"]}
+    (home / "run" / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (home / "run" / "summary.json").write_text("{}")
+    seen: list[dict] = []
+
+    class Watching(Script):
+        def run(self, number: int) -> RunState:
+            seen.append(told(made._roster, "lab-a")["run"])
+            return super().run(number)
+
+    control = Watching(ended(LOST), ended(LOST), RunState(1, "finished", "completed", ""))
+    with Supervisor(home / "serve.json", home / "logs") as supervisor:
+        outcome = made._see_through(supervisor, control, desk, b"")
+    assert outcome.finished
+    assert control.started == 3
+    assert sum("the round is drawn again in 0 s" in line for line in said) == 2
+    assert all("dropped: lab-b" in line for line in said if "drawn again" in line)
+    assert told(made._roster, "lab-a")["run"]["words"] == "med: the run is over"
+
+
+def test_a_run_that_is_drained_while_it_waits_to_draw_again_ends(serving, home, monkeypatch):
+    made, desk, said = serving
+    monkeypatch.setattr(attempts_module, "_FIRST_PAUSE_S", 1e6)
+    (home / "run" / "events.jsonl").write_text(
+        json.dumps({"event": "round_started", "round": 3, "participants": ["lab-a"]}) + "\n"
+    )
+    made._on_event = lambda words: (said.append(words), made._roster.set_setting("draining", True))
+    with Supervisor(home / "serve.json", home / "logs") as supervisor:
+        made._serve = made._serve.model_copy(update={"gather_s": 1e9})
+        outcome = made._see_through(supervisor, Script(ended(LOST)), desk, b"")
+    assert not outcome.finished
+    assert "the run is drained; it can be resumed" in said
+
+
+def test_what_is_waited_for_is_said_once_with_its_end_and_to_silos_without_names(serving) -> None:
+    made, _, said = serving
+    waiting = {"for_silos": 3, "round": 1, "here": ["lab-a"], "until": 1.8e9}
+    made._roster.set_setting("waiting", waiting)
+    made._tell()
+    made._tell()
+    line = "waits for 3 silos for round 1, 1 here, until 2027-01-15 08:00 UTC"
+    assert said == [f"{line}; here: lab-a"]
+    assert told(made._roster, "lab-b")["run"]["words"] == f"med {line}"
+    made._roster.set_setting("waiting", None)
+    made._tell()
+    assert told(made._roster, "lab-b")["run"]["words"] == "med goes on"
+
+
+def test_the_end_is_held_until_those_who_are_here_heard_of_it(serving, keys_of, monkeypatch):
+    made, desk, _ = serving
+    keys_of(made._roster, "lab-a", "lab-b")
+    roster = made._roster
+    roster.seen("lab-a", Presence("idle", boot="a"))
+    roster.seen("lab-b", Presence("stopping", boot="b"))
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        assert len(naps) < 100
+        if len(naps) == 3:
+            roster.seen("lab-a", Presence("idle", boot="a"))
+
+    monkeypatch.setattr(serve_module, "_LAST_WORDS_S", 1e6)
+    # Not the module's own `sleep`, which other threads use.
+    monkeypatch.setattr(serve_module, "time", types.SimpleNamespace(**vars(time) | {"sleep": nap}))
+    made._tell_end(desk)
+    assert len(naps) == 3
+
+
+@pytest.fixture
+def keys_of(tmp_path):
+    from photon.membership.keys import NodeKey
+
+    def join(roster, *names: str) -> None:
+        for name in names:
+            pem = NodeKey.create(tmp_path / f"{name}.key").public_pem
+            roster.redeem(roster.invite(name, 60), name, pem, Facts("d" * 64, "e" * 64, 9, "0.1"))
+
+    return join
+
+
+def test_a_kept_port_that_somebody_took_moves(serving) -> None:
+    import socket
+
+    made, _, _ = serving
+    first = made._kept_port("superlink")
+    assert made._kept_port("superlink") == first
+    with socket.create_server(("127.0.0.1", first)):
+        moved = made._kept_port("superlink")
+        assert moved != first
+    assert made._kept_port("superlink") == moved
