@@ -257,3 +257,13 @@ def test_an_unknown_optimizer_is_a_plugin_error() -> None:
     config = OuterConfig().model_copy(update={"name": "sophia"})
     with pytest.raises(PluginError, match="sophia"):
         build_outer_optimizer(config)
+
+
+@every_outer
+@pytest.mark.parametrize("size", [1e-3, 1e-2])
+def test_a_default_moves_a_model_about_as_far_as_its_silos_went(name: str, size: float) -> None:
+    """Five rounds of the sizes that pseudo-gradients of language models have."""
+    outer, theta = build_outer_optimizer(OuterConfig(name=name)), {"w": torch.zeros(1)}
+    for _ in range(5):
+        outer.step(theta, {"w": torch.full((1,), size)})
+    assert 0.2 < float(-theta["w"]) / (5 * size) < 5

@@ -270,7 +270,7 @@ def test_array_of_tables_is_not_a_table() -> None:
             ["compute.micro_batch_size = 3 does not divide local.batch_size = 16"],
         ),
         (["federation.merge=adopt", "outer.lr=0.7"], ["adopt", "'fedavg', 0.7", "delta"]),
-        (["federation.merge=adopt", "outer.name=nesterov"], ["adopt", "'nesterov', 1.0"]),
+        (["federation.merge=adopt", "outer.name=nesterov"], ["adopt", "'nesterov', 0.7"]),
         (
             ["federation.sample=2", "federation.quorum=3"],
             ["federation.quorum = 3 exceeds federation.sample = 2"],

@@ -17,6 +17,16 @@ from photon.config.serve import ServeConfig
 from photon.plugins import MERGING_RULES, OUTER_OPTIMIZERS, plugin_names
 
 OUTER_NAMES = ("fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad")
+#: outer.lr where a run file leaves it out. Adaptive ones move a coordinate by about lr a round,
+#: whatever the pseudo-gradient's size; 1 would wreck a model in its first round.
+_OUTER_LR = {
+    "fedavg": 1.0,
+    "fedavgm": 0.1,  # Hsu et al. 2019 (arXiv 1909.06335): lr / (1 - momentum) is what counts
+    "nesterov": 0.7,  # DiLoCo (arXiv 2311.08105)
+    "fedadam": 0.01,  # these three: in the middle of the grids of Reddi et al. 2021
+    "fedyogi": 0.01,
+    "fedadagrad": 0.03,
+}
 MERGING_RULE_NAMES = ("mean", "clipped_mean", "median", "trimmed_mean", "edit")
 PRESETS = ("tiny", "75m", "125m", "350m", "1.3b", "3b", "7b")
 
@@ -237,7 +247,12 @@ class OuterConfig(Section):
     name: str = Field(
         default="fedavg", description=", ".join(OUTER_NAMES) + ", or one a plugin registered."
     )
-    lr: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Outer learning rate.")
+    lr: Annotated[float, Field(gt=0)] = Field(
+        default=None,
+        description="Outer learning rate; by default 1 for fedavg, 0.1 for fedavgm (lr / (1 - "
+        "momentum) is then 1), 0.7 for nesterov (DiLoCo), 0.01 for fedadam and fedyogi, 0.03 for "
+        "fedadagrad (from the grids of Reddi et al. 2021), 1 for a plugin's.",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="Momentum of fedavgm and nesterov."
     )
@@ -253,6 +268,14 @@ class OuterConfig(Section):
     options: dict[str, Any] = Field(
         default_factory=dict, description="Passed as they are to a plugin's outer optimizer."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lr_by_name(cls, table: Any) -> Any:
+        if isinstance(table, dict) and table.get("lr") is None:
+            name = table.get("name", OUTER_NAMES[0])
+            return {**table, "lr": _OUTER_LR.get(name, 1.0) if isinstance(name, str) else 1.0}
+        return table
 
     @field_validator("name")
     @classmethod

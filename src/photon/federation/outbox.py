@@ -2,6 +2,8 @@
 
 e <- 0; every round: send C(delta + e), e <- beta (delta + e - decoded). What a codec leaves out of
 one update is part of the next (EF-SGD, arXiv 1901.09847; beta as in SparseLoCo, arXiv 2508.15706).
+A silo that was not asked, or whose update was refused, for a rounds adds beta^a e: what was left out
+of a step from weights long gone counts for less. With beta = 1 nothing fades, however old it is.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class Outbox:
         old, state_lost = Feedback(), False
         if node_round is not None and self._keeps:
             try:
-                old = self._load(silo, node_round)
+                old = self._load(silo, node_round, number - node_round - 1)
             except CheckpointCorruptError:
                 state_lost = True
 
@@ -121,13 +123,14 @@ class Outbox:
         share = math.sqrt(lost / given) if given else 0.0
         return Packed(entries, share if self._feeds_back else None, state_lost)
 
-    def _load(self, silo: str, node_round: int) -> Feedback:
-        feedback = Feedback()
+    def _load(self, silo: str, node_round: int, missed: int) -> Feedback:
+        feedback, fading = Feedback(), self._decay ** max(0, missed)
         with TensorFile(feedback_path(self._folder, silo, node_round)) as file:
             tensors = file.read()
         for name, tensor in tensors.items():
             if name.startswith(_RESIDUAL):
-                feedback.residual[name.removeprefix(_RESIDUAL)] = tensor
+                faded = tensor if fading == 1 else tensor.mul_(fading)
+                feedback.residual[name.removeprefix(_RESIDUAL)] = faded
             else:
                 owner, _, key = name.removeprefix(_MEMORY).rpartition("/")
                 feedback.memory.setdefault(owner, {})[key] = tensor

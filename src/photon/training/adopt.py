@@ -21,10 +21,14 @@ class Adopt(torch.optim.Optimizer):
     The gradient is divided by the second moment of the steps before it, which makes the two
     independent, and only then averaged:
 
-        v_0 = g_0^2                                             (this step moves no weight)
+        v_0 = g_0^2
         m_t = beta1 m_{t-1} + (1 - beta1) clip(g_t / max(sqrt(v_{t-1}), eps), t^(1/4))
         theta_t = (1 - lr weight_decay) theta_{t-1} - lr m_t
         v_t = beta2 v_{t-1} + (1 - beta2) g_t^2
+
+    for t = 1, 2, ... In the paper g_0 only starts v, and no weight moves. Here g_0 is stepped with,
+    too, as t = 1 would be: m = (1 - beta1) sign(g_0), and v stays g_0^2. Where a federation resets
+    state each round the paper's form would waste a step of each: all of it where tau is 1.
 
     State: exp_avg (m) and exp_avg_sq (v), shaped like the parameter, and step, the gradients seen
     so far, a 0-d fp32 tensor on the CPU. Parameters may be DTensors; nothing is sent.
@@ -76,7 +80,6 @@ class Adopt(torch.optim.Optimizer):
         if step == 0:
             torch._foreach_zero_(second)
             torch._foreach_addcmul_(second, gradients, gradients)
-            return
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         weights = locals_of(parameters)
         first = locals_of(state["exp_avg"] for state in states)
@@ -87,10 +90,11 @@ class Adopt(torch.optim.Optimizer):
         torch._foreach_clamp_min_(normalised, group["eps"])
         torch._foreach_reciprocal_(normalised)
         torch._foreach_mul_(normalised, gradients)
-        bound = float(step) ** 0.25
+        bound = max(1.0, float(step)) ** 0.25
         torch._foreach_clamp_min_(normalised, -bound)
         torch._foreach_clamp_max_(normalised, bound)
         torch._foreach_lerp_(first, normalised, 1 - beta1)
         torch._foreach_add_(weights, first, alpha=-lr)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
+        if step > 0:
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
