@@ -124,6 +124,23 @@ def test_decay_forgets(tmp_path):
     torch.testing.assert_close(left["residual/" + name], 0.5 * (named[name] - sent[name]))
 
 
+@pytest.mark.parametrize(("decay", "added"), [(0.5, 0.5**3), (1.0, 1.0), (0.0, 0.0)])
+def test_what_was_left_out_fades_with_every_round_missed(decay, added, tmp_path):
+    outbox = Outbox(LinkConfig(update_codec="sign", feedback_decay=decay), tmp_path)
+    named, name = update(1), WEIGHTS + "matrix"
+    outbox.pack(lambda: named.items(), silo="red", node_round=None, number=1)
+    with TensorFile(feedback_path(tmp_path, "red", 1)) as file:
+        left = file.read()["residual/" + name]
+    nothing = {key: torch.zeros_like(tensor) for key, tensor in named.items()}
+    late = outbox.pack(lambda: nothing.items(), silo="red", node_round=1, number=5)
+    sent = next(entry.decoded() for entry in late.entries if entry.name == name)
+    # A sign codec sends the mean magnitude of each block.
+    at_once = outbox.pack(lambda: nothing.items(), silo="red", node_round=1, number=2)
+    soon = next(entry.decoded() for entry in at_once.entries if entry.name == name)
+    assert bool(left.any()) == (decay > 0)
+    torch.testing.assert_close(sent, added * soon)
+
+
 def test_a_codec_without_feedback_keeps_nothing(tmp_path):
     for codec in ("bf16", "zstd", "fp16+zstd"):
         outbox = Outbox(LinkConfig(update_codec=codec), tmp_path)

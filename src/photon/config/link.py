@@ -37,8 +37,8 @@ class LinkConfig(Section):
     )
     feedback_decay: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.95,
-        description="Share of what was left out that is kept from round to round, also of rounds "
-        "that a silo takes no part in; 1 keeps all of it, however old.",
+        description="Share of what was left out that is kept from round to round, those that a "
+        "silo takes no part in included; 1 keeps all of it, however old.",
     )
     chunk_mib: Annotated[int, Field(ge=4, le=64)] = Field(
         default=16, description="Size of the objects that an update or state is cut into, in MiB."

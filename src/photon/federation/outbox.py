@@ -2,8 +2,8 @@
 
 e <- 0; every round: send C(delta + e), e <- beta (delta + e - decoded). What a codec leaves out of
 one update is part of the next (EF-SGD, arXiv 1901.09847; beta as in SparseLoCo, arXiv 2508.15706).
-A silo that was not asked, or whose update was refused, for a rounds adds beta^a e: what was left out
-of a step from weights long gone counts for less. With beta = 1 nothing fades, however old it is.
+A silo that was not asked, or whose update was refused, for a rounds adds beta^a e: what was left
+out of a step from weights long gone counts for less. With beta = 1 nothing fades, however old.
 """
 
 from __future__ import annotations
