@@ -15,8 +15,14 @@ import pytest
 from photon.dashboard import ComparisonRow, comparison_table, write_report
 from photon.dashboard.digest import read_digest
 from photon.dashboard.report import baseline_formula, headline, tiles
-from photon.errors import DiskFullError, RunError, RunNotFoundError
-from photon.telemetry.events import Evaluated, LocalProgress, RoundFinished, RoundStarted
+from photon.errors import DiskFullError, MachineError, RunError, RunNotFoundError
+from photon.telemetry.events import (
+    Evaluated,
+    LocalProgress,
+    RoundFinished,
+    RoundStarted,
+    UpdateDropped,
+)
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 FIGURES = [
@@ -215,16 +221,24 @@ def test_the_same_events_give_the_same_bytes(folder, stream, tmp_path):
     assert other.read_bytes() == first
 
 
+#: What moves a cursor, turns text round, or is no character at all.
+MOVES = "\x1b[2J\x07\x9b\u202egood\ud800"
 HOSTILE = "<script>alert(1)</script>\"'&$x_1$ {{7*7}}"
 
 
 def test_hostile_names_stay_text(folder, stream):
-    silos = [HOSTILE, "</svg><b>", "$\\frac{", "東京大学", "plain"]
-    made = stream(silos=silos, run=HOSTILE, dropped={2: HOSTILE})
-    run = folder(made.whole())
-    (run / "config.resolved.toml").write_text('name = "</pre><script>alert(2)</script>"')
+    silos = [HOSTILE, "</svg><b>", "$\\frac{", "東京大学", MOVES]
+    made = stream(silos=silos, run=HOSTILE + MOVES, dropped={2: HOSTILE}, lost={3: MOVES})
+    told = UpdateDropped(round=4, silo=MOVES, reason=f"[/x] [link=https://evil.example]{MOVES}")
+    whole = list(made.whole())
+    first = whole[0].model_copy(update={"started_at": MOVES, "photon_version": MOVES})
+    run = folder([first, *whole[1:-1], told, whole[-1]])
+    config = 'name = "</pre><script>alert(2)</script>\x1b[2J\u202e"\n\tlr = 1'
+    (run / "config.resolved.toml").write_text(config)
     other = folder(stream(silos=["x"], per_silo=False).whole(), "other")
-    page = read(write_report(run, compare={HOSTILE: other}))
+    page = read(write_report(run, compare={HOSTILE: other, MOVES: other}))
+    assert not {"\x1b", "\x07", "\x9b", "\u202e", "\ud800"} & set(page.raw)
+    assert "[/x] [link=https://evil.example]" in page.text
     assert not [tag for tag, _ in page.tags if tag in ("script", "b")]
     assert page.text.count("<script>alert(1)</script>") >= 4
     assert "</pre><script>alert(2)</script>" in page.text
@@ -492,14 +506,6 @@ def test_the_config_is_folded_away(folder, stream):
     assert "details" not in [tag for tag, _ in report(folder, stream().whole()).tags[:0]]
 
 
-def test_versions_of_the_summary_are_shown(folder, stream):
-    run = folder(stream().whole())
-    (run / "summary.json").write_text('{"versions": {"torch": "2.13.0"}}')
-    assert "torch 2.13.0" in read(write_report(run)).text
-    (run / "summary.json").write_text("[]")
-    assert "torch" not in read(write_report(run)).text
-
-
 def test_a_folder_without_a_run_is_an_error(tmp_path, folder, stream):
     with pytest.raises(RunNotFoundError, match="no run in"):
         write_report(tmp_path)
@@ -519,11 +525,27 @@ def test_the_page_is_written_whole_or_not_at_all(folder, stream, monkeypatch, tm
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(DiskFullError):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFullError, match=r"--out FILE|out FILE") as raised:
         write_report(run, out=target)
+    assert "photon resume" not in raised.value.hint
     assert target.read_bytes() == old
     assert [path.name for path in target.parent.iterdir()] == ["page.html"]
+
+
+def test_a_page_that_cant_be_written_or_a_run_that_cant_be_read_is_named(folder, stream, tmp_path):
+    run = folder([stream().started()])
+    (tmp_path / "file").write_text("mine")
+    too_long = tmp_path / ("x" * 300)
+    for out in (tmp_path / "file" / "page.html", too_long, run):
+        with pytest.raises(MachineError) as raised:
+            write_report(run, out=out)
+        assert raised.value.message.startswith(f"{out}: ")
+    for no_run in (tmp_path / "file", too_long):
+        with pytest.raises(RunNotFoundError, match="no run in"):
+            write_report(no_run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+    assert [path.name for path in run.iterdir()] == ["events.jsonl"]
 
 
 def test_bytes_per_step_formula_counts_only_finished_rounds(folder, stream):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +11,8 @@ from photon.dashboard import palette, wording
 from photon.dashboard.comparison import ComparisonRow, compared_by, gap_in_words
 from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, read_digest
 from photon.dashboard.effort import STEP_PARTS, effort_rows, step_legend
-from photon.errors import DiskFullError, RunError
+from photon.errors import DiskFullError, MachineError, RunError
+from photon.store.disk import write_whole
 
 _TEMPLATE = "report.html.j2"
 _MEASURES = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
@@ -76,13 +74,14 @@ def write_report(
         RunNotFoundError: a folder without a run.
         RunError: a picture of a run that has nothing to draw yet.
         DiskFullError: no room; an older report stays as it was.
+        MachineError: it can't be written there, likewise.
     """
     folder = Path(run_folder)
     digest = read_digest(folder)
     others = {label: read_digest(Path(path)) for label, path in (compare or {}).items()}
     target = Path(out) if out is not None else folder / "report.html"
     text = picture(digest, others) if target.suffix == ".svg" else render(digest, others)
-    _write_atomically(target, text)
+    _write(target, text)
     return target
 
 
@@ -359,44 +358,22 @@ def _facts(digest: RunDigest) -> list[tuple[str, str]]:
     if len(digest.sessions) > 1:
         again = wording.several(len(digest.sessions) - 1, "time")
         facts.insert(2, ("Resumed", f"{again}, last {wording.one_line(started.started_at)}"))
-    versions = _summary_versions(digest)
-    return facts + [
-        (wording.one_line(name), wording.one_line(told)) for name, told in sorted(versions.items())
-    ]
-
-
-def _summary_versions(digest: RunDigest) -> dict[str, str]:
-    path = digest.folder / "summary.json"
-    try:
-        import json
-
-        versions = json.loads(path.read_text("utf-8")).get("versions", {})
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {}
+    return facts
 
 
 def _config(folder: Path) -> str | None:
     try:
-        return (folder / "config.resolved.toml").read_text("utf-8", errors="replace")
+        text = (folder / "config.resolved.toml").read_text("utf-8", errors="replace")
     except OSError:
         return None
+    return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
+    hint = "Free some space, or write the report elsewhere: --out FILE."
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, text, "the report")
+    except DiskFullError as error:
+        raise DiskFullError(error.message, hint=hint) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            hint = "free some space, or write the report elsewhere"
-            raise DiskFullError(f"no room for {path}", hint=hint) from error
-        raise
+        raise MachineError(f"{path}: {error.strerror}", hint=hint) from error

@@ -78,7 +78,7 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[Event]:
     """Every event in DIR/events.jsonl as written; a line cut by a kill is passed over.
 
     Raises:
-        RunNotFoundError: no such file.
+        RunNotFoundError: no such file, or it can't be read.
         RunError: a whole line that is not what its event should be.
     """
     path = Path(folder) / "events.jsonl"
@@ -86,6 +86,8 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[Event]:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         raise RunNotFoundError(f"no run in {folder}: {path} does not exist") from None
+    except OSError as error:
+        raise RunNotFoundError(f"no run in {folder}: {path}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
