@@ -94,6 +94,7 @@ def test_the_demo_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(wh
     assert tokens["federated"] == tokens["alone-equal-tokens"]
     started = json.loads((out / "federated/events.jsonl").read_text().partition("\n")[0])
     assert started["workers"] == (min(4, cores()) if cores() > 1 else 0)
+    assert "alone, equal tokens: " in (out / "federated/report.svg").read_text()
     page = (out / "federated/report.html").read_text()
     assert "centralised" in page
 

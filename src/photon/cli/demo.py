@@ -230,9 +230,10 @@ def _finish(folders: dict[str, Path]) -> None:
     ]
     federated, *others = folders.items()
     page = write_report(federated[1], compare=dict(others))
+    picture = write_report(federated[1], out=page.with_suffix(".svg"), compare=dict(others))
     console(stderr=False).print(comparison_table(rows))
     show("\n" + _verdict(rows))
-    show(f"\nReport: {page}\nNext:")
+    show(f"\nReport: {page}\nPicture: {picture}\nNext:")
     show_facts(next_steps(federated[1])[1:])
 
 
@@ -250,5 +251,5 @@ def _verdict(rows: Sequence[ComparisonRow]) -> str:
         "trained on. Against that, + is worse:\n"
         f"  all text in one place, as many tokens: {told(central)}\n"
         f"  {best} alone, the best silo, its own {count(alone.tokens)} tokens: {told(alone)}\n"
-        f"  {best} alone, as many tokens as all together: {told(equal)}"
+        f"  {best} alone, as many tokens as all together, and as much work: {told(equal)}"
     )
