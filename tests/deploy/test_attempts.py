@@ -145,7 +145,7 @@ def test_a_lost_round_is_tried_again_and_everybody_told(serving, home) -> None:
     made, desk, said = serving
     event = {"event": "round_started", "round": 3, "participants": ["lab-a", "lab-b"]}
     (home / "run" / "events.jsonl").write_text(json.dumps(event) + "\n")
-    (home / "run" / "summary.json").write_text("{}")
+    (home / "run" / "summary.json").write_text('{"rounds": 4, "global_perplexity": 12.345}')
     seen: list[dict] = []
 
     class Watching(Script):
@@ -160,7 +160,9 @@ def test_a_lost_round_is_tried_again_and_everybody_told(serving, home) -> None:
     assert control.started == 3
     assert sum("the round is drawn again in 0 s" in line for line in said) == 2
     assert all("dropped: lab-b" in line for line in said if "drawn again" in line)
-    assert told(made._roster, "lab-a")["run"]["words"] == "med: the run is over"
+    assert told(made._roster, "lab-a")["run"]["words"] == (
+        "med: the run is over: 4 rounds, held-out perplexity 12.35; its operator has the model"
+    )
 
 
 def test_a_run_that_is_drained_while_it_waits_to_draw_again_ends(serving, home, monkeypatch):
@@ -184,7 +186,7 @@ def test_what_is_waited_for_is_said_once_with_its_end_and_to_silos_without_names
     made._tell()
     made._tell()
     line = "waits for 3 silos for round 1, 1 here, until 2027-01-15 08:00 UTC"
-    assert said == [f"{line}; here: lab-a"]
+    assert said == [line.replace("1 here", "1 here (lab-a)")]
     assert told(made._roster, "lab-b")["run"]["words"] == f"med {line}"
     made._roster.set_setting("waiting", None)
     made._tell()

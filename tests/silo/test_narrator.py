@@ -53,6 +53,17 @@ def test_a_round_from_the_question_to_the_answer(screen) -> None:
     ]
 
 
+def test_scoring_is_two_lines_and_the_state_before_round_1_has_a_number(screen) -> None:
+    task = {"run": "r", "round": 0, "task": "r/evaluate/0/lab-a"}
+    screen.narrator.doing(Presence("loading", detail="med, 40 rounds", **task))
+    screen.narrator.doing(Presence("training", detail="scoring held-out text", **task))
+    screen.narrator.doing(Presence("idle", detail="round 0: scored"))
+    assert screen.said == [
+        "round 0: asked to score the global state on its held-out text",
+        "round 0: scored; waits for the next task",
+    ]
+
+
 def test_a_refusal_says_which_rule(screen) -> None:
     screen.narrator.doing(Presence("refused", round=1, detail="policy.runs allows med-*"))
     assert screen.said == ["round 1: this site refuses the task: policy.runs allows med-*"]
@@ -77,11 +88,21 @@ def test_suspended_and_expelled_is_said_in_the_aggregator_s_words(screen) -> Non
     for _ in range(3):
         screen.narrator.missed(UnknownMemberError("lab-a is suspended by the operator"))
     screen.narrator.missed(UnknownMemberError("lab-a was expelled by the operator"))
+    for _ in range(3):
+        screen.narrator.heard({"ok": True})
+    assert screen.said[2:] == [
+        "the aggregator knows that this node is here; waits for a task",
+    ]
+    for _ in range(3):
+        screen.narrator.missed(UnknownMemberError("lab-a is suspended by the operator"))
+    screen.narrator.missed(UnknownMemberError("lab-a was expelled by the operator"))
+    screen.narrator.heard({"ok": True})
     assert screen.said == [
         "the aggregator refuses this node: lab-a is suspended by the operator; waits until it is "
         "let in",
         "the aggregator refuses this node: lab-a was expelled by the operator; waits until it is "
         "let in",
+        "the aggregator lets this node in again",
     ]
 
 

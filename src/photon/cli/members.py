@@ -409,8 +409,8 @@ def _require_enough_left(roster: Roster, place: _Place, name: str, what: str, ye
         return
     words = (
         f"run {run.run.name} needs {run.silos_needed} silos for a round; without {name} it has "
-        f"{len(left)} ({', '.join(left) or 'none'}): a round under way may be lost, which ends it "
-        f"(44), and the next one waits for others, at most {run.serve.gather_s:g} s"
+        f"{len(left)} ({', '.join(left) or 'none'}): a round under way may be lost, and the next "
+        f"one waits for others, at most {run.serve.gather_s:g} s"
     )
     say(f"warning: {words}", style="yellow")
     sure = yes

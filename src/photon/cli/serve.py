@@ -105,9 +105,10 @@ def serve(
         view.enter_context(_following(folder, shown, look, lines.event))
 
         lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
-        if config.silos_needed < 3:
+        least = config.quorum_of(config.silos_needed)
+        if least < 3:
             lines.event(
-                f"warning: {few_silos(config.silos_needed)}; serve.min_silos = 3 and "
+                f"warning: {few_silos(least)}; serve.min_silos = 3 and "
                 "federation.quorum = 3 prevent it"
             )
 
@@ -295,8 +296,18 @@ def _following(
 
     Whose update was dropped is said besides, with the whole reason: a view has no room for it.
     """
+    from photon.dashboard import PlainView
+    from photon.telemetry.events import Standing, UpdateDropped
+
     over, path = threading.Event(), folder / "events.jsonl"
-    tell = listener.on_event if listener is not None else lambda _: None
+
+    def tell(event: Any) -> None:
+        said_already = isinstance(listener, PlainView) and isinstance(
+            event, Standing | UpdateDropped
+        )
+        if listener is not None and not said_already:
+            listener.on_event(event)
+
     thread = threading.Thread(
         target=_follow, args=(path, tell, status, say_dropped, over), daemon=True
     )

@@ -384,10 +384,8 @@ class Aggregator:
                 continue
             if state.outcome == "completed":
                 finished = (self._folder / "summary.json").exists()
-                return self._over(
-                    "the run is over" if finished else "the run is drained; it can be resumed",
-                    finished=finished,
-                )
+                words = "the run is drained; it can be resumed"
+                return self._over(_how_it_ended(self._folder) if finished else words, finished)
             again = attempts.after(state, progress_of(self._folder), time.monotonic())
             self._on_event(again.words)
             run_id, again_s = None, time.monotonic() + again.pause_s
@@ -396,9 +394,9 @@ class Aggregator:
         if run_id is not None:
             with contextlib.suppress(PhotonError):
                 control.stop_run(run_id)
-        return Outcome(self._folder, finished=False)
+        return self._over("the run is stopped; it can be resumed")
 
-    def _over(self, words: str, *, finished: bool = False) -> Outcome:
+    def _over(self, words: str, finished: bool = False) -> Outcome:
         self._on_event(words)
         tell_all(self._roster, f"{self._config.run.name}: {words}")
         return Outcome(self._folder, finished)
@@ -419,8 +417,9 @@ class Aggregator:
         self._told = words
         tell_all(self._roster, words)
         if waiting is not None and lost is None:
-            here = ", ".join(waiting["here"]) or "none"
-            self._on_event(f"{words.removeprefix(name).strip()}; here: {here}")
+            here = ", ".join(waiting["here"])
+            more = f" ({here})" if here else ""
+            self._on_event(f"{words.removeprefix(name).strip()}".replace(" here,", f" here{more},"))
 
     def _tell_end(self, desk: Desk) -> None:
         """Let silos that are here hear how it ended, before the desk goes."""
@@ -472,6 +471,17 @@ class Aggregator:
         if kind in ("joined", "drain", "stop"):
             words = ", ".join(f"{name} {value}" for name, value in detail.items())
             self._on_event(f"{kind}: {words}" if words else kind)
+
+
+def _how_it_ended(folder: Path) -> str:
+    """For every silo's screen: what came out, and where it is."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        rounds, perplexity = summary["rounds"], summary["global_perplexity"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "the run is over"
+    came_to = "diverged" if perplexity is None else f"held-out perplexity {perplexity:.4g}"
+    return f"the run is over: {rounds} rounds, {came_to}; its operator has the model"
 
 
 def _clock(at: float) -> str:

@@ -61,10 +61,15 @@ class Narrator:
                 self.say(f"{presence.detail}; waits for the next task")
             return
         phrase = _PHRASES.get(presence.state, presence.state)
+        if "/evaluate/" in presence.task:
+            if presence.state != "loading":
+                return
+            phrase, detail = "asked to score the global state on its held-out text", ""
         if presence.of and presence.state == "training":
             phrase += f", {presence.of} steps"
         if changed:
-            self.say(f"round {presence.round}: {phrase}{detail}" if presence.round else phrase)
+            in_round = presence.task or presence.round
+            self.say(f"round {presence.round}: {phrase}{detail}" if in_round else phrase)
         elif presence.step:
             steps = f"step {presence.step} of {presence.of}"
             with self._lock:
@@ -76,6 +81,8 @@ class Narrator:
             self.say("the aggregator knows that this node is here; waits for a task")
         elif self._away_since is not None:
             self.say(f"the aggregator answers again (it was away since {_clock(self._away_since)})")
+        elif self._missed:
+            self.say("the aggregator lets this node in again")
         self._heard, self._away_since, self._missed = True, None, ""
         told = answer.get("told")
         told = told if isinstance(told, Mapping) else {}

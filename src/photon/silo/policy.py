@@ -277,8 +277,8 @@ def _refusal(rule: str, asked: str, allowed: str) -> PolicyError:
 def few_silos(least: int) -> str:
     """What a round of fewer than three silos shows, in words for both sides' screens."""
     return (
-        f"a round may merge as few as {least} updates; of two silos each can compute the other's "
-        "update from the result, and one silo's result is its update"
+        f"a round may merge {'one update only' if least == 1 else f'{least} updates only'}: of two "
+        "silos each can compute the other's update from the result, and of one it is the result"
     )
 
 

@@ -520,7 +520,8 @@ class SiloTrainer:
                 answer = replace(answer, reply=signed, sent=True)
                 self._answers.finish(ask, answer)
         self._prune(ask)
-        self._reporter.say("idle", detail=f"round {ask.round}: answered")
+        done = "answered" if ask.fit is not None else "scored"
+        self._reporter.say("idle", detail=f"round {ask.round}: {done}")
         log.info("answered %s", ask.task_id)
         return answer.reply
 
