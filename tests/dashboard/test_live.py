@@ -380,3 +380,5 @@ def test_a_log_tells_how_a_node_trains_and_what_it_changed(stream):
     lines = file.getvalue().splitlines()
     assert lines[1] == f"node 1 trains with fsdp on eight ranks: {reason}"
     assert lines[2].endswith("judicial: out of memory; going on with 4")
+    view.on_event(Notice(round=3, silo="", text="local.lr = 0.1 (was 0.2)"))
+    assert file.getvalue().endswith("round 3/6: local.lr = 0.1 (was 0.2)\n")

@@ -19,6 +19,7 @@ from photon.errors import DiskFullError, MachineError, RunError, RunNotFoundErro
 from photon.telemetry.events import (
     Evaluated,
     LocalProgress,
+    Notice,
     RoundFinished,
     RoundStarted,
     UpdateDropped,
@@ -445,6 +446,23 @@ def test_runs_with_other_tokenizers_are_compared_by_bits_per_byte(folder, stream
     assert f"−{-gap * 100:.1f}%" in page.text
     assert "Bits per byte against this run" in page.text
     assert "held-out bits per byte" in page.text
+
+
+def test_silos_that_tell_no_steps_have_a_curve_of_rounds(folder, stream):
+    whole = list(stream().whole())
+    events = [e for e in whole if not isinstance(e, LocalProgress) or e.silo != "judicial"]
+    silos = read_digest(folder(events)).silos
+    assert [tokens for tokens, _ in silos["judicial"].training] == [
+        262_144 * i for i in range(1, 7)
+    ]
+    assert len(silos["republican"].training) == 24  # four reports a round
+
+
+def test_a_notice_of_the_run_itself_is_of_no_silo(folder, stream):
+    note = Notice(round=2, silo="", text="local.lr = 0.1 (was 0.2)")
+    run = folder([*stream().whole(), note])
+    assert "notice – local.lr = 0.1 (was 0.2)" in read(write_report(run)).text
+    assert "" not in read_digest(run).silos
 
 
 def test_lines_that_are_missing_do_not_matter(folder, stream):

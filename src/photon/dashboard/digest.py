@@ -339,9 +339,10 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
         silo.text_tokens, silo.share = tokens, tokens / whole if whole else None
     drawn = _once(history.of(RoundStarted))
     per_task = started.local_steps * started.batch_size * started.sequence_length
+    stepwise: set[tuple[str, int]] = set()
     for event in history.events:
         name = getattr(event, "silo", None)
-        if name is None:
+        if not name:
             continue
         silo = silos.setdefault(name, SiloDigest(name))
         match event:
@@ -349,8 +350,12 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
                 beside = drawn[event.round].participants if event.round in drawn else [name]
                 within = len(beside) * per_task * event.step / max(1, started.local_steps)
                 silo.training.append((before.get(event.round, 0) + within, event.loss))
+                stepwise.add((name, event.round))
             case LocalFinished():
                 silo.finished(event)
+                # Rounds shorter than run.log_every, and silos that told no steps.
+                if event.loss is not None and (name, event.round) not in stepwise:
+                    silo.training.append((before[event.round + 1], event.loss))
     return silos
 
 

@@ -182,7 +182,8 @@ class PlainView:
                 told, self._waits_for = self._waits_for, event.waits_for
                 return f"waits {event.waits_for}" if event.waits_for not in (None, told) else None
             case Notice():
-                return f"{self._round(event.round)} {event.silo}: {event.text}"
+                where = f"{self._round(event.round)} {event.silo}".rstrip()
+                return f"{where}: {event.text}"
             case UpdateDropped():
                 return f"{self._round(event.round)} dropped {event.silo}: {event.reason}"
             case WorkerLost():
