@@ -3,7 +3,7 @@
     import photon
 
     data = photon.prepare_data(photon.PrepareOptions(input="speeches/", out="data/speeches", iid=4))
-    config = photon.load_config("recipes/demo.toml", ["data.path=data/speeches"])
+    config = photon.load_config("first/run.toml", ["data.path=data/speeches"])
     result = photon.simulate(config, listener=photon.show_progress())
     photon.export(result.folder, "my-model")
     losses = photon.read_run(result.folder).table(photon.events.Evaluated)

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -143,3 +144,43 @@ def test_an_unknown_optimizer_is_refused():
     result = run("--optimizer", "lion")
     assert result.exit_code == 2
     assert "adamw" in result.output
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16_flops", "words"),
+    [
+        (
+            "cpu",
+            2.3e11,
+            "fp32; bf16's matrix products are 2.3 times as fast as fp32's here, so "
+            'compute.precision = "bf16" may',
+        ),
+        (
+            "cpu",
+            0.9e11,
+            "fp32; bf16's matrix products are 0.9 times as fast as fp32's here, so it would gain",
+        ),
+        ("cuda", 8e11, "bf16, whose matrix products are 8 times as fast"),
+    ],
+)
+def test_the_line_on_precision_does_not_contradict_itself(
+    machine, monkeypatch, device, bf16_flops, words
+):
+    machine(**({"devices": (H100,)} if device == "cuda" else {}))
+    monkeypatch.setattr(
+        hardware,
+        "measure_peak",
+        lambda kind, dtype, **_: bf16_flops if dtype is torch.bfloat16 else 1e11,
+    )
+    assert words in " ".join(run().stdout.split())
+
+
+def test_tiny_is_judged_as_it_is_used(machine):
+    machine()
+    found = json.loads(CliRunner().invoke(app, ["--json"]).stdout)
+    tiny, larger = found["presets"]
+    assert (tiny["sequence_length"], tiny["vocab_size"]) == (128, 4096)
+    assert (larger["sequence_length"], larger["vocab_size"]) == (2048, 50_368)
+    assert tiny["parameters"] < 2e6
+    text = " ".join(CliRunner().invoke(app, []).stdout.split())
+    assert "50,368 tokens of vocabulary and sequences of 2,048 (tiny: 4,096 and 128);" in text

@@ -53,12 +53,12 @@ def test_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     assert load_run_config(file).model.preset == "75m"
 
 
-def test_missing_file_names_itself_and_recipes(tmp_path: Path) -> None:
+def test_missing_file_names_itself_and_what_writes_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_run_config(tmp_path / "absent.toml")
     assert caught.value.message == f"no run file at {tmp_path / 'absent.toml'}"
     assert caught.value.hint is not None
-    assert "recipes/" in caught.value.hint
+    assert "`photon init DIR`" in caught.value.hint
 
 
 def test_directory_is_no_run_file(tmp_path: Path) -> None:

@@ -60,3 +60,9 @@ def test_command_prints_writes_and_refuses(
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == reference_page()
     assert main(["--wrong"]) == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_a_row_is_one_line_whatever_its_default() -> None:
+    for line in reference_page().splitlines():
+        if line.startswith("|"):
+            assert line.replace("\\|", "").count("|") == 6, line

@@ -1,7 +1,8 @@
-"""Every `photon ...` line in the pages names a real command with real options."""
+"""Every `photon ...` in pages, hints and errors is a real command with real options."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -86,3 +87,56 @@ def test_every_command_shows_an_example_in_its_help() -> None:
             assert f"`{path}" in (command.help or ""), f"{path} --help has no example"
         for line in commands_in(command.help or ""):
             assert wrong_with(line) is None, f"{path} --help: `{line}`"
+
+
+def strings_in(source: Path) -> list[str]:
+    """A module's strings, docstrings and f-strings among them; X stands for what they put in."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    within = {
+        id(part) for one in ast.walk(tree) if isinstance(one, ast.JoinedStr) for part in one.values
+    }
+    found: list[str] = []
+    for one in ast.walk(tree):
+        if isinstance(one, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "X" for part in one.values]
+            found.append("".join(map(str, parts)))
+        elif isinstance(one, ast.Constant) and isinstance(one.value, str) and id(one) not in within:
+            found.append(one.value)
+    return found
+
+
+def options_of(command: Any) -> set[str]:
+    found = {"--help"}
+    for parameter in command.params:
+        found |= {*parameter.opts, *parameter.secondary_opts}
+    for child in getattr(command, "commands", {}).values():
+        found |= options_of(child)
+    return found
+
+
+SOURCES = sorted((ROOT / "src" / "photon").rglob("*.py"))
+
+
+def test_what_code_and_hints_advise_exists() -> None:
+    checked = 0
+    for source in SOURCES:
+        for text in strings_in(source):
+            for line in re.findall(r"`(photon [a-z][^`]*)`", " ".join(text.split())):
+                line = re.sub(r"\(.*|[\[\]|]| \.\.\.", " ", line)
+                assert wrong_with(line) is None, f"{source.name}: `{line}`"
+                checked += 1
+    assert checked > 100
+
+
+def test_options_that_hints_name_exist() -> None:
+    known, checked = options_of(COMMANDS), 0
+    for source in SOURCES:
+        calls = [
+            one for one in ast.walk(ast.parse(source.read_text())) if isinstance(one, ast.Call)
+        ]
+        for hint in (key.value for call in calls for key in call.keywords if key.arg == "hint"):
+            text = re.sub(r"`[^`]*`", "", ast.unparse(hint))  # whole commands: see above
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", text):
+                assert option in known, f"{source.name}: {text}"
+                checked += 1
+    assert checked > 20

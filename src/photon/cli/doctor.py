@@ -20,15 +20,22 @@ ASSUMED_MFU = 0.4
 
 _LITTLE_DISK_BYTES = 20_000_000_000
 _GAIN_OF_BF16 = 1.2
+#: (sequence length, vocabulary) unless the user says: the usual ones, and for `tiny` those that run
+#: files and `photon data prepare` have by default.
+_USUAL, _TINY = (2048, 50_368), (128, 4096)
 _OPTIMIZERS = ("adamw", "muon", "adopt", "amsgrad", "sgd")
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
     sequence_length: Annotated[
-        int, typer.Option(help="Tokens of a training sequence.", min=2)
-    ] = 2048,
-    vocab_size: Annotated[int, typer.Option(help="Tokens of the tokenizer.", min=2)] = 50368,
+        int | None,
+        typer.Option(help="Tokens of a training sequence; 2048, for tiny 128.", min=2),
+    ] = None,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the tokenizer; 50368, for tiny 4096.", min=2),
+    ] = None,
     optimizer: Annotated[
         str, typer.Option(help=f"Inner optimizer: {', '.join(_OPTIMIZERS)}.")
     ] = "adamw",
@@ -52,7 +59,7 @@ def doctor(
     _show(findings)
 
 
-def examine(sequence_length: int, vocab_size: int, optimizer: str) -> dict[str, Any]:
+def examine(sequence_length: int | None, vocab_size: int | None, optimizer: str) -> dict[str, Any]:
     """All findings as JSON's types; bytes, seconds and FLOP/s are in the names."""
     import torch
 
@@ -68,8 +75,8 @@ def examine(sequence_length: int, vocab_size: int, optimizer: str) -> dict[str, 
         "strategies": _strategies(machine),
         "assumptions": {
             "optimizer": optimizer,
-            "sequence_length": sequence_length,
-            "vocab_size": vocab_size,
+            "sequence_length": sequence_length or _USUAL[0],
+            "vocab_size": vocab_size or _USUAL[1],
             "share_of_peak": ASSUMED_MFU,
         },
         "presets": _presets(machine, precision, sequence_length, vocab_size, optimizer),
@@ -151,8 +158,8 @@ def _strategies(machine: Machine) -> dict[str, Any]:
 def _presets(
     machine: Machine,
     precision: dict[str, Any],
-    sequence_length: int,
-    vocab_size: int,
+    asked_length: int | None,
+    asked_vocabulary: int | None,
     optimizer: str,
 ) -> list[dict[str, Any]]:
     """How each preset trains here: strategy, micro-batch, recomputation, memory, tokens/s."""
@@ -170,6 +177,8 @@ def _presets(
     peak = _device(devices[0], precision)["peak_flops"] * len(devices)
     rows = []
     for preset in SHAPES:
+        usual = _TINY if preset == "tiny" else _USUAL
+        sequence_length, vocab_size = asked_length or usual[0], asked_vocabulary or usual[1]
         model = preset_skeleton(preset, sequence_length, vocab_size, "llama")
         settings = MemorySettings(
             optimizer=optimizer,
@@ -189,6 +198,8 @@ def _presets(
         flops = count_flops(model, sequence_length).per_token
         row: dict[str, Any] = {
             "preset": preset,
+            "sequence_length": sequence_length,
+            "vocab_size": vocab_size,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "flops_per_token": flops,
             "state_bytes": standing,
@@ -288,12 +299,12 @@ def _show(findings: dict[str, Any]) -> None:
     facts["distributed"] = ", ".join(machine["backends"]) or "none in this PyTorch"
     show_table((), facts.items(), frame=False)
     _show_presets(findings)
-    asked = findings["assumptions"]
+    asked, origin = findings["assumptions"], findings["devices"][0]["peak_origin"]
     show(
         f"Memory is estimated for {asked['optimizer']}, {asked['vocab_size']:,} tokens of "
-        f"vocabulary and sequences of {asked['sequence_length']:,}; tokens/s are what "
-        f"{asked['share_of_peak']:.0%} of the {findings['devices'][0]['peak_origin']} peak would "
-        "give, not a measurement."
+        f"vocabulary and sequences of {asked['sequence_length']:,}{_of_tiny(findings)}; "
+        f"tokens/s are what {asked['share_of_peak']:.0%} of the {origin} peak would give, not a "
+        "measurement."
     )
     for title in ("missing", "warnings"):
         for words in findings[title]:
@@ -310,12 +321,26 @@ def _device_words(device: dict[str, Any]) -> str:
     )
 
 
+def _of_tiny(findings: dict[str, Any]) -> str:
+    """What tiny's row assumes where that is not what the others do."""
+    asked, tiny = findings["assumptions"], findings["presets"][0]
+    told = (tiny["vocab_size"], tiny["sequence_length"])
+    if told == (asked["vocab_size"], asked["sequence_length"]):
+        return ""
+    return f" (tiny: {told[0]:,} and {told[1]:,})"
+
+
 def _precision_words(precision: dict[str, Any]) -> str:
-    verdict = "pays" if precision["bf16_pays"] else "does not pay"
-    return (
-        f"auto takes {precision['auto_takes']}; bf16 {verdict}: measured "
-        f"{precision['bf16_over_fp32']:.2g} x the fp32 speed of matrix products"
-    )
+    ratio = f"{precision['bf16_over_fp32']:.2g} times as fast as fp32's here"
+    if precision["auto_takes"] == "bf16":
+        return f"bf16, whose matrix products are {ratio}"
+    if precision["bf16_pays"]:
+        # Only these were measured; the rest of a step is emulated on most CPUs.
+        return (
+            f'fp32; bf16\'s matrix products are {ratio}, so compute.precision = "bf16" may train '
+            "faster: `photon profile` tells"
+        )
+    return f"fp32; bf16's matrix products are {ratio}, so it would gain nothing"
 
 
 def _show_presets(findings: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ def simulate(
 ) -> None:
     """Run a whole federation on this machine.
 
-    Example: `photon simulate recipes/demo.toml --set federation.workers=2`
+    Example: `photon simulate run.toml --set federation.workers=2`
 
     Ctrl-C stops at once; `photon resume DIR` goes on from the last finished round.
     """
@@ -144,7 +144,7 @@ def train(
     (`[train] batch_size` says otherwise). With `--silo`, each on as many as those silos would have
     had in the federation, unless `[train] batch_size` is that of all participants together.
 
-    Example: `photon train recipes/demo.toml --run-dir runs/central`
+    Example: `photon train run.toml --run-dir runs/central`
     """
     _loading(quiet)
     from photon.config import load_run_config

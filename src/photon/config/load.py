@@ -41,7 +41,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
         InvalidValueError: wrong type or out of bounds.
         IncompatibleConfigError: values that can't work together.
     """
-    tree = _read(path, "run file", "Start from one of the files in recipes/.")
+    tree = _read(path, "run file", "`photon init DIR` writes one to start from.")
     return parse_run_config(tree, overrides, source=str(path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -126,6 +127,8 @@ def _default_of(field: dict[str, Any]) -> str:
         return "`[]`" if field["type"] == "array" else "`{}`"
     if field["default"] is None:
         return "not set"
+    if isinstance(field["default"], list):  # tomli_w would give each element a line
+        return f"`{json.dumps(field['default'])}`"
     literal = tomli_w.dumps({"v": field["default"]}).removeprefix("v = ").strip()
     return f"`{literal}`"
 
