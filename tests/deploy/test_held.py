@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from photon.cli.main import app
 from photon.deploy import serve as serving
 from photon.deploy.join import KEY_FILE, RECORD, Node, _write_membership
+from photon.deploy.served_run import reopen_run
 from photon.deploy.supervisor import Supervisor
+from photon.errors import RunExistsError
 from photon.membership.invitation import Invitation, certificate_fingerprint, write_invitation
 from photon.membership.keys import NodeKey
 from photon.silo.policy import Membership
@@ -103,6 +105,14 @@ def test_a_run_that_nobody_holds_is_replaced(live, home, tmp_path, monkeypatch) 
     assert isinstance(result.exception, ZeroDivisionError)
     assert sorted(everything(live)) == ["serve.json", "serve.toml"]
     assert Serving.read(live).run_id != "0" * 32
+
+
+def test_only_where_things_are_may_change_in_a_run_that_goes_on(live, tmp_path) -> None:
+    moved = reopen_run(live, [f"data.path={tmp_path / 'moved'}", "serve.gather_s=5"])
+    assert (moved.data.path, moved.serve.gather_s) == (str(tmp_path / "moved"), 5)
+    for key in ("data.sequence_length=64", "data.path_too=1", "local.steps=3"):
+        with pytest.raises(RunExistsError, match="can't change in a run that has begun"):
+            reopen_run(live, [key])
 
 
 def test_what_a_trainer_says_for_the_screen_is_shown_and_the_rest_is_its_log(home, tmp_path):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from photon.config import load_run_config
 from photon.data import open_data
 from photon.errors import (
     AccessRefusedError,
@@ -210,6 +211,22 @@ def test_too_few_silos_end_the_run_by_name(make_served):
 
 
 # --- who is drawn ----------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_where_its_data_has_moved(served, calm):
+    def drain(silo, ask, times):
+        served.roster.set_setting("draining", ask.round == 1)
+        return silo.answer(ask)
+
+    served.wire.fault = drain
+    assert served.go_on().summary == {}
+    resolved = served.folder / "config.resolved.toml"
+    old = load_run_config(resolved).data.path
+    resolved.write_text(resolved.read_text().replace(old, "/where/it/was"))  # on another host
+    served.wire.fault = lambda silo, ask, times: silo.answer(ask)
+    served.roster.set_setting("draining", False)
+    same(served.go_on().summary, calm)
+    assert load_run_config(resolved).data.path == old
 
 
 def test_those_who_are_here_are_drawn_from(fleet, roster):

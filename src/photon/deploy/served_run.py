@@ -14,6 +14,8 @@ from photon.deploy.freeing import note_leftover
 from photon.errors import RunExistsError, RunNotFoundError
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE, Serving
 
+#: Keys that a start may change, as they begin.
+_MAY_CHANGE = ("serve.", "data.path=")
 #: How much of the end of events.jsonl is read for the round that a run is in.
 _TAIL_BYTES = 1 << 18
 
@@ -56,7 +58,7 @@ def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> 
 
 
 def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
-    """The run file of a run that was served before; [serve] may change from start to start.
+    """The run file of a run that was served before; [serve] may change, and where the data is.
 
     It is read only; what changed is written once the run is held (`Aggregator.run`).
 
@@ -68,11 +70,12 @@ def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
             f"no served run in {folder}: there is no {folder / SERVE_FILE}",
             hint="Name the run folder of an earlier `photon serve`.",
         )
-    changed = [one for one in overrides or [] if not one.strip().startswith("serve.")]
+    # Of the data itself nothing changes: its sha256 is compared before the run goes on.
+    changed = [one for one in overrides or [] if not one.strip().startswith(_MAY_CHANGE)]
     if changed:
         raise RunExistsError(
             f"{changed[0].partition('=')[0].strip()} can't change in a run that has begun",
-            hint="Only keys of [serve] can; for anything else start a new run.",
+            hint="Only data.path and keys of [serve] can; for anything else start a new run.",
         )
     return with_whole_paths(load_run_config(folder / RUN_FILE, overrides or []))
 

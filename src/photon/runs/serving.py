@@ -41,9 +41,10 @@ def continue_run(folder: Path, post: Post) -> RunResult:
     serving = Serving.read(folder)
     begun = (folder / "run.json").exists()
     config = load_run_config(folder / RUN_FILE)
-    if begun:  # what is trained stays as it was resolved; [serve] may change from start to start
+    if begun:  # what is trained stays as it was resolved; where things are may change
         resolved = load_run_config(folder / "config.resolved.toml")
-        config = resolved.model_copy(update={"serve": config.serve})
+        data = resolved.data.model_copy(update={"path": config.data.path})
+        config = resolved.model_copy(update={"serve": config.serve, "data": data})
     with Roster(Path(serving.home) / ROSTER_FILE) as roster:
 
         def ending() -> bool:
