@@ -21,7 +21,7 @@ import pytest
 from photon.deploy import tether
 from photon.deploy.logs import BoundedLog, Herald, merged_line, readable
 from photon.deploy.ports import free_ports
-from photon.deploy.service import exit_words
+from photon.deploy.service import ServiceEvent, exit_words, troubles_to
 from photon.deploy.supervisor import (
     Patience,
     RestartPolicy,
@@ -353,6 +353,18 @@ def test_one_that_is_too_busy_to_answer_is_told_of_and_left_alone(watched, home)
     until(lambda: watched.status("door").state == "up", "its answer", 60)
     assert watched.kinds("door") == ["started", "ready", "unwell", "well"]
     assert watched.status("door").pid == pid
+
+
+def test_the_same_death_again_and_again_is_told_once_in_a_while() -> None:
+    told: list[str] = []
+    tell = troubles_to(told.append)
+    for at, code in ((0.0, 96), (5.0, 96), (10.0, 96), (15.0, 1), (20.0, 96), (700.0, 96)):
+        tell(ServiceEvent(at, "supernode", "died", f"died at {at:g}", exit_code=code))
+        tell(ServiceEvent(at, "supernode", "restarted", "started again, pid 7"))
+    assert told == [f"supernode: died at {at}" for at in (0, 15, 20, 700)]
+    for _ in range(2):
+        tell(ServiceEvent(701.0, "supernode", "ready", "up after 0.3 s"))
+    assert told[4:] == ["supernode: again up after 0.3 s"]
 
 
 # --- the end of the supervisor itself ------------------------------------------------------------

@@ -282,7 +282,7 @@ class _Lines:
 
     def _write(self, line: str) -> None:
         with self._lock:
-            self._log.write(line)
+            self._log.write(f"{time.strftime('%Y-%m-%d')} {line}")
 
 
 @contextmanager

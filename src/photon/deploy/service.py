@@ -17,6 +17,10 @@ State = Literal["starting", "up", "unwell", "pausing", "stopping", "stopped", "l
 Kind = Literal["started", "ready", "unwell", "well", "died", "restarted", "stopped", "given up"]
 
 
+#: A death like the one before is not told again within so many seconds.
+_SAME_S = 600.0
+
+
 @dataclass(frozen=True)
 class Patience:
     """A death that time mends: tried again after a pause, and not counted towards giving up.
@@ -141,11 +145,25 @@ class ServiceStatus:
 
 
 def troubles_to(tell: Callable[[str], None]) -> Callable[[ServiceEvent], None]:
-    """A listener that passes on, in words, what an operator should see of services."""
+    """A listener that passes on, in words, what an operator should see of services.
+
+    One that dies in the same way again and again is said so once in a while, not each time.
+    """
+    last: dict[str, tuple[int | None, float]] = {}
+    down: set[str] = set()
 
     def told(event: ServiceEvent) -> None:
-        if event.kind in ("unwell", "well", "died", "restarted", "given up"):
+        if event.kind in ("unwell", "well", "given up"):
             tell(f"{event.service}: {event.text}")
+        elif event.kind == "died":
+            exit_code, at = last.get(event.service, (None, -_SAME_S))
+            if exit_code != event.exit_code or event.at - at >= _SAME_S:
+                last[event.service] = (event.exit_code, event.at)
+                down.add(event.service)
+                tell(f"{event.service}: {event.text}")
+        elif event.kind == "ready" and event.service in down:
+            down.remove(event.service)
+            tell(f"{event.service}: again {event.text}")
 
     return told
 
