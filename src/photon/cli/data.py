@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from photon.cli.screen import console, say, show, show_table
-from photon.data import PreparedData, PrepareOptions, SiloData, open_data, prepare
 from photon.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from photon.data import PreparedData, SiloData
 
 data_app = typer.Typer(
     help="Prepare text for training, and look at what is prepared.", no_args_is_help=True
@@ -180,6 +182,8 @@ def prepare_command(
     The held-out documents are chosen by a hash of their text, so they are the same however the
     documents are cut into silos. Nothing is fetched unless --input says hf:NAME.
     """
+    from photon.data import PrepareOptions, prepare
+
     options = PrepareOptions(
         input=inputs,
         out=out,
@@ -223,6 +227,8 @@ def show_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """What a prepared folder holds. Example: `photon data show data/speeches --verify`"""
+    from photon.data import open_data
+
     data = open_data(folder, only_to_score=True)
     if verify:
         with progress_bar(console()) as report:
