@@ -22,6 +22,8 @@ from photon.membership.audit import (
     ResumedRecord,
     RoundRecord,
 )
+from photon.membership.chain import BEGINNING
+from photon.membership.signing import LOG, RECEIPT, sign_document
 from photon.membership.verification import verify_audit
 
 RUN = "a" * 32
@@ -406,6 +408,82 @@ def test_a_key_with_another_fingerprint_is_found(path, keys):
     assert found[2].startswith("no record of a member: name")
     assert found[3].startswith("no record of a round")
     assert all(text.isprintable() for text in found)
+
+
+# --- one state a round, and the log's own signatures ----------------------------------------------
+
+OTHER = "6" * 64
+
+
+def test_two_states_in_one_round_are_found(log, path, merged):
+    """An aggregator that gives one silo a state of its own learns more of it than a mean says."""
+    lab, bank = merged("lab", state=STATE), merged("bank", state=OTHER)
+    log.append(ROUND, finished(1, lab, bank))
+    (found,) = problems(path)
+    assert found.startswith(f"bank signed that it trained from state {OTHER[:12]}..., not from")
+    assert STATE[:12] in found
+
+
+def test_a_round_starts_from_the_state_that_the_last_one_led_to(log, path, merged):
+    log.append(ROUND, finished(1, merged("lab", 1, state=OTHER), state=STATE))
+    log.append(ROUND, finished(2, merged("lab", 2, state=STATE), state=OTHER))
+    assert problems(path) == []
+    log.append(ROUND, finished(3, merged("lab", 3, state=STATE)))
+    (found,) = problems(path)
+    assert found.startswith(f"lab signed that it trained from state {STATE[:12]}..., not from")
+    assert OTHER[:12] in found
+
+
+def test_a_restart_goes_on_from_the_state_that_it_says(log, path, merged):
+    for number in (1, 2):
+        log.append(ROUND, finished(number, merged("lab", number, state=STATE), state=STATE))
+    log.append(RESUMED, ResumedRecord(run=RUN, round=1, state_sha256=STATE))
+    log.append(ROUND, finished(2, merged("lab", 2, state=OTHER)))
+    (found,) = problems(path)
+    assert found.startswith(f"lab signed that it trained from state {OTHER[:12]}...")
+
+
+def test_a_head_that_was_never_the_logs_is_found(log, path, merged):
+    """The silos were told of another log than this one."""
+    log.append(ROUND, finished(1, merged("lab", 1, log_head=BEGINNING)))
+    told = log.head
+    log.append(ROUND, finished(2, merged("lab", 2, log_head=told)))
+    # Also an older one: the loop was restarted, and the answer is from before.
+    log.append(ROUND, finished(3, merged("lab", 3, log_head=told)))
+    assert problems(path) == []
+    log.append(ROUND, finished(4, merged("lab", 4, log_head="f" * 64)))
+    (found,) = problems(path)
+    assert "lab was told that the log's head is" in found
+    assert "never was" in found
+
+
+def test_a_log_is_signed_line_by_line(path, keys, merged, join):
+    log = AuditLog(path, keys[4])
+    log.append(MEMBER, MemberRecord.of(join("lab", keys[0])))
+    AuditLog(path, keys[4]).append(ROUND, finished(1, merged("lab")))
+    report = verify_audit(path)
+    assert (report.problems, report.lines) == ([], 3)
+    assert report.aggregator == keys[4].fingerprint
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for change in (
+        {"signature": lines[0]["signature"]},  # of another line
+        {"signature": sign_document(keys[3], LOG, lines[2]["sha256"].encode())},
+        {"signature": sign_document(keys[4], RECEIPT, lines[2]["sha256"].encode())},
+        {"signature": ""},
+        {},
+    ):
+        bare = {name: value for name, value in lines[2].items() if name != "signature"}
+        path.write_bytes(b"".join(canonical(one) + b"\n" for one in (*lines[:2], bare | change)))
+        assert problems(path) == ["the aggregator's signature does not hold"]
+
+
+def test_another_key_that_signs_from_here_on_is_said(path, keys):
+    AuditLog(path, keys[3]).append("note", {})
+    AuditLog(path, keys[4]).append("note", {})
+    report = verify_audit(path)
+    assert report.problems == []
+    assert "from here on another key signs the log" in report.remarks[0]
+    assert report.aggregator == keys[4].fingerprint
 
 
 def test_merged_and_dropped_at_once_is_found(log, path, merged):

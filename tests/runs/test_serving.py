@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -17,7 +18,7 @@ from photon.errors import (
 )
 from photon.federation import Candidates
 from photon.membership.bulletin import told
-from photon.membership.keys import NodeKey
+from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import Presence
 from photon.membership.verification import verify_audit
 from photon.runs import fleet as fleet_module
@@ -83,6 +84,16 @@ def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(
         if update["silo"] == "red"
     ]
     assert signed == [rotated[0], rotated[0], rotated[1]]
+    # The aggregator signed each line, and each round goes on from the last one's state: the silos
+    # have signed that, and what they were told of the log.
+    key = NodeKey.load(tmp_path / "served-0" / "home" / AGGREGATOR_KEY_FILE)
+    assert report.aggregator == key.fingerprint
+    rounds = [line for line in lines if line["kind"] == "round"]
+    told = [json.loads(update["reply"]) for line in rounds for update in line["body"]["merged"]]
+    assert {reply["state"] for reply in told[3:6]} == {rounds[0]["body"]["state_sha256"]}
+    assert {reply["state"] for reply in told[6:]} == {rounds[1]["body"]["state_sha256"]}
+    assert rounds[2]["body"]["state_sha256"] not in (None, rounds[1]["body"]["state_sha256"])
+    assert {reply["log_head"] for reply in told[6:]} == {rounds[1]["sha256"]}
     assert served.roster.setting("waiting") is None
 
 
