@@ -307,15 +307,25 @@ def test_a_diverged_silo_answers_with_its_failure(calm, tmp_path):
 
 def test_progress_is_what_silos_tell(bench):
     def steps(silo, ask, times):
-        bench.wire.be_here(silo.name, state="training", round=1, step=1, of=2, task=ask.task_id)
+        figures = {"loss": 5.5, "lr": 1e-3, "gradient_norm": None, "tokens_per_s": 900.0}
+        # Nothing of a silo that has not said how a step went, and nothing twice.
+        for said in ({}, figures, figures):
+            doing = {"state": "training", "round": 1, "step": 1, "of": 2, "task": ask.task_id}
+            bench.wire.be_here(silo.name, **doing, **said)
+            seen = bench.roster.presences()[silo.name]
+            bench.engine._messenger._watch(Errand(ask), seen, time.time())
+        # Beyond the task's steps there are none.
+        bench.wire.be_here(silo.name, **doing | {"step": 2**52}, **figures)
         seen = bench.roster.presences()[silo.name]
         bench.engine._messenger._watch(Errand(ask), seen, time.time())
         return silo.answer(ask)
 
     bench.on("red", steps)
     bench.answers()
-    (event,) = [event for event in bench.told if isinstance(event, LocalProgress)]
+    event, last = [event for event in bench.told if isinstance(event, LocalProgress)]
     assert (event.silo, event.round, event.step, event.global_step) == ("red", 1, 1, 1)
+    assert (event.loss, event.lr, event.gradient_norm, event.tokens_per_s) == (5.5, 1e-3, None, 900)
+    assert (last.step, last.global_step) == (2, 2)
 
 
 # --- lost on the way -------------------------------------------------------------------------

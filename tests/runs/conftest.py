@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ class Served:
         self.wire = silos_in_process.Wire(self.silos, self.roster)
         #: Held while it is said that one silo is here; hold it to say that one is not.
         self.telling = threading.Lock()
+        #: Called again and again while the run goes on.
+        self.watch: Callable[[], None] = lambda: None
 
     def go_on(self):
         """As another process would; the silos that are not quiet say all the time that they are."""
@@ -70,6 +73,7 @@ class Served:
 
     def _tell(self, over: threading.Event) -> None:
         while not over.wait(0.5):
+            self.watch()
             self._be_here()
 
     def _be_here(self) -> None:

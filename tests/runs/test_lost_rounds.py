@@ -9,11 +9,12 @@ import pytest
 
 from photon.errors import CheckpointCorruptError, QuorumLostError
 from photon.federation import sample_participants
+from photon.membership.refusals import refusing
 from photon.membership.roster import OpenTask, Presence
 from photon.runs.draws import Drawn, Draws
 from photon.silo.trainer import SiloTrainer
 from photon.telemetry import read_history
-from photon.telemetry.events import RoundMerged, RoundStarted
+from photon.telemetry.events import RoundMerged, RoundStarted, UpdateDropped
 
 TWO = ("serve.min_silos=2", "federation.quorum=2", "federation.silence_s=6", "eval.per_silo=false")
 
@@ -182,7 +183,7 @@ def test_a_round_may_be_lost_more_than_once_and_a_loss_be_told_twice(make_served
 
 def test_a_site_is_asked_about_the_new_company(make_served, run_id):
     """An answer that was given for a round of three is not merged into one of two."""
-    run = make_served(*TWO)
+    run = make_served(*TWO, "serve.gather_s=1")
     run.silos["blue"].start("policy.min_participants=3")
     fall_silent(run, 2, "green", "red")
     # By its policy, blue takes part where all three are merged: a quorum of all.
@@ -194,11 +195,62 @@ def test_a_site_is_asked_about_the_new_company(make_served, run_id):
     resolved = run.folder / "config.resolved.toml"
     resolved.write_text(resolved.read_text().replace("quorum = 3", "quorum = 2"))
     come_back(run, "green")
-    with pytest.raises(QuorumLostError, match="1 good updates of 2") as caught:
+    # It refuses, and is not drawn again as it is: the run waits for others.
+    with pytest.raises(QuorumLostError, match=r"1 silos are here \(green\), round 2 needs 2"):
         run.go_on()
-    assert "dropped: blue" in caught.value.message
     assert "policy.min_participants" in lost_lines(run)[-1]["dropped"][0]["reason"]
     assert run.audit().rounds == 1
+
+
+def test_a_silo_that_can_not_train_is_told_of_and_asked_no_more(make_served):
+    run = make_served(*TWO)
+    run.silos["red"].start("policy.max_local_steps=1")
+    run.go_on()
+    assert [run.asked(number) for number in (1, 2, 3)] == [
+        ["blue", "green", "red"],
+        ["blue", "green"],
+        ["blue", "green"],
+    ]
+    (dropped,) = read_history(run.folder).of(UpdateDropped)
+    assert dropped.silo == "red"
+    assert "a task takes 2 local steps; policy.max_local_steps allows 1" in dropped.reason
+    assert run.audit().rounds == 3
+
+
+def test_a_round_lost_by_refusals_is_tried_again_with_who_starts_anew(make_served, run_id):
+    """The run waits for a quorum instead of ending, and says for what and why."""
+    run = make_served(*TWO, "serve.gather_s=60")
+    for name in ("green", "red"):
+        run.silos[name].start("policy.max_local_steps=1")
+    waited = []
+
+    def watch() -> None:
+        """Somebody looks at what is waited for, and mends one silo."""
+        waiting = run.roster.setting("waiting")
+        if waiting and waiting["refusing"] and not waited:
+            waited.append(waiting)
+            run.silos["red"].start()
+            run.wire.boots["red"] = "another process"
+
+    run.watch = watch
+    run.go_on()
+    (waiting,) = waited
+    assert sorted(waiting["refusing"]) == ["green", "red"]
+    assert "policy.max_local_steps allows 1" in waiting["refusing"]["green"]
+    assert waiting["here"] == ["blue"]
+    assert run.asked(1) == ["blue", "blue", "green", "red", "red"]
+    assert [merged(run, number) for number in (1, 2, 3)] == [["blue", "red"]] * 3
+    assert set(refusing(run.roster, run_id)) == {"green"}
+    (lost,) = lost_lines(run)
+    assert (lost["round"], lost["attempt"]) == (1, 1)
+    assert run.audit().rounds == 3
+
+
+def test_reasons_stand_in_the_words_that_end_a_run(make_served):
+    run = make_served(*TWO, "serve.gather_s=0.1", "serve.min_silos=3", "federation.quorum=3")
+    fall_silent(run, 1, "red")
+    with pytest.raises(QuorumLostError, match="dropped: red has not been heard of for 6 s"):
+        run.go_on()
 
 
 def test_fewer_than_the_quorum_are_waited_for(fleet, roster):

@@ -93,6 +93,8 @@ class Wire:
         self.asked: list[Ask] = []
         self.fired: list[str] = []
         self.quiet: set[str] = set()
+        #: By silo, where it is another process than at first.
+        self.boots: dict[str, str] = {}
         self.fault: Callable[[Silo, Ask, int], Answer] = lambda silo, ask, _: silo.answer(ask)
         self._waiting: dict[str, Ask] = {}
 
@@ -121,7 +123,9 @@ class Wire:
 
     def be_here(self, name: str, **what) -> None:
         """What a silo tells the desk."""
-        self.roster.seen(name, Presence(**({"state": "idle", "boot": name} | what)))
+        self.roster.seen(
+            name, Presence(**({"state": "idle", "boot": self.boots.get(name, name)} | what))
+        )
 
 
 def join_all(roster: Roster, silos: Mapping[str, Silo]) -> None:

@@ -9,24 +9,31 @@ import sys
 import pytest
 
 from photon.config.node import PolicyConfig
-from photon.errors import MembershipError, PolicyError
-from photon.federation.envelopes import node_config
-from photon.silo.policy import check, read_membership, require_size
+from photon.errors import MembershipError, PolicyError, ProtocolError
+from photon.federation.envelopes import StatePart, node_config
+from photon.silo.policy import (
+    check,
+    few_silos,
+    least_merged,
+    note_scored,
+    read_membership,
+    require_size,
+)
 
 
 @pytest.fixture
 def judged(aggregator, changed, three_silos):
     """Holds the run, with some keys changed, against a policy; None or the PolicyError."""
 
-    def judge(policy: dict, *, config: dict | None = None, steps: int = 4, **run):
-        ask = aggregator.fit()
+    def judge(policy: dict, *, config: dict | None = None, steps: int = 4, kind="fit", **run):
+        ask = aggregator.fit() if kind == "fit" else aggregator.evaluation()
         tree = {**ask.run.config}
         for dotted, value in (config or {}).items():
             table, key = dotted.split(".")
             tree[table] = {**tree.get(table, {}), key: value}
             if dotted == "model.path":
                 tree[table].pop("preset", None)
-        part = ask.fit.model_copy(update={"steps": steps})
+        part = ask.fit.model_copy(update={"steps": steps}) if ask.fit is not None else None
         ask = changed(ask, run={"config": tree, **run}, fit=part)
         site = {"compute": {}, "data": {"path": str(three_silos)}}
         try:
@@ -57,6 +64,10 @@ def judged(aggregator, changed, three_silos):
         ({"min_participants": 2}, {"config": {"federation.sample": 2}}, "as few as 1"),
         ({"min_participants": 2}, {"config": {"federation.quorum": 1}}, "3 silos"),
         ({"min_participants": 2}, {"silos": ["red", "red", "red", "red"]}, "as few as 1"),
+        ({"max_rounds": 3}, {"config": {"federation.rounds": 3}}, None),
+        ({"max_rounds": 3}, {"config": {"federation.rounds": 4}}, "has 4 rounds"),
+        ({"evaluate": "never"}, {}, None),
+        ({"evaluate": "never"}, {"kind": "evaluate"}, "policy.evaluate allows no state"),
         ({"max_epsilon": 8.0}, {}, "promises no differential privacy"),
         ({"max_local_steps": 4}, {}, None),
         ({"max_local_steps": 3}, {}, "takes 4 local steps; policy.max_local_steps allows 3"),
@@ -86,6 +97,37 @@ def test_every_rule_has_a_test():
     (cases,) = [mark for mark in test_each_rule.pytestmark if mark.name == "parametrize"]
     seen = {rule for policy, _, refused in cases.args[1] if refused for rule in policy}
     assert rules == seen | {"max_parameters"}  # which has a test of its own
+
+
+def test_no_round_is_beyond_the_runs_last(aggregator):
+    ask = aggregator.evaluation(number=aggregator.config.federation.rounds + 1)
+    with pytest.raises(ProtocolError, match="of a run of"):
+        check(ask, aggregator.config, PolicyConfig())
+
+
+def test_one_state_a_round_is_scored(aggregator, tmp_path):
+    """Each score of a state that was made up says something of the text."""
+    once, always = PolicyConfig(), PolicyConfig(evaluate="always")
+
+    def asked(number, state):
+        part = StatePart(round=number, sha256=state * 64)
+        return aggregator.evaluation(number=number, state=part)
+
+    note_scored(asked(2, "a"), once, tmp_path)
+    note_scored(asked(2, "a"), once, tmp_path)  # asked again
+    for number in (1, 2):
+        with pytest.raises(PolicyError, match=r"policy.evaluate allows one state a round"):
+            note_scored(asked(number, "b"), once, tmp_path)
+    note_scored(asked(3, "b"), once, tmp_path)
+    note_scored(asked(2, "c"), always, tmp_path)
+
+
+def test_two_silos_see_through_each_other(aggregator):
+    """The mean of two, less one's own half, is the other's: what both screens warn of."""
+    two = aggregator.run.model_copy(update={"silos": ["blue", "red"]})
+    ask = aggregator.fit().model_copy(update={"run": two})
+    assert least_merged(ask, aggregator.config) == 1
+    assert "as few as 1 updates; of two silos each can compute the other's" in few_silos(1)
 
 
 def test_size():

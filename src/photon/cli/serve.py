@@ -376,9 +376,11 @@ def _waits_for(run: dict[str, Any]) -> str | None:
         return f"until {_minute(lost['until'])}: {lost['why']}"
     if not waiting:
         return None
+    refusing = [f"{silo} ({why})" for silo, why in waiting.get("refusing", {}).items()]
+    out = f"; not asked until it starts anew: {', '.join(refusing)}" if refusing else ""
     return (
         f"for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
-        f"{', '.join(waiting['here']) or 'none'}; until {_minute(waiting['until'])}"
+        f"{', '.join(waiting['here']) or 'none'}; until {_minute(waiting['until'])}{out}"
     )
 
 

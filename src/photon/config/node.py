@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -37,8 +37,17 @@ class PolicyConfig(Section):
     )
     min_participants: Positive = Field(
         default=1,
-        description="Fewest silos whose updates a round merges: with few of them, the aggregate "
-        "says more about each.",
+        description="Fewest silos whose updates a round merges. Of two, each can compute the "
+        "other's update exactly; 3 is the least at which none can.",
+    )
+    evaluate: Literal["always", "once", "never"] = Field(
+        default="once",
+        description="Whether the aggregator may have states scored on this site's held-out text: "
+        "one state a round, any number, or none. Scores of states that were made up for it say "
+        "something of that text.",
+    )
+    max_rounds: Positive | None = Field(
+        default=None, description="Most rounds of a run: each says a little more of the text."
     )
     max_epsilon: Annotated[float, Field(gt=0)] | None = Field(
         default=None,

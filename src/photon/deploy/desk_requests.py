@@ -20,6 +20,7 @@ from photon.errors import (
     ProtocolError,
     StoreUnavailableError,
 )
+from photon.membership.records import MOST_FIGURE
 from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
 from photon.store.contract import require_key
 from photon.store.presign import Presigner
@@ -45,6 +46,7 @@ _Name = Annotated[
 ]
 _Whole = Annotated[int, Field(ge=0, lt=2**53)]
 _Small = Annotated[int, Field(ge=0, lt=2**31)]
+_Figure = Annotated[float, Field(ge=0, le=MOST_FIGURE, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ class PresenceBody(_Part):
     task: Annotated[str, Field(max_length=300, pattern=r"^[A-Za-z0-9._/-]*\z")] = ""
     detail: Annotated[str, Field(max_length=2000)] = ""
     boot: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]*\z")] = ""
+    loss: _Figure | None = None
+    lr: _Figure | None = None
+    gradient_norm: _Figure | None = None
+    tokens_per_s: _Figure | None = None
 
     def presence(self) -> Presence:
         fields = dict(self)

@@ -40,6 +40,7 @@ class RoundCosts:
     bytes_up: int = 0
     bytes_down: int = 0
     dropped: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
 
 
 class Ledger:

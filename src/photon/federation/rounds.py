@@ -101,8 +101,8 @@ class Federation:
             Whether the run is over; false where it is to drain.
 
         Raises:
-            QuorumLostError: a round had too few good updates, which the fleet was told; or too few
-                silos came. The last checkpoint stands.
+            QuorumLostError: a round had too few good updates and the fleet has no others to try it
+                with; or too few silos came. The last checkpoint stands.
         """
         rounds = self._config.federation.rounds
         if self._ledger.state.round == 0:
@@ -117,8 +117,8 @@ class Federation:
             try:
                 self._run_round(number, candidates)
             except QuorumLostError:
-                self._fleet.lost(number)
-                raise
+                if not self._fleet.lost(number):
+                    raise
         if self._ledger.evaluated_round != rounds:
             self._evaluate(rounds)
         return True
@@ -198,6 +198,8 @@ class Federation:
                     costs.tokens += receipt.tokens
                 else:
                     costs.dropped.append(receipt.silo)
+                    named = reason.startswith(receipt.silo)
+                    costs.reasons.append(reason if named else f"{receipt.silo}: {reason}")
                     self._ledger.recorder.emit(
                         UpdateDropped(round=number, silo=receipt.silo, reason=reason)
                     )
@@ -227,7 +229,7 @@ class Federation:
             self._merging.discard()
         raise QuorumLostError(
             f"round {number} has {len(merged)} good updates of {asked}, the quorum is {quorum}; "
-            f"dropped: {', '.join(costs.dropped) or 'none'}",
+            f"dropped: {'; '.join(costs.reasons) or 'none'}",
             hint=f"Round {number - 1} is saved. See update_dropped in events.jsonl, mend the "
             "silo, then `photon resume`.",
         )

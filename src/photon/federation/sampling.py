@@ -36,8 +36,12 @@ class Fleet(Protocol):
         """
         ...
 
-    def lost(self, round_number: int) -> None:
-        """Told that too few of a round's participants gave good updates."""
+    def lost(self, round_number: int) -> bool:
+        """Told that too few of a round's participants gave good updates.
+
+        Returns:
+            Whether another attempt will be made with others.
+        """
         ...
 
     def present(self) -> list[str]:
@@ -58,8 +62,9 @@ class FixedFleet:
     def drawn_from(self, round_number: int) -> Candidates:
         return Candidates(self.tokens)
 
-    def lost(self, round_number: int) -> None:
+    def lost(self, round_number: int) -> bool:
         """The round can be attempted with the same silos only."""
+        return False
 
     def present(self) -> list[str]:
         return sorted(self.tokens)

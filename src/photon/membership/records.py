@@ -8,6 +8,9 @@ from typing import Literal
 
 from photon.errors import ProtocolError
 
+#: No figure that a node tells of its training is larger.
+MOST_FIGURE = 1e15
+
 Status = Literal["active", "suspended", "expelled"]
 
 #: Names of members are names of folders in the store.
@@ -85,6 +88,8 @@ class Presence:
         run: id of the run.
         step, of: optimizer steps done, and to do.
         task: id of the task that is worked on.
+        loss, lr, gradient_norm, tokens_per_s: of the newest step that was reported; None where the
+            node said nothing of it.
         boot: random; a node draws it anew each time it starts.
     """
 
@@ -96,6 +101,10 @@ class Presence:
     task: str = ""
     detail: str = ""
     boot: str = ""
+    loss: float | None = None
+    lr: float | None = None
+    gradient_norm: float | None = None
+    tokens_per_s: float | None = None
 
 
 @dataclass(frozen=True)

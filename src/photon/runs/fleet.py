@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from photon.config import RunConfig
 from photon.errors import QuorumLostError
 from photon.federation import Candidates
+from photon.membership.refusals import refusing
 from photon.membership.roster import Roster
 from photon.runs.draws import Drawn, Draws
 
@@ -81,11 +82,14 @@ class JoinedFleet:
             self._draws.keep(round_number, begun)
         return Candidates(begun.tokens, begun.attempt)
 
-    def lost(self, round_number: int) -> None:
+    def lost(self, round_number: int) -> bool:
         drawn = self._begun(round_number)
-        if drawn is not None:
-            self._on_lost(round_number, drawn.attempt)
-            self._draws.lose(round_number)
+        if drawn is None:
+            return False
+        self._on_lost(round_number, drawn.attempt)
+        self._draws.lose(round_number)
+        # Without those who will not, another draw is another round; else it would end as this one.
+        return bool(refusing(self._roster, self._run_id).keys() & drawn.tokens.keys())
 
     def present(self) -> list[str]:
         return sorted(self._here())
@@ -108,6 +112,7 @@ class JoinedFleet:
                     "for_silos": needed,
                     "round": round_number,
                     "here": sorted(here),
+                    "refusing": refusing(self._roster, self._run_id),
                     "until": until,
                 }
                 if waiting != told:
@@ -134,10 +139,12 @@ class JoinedFleet:
     def _here(self) -> dict[str, int]:
         seen, now = self._roster.presences(), time.time()
         silence_s = self._config.federation.silence_s
+        out = refusing(self._roster, self._run_id)
         return {
             name: tokens
             for name, tokens in self._tokens().items()
             if name in seen
+            and name not in out
             and now - seen[name][1] < min(60.0, silence_s)
             and seen[name][0].state != "stopping"
         }

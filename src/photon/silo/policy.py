@@ -22,6 +22,7 @@ from photon.errors import (
 )
 from photon.membership.keys import canonical_pem
 from photon.store.dialling import Allowed
+from photon.store.disk import write_json
 from photon.store.granted_store import require_origin
 from photon.version import photon_version
 
@@ -177,6 +178,8 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
     ]
     if strangers:
         raise _refusal("peers", f"{_some(strangers)} would take part too", _listed(policy.peers))
+    if ask.round > config.federation.rounds:
+        raise ProtocolError(f"round {ask.round} of a run of {config.federation.rounds}")
     least = least_merged(ask, config)
     if least < policy.min_participants:
         raise _refusal(
@@ -191,6 +194,12 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
             "the run promises no differential privacy (this version of Photon has none)",
             f"an epsilon of at most {policy.max_epsilon:g}",
         )
+    if policy.max_rounds is not None and config.federation.rounds > policy.max_rounds:
+        raise _refusal(
+            "max_rounds", f"it has {config.federation.rounds} rounds", f"{policy.max_rounds}"
+        )
+    if ask.evaluate is not None and policy.evaluate == "never":
+        raise _refusal("evaluate", "a state is to be scored on this site's text", "no state")
     steps = max(config.local.steps, ask.fit.steps if ask.fit is not None else 0)
     if policy.max_local_steps is not None and steps > policy.max_local_steps:
         raise _refusal(
@@ -208,6 +217,33 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
         raise _refusal(
             "trust_tokenizer", f"the run's tokenizer has sha256 {ask.run.tokenizer}", trusted
         )
+
+
+def note_scored(ask: Ask, policy: PolicyConfig, folder: Path) -> None:
+    """Refuse to score another state than a round's one, and write down which that is.
+
+    Args:
+        folder: of the run in the node's home.
+
+    Raises:
+        PolicyError: policy.evaluate allows one state a round, and rounds go up.
+        DiskFullError: no room.
+    """
+    path, wanted = folder / "scored.json", {"round": ask.round, "state": ask.state.sha256}
+    try:
+        last = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        last = None
+    if last == wanted:
+        return
+    if policy.evaluate == "once" and last is not None and ask.round <= last["round"]:
+        raise _refusal(
+            "evaluate",
+            f"another state is to be scored in round {ask.round}, after one of round "
+            f"{last['round']} was",
+            "one state a round",
+        )
+    write_json(path, wanted, "which state was scored")
 
 
 def require_size(parameters: int, policy: PolicyConfig) -> None:

@@ -66,6 +66,7 @@ from photon.federation.tasks import (
 )
 from photon.link import Carrier, Header, Ref, write_parcel
 from photon.membership.keys import NodeKey
+from photon.membership.records import MOST_FIGURE
 from photon.membership.roster import SignedReply
 from photon.membership.signing import RECEIPT, sign_document
 from photon.models import model_fingerprint, trainable_parameters
@@ -75,6 +76,7 @@ from photon.silo.policy import (
     check,
     few_silos,
     least_merged,
+    note_scored,
     require_data,
     require_for_us,
     require_size,
@@ -107,6 +109,9 @@ _RUNS_KEPT = 4
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 
 _PASSING = (StoreUnavailableError, TransferStalledError, UnreachableError)
+
+#: Of a step, what the aggregator is told while a silo trains.
+_FIGURES = ("loss", "lr", "gradient_norm", "tokens_per_s")
 
 #: Optimizer tensors that a silo keeps for each weight, at most.
 _MOST_MOMENTS = 3
@@ -367,6 +372,8 @@ class SiloTrainer:
         data = site.data()
         require_data(ask, data, site.registered)
         running = self._run_of(ask, config, data)
+        if ask.evaluate is not None:
+            note_scored(ask, site.node.policy, site.home / "nodes" / ask.run.id)
         self._require_room(running)
         self._answers.begin(ask)
         state = self._receive(ask, running, left_s)
@@ -599,7 +606,8 @@ class SiloTrainer:
         if isinstance(event, LocalProgress):
             loss, speed = (event.loss or math.nan), (event.tokens_per_s or math.nan)
             words = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
-            self._reporter.add(step=event.step, detail=words)
+            told = {name: _figure(getattr(event, name)) for name in _FIGURES}
+            self._reporter.add(step=event.step, detail=words, **told)
             log.info("round %d, step %d: %s", event.round, event.step, words)
         elif isinstance(event, ComputeChosen):
             log.info("trains on %s, %s: %s", event.device, event.strategy, event.reason)
@@ -676,6 +684,11 @@ def _state_shapes(skeleton: nn.Module, config: RunConfig) -> dict[str, torch.Siz
         inner = InnerOptimizer(skeleton, config.local).initial_state()
         shapes |= {OPTIMIZER + name: one.shape for name, one in inner.items()}
     return shapes
+
+
+def _figure(value: float | None) -> float | None:
+    """As the desk takes it: finite and within bounds, or not told."""
+    return value if value is not None and 0 <= value <= MOST_FIGURE else None
 
 
 def _failed(number: int, silo: str, error: NonFiniteError) -> Receipt:

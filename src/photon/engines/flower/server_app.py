@@ -42,7 +42,7 @@ def make_app(
         try:
             run(FlowerPost(grid, (roster or served_roster)()))
         except PhotonError as error:
-            raise EndedError(f"photon-exit-{error.exit_code}: {error.message[:1000]}") from error
+            raise EndedError(f"photon-exit-{error.exit_code}: {error.message[:4000]}") from error
 
     return app
 

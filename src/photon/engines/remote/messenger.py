@@ -9,7 +9,6 @@ has not answered when the round's time is over.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -27,6 +26,7 @@ from photon.errors import (
     error_of,
 )
 from photon.federation.envelopes import Ask, Reply, encoded, parse_ask, parse_reply
+from photon.membership.refusals import LASTING, note_refusal
 from photon.membership.roster import OpenTask, Presence, Roster, SignedReply
 from photon.membership.signing import RECEIPT, verify_document
 from photon.telemetry import Event
@@ -195,22 +195,22 @@ class Messenger:
             self._push(errand, now_s)
 
     def _progress(self, ask: Ask, presence: Presence) -> None:
-        """Tell of a silo's steps, as far as they are new."""
+        """Tell of a silo's steps, as far as they are new and it said how they went."""
         at = (presence.round, presence.step)
-        if ask.kind != "fit" or not presence.step or self._told.get(ask.silo) == at:
+        if ask.fit is None or presence.loss is None or self._told.get(ask.silo) == at:
             return
         self._told[ask.silo] = at
-        assert ask.fit is not None
+        step = min(presence.step, ask.fit.steps)
         self._on_event(
             LocalProgress(
                 round=ask.round,
                 silo=ask.silo,
-                step=presence.step,
-                global_step=ask.fit.global_step + presence.step,
-                loss=math.nan,
-                lr=math.nan,
-                gradient_norm=math.nan,
-                tokens_per_s=math.nan,
+                step=step,
+                global_step=ask.fit.global_step + step,
+                loss=presence.loss,
+                lr=presence.lr,
+                gradient_norm=presence.gradient_norm,
+                tokens_per_s=presence.tokens_per_s,
             )
         )
 
@@ -269,6 +269,8 @@ class Messenger:
         error = error_of(refusal.code)(f"{reply.silo}: {refusal.message}", hint=refusal.hint)
         errand.troubles += 1
         self._roster.journal.note(reply.silo, "refused", refusal.message)
+        if errand.ask.fit is not None and issubclass(error_of(refusal.code), LASTING):
+            note_refusal(self._roster, errand.ask.run.id, reply.silo, refusal.message)
         if 70 <= refusal.code < 80 and errand.troubles < ATTEMPTS:  # its link's trouble may pass
             errand.again(now_s, refusal.message)
         else:
