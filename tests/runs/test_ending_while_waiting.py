@@ -54,7 +54,7 @@ def test_before_the_first_round(word, make_served):
     assert result.summary == {}
     assert run.roster.setting("waiting") is None
     assert run.wire.asked == []
-    assert run.audit().lines == 0
+    assert (run.audit().lines, run.audit().rounds) == (1, 0)  # with which key it is signed
 
 
 def test_between_rounds_and_on_again(make_served, calm):

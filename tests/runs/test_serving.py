@@ -128,6 +128,7 @@ def test_a_crash_between_checkpoint_and_record_is_made_good(served, calm, monkey
     assert fired == [1]
     assert verify_audit(served.folder).problems  # a checkpoint that the log knows nothing of
     served.silos["green"].start()
+    served.wire.boots["green"] = "another process"
     served.roster.set_setting("draining", True)
     served.go_on()
     report = served.audit()
