@@ -28,6 +28,8 @@ from photon.telemetry.events import (
 State = Literal["finished", "stopped", "unfinished"]
 Measure = Literal["loss", "perplexity", "bits_per_byte"]
 
+#: What a round's time goes into; "other" is what nothing accounts for.
+PHASES = ("local training", "evaluation", "merging", "checkpoint", "other")
 #: Bytes per token may differ by so much between runs that score the same text with one tokenizer.
 SAME_TOKENIZER = 0.01
 #: The incident that counts against a silo.
@@ -58,23 +60,13 @@ class EvaluationPoint:
 
 @dataclass(frozen=True)
 class RoundCost:
-    """Bytes and wall-clock seconds of a finished round; `other_s` is what no phase accounts for."""
+    """Bytes and wall-clock seconds of a finished round, whole and by what they went into."""
 
     round: int
-    tokens: int
     bytes_up: int
     bytes_down: int
     round_s: float
-    local_train_s: float
-    eval_s: float
-    merge_s: float
-    checkpoint_s: float
-    dropped: int
-
-    @property
-    def other_s(self) -> float:
-        known_s = self.local_train_s + self.eval_s + self.merge_s + self.checkpoint_s
-        return max(0.0, self.round_s - known_s)
+    phases_s: dict[str, float]
 
 
 @dataclass
@@ -90,7 +82,6 @@ class SiloDigest:
     text_tokens: int | None = None
     share: float | None = None
     rounds: int = 0
-    tokens: int = 0
     last_loss: float | None = None
     dropped: int = 0
     throughput: list[float] = field(default_factory=list)
@@ -108,7 +99,6 @@ class SiloDigest:
     def finished(self, event: LocalFinished) -> None:
         """Count a task in."""
         self.rounds += 1
-        self.tokens += event.tokens
         self.last_loss = event.last_loss
         if event.train_s > 0:
             self.throughput.append(event.tokens / event.train_s)
@@ -201,13 +191,9 @@ class RunDigest:
     @property
     def phases_s(self) -> list[tuple[str, float]]:
         """Seconds of the whole run by phase; what is left of the wall clock is `other`."""
-        known = [
-            ("local training", sum(cost.local_train_s for cost in self.rounds)),
-            ("evaluation", sum(cost.eval_s for cost in self.rounds) + self.setup_eval_s),
-            ("merging", sum(cost.merge_s for cost in self.rounds)),
-            ("checkpoint", sum(cost.checkpoint_s for cost in self.rounds)),
-        ]
-        return [*known, ("other", max(0.0, self.wall_s - sum(seconds for _, seconds in known)))]
+        known = {name: sum(cost.phases_s[name] for cost in self.rounds) for name in PHASES[:-1]}
+        known["evaluation"] += self.setup_eval_s
+        return [*known.items(), (PHASES[-1], max(0.0, self.wall_s - sum(known.values())))]
 
     @property
     def utilisation(self) -> float | None:
@@ -362,19 +348,17 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
 def _rounds(history: RunHistory) -> list[RoundCost]:
     costs: dict[int, RoundCost] = {}
     for event in history.of(RoundFinished):
-        # Workers that train side by side may add up to more seconds than the round had.
         rest_s = event.eval_s + event.merge_s + event.checkpoint_s
+        # Workers that train side by side may add up to more seconds than the round had.
+        train_s = min(event.local_train_s, max(0.0, event.round_s - rest_s))
+        other_s = max(0.0, event.round_s - rest_s - train_s)
+        spent_s = (train_s, event.eval_s, event.merge_s, event.checkpoint_s, other_s)
         costs[event.round] = RoundCost(
             round=event.round,
-            tokens=event.tokens,
             bytes_up=event.bytes_up,
             bytes_down=event.bytes_down,
             round_s=event.round_s,
-            local_train_s=min(event.local_train_s, max(0.0, event.round_s - rest_s)),
-            eval_s=event.eval_s,
-            merge_s=event.merge_s,
-            checkpoint_s=event.checkpoint_s,
-            dropped=len(event.dropped),
+            phases_s=dict(zip(PHASES, spent_s, strict=True)),
         )
     return [costs[number] for number in sorted(costs)]
 

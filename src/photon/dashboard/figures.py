@@ -27,16 +27,15 @@ from photon.dashboard.canvas import (
     to_svg,
 )
 from photon.dashboard.digest import (
+    PHASES,
     SAME_TOKENIZER,
     EvaluationPoint,
     Measure,
-    RoundCost,
     RunDigest,
     curve,
     cut_alike,
 )
 
-_PHASES = ("local training", "evaluation", "merging", "checkpoint", "other")
 _GLOBAL = "shared held-out"
 _MOST_COLUMNS = 64
 #: Bytes per token may differ by so much from one silo's text to another's.
@@ -273,14 +272,14 @@ def time_per_round(digest: RunDigest) -> Drawing | None:
     figure, axes = new_axes(HALF)
     xs = [cost.round for cost in digest.rounds]
     bottom = [0.0] * len(xs)
-    for phase, colour in zip(_PHASES, palette.PHASES_LIGHT, strict=True):
-        heights = [_phase_s(cost, phase) / scale for cost in digest.rounds]
+    for phase, colour in zip(PHASES, palette.PHASES_LIGHT, strict=True):
+        heights = [cost.phases_s[phase] / scale for cost in digest.rounds]
         axes.bar(xs, heights, bottom=bottom, width=_bar_width(xs), color=colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     round_ticks(axes, xs)
     axes.set_xlim(min(xs) - 0.7, max(xs) + 0.7)
     name_axes(axes, "round", f"{unit} per round")
-    legend = [(phase, f"var(--phase-{i})") for i, phase in enumerate(_PHASES)]
+    legend = [(phase, f"var(--phase-{i})") for i, phase in enumerate(PHASES)]
     caption = "Wall-clock time of each round and what it was spent on."
     svg = to_svg(figure, "time", f"Stacked bars. {caption}")
     return Drawing("Where the time went, round by round", svg, caption, legend=legend)
@@ -398,17 +397,6 @@ def _left_out(points: Sequence[EvaluationPoint]) -> str:
         return ""
     word = wording.several(missing, "evaluation")
     return f" {wording.sentence(word)} gave no finite number and can't be drawn."
-
-
-def _phase_s(cost: RoundCost, phase: str) -> float:
-    attribute = {
-        "local training": "local_train_s",
-        "evaluation": "eval_s",
-        "merging": "merge_s",
-        "checkpoint": "checkpoint_s",
-        "other": "other_s",
-    }[phase]
-    return getattr(cost, attribute)
 
 
 def _bar_width(xs: Sequence[int]) -> float:
