@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from photon.config import ComputeConfig
-from photon.data import PreparedData, held_out_text, open_data
+from photon.data import PreparedData, held_out_text, load_tokenizer, open_data
 from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
 from photon.models import (
@@ -22,12 +21,21 @@ from photon.models import (
     ModelCard,
     context_length,
     export_model,
-    generate_text,
+    generate_tokens,
+    license_of,
     load_pretrained,
     sequences_at_once,
     tokenizer_file_of,
 )
-from photon.runs import load_weights, read_summary, require_same_tokenizer, tokenizer_folder
+from photon.runs import (
+    load_weights,
+    read_record,
+    read_summary,
+    require_same_tokenizer,
+    tokenizer_folder,
+)
+from photon.telemetry import read_history
+from photon.telemetry.events import RunStarted
 from photon.training import MicroBatch, Ranks, plan_compute, within_memory
 
 
@@ -51,25 +59,40 @@ def export(
     dtype: Literal["float32", "bfloat16"] = "float32",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    license: str | None = None,
+    languages: Sequence[str] = (),
 ) -> Path:
     """Write a run's newest checkpoint as a Hugging Face folder.
+
+    Args:
+        license: for the model card, as the hub spells it; a pretrained model's own by default.
+        languages: of the text, for the model card, as the hub spells them.
 
     Raises:
         RunNotFoundError: no run there.
         ModelError: `out` exists and `overwrite` is not set.
     """
     model, config = load_weights(run_folder)
-    summary = read_summary(run_folder) or {}
+    record, summary = read_record(Path(run_folder)), read_summary(run_folder) or {}
+    silos, kind = record["silos"], record["kind"]
+    begun = [event.started_at for event in read_history(run_folder).of(RunStarted)]
+    base = config.model.path if config.model.init == "pretrained" else None
     card = ModelCard(
         run=config.run.name,
-        photon_version=summary.get("photon_version", ""),
+        photon_version=record["photon_version"],
+        how=kind,
+        date=begun[0][:10] if begun else None,
         rounds=summary.get("rounds"),
         tokens=summary.get("tokens"),
-        silos=len(summary.get("per_silo", {})) or None,
+        # Which organisations they were is theirs to say.
+        silos=str(len(silos)) if kind == "serve" else _listed(silos),
         perplexity=summary.get("global_perplexity"),
         bits_per_byte=summary.get("bits_per_byte"),
         weights_sha256=summary.get("weights_sha256"),
-        base_model=config.model.path if config.model.init == "pretrained" else None,
+        # A path of this machine is nobody else's business.
+        base_model=base and (base.removeprefix(HUB_PREFIX) if _on_hub(base) else Path(base).name),
+        license=license or (base and license_of(Path(base))),
+        languages=tuple(languages),
     )
     export_model(
         model,
@@ -155,31 +178,58 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """Continue a prompt with a run's model or an exported one; returns the continuation only.
+    """Continue a prompt with a run's model or one in a Hugging Face folder.
+
+    Args:
+        prompt: text to continue; empty begins a document.
+
+    Returns:
+        The continuation alone: `prompt + generate(...)` is the whole text.
 
     Raises:
         ModelError: the folder is neither a run nor a model.
+        DataError: its tokenizer can't be read.
+        InvalidValueError: a sampling setting is out of bounds.
     """
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-    }
-    if not is_run(folder):
+    if is_run(folder):
+        model, _ = load_weights(folder)
+        tokenizer = load_tokenizer(tokenizer_folder(folder))
+    else:
         _require_model(folder)
-        return generate_text(Path(folder), prompt, **settings)
-    scratch = Path(tempfile.mkdtemp(prefix="photon-generate-"))
-    try:
-        export(folder, scratch / "model")
-        return generate_text(scratch / "model", prompt, **settings)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        model = load_pretrained(str(folder))
+        tokenizer = load_tokenizer(folder)
+    network: Any = model
+    others = network.generation_config.eos_token_id or ()
+    others = {others} if isinstance(others, int) else {*others}
+    # As text was cut for training: nothing is put around it, and nothing in it is special.
+    start = tokenizer.encode([prompt])[0] or [tokenizer.eos_id]
+    ids = generate_tokens(
+        model,
+        start,
+        {tokenizer.eos_id, *others},
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    # Decoding the new tokens alone would lose the space before the first word of some tokenizers.
+    decode = tokenizer.tokenizer.decode
+    before, whole = decode(start), decode(ids)
+    return whole[len(before) :] if whole.startswith(before) else decode(ids[len(start) :])
+
+
+def _on_hub(name: str) -> bool:
+    return name.startswith(HUB_PREFIX)
+
+
+def _listed(silos: Sequence[str], most: int = 20) -> str:
+    rest = len(silos) - most
+    return f"{len(silos)}: {', '.join(silos[:most])}" + (f" and {rest} more" if rest > 0 else "")
 
 
 def _require_model(folder: str | os.PathLike[str]) -> None:
-    if not Path(folder).exists() and not str(folder).startswith(HUB_PREFIX):
+    if not Path(folder).exists() and not _on_hub(str(folder)):
         raise ModelError(
             f"no run or model in {folder}: there is no such folder",
             hint="Name the folder of a run or of a Hugging Face model. A model on the hub is named "

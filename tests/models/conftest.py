@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, GPT2Config, MistralConfig, Qwen2Config
 
 from photon.config import ModelConfig
@@ -64,6 +64,18 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def put_around() -> Callable[[Tokenizer, str], None]:
+    """Makes a tokenizer begin and close each text with a token, as many do."""
+
+    def put(tokenizer: Tokenizer, token: str) -> None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{token} $A {token}", special_tokens=[(token, tokenizer.token_to_id(token))]
+        )
+
+    return put
 
 
 @pytest.fixture(scope="session")

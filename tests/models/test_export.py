@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from photon.config import ModelConfig
 from photon.errors import DiskFullError, ModelError
-from photon.models import ModelCard, build_model, export_model
+from photon.models import ModelCard, build_model, export_model, license_of
 from photon.models import export as export_module
+from photon.models.export import render_card
 
 VOCABULARY, LENGTH = 320, 32  # of conftest.py
 CARD = ModelCard(
@@ -24,7 +26,7 @@ CARD = ModelCard(
     photon_version="0.1.0",
     rounds=12,
     tokens=3_145_728,
-    silos=4,
+    silos="4",
     perplexity=23.4567,
     bits_per_byte=1.2345,
     weights_sha256="ab" * 32,
@@ -137,6 +139,63 @@ def test_a_tokenizers_own_files_are_kept_and_nothing_else(
     assert AutoModelForCausalLM.from_pretrained(out).config.model_type == "llama"
 
 
+def test_what_a_tokenizer_would_put_around_a_text_is_taken_out(
+    model: Any,
+    tokenizer_folder: Path,
+    put_around: Callable[[Tokenizer, str], None],
+    tmp_path: Path,
+) -> None:
+    """Training never saw it: a first token before a prompt, an end that closes it."""
+    raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    text = "The silo keeps its text."
+    expected = raw.encode(text).ids
+    put_around(raw, "<|endoftext|>")
+    assert raw.encode(text).ids == [0, *expected, 0]
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    raw.save(str(source / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    settings["bos_token"] = "!"
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_model(model, tmp_path / "out", tokenizer_folder=source, card=CARD)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert loaded(text)["input_ids"] == expected
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for ids in (exported.config, exported.generation_config):  # as the tokenizer says, not before
+        assert ids.bos_token_id == loaded.bos_token_id == raw.token_to_id("!") != 0
+        assert ids.eos_token_id == loaded.eos_token_id == 0
+
+
+def test_a_batch_of_prompts_goes_through_a_pipeline(out: Path) -> None:
+    (out / "tokenizer_config.json").unlink()
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    again = out.parent / "again"
+    (out / "tokenizer_config.json").write_text(json.dumps(settings))
+    export_model(trained(ModelConfig(preset="tiny")), again, tokenizer_folder=out, card=CARD)
+    write = pipeline("text-generation", model=str(again), device="cpu")
+    prompts = ["The silo", "Rounds are rare, and every update"]
+    together = write(prompts, batch_size=2, max_new_tokens=4, do_sample=False)
+    for prompt, made in zip(prompts, together, strict=True):
+        assert write(prompt, max_new_tokens=4, do_sample=False) == made
+    # No row of the embedding is left out when the export is trained on.
+    kept = ModelConfig(path=str(again), init="pretrained")
+    model = build_model(kept, vocab_size=VOCABULARY, sequence_length=LENGTH, eos_id=0, seed=0)
+    assert model.get_input_embeddings().padding_idx is None
+
+
+def test_everybody_may_read_it_whom_the_umask_lets(
+    model: Any, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    before = os.umask(0o027)
+    try:
+        export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, card=CARD)
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o640}, modes
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
 def test_the_configuration_suits_servers(out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -193,6 +252,29 @@ def test_the_card_tells_the_run(out: Path) -> None:
     assert "license" not in front
     for fact in ("# hospital-run", "3,145,728", "23.4567", "1.2345", "ab" * 32, "0.1.0"):
         assert fact in text
+    assert "| Licence | not stated |" in text
+    assert "| Silos | 4 |" in text
+    assert "organisations that kept their data" in " ".join(text.split())
+
+
+def test_the_card_of_a_simulation_says_so(
+    model: Any, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    card = ModelCard(
+        run="r", photon_version="0", how="simulate", date="2026-05-04", silos="2: blue, red",
+        license="mit", languages=("en", "de"),
+    )  # fmt: skip
+    text = render_card(card, model)
+    assert "simulation of a federation" in text
+    assert "organisations" not in text
+    for fact in ("2: blue, red", "2026-05-04", "| Languages | en, de |", "| Licence | mit |"):
+        assert fact in text
+    assert 'language: ["en", "de"]' in text.split("---\n")[1]
+    (tmp_path / "README.md").write_text(text)
+    assert license_of(tmp_path) == "mit"
+    (tmp_path / "README.md").write_text("# A card\n\nlicense: of another kind\n")
+    assert license_of(tmp_path) is None
+    assert license_of(tmp_path / "nowhere") is None
 
 
 def test_the_cards_front_matter_is_yaml(model: Any, tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -263,7 +345,7 @@ def test_a_failure_leaves_nothing_behind(
         fired.append(True)
         raise failure
 
-    monkeypatch.setattr(export_module, "_copy_tokenizer", fail)
+    monkeypatch.setattr(export_module, "_save_weights", fail)
     with pytest.raises(kind):
         export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, card=CARD)
     assert fired

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from photon import products
 from photon.config import ModelConfig
-from photon.errors import InvalidValueError, ModelError
-from photon.models import ModelCard, build_model, export_model, generate_text, load_exported
+from photon.errors import DataNotFoundError, InvalidValueError, ModelError
+from photon.models import ModelCard, build_model, export_model
 
 VOCABULARY, LENGTH = 320, 32  # of conftest.py
 
@@ -36,7 +40,12 @@ def exported(
 
 
 def generate(folder: Path, prompt: str = "The silo", **changes: Any) -> str:
-    return generate_text(folder, prompt, **{"max_new_tokens": 8, "seed": 0, **changes})
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+    return products.generate(folder, prompt, **(settings | changes))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("name", ["llama", "mpt", "gpt2"])
@@ -57,7 +66,7 @@ def test_no_global_random_state_is_touched(exported: dict[str, Path]) -> None:
 
 def test_temperature_0_is_the_likeliest_token(exported: dict[str, Path]) -> None:
     folder = exported["llama"]
-    model, tokenizer = load_exported(folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tokenizer_of(folder)
     ids = tokenizer("The silo")["input_ids"]
     start = len(ids)
     for _ in range(5):
@@ -71,7 +80,7 @@ def test_temperature_0_is_the_likeliest_token(exported: dict[str, Path]) -> None
 
 
 def test_only_the_continuation_comes_back(exported: dict[str, Path]) -> None:
-    _, tokenizer = load_exported(exported["llama"])
+    tokenizer = tokenizer_of(exported["llama"])
     text = generate(exported["llama"], temperature=0.0)
     assert "The silo" not in text
     assert len(tokenizer(text)["input_ids"]) >= 1
@@ -125,18 +134,45 @@ def test_settings_out_of_bounds(exported: dict[str, Path], setting: str, value: 
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="does not exist"):
-        load_exported(tmp_path / "none")
-    with pytest.raises(ModelError, match="does not exist"):
-        load_exported(Path("owner/name"))
+    for folder in (tmp_path / "none", Path("owner/name")):
+        with pytest.raises(ModelError, match="no run or model"):
+            generate(folder)
 
 
 def test_a_folder_without_a_tokenizer(exported: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(exported["llama"], tmp_path / "copy")
     for file in (tmp_path / "copy").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ModelError, match="tokenizer"):
-        load_exported(tmp_path / "copy")
+    with pytest.raises(DataNotFoundError, match="tokenizer"):
+        generate(tmp_path / "copy")
+
+
+def test_a_prompt_is_cut_as_text_was_for_training(
+    exported: dict[str, Path],
+    put_around: Callable[[Tokenizer, str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is put around it, and a special token that it spells is text."""
+    folder = shutil.copytree(exported["llama"], tmp_path / "copy")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    text = "The silo <|endoftext|> keeps"
+    plain = tokenizer.encode("The silo <").ids[:-1]
+    put_around(tokenizer, "<|endoftext|>")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    started: list[list[int]] = []
+
+    def note(model: Any, start: list[int], ends: set[int], **_: Any) -> list[int]:
+        started.append(start)
+        assert ends == {0}
+        return start
+
+    monkeypatch.setattr(products, "generate_tokens", note)
+    for prompt in (text, ""):
+        generate(folder, prompt)
+    assert started[0][: len(plain)] == plain
+    assert 0 not in started[0]
+    assert started[1] == [0]  # what stands before a document
 
 
 def test_it_is_silent(exported: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:

@@ -200,8 +200,16 @@ def export(
     bf16: Annotated[bool, typer.Option("--bf16", help="Write bfloat16 weights.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model that is there.")
+        bool, typer.Option("--overwrite", help="Replace the model folder that is at --out.")
     ] = False,
+    license: Annotated[
+        str | None,
+        typer.Option(help="For the model card, e.g. apache-2.0; a pretrained model's by default."),
+    ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the text, for the model card, e.g. de. Repeatable."),
+    ] = None,
 ) -> None:
     """Write the model as safetensors, config.json, tokenizer and model card.
 
@@ -216,6 +224,8 @@ def export(
         dtype="bfloat16" if bf16 else "float32",
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        license=license,
+        languages=language or (),
     )
     show(f"Model: {path}")
 
@@ -273,7 +283,9 @@ def evaluate(
 
 def generate(
     folder: Annotated[Path, typer.Argument(help="Run folder or Hugging Face folder.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.")] = "The",
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to continue; without one a text is begun.")
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 100,
     temperature: Annotated[
         float, typer.Option(help="How freely it chooses; at 0 always the likeliest token.", min=0)

@@ -125,7 +125,7 @@ class RunPart(_Part):
         id: of this run, unlike any other's; new with each `photon serve` of a new run folder.
         silos: all that take part, by name: a silo may refuse to train with some.
         config: the run file without the aggregator's own tables and paths (`dictated`).
-        model: fingerprint of the model's parameter names and shapes.
+        model: fingerprint of the model's parameter names and shapes and its configuration.
         tokenizer: sha256 of tokenizer.json; a silo's text must have been cut by the same.
         vocab_size, eos_id: of that tokenizer.
     """

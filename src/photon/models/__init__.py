@@ -10,8 +10,8 @@ from photon.models.build import (
     require_document_masks,
     tokenizer_file_of,
 )
-from photon.models.export import ModelCard, export_model
-from photon.models.generate import generate_text, load_exported
+from photon.models.export import ModelCard, export_model, license_of
+from photon.models.generate import generate_tokens
 from photon.models.head_loss import HeadLoss, head_loss, rows_at_once, sequences_at_once
 from photon.models.loss import held_out_loss, next_token_loss, training_loss
 from photon.models.parameters import (
@@ -33,12 +33,12 @@ __all__ = [
     "build_skeleton",
     "context_length",
     "export_model",
-    "generate_text",
+    "generate_tokens",
     "head_loss",
     "held_out_loss",
     "hidden_matrices",
+    "license_of",
     "load_config",
-    "load_exported",
     "load_pretrained",
     "model_fingerprint",
     "next_token_loss",

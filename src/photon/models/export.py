@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from tokenizers import Tokenizer
 
 from photon.errors import DiskFullError, ModelError
 from photon.models.quiet import quiet_transformers
@@ -32,7 +34,15 @@ _TOKENIZER_FILES = (
 # Without tokenizer_config.json, transformers 5 picks a class by model type, and its LlamaTokenizer
 # rebuilds the pre-tokenizer: other tokens than the model was trained on. This class reads
 # tokenizer.json as it is.
-_TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast"}
+_TOKENIZER_CONFIG: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+_HOW = {
+    "serve": "A language model trained with Photon across organisations that kept their data:\n"
+    "they shared model updates only.",
+    "simulate": "A language model trained with Photon in a simulation of a federation: one machine "
+    "trained\nfor each silo in turn.",
+    "train": "A language model trained with Photon on one pooled text, without a federation.",
+}
 
 _BYTES_OF = {torch.float32: 4, torch.bfloat16: 2}
 
@@ -44,27 +54,34 @@ class ModelCard:
     Args:
         run: name of the run.
         photon_version: of the package that trained it.
+        how: "serve" for organisations that kept their text, "simulate" for silos on one machine,
+            "train" for one text pooled.
+        date: when the run began.
         rounds: exchanges between silos and aggregator.
         tokens: trained on, over all silos.
-        silos: number of organisations that took part.
+        silos: their names, or for organisations only how many they were.
         perplexity: exp of the held-out loss in nats per token.
         bits_per_byte: held-out loss, comparable between tokenizers.
         weights_sha256: of the trained fp32 weights.
         base_model: folder or hub name of the model that training started from.
         license: identifier of the weights' license, as the hub spells it.
+        languages: codes of the text's languages, as the hub spells them.
         notes: paragraphs of Markdown added at the end.
     """
 
     run: str
     photon_version: str
+    how: Literal["serve", "simulate", "train"] = "serve"
+    date: str | None = None
     rounds: int | None = None
     tokens: int | None = None
-    silos: int | None = None
+    silos: str | None = None
     perplexity: float | None = None
     bits_per_byte: float | None = None
     weights_sha256: str | None = None
     base_model: str | None = None
     license: str | None = None
+    languages: tuple[str, ...] = ()
     notes: str | None = None
 
 
@@ -111,9 +128,12 @@ def export_model(
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         with _exporting(out):
-            _save_weights(model, part, max_shard_size, torch_dtype)
-            _copy_tokenizer(tokenizer_folder, part)
+            ids = _write_tokenizer(tokenizer_folder, part)
+            _save_weights(model, part, max_shard_size, torch_dtype, ids)
             (part / "README.md").write_text(render_card(card, model), encoding="utf-8")
+            # What writes safetensors lets nobody else read them.
+            for file in part.iterdir():
+                file.chmod(0o666 & ~_umask())
             part.chmod(0o777 & ~_umask())
             _replace(part, out)
     finally:
@@ -126,12 +146,16 @@ def render_card(card: ModelCard, model: Any) -> str:
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "license": card.license,
+        "language": list(card.languages) or None,
         "base_model": card.base_model,
         "tags": ["photon", "federated-learning", model.config.model_type],
     }
     facts: list[tuple[str, Any]] = [
         ("Architecture", type(model).__name__),
         ("Parameters", sum(p.numel() for p in model.parameters())),
+        ("Licence", card.license or "not stated"),
+        ("Languages", ", ".join(card.languages) or "not stated"),
+        ("Trained", card.date),
         ("Silos", card.silos),
         ("Rounds", card.rounds),
         ("Training tokens", card.tokens),
@@ -146,8 +170,7 @@ def render_card(card: ModelCard, model: Any) -> str:
     notes = f"\n{card.notes.strip()}\n" if card.notes else ""
     return (
         f"---\n{yaml}---\n\n# {card.run}\n\n"
-        "A language model trained with Photon across organisations that kept their data: they\n"
-        "shared model updates only.\n\n"
+        f"{_HOW[card.how]}\n\n"
         f"| | |\n|---|---|\n{table}\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -157,11 +180,31 @@ def render_card(card: ModelCard, model: Any) -> str:
     )
 
 
-def _save_weights(model: Any, folder: Path, max_shard_size: str, dtype: torch.dtype) -> None:
+def license_of(folder: Path) -> str | None:
+    """What the model card in a Hugging Face folder gives as its licence; None without one."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    front = text.split("---\n")[1] if text.startswith("---\n") else ""
+    found = re.search(r"^license:\s*[\"']?([\w.-]+)", front, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _save_weights(
+    model: Any, folder: Path, max_shard_size: str, dtype: torch.dtype, ids: dict[str, int]
+) -> None:
+    """Weights and configurations; `ids` of the tokens that begin and end a text and fill it up."""
     config, generation = model.config, model.generation_config
-    before = (config.use_cache, generation.use_cache, config.dtype, config.architectures)
+    text = config.get_text_config()
+    before = [dict(vars(one)) for one in (config, text, generation)]
     # Training turns the cache off; whoever samples from the export wants it.
     config.use_cache = generation.use_cache = True
+    for name, number in ids.items():
+        setattr(generation, name, number)
+        # Not in config.json: transformers would not train that row of the embedding any more.
+        if name != "pad_token_id":
+            setattr(text, name, number)
     try:
         with quiet_transformers():
             tensors = {
@@ -170,7 +213,9 @@ def _save_weights(model: Any, folder: Path, max_shard_size: str, dtype: torch.dt
             }
             model.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard_size)
     finally:
-        config.use_cache, generation.use_cache, config.dtype, config.architectures = before
+        for one, was in zip((config, text, generation), before, strict=True):
+            vars(one).clear()
+            vars(one).update(was)
     if dtype != model.dtype:
         file = folder / "config.json"
         written = json.loads(file.read_text(encoding="utf-8"))
@@ -178,14 +223,36 @@ def _save_weights(model: Any, folder: Path, max_shard_size: str, dtype: torch.dt
         file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
+    """The tokenizer's files, so that it cuts text as for training; returns its special ids.
+
+    For training nothing was put around a text: what a tokenizer.json would add (a first token that
+    the model never saw, an end that closes a prompt) is taken out of it.
+    """
     for pattern in _TOKENIZER_FILES:
         for file in sorted(source.glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-    config = folder / "tokenizer_config.json"
-    if not config.exists():
-        config.write_text(json.dumps(_TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    if tokenizer.num_special_tokens_to_add(is_pair=False):
+        record = json.loads(file.read_text(encoding="utf-8")) | {"post_processor": None}
+        file.write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
+    file = folder / "tokenizer_config.json"
+    settings = dict(_TOKENIZER_CONFIG)
+    if file.exists():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings.get("eos_token") is not None:  # batches can be filled up, before the prompts
+        settings = {"pad_token": settings["eos_token"], "padding_side": "left"} | settings
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    ids: dict[str, int] = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if number is not None:
+            ids[f"{name}_id"] = number
+    return ids
 
 
 def _replace(part: Path, out: Path) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+#: Keys of a configuration that say who wrote it, or how it is run.
+_NOT_MATHS = {"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"}
+
 
 def trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """Parameters that want gradients, by name; a tied weight once, under its first name."""
@@ -15,9 +18,27 @@ def trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Paramete
 
 
 def model_fingerprint(module: torch.nn.Module) -> str:
-    """sha256 (hex) of the sorted parameter names and shapes: equal means updates can be merged."""
+    """sha256 (hex) of what a model is but for its weights: equal means updates can be merged.
+
+    That is the sorted parameter names and shapes, and a Hugging Face model's configuration: two
+    bases of rotary positions, for instance, have the same shapes and are two models.
+    """
     shapes = sorted((name, list(p.shape)) for name, p in module.named_parameters())
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
+    config: Any = getattr(module, "config", None)
+    written = config.to_json_string(use_diff=False) if config is not None else "{}"
+    facts = [shapes, _architecture(json.loads(written))]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _architecture(config: Any) -> Any:
+    """A configuration without what says nothing of the model's maths."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _architecture(value)
+        for key, value in config.items()
+        if key not in _NOT_MATHS and not key.startswith("_")
+    }
 
 
 def hidden_matrices(module: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from photon.runs.folder import (
     load_weights,
+    read_record,
     read_summary,
     require_same_tokenizer,
     tokenizer_folder,
@@ -12,6 +13,7 @@ from photon.runs.start import resume, simulate, train
 __all__ = [
     "RunResult",
     "load_weights",
+    "read_record",
     "read_summary",
     "require_same_tokenizer",
     "resume",

@@ -14,14 +14,23 @@ from torch import nn
 
 from photon.config import RunConfig, load_run_config
 from photon.data import PreparedData, tokenizer_identity
-from photon.errors import RunBusyError, RunError, RunNotFoundError, VocabularyMismatchError
+from photon.errors import (
+    ModelMismatchError,
+    RunBusyError,
+    RunError,
+    RunNotFoundError,
+    VocabularyMismatchError,
+)
 from photon.federation import CheckpointStore
 from photon.federation.node import empty_model
-from photon.federation.tasks import OPTIMIZER, WEIGHTS
+from photon.federation.tasks import WEIGHTS, section
 from photon.models import trainable_parameters
 from photon.store.disk import held_alone, writing
 from photon.store.served import LOCK_FILE, hold_run
-from photon.training import materialise
+from photon.training import difference, materialise
+
+#: Where a run keeps its model's config.json.
+MODEL = "model"
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -52,27 +61,45 @@ def read_record(folder: Path) -> dict[str, Any]:
 def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig]:
     """The model a run has come to: its newest checkpoint in the run's own architecture.
 
-    Reads the run folder only (and a Hugging Face folder that model.path names, for its shapes).
+    Reads the run folder only.
 
     Raises:
         RunNotFoundError: no run there, or one without a checkpoint.
         CheckpointCorruptError: no checkpoint passes its hashes.
+        ModelMismatchError: the checkpoint is of another model than the run's.
     """
     folder = Path(folder)
     record = read_record(folder)
     config = load_run_config(folder / "config.resolved.toml")
+    own = with_own_model(config, folder)
     checkpoints = CheckpointStore(folder / "checkpoints", config.run.keep_checkpoints)
     _, tensors, _ = checkpoints.load_latest()
-    model = empty_model(config, vocab_size=record["vocab_size"], eos_id=record["eos_id"])
-    weights = {
-        name.removeprefix(WEIGHTS): tensor
-        for name, tensor in tensors["global"].items()
-        if not name.startswith(OPTIMIZER)
-    }
+    model = empty_model(own, vocab_size=record["vocab_size"], eos_id=record["eos_id"])
+    weights, parameters = section(tensors["global"], WEIGHTS), trainable_parameters(model)
+    problem = difference(weights, parameters)
+    if problem is not None:
+        raise ModelMismatchError(
+            f"the newest checkpoint of {folder} is of another model: {problem}"
+        )
     materialise(model, torch.device("cpu"))
     for name, parameter in trainable_parameters(model).items():
         parameter.data.copy_(weights[name])
     return model, config
+
+
+def keep_model(model: Any, folder: Path) -> None:
+    """Write a model's config.json into the run folder: a run owns its architecture."""
+    (folder / MODEL).mkdir()
+    # Whole: defaults that another version of transformers may have are no part of the run.
+    model.config.to_json_file(folder / MODEL / "config.json", use_diff=False)
+
+
+def with_own_model(config: RunConfig, folder: Path) -> RunConfig:
+    """The run file with model.path at the copy that `keep_model` made in the run's folder."""
+    if config.model.path is None or not (folder / MODEL / "config.json").is_file():
+        return config
+    own = config.model.model_copy(update={"path": str(folder / MODEL)})
+    return config.model_copy(update={"model": own})
 
 
 def tokenizer_folder(folder: str | os.PathLike[str]) -> Path:

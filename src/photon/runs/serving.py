@@ -21,7 +21,7 @@ from photon.models import model_fingerprint
 from photon.runs.bulletin import Bulletin
 from photon.runs.draws import Draws
 from photon.runs.fleet import JoinedFleet
-from photon.runs.folder import read_record
+from photon.runs.folder import read_record, with_own_model
 from photon.runs.notary import Notary
 from photon.runs.session import Guests, RunResult, Session
 from photon.store.served import RUN_FILE, Serving
@@ -67,7 +67,7 @@ def continue_run(folder: Path, post: Post) -> RunResult:
 
         def engine(evaluator: Engine, on_event: Callable[[Event], None]) -> RemoteEngine:
             return RemoteEngine(
-                _run_part(serving.run_id, config, data, sorted(silo_tokens)),
+                _run_part(serving.run_id, folder, config, data, sorted(silo_tokens)),
                 config,
                 post,
                 roster,
@@ -79,7 +79,7 @@ def continue_run(folder: Path, post: Post) -> RunResult:
 
         listeners = (notary, Bulletin(roster))
         guests = Guests(fleet, silo_tokens, engine, listeners, ending)
-        session = Session("serve", config, None, folder, None, guests=guests)
+        session = Session("serve", config, None, folder, None, guests=guests, begun=begun)
         return session.execute(read_record(folder) if begun else None)
 
 
@@ -89,9 +89,12 @@ def _next_round(folder: Path, config: RunConfig) -> int:
     return max(checkpoints.rounds(), default=0) + 1
 
 
-def _run_part(run_id: str, config: RunConfig, data: PreparedData, silos: list[str]) -> RunPart:
-    """What silos are told of the run."""
-    model = empty_model(config, vocab_size=data.vocab_size, eos_id=data.eos_id)
+def _run_part(
+    run_id: str, folder: Path, config: RunConfig, data: PreparedData, silos: list[str]
+) -> RunPart:
+    """What silos are told of the run, whose folder has its architecture by now."""
+    own = with_own_model(config, folder)
+    model = empty_model(own, vocab_size=data.vocab_size, eos_id=data.eos_id)
     return RunPart(
         id=run_id,
         silos=silos,

@@ -34,14 +34,19 @@ from photon.federation import (
 )
 from photon.federation.checkpoint import require_room
 from photon.federation.ledger import Ledger
-from photon.federation.node import initial_model, open_stream
+from photon.federation.node import empty_model, initial_model, open_stream
 from photon.link import tensors_sha256, writing
 from photon.models import (
     model_fingerprint,
     tokenizer_file_of,
     trainable_parameters,
 )
-from photon.runs.folder import only_process, require_same_tokenizer
+from photon.runs.folder import (
+    keep_model,
+    only_process,
+    require_same_tokenizer,
+    with_own_model,
+)
 from photon.runs.nodes import Elsewhere, Nodes, ranks_of, seat_of, workers_of
 from photon.store.disk import write_json
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
@@ -111,6 +116,7 @@ class Session:
     Args:
         silos: whose text is trained on; all of the data's by default.
         guests: of a run of kind "serve"; the data here is the global held-out set's.
+        begun: whether the folder holds the run already, and so its model's architecture.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class Session:
         listener: Listener | None,
         *,
         guests: Guests | None = None,
+        begun: bool = False,
     ) -> None:
         self.kind: Kind = kind
         self.folder = folder
@@ -137,7 +144,9 @@ class Session:
         self._silo_tokens = tokens
         self.config = _resolved(kind, config, self.data)
         elsewhere = guests.engine if guests is not None else None
-        self._nodes = Nodes(kind, self.config, self.data, self.silos, folder, elsewhere)
+        self._begun = begun
+        built = with_own_model(self.config, folder) if begun else self.config
+        self._nodes = Nodes(kind, built, self.data, self.silos, folder, elsewhere)
         self._model: nn.Module | None = None
 
     def _check(self) -> None:
@@ -153,7 +162,8 @@ class Session:
             open_stream(config, data, [silo]).close()
         if config.data.verify:
             data.verify()
-        if config.model.init == "pretrained":  # its weights mean something with its tokens only
+        # Pretrained weights mean something with their own tokens only.
+        if config.model.init == "pretrained" and not self._begun:
             require_same_tokenizer(tokenizer_file_of(str(config.model.path)), data)
         shape = self._nodes.skeleton()
         self._nodes.fit(shape)
@@ -188,11 +198,15 @@ class Session:
             only_process(self.folder, served=self.kind == "serve"),
             writing("the run", self.folder),
         ):
-            self._model = initial_model(self.config, self.data)
-            fingerprint = model_fingerprint(self._model)
             checkpoints = CheckpointStore(
                 self.folder / "checkpoints", self.config.run.keep_checkpoints
             )
+            # A run that has a checkpoint needs no folder of a pretrained model any more.
+            under_way = self._begun and bool(checkpoints.rounds())
+            self._model = (
+                self._nodes.skeleton() if under_way else initial_model(self.config, self.data)
+            )
+            fingerprint = model_fingerprint(self._model)
             notices: list[str] = []
             if record is None:
                 self._make_folder(fingerprint)
@@ -328,6 +342,8 @@ class Session:
         write_resolved(self.config, self.folder / "config.resolved.toml")
         # With the tokenizer beside it, a run can be exported where its data is not.
         shutil.copytree(self.data.tokenizer_file.parent, self.folder / "tokenizer")
+        if self.config.model.path is not None:
+            keep_model(self._model, self.folder)
         write_json(
             self.folder / "run.json",
             {
@@ -360,8 +376,18 @@ class Session:
         if record["model_fingerprint"] != fingerprint:
             raise ModelMismatchError(
                 f"config.resolved.toml in {self.folder} describes another model than the run "
-                "started with (its parameter names or shapes differ)",
+                "started with",
                 hint="Undo the change to [model] or [data], or start a new run.",
+            )
+        source = self.config.model.path
+        if source is None or not (Path(source).expanduser() / "config.json").is_file():
+            return
+        there = empty_model(self.config, vocab_size=self.data.vocab_size, eos_id=self.data.eos_id)
+        if model_fingerprint(there) != fingerprint:
+            raise ModelMismatchError(
+                f"{source}/config.json describes another model than the run started with",
+                hint="Put it back as it was. (A run keeps a copy in its own folder and goes on "
+                "where that folder is gone, but not beside one that says otherwise.)",
             )
 
     def _note_versions(self, record: dict[str, Any]) -> list[str]:
@@ -429,8 +455,8 @@ def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     }
     compute = config.compute.model_copy(update=decided)
     resolved = {"compute": compute, "data": config.data.model_copy(update={"path": str(data.path)})}
-    if config.model.path is not None and Path(config.model.path).exists():
-        path = str(Path(config.model.path).resolve())
+    if config.model.path is not None and Path(config.model.path).expanduser().exists():
+        path = str(Path(config.model.path).expanduser().resolve())
         resolved["model"] = config.model.model_copy(update={"path": path})
     return config.model_copy(update=resolved)
 

@@ -100,7 +100,7 @@ def resume(
     finished = _finished_summary(folder, config)
     if finished is not None:
         return RunResult(folder, finished)
-    run = Session(record["kind"], config, record["silos"], folder, listener)
+    run = Session(record["kind"], config, record["silos"], folder, listener, begun=True)
     if Seat.from_environment().rank:
         run.follow()
         return RunResult(folder, {})

@@ -8,7 +8,7 @@ from photon.training.hardware import mfu, stated_peak
 from photon.training.inner import InnerOptimizer, adam_betas, decayed_names
 from photon.training.local_tensors import local as local_part
 from photon.training.micro_batch import MicroBatch, within_memory
-from photon.training.placement import PlacedModel, materialise
+from photon.training.placement import PlacedModel, difference, materialise
 from photon.training.ranks import Ranks, Seat
 from photon.training.recipe import CentralRecipe, photon_recipe
 from photon.training.schedule import Schedule
@@ -40,6 +40,7 @@ __all__ = [
     "choose_strategy",
     "count_flops",
     "decayed_names",
+    "difference",
     "local_part",
     "materialise",
     "mfu",

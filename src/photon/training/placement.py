@@ -139,7 +139,7 @@ class PlacedModel:
         Raises:
             ModelMismatchError: names or shapes differ from the model's (on every rank).
         """
-        problem = _difference(weights, self.parameters) if weights is not None else None
+        problem = difference(weights, self.parameters) if weights is not None else None
         problem = self._ranks.announce(problem)
         if problem is not None:
             raise ModelMismatchError(problem)
@@ -221,7 +221,8 @@ def _moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=parameter.requires_grad)
 
 
-def _difference(weights: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str | None:
+def difference(weights: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str | None:
+    """In words, how names or shapes of weights differ from a model's; None where they don't."""
     if weights.keys() != mine.keys():
         odd = sorted(weights.keys() ^ mine.keys())[0]
         return f"weights and model differ in tensor {odd!r}"
