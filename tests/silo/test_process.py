@@ -34,7 +34,7 @@ from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, OpenTask, Roster
 from photon.membership.signing import RECEIPT, verify_document
 from photon.silo.desk_client import DeskClient
-from photon.silo.service import _only_trainer
+from photon.silo.service import only_trainer
 from photon.silo.socket import ask_trainer
 
 pytestmark = pytest.mark.slow
@@ -335,7 +335,7 @@ def test_it_ends_soon_when_told_to_and_says_so(world, make_trainer, remote, thre
 def free(home: Path) -> bool:
     """Whether no trainer works in a home."""
     try:
-        with _only_trainer(home):
+        with only_trainer(home):
             return True
     except RunBusyError:
         return False

@@ -16,8 +16,11 @@ import pytest
 
 from photon.errors import ProtocolError, RunBusyError, UnknownMemberError, WorkerLostError
 from photon.federation.envelopes import MOST_BYTES, encoded, parse_ask
+from photon.membership.keys import NodeKey
 from photon.membership.roster import SignedReply
-from photon.silo.service import Listener, _only_trainer
+from photon.silo.__main__ import _run
+from photon.silo.policy import Membership
+from photon.silo.service import Listener, only_trainer
 from photon.silo.socket import (
     MOST_FRAME_BYTES,
     answer_of,
@@ -222,13 +225,29 @@ def test_a_home_may_lie_deep(tmp_path, aggregator):
 
 def test_a_home_has_one_trainer(tmp_path):
     with (
-        _only_trainer(tmp_path),
+        only_trainer(tmp_path),
         pytest.raises(RunBusyError, match="another trainer is working in"),
-        _only_trainer(tmp_path),
+        only_trainer(tmp_path),
     ):
         pass
-    with _only_trainer(tmp_path):  # gone with its process, and with this block
+    with only_trainer(tmp_path):  # gone with its process, and with this block
         pass
+
+
+def test_a_second_trainer_touches_nothing_and_tells_nobody(tmp_path):
+    """It would remove what the first is writing, and look like a second node with its key."""
+    key = NodeKey.create(tmp_path / "node.key")
+    membership = Membership("red", "127.0.0.1:1", "sha256:" + "0" * 64, key.public_pem)
+    (tmp_path / "membership.json").write_text(json.dumps(vars(membership)))
+    (tmp_path / "node.toml").write_text('data.path = "nowhere"\n')
+    partial = tmp_path / "nodes" / "run" / "red" / ".round-1.partial"
+    partial.parent.mkdir(parents=True)
+    partial.write_text("half of a state")
+    told = []
+    with only_trainer(tmp_path), pytest.raises(RunBusyError, match="another trainer is working"):
+        _run(tmp_path, tmp_path / "node.toml", lambda *_: told.append("the desk"))
+    assert told == []
+    assert partial.exists()
 
 
 # --- the asking side -----------------------------------------------------------------------------

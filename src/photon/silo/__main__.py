@@ -24,7 +24,7 @@ from photon.silo.narrator import Narrator
 from photon.silo.policy import Membership, read_membership
 from photon.silo.presence import Desk, Reporter
 from photon.silo.ranks import Team
-from photon.silo.service import end_on_signals, say_goodbye, serve
+from photon.silo.service import end_on_signals, only_trainer, say_goodbye, serve
 from photon.silo.trainer import SiloTrainer, Site, follow
 from photon.store.contract import Buffer
 from photon.store.granted_store import GrantedStore
@@ -132,17 +132,18 @@ def _run(home: Path, node_file: Path, outside: Outside) -> None:
         end_on_signals(lambda: None)
         follow(site, team)
         return
-    key = NodeKey.load(home / "node.key")
-    desk, carriers = outside(home, node, membership, key)
-    reporter = Reporter(desk, narrator=Narrator(_show))
-    trainer.append(SiloTrainer(site, key, carriers, reporter, team))
+    with only_trainer(home):
+        key = NodeKey.load(home / "node.key")
+        desk, carriers = outside(home, node, membership, key)
+        reporter = Reporter(desk, narrator=Narrator(_show))
+        trainer.append(SiloTrainer(site, key, carriers, reporter, team))
 
-    def last_words() -> None:
-        trainer[0].note_stop()
-        say_goodbye(home, reporter)
+        def last_words() -> None:
+            trainer[0].note_stop()
+            say_goodbye(home, reporter)
 
-    end_on_signals(last_words)
-    serve(home, trainer[0], reporter)
+        end_on_signals(last_words)
+        serve(home, trainer[0], reporter)
 
 
 class _Indented(logging.Formatter):

@@ -55,20 +55,18 @@ def serve(home: Path, trainer: SiloTrainer, reporter: Reporter) -> None:
     """Answer questions until the process ends.
 
     Args:
-        home: of the node; this process is the only trainer in it.
+        home: of the node; `only_trainer` holds it.
 
     Raises:
-        RunBusyError: it is not.
         Exception: what ended it while it worked on a task; the task was not answered.
     """
-    with _only_trainer(home):
-        listener = Listener(home / SOCKET_FILE, trainer.read, trainer.refuse_unread)
-        log.info("listening at %s", home / SOCKET_FILE)
-        reporter.say("idle")
-        while True:
-            question = listener.next()
-            reply = trainer.answer(question.ask, question.left_s)
-            listener.settle(question, answer_of(reply))
+    listener = Listener(home / SOCKET_FILE, trainer.read, trainer.refuse_unread)
+    log.info("listening at %s", home / SOCKET_FILE)
+    reporter.say("idle")
+    while True:
+        question = listener.next()
+        reply = trainer.answer(question.ask, question.left_s)
+        listener.settle(question, answer_of(reply))
 
 
 @dataclass(eq=False)
@@ -307,7 +305,12 @@ def _listening(path: Path) -> socket.socket:
     return server
 
 
-def _only_trainer(home: Path) -> AbstractContextManager[None]:
+def only_trainer(home: Path) -> AbstractContextManager[None]:
+    """Hold a node's home, before anything in it is touched, or anybody told that it is here.
+
+    Raises (on entry):
+        RunBusyError: another trainer does.
+    """
     return held_alone(
         home / _LOCK_FILE,
         RunBusyError(
