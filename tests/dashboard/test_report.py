@@ -50,7 +50,7 @@ def test_the_page_says_in_words_and_figures_what_the_run_did(folder, stream):
         "4 bytes × 1,100,000 parameters × 2 directions × 32 local steps × 48 tasks",
         "= 13.5 GB",
         "local training 84% (3 min 12 s)",
-        "judicial 400k 40.0% 12 4.855 944 117 1",
+        "judicial 400k 40.0% 12 4.855 944 117 1.528 1",
         "update dropped judicial update has 3 values that are not finite",
         "worker lost republican worker 1: exit code -9 (killed)",
     ):

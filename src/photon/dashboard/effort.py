@@ -37,9 +37,8 @@ class EffortRow:
 
 def effort_rows(digest: RunDigest) -> list[EffortRow]:
     """A row for each silo that finished a task with its times told; none where nobody did."""
-    crowd = len(digest.silos) > palette.MOST_NAMED
     return [
-        _row(silo, "var(--muted)" if crowd else palette.silo_variable(index))
+        _row(silo, palette.silo_variable(index, len(digest.silos)))
         for index, silo in enumerate(digest.silos.values())
         if silo.rounds and sum(silo.step_s.values()) > 0
     ]

@@ -48,6 +48,6 @@ def silo_style(index: int) -> tuple[str, str]:
     return SILOS_LIGHT[index % len(SILOS_LIGHT)], "-" if index < len(SILOS_LIGHT) else "--"
 
 
-def silo_variable(index: int) -> str:
-    """The CSS variable that holds a silo's colour."""
-    return f"var(--silo-{index % len(SILOS_LIGHT)})"
+def silo_variable(index: int, silos: int) -> str:
+    """The CSS variable that holds the colour of one of so many silos."""
+    return "var(--muted)" if silos > MOST_NAMED else f"var(--silo-{index % len(SILOS_LIGHT)})"

@@ -292,10 +292,9 @@ def _phases(digest: RunDigest) -> list[dict[str, Any]]:
 def _silo_row(digest: RunDigest, index: int, silo: SiloDigest) -> dict[str, Any]:
     first = silo.evaluations[0] if silo.evaluations else None
     last = silo.evaluations[-1] if silo.evaluations else None
-    crowd = len(digest.silos) > palette.MOST_NAMED
     return {
         "name": wording.one_line(silo.name),
-        "colour": "var(--muted)" if crowd else palette.silo_variable(index),
+        "colour": palette.silo_variable(index, len(digest.silos)),
         "text": wording.count(silo.text_tokens) if silo.text_tokens is not None else "–",
         "share": wording.percent(silo.share, 1) if silo.share is not None else "–",
         "width": f"{(silo.share or 0.0) * 100:.2f}",
@@ -303,6 +302,7 @@ def _silo_row(digest: RunDigest, index: int, silo: SiloDigest) -> dict[str, Any]
         "loss": wording.decimal(silo.last_loss),
         "first": _perplexity(first),
         "last": _perplexity(last),
+        "bits": wording.decimal(last.bits_per_byte if last else None),
         "dropped": silo.dropped or "–",
     }
 
