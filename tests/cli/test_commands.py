@@ -89,6 +89,29 @@ def test_help_teaches_by_example(command):
     assert "photon" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["simulate"], "The run file, TOML."),
+        (["data", "show"], "Folder made by"),
+        (["members", "suspend"], "The member's name"),
+        (["init"], "Folder for both"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_says_what_arguments_are(command, words):
+    assert words in photon(*command, "--help").stdout
+
+
+def test_help_lists_commands_in_the_order_of_use():
+    listed = photon("--help").stdout
+    places = [listed.index(f" {name} ") for name in ("init", "data", "simulate", "serve", "join")]
+    assert places == sorted(places)
+    for option in ("--version", "--verbose"):
+        assert option in listed
+    assert photon("--version").stdout == photon("version").stdout
+
+
 def test_json_is_one_object_on_stdout_and_the_view_is_on_stderr(run):
     folder, summary = run
     assert summary["run_dir"] == str(folder)

@@ -7,7 +7,7 @@ import os
 import traceback
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -32,6 +32,13 @@ class _Photon(TyperGroup):
         """In the order of use; typer has groups last."""
         return [name for commands in _PANELS.values() for name in commands] + ["version"]
 
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """With the words on its arguments."""
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            _restore_help(command)
+        return command
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -51,6 +58,16 @@ class _Photon(TyperGroup):
         except KeyboardInterrupt:
             say("Stopped. If a run had begun, `photon resume DIR` goes on with it.")
             ctx.exit(INTERRUPTED_EXIT_CODE)
+
+
+def _restore_help(command: Any) -> None:
+    """typer 0.20 sets an argument's help before click 8.5 sets it to None."""
+    for child in getattr(command, "commands", {}).values():
+        _restore_help(child)
+    hints = get_type_hints(command.callback, include_extras=True) if command.callback else {}
+    for parameter in command.params:
+        for note in getattr(hints.get(parameter.name), "__metadata__", ()):
+            parameter.help = parameter.help or getattr(note, "help", None)
 
 
 app = typer.Typer(
