@@ -143,6 +143,7 @@ def test_list(joined, run_file, keys):
     photon("invite", "lab", "--run-file", run_file)
     shown = photon("members", "list", "--run-file", run_file).stdout
     assert "hospital-a" in shown
+    assert f" {keys[0].fingerprint}\n" in shown
     assert "active" in shown
     assert "123,456" in shown
     assert "training" in shown

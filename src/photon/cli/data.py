@@ -61,7 +61,8 @@ def prepare_command(
         str | None,
         typer.Option(
             metavar="N:ALPHA",
-            help="N silos with label skew; see --label-field.",
+            help="N silos with unlike mixes of labels, the less alike the smaller ALPHA is; see "
+            "--label-field.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -100,10 +101,16 @@ def prepare_command(
     ] = "text",
     metadata: Annotated[
         Path | None,
-        typer.Option(help="CSV joined to text files by file stem.", rich_help_panel=_TEXT),
+        typer.Option(
+            help="CSV with a row for each text file, found by its name without the ending.",
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     metadata_key: Annotated[
-        str | None, typer.Option(help="Its column of stems; the first.", rich_help_panel=_TEXT)
+        str | None,
+        typer.Option(
+            help="Its column with those names; the first by default.", rich_help_panel=_TEXT
+        ),
     ] = None,
     separator: Annotated[
         str | None,
@@ -114,7 +121,10 @@ def prepare_command(
     ] = None,
     source_field: Annotated[
         str | None,
-        typer.Option(help="Several sources inside a silo, for mixtures.", rich_help_panel=_TEXT),
+        typer.Option(
+            help="Field that names a document's source inside its silo, for data.mixture.",
+            rich_help_panel=_TEXT,
+        ),
     ] = None,
     tokenizer: Annotated[
         Path | None,
@@ -169,7 +179,7 @@ def prepare_command(
             rich_help_panel=_SPLIT,
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of splits and random silos.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same silos.")] = 0,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard file.")] = 2**26,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from photon.cli.screen import say, show_table
+from photon.cli.screen import say, show, show_facts, show_table
 from photon.errors import (
     CertificateError,
     ConfigError,
@@ -52,8 +52,8 @@ RunFile = Annotated[
     typer.Option(
         "--run-file",
         metavar="RUN.toml",
-        help="Its [serve] says where the aggregator lives, its [data] has the tokenizer; the run "
-        "that is served from --home, or was last, by default.",
+        help="The run's own file: its [serve] says where the aggregator lives, its [data] has the "
+        "tokenizer. By default the run that was served last from --home.",
     ),
 ]
 Home = Annotated[
@@ -66,7 +66,7 @@ Address = Annotated[
     str | None,
     typer.Option(
         metavar="HOST:PORT",
-        help="What silos dial, where it is not serve.host and the port of serve.listen.",
+        help="The address that silos dial, if it is not serve.host and the port of serve.listen.",
     ),
 ]
 Out = Annotated[Path | None, typer.Option(help="File to write; NAME.invitation.toml by default.")]
@@ -164,14 +164,16 @@ def list_command(run_file: RunFile = None, home: Home = None, as_json: AsJson = 
                 f"{member.facts.train_tokens:,}",
                 member.facts.photon_version,
                 seen,
-                member.fingerprint[:23] + "...",
             )
         )
     for invitation in invitations:
         what = "invited, new key" if invitation.rotate else "invited"
-        rows.append((invitation.name, what, "", "", "", f"until {_utc(invitation.expires_at)}", ""))
-    headings = ("name", "status", "joined (UTC)", "tokens", "Photon", "seen", "key")
+        rows.append((invitation.name, what, "", "", "", f"until {_utc(invitation.expires_at)}"))
+    headings = ("name", "status", "joined (UTC)", "tokens", "Photon", "seen")
     show_table(headings, rows, right=(3,))
+    if members:
+        show("Keys, to compare with what `photon join` prints at each silo:")
+        show_facts((member.name, member.fingerprint) for member in members)
 
 
 @members_app.command("suspend")
@@ -180,7 +182,7 @@ def suspend_command(
 ) -> None:
     """Refuse everything a member asks, from now until it is reinstated.
 
-    Where fewer silos would be left than the run needs, it says so, and asks.
+    It asks first if fewer silos would be left than the run needs.
 
     Example: `photon members suspend hospital-a`
     """
@@ -208,11 +210,11 @@ def expel_command(
 ) -> None:
     """Refuse a member from now on; its key is never accepted again.
 
-    Of somebody who has not joined yet, the invitation is withdrawn.
+    If NAME has not joined yet, its invitation is withdrawn.
 
     What it contributed to finished rounds stays in the model. An expelled name can be invited again
-    (`photon invite NAME`), and then comes with another key. Where fewer silos would be left than
-    the run needs, it says so, and asks.
+    (`photon invite NAME`), and then comes with another key. It asks first if
+    fewer silos would be left than the run needs.
 
     Example: `photon members expel hospital-a`
     """

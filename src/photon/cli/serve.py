@@ -61,11 +61,11 @@ def serve(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train RUN.toml with silos elsewhere: the aggregator, one public port, everything it needs.
+    """Train RUN.toml with silos on other machines: the aggregator, behind one public port.
 
-    Brings up Flower's superlink, an object store (unless serve.store names yours) and the door,
-    waits for serve.min_silos, trains, and ends when the run is over. Ctrl-C stops everything;
-    `photon serve --resume DIR` goes on in the round it was in.
+    Starts what the aggregator needs (Flower's server, an object store unless serve.store names
+    yours, the public port), waits for serve.min_silos, trains, and ends when the run is over.
+    Ctrl-C stops everything; `photon serve --resume DIR` goes on in the round it was in.
 
     Examples: `photon serve run.toml --check` and `photon serve run.toml --set serve.min_silos=4`
 
@@ -142,17 +142,17 @@ def join(
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take part with this site's text and machines. Connects outwards only; the text stays here.
+    """Take part as a silo, with the text and hardware here. Text stays; all connections go out.
 
-    The first time with an invitation: the key is made here, and only its public half leaves. From
-    then on `photon join` alone, or the systemd unit in deploy/. Ctrl-C stops; what is finished is
-    kept, and asked for again it is answered from disk.
+    The first time it needs an invitation. The key is made here, and only its public half leaves.
+    After that `photon join` alone is enough, or the systemd unit in deploy/. Ctrl-C stops it;
+    finished work is kept on disk, and given when it is asked for again.
 
     Examples: `photon join --invite lab-a.invitation.toml --node node.toml`, later
     `photon join --node node.toml`
 
-    `photon join --check`, also with an invitation, tells what is wrong before; it changes nothing
-    and leaves the invitation unused. Its exit code is that of the first failure.
+    `photon join --check`, with an invitation or without, tells what would go wrong. It changes
+    nothing and does not use the invitation up. Its exit code is that of the first failure.
     """
     from photon.store.dialling import keep_to_this_machine
 
