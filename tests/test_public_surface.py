@@ -143,3 +143,5 @@ def test_a_notebook_from_text_to_words(three_silos, tmp_path, monkeypatch, capsy
     assert isinstance(photon.generate(folder, "The bank", max_new_tokens=5), str)
     with pytest.raises(photon.PhotonError):
         photon.read_run(tmp_path / "nothing")
+    with pytest.raises(photon.PhotonError, match=r"not 'run.toml'\nphoton.load_config\(PATH\)"):
+        photon.simulate("run.toml")

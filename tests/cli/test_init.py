@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from photon.cli.main import app
+from photon.cli.screen import program
 from photon.config import RunConfig, load_run_config
 
 
@@ -55,6 +56,16 @@ def test_its_two_commands_can_be_pasted(made):
         ["photon", "data", "prepare", "--input", text, "--silo-folders", "--out", data],
         ["photon", "simulate", str(folder / "run.toml")],
     ]
+
+
+def test_commands_are_those_that_this_shell_can_call(tmp_path, monkeypatch):
+    # As `make demo` calls it, before anybody has activated the environment.
+    monkeypatch.setattr("sys.argv", [".venv/bin/photon", "init"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == ".venv/bin/photon"
+    assert program("tensorboard") == ".venv/bin/tensorboard"
+    (tmp_path / "photon").touch(mode=0o755)
+    assert program() == "photon"
 
 
 def test_it_is_small_and_replaces_nothing(made):

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from photon.cli.screen import say, show
+from photon.cli.screen import program, say, show
 from photon.errors import RunExistsError
 
 #: Of each silo, so that the first run takes minutes.
@@ -56,8 +56,8 @@ def init(
     run_file.write_text(recipe, encoding="utf-8")
     run_file_, text_, data_ = (shlex.quote(str(path)) for path in (run_file, text, data))
     show(f"Wrote {run_file} and {text} (three silos). Next:")
-    show(f"  photon data prepare --input {text_} --silo-folders --out {data_}")
-    show(f"  photon simulate {run_file_}")
+    show(f"  {program()} data prepare --input {text_} --silo-folders --out {data_}")
+    show(f"  {program()} simulate {run_file_}")
 
 
 def _write(folder: Path, documents: Iterator[tuple[str, str]]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from photon.cli.screen import show, show_facts, show_table
+from photon.cli.screen import program, show, show_facts, show_table
 from photon.dashboard import wording
 from photon.dashboard.digest import RunDigest, read_digest
 from photon.dashboard.palette import MOST_NAMED
@@ -70,13 +70,14 @@ def _show_silos(digest: RunDigest) -> None:
 
 def next_steps(folder: Path) -> list[tuple[str, str]]:
     """What can be done with a finished run, and the command for it."""
+    photon = program()
     run, exported = shlex.quote(str(folder)), shlex.quote(f"{folder}-hf")
     return [
-        ("pictures", f"photon report {run}"),
-        ("text from it", f'photon generate {run} --prompt "..."'),
-        ("for transformers", f"photon export {run} --out {exported}"),
-        ("on other text", f"photon eval {run} --data DATA"),
-        ("curves", f"tensorboard --logdir {shlex.quote(str(folder / 'tensorboard'))}"),
+        ("pictures", f"{photon} report {run}"),
+        ("text from it", f'{photon} generate {run} --prompt "..."'),
+        ("for transformers", f"{photon} export {run} --out {exported}"),
+        ("on other text", f"{photon} eval {run} --data DATA"),
+        ("curves", f"{program('tensorboard')} --logdir {shlex.quote(str(folder / 'tensorboard'))}"),
     ]
 
 
@@ -88,11 +89,12 @@ def _baseline_steps(digest: RunDigest) -> list[tuple[str, str]]:
     most = max(texts, key=lambda name: texts[name])
     batch = digest.started.participants_per_round * digest.started.batch_size
     file, alone = digest.folder / "config.resolved.toml", f"{digest.folder}-alone"
+    photon = program()
     run, file, alone, most = (shlex.quote(str(it)) for it in (digest.folder, file, alone, most))
     return [
         (
             "alone, equal tokens",
-            f"photon train {file} --set train.batch_size={batch} --silo {most} --run-dir {alone}",
+            f"{photon} train {file} --set train.batch_size={batch} --silo {most} --run-dir {alone}",
         ),
-        ("beside this run", f"photon report {run} --compare alone={alone}"),
+        ("beside this run", f"{photon} report {run} --compare alone={alone}"),
     ]

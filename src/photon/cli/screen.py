@@ -4,6 +4,7 @@
     show(text)                a result, on standard output
     show_facts(pairs)         results with their names, one a line
     show_table(headings, rows)
+    program()                 `photon` as this shell can call it, for commands to copy
     console()                 standard error for live views, bars and spinners; never `Console(...)`
 
 Names, paths and what other machines sent come as plain `str`: brackets stay brackets, and control
@@ -23,8 +24,11 @@ import errno
 import io
 import os
 import select
+import shlex
+import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.box import HEAVY_HEAD
@@ -106,6 +110,14 @@ def show_table(
     for row in cells:
         table.add_row(*row)
     console(stderr=False).print(table)
+
+
+def program(name: str = "photon") -> str:
+    """A program of this installation as the shell that called photon can call it."""
+    here = Path(sys.argv[0])  # .venv/bin/photon, where that is not on the PATH
+    if here.name != "photon" or shutil.which(name) is not None:
+        return name
+    return shlex.quote(str(here.with_name(name)))
 
 
 def guard_output() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from photon.config import RunConfig, load_run_config
-from photon.errors import ResumeMismatchError, RunExistsError
+from photon.errors import ConfigError, ResumeMismatchError, RunExistsError
 from photon.openmp import warn_of_spinning
 from photon.runs.folder import holds_run, read_record, read_summary, usable
 from photon.runs.session import RunResult, Session
@@ -116,6 +116,11 @@ def _start(
     listener: Listener | None,
     overwrite: bool,
 ) -> RunResult:
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"a run needs a RunConfig, not {config!r:.80}",
+            hint="photon.load_config(PATH) reads one, photon.build_config(TABLES) makes one.",
+        )
     folder = Path(run_dir) if run_dir is not None else Path("runs") / config.run.name
     chosen = list(silos) if silos is not None else None
     if Seat.from_environment().rank:
