@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from photon.cli import serve
+from photon.cli import following, serve
 from photon.dashboard.progress import RunProgress
 from photon.errors import UnreachableError
 from photon.telemetry.events import RoundStarted, RunStopped, UpdateDropped
@@ -52,7 +52,7 @@ def test_the_view_of_a_served_run_says_what_it_waits_for(tmp_path, monkeypatch) 
     lines = [json.dumps({"event": one.name, **one.model_dump()}) for one in events]
     path.write_text("\n".join([*lines, ""]))
     waiting = {"for_silos": 2, "round": 2, "here": ["lab-a"], "until": 4e9}
-    monkeypatch.setattr(serve, "_STATUS_EVERY", 1)
+    monkeypatch.setattr(following, "_STATUS_EVERY", 1)
 
     class Over:
         """An end that comes after so many looks."""
@@ -71,7 +71,7 @@ def test_the_view_of_a_served_run_says_what_it_waits_for(tmp_path, monkeypatch) 
         (2, found("x") | {"run": {"waiting": waiting}}, "for 2 silos for round 2, here: lab-a"),
     ):
         progress = RunProgress()
-        serve._follow(path, progress.fold, lambda known=known: known, said.append, Over(looks))
+        following._follow(path, progress.fold, lambda known=known: known, said.append, Over(looks))
         assert said == []
         assert progress.waits_for is not None
         assert progress.waits_for.startswith(words)
@@ -80,10 +80,10 @@ def test_the_view_of_a_served_run_says_what_it_waits_for(tmp_path, monkeypatch) 
         raise UnreachableError("no desk")
 
     progress = RunProgress()
-    serve._follow(path, progress.fold, nobody, said.append, Over(2))
+    following._follow(path, progress.fold, nobody, said.append, Over(2))
     assert progress.stopped is not None
     lost = found("x") | {"run": {"lost": {"why": "dropped: lab-b", "until": 4e9}}}
-    serve._follow(path, progress.fold, lambda: lost, said.append, Over(2))
+    following._follow(path, progress.fold, lambda: lost, said.append, Over(2))
     assert progress.waits_for == "until 2096-10-02 07:06 UTC: dropped: lab-b"
 
 
@@ -104,5 +104,5 @@ def test_why_an_update_was_dropped_is_said_whole_whatever_the_view_has_room_for(
                     file.write(json.dumps({"event": event.name, **event.model_dump()}) + "\n")
             return self.looks == 3
 
-    serve._follow(path, lambda _: None, dict, said.append, Over())
+    following._follow(path, lambda _: None, dict, said.append, Over())
     assert said == [f"round 2: dropped lab-b: {reason}"]

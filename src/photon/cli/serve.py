@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,13 +15,13 @@ import typer
 from rich.status import Status
 from rich.text import Text
 
+from photon.cli.following import following, view_of_a_run, waits_for
 from photon.cli.outcome import show_outcome
 from photon.cli.screen import console, say, show, show_table
-from photon.errors import InvalidValueError, InvitationError, PhotonError, RunNotFoundError
+from photon.errors import InvalidValueError, InvitationError, RunNotFoundError
 
 if TYPE_CHECKING:
     from photon.deploy.checks import Check
-    from photon.telemetry import Listener
 
 RunFile = Annotated[Path | None, typer.Argument(help="The run file, TOML.", metavar="[RUN.toml]")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]
@@ -38,11 +35,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what each service says, too.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No view of the run.")]
 
-#: Between two looks at events.jsonl.
-_FOLLOW_S = 0.3
 _STATUS = ("GET", "/operator/status")
-#: Looks at events.jsonl to one at what the run waits for.
-_STATUS_EVERY = 5
 
 
 def serve(
@@ -100,9 +93,9 @@ def serve(
         from photon.silo.policy import few_silos
 
         # Not before: an events.jsonl may be there that is replaced.
-        shown = None if quiet or verbose else _view()
+        shown = None if quiet or verbose else view_of_a_run()
         look = lambda: _operator(folder, *_STATUS)  # noqa: E731
-        view.enter_context(_following(folder, shown, look, lines.event))
+        view.enter_context(following(folder, shown, look, lines.event))
 
         lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
         least = config.quorum_of(config.silos_needed)
@@ -285,115 +278,6 @@ class _Lines:
             self._log.write(f"{time.strftime('%Y-%m-%d')} {line}")
 
 
-@contextmanager
-def _following(
-    folder: Path,
-    listener: Listener | None,
-    status: Callable[[], dict[str, Any]],
-    say_dropped: Callable[[str], None],
-) -> Iterator[None]:
-    """Tell a listener the run's events as another process writes them, and how it stands.
-
-    Whose update was dropped is said besides, with the whole reason: a view has no room for it.
-    """
-    from photon.dashboard import PlainView
-    from photon.telemetry.events import Standing, UpdateDropped
-
-    over, path = threading.Event(), folder / "events.jsonl"
-
-    def tell(event: Any) -> None:
-        said_already = isinstance(listener, PlainView) and isinstance(
-            event, Standing | UpdateDropped
-        )
-        if listener is not None and not said_already:
-            listener.on_event(event)
-
-    thread = threading.Thread(
-        target=_follow, args=(path, tell, status, say_dropped, over), daemon=True
-    )
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(timeout=5.0)
-        if listener is not None:
-            listener.close()
-
-
-def _follow(
-    path: Path,
-    tell: Callable[[Any], None],
-    status: Callable[[], dict[str, Any]],
-    say_dropped: Callable[[str], None],
-    over: threading.Event,
-) -> None:
-    from photon.telemetry.events import Standing, UpdateDropped, parse_event
-
-    at, torn = 0, b""
-    for looks in itertools.count():
-        last = over.wait(_FOLLOW_S)
-        try:
-            with path.open("rb") as file:
-                file.seek(at)
-                data = file.read()
-        except OSError:
-            data = b""
-        at += len(data)
-        *lines, torn = (torn + data).split(b"\n")
-        for line in lines:
-            try:
-                event = parse_event(json.loads(line))
-            except ValueError:
-                continue
-            if event is not None:
-                tell(event)
-            if isinstance(event, UpdateDropped) and looks:  # not of an earlier process
-                say_dropped(f"round {event.round}: dropped {event.silo}: {event.reason}")
-        if last:
-            return
-        if looks == 0 and lines:  # of earlier processes: what they ended with is over
-            tell(Standing(waits_for="for the federation's loop to start", away=[]))
-        elif looks % _STATUS_EVERY == 0 and (standing := _standing(status)) is not None:
-            tell(Standing(waits_for=standing[0], away=standing[1]))
-
-
-def _standing(status: Callable[[], dict[str, Any]]) -> tuple[str | None, list[str]] | None:
-    """What the run waits for, and which silos are away; None where nobody can say."""
-    try:
-        found = status()
-    except (PhotonError, OSError):
-        return None
-    run = found.get("run", {})
-    away = [one["name"] for one in found["members"] if not one["here"]]
-    return _waits_for(run), away
-
-
-def _waits_for(run: dict[str, Any]) -> str | None:
-    """What a served run waits for, and until when; None if it does not."""
-    waiting, lost = run.get("waiting"), run.get("lost")
-    if lost:
-        return f"until {_minute(lost['until'])}: {lost['why']}"
-    if not waiting:
-        return None
-    refusing = [f"{silo} ({why})" for silo, why in waiting.get("refusing", {}).items()]
-    out = f"; not asked until it starts anew: {', '.join(refusing)}" if refusing else ""
-    return (
-        f"for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
-        f"{', '.join(waiting['here']) or 'none'}; until {_minute(waiting['until'])}{out}"
-    )
-
-
-def _minute(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _view() -> Listener:
-    from photon.dashboard import progress_view
-
-    return progress_view(console())
-
-
 def _show_checks(findings: list[Check], as_json: bool) -> None:
     """What was looked at; ends with the exit code of the first failure."""
     from photon.deploy.checks import worst
@@ -446,8 +330,8 @@ def _show_status(found: dict[str, Any]) -> None:
     run = found.get("run", {})
     at = f"round {run.get('in_round') or run.get('round', 0)} of {run.get('rounds', '?')}"
     show(f"{run.get('name', '?')}: {at}")
-    if waits_for := _waits_for(run):
-        show(f"waits {waits_for}")
+    if what := waits_for(run):
+        show(f"waits {what}")
     warning = (run.get("certificate") or {}).get("warning")
     if warning:
         say(f"warning: {warning}", style="yellow")

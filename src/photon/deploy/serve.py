@@ -34,7 +34,7 @@ from photon.deploy.front_door import READ_AGAIN, DoorSettings, front_door, publi
 from photon.deploy.front_door import SERVICE as DOOR
 from photon.deploy.ports import free_ports, is_free
 from photon.deploy.renewal import DoorCertificate
-from photon.deploy.served_run import prepare_run, progress_of, with_whole_paths
+from photon.deploy.served_run import how_it_ended, prepare_run, progress_of, with_whole_paths
 from photon.deploy.service import troubles_to
 from photon.deploy.supervisor import RestartPolicy, Service, Supervisor
 from photon.engines.flower import commands
@@ -141,19 +141,7 @@ class Aggregator:
             PhotonError: what can't be brought up or kept up, or what ended the run.
         """
         with contextlib.ExitStack() as ends:
-            ends.callback(self._roster.close)
-            supervisor = ends.enter_context(self._supervisor)
-            ends.enter_context(supervisor.ending_on_signals())
-            self._folder.mkdir(parents=True, exist_ok=True)
-            ends.enter_context(hold_run(self._folder, served=True))
-            if fresh:
-                prepare_run(self._config, self._folder, overwrite=overwrite)
-            else:
-                write_resolved(self._config, self._folder / RUN_FILE)
-            self._roster.set_setting("draining", False)
-            self._roster.set_setting("stopping", False)
-            self._roster.set_setting("waiting", None)
-            self._roster.set_setting(RUN_SETTING, str(self._folder))
+            supervisor = self._hold(ends, fresh=fresh, overwrite=overwrite)
             self._certificate = DoorCertificate(self._serve, self._home, tell=self._on_event)
             door = self._certificate.files
             presigner, store_port = self._store(supervisor)
@@ -221,6 +209,23 @@ class Aggregator:
         }
 
     # --- bringing up -------------------------------------------------------------------------
+
+    def _hold(self, ends: contextlib.ExitStack, *, fresh: bool, overwrite: bool) -> Supervisor:
+        """Hold home and run, and only then change either."""
+        ends.callback(self._roster.close)
+        supervisor = ends.enter_context(self._supervisor)
+        ends.enter_context(supervisor.ending_on_signals())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        ends.enter_context(hold_run(self._folder, served=True))
+        if fresh:
+            prepare_run(self._config, self._folder, overwrite=overwrite)
+        else:
+            write_resolved(self._config, self._folder / RUN_FILE)
+        self._roster.set_setting("draining", False)
+        self._roster.set_setting("stopping", False)
+        self._roster.set_setting("waiting", None)
+        self._roster.set_setting(RUN_SETTING, str(self._folder))
+        return supervisor
 
     def _start(self, supervisor: Supervisor, service: Service) -> None:
         ready = f", at most {service.ready_s:.0f} s" if service.ready is not None else ""
@@ -385,7 +390,7 @@ class Aggregator:
             if state.outcome == "completed":
                 finished = (self._folder / "summary.json").exists()
                 words = "the run is drained; it can be resumed"
-                return self._over(_how_it_ended(self._folder) if finished else words, finished)
+                return self._over(how_it_ended(self._folder) if finished else words, finished)
             again = attempts.after(state, progress_of(self._folder), time.monotonic())
             self._on_event(again.words)
             run_id, again_s = None, time.monotonic() + again.pause_s
@@ -471,17 +476,6 @@ class Aggregator:
         if kind in ("joined", "drain", "stop"):
             words = ", ".join(f"{name} {value}" for name, value in detail.items())
             self._on_event(f"{kind}: {words}" if words else kind)
-
-
-def _how_it_ended(folder: Path) -> str:
-    """For every silo's screen: what came out, and where it is."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        rounds, perplexity = summary["rounds"], summary["global_perplexity"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return "the run is over"
-    came_to = "diverged" if perplexity is None else f"held-out perplexity {perplexity:.4g}"
-    return f"the run is over: {rounds} rounds, {came_to}; its operator has the model"
 
 
 def _clock(at: float) -> str:

@@ -117,3 +117,14 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
     }
     serve = config.serve.model_copy(update=whole)
     return config.model_copy(update={"data": data, "serve": serve})
+
+
+def how_it_ended(folder: Path) -> str:
+    """For every silo's screen: what came out, and where it is."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        rounds, perplexity = summary["rounds"], summary["global_perplexity"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "the run is over"
+    came_to = "diverged" if perplexity is None else f"held-out perplexity {perplexity:.4g}"
+    return f"the run is over: {rounds} rounds, {came_to}; its operator has the model"

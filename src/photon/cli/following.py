@@ -1,0 +1,132 @@
+"""A served run as another process writes it: its events, and what it waits for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from photon.cli.screen import console
+from photon.errors import PhotonError
+
+if TYPE_CHECKING:
+    from photon.telemetry import Listener
+
+#: Between two looks at events.jsonl.
+_FOLLOW_S = 0.3
+#: Looks at events.jsonl to one at what the run waits for.
+_STATUS_EVERY = 5
+
+
+@contextmanager
+def following(
+    folder: Path,
+    listener: Listener | None,
+    status: Callable[[], dict[str, Any]],
+    say_dropped: Callable[[str], None],
+) -> Iterator[None]:
+    """Tell a listener the run's events as another process writes them, and how it stands.
+
+    Whose update was dropped is said besides, with the whole reason: a view has no room for it.
+    """
+    from photon.dashboard import PlainView
+    from photon.telemetry.events import Standing, UpdateDropped
+
+    over, path = threading.Event(), folder / "events.jsonl"
+
+    def tell(event: Any) -> None:
+        said_already = isinstance(listener, PlainView) and isinstance(
+            event, Standing | UpdateDropped
+        )
+        if listener is not None and not said_already:
+            listener.on_event(event)
+
+    thread = threading.Thread(
+        target=_follow, args=(path, tell, status, say_dropped, over), daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(timeout=5.0)
+        if listener is not None:
+            listener.close()
+
+
+def _follow(
+    path: Path,
+    tell: Callable[[Any], None],
+    status: Callable[[], dict[str, Any]],
+    say_dropped: Callable[[str], None],
+    over: threading.Event,
+) -> None:
+    from photon.telemetry.events import Standing, UpdateDropped, parse_event
+
+    at, torn = 0, b""
+    for looks in itertools.count():
+        last = over.wait(_FOLLOW_S)
+        try:
+            with path.open("rb") as file:
+                file.seek(at)
+                data = file.read()
+        except OSError:
+            data = b""
+        at += len(data)
+        *lines, torn = (torn + data).split(b"\n")
+        for line in lines:
+            try:
+                event = parse_event(json.loads(line))
+            except ValueError:
+                continue
+            if event is not None:
+                tell(event)
+            if isinstance(event, UpdateDropped) and looks:  # not of an earlier process
+                say_dropped(f"round {event.round}: dropped {event.silo}: {event.reason}")
+        if last:
+            return
+        if looks == 0 and lines:  # of earlier processes: what they ended with is over
+            tell(Standing(waits_for="for the federation's loop to start", away=[]))
+        elif looks % _STATUS_EVERY == 0 and (standing := _standing(status)) is not None:
+            tell(Standing(waits_for=standing[0], away=standing[1]))
+
+
+def _standing(status: Callable[[], dict[str, Any]]) -> tuple[str | None, list[str]] | None:
+    """What the run waits for, and which silos are away; None where nobody can say."""
+    try:
+        found = status()
+    except (PhotonError, OSError):
+        return None
+    run = found.get("run", {})
+    away = [one["name"] for one in found["members"] if not one["here"]]
+    return waits_for(run), away
+
+
+def waits_for(run: dict[str, Any]) -> str | None:
+    """What a served run waits for, and until when; None if it does not."""
+    waiting, lost = run.get("waiting"), run.get("lost")
+    if lost:
+        return f"until {_minute(lost['until'])}: {lost['why']}"
+    if not waiting:
+        return None
+    refusing = [f"{silo} ({why})" for silo, why in waiting.get("refusing", {}).items()]
+    out = f"; not asked until it starts anew: {', '.join(refusing)}" if refusing else ""
+    return (
+        f"for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
+        f"{', '.join(waiting['here']) or 'none'}; until {_minute(waiting['until'])}{out}"
+    )
+
+
+def _minute(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def view_of_a_run() -> Listener:
+    from photon.dashboard import progress_view
+
+    return progress_view(console())
