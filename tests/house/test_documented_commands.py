@@ -12,6 +12,8 @@ import pytest
 from typer.main import get_command
 
 from photon.cli.main import app
+from photon.config import RunConfig
+from photon.config.node import NodeConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
@@ -140,3 +142,18 @@ def test_options_that_hints_name_exist() -> None:
                 assert option in known, f"{source.name}: {text}"
                 checked += 1
     assert checked > 20
+
+
+def test_keys_that_pages_hints_and_errors_name_exist() -> None:
+    known: dict[str, set[str]] = {}
+    for config in (RunConfig, NodeConfig):
+        for table, field in config.model_fields.items():
+            known.setdefault(table, set()).update(getattr(field.annotation, "model_fields", {}))
+    named = re.compile(rf"(?<![\w./`-])({'|'.join(known)})\.([a-z_]+)\b(?!\()")
+    files = {"json", "jsonl", "log", "md", "safetensors", "toml"}
+    texts = {page.name: [page.read_text(encoding="utf-8")] for page in PROMISES}
+    texts |= {str(source): strings_in(source) for source in SOURCES}
+    for name, parts in texts.items():
+        for table, key in (found for part in parts for found in named.findall(part)):
+            wrong = key not in known[table] | files and f"{table}.{key}" != "local.stepz"
+            assert not wrong, f"{name}: {table}.{key}"
