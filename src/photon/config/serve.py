@@ -64,7 +64,8 @@ class ServeConfig(Section):
     )
     gather_s: Annotated[float, Field(gt=0)] = Field(
         default=86_400.0,
-        description="Seconds that serve waits for min_silos before it gives up.",
+        description="Seconds that serve waits for min_silos, or draws a round again that loses its "
+        "quorum, before it gives up.",
     )
     round_deadline_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = Field(
         default=86_400.0,
