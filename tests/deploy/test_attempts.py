@@ -160,6 +160,13 @@ def test_a_lost_round_is_tried_again_and_everybody_told(serving, home) -> None:
     assert control.started == 3
     assert sum("the round is drawn again in 0 s" in line for line in said) == 2
     assert all("dropped: lab-b" in line for line in said if "drawn again" in line)
+    # The operator hears of whom; of lab-b's troubles lab-a hears nothing.
+    made._lost = {"why": LOST, "until": 1.8e9}
+    made._tell()
+    assert told(made._roster, "lab-a")["run"]["words"] == (
+        "med had too few good updates; it tries again at 2027-01-15 08:00 UTC"
+    )
+    made._over("the run is over: 4 rounds, held-out perplexity 12.35; its operator has the model")
     assert told(made._roster, "lab-a")["run"]["words"] == (
         "med: the run is over: 4 rounds, held-out perplexity 12.35; its operator has the model"
     )

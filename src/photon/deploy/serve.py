@@ -187,7 +187,9 @@ class Aggregator:
             try:
                 outcome = self._see_through(supervisor, control, desk, bundle)
             except PhotonError as error:
-                tell_all(self._roster, f"{self._config.run.name} ended: {error.message}")
+                # Not the message: it may quote other silos, or files of this machine.
+                ended = f"ended with exit code {error.exit_code}; its operator can resume it"
+                tell_all(self._roster, f"{self._config.run.name} {ended}")
                 self._tell_end(desk)
                 raise
             if not supervisor.stopping:
@@ -411,7 +413,8 @@ class Aggregator:
         name, waiting, lost = self._config.run.name, self._roster.setting("waiting"), self._lost
         words = f"{name} goes on"
         if lost is not None:
-            words = f"{name} waits until {_clock(lost['until'])}: {lost['why']}"
+            # Why others were dropped is between them and the operator.
+            words = f"{name} had too few good updates; it tries again at {_clock(lost['until'])}"
         elif waiting is not None:
             words = (
                 f"{name} waits for {waiting['for_silos']} silos for round {waiting['round']}, "
