@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import shutil
+import threading
 import time
 
 import pytest
@@ -26,6 +27,8 @@ from photon.federation.sealing import sealed
 from photon.membership.keys import NodeKey
 from photon.membership.signing import RECEIPT, sign_document, verify_document
 from photon.silo.policy import read_membership
+from photon.silo.service import Listener
+from photon.silo.socket import answer_of, ask_trainer
 from photon.silo.trainer import DEATHS
 from photon.store.contract import FolderStore, Store, unpaced
 from photon.store.transfer import Transfer
@@ -510,6 +513,29 @@ def test_only_the_aggregators_own_ask_is_read(bench, aggregator, tmp_path):
     other = sign_document(key, RECEIPT, encoded(ask))
     with pytest.raises(SignatureError):
         bench.trainer.read(json.dumps(record | {"signature": other}).encode())
+
+
+def test_a_clock_that_is_years_off_changes_nothing(bench, aggregator, monkeypatch, tmp_path):
+    """Neither is everything too late, nor is anything waited for without end."""
+    ask = aggregator.fit(within_s=50.0)
+    now_s = time.time()
+    for off_s in (-1e8, 1e8):
+        monkeypatch.setattr(time, "time", lambda off_s=off_s: now_s + off_s)
+        path = tmp_path / f"{off_s:g}.sock"
+        listener = Listener(path, bench.trainer.read, bench.trainer.refuse_unread)
+        answers = []
+
+        def shim(path=path, answers=answers):
+            message = sealed(ask, NodeKey.load(tmp_path / "aggregator.key"))
+            answers.append(ask_trainer(path, message, within_s=50.0))
+
+        asking = threading.Thread(target=shim)
+        asking.start()
+        question = listener.next()
+        assert 0 < question.left_s() <= 50
+        listener.settle(question, answer_of(bench.trainer.answer(question.ask, question.left_s)))
+        asking.join()
+        assert parse_reply(answers[0].text).fit is not None
 
 
 def test_an_older_protocol_is_refused_in_clear_words(bench, aggregator):
