@@ -417,6 +417,44 @@ def test_the_time_of_a_round_ends(make_bench):
     assert bench.roster.tasks.open_for("red") == []
 
 
+def test_one_that_takes_far_longer_than_a_quorum_is_left_behind(make_bench, monkeypatch):
+    """Also where it says all the time that it works."""
+    monkeypatch.setattr(messenger, "_LEAST_PATIENCE_S", 0.5)
+    bench = make_bench("serve.straggler_factor=2")
+
+    def never(silo, ask, times):
+        bench.wire.quiet.add("red")
+        bench.wire.be_here("red", state="training", task=ask.task_id)
+
+    bench.on("red", never)
+    words = only_fails(bench.answers(), "red", UnreachableError, bench.federated.expected)
+    assert "serve.straggler_factor = 2" in words
+    assert "2 silos did in" in words
+    assert bench.wire.fired == ["red"]
+
+
+def test_who_answered_once_is_not_left_behind(make_bench, monkeypatch):
+    """That its update has to be sent again is no slowness of its."""
+    monkeypatch.setattr(messenger, "_LEAST_PATIENCE_S", 0.0)
+    bench = make_bench("serve.straggler_factor=1")
+    answers = bench.wire.fault
+
+    def lost_first(silo, ask, times):
+        answer = silo.answer(ask)
+        if silo.name == "red" and times == 1:
+            bench.wire.fired.append("red")
+            for key in chunks_of(bench, "red"):
+                del bench.store._objects[key]
+        return answer
+
+    bench.wire.fault = lost_first
+    found = {name: digest for name, (_, digest) in bench.answers().items()}
+    assert found["red"] == bench.federated.expected["red"]
+    assert bench.wire.fired == ["red"]
+    assert bench.wire.times("red") > 1
+    bench.wire.fault = answers
+
+
 def test_nobody_is_waited_for_in_a_hot_loop(make_bench):
     """With answers here already, a silo that works is looked at a few times a second."""
     bench = make_bench("serve.round_deadline_s=6")

@@ -72,6 +72,11 @@ class ServeConfig(Section):
         description="Seconds from the start of a round after which a silo that has not answered is "
         "left out of it. (federation.silence_s is for silos that say nothing at all.)",
     )
+    straggler_factor: Annotated[float, Field(ge=1)] | None = Field(
+        default=10.0,
+        description="Once a quorum has answered, a silo that takes so many times as long as they "
+        "did, and more than ten minutes, is left out of the round.",
+    )
     grant_s: Annotated[int, Field(ge=60, le=604_800)] = Field(
         default=3600, description="Seconds that a presigned URL is valid."
     )

@@ -38,6 +38,8 @@ _SOON_S, _LATE_S, _SHARE = 0.2, 2.0, 0.02
 #: A silo that says it is idle so long after it was asked did not get the task, or lost it.
 #: (Delivery takes seconds, and ten where a machine is overloaded.)
 _IDLE_S = 10.0
+#: Who takes no longer is never left behind, however fast the others are.
+_LEAST_PATIENCE_S = 600.0
 
 
 class Post(Protocol):
@@ -121,6 +123,7 @@ class Messenger:
         for errand in open_ones:
             if not errand.over:
                 self._watch(errand, presences.get(errand.ask.silo), now_s)
+        self._leave_behind(errands, now_s)
         return any(errand.over for errand in open_ones)
 
     def pause_s(self, errands: Collection[Errand]) -> float:
@@ -194,6 +197,27 @@ class Messenger:
             errand.again(now_s, "it was idle although it had been asked")
             self._push(errand, now_s)
 
+    def _leave_behind(self, errands: Collection[Errand], now_s: float) -> None:
+        """Give up who takes far longer than a quorum did: one silo must not hold a round for a day.
+
+        Not who has answered once: that its update can't be had may be the store's fault.
+        """
+        factor = self._config.serve.straggler_factor
+        took_s = sorted(errand.took_s for errand in errands if errand.took_s)
+        quorum = self._config.quorum_of(len(errands)) if errands else 0
+        if factor is None or not 0 < quorum <= len(took_s):
+            return
+        patience_s = max(_LEAST_PATIENCE_S, factor * took_s[quorum - 1])
+        for errand in errands:
+            if not (errand.over or errand.took_s) and now_s - errand.begun_s > patience_s:
+                errand.fail(
+                    UnreachableError(
+                        f"{errand.ask.silo} has not answered in {patience_s:.0f} s; {quorum} silos "
+                        f"did in {took_s[quorum - 1]:.0f} s (serve.straggler_factor = {factor:g})"
+                        f"{errand.because}"
+                    )
+                )
+
     def _progress(self, ask: Ask, presence: Presence) -> None:
         """Tell of a silo's steps, as far as they are new and it said how they went."""
         at = (presence.round, presence.step)
@@ -262,6 +286,7 @@ class Messenger:
             return
         if reply.refused is None:
             errand.reply = reply
+            errand.took_s = errand.took_s or now_s - errand.begun_s
             kept = replace(answer, ask=encoded(errand.ask))
             self._roster.tasks.close(errand.ask.task_id, kept)
             return
