@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -252,7 +253,7 @@ class Keeper:
         """
         healthy, silence_s, pid = self.service.healthy, self.service.silence_s, life.process.pid
         heard = worked = looked = time.monotonic()
-        spent_s, well_so_far = tether.cpu_s(pid), True
+        spent_s, well_so_far = math.inf, True
         while self._runs(life):
             with self._change:
                 if self._runs(life):
@@ -261,12 +262,14 @@ class Keeper:
             if healthy is None or not self._runs(life):
                 continue
             well, problem = _ask(healthy, "it did not answer")
-            now, cpu_s = time.monotonic(), tether.cpu_s(pid)
-            if cpu_s - spent_s > _WORKING * (now - looked):
-                worked = now
-            looked, spent_s = now, cpu_s
+            now = time.monotonic()
+            if not well:
+                cpu_s = sum(map(tether.cpu_s, tether.marked(self._mark)))
+                if cpu_s - spent_s > _WORKING * (now - looked):
+                    worked = now
+                looked, spent_s = now, cpu_s
             if well:
-                heard = now
+                heard, spent_s = now, math.inf
                 if not well_so_far:
                     self._become("up", pid)
                     self._event("well", "answers again")

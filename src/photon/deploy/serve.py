@@ -196,6 +196,7 @@ class Aggregator:
                 self._tell_end(desk)
             if outcome.finished:
                 self._free_finished(supervisor)
+            self._on_event("stopping the services; the store may take half a minute")
             return outcome
 
     def status(self) -> dict[str, Any]:
