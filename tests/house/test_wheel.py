@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -50,3 +51,22 @@ def test_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
     }
     assert "photon = photon.cli.main:main" in texts["entry_points.txt"]
     assert "Apache License" in texts["LICENSE"]
+
+
+def test_photon_init_works_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    assert wheel.filename is not None
+    code = (
+        "import photon, sys; assert '.whl' in photon.__file__, photon.__file__\n"
+        "from photon.cli.main import app; app(['init', sys.argv[1]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "first"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": wheel.filename},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "first/run.toml").exists()
