@@ -176,16 +176,24 @@ def train(
 
 
 def resume(
-    folder: Folder, overrides: Sets = None, as_json: AsJson = False, quiet: Quiet = False
+    folder: Folder,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="So many in all: more than it was begun with.")
+    ] = None,
+    overrides: Sets = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Continue a stopped or killed run from its newest checkpoint.
 
-    The result is the same as if it had never stopped. Example: `photon resume runs/demo`
+    The result is the same as if it had never stopped. Rounds to come may be more, or have another
+    learning rate, on record: `photon resume runs/demo --rounds 20 --set local.lr=1e-3`
     """
     _loading(quiet)
     from photon.runs import resume as start
 
-    result = start(folder, overrides=overrides or [], listener=_view(quiet))
+    more = [f"federation.rounds={rounds}"] if rounds is not None else []
+    result = start(folder, overrides=[*(overrides or []), *more], listener=_view(quiet))
     if result.summary:  # not so for a rank other than 0 under torchrun: rank 0 tells
         show_outcome(result.folder, result.summary, as_json=as_json)
 

@@ -40,6 +40,17 @@ whatever is given for a key that takes text, is read as the text itself.
 - Values that can't work together are an error when the file is read (13), not at round 40.
 - Run folders keep the resolved file, every default written out: what ran is what is there.
 
+A run that has begun, or is over, can be given more rounds, or other values for the rounds to come:
+
+    photon resume runs/NAME --rounds 40 --set local.lr=1e-3
+
+The clock goes on, and the schedule is that of the new file, read where the clock stands: a cosine
+that had come down after 20 rounds stands half-way up again in a run of 40, as in one planned so.
+Set `local.lr` lower, or `local.schedule=constant`, where that is not meant. What changed is an
+event, a line of a served run's audit, and in the folder (config.until-round-N.toml is what held
+before). Keys that made what the run keeps (model, data, seed, tau, optimizers, codecs) are refused
+by name.
+
 This page is written by `make docs` from the models in `src/photon/config/`.
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from photon.aggregation import check_update
 from photon.config import LinkConfig, RunConfig
 from photon.errors import error_of
-from photon.federation.ledger import Ledger, RoundCosts, due, local_finished, state_lost
+from photon.federation.ledger import WAY_OUT, Ledger, RoundCosts, due, local_finished, state_lost
 from photon.federation.tasks import WEIGHTS, Engine, EvalTask, FitTask, section
 from photon.telemetry.events import RoundStarted
 
@@ -129,7 +129,8 @@ class CentralisedTraining:
         for update in self._engine.fit([task], self.state):
             receipt = update.receipt
             if receipt.failure is not None:
-                raise error_of(receipt.failure_code)(receipt.failure, hint=receipt.failure_hint)
+                hint = f"{receipt.failure_hint or ''} {WAY_OUT}".lstrip()
+                raise error_of(receipt.failure_code)(receipt.failure, hint=hint)
             if receipt.state_lost:
                 self._ledger.recorder.emit(state_lost(task))
             check_update(update.tensors(), self.state)

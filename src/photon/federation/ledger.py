@@ -21,6 +21,12 @@ from photon.telemetry.events import (
     RoundFinished,
 )
 
+#: Where training diverged: the same rounds again would diverge again.
+WAY_OUT = (
+    "Where the loss diverged, go on with another recipe: `photon resume DIR --set local.lr=...`, "
+    "or local.clip_norm, local.warmup_steps."
+)
+
 #: No figure of a receipt is larger: sums of them stay finite and exact.
 _MOST = 2**53
 
@@ -41,6 +47,7 @@ class RoundCosts:
     bytes_down: int = 0
     dropped: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    diverged: int = 0
 
 
 class Ledger:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from photon.aggregation import OuterOptimizer, build_outer_optimizer
 from photon.config import RunConfig
-from photon.errors import QuorumLostError
+from photon.errors import NonFiniteError, QuorumLostError
 from photon.federation.broadcast import Broadcast
 from photon.federation.ledger import (
+    WAY_OUT,
     Ledger,
     RoundCosts,
     due,
@@ -200,6 +201,7 @@ class Federation:
                     costs.dropped.append(receipt.silo)
                     named = reason.startswith(receipt.silo)
                     costs.reasons.append(reason if named else f"{receipt.silo}: {reason}")
+                    costs.diverged += receipt.failure_code == NonFiniteError.exit_code
                     self._ledger.recorder.emit(
                         UpdateDropped(round=number, silo=receipt.silo, reason=reason)
                     )
@@ -231,7 +233,8 @@ class Federation:
             f"round {number} has {len(merged)} good updates of {asked}, the quorum is {quorum}; "
             f"dropped: {'; '.join(costs.reasons) or 'none'}",
             hint=f"Round {number - 1} is saved. See update_dropped in events.jsonl, mend the "
-            "silo, then `photon resume`.",
+            "silo, then `photon resume`."
+            + (f" {WAY_OUT}" if costs.diverged == len(costs.dropped) else ""),
         )
 
     @torch.no_grad()

@@ -27,6 +27,7 @@ from photon.telemetry.events import (
     RoundFinished,
     RoundMerged,
     RoundStarted,
+    RunChanged,
     RunStarted,
     UpdateDropped,
 )
@@ -60,6 +61,8 @@ class Notary:
         if isinstance(event, RunStarted):
             if event.resumed_from_round is not None:
                 self._settle(event.resumed_from_round)
+        elif isinstance(event, RunChanged):
+            self._log.append("changed", {"run": self._run_id, **event.model_dump(mode="json")})
         elif isinstance(event, RoundStarted):
             self._asked, self._merged, self._dropped = list(event.participants), [], []
         elif isinstance(event, UpdateDropped):

@@ -19,6 +19,7 @@ from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, Roster
 from photon.models import model_fingerprint
 from photon.runs.bulletin import Bulletin
+from photon.runs.changes import config_to_go_on_with
 from photon.runs.draws import Draws
 from photon.runs.fleet import JoinedFleet
 from photon.runs.folder import read_record, with_own_model
@@ -42,7 +43,7 @@ def continue_run(folder: Path, post: Post) -> RunResult:
     begun = (folder / "run.json").exists()
     config = load_run_config(folder / RUN_FILE)
     if begun:  # what is trained stays as it was resolved; where things are may change
-        resolved = load_run_config(folder / "config.resolved.toml")
+        resolved = config_to_go_on_with(folder)
         data = resolved.data.model_copy(update={"path": config.data.path})
         config = resolved.model_copy(update={"serve": config.serve, "data": data})
     with Roster(Path(serving.home) / ROSTER_FILE) as roster:

@@ -41,6 +41,7 @@ from photon.models import (
     tokenizer_file_of,
     trainable_parameters,
 )
+from photon.runs.changes import changes, go_on_with
 from photon.runs.folder import (
     keep_model,
     only_process,
@@ -52,7 +53,15 @@ from photon.store.disk import write_json
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
-from photon.telemetry.events import Kind, Notice, RunFinished, RunStarted, RunStopped, finite
+from photon.telemetry.events import (
+    Kind,
+    Notice,
+    RunChanged,
+    RunFinished,
+    RunStarted,
+    RunStopped,
+    finite,
+)
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import (
     decayed_names,
@@ -208,12 +217,13 @@ class Session:
             )
             fingerprint = model_fingerprint(self._model)
             notices: list[str] = []
+            changed: dict[str, tuple[Any, Any]] = {}
             if record is None:
                 self._make_folder(fingerprint)
             else:
                 self._check_same(record, fingerprint)
                 notices = self._note_versions(record)
-                write_resolved(self.config, self.folder / "config.resolved.toml")
+                changed = changes(self.folder, self.config)
             state, tensors = RunState(0, 0, fingerprint, self.data.sha256), {}
             resumed = bool(checkpoints.rounds())
             problems: list[str] = []
@@ -223,6 +233,11 @@ class Session:
             try:
                 recorder.emit(self._started(state.round if record is not None else None))
                 ledger = Ledger(state, recorder, checkpoints)
+                if changed:
+                    recorder.emit(RunChanged(round=state.round, changes=changed))
+                    notices.append(_in_words(changed, state.round))
+                if record is not None:
+                    go_on_with(self.folder, self.config, state.round, changed=bool(changed))
                 for text in notices:
                     recorder.emit(Notice(text=text, round=state.round, silo=""))
                 for problem in problems:
@@ -459,6 +474,11 @@ def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
         path = str(Path(config.model.path).expanduser().resolve())
         resolved["model"] = config.model.model_copy(update={"path": path})
     return config.model_copy(update=resolved)
+
+
+def _in_words(changed: dict[str, tuple[Any, Any]], number: int) -> str:
+    said = ", ".join(f"{key} = {now} (was {was})" for key, (was, now) in changed.items())
+    return f"changed on purpose, for the rounds after round {number}: {said}"
 
 
 def _versions() -> dict[str, str]:

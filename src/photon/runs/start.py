@@ -7,29 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from photon.config import RunConfig, load_run_config
+from photon.config import RunConfig
 from photon.errors import ConfigError, ResumeMismatchError, RunExistsError
+from photon.federation import CheckpointStore
 from photon.openmp import warn_of_spinning
-from photon.runs.folder import holds_run, read_record, read_summary, usable
+from photon.runs.changes import check_overrides, config_to_go_on_with, leave_for_next
+from photon.runs.folder import holds_run, only_process, read_record, read_summary, usable
 from photon.runs.session import RunResult, Session
 from photon.store.served import LOCKS
 from photon.telemetry import Listener
 from photon.telemetry.events import Kind
 from photon.training import Seat
-
-#: Changing these does not alter rounds that were run already. Device and threads change how later
-#: rounds round, so a run that changes them no longer reaches the very same bits.
-RESUMABLE_KEYS = (
-    "federation.workers",
-    "federation.silence_s",
-    "federation.quorum",
-    "run.keep_checkpoints",
-    "run.log_every",
-    "compute.device",
-    "compute.threads",
-    "eval.every",
-    "data.path",
-)
 
 
 def simulate(
@@ -80,7 +68,10 @@ def resume(
 
     Args:
         folder: the run folder.
-        overrides: only keys that do not change the maths of rounds already run.
+        overrides: of keys that leave the maths alone, or, on record, of keys that rounds to come
+            may have otherwise (more `federation.rounds`, another `local.lr`): see
+            photon.runs.changes. Schedules are then those of the new run file, read at the clock
+            as it stands.
 
     Raises:
         RunNotFoundError: no run there.
@@ -90,13 +81,23 @@ def resume(
     """
     folder = Path(folder)
     record = read_record(folder)
-    if record["kind"] == "serve":
+    check_overrides(overrides)
+    config = config_to_go_on_with(folder, overrides)
+    done = max(CheckpointStore(folder / "checkpoints", 1).rounds(), default=0)
+    if config.federation.rounds < done:
         raise ResumeMismatchError(
-            f"the silos of {folder} are elsewhere",
+            f"federation.rounds = {config.federation.rounds}, and {done} rounds are done already",
+            hint="Nothing that was trained is taken back; name that many or more.",
+        )
+    if record["kind"] == "serve":
+        if overrides:
+            with only_process(folder, served=True):
+                leave_for_next(folder, config)
+        raise ResumeMismatchError(
+            f"the silos of {folder} are elsewhere"
+            + ("; the run goes on with the new values" if overrides else ""),
             hint=f"Bring its services up again: `photon serve --resume {folder}`.",
         )
-    _check_overrides(overrides)
-    config = load_run_config(folder / "config.resolved.toml", overrides)
     finished = _finished_summary(folder, config)
     if finished is not None:
         return RunResult(folder, finished)
@@ -155,14 +156,3 @@ def _finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     if summary is None:
         return None
     return summary if summary.get("rounds", 0) >= config.federation.rounds else None
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    for override in overrides:
-        key = override.partition("=")[0].strip()
-        if key not in RESUMABLE_KEYS:
-            raise ResumeMismatchError(
-                f"{key} can't change in a run that has begun",
-                hint=f"A resume may set: {', '.join(RESUMABLE_KEYS)}. For anything else start a "
-                "new run.",
-            )

@@ -96,6 +96,14 @@ class Notice(Event):
     silo: str
 
 
+class RunChanged(Event):
+    """Keys of the run file that rounds after `round` have other values of: (before, now)."""
+
+    name = "run_changed"
+    round: int
+    changes: dict[str, tuple[Any, Any]]
+
+
 class LocalProgress(Event):
     """A node's local training, every `run.log_every` steps; `step` is 1 to tau in the round."""
 
