@@ -8,6 +8,7 @@ import time
 import pytest
 
 from photon.config import load_run_config
+from photon.dashboard.digest import read_digest
 from photon.data import open_data
 from photon.errors import (
     AccessRefusedError,
@@ -72,6 +73,8 @@ def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(
     served.wire.fault = rotate
     same(served.go_on().summary, calm)
     assert len(rotated) == 2
+    digest = read_digest(served.folder)  # what silos received to evaluate, too, is a silo's
+    assert sum(silo.bytes_down for silo in digest.silos.values()) == digest.bytes_down > 0
     report = served.audit()
     assert (report.rounds, report.updates, report.last_round) == (3, 9, 3)
     assert report.members["red"] == rotated[1]
