@@ -91,6 +91,15 @@ def test_a_run_folder_that_can_not_be_is_told_before_the_work(places, kind, run_
     assert str(places[kind]).encode(errors="backslashreplace").decode() in result.stderr
 
 
+@pytest.mark.parametrize("out", [".", "/", "folder"])
+def test_a_report_is_no_folder(finished, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    result = photon("report", finished, "--out", out)
+    assert result.exit_code == 50
+    assert result.stderr.startswith(f"error: {out}: Is a directory")
+
+
 def test_what_the_system_refuses_is_one_sentence_unless_asked_for_more(finished):
     words = ("report", finished, "--out", "/proc/report.html")
     result = photon(*words)

@@ -73,6 +73,8 @@ def write_whole(path: Path, data: str | bytes, what: str, *, mode: int = 0o644) 
         OSError: it can't be written, likewise.
     """
     content = data.encode() if isinstance(data, str) else data
+    if not path.name:  # "." or "/"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     with writing(what, path):
         path.parent.mkdir(parents=True, exist_ok=True)
