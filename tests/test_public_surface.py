@@ -136,8 +136,8 @@ def test_a_notebook_from_text_to_words(three_silos, tmp_path, monkeypatch, capsy
     overall = [loss for loss, silo in zip(table["loss"], table["silo"], strict=True) if not silo]
     assert overall[-1] == result.summary["global_loss"]
     assert len(overall) == 3
-    assert photon.resume(result.folder).summary == result.summary
-    assert photon.report(result.folder).exists()
+    assert photon.resume(result).summary == result.summary
+    assert photon.report(result).exists()
     folder = photon.export(result.folder, tmp_path / "hf")
     assert photon.evaluate(folder, data.path, max_tokens=500).overall.loss > 0
     assert isinstance(photon.generate(folder, "The bank", max_new_tokens=5), str)
@@ -145,3 +145,9 @@ def test_a_notebook_from_text_to_words(three_silos, tmp_path, monkeypatch, capsy
         photon.read_run(tmp_path / "nothing")
     with pytest.raises(photon.PhotonError, match=r"not 'run.toml'\nphoton.load_config\(PATH\)"):
         photon.simulate("run.toml")
+    with pytest.raises(photon.PhotonError, match=r"not of 'run.toml'\nphoton.load_config\(PATH\)"):
+        photon.build_config("run.toml")
+    tables = {"model": {"preset": "tiny"}, "data": {"path": "data"}}
+    assert photon.build_config(tables, "federation.rounds=4").federation.rounds == 4
+    with pytest.raises(photon.PhotonError, match="no silo named 'silo-9'"):
+        photon.train(config, silos="silo-9", run_dir=tmp_path / "alone")

@@ -5,8 +5,8 @@
     data = photon.prepare_data(photon.PrepareOptions(input="speeches/", out="data/speeches", iid=4))
     config = photon.load_config("first/run.toml", ["data.path=data/speeches"])
     result = photon.simulate(config, listener=photon.show_progress())
-    photon.export(result.folder, "my-model")
-    losses = photon.read_run(result.folder).table(photon.events.Evaluated)
+    photon.export(result, "my-model")
+    losses = photon.read_run(result).table(photon.events.Evaluated)
 
 Names are imported when first used, so that `import photon` is quick. Import it before torch: see
 openmp.py.

@@ -75,8 +75,13 @@ def _read(path: str | os.PathLike[str], kind: str, hint: str) -> dict[str, Any]:
 def _parsed(
     tree: dict[str, Any], model: type[_File], overrides: Sequence[str], source: str
 ) -> _File:
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"a config is made of tables, not of {tree!r:.80}",
+            hint="photon.load_config(PATH) reads a file.",
+        )
     tree = copy.deepcopy(tree)
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _assign(tree, override, model)
     _refuse_unknown_keys(tree, model, "", source, model)
     try:

@@ -80,7 +80,7 @@ KEPT = (*LOCKS, SERVE_FILE, RUN_FILE, "audit.jsonl")
 
 @dataclass(frozen=True, repr=False)
 class RunResult:
-    """A finished run.
+    """A finished run; can be given wherever a run folder can.
 
     Attributes:
         folder: events.jsonl, summary.json, config.resolved.toml, checkpoints/.
@@ -89,6 +89,9 @@ class RunResult:
 
     folder: Path
     summary: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     def __repr__(self) -> str:
         told = {name: self.summary.get(name) for name in ("rounds", "tokens", "global_perplexity")}

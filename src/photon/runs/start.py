@@ -81,6 +81,7 @@ def resume(
     """
     folder = Path(folder)
     record = read_record(folder)
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     check_overrides(overrides)
     config = config_to_go_on_with(folder, overrides)
     done = max(CheckpointStore(folder / "checkpoints", 1).rounds(), default=0)
@@ -123,6 +124,7 @@ def _start(
             hint="photon.load_config(PATH) reads one, photon.build_config(TABLES) makes one.",
         )
     folder = Path(run_dir) if run_dir is not None else Path("runs") / config.run.name
+    silos = [silos] if isinstance(silos, str) else silos
     chosen = list(silos) if silos is not None else None
     if Seat.from_environment().rank:
         Session(kind, config, chosen, folder, None).follow()
