@@ -64,6 +64,14 @@ def test_a_resume_before_the_first_checkpoint_keeps_what_came_before_round_one(
     assert [event.round for event in history.of(Evaluated) if event.silo is None] == [0, 1]
 
 
+def test_a_finished_run_that_is_extended_is_finished_no_longer(begin, one_round, write_lines):
+    done = [begin(), *one_round(1), RunFinished(summary={"rounds": 1})]
+    assert read_history(write_lines(done)).summary == {"rounds": 1}
+    history = read_history(write_lines([begin(resumed_from_round=1), *one_round(2)]))
+    assert history.summary is None
+    assert history.superseded == 0
+
+
 def test_a_table_has_a_column_per_field(begin, one_round, write_lines):
     history = read_history(write_lines([begin(), *one_round(1), *one_round(2)]))
     table = history.table(RoundFinished)

@@ -14,6 +14,12 @@ from photon.dashboard import wording
 from photon.dashboard.digest import RunDigest, read_digest
 from photon.dashboard.palette import MOST_NAMED
 
+#: What a run's bytes are held against: the summary's key, and what it is.
+_BASELINES = {
+    "all_reduce_bytes": "fp32 gradients after every step",
+    "bf16_exchange_bytes": "bf16 models every round",
+}
+
 
 def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False) -> None:
     """A finished run in one screen, or its summary as JSON."""
@@ -30,17 +36,10 @@ def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False
     ]
     sent = summary["bytes_up"] + summary["bytes_down"]
     facts.append(("exchanged", wording.size(sent)))
-    if sent and "all_reduce_bytes" in summary:
-        less = [
-            wording.times_less(summary[key], sent)
-            for key in ("all_reduce_bytes", "bf16_exchange_bytes")
-        ]
-        facts += [
-            ("", f"{less[0]} fp32 gradients after every step"),
-            ("", f"{less[1]} bf16 models every round"),
-        ]
-    utilisation = digest.utilisation
-    training = f", {utilisation:.0%} training" if utilisation is not None else ""
+    for key, what in _BASELINES.items():
+        if sent and key in summary:
+            facts.append(("", f"{wording.times_less(summary[key], sent)} {what}"))
+    training = f", {digest.utilisation:.0%} training" if digest.utilisation is not None else ""
     facts += [
         ("time", wording.duration(digest.wall_s) + training),
         ("weights sha256", summary["weights_sha256"]),

@@ -47,6 +47,8 @@ class RunHistory:
                 before = len(kept)
                 kept = [old for old in kept if getattr(old, "round", 0) <= event.resumed_from_round]
                 superseded += before - len(kept)
+                # A run that was extended is no longer finished.
+                kept = [old for old in kept if not isinstance(old, RunFinished)]
             kept.append(event)
         return cls(folder, kept, superseded)
 
