@@ -14,6 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from photon.cli.main import app
+from photon.evaluation import HeldOutScore
+from photon.products import Evaluation
 from photon.runs import load_weights
 from photon.telemetry import read_history
 
@@ -199,6 +201,21 @@ def test_evaluation_agrees_with_the_run_and_with_the_export(run, exported, three
     table = photon("eval", folder, "--data", three_silos)
     assert "global" in table.stdout
     assert "red" in table.stdout
+
+
+def test_scores_that_are_no_figures_are_told_as_such(monkeypatch, tmp_path):
+    """A model that diverged, and text that its tokenizer does not know."""
+    odd = Evaluation(
+        HeldOutScore(loss=1e4, perplexity=math.inf, bits_per_byte=None, tokens=5), per_silo={}
+    )
+    monkeypatch.setattr("photon.products.evaluate", lambda *_, **__: odd)
+    shown = photon("eval", tmp_path, "--data", tmp_path).stdout
+    assert "diverged" in shown
+    assert "No bits per byte: too much of the text is unknown" in " ".join(shown.split())
+    told = json.loads(photon("eval", tmp_path, "--data", tmp_path, "--json").stdout)
+    assert told["global"] == {
+        "loss": 1e4, "perplexity": None, "bits_per_byte": None, "tokens": 5,
+    }  # fmt: skip
 
 
 def test_exported_logits_are_ours(run, exported):

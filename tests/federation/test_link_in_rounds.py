@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from photon.federation.tasks import WEIGHTS
 from photon.link import FolderStore, TensorFile, Transfer
 from photon.runs import resume, simulate
 from photon.telemetry import read_history
-from photon.telemetry.events import LocalFinished, RoundFinished
+from photon.telemetry.events import Evaluated, LocalFinished, RoundFinished
 
 #: One that looks at a whole update first and is of three stages, one that learns.
 CODECS = ("topk(density=0.05)+int8+zstd", "powersgd(rank=2)+bf16")
@@ -226,6 +228,7 @@ def test_newcomers_are_given_a_whole_state_and_others_the_update(
         "federation.sample=2",
         "federation.rounds=6",
         "run.seed=3",
+        "eval.per_silo=false",
     )
     simulate(config, run_dir=tmp_path / "run")
     history = read_history(tmp_path / "run")
@@ -241,6 +244,42 @@ def test_newcomers_are_given_a_whole_state_and_others_the_update(
     assert min(kinds.values()) >= 2, kinds
     down = sum(event.bytes_down for event in history.of(RoundFinished))
     assert down == sum(event.bytes_down for event in history.of(LocalFinished))
+
+
+def test_a_silo_that_evaluates_a_state_gets_it_once(three_silos, make_config, tmp_path):
+    """Counted as a site's inbox would: what it holds is not sent again."""
+    config = make_config(
+        three_silos,
+        'link.broadcast_codec="int8"',
+        "federation.sample=2",
+        "federation.rounds=5",
+        "local.steps=1",
+        "eval.every=2",
+        "eval.max_tokens=64",
+    )
+    simulate(config, run_dir=tmp_path / "run")
+    history = read_history(tmp_path / "run")
+    whole, held, kinds = 4 * history.started.parameters, {}, Counter()
+    for event in history.events:
+        if isinstance(event, LocalFinished):
+            needed = event.round - 1
+        elif isinstance(event, Evaluated) and event.silo is not None:
+            needed = event.round
+        else:
+            continue
+        behind = needed - held.get(event.silo, -9)
+        if behind == 0:
+            assert event.bytes_down == 0
+        elif behind == 1:
+            assert 0 < event.bytes_down < whole / 3
+        else:
+            assert event.bytes_down > whole
+        kinds[min(behind, 2)] += 1
+        held[event.silo] = needed
+    assert min(kinds[0], kinds[1], kinds[2]) >= 2, kinds
+    down = sum(event.bytes_down for event in history.of(RoundFinished))
+    told = [*history.of(LocalFinished), *history.of(Evaluated)]
+    assert down == sum(event.bytes_down for event in told)
 
 
 def test_quantised_both_ways_still_learns(three_silos, make_config, tmp_path):

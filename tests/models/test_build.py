@@ -453,9 +453,24 @@ def test_building_is_silent(
 
 def test_the_tokenizer_of_a_local_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     assert tokenizer_file_of(str(folders["gpt2"])) is None
-    assert tokenizer_file_of("hf:owner/name") is None
     (tmp_path / "tokenizer.json").write_text("{}")
     assert tokenizer_file_of(str(tmp_path)) == tmp_path / "tokenizer.json"
+
+
+def test_the_tokenizer_of_a_model_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else pretrained weights could be trained on another tokenizer's tokens."""
+    with pytest.raises(ModelError, match="hub"):
+        tokenizer_file_of("hf:owner/name")
+    cached = tmp_path / "models--owner--name"
+    snapshot = cached / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("a" * 40)
+    (snapshot / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert tokenizer_file_of("hf:owner/name") == snapshot / "tokenizer.json"
 
 
 def test_a_skeleton_is_the_model_without_its_weights(family: str, config_of: ConfigOf) -> None:

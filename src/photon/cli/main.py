@@ -274,18 +274,15 @@ def evaluate(
     """
     with _imports():
         from photon.products import evaluate as run
+        from photon.telemetry.events import finite
 
     scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens)
     if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "global": vars(scores.overall),
-                    "per_silo": {silo: vars(one) for silo, one in scores.per_silo.items()},
-                },
-                indent=1,
-            )
-        )
+        told = {
+            "global": vars(scores.overall),
+            "per_silo": {silo: vars(one) for silo, one in scores.per_silo.items()},
+        }
+        typer.echo(json.dumps(finite(told), indent=1))
         return
     rows = {"global": scores.overall, **scores.per_silo}
     show_table(
@@ -293,9 +290,9 @@ def evaluate(
         (
             (
                 name,
-                f"{one.perplexity:.2f}",
+                wording.perplexity(one.perplexity, "diverged"),
                 wording.decimal(one.bits_per_byte, 4),
-                f"{one.loss:.4f}",
+                wording.decimal(one.loss, 4),
                 f"{one.tokens:,}",
             )
             for name, one in rows.items()

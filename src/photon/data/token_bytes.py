@@ -9,8 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from photon.data.tokenizer import read_tokenizer
+
+#: Parts of a tokenizer.json that may turn text into one character for each byte.
+_CUTTING = ("normalizer", "pre_tokenizer", "decoder")
 _FALLBACK_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -39,14 +42,18 @@ def token_bytes(file: Path, sha256: str, vocab_size: int, eos_id: int) -> TokenB
         sha256: its hash, so that another file under its name is read anew.
         vocab_size: every id is below it.
         eos_id: ends documents; no part of any text.
+
+    Raises:
+        DataError: not a readable tokenizer.
     """
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = read_tokenizer(file)
     record = json.loads(tokenizer.to_str())
     added = tokenizer.get_added_tokens_decoder()
-    byte_level = "ByteLevel" in json.dumps(record["decoder"])
-    sizes = np.zeros(vocab_size, dtype=np.int64)
+    byte_level = "ByteLevel" in json.dumps([record[part] for part in _CUTTING])
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    sizes = np.zeros(max(vocab_size, 1 + max(vocabulary.values())), dtype=np.int64)
     others: list[int] = []
-    for token, number in tokenizer.get_vocab(with_added_tokens=True).items():
+    for token, number in vocabulary.items():
         if number in added:
             sizes[number] = 0 if added[number].special else len(token.encode())
         elif byte_level:  # one character for each byte

@@ -215,6 +215,14 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
     return _finished(tokenizer, eos_token or _eos_of(tokenizer, settings, given), settings)
 
 
+def read_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer.json as it is; raises DataError where it is none."""
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:
+        raise DataError(f"{file} is not a readable tokenizer: {error}") from error
+
+
 def tokenizer_identity(file: Path) -> str:
     """sha256 of how a tokenizer.json cuts text: the same however the file is laid out.
 
@@ -223,10 +231,7 @@ def tokenizer_identity(file: Path) -> str:
     Raises:
         DataError: not a readable tokenizer.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:
-        raise DataError(f"{file} is not a readable tokenizer: {error}") from error
+    tokenizer = read_tokenizer(file)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     record = json.loads(tokenizer.to_str())

@@ -353,6 +353,7 @@ class Node:
             one.bits_per_byte,
             one.tokens,
             time.perf_counter() - started,
+            task.state_bytes,
         )
 
     def _load_optimizer(self, task: FitTask, state: GlobalState | None) -> bool:

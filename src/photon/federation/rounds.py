@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -146,11 +146,9 @@ class Federation:
                 silo=silo,
                 global_step=global_step,
                 steps=config.local.steps,
-                node_round=(last := ledger.state.node_rounds.get(silo)),
+                node_round=ledger.state.node_rounds.get(silo),
                 cursor=ledger.state.cursors.get(silo, 0),
-                state_bytes=self._broadcast.bytes_down(
-                    number, self.state, holds_last=last is not None and last == number - 1
-                ),
+                state_bytes=self._state_bytes(number - 1, self._held(silo, number)),
             )
             for silo in participants
         ]
@@ -160,7 +158,7 @@ class Federation:
         self._require_quorum(number, merged, len(tasks), costs)
         merged_norm = self._step(number, merged, costs)
         if due(config.eval.every, number, config.federation.rounds):
-            costs.eval_s = self._evaluate(number)
+            costs.eval_s = self._evaluate(number, participants)
         node_rounds = ledger.state.node_rounds | {receipt.silo: number for receipt in merged}
         # Whatever came of it: nothing in a silo's text can keep it out for longer than one round.
         asked = config.local.steps * config.local.batch_size
@@ -274,10 +272,35 @@ class Federation:
         )
         return result.median_norm
 
-    def _evaluate(self, number: int) -> float:
+    def _held(self, silo: str, number: int) -> int | None:
+        """The newest state a silo received before round `number`: trained from, or evaluated."""
+        took_part = self._ledger.state.node_rounds.get(silo)
+        held = [] if took_part is None else [took_part - 1]
+        last, every = number - 1, self._config.eval.every
+        if self._config.eval.per_silo and every and last >= 0:
+            held.append(last - last % every)
+        return max(held, default=None)
+
+    def _state_bytes(self, wanted: int, held: int | None) -> int:
+        """What a silo that holds one state gets to have another (numbers of rounds they ended)."""
+        if held == wanted:
+            return 0
+        return self._broadcast.bytes_down(wanted + 1, self.state, holds_last=held == wanted - 1)
+
+    def _evaluate(self, number: int, participants: Collection[str] = ()) -> float:
+        """Score the state after round `number`, which its participants began a state behind."""
         tasks = [EvalTask(number, None)]
         if self._config.eval.per_silo:
-            tasks += [EvalTask(number, silo) for silo in sorted(self._fleet.present())]
+            tasks += [
+                EvalTask(
+                    number,
+                    silo,
+                    self._state_bytes(
+                        number, number - 1 if silo in participants else self._held(silo, number)
+                    ),
+                )
+                for silo in sorted(self._fleet.present())
+            ]
         self._engine.offer(number, partial(self._publish, number))
         return self._ledger.record_evaluation(number, self._engine.evaluate(tasks, self.state))
 

@@ -191,10 +191,15 @@ Publish = Callable[[Carrier, str], StateRef]
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Score the global state on a silo's held-out text, or on the global set (silo None)."""
+    """Score the global state on a silo's held-out text, or on the global set (silo None).
+
+    Attributes:
+        state_bytes: what the participant gets before it can start, on the wire.
+    """
 
     round: int
     silo: str | None
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file
 
 from photon.config import ModelConfig
 from photon.errors import ModelError, VocabularyMismatchError
@@ -119,10 +120,21 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def tokenizer_file_of(path: str) -> Path | None:
-    """tokenizer.json of a local model folder, to compare with the data's; None without one."""
+    """tokenizer.json of a model, to compare with the data's; None where it has none.
+
+    Raises:
+        ModelError: no such folder, or a hub that can't be reached.
+    """
     folder = local_folder(path)
-    file = folder / "tokenizer.json" if folder else None
-    return file if file and file.is_file() else None
+    if folder is not None:
+        return file if (file := folder / "tokenizer.json").is_file() else None
+    with _model_errors(path, hub=True), quiet_transformers(progress=True):
+        found = cached_file(
+            path.removeprefix(HUB_PREFIX),
+            "tokenizer.json",
+            _raise_exceptions_for_missing_entries=False,
+        )
+    return Path(found) if found is not None else None
 
 
 def local_folder(path: str) -> Path | None:

@@ -122,7 +122,7 @@ def sequences_at_once(model: Any, sequence_length: int) -> int | None:
     """Sequences whose whole logits are not too many, for a model that makes them; None: any."""
     if HeadLoss.suits(model):
         return None
-    bytes_each = 4 * sequence_length * model.get_output_embeddings().weight.shape[0]
+    bytes_each = 4 * sequence_length * model.config.get_text_config().vocab_size
     return max(1, _LOGITS_BYTES_ELSEWHERE // bytes_each)
 
 
