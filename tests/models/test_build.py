@@ -461,8 +461,7 @@ def test_the_tokenizer_of_a_model_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else pretrained weights could be trained on another tokenizer's tokens."""
-    with pytest.raises(ModelError, match="hub"):
-        tokenizer_file_of("hf:owner/name")
+    assert tokenizer_file_of("hf:owner/name") is None  # nothing known of it, and offline
     cached = tmp_path / "models--owner--name"
     snapshot = cached / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)

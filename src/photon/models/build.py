@@ -123,7 +123,7 @@ def tokenizer_file_of(path: str) -> Path | None:
     """tokenizer.json of a model, to compare with the data's; None where it has none.
 
     Raises:
-        ModelError: no such folder, or a hub that can't be reached.
+        ModelError: there is no such folder, or no such model on the hub.
     """
     folder = local_folder(path)
     if folder is not None:
