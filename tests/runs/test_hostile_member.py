@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from remote_bench import ask_again_at_once
 
 from photon.dashboard.report import write_report
-from photon.engines.remote import errand
 from photon.engines.remote.messenger import Messenger
 from photon.errors import PolicyError
 from photon.federation.envelopes import RefPart, Refusal, Reply, parse_reply
@@ -169,7 +169,7 @@ def attacked(four_silos, make_config, served_run, tmp_path_factory):
         served.wire.fault = lambda silo, ask, _: (
             attack.answer(silo, ask) if silo.name == HOSTILE else silo.answer(ask)
         )
-        patch.setattr(errand, "_LAST_PAUSE_S", 0.05)
+        ask_again_at_once(patch)
         if kind in ("silence", "slowness"):
             _let_time_pass(served, attack, patch)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
+import reprlib
 import tomllib
 import types
 import typing
@@ -26,6 +27,11 @@ from photon.errors import (
 )
 
 _File = TypeVar("_File", RunConfig, NodeConfig)
+
+#: What is quoted of a value: it may be another organisation's, and end on a screen.
+_MOST_QUOTED = 200
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = _MOST_QUOTED
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -143,13 +149,14 @@ def _refuse_unknown_keys(
         dotted = f"{prefix}{key}"
         if field is None:
             raise UnknownKeyError(
-                f"{source}: unknown key {dotted!r}", hint=_suggestion(key, prefix, model, root)
+                f"{source}: unknown key {_SHORT.repr(dotted)}",
+                hint=_suggestion(key, prefix, model, root),
             )
         section = _section_of(field.annotation)
         if section is not None:
             if not isinstance(value, dict):
                 raise InvalidValueError(
-                    f"{source}: {dotted} = {value!r} must be a table, [{dotted}]"
+                    f"{source}: {dotted} = {_SHORT.repr(value)} must be a table, [{dotted}]"
                 )
             _refuse_unknown_keys(value, section, f"{dotted}.", source, root)
 
@@ -202,6 +209,8 @@ def _translated(error: ValidationError, source: str, root: type[BaseModel]) -> C
     first = details[0]
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
+    if len(message) > 5 * _MOST_QUOTED:
+        message = f"{message[: 5 * _MOST_QUOTED]} ..."
     others = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
     if first["type"] == "value_error" and len(first["loc"]) <= 1:
         where = f"[{key}]: " if key else ""
@@ -210,7 +219,7 @@ def _translated(error: ValidationError, source: str, root: type[BaseModel]) -> C
         return InvalidValueError(f"{source}: {key} is missing{others}", hint=_describe(key, root))
     found = first.get("input")
     return InvalidValueError(
-        f"{source}: {key} = {found!r}: {message[:1].lower()}{message[1:]}{others}",
+        f"{source}: {key} = {_SHORT.repr(found)}: {message[:1].lower()}{message[1:]}{others}",
         hint=_describe(key, root),
     )
 
