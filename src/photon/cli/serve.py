@@ -141,7 +141,7 @@ def join(
     After that `photon join` alone is enough, or the systemd unit in deploy/. Ctrl-C stops it;
     finished work is kept on disk, and given when it is asked for again.
 
-    Examples: `photon join --invite lab-a.invitation.toml --node node.toml`, later
+    Examples: `photon join --invite hospital-a.invitation.toml --node node.toml`, later
     `photon join --node node.toml`
 
     `photon join --check`, with an invitation or without, tells what would go wrong. It changes

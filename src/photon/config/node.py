@@ -88,7 +88,7 @@ class NetworkConfig(Section):
         default_factory=list,
         description="Where a store that the aggregator names may lie inside this site's own "
         'network or machine: ranges, addresses or host names, for instance ["10.1.0.0/16", '
-        '"minio.lab.example.org"]. None by default; the aggregator itself needs no entry.',
+        '"minio.hospital.example.org"]. None by default; the aggregator itself needs no entry.',
     )
 
     @field_validator("allow_private_addresses")

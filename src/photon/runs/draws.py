@@ -1,6 +1,6 @@
 """RUN/draws.json: from whom each round's silos were drawn, on disk before any of them is asked.
 
-    {"rounds": {"12": {"attempt": 2, "tokens": {"lab": 100, "bank": 300}, "lost": false}}}
+    {"rounds": {"12": {"attempt": 2, "tokens": {"clinic": 100, "bank": 300}, "lost": false}}}
 
 Invariant: a round that was begun has the same silos for every process that goes on with it, until
 it is lost. It breaks if a silo is asked before the draw is written.
