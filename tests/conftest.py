@@ -114,6 +114,12 @@ def three_silos(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def five_silos(tmp_path_factory) -> Path:
+    """Prepared data with silos "a" to "e"."""
+    return prepare_silos(tmp_path_factory.mktemp("five"), dict.fromkeys("abcde", 8))
+
+
+@pytest.fixture(scope="session")
 def one_silo(tmp_path_factory) -> Path:
     """Prepared data with the single silo "red"."""
     return prepare_silos(tmp_path_factory.mktemp("one"), {"red": 24})

@@ -116,12 +116,15 @@ class Upstream:
 
     def __init__(self, files: CertificateFiles | None = None) -> None:
         self.asked: list[dict[str, Any]] = []
+        #: Requests that began, whether their bodies came or not.
+        self.begun = 0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
+                outer.begun += 1
                 length = int(self.headers.get("content-length") or 0)
                 body = self.rfile.read(length)
                 headers = {name.lower(): value for name, value in self.headers.items()}

@@ -43,7 +43,6 @@ FACTS = {
 }
 WITHOUT_LIMITS = DeskLimits(
     joins_per_minute=10**6,
-    all_joins_per_minute=10**6,
     strangers_per_minute=10**6,
     requests_per_minute=10**6,
 )
@@ -64,7 +63,7 @@ class Target:
         task = OpenTask(
             *(TASK, RUN, 1, "blue", "fit", now, now + 3600, 1 << 40),
             readable=(f"{RUN}/global/",),
-            writable=(MINE,),
+            writable=(f"{MINE}a", f"{MINE}chunks/{{sha256}}"),
         )
         self.roster.tasks.open(task)
         presigner = S3Presigner("https://s", "box", region="r", access_key_id="a", secret="b")

@@ -18,6 +18,9 @@ import pytest
 
 from photon.config.serve import ServeConfig
 from photon.deploy.front_door import (
+    MOST_GRANTS_BYTES,
+    MOST_REPLY_BYTES,
+    MOST_SMALL_BYTES,
     DoorSettings,
     answers_as,
     caddy_words,
@@ -76,7 +79,7 @@ def reached(door) -> int:
 
 
 def test_flower_goes_to_the_superlink_over_tls(running_door, client) -> None:
-    body = secrets.token_bytes(3_000_000)
+    body = secrets.token_bytes(1 << 20)
     answer = client.post(f"{running_door.url}/v1/fleet/push-object", content=body)
     assert answer.json() == {"path": "/v1/fleet/push-object", "bytes": len(body)}
     asked = running_door.fleet.asked[-1]
@@ -196,10 +199,38 @@ def test_bodies_and_headers_are_bounded(running_door, client) -> None:
     before = reached(running_door)
     assert ask(running_door, "GET", "/photon/v1/health", "x: " + "y" * 40_000) == 431
     assert reached(running_door) == before
-    too_long = b"x" * (5 << 20)
-    answer = client.post(f"{running_door.url}/photon/v1/join", content=too_long)
-    assert answer.status_code in (413, 502)
-    assert all(len(one["body"]) < len(too_long) for one in running_door.desk.asked)
+    for path, most in (
+        ("/photon/v1/join", MOST_SMALL_BYTES),
+        ("/photon/v1/presence", MOST_SMALL_BYTES),
+        ("/photon/v1/grants", MOST_GRANTS_BYTES),
+        ("/v1/fleet/activate-node", MOST_SMALL_BYTES),
+        ("/v1/fleet/push-messages", MOST_REPLY_BYTES),
+        ("/v1/fleet/push-object", MOST_REPLY_BYTES),
+    ):
+        behind = running_door.fleet if "fleet" in path else running_door.desk
+        assert client.post(running_door.url + path, content=b"x" * most).json()["bytes"] == most
+        for length in (most + 1, 5 << 20):
+            with contextlib.suppress(httpx2.WriteError):  # cut off while it is still writing
+                answer = client.post(running_door.url + path, content=b"x" * length)
+                assert answer.status_code in (413, 502), path
+        assert all(len(one["body"]) <= most for one in behind.asked if one["path"] == path)
+
+
+@pytest.mark.parametrize("path", ["/photon/v1/join", "/v1/fleet/push-object"])
+def test_what_strangers_begin_costs_the_services_behind_nothing(running_door, client, path) -> None:
+    behind = running_door.fleet if "fleet" in path else running_door.desk
+    context = ssl.create_default_context(cafile=str(running_door.files.ca))
+    address = ("127.0.0.1", running_door.settings.port)
+    begun = behind.begun
+    with contextlib.ExitStack() as open_ones:
+        for _ in range(12):
+            plain = open_ones.enter_context(socket.create_connection(address, timeout=10))
+            tls = open_ones.enter_context(context.wrap_socket(plain, server_hostname="127.0.0.1"))
+            head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 9000\r\n\r\n"
+            tls.sendall(f"{head}x".encode())
+        # Those were there before it.
+        assert client.post(running_door.url + path, content=b"whole").status_code == 200
+        assert behind.begun == begun + 1
 
 
 def test_a_body_that_does_not_come_is_cut_off(running_door) -> None:

@@ -81,7 +81,7 @@ class Aggregator:
     def address(self) -> str:
         return f"127.0.0.1:{self.settings.port}"
 
-    def invite(self, name: str, hours: float = 24.0, **changed) -> Path:
+    def invite(self, name: str, hours: float = 24.0, key: str | None = None, **changed) -> Path:
         pem = self.files.ca.read_text()
         invitation = Invitation(
             name=name,
@@ -90,7 +90,8 @@ class Aggregator:
             ca_pem=pem,
             ca_fingerprint=fingerprint(pem),
             aggregator_key=NodeKey.load_or_create(self.folder / "aggregator.key").public_pem,
-            token=self.roster.invite(name, max(60.0, hours * 3600)),
+            token=self.roster.invite(name, max(60.0, hours * 3600), key=key),
+            key_fingerprint=key,
             expires_at=float(int(time.time() + hours * 3600)),
             tokenizer=self.tokenizer,
         )
@@ -115,8 +116,9 @@ def aggregator(short_folder, running_store, watch, three_silos) -> Iterator[Aggr
     roster = Roster(folder / "members.sqlite")
     port, nobody = free_ports(2)
     presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "checked")
-    limits = DeskLimits(joins_per_minute=1000, all_joins_per_minute=1000)
-    desk = Desk(roster, presigner, register=lambda _: 7, limits=limits)
+    limits = DeskLimits(joins_per_minute=1000)
+    audience = fingerprint(files.ca.read_text())
+    desk = Desk(roster, presigner, register=lambda _: 7, limits=limits, audience=audience)
     desk.start()
     settings = DoorSettings(
         *("127.0.0.1", port, files.certificate, files.key),
@@ -507,7 +509,12 @@ def another_door(aggregator, short_folder, watch):
     ) -> str:
         folder = short_folder("another")
         port = port or free_ports(1)[0]
-        desk = Desk(aggregator.roster, presigner or aggregator.presigner, register=lambda _: 7)
+        desk = Desk(
+            aggregator.roster,
+            presigner or aggregator.presigner,
+            register=lambda _: 7,
+            audience=fingerprint(aggregator.files.ca.read_text()),
+        )
         desk.start()
         settings = replace(
             aggregator.settings, port=port, desk_port=desk.port, store_port=store_port
@@ -553,6 +560,19 @@ def test_leave_that_names_another_host_is_not_used(member, another_door, running
     found = member.look(address=another_door(running_store.store.port, elsewhere, free_ports(1)[0]))
     assert found["store"].exit_code == 76
     assert "192.0.2.1" in found["store"].found
+
+
+def test_an_invitation_bound_to_a_key_is_used_from_that_home_only(
+    site, aggregator, tmp_path
+) -> None:
+    shown = photon("join", "--show-key", "--home", site.home).stdout.strip()
+    assert photon("join", "--show-key", "--home", site.home).stdout.strip() == shown
+    file = aggregator.invite("bound", key=shown)
+    node = load_node_config(site.file)
+    with pytest.raises(InvitationError, match=f"is for the key {shown}, the one of"):
+        accept_invitation(read_invitation(file), node, tmp_path / "another")
+    assert accept_invitation(read_invitation(file), node, site.home).name == "bound"
+    assert NodeKey.load(site.home / "node.key").fingerprint == shown
 
 
 def test_a_store_inside_the_site_is_joined_only_where_the_site_says_so(

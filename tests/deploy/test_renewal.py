@@ -258,7 +258,8 @@ def serving(short_folder, running_store, watch) -> Iterator[Callable[[float], Se
             roster = Roster(home / "members.sqlite")
             ends.callback(roster.close)
             presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "renewal")
-            desk = Desk(roster, presigner, register=lambda _: 7)
+            audience = fingerprint(certificate.files.ca.read_text())
+            desk = Desk(roster, presigner, register=lambda _: 7, audience=audience)
             desk.start()
             ends.callback(desk.stop)
             settings = DoorSettings(

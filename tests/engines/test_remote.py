@@ -34,7 +34,7 @@ from photon.federation.envelopes import (
 from photon.federation.tasks import update_header
 from photon.link import plain_entries, tensors_sha256, write_parcel
 from photon.membership.keys import NodeKey
-from photon.membership.roster import SignedReply
+from photon.membership.roster import Presence, SignedReply
 from photon.store.transfer import Transfer
 from photon.telemetry.events import LocalProgress, Notice
 
@@ -210,6 +210,23 @@ def test_progress_is_what_silos_tell(bench):
 
 
 # --- lost on the way -------------------------------------------------------------------------
+
+
+def test_steps_that_its_task_does_not_have_are_not_believed(bench):
+    def claiming(silo, ask, times):
+        for number, step in ((1, 0), (1, 3), (1, 2**52), (2, 1), (0, 1)):
+            said = Presence("training", round=number, step=step, task=ask.task_id)
+            bench.engine._messenger._progress(ask, said)
+        return silo.answer(ask)
+
+    bench.on("red", claiming)
+    bench.answers()
+    assert bench.wire.fired == ["red"]
+    assert not [event for event in bench.told if isinstance(event, LocalProgress)]
+
+
+def test_a_spool_is_closed_to_others(bench):
+    assert (bench.folder / "arrivals").stat().st_mode & 0o077 == 0
 
 
 def test_a_lost_message_is_asked_again(bench):
@@ -698,15 +715,74 @@ def test_an_update_that_is_here_needs_no_store(bench):
         bench.store._objects |= objects
 
 
+def test_one_that_is_slow_keeps_nobody_elses_update_from_coming(five_silos, remake, tmp_path):
+    """The first to be merged answers when the updates of all others are on their way here."""
+    federated = Federated(remake(five_silos), tmp_path / "federated")
+    bench = Bench(federated, tmp_path)
+    slow, *others = sorted(federated.silos)
+    seen = []
+
+    def answers_last(silo, ask, times):
+        until = time.monotonic() + 30
+        while len(seen) < len(others) and time.monotonic() < until:
+            seen[:] = (bench.folder / "arrivals").iterdir()
+            time.sleep(0.01)
+        return silo.answer(ask)
+
+    bench.on(slow, answers_last)
+    answers = bench.answers()
+    assert bench.wire.fired == [slow]
+    assert len(seen) == len(others)
+    expected = hashes(federated.local, federated.tasks(), federated.state)
+    assert list(answers) == list(expected) == [slow, *others]
+    assert {name: digest for name, (_, digest) in answers.items()} == expected
+    federated.local.close()
+    bench.roster.close()
+
+
+def test_updates_that_wait_take_no_more_of_the_disk_than_there_is_room(bench, monkeypatch):
+    fetch, waiting = Depot.fetch, []
+
+    def counted(self, task, ref, state):
+        waiting.append(len(list((bench.folder / "arrivals").iterdir())))
+        return fetch(self, task, ref, state)
+
+    monkeypatch.setattr(Depot, "fetch", counted)
+    monkeypatch.setattr(Depot, "room_bytes", lambda self: 0)
+    answers = bench.answers()
+    assert {name: digest for name, (_, digest) in answers.items()} == bench.federated.expected
+    assert waiting == [0, 0, 0]
+
+
+def test_a_later_update_that_can_not_be_had_is_asked_for_before_its_turn(bench):
+    """What is damaged is sent again while the first to be merged still works."""
+    first, *_, last = sorted(bench.silos)
+
+    def damaged_once(silo, ask, times):
+        if silo.name == first and bench.wire.times(last) < 2:
+            bench.wire._waiting[f"message-{bench.wire.asked.index(ask) + 1}"] = ask
+            return None
+        answer = silo.answer(ask)
+        if silo.name == last and times == 1:
+            damage(bench, last)
+        return answer
+
+    bench.wire.fault = damaged_once
+    answers = bench.answers()
+    assert {name: digest for name, (_, digest) in answers.items()} == bench.federated.expected
+    assert bench.wire.times(last) == 2
+    assert bench.wire.times(first) == 1
+
+
 @pytest.mark.parametrize(
     "junk", [b"[]", b"\xff", b'{"chunks": 5}', b'{"chunks": [{"sha256": {}}]}', b"[" * 5000]
 )
 def test_what_a_silo_leaves_in_its_folder_stops_nobody(junk, bench):
-    """Old rounds are removed from the store; manifests there may be anything."""
+    """It is removed from the store, whatever it is and is called; what was accepted stays."""
     key = f"{RUN_ID}/silos/red/update/round-000001/x.json"
     bench.store.put(key, junk)
-    old = f"{RUN_ID}/silos/red/update/round-000000/x.json"
-    bench.store.put(old, junk)
+    for name in ("update/round-000000/x.json", "update/round-999999999/z.json", "junk", "chunks/a"):
+        bench.store.put(f"{RUN_ID}/silos/red/{name}", junk)
     bench.config = bench.config.model_copy(
         update={"serve": bench.config.serve.model_copy(update={"keep_rounds": 1})}
     )
@@ -715,7 +791,11 @@ def test_what_a_silo_leaves_in_its_folder_stops_nobody(junk, bench):
     assert {name: found for name, (_, found) in bench.answers(tasks).items()} == (
         bench.federated.expected
     )
-    assert bench.store.size(key) == len(junk)
+    named = [parse_reply(reply.text).fit for reply in bench.roster.tasks.replies(RUN_ID, 1)]
+    kept = {fit.update.key for fit in named if fit is not None and fit.update is not None}
+    assert len(kept) == 3
+    left = {name for name, _ in bench.store.keys(f"{RUN_ID}/silos") if "/chunks/" not in name}
+    assert left == kept
     assert all(receipt.failure is None for receipt, _ in bench.answers(tasks).values())
 
 
@@ -801,8 +881,18 @@ def test_a_task_may_be_written_to_under_the_silos_own_folder_only(bench):
     bench.on("red", look)
     bench.answers()
     task = seen["task"]
-    assert task.writable == (f"{RUN_ID}/silos/red/",)
-    assert task.readable == (f"{RUN_ID}/global/", f"{RUN_ID}/silos/red/")
+    own = f"{RUN_ID}/silos/red"
+    assert task.writable == (
+        f"{own}/chunks/{{sha256}}",
+        f"{own}/update/round-000001/red-{{sha256:.16}}.json",
+    )
+    chunks, state = task.readable
+    assert chunks == f"{RUN_ID}/global/chunks/"
+    assert state.startswith(f"{RUN_ID}/global/state/round-000000/")
+    written = [key for key, _ in bench.store.keys(own)]
+    allowed = [template.partition("{")[0] for template in task.writable]
+    assert written
+    assert all(any(key.startswith(one) for one in allowed) for key in written)
     values = sum(tensor.numel() for tensor in calm_of(bench).values())
     assert task.most_bytes > 4 * values
     assert bench.roster.tasks.open_for("red") == []

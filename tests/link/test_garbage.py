@@ -18,7 +18,7 @@ def fill(store: Store) -> None:
     store.put("run/update/round-000001/x.json", b"ab")
     store.put("run/update/round-000002/x.json", b"bc")
     store.put("run/state/round-000002/s.json", b"d")
-    store.put("run/notes.txt", b"not ours")
+    store.put("run/notes.txt", b"invented")
     store.put("run2/chunks/a", b"another run's")
 
 
@@ -39,12 +39,11 @@ def test_what_nobody_names_goes(kind: str, tmp_path: Path) -> None:
         return bytes(store.get(key, max_bytes=10)).decode()
 
     gone = collect(store, "run", keep=of_round_two, chunks_of=chunks_of)
-    assert (gone.objects, gone.bytes) == (3, 2 + 10 + 10)
+    assert (gone.objects, gone.bytes) == (4, 2 + 10 + 10 + 8)
     assert names(store) == [
         "chunks/b",
         "chunks/c",
         "chunks/d",
-        "notes.txt",
         "state/round-000002/s.json",
         "update/round-000002/x.json",
     ]
@@ -56,7 +55,7 @@ def test_chunks_in_use_stay() -> None:
     store = MemoryStore()
     fill(store)
     collect(store, "run", keep=lambda _: False, chunks_of=lambda _: "", in_use={"e", "a"})
-    assert names(store) == ["chunks/a", "chunks/e", "notes.txt"]
+    assert names(store) == ["chunks/a", "chunks/e"]
 
 
 def test_an_upload_while_it_runs_is_left_alone() -> None:
@@ -87,7 +86,7 @@ def test_nothing_goes_when_a_kept_manifest_can_not_be_read() -> None:
 def test_a_crash_leaves_no_manifest_without_its_chunks() -> None:
     """Killed after each single deletion in turn; the next collection does the rest."""
     crashes = 0
-    for deletions in range(4):
+    for deletions in range(5):
         store = Crashing(deletions)
         fill(store)
 
@@ -105,7 +104,7 @@ def test_a_crash_leaves_no_manifest_without_its_chunks() -> None:
         store.left = 100
         collect(store, "run", keep=of_round_two, chunks_of=chunks_of)
         assert [name[-1] for name in names(store) if "chunks/" in name] == ["b", "c", "d"]
-    assert crashes == 3
+    assert crashes == 4
 
 
 class Crashing(MemoryStore):

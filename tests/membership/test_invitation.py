@@ -141,6 +141,7 @@ def changed(path, invitation, old, new):
         ("port = 8443", "port = true", "port is True"),
         ("port = 8443\n", "", "port is missing"),
         ('host = "fed.example.org"', 'host = "a b"', "host is 'a b'"),
+        ("port = 8443", 'port = 8443\nkey_fingerprint = "x"', "key_fingerprint is 'x'"),
         ('host = "fed.example.org"', 'host = "a.example:1"', "host is 'a.example:1'"),
         ("2027-01-15 09:00:00+00:00", "2027-01-15 09:00:00", "a time with its zone"),
         ("2027-01-15 09:00:00+00:00", '"soon"', "a time with its zone"),

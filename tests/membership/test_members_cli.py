@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from photon.cli.main import app
+from photon.errors import InvitationError
 from photon.membership.audit import MEMBER, AuditLog, MemberRecord
 from photon.membership.invitation import read_invitation
 from photon.membership.roster import Presence, Roster
@@ -74,6 +75,19 @@ def test_invite_for_scripts(run_file):
     assert record["ca_fingerprint"] == invitation.ca_fingerprint
     assert "token" not in record
     assert "serve.silos does not name lab" in result.stderr
+
+
+def test_invite_for_a_key(run_file, keys, facts):
+    arguments = ["invite", "lab", "--run-file", run_file, "--new", "--out", "a.toml", "--key"]
+    assert "no fingerprint of a key" in photon(*arguments, "sha256:12", code=80).output
+    shown = photon(*arguments, keys[0].fingerprint).stdout
+    assert f"Only the key {keys[0].fingerprint} can use it" in shown.replace("\n", "")
+    invitation = read_invitation("a.toml")
+    assert invitation.key_fingerprint == keys[0].fingerprint
+    with Roster("server/members.sqlite") as roster:
+        with pytest.raises(InvitationError, match="is for the key"):
+            roster.redeem(invitation.token, "lab", keys[1].public_pem, facts)
+        roster.redeem(invitation.token, "lab", keys[0].public_pem, facts)
 
 
 def test_without_a_run_file_the_defaults_count(tmp_path):

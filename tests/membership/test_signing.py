@@ -62,6 +62,18 @@ def test_a_request_says_who_asks(verifier, keys):
     assert verifier.verify("POST", PATH, b"{}", lower, now=NOW).name == "lab"
 
 
+def test_a_request_says_whom_it_asks(roster_of_one, keys):
+    ours, theirs = ("sha256:" + letter * 64 for letter in "ab")
+    verifier = RequestVerifier(roster_of_one.active, audience=ours)
+    good = sign_request(keys[0], "POST", PATH, b"{}", now=NOW, audience=ours)
+    for audience in ("", theirs):
+        other = sign_request(keys[0], "POST", PATH, b"{}", now=NOW, audience=audience)
+        with pytest.raises(SignatureError, match="is not lab's over this request") as caught:
+            verifier.verify("POST", PATH, b"{}", other, now=NOW)
+        assert "another aggregator" in str(caught.value.hint)
+    assert verifier.verify("POST", PATH, b"{}", good, now=NOW).name == "lab"
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body"),
     [

@@ -46,6 +46,7 @@ from photon.errors import (
     UnknownMemberError,
     UnreachableError,
 )
+from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, OpenTask, Presence, Roster
 from photon.silo.desk_client import DeskClient, GrantAnswer, GrantBook
@@ -202,7 +203,7 @@ class Aggregator:
         task = OpenTask(
             *(f"{RUN}/fit/1/{name}", RUN, 1, name, "fit", now, now + 600, most_bytes),
             readable=(f"{RUN}/global/", own),
-            writable=(own,),
+            writable=(f"{own}chunks/{{sha256}}", f"{own}a", f"{own}b"),
         )
         self.roster.tasks.open(task)
         return task
@@ -238,6 +239,14 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 def test_a_node_joins_and_says_that_it_is_here_over_tls(
     aggregator: Aggregator, authority: Authority, tmp_path: Path
 ) -> None:
+    aggregator.desk.stop()
+    aggregator.desk = Desk(
+        aggregator.roster,
+        fake_store(),
+        register=lambda _: 1,
+        audience=certificate_fingerprint(authority.file.read_text()),
+    )
+    aggregator.desk.start()
     key = NodeKey.create(tmp_path / "node.key")
     token = aggregator.roster.invite("blue", 60)
     with door(authority.server(), aggregator.desk.port) as address:
@@ -286,7 +295,7 @@ def test_a_wrong_clock(aggregator: Aggregator, monkeypatch: pytest.MonkeyPatch) 
     signer = sys.modules["photon.silo.desk_client"].sign_request
     monkeypatch.setattr(
         "photon.silo.desk_client.sign_request",
-        lambda *what, now: signer(*what, now=real() - 7200),
+        lambda *what, now, audience: signer(*what, now=real() - 7200, audience=audience),
     )
     with pytest.raises(ClockSkewError, match=r"was signed at .* this clock says"):
         blue.presence(Presence("idle"))
@@ -520,7 +529,7 @@ def test_leave_for_a_task_s_objects(aggregator: Aggregator) -> None:
     assert grant.verb == "PUT"
     assert grant.url.startswith(f"https://s/box/{RUN}/silos/blue/a?")
     assert grant.headers["content-length"] == "5"
-    assert 590 < grant.expires_at - time.time() <= 601
+    assert 290 < grant.expires_at - time.time() <= 301
     with pytest.raises(AccessRefusedError, match="not part of task"):
         book("PUT", f"{RUN}/silos/red/a", 5, "c" * 64)
     with pytest.raises(AccessRefusedError, match="blue has no open task") as caught:

@@ -30,6 +30,7 @@ from photon.deploy.supervisor import Supervisor
 from photon.errors import RunBusyError, WorkerLostError
 from photon.federation.envelopes import Ask, parse_reply
 from photon.federation.sealing import sealed
+from photon.link.parcel import update_keys
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, OpenTask, Roster
 from photon.membership.signing import RECEIPT, verify_document
@@ -58,7 +59,8 @@ class World:
         port, nobody = free_ports(2)
         self.address = f"127.0.0.1:{port}"
         presigner = self.store.presigner(f"https://{self.address}")
-        self.desk = Desk(self.roster, presigner, register=lambda _: 1)
+        audience = fingerprint(self.ca.read_text())
+        self.desk = Desk(self.roster, presigner, register=lambda _: 1, audience=audience)
         self.desk.start()
         self.door = front_door(
             DoorSettings(
@@ -100,7 +102,7 @@ class World:
                 until=time.time() + 600,
                 most_bytes=100 << 20,
                 readable=(f"{ask.run.id}/global/", own),
-                writable=(own,),
+                writable=update_keys(own.rstrip("/"), ask.round, ask.silo),
             )
         )
 

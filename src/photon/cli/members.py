@@ -78,6 +78,10 @@ New = Annotated[
     typer.Option("--new", help="Make the aggregator's home and authority, where there is none."),
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Don't ask, even if the run may stop for it.")]
+Key = Annotated[
+    str | None,
+    typer.Option(metavar="sha256:...", help="The only key that may use it, as its site told it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
@@ -88,6 +92,7 @@ def invite(
     address: Address = None,
     out: Out = None,
     valid_hours: ValidHours = 72.0,
+    key: Key = None,
     new: New = False,
     as_json: AsJson = False,
 ) -> None:
@@ -97,12 +102,13 @@ def invite(
     prepare --tokenizer FILE` takes it from there. A very large one is named only.
 
     Send the file over a channel that others can't read: whoever uses it first is NAME. On the node:
-    `photon join --invite FILE --node node.toml`. An earlier invitation of that name is void.
+    `photon join --invite FILE --node node.toml`. An earlier invitation of that name is void. With
+    --key a copy of it in other hands is worth nothing: `photon join --show-key` there prints it.
 
     Example: `photon invite hospital-a --run-file run.toml --valid-hours 24`
     """
     place = _place(run_file, home, new=new)
-    _invite(name, place, address, out, valid_hours, as_json, rotate=False)
+    _invite(name, place, address, out, valid_hours, as_json, rotate=False, bound=key)
 
 
 @members_app.command("rotate")
@@ -113,6 +119,7 @@ def rotate_command(
     address: Address = None,
     out: Out = None,
     valid_hours: ValidHours = 72.0,
+    key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Invite a member to come with a new key, or with other data than it registered.
@@ -124,7 +131,7 @@ def rotate_command(
     Example: `photon members rotate hospital-a --run-file run.toml`
     """
     place = _place(run_file, home)
-    _invite(name, place, address, out, valid_hours, as_json, rotate=True)
+    _invite(name, place, address, out, valid_hours, as_json, rotate=True, bound=key)
 
 
 @members_app.command("list")
@@ -308,6 +315,7 @@ def _invite(
     as_json: bool,
     *,
     rotate: bool,
+    bound: str | None,
 ) -> None:
     serve = place.serve
     host, port = _host_and_port(address) if address else _public_address(serve)
@@ -317,7 +325,7 @@ def _invite(
     out = out or Path(f"{name}.invitation.toml")
     require_writable(out)  # before the earlier invitation is void
     with Roster(place.roster) as roster:
-        token = roster.invite(name, valid_hours * 3600, rotate=rotate)
+        token = roster.invite(name, valid_hours * 3600, rotate=rotate, key=bound)
     invitation = Invitation(
         name=name,
         host=host,
@@ -328,6 +336,7 @@ def _invite(
         token=token,
         expires_at=float(int(time.time() + valid_hours * 3600)),
         tokenizer=tokenizer,
+        key_fingerprint=bound,
     )
     write_invitation(out, invitation)
     if serve.silos and name not in serve.silos:
@@ -342,6 +351,7 @@ def _invite(
             "ca_fingerprint": invitation.ca_fingerprint,
             "expires_at": invitation.expires_at,
             "rotate": rotate,
+            "key_fingerprint": bound,
             "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None,
             "tokenizer_carried": carried,
         }
@@ -351,6 +361,8 @@ def _invite(
     typer.echo(f"{began} {Path(serve.home).absolute()}.")
     typer.echo(f"Wrote {out}: works once, until {_utc(invitation.expires_at)} UTC.")
     typer.echo(f"It leads to {invitation.address}, fingerprint {invitation.ca_fingerprint}.")
+    if bound is not None:
+        typer.echo(f"Only the key {bound} can use it.")
     cut = f"--tokenizer {out.name}" if carried else "--tokenizer FOLDER"
     typer.echo(
         f"Send it to {name} over a channel that others can't read. There:\n"

@@ -132,6 +132,12 @@ def join(
         bool,
         typer.Option("--check", help="Only look: key, data, machine, aggregator, clock, store."),
     ] = False,
+    show_key: Annotated[
+        bool,
+        typer.Option(
+            "--show-key", help="Only print what the key is called that this home joins with."
+        ),
+    ] = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
@@ -146,10 +152,17 @@ def join(
 
     `photon join --check`, with an invitation or without, tells what would go wrong. It changes
     nothing and does not use the invitation up. Its exit code is that of the first failure.
+
+    `photon join --show-key` makes the key before there is an invitation, for `photon invite --key`.
     """
     from photon.store.dialling import keep_to_this_machine
 
     keep_to_this_machine(os.environ)
+    if show_key:
+        from photon.deploy.join import joining_key
+
+        typer.echo(joining_key(home).fingerprint)
+        return
     if check:
         from photon.deploy.join_checks import preflight
 

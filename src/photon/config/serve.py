@@ -78,7 +78,9 @@ class ServeConfig(Section):
         "did, and more than ten minutes, is left out of the round.",
     )
     grant_s: Annotated[int, Field(ge=60, le=604_800)] = Field(
-        default=3600, description="Seconds that a presigned URL is valid."
+        default=300,
+        description="Seconds that a presigned URL is valid. A transfer that began goes on, and "
+        "silos ask for new ones; whoever is expelled can use those it has for as long.",
     )
     keep_rounds: Positive = Field(
         default=2, description="Rounds whose states and updates stay in the store."

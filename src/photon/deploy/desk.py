@@ -52,7 +52,7 @@ from photon.errors import (
 from photon.membership.bulletin import told
 from photon.membership.keys import canonical_pem, fingerprint_of
 from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
-from photon.membership.signing import RequestVerifier
+from photon.membership.signing import KEY_HEADER, RequestVerifier
 from photon.store.presign import Presigner
 from photon.version import photon_version
 
@@ -95,6 +95,8 @@ class Desk:
         on_event: told of what happens, from several threads; it must not block.
         store_origin: scheme, host and port that grants name, where the store is not behind the
             door: silos hold every grant against it.
+        audience: fingerprint of the authority by which silos know this aggregator; their requests
+            are signed for it.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Desk:
         progress: Callable[[], Mapping[str, Any]] = dict,
         on_event: OnEvent | None = None,
         store_origin: str | None = None,
+        audience: str = "",
     ) -> None:
         self._roster = roster
         self._store_origin = store_origin
@@ -122,9 +125,9 @@ class Desk:
         self._counters = _Counters(self._limits)
         #: By member: what it does, and since when (seconds since the epoch).
         self._since: dict[str, tuple[tuple[str, str, int, str], float]] = {}
-        self._verifier = RequestVerifier(roster.by_fingerprint)
+        self._verifier = RequestVerifier(roster.by_fingerprint, audience=audience)
         self._joiner = threading.local()
-        self._join_verifier = RequestVerifier(self._find_joiner)
+        self._join_verifier = RequestVerifier(self._find_joiner, audience=audience)
         self._registering = threading.Lock()
         self._server: ServerThread | None = None
         self._started_at = 0.0
@@ -224,6 +227,10 @@ class Desk:
 
     def _member(self, caller: Caller) -> Member:
         """Whose request this is; an active member's, or it is refused."""
+        # Checking a signature takes a millisecond: nobody gets many of them for a key it lacks.
+        claimed = f"{caller.address} {caller.headers.get(KEY_HEADER.lower(), '')[:80]}"
+        if not self._counters.forged.take(claimed, spend=False):
+            raise _too_many("refused requests", noted=False)
         try:
             member = self._verifier.verify(
                 "POST", caller.path, caller.body, caller.headers, now=time.time()
@@ -232,6 +239,7 @@ class Desk:
                 # Raises, in words that only who holds the key gets to read.
                 member = self._roster.active(member.fingerprint)
         except PhotonError:
+            self._counters.forged.take(claimed)
             if not self._counters.strangers.take(caller.address):
                 raise _too_many("refused requests", noted=False) from None
             raise
@@ -264,9 +272,29 @@ class Desk:
     # --- what silos ask ---
 
     def _join(self, caller: Caller) -> dict[str, Any]:
-        if not (self._counters.joins.take(caller.address) and self._counters.all_joins.take()):
-            raise _too_many("attempts to join")
         body = parse_body(JoinBody, caller.body)
+        # Cheap, and first: whoever has no invitation spends nothing of those who have one.
+        invitation = self._roster.invitation(body.token)
+        counted = f"{caller.address} {invitation or ''}"
+        if not self._counters.failed_joins.take(counted, spend=False):
+            raise _too_many("attempts to join that failed", noted=False)
+        try:
+            member = self._redeemed(caller, body)
+        except PhotonError:
+            self._counters.failed_joins.take(counted)
+            raise
+        member = self._registered(member, wait_s=_TURN_S)
+        return {
+            "name": member.name,
+            "fingerprint": member.fingerprint,
+            "status": member.status,
+            "joined_at": member.joined_at,
+            "server_time": time.time(),
+            "store": self._store_origin,
+        }
+
+    def _redeemed(self, caller: Caller, body: JoinBody) -> Member:
+        """The member that an invitation makes of the caller, or made of it before."""
         facts = body.facts.facts()
         pem = canonical_pem(body.public_key)
         self._require_own_key(caller, body.name, pem)
@@ -277,18 +305,11 @@ class Desk:
             and one.status == "active"
         ]
         # The same node again, whose answer was lost or whose registration failed: it is in.
-        member = known[0] if known else self._roster.redeem(body.token, body.name, pem, facts)
-        if not known:
-            self._tell("joined", {"name": member.name, "fingerprint": member.fingerprint})
-        member = self._registered(member, wait_s=_TURN_S)
-        return {
-            "name": member.name,
-            "fingerprint": member.fingerprint,
-            "status": member.status,
-            "joined_at": member.joined_at,
-            "server_time": time.time(),
-            "store": self._store_origin,
-        }
+        if known:
+            return known[0]
+        member = self._roster.redeem(body.token, body.name, pem, facts)
+        self._tell("joined", {"name": member.name, "fingerprint": member.fingerprint})
+        return member
 
     def _registered(self, member: Member, *, wait_s: float) -> Member:
         """The member with its number at the control engine; registered now if it has none.
@@ -480,8 +501,8 @@ class _Counters:
     """Who may ask how often, and whose refusals are written down."""
 
     def __init__(self, limits: DeskLimits) -> None:
-        self.joins = Allowance(limits.joins_per_minute)
-        self.all_joins = Allowance(limits.all_joins_per_minute)
+        self.failed_joins = Allowance(limits.joins_per_minute)
+        self.forged = Allowance(limits.strangers_per_minute)
         self.strangers = Allowance(limits.strangers_per_minute)
         self.requests = Allowance(limits.requests_per_minute)
         self.registrations = Allowance(_REGISTRATIONS_PER_MINUTE)

@@ -7,7 +7,6 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -54,8 +53,9 @@ class DeskLimits:
     """How much one caller may ask.
 
     Attributes:
-        joins_per_minute: attempts to redeem an invitation, from one address.
-        all_joins_per_minute: the same, from everybody together.
+        joins_per_minute: attempts to join that fail, from one address, for one invitation; all that
+            name no invitation count as one. Nothing counts for others, so that no flood keeps an
+            invitee out.
         strangers_per_minute: requests without a member's signature, from one address, that are
             answered in words and noted; those beyond are turned away unnoted.
         requests_per_minute: of one member. (RequestVerifier remembers 20 000 within four minutes.)
@@ -70,16 +70,15 @@ class DeskLimits:
     """
 
     joins_per_minute: int = 10
-    all_joins_per_minute: int = 60
     strangers_per_minute: int = 60
     requests_per_minute: int = 3000
     notes_per_minute: int = 30
-    body_bytes: int = 64 << 10
-    grants_body_bytes: int = 1 << 20
+    body_bytes: int = 32 << 10
+    grants_body_bytes: int = 256 << 10
     body_s: float = 20.0
     most_connections: int = 512
     most_objects: int = 65_536
-    grant_s: int = 3600
+    grant_s: int = 300
     here_s: float = 60.0
 
 
@@ -196,18 +195,19 @@ class Allowance:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def take(self, name: str = "", *, now: float | None = None) -> bool:
+    def take(self, name: str = "", *, now: float | None = None, spend: bool = True) -> bool:
         """Whether one more is allowed; it counts if so.
 
         Args:
             now: seconds of a clock that never goes back.
+            spend: False only asks.
         """
         now = time.monotonic() if now is None else now
         with self._lock:
             left, at = self._left.pop(name, (float(self._per_minute), now))
             left = min(self._per_minute, left + (now - at) * self._per_minute / 60)
             allowed = left >= 1
-            self._left[name] = (left - 1 if allowed else left, now)
+            self._left[name] = (left - 1 if allowed and spend else left, now)
             if len(self._left) > self._most_names:
                 self._left.popitem(last=False)
         return allowed
@@ -343,11 +343,12 @@ class Granting:
             raise AccessRefusedError(
                 f"{shown!r} can't name an object in a store", hint=error.hint
             ) from None
-        allowed = task.writable if want.verb == "PUT" else (*task.readable, *task.writable)
-        if not _covers(allowed, want.key):
+        own = {each.format(sha256=want.sha256 or "") for each in task.writable}
+        if not (want.key in own or (want.verb != "PUT" and _readable(task, want.key))):
             raise AccessRefusedError(
                 f"{want.verb} {shown} is not part of task {task.id}",
-                hint="A task reads the run's global state and writes its own silo's folder.",
+                hint="A task reads its state, and writes its own update under the hashes of what "
+                "it writes.",
             )
         return want.key
 
@@ -359,17 +360,12 @@ class Granting:
             )
         if want.sha256 is None or not _SHA256.fullmatch(want.sha256):
             raise AccessRefusedError(f"PUT {key}: sha256 must be 64 hexadecimal digits")
-        name = key.rpartition("/")[2]
-        if _SHA256.fullmatch(name) and name != want.sha256:
-            raise AccessRefusedError(
-                f"PUT {key}: an object called by its sha256 can't have sha256 {want.sha256}"
-            )
         return want.bytes, want.sha256
 
     def _count(self, task: OpenTask, want: Want) -> int:
         """Count an object that is to be written; its bytes, 0 if it was counted before."""
+        size, sha256 = self._promise(printable(want.key)[:200], want)
         key = self._key(task, want)
-        size, sha256 = self._promise(key, want)
         with self._lock:
             written = self._written.get(task.id)
             if written is None or written.opened_at != task.opened_at:
@@ -414,9 +410,11 @@ class _Written:
     objects: set[tuple[str, str, int]] = field(default_factory=set)
 
 
-def _covers(allowed: Collection[str], key: str) -> bool:
-    """Whether a key is named, or lies in a folder ("a/b/") that is."""
-    return any(key.startswith(one) if one.endswith("/") else key == one for one in allowed)
+def _readable(task: OpenTask, key: str) -> bool:
+    """Whether a key is named, lies in a folder ("a/b/") that is, or may be the task's to write."""
+    return any(
+        key.startswith(one) if one.endswith("/") else key == one for one in task.readable
+    ) or any(key.startswith(one.partition("{")[0]) for one in task.writable)
 
 
 def error_record(error: PhotonError) -> dict[str, Any]:

@@ -35,9 +35,11 @@ SERVICE = "door"
 #: a transfer that is under way goes on with what it began with.
 READ_AGAIN = signal.SIGUSR1
 
-#: Bodies of Flower's messages, which carry references, and of requests to the desk.
-MOST_FLEET_BYTES = 16 << 20
-MOST_DESK_BYTES = 4 << 20
+#: What is said to Flower and to the desk, most bytes of it: a Reply (photon.federation.envelopes)
+#: with Flower's wrapping, leave for 256 objects, and all the rest.
+MOST_REPLY_BYTES = (1 << 20) + (64 << 10)
+MOST_GRANTS_BYTES = 256 << 10
+MOST_SMALL_BYTES = 32 << 10
 #: One object of the store: a chunk or a manifest. The signature names the exact length.
 MOST_OBJECT_BYTES = 2 << 30
 
@@ -271,47 +273,47 @@ def _odd_paths() -> str:
 
 
 def _fleet(settings: DoorSettings) -> str:
-    return f"""	@fleet {{
-		method POST
-		path_regexp ^/v1/fleet/[a-z-]+$
-	}}
-	handle @fleet {{
-		request_body {{
-			max_size {MOST_FLEET_BYTES}
-		}}
-		reverse_proxy https://127.0.0.1:{settings.superlink_port} {{
-			transport http {{
-				tls_trust_pool file {_quoted(settings.superlink_ca)}
-				tls_server_name localhost
-				dial_timeout 5s
-			}}
-		}}
-	}}
-"""
+    upstream = f"https://127.0.0.1:{settings.superlink_port}"
+    tls = (
+        f"tls_trust_pool file {_quoted(settings.superlink_ca)}",
+        "tls_server_name localhost",
+    )
+    replies = "^/v1/fleet/push-(messages|object)$"
+    return _buffered("replies", "POST", replies, MOST_REPLY_BYTES, upstream, *tls) + _buffered(
+        "fleet", "POST", "^/v1/fleet/[a-z-]+$", MOST_SMALL_BYTES, upstream, *tls
+    )
 
 
 def _desk(settings: DoorSettings) -> str:
-    forward = f"""		request_body {{
-			max_size {MOST_DESK_BYTES}
+    upstream = f"127.0.0.1:{settings.desk_port}"
+    return (
+        _buffered("grants", "POST", "^/photon/v1/grants$", MOST_GRANTS_BYTES, upstream)
+        + _buffered("desk", "POST", "^/photon/v1/[a-z]+$", MOST_SMALL_BYTES, upstream)
+        + _buffered("health", "GET HEAD", "^/photon/v1/health$", 1024, upstream)
+    )
+
+
+def _buffered(
+    name: str, methods: str, paths: str, most_bytes: int, upstream: str, *transport: str
+) -> str:
+    # A body is here as a whole before the service behind hears of it: what a stranger begins and
+    # does not end costs a buffer here, and nobody a place there.
+    lines = "".join(f"\t\t\t\t{line}\n" for line in transport)
+    return f"""	@{name} {{
+		method {methods}
+		path_regexp {paths}
+	}}
+	handle @{name} {{
+		request_body {{
+			max_size {most_bytes}
 		}}
-		reverse_proxy 127.0.0.1:{settings.desk_port} {{
+		reverse_proxy {upstream} {{
+			request_buffers {most_bytes}
 			transport http {{
-				dial_timeout 5s
+{lines}				dial_timeout 5s
 			}}
 		}}
-"""
-    return f"""	@desk {{
-		method POST
-		path_regexp ^/photon/v1/[a-z]+$
 	}}
-	handle @desk {{
-{forward}	}}
-	@health {{
-		method GET HEAD
-		path_regexp ^/photon/v1/health$
-	}}
-	handle @health {{
-{forward}	}}
 """
 
 

@@ -52,6 +52,8 @@ from photon.store.disk import held_alone, write_json, write_whole
 from photon.version import photon_version
 
 KEY_FILE, CA_FILE, RECORD = "node.key", "ca.crt", "join.json"
+#: The key that joining registers, until the aggregator believes it.
+PENDING_KEY_FILE = f"{KEY_FILE}.new"
 
 #: Between two attempts to join an aggregator that does not answer.
 _ASK_AGAIN_S = 10.0
@@ -93,6 +95,12 @@ def accept_invitation(
         return _accept(invitation, node, home, tell)
 
 
+def joining_key(home: Path) -> NodeKey:
+    """The key that a home joins with next; made if there is none yet. Raises as NodeKey's."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return NodeKey.load_or_create(home / PENDING_KEY_FILE)
+
+
 def _accept(
     invitation: Invitation, node: NodeConfig, home: Path, tell: Callable[[str], None] | None
 ) -> Membership:
@@ -117,8 +125,13 @@ def _accept(
         train_tokens=data.silos[invitation.name].train_tokens,
         photon_version=photon_version(),
     )
-    pending = home / f"{KEY_FILE}.new"
-    key = NodeKey.load(pending) if pending.exists() else NodeKey.create(pending)
+    key, pending = joining_key(home), home / PENDING_KEY_FILE
+    if invitation.key_fingerprint not in (None, key.fingerprint):
+        raise InvitationError(
+            f"the invitation for {invitation.name} is for the key {invitation.key_fingerprint}, "
+            f"the one of {home} is {key.fingerprint}",
+            hint="Join from the home whose key it names, or ask for another invitation.",
+        )
     write_whole(home / CA_FILE, invitation.ca_pem, "the aggregator's authority")
     desk = DeskClient(invitation.address, home / CA_FILE, key)
     told = ""

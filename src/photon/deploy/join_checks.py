@@ -28,7 +28,7 @@ from photon.deploy.checks import (
     skew_check,
     synchronised,
 )
-from photon.deploy.join import CA_FILE, KEY_FILE, RECORD, require_tokenizer
+from photon.deploy.join import CA_FILE, KEY_FILE, PENDING_KEY_FILE, RECORD, require_tokenizer
 from photon.deploy.supervisor import runner
 from photon.errors import (
     CertificateError,
@@ -222,7 +222,7 @@ def _invited(home: Path, file: Path, invitation: Invitation) -> Check:
 
 
 def _key(home: Path, invited: bool) -> Check:
-    pending = home / f"{KEY_FILE}.new"
+    pending = home / PENDING_KEY_FILE
     if invited and not pending.exists():
         return Check("key", "ok", f"{home / KEY_FILE} is made when this node joins")
     path = pending if invited else home / KEY_FILE

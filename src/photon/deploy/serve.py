@@ -46,6 +46,7 @@ from photon.errors import (
     UnreachableError,
 )
 from photon.membership.bulletin import tell_all
+from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Member, Roster
 from photon.store.disk import write_json
@@ -150,7 +151,7 @@ class Aggregator:
             control = self._control = ends.enter_context(
                 Control(f"127.0.0.1:{superlink_port}", inner.ca)
             )
-            desk = self._desk(presigner)
+            desk = self._desk(presigner, door.ca)
             desk.start()
             ends.callback(desk.stop)
             self._start(
@@ -300,7 +301,7 @@ class Aggregator:
         )
         return port, inner, secret
 
-    def _desk(self, presigner: Presigner) -> Desk:
+    def _desk(self, presigner: Presigner, ca: Path) -> Desk:
         store = self._serve.store
         return Desk(
             self._roster,
@@ -312,6 +313,7 @@ class Aggregator:
             progress=self.status,
             on_event=self._desk_told,
             store_origin=_origin_of(presigner) if store is not None else None,
+            audience=certificate_fingerprint(ca.read_text(encoding="ascii")),
         )
 
     def _kept_port(self, name: str) -> int:

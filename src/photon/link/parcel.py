@@ -98,8 +98,15 @@ def write_parcel(
 
 def manifest_key(folder: str, header: Header, sha256: str) -> str:
     """Where a manifest lies. Its hash is in the name: keys are never written twice."""
-    name = f"{header.silo}-{sha256[:16]}" if header.silo is not None else sha256
-    return f"{folder}/{header.kind}/round-{header.round:06d}/{name}.json"
+    if header.silo is not None:
+        return update_keys(folder, header.round, header.silo)[1].format(sha256=sha256)
+    return f"{folder}/{header.kind}/round-{header.round:06d}/{sha256}.json"
+
+
+def update_keys(folder: str, number: int, silo: str) -> tuple[str, str]:
+    """Where the chunks and the manifest of a silo's update lie, for str.format(sha256=...)."""
+    manifest = f"{folder}/update/round-{number:06d}/{silo}-{{sha256:.16}}.json"
+    return chunk_key(folder, "{sha256}"), manifest
 
 
 def chunk_key(folder: str, sha256: str) -> str:

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives import hashes
 
 from photon.config.addresses import host_name, joined
 from photon.errors import DiskFullError, InvitationError, MembershipError
-from photon.membership.keys import canonical_pem
+from photon.membership.keys import FINGERPRINT, canonical_pem
 
 _FORMAT = 2
 #: Of the file; of a tokenizer in it, compressed and as it is.
@@ -80,6 +80,7 @@ class Invitation:
         token: the secret; it works once.
         expires_at: seconds since the epoch.
         tokenizer: the federation's; None where it was not known when the invitation was made.
+        key_fingerprint: of the only key that may join with it; None: the first that comes.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Invitation:
     token: str
     expires_at: float
     tokenizer: SharedTokenizer | None = None
+    key_fingerprint: str | None = None
 
     @property
     def address(self) -> str:
@@ -166,6 +168,11 @@ def write_invitation(path: str | os.PathLike[str], invitation: Invitation) -> No
         "ca_fingerprint": invitation.ca_fingerprint,
         "ca_pem": invitation.ca_pem,
         "aggregator_key": invitation.aggregator_key,
+        **(
+            {"key_fingerprint": invitation.key_fingerprint}
+            if invitation.key_fingerprint is not None
+            else {}
+        ),
     }
     text = (
         f"{_BEGINS}{invitation.name}, once: keep it as you keep a "
@@ -263,7 +270,10 @@ def _parsed(record: dict[str, Any], path: Path) -> Invitation:
     except MembershipError as error:
         raise _wrong(path, "aggregator_key", key, "a public key in PEM") from error
     tokenizer = _parsed_tokenizer(record.get("tokenizer"), path)
-    return Invitation(name, host, port, pem, said, key, token, seconds, tokenizer)
+    bound = (
+        _text(record, "key_fingerprint", FINGERPRINT, path) if "key_fingerprint" in record else None
+    )
+    return Invitation(name, host, port, pem, said, key, token, seconds, tokenizer, bound)
 
 
 def _tokenizer_text(shared: SharedTokenizer | None) -> str:

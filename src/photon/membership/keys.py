@@ -12,6 +12,7 @@ import binascii
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -29,6 +30,9 @@ _MOST_PEM_CHARACTERS = 2000
 _MOST_SIGNATURE_CHARACTERS = 200
 
 _ECDSA = ec.ECDSA(hashes.SHA256())
+
+#: What a key is called.
+FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class NodeKey:

@@ -115,8 +115,9 @@ class OpenTask:
         run: id of the run.
         opened_at, until: seconds since the epoch.
         most_bytes: that may be written, in sum.
-        readable: keys, or prefixes of keys, of the store.
-        writable: prefixes of keys.
+        readable: keys of the store, or folders that end in "/".
+        writable: keys, for str.format(sha256=...): an object is called by its hash. They may be
+            read, too.
     """
 
     id: str

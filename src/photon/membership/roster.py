@@ -20,7 +20,7 @@ from typing import Any
 
 from photon.errors import InvitationError, KeyInUseError, MembershipError, UnknownMemberError
 from photon.membership.journal import Journal
-from photon.membership.keys import canonical_pem, fingerprint_of
+from photon.membership.keys import FINGERPRINT, canonical_pem, fingerprint_of
 from photon.membership.records import (
     MEMBER_NAME,
     Event,
@@ -101,7 +101,13 @@ class Roster:
     # --- members ----------------------------------------------------------------------------------
 
     def invite(
-        self, name: str, valid_s: float, *, rotate: bool = False, now: float | None = None
+        self,
+        name: str,
+        valid_s: float,
+        *,
+        rotate: bool = False,
+        key: str | None = None,
+        now: float | None = None,
     ) -> str:
         """A token that makes its first bearer the member `name`. Only its sha256 is kept.
 
@@ -112,10 +118,11 @@ class Roster:
             rotate: for a member that is to have a new key (or registers other data): the old key
                 ends when the invitation is redeemed.
             valid_s: seconds.
+            key: fingerprint of the only key that may come with it; None: the first that comes.
 
         Raises:
-            MembershipError: no name for a member; or there is such a member and `rotate` is not
-                set.
+            MembershipError: no name for a member, no fingerprint; or there is such a member and
+                `rotate` is not set.
             UnknownMemberError: `rotate` is set and there is no such member.
         """
         now = _now(now)
@@ -127,6 +134,11 @@ class Roster:
             )
         if not (math.isfinite(valid_s) and valid_s > 0):
             raise MembershipError(f"an invitation can't be valid for {valid_s} s")
+        if key is not None and not FINGERPRINT.fullmatch(key):
+            raise MembershipError(
+                f"{key[:100]!r} is no fingerprint of a key",
+                hint="It is sha256: and 64 hexadecimal digits; `photon join --show-key` prints it.",
+            )
         token = secrets.token_urlsafe(32)
         with self._file.changing() as db:
             found = self._member(db, name)
@@ -143,9 +155,10 @@ class Roster:
                 "DELETE FROM invitations WHERE expires_at < ?", (now - _REMEMBER_INVITATIONS_S,)
             )
             db.execute(
-                "INSERT INTO invitations (token_sha256, name, rotate, made_at, expires_at)"
-                " VALUES (?, ?, ?, ?, ?)",
-                (_digest(token), name, int(rotate), now, now + valid_s),
+                "INSERT INTO invitations"
+                " (token_sha256, name, rotate, made_at, expires_at, fingerprint)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (_digest(token), name, int(rotate), now, now + valid_s, key),
             )
             what = "invited with a new key" if rotate else "invited"
             self.journal.add(db, "operator", what, f"{name}, until {_utc(now + valid_s)}", now)
@@ -173,8 +186,10 @@ class Roster:
             row = db.execute(
                 "SELECT * FROM invitations WHERE token_sha256 = ?", (_digest(token),)
             ).fetchone()
-            refusal = self._why_not(db, row, shown, name, now) or self._why_not_key(
-                db, fingerprint, name
+            refusal = (
+                self._why_not(db, row, shown, name, now)
+                or _why_not_bound(row, shown, fingerprint)
+                or self._why_not_key(db, fingerprint, name)
             )
             if refusal is None:
                 old = self._member(db, name)
@@ -213,6 +228,11 @@ class Roster:
     def members(self) -> list[Member]:
         """All, the suspended and expelled too, by name."""
         return [_member(row) for row in self._file.rows("SELECT * FROM members ORDER BY name")]
+
+    def invitation(self, token: str) -> str | None:
+        """What an invitation is called here, used or not; None if there is none of that token."""
+        rows = self._file.rows("SELECT 1 FROM invitations WHERE token_sha256 = ?", _digest(token))
+        return _digest(token)[:16] if rows else None
 
     def invitations(self, *, now: float | None = None) -> list[PendingInvitation]:
         """Those that can still be redeemed, by name."""
@@ -587,6 +607,16 @@ class Roster:
             (name, boot),
         ).fetchone()
         return row["boot"] if row is not None else None
+
+
+def _why_not_bound(row: sqlite3.Row, shown: str, fingerprint: str) -> InvitationError | None:
+    if row["fingerprint"] in (None, fingerprint):
+        return None
+    return InvitationError(
+        f"the invitation for {shown} is for the key {row['fingerprint']}, not for {fingerprint}",
+        hint="Join from the home that holds that key. If you did not ask for this: somebody else "
+        "may hold a copy of the invitation, which is worth nothing without the key.",
+    )
 
 
 def roster_at(home: str | os.PathLike[str]) -> Roster:

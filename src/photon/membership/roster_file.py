@@ -53,7 +53,10 @@ CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 #: What makes a roster of version n + 1 of one of version n, the first n being 1. Append only.
-_MIGRATIONS = ("ALTER TABLE tasks ADD COLUMN ask BLOB",)
+_MIGRATIONS = (
+    "ALTER TABLE tasks ADD COLUMN ask BLOB",
+    "ALTER TABLE invitations ADD COLUMN fingerprint TEXT",
+)
 _VERSION = 1 + len(_MIGRATIONS)
 
 

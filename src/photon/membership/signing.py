@@ -15,14 +15,14 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from photon.errors import ClockSkewError, SignatureError
-from photon.membership.keys import NodeKey, verify
+from photon.membership.keys import FINGERPRINT, NodeKey, verify
 from photon.membership.roster import Member
 
 #: Purposes of signatures: the aggregator's over an Ask and over a line of its log, a silo's over
 #: its Reply.
 ASK, LOG, RECEIPT = "photon-ask-v1", "photon-log-v1", "photon-receipt-v1"
 
-_REQUEST = "photon-request-v1"
+_REQUEST = "photon-request-v2"
 _PURPOSE = re.compile(r"[a-z0-9-]{1,64}")
 
 KEY_HEADER = "Photon-Key"
@@ -31,7 +31,7 @@ NONCE_HEADER = "Photon-Nonce"
 SIGNATURE_HEADER = "Photon-Signature"
 
 _SHAPES = {
-    KEY_HEADER: re.compile(r"sha256:[0-9a-f]{64}"),
+    KEY_HEADER: FINGERPRINT,
     TIME_HEADER: re.compile(r"[0-9]{1,12}(\.[0-9]{1,6})?"),
     NONCE_HEADER: re.compile(r"[0-9a-f]{32}"),
     SIGNATURE_HEADER: re.compile(r"[A-Za-z0-9+/=]{1,200}"),
@@ -61,12 +61,14 @@ def verify_document(public_pem: str, purpose: str, data: bytes, signature: str) 
 
 
 def sign_request(
-    key: NodeKey, method: str, path: str, body: bytes, *, now: float
+    key: NodeKey, method: str, path: str, body: bytes, *, now: float, audience: str = ""
 ) -> dict[str, str]:
-    """Headers that say who asks, when, and that nobody changed it on the way.
+    """Headers that say who asks whom, when, and that nobody changed it on the way.
 
     Args:
         path: as the other side gets it, with the query.
+        audience: fingerprint of the aggregator's authority: at another one the request is worth
+            nothing. Empty for a desk without a door.
         now: seconds since the epoch.
     """
     at, nonce = f"{now:.3f}", secrets.token_hex(16)
@@ -74,7 +76,9 @@ def sign_request(
         KEY_HEADER: key.fingerprint,
         TIME_HEADER: at,
         NONCE_HEADER: nonce,
-        SIGNATURE_HEADER: sign_document(key, _REQUEST, _request(method, path, at, nonce, body)),
+        SIGNATURE_HEADER: sign_document(
+            key, _REQUEST, _request(audience, method, path, at, nonce, body)
+        ),
     }
 
 
@@ -87,11 +91,15 @@ class RequestVerifier:
     Args:
         find: the member with a fingerprint, or UnknownMemberError; asked at each request, as
             `Roster.active`.
+        audience: fingerprint of this aggregator's authority.
         window_s: how far apart the two clocks may be.
     """
 
-    def __init__(self, find: Callable[[str], Member], *, window_s: float = 120.0) -> None:
+    def __init__(
+        self, find: Callable[[str], Member], *, audience: str = "", window_s: float = 120.0
+    ) -> None:
         self._find = find
+        self._audience = audience
         self._window_s = window_s
         self._lock = threading.Lock()
         self._seen: dict[str, set[str]] = {}  # by fingerprint
@@ -123,12 +131,13 @@ class RequestVerifier:
             )
         member = self._find(fingerprint)
         try:
-            covered = _request(method, path, at, nonce, body)
+            covered = _request(self._audience, method, path, at, nonce, body)
             verify_document(member.public_key, _REQUEST, covered, signature)
         except SignatureError:
             raise SignatureError(
                 f"the signature of {method} {path[:200]} is not {member.name}'s over this request",
-                hint="The request was changed on its way, or was made by another program.",
+                hint="The request was changed on its way, is meant for another aggregator, or was "
+                "made by another program.",
             ) from None
         # Only now: strangers can't make it remember anything.
         self._remember(fingerprint, nonce, member.name, now)
@@ -166,9 +175,9 @@ def _covered(purpose: str, data: bytes) -> bytes:
     return purpose.encode() + b"\0" + data
 
 
-def _request(method: str, path: str, at: str, nonce: str, body: bytes) -> bytes:
+def _request(audience: str, method: str, path: str, at: str, nonce: str, body: bytes) -> bytes:
     # No part but the path can hold a line break, and the hash stands at a fixed place at the end.
-    lines = (method, at, nonce, path, hashlib.sha256(body).hexdigest())
+    lines = (audience, method, at, nonce, path, hashlib.sha256(body).hexdigest())
     return "\n".join(lines).encode("utf-8", "surrogatepass")
 
 

@@ -33,6 +33,7 @@ from photon.errors import (
     UnreachableError,
     error_of,
 )
+from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
@@ -133,7 +134,8 @@ class DeskClient:
         self._timeout_s = timeout_s
         try:
             trust = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
-        except (OSError, ssl.SSLError) as error:
+            self._audience = certificate_fingerprint(ca_file.read_text("ascii")) if ca_file else ""
+        except (OSError, ValueError) as error:  # ssl's errors are OSErrors
             raise CertificateError(
                 f"{ca_file} can't be read as a certificate authority: {error}",
                 hint="It came with the invitation: join again, or copy it from a backup.",
@@ -266,7 +268,9 @@ class DeskClient:
         if content is not None:
             if self._key is None:
                 raise MembershipError(f"asking the desk for {what} needs the node's key")
-            headers = sign_request(self._key, method, path, content, now=time.time())
+            headers = sign_request(
+                self._key, method, path, content, now=time.time(), audience=self._audience
+            )
             headers["content-type"] = "application/json"
         try:
             request = self._client.build_request(

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from photon.errors import ManifestError
 from photon.store.contract import Store
 
-_MANIFEST = re.compile(r"[^/]+/round-\d+/[^/]+\.json")
 #: photon.federation.broadcast publishes there: whole states, and what leads from one to the next.
 _PUBLISHED = re.compile(r"global/(state|outer_update)/round-(\d+)/[^/]+\.json")
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -47,14 +46,13 @@ def collect(
     chunks_of: Callable[[str], Iterable[str]],
     in_use: Collection[str] = (),
 ) -> Collected:
-    """Remove manifests that are not kept, then chunks that no kept manifest names.
-
-    Objects that are neither FOLDER/chunks/... nor FOLDER/<kind>/round-.../....json stay.
+    """Remove what is not kept, then chunks that nothing kept names.
 
     Args:
         store: one that can list and delete.
         folder: of the run, in the store.
-        keep: whether the manifest of a key stays; also asked about those written just now.
+        keep: whether a key stays, which is a manifest's then; asked about all but FOLDER/chunks/,
+            also about what was written just now.
         chunks_of: sha256 of each chunk that the manifest of a key names.
         in_use: sha256 of chunks that stay though no manifest names them yet: those of uploads
             under way. Chunks that arrive while this runs stay in any case.
@@ -65,19 +63,16 @@ def collect(
     """
     # Chunks are listed before manifests are read: one that arrives later is not in the list, and
     # one that is in it either has its manifest by now or is in use.
-    chunks = {key.rpartition("/")[2]: (key, size) for key, size in store.keys(f"{folder}/chunks")}
-    manifests = [
-        (key, size)
-        for key, size in store.keys(folder)
-        if _MANIFEST.fullmatch(key.removeprefix(f"{folder}/"))
-    ]
+    inside = f"{folder}/chunks/"
+    chunks = dict(store.keys(inside.rstrip("/")))
+    manifests = [entry for entry in store.keys(folder) if not entry[0].startswith(inside)]
     dropped = [(key, size) for key, size in manifests if not keep(key)]
     going = {key for key, _ in dropped}
     named = set(in_use)
     for key, _ in manifests:
         if key not in going:
             named.update(chunks_of(key))
-    unnamed = [entry for sha256, entry in chunks.items() if sha256 not in named]
+    unnamed = [entry for entry in chunks.items() if entry[0].removeprefix(inside) not in named]
 
     store.delete([key for key, _ in dropped])
     store.delete([key for key, _ in unnamed])

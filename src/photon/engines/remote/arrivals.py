@@ -1,4 +1,4 @@
-"""A round's updates on their way here, fetched ahead and handed over in the order of tasks."""
+"""A round's updates on their way here: fetched as answers come, merged in the order of tasks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from photon.federation import FitTask, Receipt, Update
 from photon.federation.tasks import GlobalState
 from photon.link import Parcel
 
-#: Updates on their way here, or here and waiting for their turn.
-_AHEAD = 3
+#: Updates on their way here at once.
+_FETCHES = 3
 
 
 class Arrivals:
     """A round's answers, in the order of its tasks, each with its update already here.
+
+    Updates of later tasks wait on this disk, as far as it has room: whoever is slow keeps nobody
+    else's from coming.
 
     Args:
         messenger: runs the errands meanwhile.
@@ -48,14 +51,16 @@ class Arrivals:
         self._tasks = tasks
         self._errands = errands
         self._state = state
-        self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="photon-arrivals")
+        self._room_bytes = depot.room_bytes()
+        self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="photon-arrivals")
         self._fetching: dict[int, Future[Parcel]] = {}
 
     def updates(self) -> Iterator[Update]:
         for position, errand in enumerate(self._errands):
             parcel = None
             while not errand.failure:
-                self._fetch_ahead(position)
+                self._fetch(position)
+                self._ask_again(position)
                 fetching = self._fetching.get(position)
                 if fetching is not None and fetching.done():
                     parcel = self._arrived(position, fetching)
@@ -75,12 +80,25 @@ class Arrivals:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch_ahead(self, position: int) -> None:
-        for number in range(position, min(position + _AHEAD, len(self._errands))):
+    def _fetch(self, position: int) -> None:
+        """Begin to bring here what was answered; the next to be merged, whatever room there is."""
+        here = [ref.payload_bytes for one in self._fetching if (ref := self._errands[one].update)]
+        room = self._room_bytes - sum(here)
+        for number in range(position, len(self._errands)):
             ref = self._errands[number].update
-            if ref is not None and number not in self._fetching:
-                fetch = partial(self._depot.fetch, self._tasks[number], ref, self._state)
-                self._fetching[number] = self._pool.submit(fetch)
+            if ref is None or number in self._fetching:
+                continue
+            if number > position and ref.payload_bytes > room:
+                continue
+            room -= ref.payload_bytes
+            fetch = partial(self._depot.fetch, self._tasks[number], ref, self._state)
+            self._fetching[number] = self._pool.submit(fetch)
+
+    def _ask_again(self, position: int) -> None:
+        """Ask for updates of later tasks that could not be had, without waiting for their turn."""
+        for number, fetching in list(self._fetching.items()):
+            if number > position and fetching.done() and fetching.exception() is not None:
+                self._arrived(number, fetching)
 
     def _arrived(self, position: int, fetching: Future[Parcel]) -> Parcel | None:
         """An update that is here; None where it could not be had and is asked for again."""

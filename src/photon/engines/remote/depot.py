@@ -7,8 +7,9 @@ RUN/silos/SILO/     updates, written by that silo
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -22,6 +23,8 @@ from photon.store.contract import Store
 from photon.store.garbage import chunks_of, collect
 from photon.store.memory import ReusedMemory
 from photon.store.transfer import Transfer
+
+_STATE = re.compile(r"/round-(\d+)/[^/]+\.json$")
 
 
 def global_folder(run_id: str) -> str:
@@ -41,7 +44,8 @@ class Depot:
         run_id: of the run.
         config: which codecs its parcels may name.
         store: the aggregator's own way to it.
-        spool: folder for updates on their way to be merged; emptied.
+        spool: folder for updates on their way to be merged; emptied, and closed to other users:
+            what was verified as it came is read from there without being hashed again.
     """
 
     def __init__(self, run_id: str, config: LinkConfig, store: Store, spool: Path) -> None:
@@ -54,6 +58,7 @@ class Depot:
         self._state: StateRef | None = None
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(parents=True)
+        spool.chmod(0o700)
 
     def offer(self, number: int, publish: Publish) -> None:
         """How to publish the state after round `number`, should somebody need it."""
@@ -88,6 +93,10 @@ class Depot:
         here = self._place_of(ref).exists()
         yield from (parcel if here else self._parcel(task, ref, state)).tensors()
 
+    def room_bytes(self) -> int:
+        """What updates that wait for their turn may take: half of what is free here."""
+        return shutil.disk_usage(self._spool).free // 2
+
     def let_go(self, ref: Ref) -> None:
         """An update need not be here any more."""
         shutil.rmtree(self._place_of(ref), ignore_errors=True)
@@ -101,19 +110,26 @@ class Depot:
         with contextlib.suppress(LinkError):
             self._store.delete([key for key, _ in self._store.keys(folder)])
 
-    def sweep(self, silos: Iterable[str], *, oldest: int) -> None:
-        """Remove what rounds before `oldest` have in the store.
+    def sweep(self, silos: Iterable[str], *, oldest: int, accepted: Collection[str]) -> None:
+        """Remove states of rounds before `oldest`, and of silos all that no accepted answer names.
+
+        Args:
+            accepted: keys of the updates that are still needed.
 
         Raises:
             LinkError, OSError: the store is away or refuses; the next sweep finds it again.
         """
-        folders = [silo_folder(self._run_id, silo) for silo in silos]
-        for folder in (global_folder(self._run_id), *folders):
+        states = global_folder(self._run_id)
+        collect(
+            self._store,
+            states,
+            keep=lambda key: _round_of(key) >= oldest,
+            chunks_of=self._chunks_of,
+        )
+        for silo in silos:
+            folder = silo_folder(self._run_id, silo)
             collect(
-                self._store,
-                folder,
-                keep=lambda key: _round_of(key) >= oldest,
-                chunks_of=self._chunks_of,
+                self._store, folder, keep=lambda key: key in accepted, chunks_of=self._chunks_of
             )
 
     def close(self) -> None:
@@ -136,9 +152,10 @@ class Depot:
         try:
             return chunks_of(self._store, key)
         except ManifestError:
-            return []  # a silo may write anything under its own folder
+            return []  # whoever needs it is told when it is fetched
 
 
 def _round_of(key: str) -> int:
-    """Of a manifest: FOLDER/<kind>/round-000012/NAME.json."""
-    return int(key.split("/")[-2].removeprefix("round-"))
+    """Of a state's manifest: FOLDER/<kind>/round-000012/NAME.json; -1 for any other key."""
+    found = _STATE.search(key)
+    return int(found[1]) if found else -1

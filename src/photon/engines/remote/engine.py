@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from photon.engines.remote.arrivals import Arrivals
 from photon.engines.remote.depot import Depot
 from photon.engines.remote.errand import Errand
 from photon.engines.remote.messenger import Messenger, Post
-from photon.errors import PhotonError
+from photon.errors import PhotonError, ProtocolError
 from photon.federation import Engine, EvalReceipt, EvalTask, FitTask, Update
-from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, StatePart
+from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, StatePart, parse_reply
 from photon.federation.sealing import sealed
 from photon.federation.tasks import GlobalState, Publish
 from photon.freed_memory import share_freed_memory
@@ -71,6 +72,8 @@ class RemoteEngine:
         self._evaluator = evaluator
         self._on_event = on_event
         share_freed_memory()  # threads fetch chunks, and no node trains in this process
+        #: By key, the round of an update that was accepted.
+        self._accepted: dict[str, int] = {}
         self._messenger = Messenger(config, post, roster, on_event)
         self._depot = depot
         self._asker = asker
@@ -139,8 +142,15 @@ class RemoteEngine:
     def _sweep(self, number: int) -> None:
         """Remove from the store what no round from now on needs."""
         members = [member.name for member in self._roster.members()]
+        oldest = number - self._config.serve.keep_rounds
+        for reply in self._roster.tasks.replies(self._run.id, number):
+            with contextlib.suppress(ProtocolError):  # of another version
+                fit = parse_reply(reply.text).fit
+                if fit is not None and fit.update is not None:
+                    self._accepted[fit.update.key] = number
+        self._accepted = {key: at for key, at in self._accepted.items() if at >= oldest}
         try:
-            self._depot.sweep(members, oldest=number - self._config.serve.keep_rounds)
+            self._depot.sweep(members, oldest=oldest, accepted=self._accepted)
         except (PhotonError, OSError) as error:
             # The next round's sweep finds it again.
             self._on_event(

@@ -26,6 +26,7 @@ from photon.errors import (
     error_of,
 )
 from photon.federation.envelopes import Ask, Reply, encoded, parse_ask, parse_reply
+from photon.link.parcel import chunk_key, update_keys
 from photon.membership.refusals import LASTING, note_refusal
 from photon.membership.roster import OpenTask, Presence, Roster, SignedReply
 from photon.membership.signing import RECEIPT, verify_document
@@ -85,7 +86,8 @@ class Messenger:
     def open(self, errand: Errand) -> None:
         """Let the silo read the state and write its update."""
         ask = errand.ask
-        folder = silo_folder(ask.run.id, ask.silo)
+        states = [ref.key for ref in (ask.state.whole, ask.state.update) if ref is not None]
+        chunks, manifest = update_keys(silo_folder(ask.run.id, ask.silo), ask.round, ask.silo)
         self._roster.tasks.open(
             OpenTask(
                 id=ask.task_id,
@@ -96,8 +98,8 @@ class Messenger:
                 opened_at=time.time(),
                 until=errand.until,
                 most_bytes=errand.most_bytes,
-                readable=(f"{global_folder(ask.run.id)}/", f"{folder}/"),
-                writable=(f"{folder}/",) if errand.most_bytes else (),
+                readable=(chunk_key(global_folder(ask.run.id), ""), *states),
+                writable=(chunks, manifest) if errand.most_bytes else (),
             )
         )
 
@@ -223,8 +225,11 @@ class Messenger:
         at = (presence.round, presence.step)
         if ask.fit is None or presence.loss is None or self._told.get(ask.silo) == at:
             return
+        # A silo may say anything: no step that its task does not have is told.
+        if presence.round != ask.round or not 1 <= presence.step <= ask.fit.steps:
+            return
         self._told[ask.silo] = at
-        step = min(presence.step, ask.fit.steps)
+        step = presence.step
         self._on_event(
             LocalProgress(
                 round=ask.round,
