@@ -225,11 +225,10 @@ class Messenger:
         at = (presence.round, presence.step)
         if ask.fit is None or presence.loss is None or self._told.get(ask.silo) == at:
             return
-        # A silo may say anything: no step that its task does not have is told.
-        if presence.round != ask.round or not 1 <= presence.step <= ask.fit.steps:
+        if presence.round != ask.round or not presence.step:
             return
         self._told[ask.silo] = at
-        step = presence.step
+        step = min(presence.step, ask.fit.steps)
         self._on_event(
             LocalProgress(
                 round=ask.round,
