@@ -187,7 +187,10 @@ def resume(
     """Continue a stopped or killed run from its newest checkpoint.
 
     The result is the same as if it had never stopped. Rounds to come may be more, or have another
-    learning rate, on record: `photon resume runs/demo --rounds 20 --set local.lr=1e-3`
+    learning rate, on record.
+
+    Examples: `photon resume runs/demo` and, for the latter,
+    `photon resume runs/demo --rounds 20 --set local.lr=1e-3`
     """
     _loading(quiet)
     from photon.runs import resume as start
