@@ -406,7 +406,7 @@ def test_a_state_that_is_gone_or_broken_is_refused(bench, aggregator, fits):
 
 
 def test_a_site_that_lost_its_kept_state_goes_on_and_says_so(make_aggregator, make_bench, tmp_path):
-    aggregator = make_aggregator(*WHOLE_LIFE)
+    aggregator = make_aggregator(*WHOLE_LIFE, "federation.rounds=9")
     bench = make_bench(aggregator)
     ask = aggregator.fit(number=8, node_round=7)
     answer = bench.answer(ask).fit
