@@ -234,6 +234,12 @@ for call in (
 def test_an_unreadable_prepared_folder_is_said_in_words(rows):
     with pytest.raises(MachineError, match=r"can't read the prepared data at x{300}: File name"):
         open_data("x" * 300)
+    data = prepare(options(rows))
+    shard = data.silos["all"].path / data.silos["all"].shards("train")[0].file
+    shard.rename(shard.with_suffix(".kept"))
+    shard.mkdir()
+    with pytest.raises(MachineError, match=r"can't read the prepared data at .*train-00000\.bin"):
+        data.verify()
 
 
 def test_permissions_are_those_of_other_folders(rows):

@@ -145,6 +145,28 @@ def test_missing_input_and_empty_folders(tmp_path):
         list(Source(str(tmp_path)).documents())
 
 
+def test_a_dataset_of_the_hubs_layout_is_read_by_the_columns_it_needs(tmp_path, monkeypatch):
+    """`datasets` takes OWNER/NAME for a folder where there is one: the same way, without a hub."""
+    far = pyarrow.array([2**60, 0], pyarrow.timestamp("us"))
+    (tmp_path / "owner/name").mkdir(parents=True)
+    table = pyarrow.table(
+        {"text": ["one", "two"], "topic": ["a", "b"], "far": far, "deep": [[1], []]}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "owner/name/train.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = list(Source("hf:owner/name:train", fields={"topic": "--silo-field"}).documents())
+    assert [(d.text, d.fields, d.origin.split) for d in found] == [
+        ("one", {"topic": "a"}, "train"),
+        ("two", {"topic": "b"}, "train"),
+    ]
+    assert found[1].place == "hf:owner/name:train, row 2"
+    with pytest.raises(
+        DataError, match=r"hf:owner/name:train: expected text under 'body', found no"
+    ):
+        list(Source("hf:owner/name:train", text_key="body").documents())
+
+
 def test_the_hub_is_reached_by_name_only(tmp_path):
     """Offline, naming a hub dataset is a clean error; a bare word is a local path."""
     with pytest.raises(DataNotFoundError, match="no input at wikitext"):

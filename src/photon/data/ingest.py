@@ -141,24 +141,26 @@ class Source:
                 to nowhere, or what may not be read.
         """
         tally = tally if tally is not None else Tally()
-        extra = read_metadata(self.metadata, self.metadata_key) if self.metadata else {}
+        extra: dict[str, dict[str, str]] = {}
+        if self.metadata is not None:
+            with _told(self.metadata):
+                extra = read_metadata(self.metadata, self.metadata_key)
         joined = False
         for origin, place, row in self._rows(tally):
+            where = place
             if isinstance(row, str):
                 more = extra.get(origin.file, extra.get(Path(origin.file).stem))
                 joined = joined or more is not None
-                text, fields = row, more or {}
-            else:
-                text, fields = self._columns.split(row, place)
-            if not text.strip():
+                where, row = origin.file, {**(more or {}), self.text_key: row}
+            text, fields = self._columns.split(row, place)
+            if not text or text.isspace():
                 tally.empty += 1
                 continue
             for name, option in (self.fields or {}).items():
                 if not fields.get(name, "").strip():
-                    where, names = (origin.file, fields) if isinstance(row, str) else (place, row)
-                    raise no_field(option, name, where, names)
+                    raise no_field(option, name, where, row.keys() - {self.text_key})
             yield Document(text, fields, origin, place, _size(text, place))
-        if self.metadata and not joined:
+        if self.metadata is not None and not joined:
             example = f": for instance {min(extra)!r} is no file's name or stem" if extra else ""
             raise DataError(
                 f"no row of {self.metadata} belongs to a file of {', '.join(self.inputs)}{example}",

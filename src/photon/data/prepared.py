@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,12 @@ class PreparedData:
         Raises:
             ShardCorruptError: a hash of a shard or of the tokenizer is not the manifest's.
             VocabularyMismatchError: a token id is outside the tokenizer's vocabulary.
+            MachineError: a file can't be read.
         """
+        with _in_words(self.path):
+            self._verify(progress)
+
+    def _verify(self, progress: Callable[[int, int], None] | None) -> None:
         _require_same(self.tokenizer_file, sha256_of(self.tokenizer_file), self.tokenizer_sha256)
         files = [
             (part, shard)
@@ -190,11 +196,18 @@ def open_data(path: str | os.PathLike[str], *, only_to_score: bool = False) -> P
         EmptySiloError: there is no silo, or one without training text.
         MachineError: it may not be read.
     """
-    try:
+    with _in_words(path):
         return _open(Path(os.path.realpath(Path(path).expanduser())), path, only_to_score)
+
+
+@contextmanager
+def _in_words(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system says of a folder that it won't read, as an error of Photon's."""
+    try:
+        yield
     except OSError as error:
         raise MachineError(
-            f"can't read the prepared data at {path}: {error.strerror or error}",
+            f"can't read the prepared data at {path}: {error.strerror}: {error.filename}",
             hint="Correct the path, or make it readable.",
         ) from error
 

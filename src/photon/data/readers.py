@@ -313,11 +313,10 @@ def hub_rows(name: str, columns: Columns) -> Iterator[tuple[str, Row]]:
         rows: Any = datasets.load_dataset(
             owner_and_name, config, split=split or "train", streaming=True
         )
-        if rows.features is not None:
-            schema = rows.features.arrow_schema
-            rows = rows.select_columns(columns.among(schema, f"{HUB_PREFIX}{name}"))
-        for number, row in enumerate(rows, start=1):
-            yield f"{HUB_PREFIX}{name}, row {number}", row
+        tables = rows.with_format("arrow").iter(batch_size=_ROWS)
+        place = f"{HUB_PREFIX}{name}"
+        chosen = (table.select(columns.among(table.schema, place)) for table in tables)
+        yield from _rows(chosen, f"{place}, row")
     except PhotonError:
         raise
     except Exception as error:

@@ -93,7 +93,7 @@ def _spread(
         for position, label in zip(positions, labels, strict=True):
             groups[label].add(position)
         for label in sorted(groups):
-            if len(groups[label]) < STRATUM or groups[label] & overall:
+            if not label or len(groups[label]) < STRATUM or groups[label] & overall:
                 continue
             if (lowest := _spare(groups[label], left, homes)) is not None:
                 overall.add(lowest)
