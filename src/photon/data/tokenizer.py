@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +70,8 @@ def interruptible(call: Callable[[], _T]) -> _T:
             done.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    while not done.done():  # a signal just before a wait does not end that wait
+        wait([done], timeout=0.5)
     return done.result()
 
 
