@@ -100,6 +100,15 @@ def test_a_report_is_no_folder(finished, tmp_path, monkeypatch, out):
     assert result.stderr.startswith(f"error: {out}: Is a directory")
 
 
+def test_a_pipe_or_device_is_not_replaced_by_a_report(finished, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    result = photon("report", finished, "--out", pipe)
+    assert result.exit_code == 50
+    assert result.stderr.startswith(f"error: {pipe}: Not a regular file")
+    assert pipe.is_fifo()
+
+
 def test_what_the_system_refuses_is_one_sentence_unless_asked_for_more(finished):
     words = ("report", finished, "--out", "/proc/report.html")
     result = photon(*words)

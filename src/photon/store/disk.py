@@ -73,8 +73,10 @@ def write_whole(path: Path, data: str | bytes, what: str, *, mode: int = 0o644) 
         OSError: it can't be written, likewise.
     """
     content = data.encode() if isinstance(data, str) else data
-    if not path.name:  # "." or "/"
+    if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     with writing(what, path):
         path.parent.mkdir(parents=True, exist_ok=True)
