@@ -76,8 +76,7 @@ def test_the_file_has_no_name_and_its_room_comes_back(
 def test_a_full_disk_says_which_folder_and_what_to_do(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    rule = Median()
+    rule = Median(tmp_path)
     rule.add([("w", torch.ones(3))], 1.0, 1.0)
     fired = []
 
@@ -87,7 +86,7 @@ def test_a_full_disk_says_which_folder_and_what_to_do(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(DiskFullError, match=r"update number 2.*\n.*TMPDIR") as caught:
+        with pytest.raises(DiskFullError, match=r"update number 2.*\n.*Free space") as caught:
             rule.add([("w", torch.ones(3))], 1.0, 1.0)
     assert fired == [12]
     assert str(tmp_path) in caught.value.message

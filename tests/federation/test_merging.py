@@ -137,7 +137,7 @@ class Doubling(WeightedMean):
 
 @pytest.mark.parametrize(("factor", "words"), [(1e3, "its norm"), (3e38, "NaN or infinite")])
 def test_what_came_out_is_held_against_the_bound_too(factor, words, monkeypatch):
-    monkeypatch.setitem(BUILTIN_RULES, "mean", lambda config: Doubling())
+    monkeypatch.setitem(BUILTIN_RULES, "mean", lambda config, folder: Doubling())
     monkeypatch.setattr(Doubling, "factor", factor, raising=False)
     merging = Merging(FederationConfig())
     assert merging.offer(Sent(tensors(1)).update, REFERENCE, 1.0, BOUND).refused is None

@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 
+from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.errors import (
     DiskFullError,
@@ -16,6 +18,7 @@ from photon.errors import (
     RunExistsError,
 )
 from photon.federation import sample_participants
+from photon.federation.merging import Merging
 from photon.runs import resume, simulate
 from photon.telemetry import read_history
 from photon.telemetry.events import (
@@ -93,8 +96,6 @@ def test_a_run_writes_what_it_promises(three_silos, make_config, tmp_path):
 
 
 def config_silos(data):
-    from photon.data import open_data
-
     return open_data(data).silos
 
 
@@ -139,6 +140,67 @@ def test_participants_are_drawn_by_seed_and_round():
     assert weighted.count("silo-07") > 150
     with pytest.raises(IncompatibleConfigError, match=r"federation.sample = 9 .* 8 silos"):
         sample_participants(tokens, count=9, sampling="uniform", seed=1, round_number=1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_weighted_draw_gives_each_silo_its_share_of_the_text(count):
+    tokens = {"big": 70, "mid": 17, "low": 10, "few": 3}
+    rounds, drawn = 2000, Counter()
+    for number in range(rounds):
+        draw = sample_participants(
+            tokens, count=count, sampling="weighted", seed=5, round_number=number
+        )
+        assert len(draw) == count
+        assert draw == sorted(draw)
+        for silo, times in Counter(draw).items():
+            assert abs(times - count * tokens[silo] / 100) < 1
+        drawn.update(draw)
+    for silo, share in tokens.items():
+        spread = (share / 100 / rounds / count) ** 0.5
+        assert drawn[silo] / rounds / count == pytest.approx(share / 100, abs=4 * spread)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["federation.weighting=data"], lambda config, tokens, drawn: tokens),
+        (["federation.weighting=equal"], lambda config, tokens, drawn: 1),
+        ([], lambda config, tokens, drawn: 4 * 4 * 32),
+        (
+            ["federation.sampling=weighted", "federation.sample=3", "run.seed=3"],
+            lambda config, tokens, drawn: 4 * 4 * 32 * drawn,
+        ),
+    ],
+)
+def test_weights_are_what_their_name_says(
+    overrides, expected, three_silos, make_config, tmp_path, monkeypatch
+):
+    weights, offer = [], Merging.offer
+
+    def noted(self, update, reference, weight, bound=None):
+        weights.append((update.receipt.silo, weight))
+        return offer(self, update, reference, weight, bound)
+
+    monkeypatch.setattr(Merging, "offer", noted)
+    config = make_config(three_silos, "federation.rounds=2", "eval.every=0", *overrides)
+    simulate(config, run_dir=tmp_path / "run")
+    tokens = {name: silo.train_tokens for name, silo in open_data(three_silos).silos.items()}
+    wanted = []
+    for number in (1, 2):
+        draw = sample_participants(
+            tokens,
+            count=config.federation.sample,
+            sampling=config.federation.sampling,
+            seed=config.run.seed,
+            round_number=number,
+        )
+        wanted += [
+            (silo, float(expected(config, tokens[silo], times)))
+            for silo, times in sorted(Counter(draw).items())
+        ]
+    assert weights == wanted
+    if config.federation.sampling == "weighted":
+        assert len(weights) < 6  # somebody was drawn twice, and trained once
 
 
 def test_a_sampled_silo_reads_on_where_it_stopped(three_silos, make_config, tmp_path):

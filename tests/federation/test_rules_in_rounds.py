@@ -1,6 +1,7 @@
 """Merging rules inside real rounds: they finish, refuse by name, and survive a resume."""
 
 import math
+import tempfile
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from photon.config.run import MERGING_RULE_NAMES
 from photon.engines.local import LocalEngine
 from photon.federation.checkpoint import CheckpointStore
-from photon.runs import resume, simulate
+from photon.runs import resume, session, simulate
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundMerged, UpdateDropped
 
@@ -93,6 +94,25 @@ def test_an_oversize_update_is_dropped_by_name(
     assert all(event.reason.startswith("its norm ") and words in event.reason for event in dropped)
     merged = {event.round: event.participants for event in history.of(RoundMerged)}
     assert merged == {1: ["blue", "green", "red"], 2: ["blue", "red"], 3: ["blue", "red"]}
+
+
+def test_updates_that_wait_lie_in_the_run_folder_and_room_for_them_is_looked_for(
+    three_silos, make_config, tmp_path, monkeypatch
+):
+    asked = []
+    require = session.require_room
+    monkeypatch.setattr(
+        session,
+        "require_room",
+        lambda *given, **sizes: asked.append(sizes) or require(*given, **sizes),
+    )
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    config = make_config(
+        three_silos, "federation.merging_rule=median", "federation.rounds=1", "eval.every=0"
+    )
+    simulate(config, run_dir=tmp_path / "run")
+    parameters = read_history(tmp_path / "run").started.parameters
+    assert asked[0]["spool_bytes"] == 4 * 3 * parameters
 
 
 def test_one_participant_adopted_through_the_median_is_itself(one_silo, make_config, tmp_path):

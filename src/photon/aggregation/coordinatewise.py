@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
@@ -25,8 +26,8 @@ from photon.aggregation.spool import Spool
 class _Coordinatewise(MergingRule):
     """The mean, in each coordinate, of what is left when the largest and smallest are dropped."""
 
-    def __init__(self) -> None:
-        self._spool = Spool()
+    def __init__(self, folder: Path | None = None) -> None:
+        self._spool = Spool(folder)
 
     @abstractmethod
     def dropped(self, updates: int) -> int:
@@ -36,7 +37,7 @@ class _Coordinatewise(MergingRule):
         """As `MergingRule.add`, and:
 
         Raises:
-            DiskFullError: no room for the update in the folder for temporary files.
+            DiskFullError: no room for the update where updates wait.
         """
         require_weight(weight)
         self._spool.add(tensors)
@@ -72,10 +73,11 @@ class TrimmedMean(_Coordinatewise):
 
     Args:
         trim: `federation.trim`, in [0, 0.5).
+        folder: where updates wait.
     """
 
-    def __init__(self, trim: float) -> None:
-        super().__init__()
+    def __init__(self, trim: float, folder: Path | None = None) -> None:
+        super().__init__(folder)
         self._trim = trim
 
     def dropped(self, updates: int) -> int:

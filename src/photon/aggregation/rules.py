@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from photon.aggregation.coordinatewise import Median, TrimmedMean
 from photon.aggregation.edit import EditMean
@@ -12,17 +13,24 @@ from photon.config import FederationConfig
 from photon.plugins import MERGING_RULES, load_plugin
 
 #: Makes of `federation.merging_rule` that need no plugin.
-BUILTIN_RULES: dict[str, Callable[[FederationConfig], MergingRule]] = {
-    "mean": lambda config: WeightedMean(),
-    "clipped_mean": lambda config: ClippedMean(config.clip_update_norm),
-    "median": lambda config: Median(),
-    "trimmed_mean": lambda config: TrimmedMean(config.trim),
-    "edit": lambda config: EditMean(config.anomaly_z, config.clip_update_norm),
+BUILTIN_RULES: dict[str, Callable[[FederationConfig, Path | None], MergingRule]] = {
+    "mean": lambda config, folder: WeightedMean(),
+    "clipped_mean": lambda config, folder: ClippedMean(config.clip_update_norm),
+    "median": lambda config, folder: Median(folder),
+    "trimmed_mean": lambda config, folder: TrimmedMean(config.trim, folder),
+    "edit": lambda config, folder: EditMean(config.anomaly_z, config.clip_update_norm),
 }
 
+#: Those that keep a round's updates on disk, 4 bytes per parameter each, until all are here.
+SPOOLING = ("median", "trimmed_mean")
 
-def build_merging_rule(config: FederationConfig) -> MergingRule:
+
+def build_merging_rule(config: FederationConfig, folder: Path | None = None) -> MergingRule:
     """The built-in rule `config.merging_rule`, or the plugin's, freshly made.
+
+    Args:
+        folder: where updates wait that a rule must see together; that of temporary files by
+            default.
 
     Raises:
         IncompatibleConfigError: the rule needs a key that is not set.
@@ -30,5 +38,5 @@ def build_merging_rule(config: FederationConfig) -> MergingRule:
     """
     build = BUILTIN_RULES.get(config.merging_rule)
     if build is not None:
-        return build(config)
+        return build(config, folder)
     return load_plugin(MERGING_RULES, config.merging_rule, MergingRule)()

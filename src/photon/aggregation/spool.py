@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -25,15 +26,16 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Spool:
     """Keeps K updates as fp32 in an unnamed file, for rules that must see all of them together.
 
-    The file lies where `tempfile` puts it (TMPDIR, else /tmp), takes 4 K bytes per parameter and
-    is gone with the process, however that ends. A row of it is one update: its tensors one after
-    another in the order of the first. Where TMPDIR is a tmpfs the rows take memory after all.
+    The file lies in `folder` (or where `tempfile` puts it: often a tmpfs, where rows take memory
+    after all), takes 4 K bytes per parameter and is gone with the process, however that ends. A row
+    of it is one update: its tensors one after another in the order of the first.
 
     Memory: a piece of a tensor while adding; the result and about 20 MiB while reducing, for any K.
     Rows are read, not mapped: pages of a map would count as this process's memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = str(folder or tempfile.gettempdir())
         self._file: BinaryIO | None = None
         self._shapes: dict[str, torch.Tensor] = {}
         self._starts: dict[str, int] = {}
@@ -55,8 +57,10 @@ class Spool:
         self._require_whole()
         self._broken = True
         if self._file is None:
-            with _naming_full_disk(self._rows):
-                self._file = tempfile.TemporaryFile(prefix="photon-", buffering=0)  # noqa: SIM115
+            with self._naming_full_disk():
+                self._file = tempfile.TemporaryFile(  # noqa: SIM115
+                    prefix="photon-", buffering=0, dir=self._folder
+                )
         tensors = self._laid_out(tensors) if self._rows == 0 else matching(tensors, self._shapes)
         for name, tensor in tensors:
             self._write(tensor, self._rows * self._width + self._starts[name])
@@ -125,7 +129,7 @@ class Spool:
             values = piece.to("cpu", torch.float32)
             left, offset = _bytes_of(values), 4 * start
             while left:
-                with _naming_full_disk(self._rows):
+                with self._naming_full_disk():
                     done = os.pwrite(self._file.fileno(), left, offset)
                 left, offset = left[done:], offset + done
             start += values.numel()
@@ -137,11 +141,24 @@ class Spool:
             done = os.preadv(self._file.fileno(), [left], offset)
             if done == 0:
                 raise RunError(
-                    "a temporary file under "
-                    f"{tempfile.gettempdir()} lost its end while updates were merged",
+                    f"a temporary file under {self._folder} lost its end while updates were merged",
                     hint="Something else truncated it. Continue with `photon resume`.",
                 )
             left, offset = left[done:], offset + done
+
+    @contextmanager
+    def _naming_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise DiskFullError(
+                f"no room in {self._folder} for the round's update number {self._rows + 1}, kept "
+                f"there until all are merged: {error}",
+                hint="This merging rule needs 4 bytes per parameter and participant there. Free "
+                "space; then `photon resume`.",
+            ) from error
 
     def _require_whole(self) -> None:
         if self._broken:
@@ -155,18 +172,3 @@ def _bytes_of(values: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     # memoryview can't cast what has no elements.
     return values.numpy().data.cast("B") if values.numel() else memoryview(b"")
-
-
-@contextmanager
-def _naming_full_disk(rows: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        raise DiskFullError(
-            f"no room in {tempfile.gettempdir()} for the round's update number {rows + 1}, kept "
-            f"there until all are merged: {error}",
-            hint="This merging rule needs 4 bytes per parameter and participant there. Free space, "
-            "or set TMPDIR to a folder on a larger disk; then `photon resume`.",
-        ) from error

@@ -109,23 +109,27 @@ class FederationConfig(Section):
     )
     sampling: Literal["uniform", "weighted"] = Field(
         default="uniform",
-        description="How participants are drawn: alike, or with odds given by their token counts.",
+        description="How participants are drawn: alike, or by their training tokens. weighted: a "
+        "silo with 0.7 of the text has 0.7 of the merge in expectation: it is drawn so often, and "
+        "its update counts once for each time.",
     )
     merge: Literal["delta", "adopt"] = Field(
         default="delta",
         description="What is averaged: deltas through the outer optimizer, or the nodes' weights "
         "themselves (adopt; bit-exact for one participant).",
     )
-    weighting: Literal["tokens", "equal"] = Field(
-        default="tokens", description="Weight of an update: the tokens behind it, or one each."
+    weighting: Literal["tokens", "equal", "data"] = Field(
+        default="tokens",
+        description="Weight of an update. tokens: those it was trained on this round, the same for "
+        "all while tau and batch are; data: all training tokens of its silo; equal: one each.",
     )
     merging_rule: str = Field(
         default="mean",
         description="How updates become one. mean: weighted. clipped_mean: weighted, of updates "
         "scaled down to clip_update_norm. median, trimmed_mean: coordinate by coordinate and "
-        "unweighted (arXiv 1803.01498); updates wait in TMPDIR, 4 bytes per parameter each. edit: "
-        "EDiT's penalty (arXiv 2412.07210) refuses unusual norms, lets large ones count less and "
-        "clips the result. Or a rule a plugin registered.",
+        "unweighted (arXiv 1803.01498); updates wait in the run folder, 4 bytes per parameter "
+        "each. edit: EDiT's penalty (arXiv 2412.07210) refuses unusual norms, lets large ones "
+        "count less and clips the result. Or a rule a plugin registered.",
     )
     trim: Annotated[float, Field(ge=0, lt=0.5)] = Field(
         default=0.2,
@@ -363,6 +367,12 @@ class RunConfig(Section):
                 "fp16, lowrank, each with or without zstd, and no error feedback"
             )
         self._check_merging()
+        if federation.sampling == "weighted" and federation.weighting == "data":
+            raise ValueError(
+                'federation.sampling = "weighted" draws silos by their data already, so '
+                'federation.weighting = "data" would count it twice; use "tokens" or "equal" with '
+                'it, or "data" with sampling = "uniform"'
+            )
         sample, quorum = federation.sample, federation.quorum
         if sample is not None and quorum is not None and quorum > sample:
             raise ValueError(f"federation.quorum = {quorum} exceeds federation.sample = {sample}")

@@ -167,9 +167,12 @@ class CheckpointStore:
         return groups
 
 
-def require_room(folder: Path, *, checkpoint_bytes: int, node_bytes: int, keep: int) -> None:
-    """Raise DiskFullError unless a run's checkpoints and node states fit on the disk."""
-    require_disk(folder, (keep + 1) * (checkpoint_bytes + node_bytes), "this run")
+def require_room(
+    folder: Path, *, checkpoint_bytes: int, node_bytes: int, keep: int, spool_bytes: int = 0
+) -> None:
+    """Raise DiskFullError unless checkpoints, node states and waiting updates fit on the disk."""
+    needed = (keep + 1) * (checkpoint_bytes + node_bytes) + spool_bytes
+    require_disk(folder, needed, "this run")
 
 
 def _name(number: int) -> str:

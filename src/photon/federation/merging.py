@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -79,10 +80,11 @@ class Merging:
 
     Args:
         config: the [federation] table.
+        folder: where updates wait, if the rule must see all of them together.
     """
 
-    def __init__(self, config: FederationConfig) -> None:
-        self._rule: MergingRule = build_merging_rule(config)
+    def __init__(self, config: FederationConfig, folder: Path | None = None) -> None:
+        self._rule: MergingRule = build_merging_rule(config, folder)
         self._adopts = config.merge == "adopt"
         self._norms: list[float] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -77,13 +78,14 @@ class Federation:
         self._ledger = ledger
         self._node_folder = node_folder
         self.state: dict[str, Tensor] = dict(tensors["global"])
-        self._merging = Merging(config.federation)
+        self._merging = Merging(config.federation, node_folder.parent)
         self._bound = NormBound()
         self._outer: OuterOptimizer = build_outer_optimizer(config.outer)
         self._broadcast = Broadcast(
             config.link, config.run.name, tensors.get("broadcast"), ledger.state.outer_update_bytes
         )
         self._published: StateRef | None = None
+        self._shares: dict[str, int] = {}
         self._step_tokens = config.local.batch_size * config.data.sequence_length
         if tensors.get("outer"):
             self._outer.load_state_tensors(dict(tensors["outer"]))
@@ -127,7 +129,7 @@ class Federation:
     def _run_round(self, number: int, candidates: Candidates) -> None:
         config, ledger = self._config, self._ledger
         costs = RoundCosts()
-        participants = sample_participants(
+        drawn = sample_participants(
             candidates.tokens,
             count=config.federation.sample,
             sampling=config.federation.sampling,
@@ -135,6 +137,12 @@ class Federation:
             round_number=number,
             attempt=candidates.attempt,
         )
+        participants = list(dict.fromkeys(drawn))
+        by_data = config.federation.weighting == "data"
+        self._shares = {
+            silo: times * (candidates.tokens[silo] if by_data else 1)
+            for silo, times in Counter(drawn).items()
+        }
         global_step = ledger.state.global_step
         ledger.recorder.emit(
             RoundStarted(round=number, global_step=global_step, participants=participants)
@@ -211,8 +219,8 @@ class Federation:
 
     def _merge_one(self, update: Update) -> str | None:
         """Check and add one update; the reason if it is refused."""
-        equal = self._config.federation.weighting == "equal"
-        weight = 1.0 if equal else float(update.receipt.tokens)
+        receipt, by_tokens = update.receipt, self._config.federation.weighting == "tokens"
+        weight = float(self._shares[receipt.silo] * (receipt.tokens if by_tokens else 1))
         verdict = self._merging.offer(update, self.state, weight, self._bound)
         if verdict.refused is None:
             event = local_finished(update.receipt, update_norm=verdict.norm)

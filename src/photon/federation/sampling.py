@@ -79,34 +79,49 @@ def sample_participants(
     round_number: int,
     attempt: int = 1,
 ) -> list[str]:
-    """Draw participants without replacement, in the order of silo names.
+    """Draw participants, in the order of silo names.
+
+    "uniform" draws without replacement, all alike. "weighted" is systematic sampling with shares
+    p_i = tokens_i / sum tokens (Madow 1949): with the silos in a drawn order, each owns an interval
+    of length K p_i, one after another, and the K points u, u + 1, ... with u uniform in [0, 1) fall
+    into them. A silo so is drawn floor(K p_i) or ceil(K p_i) times, K p_i in expectation. It trains
+    once, and its update counts once for each time that it was drawn (`Federation`): its share of
+    the merge is p_i in expectation, whatever K.
 
     Args:
         silo_tokens: training tokens of each silo present.
-        count: how many; None takes all.
-        sampling: "uniform", or "weighted" with odds given by tokens.
+        count: K, how many draws; None takes every silo once.
+        sampling: "uniform" or "weighted".
         seed: of the run; the draw is a function of (seed, round_number, attempt) alone.
         round_number: counts from 1.
         attempt: counts from 1: another one draws others, of the same silos too.
+
+    Returns:
+        Names in their order; of "weighted", a silo's as often as it was drawn.
 
     Raises:
         IncompatibleConfigError: more asked than present.
     """
     names = sorted(silo_tokens)
-    if count is None or count == len(names):
+    if count is None or (count == len(names) and sampling == "uniform"):
         return names
     if count > len(names):
         raise IncompatibleConfigError(
             f"federation.sample = {count} but the data has {len(names)} silos: {_some(names)}",
             hint=f"Set federation.sample to at most {len(names)}.",
         )
-    odds = None
-    if sampling == "weighted":
-        tokens = np.array([silo_tokens[name] for name in names], dtype=np.float64)
-        odds = tokens / tokens.sum()
     again = [attempt] if attempt > 1 else []
     generator = np.random.default_rng([seed, round_number, *again])
-    drawn = generator.choice(len(names), size=count, replace=False, p=odds)
+    if sampling == "weighted":
+        order = generator.permutation(len(names))
+        tokens = np.array([silo_tokens[names[index]] for index in order], dtype=np.float64)
+        ends = np.cumsum(tokens) * (count / tokens.sum())
+        points = generator.random() + np.arange(count)
+        places = np.searchsorted(ends, points, side="right")
+        # A last point may lie beyond the last end by a rounding.
+        drawn = order[np.minimum(places, len(names) - 1)]
+    else:
+        drawn = generator.choice(len(names), size=count, replace=False)
     return [names[index] for index in sorted(drawn)]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from photon.aggregation.rules import SPOOLING
 from photon.config import RunConfig, write_resolved
 from photon.data import PreparedData, open_data
 from photon.errors import (
@@ -187,12 +188,14 @@ class Session:
         keepers = {"train": 1, "simulate": len(self.silos) if keeps else 0, "serve": 0}[self.kind]
         feeds_back = self.kind == "simulate" and config.link.feeds_back
         feedback_bytes = weights_bytes * len(self.silos) if feeds_back else 0
+        spools = self.kind != "train" and config.federation.merging_rule in SPOOLING
         left_out_bytes = weights_bytes if config.link.lossy_broadcast else 0
         require_room(
             self.folder,
             checkpoint_bytes=weights_bytes + state_bytes + left_out_bytes,
             node_bytes=state_bytes * keepers + feedback_bytes,
             keep=config.run.keep_checkpoints,
+            spool_bytes=weights_bytes * participants * spools,
         )
 
     def follow(self) -> None:
