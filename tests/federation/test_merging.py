@@ -97,6 +97,27 @@ def test_what_is_nobodys_fault_is_not_an_update_refused(error):
     assert merging.offer(Sent(tensors(2)).update, REFERENCE, 1.0).norm > 0
 
 
+@pytest.mark.parametrize("rule", ["mean", "median"])
+def test_what_is_unusually_large_counts_as_if_it_were_not(rule):
+    sent = tensors(1)
+    usual = Merging(FederationConfig()).offer(Sent(sent).update, REFERENCE, 1.0).norm
+    merging = Merging(FederationConfig(merging_rule=rule))
+    bound = NormBound(math.inf, counted=usual / 4)
+    verdict = merging.offer(Sent(sent).update, REFERENCE, 1.0, bound)
+    assert (verdict.norm, verdict.share) == (usual, 0.25)
+    merged = merging.result(REFERENCE, bound)
+    assert all(torch.equal(merged.tensors[name], sent[name] / 4) for name in sent)
+    assert merged.median_norm == usual / 4
+
+
+def test_averaged_state_is_not_scaled_with_its_update():
+    reference = REFERENCE | {"optimizer/w.exp_avg": torch.zeros(2)}
+    sent = tensors(1) | {"optimizer/w.exp_avg": torch.ones(2)}
+    merging = Merging(FederationConfig(optimizer_state="average"))
+    merging.offer(Sent(sent).update, reference, 1.0, NormBound(math.inf, counted=1e-3))
+    assert merging.result(reference).tensors["optimizer/w.exp_avg"].tolist() == [1.0, 1.0]
+
+
 def test_adopted_weights_are_judged_by_how_far_they_went():
     held = {name: tensor + 1e3 for name, tensor in tensors(5).items()}
     near = {name: tensor + 0.01 for name, tensor in held.items()}

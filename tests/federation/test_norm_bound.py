@@ -11,7 +11,7 @@ from torch import nn
 
 from photon.config import parse_run_config
 from photon.federation.checkpoint import RunState
-from photon.federation.norm_bound import FACTOR, SLACK, lr_sum, norm_bound
+from photon.federation.norm_bound import COUNTED, FACTOR, SLACK, lr_sum, norm_bound
 from photon.training import InnerOptimizer, Schedule
 
 START = RunState(0, 0, "model", "data")
@@ -105,6 +105,9 @@ def test_after_a_round_its_median_bounds_the_next():
     # The second third of a linear warm-up has three times the learning rate of the first, or so.
     assert 2.8 < second.norm / (FACTOR * 0.1) < 3
     assert "the median of what round 1 merged (0.1)" in second.refuse(10.0)
+    assert second.counted == pytest.approx(second.norm * COUNTED / FACTOR)
+    assert second.share(second.counted) == 1.0
+    assert second.share(4 * second.counted) == 0.25
     falling = replace(after, merged_lr_sum=10.0)
     assert norm_bound(run, falling, STATE).norm == pytest.approx(FACTOR * 0.1)
     huge = replace(after, merged_norm=1e9)
@@ -115,6 +118,7 @@ def test_after_a_round_its_median_bounds_the_next():
 
 def test_what_can_not_be_known_before_the_first_round_is_known_after_it():
     first = bound("local.optimizer=sgd", "local.clip_norm=0")
+    assert first.share(1e30) == 1.0
     assert first.refuse(1e30) is None
     after = replace(START, round=1, global_step=20, merged_norm=0.1, merged_lr_sum=0.2)
     second = bound("local.optimizer=sgd", "local.clip_norm=0", before=after)

@@ -133,6 +133,7 @@ def test_what_edit_has_learned_survives_an_interrupted_run(
     config = make_config(
         three_silos,
         "federation.merging_rule=edit",
+        "federation.max_update_norm=none",
         "federation.rounds=8",
         "local.steps=1",
         "local.schedule=constant",

@@ -150,7 +150,8 @@ class FederationConfig(Section):
         default="auto",
         description="Refuse updates whose weights lie further (L2) from the global ones, whatever "
         "the merging rule. auto: twice what the round's steps can move at most by this recipe, and "
-        "10 times the median of what the last round merged; none: no bound.",
+        "10 times the median of what the last round merged, and of deltas count those beyond twice "
+        "that median as if they were that large; none: no bound.",
     )
     optimizer_state: Literal["reset", "keep", "average"] = Field(
         default="reset",

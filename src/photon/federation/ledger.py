@@ -215,6 +215,16 @@ def state_lost(task: FitTask) -> Notice:
     )
 
 
+def scaled_down(receipt: Receipt, norm: float, share: float) -> Notice:
+    """What is told of an update that is merged as if it were smaller."""
+    return Notice(
+        text=f"the update of {receipt.silo} is merged {1 / share:.3g} times smaller: its norm "
+        f"{norm:.4g} is far above the last round's median",
+        round=receipt.round,
+        silo=receipt.silo,
+    )
+
+
 def due(every: int, number: int, rounds: int) -> bool:
     """Whether round `number` ends with an evaluation; the last one always does."""
     return number == rounds or (every > 0 and number % every == 0)

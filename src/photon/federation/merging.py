@@ -45,16 +45,21 @@ _SECOND_MOMENTS = (".exp_avg_sq", ".max_exp_avg_sq")
 _OF_A_MEDIAN = 1.415
 
 
+Named = Iterable[tuple[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """On one update: how far its weights lie from the global ones, and why it was refused.
 
     Attributes:
         refused: None: it is merged.
+        share: what it was multiplied with; 1 but for the unusually large.
     """
 
     norm: float = math.nan
     refused: str | None = None
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -107,11 +112,15 @@ class Merging:
             except _FAULTS as error:
                 words = error.message if isinstance(error, PhotonError) else repr(error)[:300]
                 return Verdict(refused=words)
-            refused = (bound or NormBound()).refuse(norm, inner) or self._rule.refuse(norm)
-            if refused is None:
-                self._rule.add(update.tensors(), weight, norm)
-                self._norms.append(norm)
-            return Verdict(norm, refused)
+            bound = bound or NormBound()
+            refused = bound.refuse(norm, inner) or self._rule.refuse(norm)
+            if refused is not None:
+                return Verdict(norm, refused)
+            # Adopted weights are no deltas: they are merged as they are, or refused.
+            share = 1.0 if self._adopts else bound.share(norm)
+            self._rule.add(_scaled(update.tensors(), share), weight, norm * share)
+            self._norms.append(norm * share)
+            return Verdict(norm, None, share)
 
     def result(self, reference: GlobalState, bound: NormBound | None = None) -> Merged:
         """What the round came to; see MergingRule.result.
@@ -148,9 +157,7 @@ class Merging:
         """Take over what `state_tensors` gave."""
         self._rule.load_state_tensors(tensors)
 
-    def _measure(
-        self, tensors: Iterable[tuple[str, Tensor]], reference: GlobalState
-    ) -> tuple[float, float]:
+    def _measure(self, tensors: Named, reference: GlobalState) -> tuple[float, float]:
         """The norms of an update's weights, as a delta, and of its inner-optimizer state."""
         inner = 0.0
 
@@ -165,6 +172,13 @@ class Merging:
 
         norm = check_update(tensors, reference, measured)
         return norm, math.sqrt(inner)
+
+
+def _scaled(tensors: Named, share: float) -> Named:
+    """An update's weights times a number; averaged inner state is left alone."""
+    if share == 1.0:
+        return tensors
+    return ((name, one if name.startswith(OPTIMIZER) else share * one) for name, one in tensors)
 
 
 def _threads(update: Update, reference: GlobalState) -> int:

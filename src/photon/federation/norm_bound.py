@@ -15,6 +15,9 @@ resume decides the same.
    is fed back, what is sent may hold all that earlier rounds held back: sum_k beta^k times as much.
 2. FACTOR times the lower median norm of the updates that the newest round merged, more where the
    learning rates of this round add up to more than that round's did. Absent in the first round.
+
+Below both, an update beyond COUNTED times that median is scaled down to it (as by norm clipping,
+arXiv 1911.07963): one that is turned round can then slow a mean of four down, not drive it away.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ from photon.training import Schedule, adam_betas
 SLACK = 2.0
 #: Times the last round's median. LAB.md has what honest runs need.
 FACTOR = 10.0
+#: Times the last round's median, as which larger ones count. Honest ones are hardly ever larger.
+COUNTED = 2.0
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,17 @@ class NormBound:
         norm: largest L2 distance of an update's weights from the global ones; inf: any.
         origin: where it comes from, in words.
         state: largest L2 norm of averaged inner-optimizer state; inf: any.
+        counted: larger updates that are not refused are merged as if they had this norm.
     """
 
     norm: float = math.inf
     origin: str = ""
     state: float = math.inf
+    counted: float = math.inf
+
+    def share(self, norm: float) -> float:
+        """What an update of this norm is multiplied with."""
+        return self.counted / norm if norm > self.counted else 1.0
 
     def refuse(self, norm: float, state: float = 0.0) -> str | None:
         """Why an update of these norms must not be merged; None if it may."""
@@ -84,18 +95,19 @@ def norm_bound(config: RunConfig, before: RunState, state: GlobalState) -> NormB
     if given != "auto":
         return NormBound(given, f"federation.max_update_norm = {given:g}", inner)
     local = config.local
-    reach = SLACK * _reach(config, before, state)
+    reach, counted = SLACK * _reach(config, before, state), math.inf
     words = f"{reach:.4g}, {SLACK:g} times what {local.steps} steps of this recipe can move"
     if before.merged_norm > 0:
         risen = max(1.0, lr_sum(config, before.global_step) / before.merged_lr_sum)
         usual = FACTOR * before.merged_norm * risen
+        counted = COUNTED * before.merged_norm * risen
         if usual < reach:
             reach = usual
             words = (
                 f"{reach:.4g}, {FACTOR * risen:.3g} times the median of what round {before.round} "
                 f"merged ({before.merged_norm:.4g})"
             )
-    return NormBound(reach, f'{words} (federation.max_update_norm = "auto")', inner)
+    return NormBound(reach, f'{words} (federation.max_update_norm = "auto")', inner, counted)
 
 
 def norm_of(tensors: Mapping[str, Tensor]) -> float:

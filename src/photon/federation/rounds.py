@@ -22,6 +22,7 @@ from photon.federation.ledger import (
     due,
     implausible,
     local_finished,
+    scaled_down,
     state_lost,
 )
 from photon.federation.merging import Merging
@@ -223,8 +224,10 @@ class Federation:
         weight = float(self._shares[receipt.silo] * (receipt.tokens if by_tokens else 1))
         verdict = self._merging.offer(update, self.state, weight, self._bound)
         if verdict.refused is None:
-            event = local_finished(update.receipt, update_norm=verdict.norm)
-            self._ledger.recorder.emit(event)
+            receipt = update.receipt
+            self._ledger.recorder.emit(local_finished(receipt, update_norm=verdict.norm))
+            if verdict.share < 1:
+                self._ledger.recorder.emit(scaled_down(receipt, verdict.norm, verdict.share))
         return verdict.refused
 
     def _require_quorum(
