@@ -124,32 +124,43 @@ def test_figures_follow_a_trend() -> None:
         assert run_round(rule, [0.01 * (number + 1)] * 4) == []
 
 
-def softmax_mean(rows: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+def softmax_mean(rows: list[torch.Tensor], weights: list[float], usual: float) -> torch.Tensor:
     norms = torch.tensor([float(row.double().norm()) for row in rows], dtype=torch.float64)
-    shares = torch.softmax(torch.tensor(weights, dtype=torch.float64).log() - norms, 0)
+    logs = torch.tensor(weights, dtype=torch.float64).log()
+    shares = torch.softmax(logs - norms / usual, 0)
     return (torch.stack(rows).double() * shares[:, None]).sum(0)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4, 1e8])
 @pytest.mark.parametrize("order", [1, -1])
-def test_weights_are_the_softmax_of_minus_the_norm(scale: float, order: int) -> None:
-    """Also where exp(-norm) is 0 in fp64 for every one of them, largest or smallest first."""
+def test_weights_are_a_softmax_in_which_units_do_not_show(scale: float, order: int) -> None:
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randn(30, generator=generator) * scale * k for k in (1, 1.01, 1.3, 2)][::order]
+    rows = [torch.randn(30, generator=generator) * k for k in (1, 1.01, 1.3, 2)][::order]
     weights = [5.0, 1.0, 2.0, 7.0]
     rule = EditMean(3.0, None)
+    run_round(rule, [4.0 * scale, 5.0 * scale])
     for row, weight in zip(rows, weights, strict=True):
-        rule.add([("w", row)], weight, float(row.double().norm()))
-    found = rule.result()["w"].double()
-    assert float((found - softmax_mean(rows, weights)).abs().max()) <= 2e-6 * scale
+        rule.add([("w", row * scale)], weight, scale * float(row.double().norm()))
+    found = rule.result()["w"].double() / scale
+    assert float((found - softmax_mean(rows, weights, usual=4.5)).abs().max()) <= 2e-6
 
 
-def test_a_large_norm_counts_less() -> None:
+def test_norms_far_beyond_the_usual_leave_a_mean() -> None:
+    """Also where exp(-norm) is 0 in fp64 for every one of them."""
     rule = EditMean(3.0, None)
-    rule.add([("w", torch.tensor([1.0, 0.0]))], 1.0, 1.0)
-    rule.add([("w", torch.tensor([0.0, 4.0]))], 1.0, 4.0)
-    one, two = rule.result()["w"].tolist()
-    assert two / 4 / one == pytest.approx(math.exp(-3))
+    run_round(rule, [1.0])
+    for size in (2000.0, 1000.0):
+        rule.add([("w", torch.full((1,), size))], 1.0, size)
+    assert float(rule.result()["w"]) == 1000
+
+
+def test_a_large_norm_counts_less_once_it_is_known_what_is_large() -> None:
+    rule = EditMean(3.0, None)
+    for ratio in (1.0, math.exp(-3 / 2.5)):  # the first round's mean is 2.5
+        rule.add([("w", torch.tensor([1.0, 0.0]))], 1.0, 1.0)
+        rule.add([("w", torch.tensor([0.0, 4.0]))], 1.0, 4.0)
+        one, two = rule.result()["w"].tolist()
+        assert two / 4 / one == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(None, 2.0), (5.0, 2.0), (0.5, 0.5)])
