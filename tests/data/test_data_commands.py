@@ -109,11 +109,12 @@ def test_several_inputs_and_evaluation_only_text(rows, tmp_path):
 
 def test_one_text_file_is_told_about_the_separator(tmp_path):
     (tmp_path / "input.txt").write_text("All of it in one file. " * 100)
-    arguments = ["--input", tmp_path / "input.txt", "--out", tmp_path / "data", "--iid", 4]
-    refused = call("prepare", *arguments, fails=EmptySiloError).exception
-    assert "1 documents can't fill 4 silos" in str(refused)
-    assert "--separator" in refused.hint
-    assert "0 silos" not in refused.hint
+    arguments = ["--input", tmp_path / "input.txt", "--out", tmp_path / "data"]
+    for more in ([], ["--iid", 4]):
+        refused = call("prepare", *arguments, *more, fails=EmptySiloError).exception
+        assert "input.txt holds a single document" in str(refused)
+        assert "--separator" in refused.hint
+        assert "0 silos" not in refused.hint
 
 
 def test_a_cut_that_nobody_named_is_said(rows, tmp_path):

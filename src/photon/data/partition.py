@@ -222,7 +222,5 @@ def _require_enough(documents: Sequence[DocumentInfo], count: int) -> None:
     if most < count:
         raise EmptySiloError(
             f"{len(documents)} documents can't fill {count} silos: each needs at least 2",
-            hint=(f"Ask for at most {most} silos" if most else "Give it more documents")
-            + ". (A text file is one document, unless --separator says what parts its documents, "
-            r"for example --separator '\n\n'.)",
+            hint=f"Ask for at most {most} silos." if most else "Give it more documents.",
         )

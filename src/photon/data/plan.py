@@ -66,7 +66,7 @@ class Plan:
             if number + 1 == len(self.sizes):
                 return
         raise DataError(
-            f"{source.input} changed while it was read: document {number + 1} of "
+            f"{', '.join(source.inputs)} changed while it was read: document {number + 1} of "
             f"{len(self.sizes)} is not what it was at first",
             hint="Run again once nothing writes to it.",
         )
@@ -97,8 +97,15 @@ def make_plan(
     report("reading", len(infos), len(infos))
     if not infos:
         raise DataNotFoundError(
-            f"{options.input} holds no text ({tally.empty} documents are empty)",
+            f"{', '.join(options.inputs)} holds no text ({tally.empty} documents are empty)",
             hint="Name an input with text in it.",
+        )
+    if len(infos) == 1 and not options.held_out_only:
+        raise EmptySiloError(
+            f"{', '.join(options.inputs)} holds a single document, and it takes three to train on "
+            "one and hold out one for the silo and one for all",
+            hint="A text file is one document, unless --separator says what parts its documents, "
+            r"for example --separator '\n\n'.",
         )
     remarks = tally.remarks()
     silos, splits = _parted(infos, positions, options, partitioner, remarks)
