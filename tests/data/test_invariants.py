@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from photon.data import PrepareOptions, open_data, prepare, token_stream
+from photon.data.stream import _require_window
+from photon.data.tokens import TokenRun
 from photon.errors import (
     EmptySiloError,
     SequenceTooLongError,
@@ -187,5 +189,9 @@ def test_a_sequence_longer_than_a_silos_text_is_named(three_silos):
     tokens = data.silos["green"].train_tokens
     with pytest.raises(SequenceTooLongError, match=rf"'green' has {tokens} training tokens"):
         token_stream(data, ["green"], tokens, seed=0)
+    nothing = TokenRun(data.path, [], data.dtype)
+    with pytest.raises(SequenceTooLongError) as caught:  # and no length below 1 is suggested
+        _require_window("silo 'green'", [nothing], 8)
+    assert caught.value.hint == "Give it more text."
     with pytest.raises(EmptySiloError, match="no silo named 'purple'"):
         token_stream(data, ["purple"], 8, seed=0)

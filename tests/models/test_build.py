@@ -30,6 +30,7 @@ from photon.models import (
     SHAPES,
     build_model,
     build_skeleton,
+    context_length,
     hidden_matrices,
     load_pretrained,
     model_fingerprint,
@@ -541,3 +542,9 @@ def test_only_models_that_mask_documents_may_promise_it() -> None:
     require_document_masks(build(ModelConfig(preset="tiny")), "tiny")
     with pytest.raises(ModelError, match="cross from one document to the next"):
         require_document_masks(build(ModelConfig(preset="tiny", family="mpt")), "mpt")
+
+
+@pytest.mark.parametrize(("stated", "limit"), [(-1, None), (0, None), (64, 64)])
+def test_a_configuration_that_states_no_limit_has_none(stated: int, limit: int | None) -> None:
+    config = LlamaConfig(max_position_embeddings=stated)
+    assert context_length(config) == limit
