@@ -408,13 +408,13 @@ def test_a_state_that_is_gone_or_broken_is_refused(bench, aggregator, fits):
 def test_a_site_that_lost_its_kept_state_goes_on_and_says_so(make_aggregator, make_bench, tmp_path):
     aggregator = make_aggregator(*WHOLE_LIFE, "federation.rounds=9")
     bench = make_bench(aggregator)
-    ask = aggregator.fit(number=8, node_round=7)
+    ask = aggregator.fit(number=2, node_round=1)
     answer = bench.answer(ask).fit
     assert answer.state_lost
     # Its text goes on where the aggregator says it was, its optimizer and feedback start afresh.
     fresh = ask.model_copy(update={"fit": ask.fit.model_copy(update={"node_round": None})})
     assert answer.update.ref() == aggregator.expected(aggregator.node(tmp_path), fresh)[1]
-    assert not bench.answer(aggregator.fit(number=9, node_round=8)).fit.state_lost
+    assert not bench.answer(aggregator.fit(number=3, node_round=2)).fit.state_lost
 
 
 def test_draining_takes_no_new_task_but_gives_what_is_done(bench, aggregator):
