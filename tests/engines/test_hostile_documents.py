@@ -40,9 +40,12 @@ class Round:
         self.federated = Federated(config, folder)
         self.bench = Bench(self.federated, folder / "bench")
         self._kept: dict[str, Any] = {}
+        #: What silos sent; a round removes from the store what it did not accept.
+        self._sent: dict[str, bytes] = {}
         self.bench.wire.fault = self._keep
         self.begun = {name: one.clone() for name, one in self.federated.state.items()}
         self.honest = self.weights()
+        self._sent = {key: bytes(data) for key, data in self.bench.store._objects.items()}
 
     def _keep(self, silo, ask, times):
         """Answers of the honest, made once."""
@@ -56,8 +59,7 @@ class Round:
         return json.loads(self._kept[f"{RUN_ID}/fit/1/{HOSTILE}"].text)
 
     def manifest(self) -> dict[str, Any]:
-        key = self.reply["fit"]["update"]["key"]
-        return json.loads(bytes(self.bench.store.get(key, max_bytes=1 << 20)))
+        return json.loads(self._sent[self.reply["fit"]["update"]["key"]])
 
     def weights(self, lie: bytes | None = None, *, anew: bool = True) -> dict[str, torch.Tensor]:
         """The global state after the round, in which the hostile silo answers with a lie.
@@ -66,6 +68,8 @@ class Round:
             anew: no answer is known from before.
         """
         bench, federated, events = self.bench, self.federated, []
+        for key, sent in self._sent.items():
+            bench.store.put(key, sent)
         if anew:
             bench.roster.tasks.prune(RUN_ID, 2)
         bench.wire.fault = lambda silo, ask, times: (
