@@ -76,7 +76,7 @@ def test_a_bad_update_leaves_no_trace(bad, rule):
     assert [one.readings for one in good] == [2, 2, 2]  # no reading more for the bad one
     assert sent.readings == 1
     merged, expected = merging.result(REFERENCE), undisturbed.result(REFERENCE)
-    assert merged.median_norm == expected.median_norm
+    assert merged.norms == expected.norms
     for name, tensor in expected.tensors.items():
         assert torch.equal(merged.tensors[name], tensor)
 
@@ -107,7 +107,7 @@ def test_what_is_unusually_large_counts_as_if_it_were_not(rule):
     assert (verdict.norm, verdict.share) == (usual, 0.25)
     merged = merging.result(REFERENCE, bound)
     assert all(torch.equal(merged.tensors[name], sent[name] / 4) for name in sent)
-    assert merged.median_norm == usual / 4
+    assert merged.norms == [usual / 4]
 
 
 def test_averaged_state_is_not_scaled_with_its_update():
@@ -166,7 +166,7 @@ def test_what_came_out_is_held_against_the_bound_too(factor, words, monkeypatch)
         merging.result(REFERENCE, BOUND)
 
 
-def test_the_median_of_norms_is_that_of_the_merged():
+def test_norms_are_those_of_the_merged():
     merging = Merging(FederationConfig())
     for scale in (5.0, 1.0, 3.0, 1e9, 2.0):
         one = {name: torch.full(shape, scale) for name, shape in SHAPES.items()}
@@ -174,7 +174,7 @@ def test_the_median_of_norms_is_that_of_the_merged():
         merging.offer(sent.update, REFERENCE, 1.0, NormBound(1e3, "1000"))
     parameters = sum(tensor.numel() for tensor in REFERENCE.values())
     merged = merging.result(REFERENCE, NormBound(1e3, "1000"))
-    assert merged.median_norm == pytest.approx(2.0 * math.sqrt(parameters))
+    assert merged.norms == pytest.approx([one * math.sqrt(parameters) for one in (5, 1, 3, 2)])
 
 
 def test_cores_are_left_to_those_that_hash():

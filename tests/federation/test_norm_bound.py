@@ -11,7 +11,7 @@ from torch import nn
 
 from photon.config import parse_run_config
 from photon.federation.checkpoint import RunState
-from photon.federation.norm_bound import COUNTED, FACTOR, SLACK, lr_sum, norm_bound
+from photon.federation.norm_bound import COUNTED, FACTOR, SLACK, lr_sum, norm_bound, usual_norm
 from photon.training import InnerOptimizer, Schedule
 
 START = RunState(0, 0, "model", "data")
@@ -114,6 +114,29 @@ def test_after_a_round_its_median_bounds_the_next():
     assert norm_bound(run, huge, STATE).norm < 100
     nothing = replace(after, merged_norm=0.0)
     assert norm_bound(run, nothing, STATE).norm < 100
+    still = replace(after, merged_lr_sum=0.0)  # fed-back error came in a round of learning rate 0
+    assert norm_bound(run, still, STATE).norm == norm_bound(run, nothing, STATE).norm
+
+
+@pytest.mark.parametrize("others", [[], [0.1]], ids=["drawn alone", "one of two"])
+def test_one_tiny_update_has_no_others_refused(others):
+    """Where it is one of few, round after round, from the first on."""
+    run, honest = config("local.schedule=constant"), 0.1
+    before = replace(START, merged_norm=usual_norm([0.1, honest], START))
+    for _ in range(3):
+        usual = usual_norm([1e-30, *others], before)
+        before = replace(before, round=1, merged_norm=usual, merged_lr_sum=lr_sum(run, 0))
+        bound = norm_bound(run, before, STATE)
+        assert bound.refuse(honest) is None
+        assert bound.share(honest) == 1.0
+    assert usual_norm([1e-30, honest], START) == honest
+
+
+def test_one_of_two_raises_no_bound_and_a_minority_moves_no_median():
+    before = replace(START, merged_norm=0.1)
+    assert usual_norm([0.2, 0.1], before) == 0.1
+    assert usual_norm([0.1, 0.2, 0.0, 9.0], before) == 0.1
+    assert usual_norm([0.01, 0.02, 0.03], before) == 0.02
 
 
 def test_what_can_not_be_known_before_the_first_round_is_known_after_it():

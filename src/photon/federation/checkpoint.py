@@ -32,7 +32,7 @@ class RunState:
         model_fingerprint: of the shapes that the tensors belong to.
         data_sha256: of the prepared data the run started with.
         outer_update_bytes: of the newest outer update on the wire; 0 where whole states travel.
-        merged_norm: lower median norm of the updates that the newest round merged.
+        merged_norm: how large updates usually are, by the newest round (norm_bound.usual_norm).
         merged_lr_sum: the learning rates of that round's steps, added up.
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +67,12 @@ class Merged:
 
     Attributes:
         norm: how far its weights lie from the global ones.
-        median_norm: the lower median of that, over the updates merged.
+        norms: the same of each update merged.
     """
 
     tensors: dict[str, Tensor]
     norm: float
-    median_norm: float
+    norms: list[float]
 
 
 class Merging:
@@ -142,7 +141,7 @@ class Merging:
                 hint="The global state is as it was. Look at update_norm in events.jsonl, and at "
                 "the merging rule where it is a plugin's.",
             )
-        return Merged(tensors, norm, statistics.median_low(norms))
+        return Merged(tensors, norm, norms)
 
     def discard(self) -> None:
         """Forget the round's updates."""

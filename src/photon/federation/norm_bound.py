@@ -13,8 +13,9 @@ resume decides the same.
    r is 1 at first. It is t^(1/4) for ADOPT, which clips there. Muon's update is scaled to Adam's
    size. SGD moves lr clip_norm, and without a clip there is no such bound. Where a codec's error
    is fed back, what is sent may hold all that earlier rounds held back: sum_k beta^k times as much.
-2. FACTOR times the lower median norm of the updates that the newest round merged, more where the
-   learning rates of this round add up to more than that round's did. Absent in the first round.
+2. FACTOR times the lower median norm of the updates that the newest round merged (`usual_norm` has
+   fewer than three), more where the learning rates of this round add up to more than that round's
+   did. Absent in the first round.
 
 Below both, an update beyond COUNTED times that median is scaled down to it (as by norm clipping,
 arXiv 1911.07963): one that is turned round can then slow a mean of four down, not drive it away.
@@ -23,7 +24,8 @@ arXiv 1911.07963): one that is turned round can then slow a mean of four down, n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -97,7 +99,7 @@ def norm_bound(config: RunConfig, before: RunState, state: GlobalState) -> NormB
     local = config.local
     reach, counted = SLACK * _reach(config, before, state), math.inf
     words = f"{reach:.4g}, {SLACK:g} times what {local.steps} steps of this recipe can move"
-    if before.merged_norm > 0:
+    if before.merged_norm > 0 and before.merged_lr_sum > 0:
         risen = max(1.0, lr_sum(config, before.global_step) / before.merged_lr_sum)
         usual = FACTOR * before.merged_norm * risen
         counted = COUNTED * before.merged_norm * risen
@@ -108,6 +110,20 @@ def norm_bound(config: RunConfig, before: RunState, state: GlobalState) -> NormB
                 f"merged ({before.merged_norm:.4g})"
             )
     return NormBound(reach, f'{words} (federation.max_update_norm = "auto")', inner, counted)
+
+
+def usual_norm(norms: Sequence[float], before: RunState) -> float:
+    """What the next round's bound goes by: the lower median of what was merged.
+
+    Fewer than three have no honest majority: theirs raises the bound and never lowers it, or one
+    tiny update would have everybody else's refused from then on.
+
+    Args:
+        norms: of the updates merged, at least one.
+        before: the run before the round that merged them.
+    """
+    median = statistics.median_low(norms)
+    return median if len(norms) > 2 else max(median, before.merged_norm or max(norms))
 
 
 def norm_of(tensors: Mapping[str, Tensor]) -> float:

@@ -26,7 +26,7 @@ from photon.federation.ledger import (
     state_lost,
 )
 from photon.federation.merging import Merging
-from photon.federation.norm_bound import NormBound, lr_sum, norm_bound
+from photon.federation.norm_bound import NormBound, lr_sum, norm_bound, usual_norm
 from photon.federation.sampling import Candidates, Fleet, sample_participants
 from photon.federation.tasks import (
     OPTIMIZER,
@@ -251,7 +251,7 @@ class Federation:
         """Turn what was merged into the next global state, as nodes will have it.
 
         Returns:
-            The lower median norm of the updates.
+            What the next round's bound on updates goes by.
 
         Raises:
             RunError: what was merged is not fit for that; the state is as it was.
@@ -281,7 +281,7 @@ class Federation:
                 merge_s=costs.merge_s,
             )
         )
-        return result.median_norm
+        return usual_norm(result.norms, self._ledger.state)
 
     def _held(self, silo: str, number: int) -> int | None:
         """The newest state a silo received before round `number`: trained from, or evaluated."""
