@@ -22,6 +22,9 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 #: IPv6 that a gateway turns into the IPv4 in its last 32 bits (RFC 6052).
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
+#: Where IPv6 addresses of the internet are; all others are a site's own, or nobody's (RFC 4291).
+_INTERNET = ipaddress.IPv6Network("2000::/3")
+
 
 def http_client(
     url: str, trust: ssl.SSLContext | None, timeout: httpx2.Timeout, **options: Any
@@ -159,7 +162,8 @@ class Allowed:
     def require_address(self, host: str, address: str) -> None:
         """As `require`, for one address of a host."""
         plain = _plain(ipaddress.ip_address(address.partition("%")[0]))
-        if plain.is_global and not plain.is_multicast:
+        public = plain in _INTERNET if plain.version == 6 else not plain.is_multicast
+        if public and plain.is_global:
             return
         if host.lower() in self._hosts or any(plain in one for one in self._networks):
             return
