@@ -34,6 +34,7 @@ from photon.federation.envelopes import (
 from photon.federation.tasks import update_header
 from photon.link import plain_entries, tensors_sha256, write_parcel
 from photon.membership.keys import NodeKey
+from photon.membership.refusals import refusing
 from photon.membership.roster import Presence, SignedReply
 from photon.store.transfer import Transfer
 from photon.telemetry.events import LocalProgress, Notice
@@ -617,15 +618,17 @@ def test_a_refusal_has_the_silos_own_words_and_code(bench):
     assert any(event.what == "refused" for event in bench.roster.journal.events())
 
 
-def test_a_silos_trouble_with_its_link_is_asked_about_again(bench):
-    def refusing(silo, ask, times):
-        if times > 1:
-            return silo.answer(ask)
-        return silo.trainer._refuse(ask, StoreUnavailableError("no way to the store"))
+@pytest.mark.parametrize(
+    "trouble", [StoreUnavailableError("no way to the store"), SignatureError("changed on its way")]
+)
+def test_trouble_on_the_way_to_a_silo_is_asked_about_again(trouble, bench):
+    def refuses(silo, ask, times):
+        return silo.answer(ask) if times > 1 else silo.trainer._refuse(ask, trouble)
 
-    bench.on("red", refusing)
+    bench.on("red", refuses)
     assert bench.answers()["red"][1] == bench.federated.expected["red"]
     assert bench.wire.fired == ["red", "red"]
+    assert not refusing(bench.roster, RUN_ID)
 
 
 # --- updates in the store --------------------------------------------------------------------

@@ -295,7 +295,8 @@ class SiloTrainer:
     def refuse_unread(self, raw: bytes, error: PhotonError) -> Mapping[str, Any]:
         """The answer to what is not the aggregator's Ask: signed, if it can be told what it claims.
 
-        It names the sha256 of what came, so that nobody's words refuse what the aggregator asked.
+        It names the sha256 of what came, so that nobody's words refuse what the aggregator asked:
+        at most that its signature does not hold, for which the aggregator asks again.
 
         Args:
             raw: what came.

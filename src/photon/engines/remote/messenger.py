@@ -295,12 +295,15 @@ class Messenger:
             self._roster.tasks.close(errand.ask.task_id, kept)
             return
         refusal = reply.refused
-        error = error_of(refusal.code)(f"{reply.silo}: {refusal.message}", hint=refusal.hint)
+        kind = error_of(refusal.code)
+        error = kind(f"{reply.silo}: {refusal.message}", hint=refusal.hint)
+        # Trouble of its link; or its Ask was changed on the way, by whoever carries it.
+        passing = 70 <= refusal.code < 80 or issubclass(kind, SignatureError)
         errand.troubles += 1
         self._roster.journal.note(reply.silo, "refused", refusal.message)
-        if errand.ask.fit is not None and issubclass(error_of(refusal.code), LASTING):
+        if errand.ask.fit is not None and issubclass(kind, LASTING) and not passing:
             note_refusal(self._roster, errand.ask.run.id, reply.silo, refusal.message)
-        if 70 <= refusal.code < 80 and errand.troubles < ATTEMPTS:  # its link's trouble may pass
+        if passing and errand.troubles < ATTEMPTS:
             errand.again(now_s, refusal.message)
         else:
             errand.fail(error)
