@@ -114,6 +114,13 @@ def test_help_lists_commands_in_the_order_of_use():
     assert photon("--version").stdout == photon("version").stdout
 
 
+def test_a_misspelt_command_gets_one_suggestion():
+    refused = CliRunner().invoke(app, ["siumlate"])
+    assert refused.exit_code == 2
+    assert refused.output.count("Did you mean") == 1
+    assert "'simulate'" in refused.output
+
+
 def test_json_is_one_object_on_stdout_and_the_view_is_on_stderr(run):
     folder, summary = run
     assert summary["run_dir"] == str(folder)

@@ -106,3 +106,13 @@ def test_why_an_update_was_dropped_is_said_whole_whatever_the_view_has_room_for(
 
     following._follow(path, lambda _: None, dict, said.append, Over())
     assert said == [f"round 2: dropped lab-b: {reason}"]
+
+
+def test_where_nobody_answers_the_hint_knows_a_run_that_is_over(tmp_path) -> None:
+    with pytest.raises(UnreachableError, match="no `photon serve` answers") as refused:
+        serve.status(tmp_path)
+    assert "Is it running" in refused.value.hint
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UnreachableError) as refused:
+        serve.status(tmp_path)
+    assert f"The run in {tmp_path} is over" in refused.value.hint

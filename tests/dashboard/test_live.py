@@ -373,6 +373,11 @@ def test_a_log_tells_how_a_node_trains_and_what_it_changed(stream):
     reason = "a copy is too large for a device"
     view.on_event(
         ComputeChosen(
+            worker=0, ranks=1, strategy="single", reason="one", device="cpu", precision="fp32"
+        )
+    )
+    view.on_event(
+        ComputeChosen(
             worker=1, ranks=8, strategy="fsdp", reason=reason, device="cuda", precision="bf16"
         )
     )

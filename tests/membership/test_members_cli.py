@@ -57,6 +57,7 @@ def test_invite_writes_one_file(run_file, tmp_path, keys, facts):
     assert invitation.ca_pem == (tmp_path / "server/ca.crt").read_text()
     assert invitation.ca_fingerprint in result.stdout.replace("\n", "")
     assert "photon join --invite hospital-a.invitation.toml" in result.stdout
+    assert 'path = "data/hospital-a"' in result.stdout.replace("\n", "")
     assert invitation.token not in result.output
     with Roster("server/members.sqlite") as roster:
         member = roster.redeem(invitation.token, "hospital-a", keys[0].public_pem, facts)

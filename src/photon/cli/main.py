@@ -77,6 +77,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     add_completion=True,
+    suggest_commands=False,  # click does
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -101,7 +102,7 @@ def photon(
 ) -> None:
     """Train one language model across organisations that keep their data.
 
-    New here? `photon init first` writes a run file and a little text, and says how to go on.
+    New here? Type `photon init first`: it writes a run file and a little text, and says what next.
     """
 
 

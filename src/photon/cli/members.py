@@ -363,12 +363,12 @@ def _invite(
     typer.echo(f"It leads to {invitation.address}, fingerprint {invitation.ca_fingerprint}.")
     if bound is not None:
         typer.echo(f"Only the key {bound} can use it.")
-    cut = f"--tokenizer {out.name}" if carried else "--tokenizer FOLDER"
-    typer.echo(
-        f"Send it to {name} over a channel that others can't read. There:\n"
-        f"  photon data prepare --input texts/ --iid 1 {cut} --out data/{name}\n"
-        f"  photon join --invite {out.name} --node node.toml"
-    )
+    typer.echo(f"Send it to {name} over a channel that others can't read. There:")
+    if not rotate:  # who has a key has text and a node.toml, too
+        cut = f"--tokenizer {out.name}" if carried else "--tokenizer FOLDER"
+        typer.echo(f"  photon data prepare --input texts/ --iid 1 {cut} --out data/{name}")
+        typer.echo(f"  printf '[data]\\npath = \"data/{name}\"\\n' > node.toml")
+    typer.echo(f"  photon join --invite {out.name} --node node.toml")
     if rotate:
         typer.echo(f"The key that {name} has now works until then.")
 

@@ -48,7 +48,9 @@ def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False
     show_facts(facts)
     _show_silos(digest)
     show("\nNext:")
-    show_facts([*next_steps(folder), *_baseline_steps(digest)])
+    audit = [("check its log", f"{program()} audit {shlex.quote(str(folder))}")]
+    served = audit if digest.started.kind == "serve" else []
+    show_facts([*next_steps(folder), *served, *_baseline_steps(digest)])
 
 
 def _show_silos(digest: RunDigest) -> None:

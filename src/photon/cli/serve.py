@@ -18,7 +18,12 @@ from rich.text import Text
 from photon.cli.following import following, view_of_a_run, waits_for
 from photon.cli.outcome import show_outcome
 from photon.cli.screen import console, say, show, show_table
-from photon.errors import InvalidValueError, InvitationError, RunNotFoundError
+from photon.errors import (
+    InvalidValueError,
+    InvitationError,
+    RunNotFoundError,
+    UnreachableError,
+)
 
 if TYPE_CHECKING:
     from photon.deploy.checks import Check
@@ -324,7 +329,13 @@ def _operator(
 ) -> dict[str, Any]:
     from photon.deploy.desk_server import ask_operator
 
-    return ask_operator(_home_of(folder) / "operator.sock", method, what, body)
+    try:
+        return ask_operator(_home_of(folder) / "operator.sock", method, what, body)
+    except UnreachableError as error:
+        if folder is None or not (folder / "summary.json").exists():
+            raise
+        over = f"The run in {folder} is over: `photon report {folder}` shows what came of it."
+        raise UnreachableError(error.message, hint=over) from error
 
 
 def _home_of(folder: Path | None) -> Path:

@@ -53,7 +53,10 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
 
 def load_node_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> NodeConfig:
     """Read a site's node file; as `load_run_config`."""
-    hint = 'The smallest one is: [data] path = "a folder made by `photon data prepare`".'
+    hint = (
+        "Two lines are enough, [data] and below it path = "
+        '"the folder that `photon data prepare` made".'
+    )
     return _parsed(_read(path, "node file", hint), NodeConfig, overrides, str(path))
 
 

@@ -171,7 +171,7 @@ class PlainView:
         match event:
             case RunStarted():
                 return _describe_start(event)
-            case ComputeChosen():
+            case ComputeChosen() if event.ranks > 1:  # of one rank there was nothing to choose
                 return (
                     f"node {event.worker} trains with {event.strategy} on "
                     f"{wording.several(event.ranks, 'rank')}: {event.reason}"
