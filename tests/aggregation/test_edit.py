@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from photon.aggregation import EditMean
-from photon.aggregation.edit import ALPHA, WARM_UP, NormStatistics
+from photon.aggregation.edit import ALPHA, WARM_UP, NormStatistics, module_of
 from photon.errors import ModelMismatchError
 
 BASE = torch.randn(30, generator=torch.Generator().manual_seed(0))
@@ -143,6 +143,44 @@ def test_weights_are_a_softmax_in_which_units_do_not_show(scale: float, order: i
         rule.add([("w", row * scale)], weight, scale * float(row.double().norm()))
     found = rule.result()["w"].double() / scale
     assert float((found - softmax_mean(rows, weights, usual=4.5)).abs().max()) <= 2e-6
+
+
+def test_each_module_has_weights_of_its_own() -> None:
+    """What is large in one layer says nothing of another; all tensors of a layer weigh alike."""
+    rule = EditMean(3.0, None)
+    names = ("model.layers.0.up.weight", "model.layers.0.down.weight", "model.norm.weight")
+    for _ in range(2):
+        rule.add([(name, torch.tensor([3.0, 4.0])) for name in names], 1.0, 9.0)
+    rule.result()
+    even, large = torch.tensor([3.0, 4.0]), torch.tensor([30.0, 40.0])
+    for sent in ((even, even, large), (large, even, even)):
+        # In another order, and from memory that is used again.
+        lent = torch.empty(2)
+        rule.add(((name, lent.copy_(one)) for name, one in zip(names, sent, strict=True)), 1.0, 9.0)
+    found = rule.result()
+    layer, usual = math.hypot(50, 5), math.hypot(5, 5)
+    for name, mine, theirs, mean in (
+        (names[0], even, large, usual),
+        (names[1], even, even, usual),
+        (names[2], large, even, 5.0),
+    ):
+        norms = (usual, layer) if name != names[2] else (50.0, 5.0)
+        shares = torch.softmax(torch.tensor([-one / mean for one in norms]), 0)
+        assert torch.allclose(found[name], mine * shares[0] + theirs * shares[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("weights/model.layers.3.mlp.up_proj.weight", "weights/model.layers.3"),
+        ("weights/transformer.blocks.11.norm_1.weight", "weights/transformer.blocks.11"),
+        ("weights/model.norm.weight", "weights/model.norm"),
+        ("weights/lm_head.weight", "weights/lm_head"),
+        ("w", "w"),
+    ],
+)
+def test_the_module_of_a_tensor(name: str, module: str) -> None:
+    assert module_of(name) == module
 
 
 def test_norms_far_beyond_the_usual_leave_a_mean() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,8 @@ WARM_UP = 16
 LEAST_DEVIATION = 0.1
 
 _STATE = ("norm_count", "norm_mean", "norm_variance")
+_MODULE = "norm_mean/"
+_LAYER = re.compile(r".*?\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -64,25 +68,29 @@ class NormStatistics:
 
 
 class EditMean(MergingRule):
-    """Cheng et al. 2024 (arXiv 2412.07210), algorithm 2, on the norm G_k of the whole update.
+    """Cheng et al. 2024 (arXiv 2412.07210), algorithm 2: norms decide who is merged, and how much.
 
-    1. Refused is an update with z = (G_k - mu) / sigma > anomaly_z, where mu and sigma are running
-       figures over the norms merged in earlier rounds. Nothing is refused before WARM_UP = 16
-       norms were merged, and sigma counts as at least a tenth of mu. A norm below the mean never
-       is unusual. What is refused does not enter the figures; where all norms have risen for good,
-       rounds lose their quorum until `federation.anomaly_z` is raised.
-    2. The rest is averaged with weights w_k exp(-G_k / mu) / sum_j w_j exp(-G_j / mu): a softmax of
-       -G_k / mu, times Photon's own weight w_k. In the first round, without a mu, weights are w_k.
+    1. Refused is an update with z = (G_k - mu) / sigma > anomaly_z, where G_k is the norm of the
+       whole of it, and mu and sigma are running figures over the norms merged in earlier rounds.
+       Nothing is refused before WARM_UP = 16 norms were merged, and sigma counts as at least a
+       tenth of mu. A norm below the mean never is unusual. What is refused does not enter the
+       figures; where all norms have risen for good, rounds lose their quorum until
+       `federation.anomaly_z` is raised.
+    2. Of each module m (a layer, an embedding: `module_of`) the rest is averaged with weights
+       w_k exp(-G_km / mu_m) / sum_j w_j exp(-G_jm / mu_m): a softmax of -G_km / mu_m, where G_km is
+       the norm of the module's part and mu_m its running mean, times Photon's own weight w_k. In
+       the first round, without a mu_m, weights are w_k.
     3. The result D is scaled by min(1, phi / |D|) where there is a phi.
 
-    Differences from the paper: its softmax is of -G_k itself, so weights depend on units, and at
+    Differences from the paper: its softmax is of -G_km itself, so weights depend on units, and at
     scale the smallest update is all that counts (norms 50 and 55 weigh 0.993 and 0.007 there, 0.50
-    and 0.55 0.512 and 0.488). Norms are of the whole update, not module by module. Figures are
-    taken up once a round (`result`), so that nobody's part depends on who came first. Who is
-    refused does not depend on the order of arrival at all; the result does by about K fp32
-    roundings of the largest magnitude.
+    and 0.55 0.512 and 0.488). It also refuses and clips module by module; here an update is merged
+    or not, and the bound is on all of it. Figures are taken up once a round (`result`), so that
+    nobody's part depends on who came first. Who is refused does not depend on the order of arrival
+    at all; the result does by about K fp32 roundings of the largest magnitude.
 
-    Memory: one accumulator and K numbers.
+    Memory: one accumulator, one module of an update where its tensors come together, as they do
+    from the wire, and a few numbers for each module and update.
 
     Args:
         anomaly_z: `federation.anomaly_z`, > 0; the paper's delta.
@@ -93,9 +101,9 @@ class EditMean(MergingRule):
         self._anomaly_z = anomaly_z
         self._bound = bound
         self._statistics = NormStatistics()
+        self._usual: dict[str, float] = {}  # mu_m
         self._mean = RunningMean()
-        self._norms: list[float] = []
-        self._log_weight = -math.inf
+        self._forget_round()
 
     def refuse(self, norm: float) -> str | None:
         seen = self._statistics
@@ -113,14 +121,41 @@ class EditMean(MergingRule):
 
     def add(self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float) -> None:
         require_weight(weight)
-        # The sum of weights is kept as its logarithm: no exp(-G) of a large norm underflows to
-        # nothing, and no reference norm has to be guessed before the smallest has come.
-        usual = self._statistics.mean
-        own = math.log(weight) - (norm / usual if usual > 0 else 0.0)
-        total = _log_of_sum(self._log_weight, own)
-        self._mean.add(tensors, math.exp(own - total))
-        self._log_weight = total
-        self._norms.append(norm)
+        own, shares, squares = math.log(weight), {}, dict[str, float]()
+
+        def weigh(module: str) -> None:
+            # The sum of weights is kept as its logarithm: no exp(-G) of a large norm underflows to
+            # nothing, and no reference norm has to be guessed before the smallest has come.
+            large, usual = math.sqrt(squares[module]), self._usual.get(module, 0.0)
+            mine = own - (large / usual if usual > 0 else 0.0)
+            total = _log_of_sum(self._log_weights.get(module, -math.inf), mine)
+            shares[module] = math.exp(mine - total)
+            self._log_weights[module] = total
+            self._norms.setdefault(module, []).append(large)
+
+        def measured() -> Iterator[tuple[str, torch.Tensor]]:
+            held: dict[str, list[tuple[str, torch.Tensor]]] = {}
+            for name, tensor in tensors:
+                module = module_of(name)
+                squares[module] = squares.get(module, 0.0) + square_sum(name, tensor)
+                if not self._sizes:  # the first is copied, whatever it weighs
+                    yield name, tensor
+                    continue
+                # A module's weight is known with its last tensor; what a tensor lies in is lent.
+                held.setdefault(module, []).append((name, tensor.detach().clone()))
+                if len(held[module]) == self._sizes.get(module):
+                    weigh(module)
+                    yield from held.pop(module)
+            for module, rest in held.items():  # of another model: to be refused by name
+                weigh(module)
+                yield from rest
+
+        self._mean.add(measured(), lambda name: shares[module_of(name)])
+        if not self._sizes:
+            self._sizes = Counter(map(module_of, self._mean.names))
+            for module in squares:
+                weigh(module)
+        self._whole_norms.append(norm)
 
     def result(self) -> dict[str, torch.Tensor]:
         merged = self._mean.take()
@@ -129,7 +164,12 @@ class EditMean(MergingRule):
             if norm > self._bound:
                 for tensor in merged.values():
                     tensor.mul_(self._bound / norm)
-        self._statistics = self._statistics.with_round(self._norms)
+        count = self._statistics.count
+        self._usual = {
+            module: NormStatistics(count, self._usual.get(module, 0.0)).with_round(norms).mean
+            for module, norms in self._norms.items()
+        }
+        self._statistics = self._statistics.with_round(self._whole_norms)
         self._forget_round()
         return merged
 
@@ -138,18 +178,17 @@ class EditMean(MergingRule):
         self._forget_round()
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Count, mean and variance of the norms merged so far, () fp64 each."""
+        """Count, mean and variance of the norms merged so far, each module's mean; () fp64 each."""
         seen = self._statistics
         if seen.count == 0:
             return {}
-        values = (seen.count, seen.mean, seen.variance)
-        return {
-            name: torch.tensor(value, dtype=torch.float64)
-            for name, value in zip(_STATE, values, strict=True)
-        }
+        values = dict(zip(_STATE, (seen.count, seen.mean, seen.variance), strict=True))
+        values |= {_MODULE + module: usual for module, usual in self._usual.items()}
+        return {name: torch.tensor(one, dtype=torch.float64) for name, one in values.items()}
 
     def load_state_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        require_same_names("state of merging rule edit", tensors, _STATE if tensors else ())
+        whole = [name for name in tensors if not name.startswith(_MODULE)]
+        require_same_names("state of merging rule edit", whole, _STATE if tensors else ())
         for name, tensor in tensors.items():
             if tensor.dtype != torch.float64 or tensor.shape != ():
                 raise ModelMismatchError(
@@ -158,10 +197,27 @@ class EditMean(MergingRule):
                 )
         values = [float(tensors[name]) for name in _STATE] if tensors else [0, 0.0, 0.0]
         self._statistics = NormStatistics(int(values[0]), values[1], values[2])
+        self._usual = {
+            name.removeprefix(_MODULE): float(tensor)
+            for name, tensor in tensors.items()
+            if name.startswith(_MODULE)
+        }
 
     def _forget_round(self) -> None:
-        self._norms = []
-        self._log_weight = -math.inf
+        self._whole_norms: list[float] = []
+        self._norms: dict[str, list[float]] = {}
+        self._log_weights: dict[str, float] = {}
+        self._sizes: Mapping[str, int] = {}
+
+
+def module_of(name: str) -> str:
+    """The part of a model that a tensor belongs to: its layer, or all but the name's last part.
+
+    "weights/model.layers.3.mlp.up_proj.weight" is of "weights/model.layers.3", and
+    "weights/model.norm.weight" of "weights/model.norm".
+    """
+    layer = _LAYER.match(name)
+    return layer[0] if layer else name.rpartition(".")[0] or name
 
 
 def _log_of_sum(one: float, two: float) -> float:

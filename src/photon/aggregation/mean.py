@@ -28,7 +28,8 @@ class WeightedMean(MergingRule):
         self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float = 0.0
     ) -> None:
         require_weight(weight)
-        self._mean.add(tensors, weight / (self._weight + weight))
+        share = weight / (self._weight + weight)
+        self._mean.add(tensors, lambda _: share)
         self._weight += weight
 
     def result(self) -> dict[str, torch.Tensor]:

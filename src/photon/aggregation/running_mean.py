@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -23,13 +23,15 @@ class RunningMean:
         self._empty = True
         self._broken = False
 
-    def add(self, tensors: Iterable[tuple[str, torch.Tensor]], share: float) -> None:
+    def add(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], share: Callable[[str], float]
+    ) -> None:
         """Move the mean towards one update.
 
         Args:
             tensors: named tensors, any order, any floating dtype, on any device.
-            share: the update's weight over the weight of all so far, itself included; in [0, 1].
-                Not read for the first.
+            share: of a tensor: the update's weight over the weight of all so far, itself included;
+                in [0, 1]. Asked once the tensor has come; not for the first update.
 
         Raises:
             ModelMismatchError: names or shapes differ from the round's first update.
@@ -42,9 +44,14 @@ class RunningMean:
         else:
             for name, tensor in matching(tensors, self._mean):
                 mean = self._mean[name]
-                mean.lerp_(tensor.detach().to(mean), share)
+                mean.lerp_(tensor.detach().to(mean), share(name))
         self._empty = False
         self._broken = False
+
+    @property
+    def names(self) -> Collection[str]:
+        """Of the tensors that every update has; none before the first."""
+        return () if self._empty else self._mean.keys()
 
     def take(self) -> dict[str, torch.Tensor]:
         """The mean, fp32 on the CPU, valid until the next `add`, which starts a new one.
