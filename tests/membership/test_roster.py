@@ -410,11 +410,16 @@ def test_granted_bytes_add_up(roster):
 # --- events, settings, the file -------------------------------------------------------------------
 
 
-def test_events_are_bounded(roster, monkeypatch):
+def test_refusals_are_bounded_and_take_no_change_out(roster, join, keys, monkeypatch):
     monkeypatch.setattr(journal, "_MOST_EVENTS", 10)
+    join("lab", keys[0])
+    changes = [event.what for event in roster.journal.events(100)]
+    assert changes == ["invited", "joined"]
     for number in range(50):
-        roster.journal.note("desk", "something", str(number))
-    assert [event.detail for event in roster.journal.events(100)] == [str(n) for n in range(40, 50)]
+        roster.journal.note_refusal("desk", "something", str(number))
+    events = roster.journal.events(100)
+    assert [event.what for event in events[:2]] == changes
+    assert [event.detail for event in events[2:]] == [str(n) for n in range(40, 50)]
     roster.journal.note("desk", "something", "x" * 100_000)
     assert len(roster.journal.events(1)[0].detail) == 2000
 

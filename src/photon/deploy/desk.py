@@ -208,7 +208,7 @@ class Desk:
             detail += f" (and {left_out} refusals before it that were not noted)"
         if not isinstance(error, _NOTED_BY_ROSTER):
             try:
-                self._roster.journal.note(actor, f"refused {what}", detail)
+                self._roster.journal.note_refusal(actor, f"refused {what}", detail)
             except Exception as trouble:
                 logger.error("can't note a refusal: %s", type(trouble).__name__)
         self._tell(

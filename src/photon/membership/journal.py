@@ -13,7 +13,9 @@ from collections import deque
 from photon.membership.records import Event
 from photon.membership.roster_file import RosterFile
 
-#: Events kept; and refusals written down per minute, so that a stranger can't keep the disk busy.
+#: The newest events, among which refusals are kept: others make those, and nothing that they do
+#: takes a change of the operator's or a joining out. And refusals written down per minute, so that
+#: a stranger can't keep the disk busy.
 _MOST_EVENTS = 20_000
 _MOST_REFUSALS_PER_MINUTE = 60
 _MOST_EVENT_CHARACTERS = 2000
@@ -31,6 +33,11 @@ class Journal:
         with self._file.changing() as db:
             self.add(db, actor, what, detail, time.time())
 
+    def note_refusal(self, actor: str, what: str, detail: str) -> None:
+        """`note` what was refused; whoever calls this bounds how often."""
+        with self._file.changing() as db:
+            self.add(db, actor, what, detail, time.time(), refusal=True)
+
     def events(self, limit: int = 100) -> list[Event]:
         """The newest, oldest of them first."""
         rows = self._file.rows("SELECT * FROM events ORDER BY n DESC LIMIT ?", limit)
@@ -39,7 +46,16 @@ class Journal:
             for row in reversed(rows)
         ]
 
-    def add(self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float) -> None:
+    def add(
+        self,
+        db: sqlite3.Connection,
+        actor: str,
+        what: str,
+        detail: str,
+        now: float,
+        *,
+        refusal: bool = False,
+    ) -> None:
         """`note`, within the transaction that it is about."""
         actor, what, detail = (part[:_MOST_EVENT_CHARACTERS] for part in (actor, what, detail))
         last = db.execute("SELECT * FROM events ORDER BY n DESC LIMIT 1").fetchone()
@@ -51,10 +67,12 @@ class Journal:
             db.execute("UPDATE events SET at = ?, times = times + 1 WHERE n = ?", (now, last["n"]))
             return
         new = db.execute(
-            "INSERT INTO events (at, actor, what, detail) VALUES (?, ?, ?, ?)",
-            (now, actor, what, detail),
+            "INSERT INTO events (at, actor, what, detail, refusal) VALUES (?, ?, ?, ?, ?)",
+            (now, actor, what, detail, int(refusal)),
         )
-        db.execute("DELETE FROM events WHERE n <= ?", ((new.lastrowid or 0) - _MOST_EVENTS,))
+        db.execute(
+            "DELETE FROM events WHERE n <= ? AND refusal", ((new.lastrowid or 0) - _MOST_EVENTS,)
+        )
 
     def add_refusal(
         self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float
@@ -64,8 +82,7 @@ class Journal:
             self._refusals.popleft()
         if len(self._refusals) < _MOST_REFUSALS_PER_MINUTE:
             self._refusals.append(now)
-            self.add(db, actor, what, detail, now)
+            self.add(db, actor, what, detail, now, refusal=True)
             if len(self._refusals) == _MOST_REFUSALS_PER_MINUTE:
-                self.add(
-                    db, "desk", "too many refusals", "the rest of this minute's are not noted", now
-                )
+                told = "the rest of this minute's are not noted"
+                self.add(db, "desk", "too many refusals", told, now, refusal=True)

@@ -56,6 +56,7 @@ CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 _MIGRATIONS = (
     "ALTER TABLE tasks ADD COLUMN ask BLOB",
     "ALTER TABLE invitations ADD COLUMN fingerprint TEXT",
+    "ALTER TABLE events ADD COLUMN refusal INTEGER NOT NULL DEFAULT 0",
 )
 _VERSION = 1 + len(_MIGRATIONS)
 
