@@ -138,6 +138,33 @@ def test_services_are_private_and_quiet(tmp_path, monkeypatch):
     assert oct((tmp_path / "flwr").stat().st_mode)[-3:] == "700"
 
 
+def test_credentials_are_for_the_loop_alone(tmp_path, monkeypatch):
+    for name in ("AWS_SECRET_ACCESS_KEY", "GOOGLE_SERVICE_ACCOUNT_KEY", "HF_TOKEN"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    files = {name: tmp_path / name for name in ("ca", "key", "secret")}
+    superlink = commands.superlink(
+        home=tmp_path, port=1, certificate=tmp_path / "server.crt", **files
+    )
+    supernode = commands.supernode(home=tmp_path, superlink="door:1", runtime_port=2, **files)
+    shim = commands.shim(
+        home=tmp_path, runtime_port=2, secret=files["secret"], trainer=tmp_path / "sock"
+    )
+    for command in (superlink, supernode, shim):
+        assert "secret" not in command.env.values()
+        assert command.env["LC_ALL"] == "C.UTF-8"
+        assert command.env["PATH"] == os.environ["PATH"]
+    loop = commands.superexec(
+        home=tmp_path,
+        superlink_port=1,
+        ca=files["ca"],
+        secret=files["secret"],
+        bundle="0" * 64,
+        run_folder=tmp_path / "run",
+    )
+    assert loop.env["AWS_SECRET_ACCESS_KEY"] == "secret"
+
+
 def test_a_secret_is_private_and_kept(tmp_path):
     path = commands.write_secret(tmp_path / "deep" / "secret")
     text = path.read_text()

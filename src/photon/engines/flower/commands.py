@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,13 @@ RUN_FOLDER_VARIABLE = "PHOTON_SERVE_FOLDER"
 
 _LOOPBACK = "127.0.0.1"
 
+#: What a service gets of this process's environment: how to run Python, and what network there is.
+#: No credentials: those are for the loop alone.
+_PASSED = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LC_\w+|TZ|TMPDIR|XDG_\w+|VIRTUAL_ENV|PYTHON\w*|"
+    r"LD_LIBRARY_PATH|OMP_NUM_THREADS|SSL_CERT_\w+|(?:HTTPS?|ALL|NO)_PROXY|(?:https?|all|no)_proxy"
+)
+
 
 @dataclass(frozen=True)
 class Command:
@@ -27,7 +35,7 @@ class Command:
 
     Attributes:
         argv: program and arguments.
-        env: the whole environment, this process's own included.
+        env: the whole environment.
     """
 
     argv: tuple[str, ...]
@@ -79,7 +87,7 @@ def superexec(
             *("--root-certificates", ca, "--superexec-auth-secret-file", secret),
             *("--bundle", bundle),
         ),
-        environment(home)
+        environment(home, credentials=True)  # of the store: the loop opens it
         | {
             RUN_FOLDER_VARIABLE: str(run_folder.absolute()),
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(pace.SUPEREXEC_POLL_S),
@@ -134,13 +142,20 @@ def shim(*, home: Path, runtime_port: int, secret: Path, trainer: Path) -> Comma
     )
 
 
-def environment(home: Path) -> dict[str, str]:
-    """This process's environment, made private and quiet for Flower.
+def environment(home: Path, *, credentials: bool = False) -> dict[str, str]:
+    """What Flower needs of this process's environment, made private and quiet.
 
     Flower keeps its files in `home`/flwr, reports nothing, looks for no updates, installs nothing,
     and what it says to this machine goes through no proxy.
+
+    Args:
+        credentials: all of this process's, but what is Flower's.
     """
-    env = {name: value for name, value in os.environ.items() if not name.startswith("FLWR_")}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if (credentials and not name.startswith("FLWR_")) or _PASSED.fullmatch(name)
+    }
     flower_home = home.absolute() / "flwr"
     flower_home.mkdir(parents=True, exist_ok=True, mode=0o700)
     env |= {
