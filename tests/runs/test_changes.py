@@ -9,7 +9,12 @@ import pytest
 from photon.config import load_run_config
 from photon.errors import NonFiniteError, QuorumLostError, ResumeMismatchError
 from photon.runs import resume, simulate, train
-from photon.runs.changes import CHANGEABLE_KEYS, RESUMABLE_KEYS, config_to_go_on_with
+from photon.runs.changes import (
+    CHANGEABLE_KEYS,
+    RESUMABLE_KEYS,
+    config_to_go_on_with,
+    go_on_with,
+)
 from photon.telemetry import read_history
 from photon.telemetry.events import LocalProgress, Notice, RoundFinished, RunChanged
 from photon.training import Schedule
@@ -54,6 +59,16 @@ def test_a_finished_run_goes_on_as_one_planned_so(short, three_silos, make_confi
     assert len(read_history(folder).of(RunChanged)) == 1
     with pytest.raises(ResumeMismatchError, match="2 rounds are done already"):
         resume(folder, overrides=["federation.rounds=1"])
+
+
+def test_what_held_is_kept_however_often_it_is_changed_before_a_round(short, tmp_path):
+    resolved = (short[0] / "config.resolved.toml").read_bytes()
+    (tmp_path / "config.resolved.toml").write_bytes(resolved)
+    for rate in (1e-4, 2e-4):
+        config = config_to_go_on_with(tmp_path, [f"local.lr={rate}"])
+        go_on_with(tmp_path, config, 3, changed=True)
+    assert (tmp_path / "config.until-round-000003.toml").read_bytes() == resolved
+    assert config_to_go_on_with(tmp_path).local.lr == 2e-4
 
 
 @pytest.mark.parametrize(

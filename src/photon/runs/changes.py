@@ -12,6 +12,7 @@ from typing import Any
 
 from photon.config import RunConfig, load_run_config, write_resolved
 from photon.errors import ResumeMismatchError
+from photon.store.disk import write_whole
 
 RESOLVED = "config.resolved.toml"
 #: What the next process of a served run is to go on with, if it is not what RESOLVED says.
@@ -103,8 +104,9 @@ def go_on_with(folder: Path, config: RunConfig, number: int, *, changed: bool) -
         changed: whether it differs on record: the old one is kept then, and the run not over.
     """
     if changed:
-        old = (folder / RESOLVED).read_text(encoding="utf-8")
-        (folder / f"config.until-round-{number:06d}.toml").write_text(old, encoding="utf-8")
+        until = folder / f"config.until-round-{number:06d}.toml"
+        if not until.exists():  # else no round was run by what is changed again
+            write_whole(until, (folder / RESOLVED).read_bytes(), "the run file of earlier rounds")
         (folder / "summary.json").unlink(missing_ok=True)
     write_resolved(config, folder / RESOLVED)
     (folder / _NEXT).unlink(missing_ok=True)
