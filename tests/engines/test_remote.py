@@ -196,10 +196,11 @@ def test_progress_is_what_silos_tell(bench):
             bench.wire.be_here(silo.name, **doing, **said)
             seen = bench.roster.presences()[silo.name]
             bench.engine._messenger._watch(Errand(ask), seen, time.time())
-        # Beyond the task's steps there are none.
-        bench.wire.be_here(silo.name, **doing | {"step": 2**52}, **figures)
-        seen = bench.roster.presences()[silo.name]
-        bench.engine._messenger._watch(Errand(ask), seen, time.time())
+        # Beyond the task's steps there are none, and none comes again.
+        for step in (2**52, 1, 2**51):
+            bench.wire.be_here(silo.name, **doing | {"step": step}, **figures)
+            seen = bench.roster.presences()[silo.name]
+            bench.engine._messenger._watch(Errand(ask), seen, time.time())
         return silo.answer(ask)
 
     bench.on("red", steps)

@@ -221,14 +221,16 @@ class Messenger:
                 )
 
     def _progress(self, ask: Ask, presence: Presence) -> None:
-        """Tell of a silo's steps, as far as they are new and it said how they went."""
-        at = (presence.round, presence.step)
-        if ask.fit is None or presence.loss is None or self._told.get(ask.silo) == at:
+        """Tell of a silo's steps, as far as they are new and it said how they went.
+
+        None twice: a silo that goes to and fro between two would fill events.jsonl.
+        """
+        if ask.fit is None or presence.loss is None or presence.round != ask.round:
             return
-        if presence.round != ask.round or not presence.step:
-            return
-        self._told[ask.silo] = at
         step = min(presence.step, ask.fit.steps)
+        if (ask.round, step) <= self._told.get(ask.silo, (ask.round, 0)):
+            return
+        self._told[ask.silo] = (ask.round, step)
         self._on_event(
             LocalProgress(
                 round=ask.round,
