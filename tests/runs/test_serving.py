@@ -225,6 +225,17 @@ def test_too_few_silos_end_the_run_by_name(make_served):
     assert run.roster.setting("waiting") is None
 
 
+def test_a_run_that_is_over_waits_for_no_silo(make_served, calm):
+    served = make_served("serve.gather_s=5")
+    same(served.go_on().summary, calm)
+    for name in served.silos:
+        served.wire.quiet.add(name)
+        served.roster.seen(name, Presence("stopping", boot=name))
+    asked = len(served.wire.asked)
+    same(served.go_on().summary, calm)
+    assert len(served.wire.asked) == asked
+
+
 # --- who is drawn ----------------------------------------------------------------------------
 
 

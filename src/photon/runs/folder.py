@@ -41,6 +41,12 @@ def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
 
 
+def finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:
+    """The summary of a run that has no round left; None while it has."""
+    summary = read_summary(folder) or {}
+    return summary if summary.get("rounds", 0) >= config.federation.rounds else None
+
+
 def holds_run(folder: Path) -> bool:
     return (folder / "run.json").exists() or (folder / "events.jsonl").exists()
 

@@ -22,7 +22,7 @@ from photon.runs.bulletin import Bulletin
 from photon.runs.changes import config_to_go_on_with
 from photon.runs.draws import Draws
 from photon.runs.fleet import JoinedFleet
-from photon.runs.folder import read_record, with_own_model
+from photon.runs.folder import finished_summary, read_record, with_own_model
 from photon.runs.notary import Notary
 from photon.runs.session import Guests, RunResult, Session
 from photon.store.served import RUN_FILE, Serving
@@ -46,6 +46,8 @@ def continue_run(folder: Path, post: Post) -> RunResult:
         resolved = config_to_go_on_with(folder)
         data = resolved.data.model_copy(update={"path": config.data.path})
         config = resolved.model_copy(update={"serve": config.serve, "data": data})
+        if (finished := finished_summary(folder, config)) is not None:
+            return RunResult(folder, finished)
     with Roster(Path(serving.home) / ROSTER_FILE) as roster:
 
         def ending() -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from photon.config import RunConfig
 from photon.errors import ConfigError, ResumeMismatchError, RunExistsError
 from photon.federation import CheckpointStore
 from photon.openmp import warn_of_spinning
 from photon.runs.changes import check_overrides, config_to_go_on_with, leave_for_next
-from photon.runs.folder import holds_run, only_process, read_record, read_summary, usable
+from photon.runs.folder import finished_summary, holds_run, only_process, read_record, usable
 from photon.runs.session import RunResult, Session
 from photon.store.served import LOCKS
 from photon.telemetry import Listener
@@ -99,7 +98,7 @@ def resume(
             + ("; the run goes on with the new values" if overrides else ""),
             hint=f"Bring its services up again: `photon serve --resume {folder}`.",
         )
-    finished = _finished_summary(folder, config)
+    finished = finished_summary(folder, config)
     if finished is not None:
         return RunResult(folder, finished)
     run = Session(record["kind"], config, record["silos"], folder, listener, begun=True)
@@ -151,10 +150,3 @@ def _start(
 def _warn_if_slow(run: Session) -> None:
     if run.config.compute.device == "cpu":
         warn_of_spinning()
-
-
-def _finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:
-    summary = read_summary(folder)
-    if summary is None:
-        return None
-    return summary if summary.get("rounds", 0) >= config.federation.rounds else None
