@@ -11,16 +11,19 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from photon.cli.main import app
 from photon.config.serve import ServeConfig
 from photon.deploy import checks as module
 from photon.deploy.certificates import keep_certificate, make_authority, make_certificate
-from photon.deploy.checks import Check, preflight, skew_check, worst
+from photon.deploy.checks import Check, checked, look_at_data, preflight, skew_check, worst
 from photon.deploy.ports import free_ports
 from photon.deploy.supervisor import Supervisor
 from photon.errors import (
     CertificateError,
     ClockSkewError,
+    DataNotFoundError,
     DeployError,
     DiskFullError,
     PortInUseError,
@@ -179,3 +182,20 @@ def test_a_serve_that_runs_is_left_alone(looked, home) -> None:
         found = looked()
     assert found["port"].verdict == "warn"
     assert f"runs in {server} already (pid {os.getpid()})" in found["port"].found
+
+
+def test_no_silo_is_waited_for_without_data(three_silos, tmp_path, monkeypatch) -> None:
+    good = checked("data", lambda: look_at_data(str(three_silos)))
+    assert good.verdict == "ok"
+    bad = checked("data", lambda: look_at_data(str(tmp_path / "none")))
+    assert failed(bad, DataNotFoundError, f"no prepared data at {tmp_path / 'none'}")
+    monkeypatch.chdir(tmp_path)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")  # so that what is set there is undone
+    Path("run.toml").write_text(
+        '[model]\npreset = "tiny"\n[data]\npath = "none"\n[serve]\nhost = "127.0.0.1"\n'
+    )
+    refused = CliRunner().invoke(app, ["serve", "run.toml"])
+    assert refused.exit_code == DataNotFoundError.exit_code
+    assert "no prepared data at none" in refused.output
+    assert os.listdir() == ["run.toml"]

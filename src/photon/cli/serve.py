@@ -52,7 +52,8 @@ def serve(
         typer.Option("--resume", metavar="DIR", help="Go on with the served run in this folder."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only look at certificates, port, disk, clock, store.")
+        bool,
+        typer.Option("--check", help="Only look at data, certificates, port, disk, store."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run there.")] = False,
     verbose: Verbose = False,
@@ -77,10 +78,12 @@ def serve(
     keep_to_this_machine(os.environ)
     if check:
         config = load_run_config(run_file or _run_file_of(resume), overrides or [])
-        from photon.deploy.checks import preflight
+        from photon.deploy.checks import checked, look_at_data, preflight
 
-        _show_checks(preflight(config.serve), as_json)
+        data = checked("data", lambda: look_at_data(config.data.path))
+        _show_checks([data, *preflight(config.serve)], as_json)
         return
+    from photon.data import open_data
     from photon.deploy.serve import Aggregator
     from photon.deploy.served_run import reopen_run
 
@@ -90,6 +93,7 @@ def serve(
         assert run_file is not None
         config = load_run_config(run_file, overrides or [])
         folder = run_dir or Path("runs") / config.run.name
+    open_data(config.data.path)  # silos would be waited for first, and then sent away
     lines = _Lines(Path(config.serve.home) / "logs" / "serve.log", verbose=verbose)
     aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)
 

@@ -27,6 +27,7 @@ from typing import Literal
 import httpx2
 
 from photon.config.serve import ServeConfig
+from photon.data import open_data
 from photon.deploy.certificates import (
     RENEW_DAYS,
     CertificateFiles,
@@ -133,6 +134,13 @@ def checked(name: str, look: Callable[[], Check]) -> Check:
 
 
 # --- one by one -----------------------------------------------------------------------------------
+
+
+def look_at_data(path: str) -> Check:
+    """The folder that gives a run its tokenizer and its global held-out text."""
+    data = open_data(path)
+    words = f"{path}, {data.vocab_size:,} tokens of vocabulary"
+    return Check("data", "ok", f"{words}; tokenizer sha256 {data.tokenizer_sha256[:12]}...")
 
 
 def _certificates(serve: ServeConfig, home: Path) -> Check:

@@ -370,8 +370,9 @@ def _address(address: str) -> Check:
                 return Check("address", "ok", f"port {port} of {named} answers")
         except OSError as error:
             last = error
+    named = host if addresses == [host] else f"{host} ({', '.join(addresses)})"
     raise UnreachableError(
-        f"{host} is {', '.join(addresses)}, but port {port} does not answer: {last}",
+        f"{named}: port {port} does not answer: {last}",
         hint="Is `photon serve` up, is the port right, and does a firewall on the way let this "
         "machine connect to it?",
     )
