@@ -24,10 +24,10 @@ from photon.deploy.desk_requests import (
     PresenceBody,
     caller_address,
     parse_body,
-    printable,
 )
 from photon.errors import ProtocolError
 from photon.membership.keys import NodeKey
+from photon.membership.records import printable
 from photon.membership.roster import Facts, OpenTask, Roster
 from photon.membership.signing import sign_request
 from photon.store.presign import S3Presigner

@@ -7,12 +7,12 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from photon.cli.screen import console
 from photon.errors import PhotonError
+from photon.membership.records import utc
 
 if TYPE_CHECKING:
     from photon.telemetry import Listener
@@ -111,19 +111,15 @@ def waits_for(run: dict[str, Any]) -> str | None:
     """What a served run waits for, and until when; None if it does not."""
     waiting, lost = run.get("waiting"), run.get("lost")
     if lost:
-        return f"until {_minute(lost['until'])}: {lost['why']}"
+        return f"until {utc(lost['until'])}: {lost['why']}"
     if not waiting:
         return None
     refusing = [f"{silo} ({why})" for silo, why in waiting.get("refusing", {}).items()]
     out = f"; not asked until it starts anew: {', '.join(refusing)}" if refusing else ""
     return (
         f"for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
-        f"{', '.join(waiting['here']) or 'none'}; until {_minute(waiting['until'])}{out}"
+        f"{', '.join(waiting['here']) or 'none'}; until {utc(waiting['until'])}{out}"
     )
-
-
-def _minute(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def view_of_a_run() -> Listener:

@@ -28,7 +28,6 @@ from photon.deploy.desk_requests import (
     PresenceBody,
     error_record,
     parse_body,
-    printable,
 )
 from photon.deploy.desk_server import (
     Caller,
@@ -51,6 +50,7 @@ from photon.errors import (
 )
 from photon.membership.bulletin import told
 from photon.membership.keys import canonical_pem, fingerprint_of
+from photon.membership.records import printable
 from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
 from photon.membership.signing import KEY_HEADER, RequestVerifier
 from photon.store.presign import Presigner

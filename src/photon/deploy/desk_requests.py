@@ -19,7 +19,7 @@ from photon.errors import (
     ProtocolError,
     StoreUnavailableError,
 )
-from photon.membership.records import MOST_FIGURE
+from photon.membership.records import MOST_FIGURE, printable
 from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
 from photon.store.contract import require_key
 from photon.store.presign import Presigner
@@ -170,11 +170,6 @@ def parse_body(kind: type[Body], data: bytes) -> Body:
             printable(f"the {what} request can't be read: {where}: {first['msg'][:200]}"),
             hint="Install the same version of Photon on both sides.",
         ) from None
-
-
-def printable(text: str) -> str:
-    """Text of strangers for a terminal or log: one line, nothing that moves a cursor."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 # --- how often ------------------------------------------------------------------------------------

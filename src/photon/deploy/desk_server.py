@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from photon.deploy.desk_requests import caller_address, error_record, printable
+from photon.deploy.desk_requests import caller_address, error_record
 from photon.errors import (
     AccessRefusedError,
     ClockSkewError,
@@ -44,6 +44,7 @@ from photon.errors import (
     UnreachableError,
     error_of,
 )
+from photon.membership.records import printable
 
 logger = logging.getLogger("photon.desk")
 

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,6 +47,7 @@ from photon.errors import (
 from photon.membership.bulletin import tell_all
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
+from photon.membership.records import utc
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Member, Roster
 from photon.store.disk import write_json
 from photon.store.granted_store import require_origin
@@ -417,11 +417,11 @@ class Aggregator:
         words = f"{name} goes on"
         if lost is not None:
             # Why others were dropped is between them and the operator.
-            words = f"{name} had too few good updates; it tries again at {_clock(lost['until'])}"
+            words = f"{name} had too few good updates; it tries again at {utc(lost['until'])}"
         elif waiting is not None:
             words = (
                 f"{name} waits for {waiting['for_silos']} silos for round {waiting['round']}, "
-                f"{len(waiting['here'])} here, until {_clock(waiting['until'])}"
+                f"{len(waiting['here'])} here, until {utc(waiting['until'])}"
             )
         if words == self._told:
             return
@@ -482,10 +482,6 @@ class Aggregator:
         if kind in ("joined", "drain", "stop"):
             words = ", ".join(f"{name} {value}" for name, value in detail.items())
             self._on_event(f"{kind}: {words}" if words else kind)
-
-
-def _clock(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _origin_of(presigner: Presigner) -> str:

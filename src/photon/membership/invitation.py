@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives import hashes
 from photon.config.addresses import host_name, joined
 from photon.errors import DiskFullError, InvitationError, MembershipError
 from photon.membership.keys import FINGERPRINT, canonical_pem
+from photon.membership.records import utc
 
 _FORMAT = 2
 #: Of the file; of a tokenizer in it, compressed and as it is.
@@ -110,7 +111,7 @@ class Invitation:
         """
         if now >= self.expires_at:
             raise InvitationError(
-                f"the invitation for {self.name} expired at {_utc(self.expires_at)}", hint=_HINT
+                f"the invitation for {self.name} expired at {utc(self.expires_at)}", hint=_HINT
             )
 
 
@@ -323,7 +324,3 @@ def _wrong(path: Path, key: str, value: object, wanted: str) -> InvitationError:
     # A damaged token is a secret still.
     found = "missing" if value is None else ("damaged" if key == "token" else repr(value)[:80])
     return InvitationError(f"{path}: {key} is {found}; it must be {wanted}", hint=_HINT)
-
-
-def _utc(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 from photon.errors import ProtocolError
@@ -177,6 +178,11 @@ def require_sensible(facts: Facts) -> None:
     version = facts.photon_version
     if not (isinstance(version, str) and 0 < len(version) <= 100 and version.isprintable()):
         raise ProtocolError(f"facts.photon_version {str(version)[:100]!r} is no version")
+
+
+def utc(at: float) -> str:
+    """A time in seconds since the epoch, to the minute."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def printable(text: str) -> str:

@@ -14,7 +14,6 @@ import os
 import secrets
 import sqlite3
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from photon.membership.records import (
     Signer,
     Status,
     require_sensible,
+    utc,
 )
 from photon.membership.roster_file import RosterFile
 from photon.membership.tasks import Tasks
@@ -161,7 +161,7 @@ class Roster:
                 (_digest(token), name, int(rotate), now, now + valid_s, key),
             )
             what = "invited with a new key" if rotate else "invited"
-            self.journal.add(db, "operator", what, f"{name}, until {_utc(now + valid_s)}", now)
+            self.journal.add(db, "operator", what, f"{name}, until {utc(now + valid_s)}", now)
         return token
 
     def redeem(
@@ -270,7 +270,7 @@ class Roster:
         if retired:
             row = retired[0]
             message = (
-                f"key {shown} was {row['name']}'s until {_utc(row['retired_at'])}: {row['why']}"
+                f"key {shown} was {row['name']}'s until {utc(row['retired_at'])}: {row['why']}"
             )
             hint = "Use the newer key; or ask the aggregator's operator for an invitation."
         else:
@@ -515,17 +515,17 @@ class Roster:
             )
         if row["end"] == "used":
             return InvitationError(
-                f"the invitation for {shown} was used at {_utc(row['ended_at'])}",
+                f"the invitation for {shown} was used at {utc(row['ended_at'])}",
                 hint="If this node used it, it is a member: `photon join` without --invite goes "
                 f"on. Otherwise tell the operator: somebody else has it. {hint}",
             )
         if row["end"] is not None:
             return InvitationError(
-                f"the invitation for {shown} was {row['end']} at {_utc(row['ended_at'])}", hint=hint
+                f"the invitation for {shown} was {row['end']} at {utc(row['ended_at'])}", hint=hint
             )
         if row["expires_at"] <= now:
             return InvitationError(
-                f"the invitation for {shown} expired at {_utc(row['expires_at'])}", hint=hint
+                f"the invitation for {shown} expired at {utc(row['expires_at'])}", hint=hint
             )
         member = self._member(db, name)
         here = member is not None and member.status != "expelled"
@@ -665,10 +665,6 @@ def _now(now: float | None) -> float:
 
 def _digest(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _utc(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _shown(boot: str) -> str:

@@ -35,6 +35,7 @@ from photon.errors import (
 )
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
+from photon.membership.records import printable
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
 from photon.store.dialling import http_client, is_loopback, proxy_to
@@ -71,8 +72,8 @@ class _ErrorPart(_Answer):
 
     def error(self) -> PhotonError:
         """As it was raised over there, cut to a length and without what moves a cursor."""
-        hint = _printable(self.hint)[:2000] if self.hint else None
-        return error_of(self.code)(_printable(self.message)[:2000], hint=hint)
+        hint = printable(self.hint)[:2000] if self.hint else None
+        return error_of(self.code)(printable(self.message)[:2000], hint=hint)
 
 
 class _Failure(_Answer):
@@ -185,7 +186,7 @@ class DeskClient:
             CertificateError, UnreachableError: see `health`.
         """
         # The desk takes no longer ones, and no presence is to fail for its words.
-        detail = _printable(presence.detail)[:_MOST_DETAIL]
+        detail = printable(presence.detail)[:_MOST_DETAIL]
         return self._asked("presence", asdict(presence) | {"detail": detail})
 
     def grants(self, task_id: str) -> GrantBook:
@@ -213,8 +214,8 @@ class DeskClient:
         else:
             raise ProtocolError(f"the desk of {self} gives no leave to look at the store")
         return Standing(
-            _printable(answer.name)[:100],
-            _printable(answer.member_status),
+            printable(answer.name)[:100],
+            printable(answer.member_status),
             answer.registered,
             part.key,
             probe,
@@ -321,7 +322,7 @@ class DeskClient:
         if isinstance(error, httpx2.TimeoutException):
             words = f"no answer within {self._timeout_s:g} s"
         else:
-            words = _printable(str(error))[:300] or type(error).__name__
+            words = printable(str(error))[:300] or type(error).__name__
         proxy = proxy_to(self._origin)
         if proxy is not None:
             return UnreachableError(
@@ -552,7 +553,7 @@ def _certificate_words(error: ssl.SSLCertVerificationError) -> str:
         return "its certificate expired"
     if error.verify_code == _NOT_YET_VALID:
         return "its certificate is not valid yet"
-    words = _printable(str(error.verify_message))[:300]
+    words = printable(str(error.verify_message))[:300]
     if error.verify_code in _OTHER_HOST:
         return f"its certificate is another host's ({words})"
     return f"its certificate is not of the authority that the invitation names ({words})"
@@ -572,7 +573,3 @@ def _certificate_hint(error: ssl.SSLCertVerificationError) -> str:
         "Somebody else may answer in the aggregator's place: ask its operator for the fingerprint "
         "of its authority. If that changed, a new invitation has it."
     )
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -37,9 +36,6 @@ _JOIN = timedelta(seconds=300)
 #: Followers ask anew after so long; between two runs of a federation there may be months.
 _WAIT = timedelta(hours=1)
 
-#: When a rank is lost the others complain at once; its own end shows within so many seconds.
-_POST_MORTEM_S = 5.0
-
 #: Set for ranks that rank 0 started: its process id.
 _STARTED_BY = "PHOTON_RANK_OF"
 
@@ -58,7 +54,6 @@ class Team:
         self.seat = seat
         self._store = store
         self._number = 0
-        self._watched = False
 
     @classmethod
     def gather(
@@ -89,7 +84,6 @@ class Team:
             team = cls(seat, _meet(seat))  # it listens before the others call
             for rank in range(1, count):
                 _start(Seat(rank, rank, count, count), command, on_loss)
-            team._watched = True
             return team
         _end_with_starter()
         return cls(seat, _meet(seat))
@@ -102,11 +96,6 @@ class Team:
     @property
     def size(self) -> int:
         return self.seat.world_size
-
-    def wait_for_its_end(self) -> None:
-        """After a rank was lost: where this process started it, its end becomes known."""
-        if self._watched:
-            time.sleep(_POST_MORTEM_S)
 
     def begin(self, order: dict[str, Any]) -> None:
         """Rank 0: have the others build a node, which joins this process's next one.
