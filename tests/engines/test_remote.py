@@ -355,6 +355,25 @@ def test_who_answered_once_is_not_left_behind(make_bench, monkeypatch):
     bench.wire.fault = answers
 
 
+def test_answers_that_waited_for_an_aggregator_make_nobody_else_slow(make_bench, monkeypatch):
+    """After a restart the quorum's come at once, from disk; the others still train."""
+    monkeypatch.setattr(messenger, "_LEAST_PATIENCE_S", 0.0)
+    monkeypatch.setattr(messenger, "_IDLE_S", 0.3)
+    bench = make_bench("serve.straggler_factor=1")
+
+    def waited(silo, ask, times):
+        if silo.name == "red":
+            return None if times == 1 else silo.answer(ask)
+        reply = parse_reply(silo.answer(ask).text)
+        fit = reply.fit.model_copy(update={"train_s": 3600.0})
+        return silo.sign(reply.model_copy(update={"fit": fit}))
+
+    bench.wire.fault = waited
+    found = {name: digest for name, (_, digest) in bench.answers().items()}
+    assert found == bench.federated.expected
+    assert bench.wire.times("red") == 2
+
+
 def test_nobody_is_waited_for_in_a_hot_loop(make_bench):
     """With answers here already, a silo that works is looked at a few times a second."""
     bench = make_bench("serve.round_deadline_s=6")

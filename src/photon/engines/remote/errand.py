@@ -28,7 +28,7 @@ class Errand:
         ids: of its messages that may still be answered.
         asked_s, next_s: when it was sent last, and before when it is not sent again (epoch, s).
         pause_s: before it is sent once more.
-        took_s: until its first answer came to this process; 0 before.
+        took_s: until its first answer came to this process, or that it says it trained; 0 before.
         troubles: that count against the silo; ATTEMPTS are the end.
         last_trouble: in words, for the message that says why there is no answer.
         reply: verified.

@@ -292,7 +292,9 @@ class Messenger:
             return
         if reply.refused is None:
             errand.reply = reply
-            errand.took_s = errand.took_s or now_s - errand.begun_s
+            # It may have trained while no aggregator was there to hear of it.
+            trained_s = reply.fit.train_s if reply.fit is not None else 0.0
+            errand.took_s = errand.took_s or max(now_s - errand.begun_s, trained_s)
             kept = replace(answer, ask=encoded(errand.ask))
             self._roster.tasks.close(errand.ask.task_id, kept)
             return
