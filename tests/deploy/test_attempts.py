@@ -19,6 +19,7 @@ from photon.deploy.supervisor import Supervisor
 from photon.engines.flower.control import RunState
 from photon.errors import InvalidValueError, QuorumLostError, ServiceLostError
 from photon.membership.bulletin import told
+from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, Presence
 from photon.store.presign import S3Presigner
 
@@ -113,6 +114,32 @@ def serving(three_silos, home, monkeypatch):
     yield made, desk, said
     desk.stop()
     made._roster.close()
+
+
+def test_a_key_that_was_lost_is_not_replaced_in_silence(home) -> None:
+    tree = {
+        "model": {"preset": "tiny"},
+        "data": {"path": "unread"},
+        "serve": {"home": str(home), "host": "127.0.0.1"},
+    }
+    said: list[str] = []
+
+    def begun() -> Aggregator:
+        config = parse_run_config(tree)
+        return Aggregator(config, home / "run", log=said.append, on_event=said.append)
+
+    first = begun()
+    pem = NodeKey.create(home / "node.key").public_pem
+    facts = Facts("d" * 64, "e" * 64, 1000, "0.1.0")
+    first._roster.redeem(first._roster.invite("lab", 60), "lab", pem, facts)
+    first._roster.close()
+    begun()._roster.close()
+    assert not said
+    (home / "aggregator.key").unlink()
+    begun()._roster.close()
+    (warning,) = said
+    assert "1 members know another key" in warning
+    assert "photon members rotate" in warning
 
 
 def healthy(desk: Desk) -> bool:

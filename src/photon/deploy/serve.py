@@ -105,8 +105,16 @@ class Aggregator:
         self._log = log
         self._on_event = on_event or (lambda _: None)
         self._home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        NodeKey.load_or_create(self._home / AGGREGATOR_KEY_FILE)  # the loop asks with it
+        key = self._home / AGGREGATOR_KEY_FILE
+        lost = not key.exists()
+        NodeKey.load_or_create(key)  # the loop asks with it
         self._roster = Roster(self._home / ROSTER_FILE)
+        if lost and (members := self._roster.members()):
+            self._on_event(
+                f"warning: {key} was missing and was made anew: {len(members)} members know "
+                "another key and refuse its tasks. Put the old file back from a backup and start "
+                "again, or have each join again (`photon members rotate NAME`)"
+            )
         self._control: Control | None = None
         self._certificate: DoorCertificate | None = None
         self._embedded: EmbeddedStore | None = None
