@@ -30,7 +30,7 @@ def test_the_run_file_is_read_and_names_every_table(made):
     folder, _ = made
     config = load_run_config(folder / "run.toml")
     assert config.data.path == str(folder / "data")
-    assert config.run.name == "first"
+    assert config.run.name == "a-first-run"
     text = (folder / "run.toml").read_text()
     assert set(re.findall(r"^(?:# )?\[(\w+)\]", text, re.MULTILINE)) == set(RunConfig.model_fields)
     for line in text.splitlines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shlex
 import sysconfig
 from collections.abc import Iterator
@@ -50,9 +51,15 @@ def init(
     ):
         _write(text / silo, documents)
     recipe = (files("photon") / "recipes" / "first.toml").read_text(encoding="utf-8")
-    here = 'path = "data" '
-    assert recipe.count(here) == 1
-    recipe = recipe.replace(here, f"path = {json.dumps(str(data), ensure_ascii=False)} ")
+    # The folder's name, so that two runs that were begun like this don't want the same folder.
+    name = re.sub(r"[^A-Za-z0-9]+", "-", folder.absolute().name).strip("-") or "first"
+    for here, there in (
+        ('path = "data" ', f"path = {json.dumps(str(data), ensure_ascii=False)} "),
+        ('name = "first" ', f'name = "{name}" '),
+        ("go to runs/first\n", f"go to runs/{name}\n"),
+    ):
+        assert recipe.count(here) == 1
+        recipe = recipe.replace(here, there)
     run_file.write_text(recipe, encoding="utf-8")
     run_file_, text_, data_ = (shlex.quote(str(path)) for path in (run_file, text, data))
     show(f"Wrote {run_file} and {text} (three silos). Next:")
