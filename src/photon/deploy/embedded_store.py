@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import tomli_w
 
+from photon.deploy.certificates import make_authority, make_certificate
 from photon.deploy.front_door import find_program
 from photon.deploy.logs import readable
 from photon.deploy.ports import free_ports, is_free
@@ -27,7 +29,7 @@ from photon.errors import DeployError, DiskFullError, ObjectMissingError
 from photon.main_memory import main_memory
 from photon.store.contract import Store
 from photon.store.dialling import http_client
-from photon.store.disk import write_json
+from photon.store.disk import write_json, write_whole
 from photon.store.object_store import open_store
 from photon.store.presign import S3Presigner, Verb
 
@@ -39,6 +41,8 @@ _PORTS = (
     *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc"),
     *("filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc"),
 )
+#: What calls what over gRPC.
+_PARTS = ("master", "volume", "filer", "s3", "client")
 #: A unix socket's path is at most so long (Linux: 108 with the zero at its end).
 _MOST_SOCKET_PATH = 100
 _ANSWER_S = 5.0
@@ -153,8 +157,9 @@ class EmbeddedStore:
         """The store as a service; ready once it took, gave back and removed an object.
 
         Raises:
-            DeployError: no SeaweedFS here, or the folder's path is too long.
+            DeployError: no SeaweedFS here, or the folder's path is too long, or can't be written.
         """
+        self._close_inside()
         return Service(
             SERVICE,
             self.command(),
@@ -264,6 +269,26 @@ class EmbeddedStore:
             "HOME": str(self.folder),
             "GOMEMLIMIT": f"{self.options.memory_mib}MiB",
         }
+
+    def _close_inside(self) -> None:
+        """Have its parts know each other, by keys that are made anew at each start.
+
+        Without, whoever is on this machine reads and removes objects with SeaweedFS's own tools.
+        """
+        inner = self.folder / "inner"
+        make_authority(inner)
+        files = make_certificate(inner, ["localhost"], calls=True)
+        pair = {"cert": str(files.certificate), "key": str(files.key)}
+        signing = {"key": secrets.token_hex(32), "read": {"key": secrets.token_hex(32)}}
+        record = {
+            "grpc": {"ca": str(files.ca), **dict.fromkeys(_PARTS, pair)},
+            "jwt": {"signing": signing},
+        }
+        path = self.folder / ".seaweedfs" / "security.toml"  # HOME is the folder
+        try:
+            write_whole(path, tomli_w.dumps(record), "the store's configuration", mode=0o600)
+        except OSError as error:
+            raise DeployError(f"can't write {path}: {error.strerror}") from error
 
     def _credentials(self) -> tuple[str, str]:
         path = self.folder / "s3.json"
