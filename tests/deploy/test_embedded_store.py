@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import time
@@ -124,9 +125,15 @@ def test_its_own_tools_need_its_keys(running_store, tmp_path) -> None:
         subprocess.run(shell, input=asked.encode(), env=theirs, capture_output=True, timeout=5)
     assert b"key" not in (caught.value.stdout or b"")
     assert store.open("inside").size("key") == 4
-    volume = f"http://127.0.0.1:{ports['volume.port']}/1,01637037d6"
-    for verb in ("GET", "POST", "DELETE"):
-        assert httpx2.request(verb, volume, trust_env=False, content=b"").status_code == 401, verb
+    anybody = ssl.create_default_context(cafile=str(store.folder / "inner" / "ca.crt"))
+    for target in (
+        f"{ports['volume.port']}/1,01637037d6",
+        f"{ports['master.port']}/col/delete?collection={BUCKET}",
+    ):
+        plain = httpx2.get(f"http://127.0.0.1:{target}", trust_env=False)
+        assert plain.status_code == 400, plain.text
+        with pytest.raises(httpx2.NetworkError, match="certificate required"):
+            httpx2.get(f"https://127.0.0.1:{target}", verify=anybody, trust_env=False)
     subprocess.run(shell, input=asked.encode(), env=ours, capture_output=True, timeout=60)
     assert store.open("inside").size("key") is None
 

@@ -273,15 +273,18 @@ class EmbeddedStore:
     def _close_inside(self) -> None:
         """Have its parts know each other, by keys that are made anew at each start.
 
-        Without, whoever is on this machine reads and removes objects with SeaweedFS's own tools.
+        Without, whoever is on this machine reads and removes objects with SeaweedFS's own tools,
+        and all of them by one request to its master.
         """
         inner = self.folder / "inner"
         make_authority(inner)
         files = make_certificate(inner, ["localhost"], calls=True)
         pair = {"cert": str(files.certificate), "key": str(files.key)}
+        http = pair | {"ca": str(files.ca)}
         signing = {"key": secrets.token_hex(32), "read": {"key": secrets.token_hex(32)}}
         record = {
             "grpc": {"ca": str(files.ca), **dict.fromkeys(_PARTS, pair)},
+            "https": {"master": http, "volume": http, "client": http | {"enabled": True}},
             "jwt": {"signing": signing},
         }
         path = self.folder / ".seaweedfs" / "security.toml"  # HOME is the folder
