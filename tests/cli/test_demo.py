@@ -61,7 +61,7 @@ def test_the_demo_ends_with_a_table_and_a_report_and_goes_on_where_it_stopped(wh
     words = ["demo", "--out", str(out), "--wheel", str(wheel), "--quiet"]
     for pair in SMALL:
         words += ["--set", pair]
-    result = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     manifest = json.loads((out / "data/manifest.json").read_text())
     assert sorted(manifest["silos"]) == [

@@ -295,7 +295,7 @@ def test_text_with_a_single_document_can_not_be_a_silo(tmp_path):
     out = tmp_path / "data"
     result = photon("data", "prepare", "--input", tmp_path / "one.txt", "--out", out)
     assert result.exit_code == 22
-    assert "'all'" in result.output
+    assert "holds a single document" in result.output
     assert [path.name for path in tmp_path.iterdir()] == ["one.txt"]
 
 
