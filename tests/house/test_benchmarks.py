@@ -158,3 +158,10 @@ def test_the_peers_share_the_projects_transformers(contest: Any) -> None:
     assert {pin for pin in lock if pin.startswith("transformers==")} <= set(
         contest.REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     )
+
+
+def test_one_hostile_silo(three_silos: Path) -> None:
+    out = run(
+        str(BENCHMARKS / "hostile.py"), "--data", str(three_silos), "--vocabulary", "300", "--quick"
+    )
+    assert "| mean | +" in out
