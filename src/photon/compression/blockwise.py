@@ -9,6 +9,7 @@ Tensors are taken a piece at a time that fits a CPU's cache: each piece is read 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -21,7 +22,6 @@ from photon.compression.codec import (
     Empty,
     Memory,
     Parts,
-    count_of,
     flat,
     require_finite,
     require_part,
@@ -48,11 +48,7 @@ class Blockwise(Codec):
             raise ValueError(f"a block of {block} values: a power of two from 16 to 4096 is needed")
         self.block = block
 
-    def parameters(self) -> dict[str, int | float]:
-        return {"block": self.block}
-
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
-        del memory
         values = flat(tensor)
         blocks = -(-values.numel() // self.block)
         codes = torch.empty(blocks, self._block_bytes, dtype=torch.uint8)
@@ -67,7 +63,7 @@ class Blockwise(Codec):
         return {"codes": codes.flatten(), "scales": scales}
 
     def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
-        count = count_of(shape)
+        count = math.prod(shape)
         blocks = -(-count // self.block)
         codes = require_part(parts, "codes", torch.uint8, blocks * self._block_bytes)
         scales = require_part(parts, "scales", torch.bfloat16, blocks)

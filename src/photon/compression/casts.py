@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,7 +14,6 @@ from photon.compression.codec import (
     Empty,
     Memory,
     Parts,
-    count_of,
     flat,
     require_finite,
     require_part,
@@ -24,7 +24,6 @@ class _Cast(Codec):
     _dtype: ClassVar[torch.dtype]
 
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
-        del memory
         values = flat(tensor).to(self._dtype, copy=True)
         if values.numel():
             # The extremes are those of the cast values: fp16 overflows beyond 65,504.
@@ -32,7 +31,7 @@ class _Cast(Codec):
         return {"values": values}
 
     def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
-        values = require_part(parts, "values", self._dtype, count_of(shape))
+        values = require_part(parts, "values", self._dtype, math.prod(shape))
         if self._dtype != torch.float32:
             values = empty(values.numel()).copy_(values)
         return values.view(tuple(shape))
@@ -43,10 +42,7 @@ class Fp32(_Cast):
 
     name = "fp32"
     _dtype = torch.float32
-
-    @property
-    def lossless(self) -> bool:
-        return True
+    lossless = True
 
 
 class Bf16(_Cast):

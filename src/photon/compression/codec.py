@@ -6,7 +6,7 @@ writes as they are: their sizes are the bytes on the wire.
 
 from __future__ import annotations
 
-import math
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import ClassVar
@@ -38,6 +38,10 @@ class Codec(ABC):
 
     #: In run files and manifests.
     name: ClassVar[str]
+    #: Whether fp32 comes back bit for bit.
+    lossless: bool = False
+    #: Whether it uses `memory`.
+    learns: bool = False
 
     @abstractmethod
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
@@ -62,31 +66,16 @@ class Codec(ABC):
         """
 
     def parameters(self) -> dict[str, int | float]:
-        """What its constructor was given, by keyword."""
-        return {}
+        """What its constructor was given, by keyword; kept under the same names."""
+        names = inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names if name != "inner"}
 
     def fitted(self, update: Update) -> Codec:
         """This codec with what it must know of a whole update before its first tensor.
 
         Decoders need none of it. Most codecs look at a tensor alone and give themselves.
         """
-        del update
         return self
-
-    @property
-    def lossless(self) -> bool:
-        """Whether fp32 comes back bit for bit."""
-        return False
-
-    @property
-    def learns(self) -> bool:
-        """Whether it uses `memory`."""
-        return False
-
-
-def count_of(shape: Sequence[int]) -> int:
-    """Values of a tensor of that shape."""
-    return math.prod(shape)
 
 
 def bytes_of(parts: Parts) -> int:

@@ -24,7 +24,6 @@ from photon.compression.codec import (
     Empty,
     Memory,
     Parts,
-    count_of,
     flat,
     require_finite,
     require_part,
@@ -122,14 +121,10 @@ class LowRank(_Factors):
         self.energy = energy
         self.inner = inner or Fp32()
 
-    def parameters(self) -> dict[str, int | float]:
-        return {"energy": self.energy}
-
     def _may_pay(self, m: int, n: int) -> bool:
         return m + n < m * n
 
     def _factors(self, matrix: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor] | None:
-        del memory
         m, n = matrix.shape
         tall = m > n
         gram = matrix.T @ matrix if tall else matrix @ matrix.T
@@ -168,19 +163,13 @@ class PowerSGD(_Factors):
     """
 
     name = "powersgd"
+    learns = True
 
     def __init__(self, rank: int = 4, inner: Codec | None = None) -> None:
         if not 1 <= rank <= 1024:
             raise ValueError(f"a rank of {rank}: 1 to 1024 is needed")
         self.rank = rank
         self.inner = inner or Fp32()
-
-    def parameters(self) -> dict[str, int | float]:
-        return {"rank": self.rank}
-
-    @property
-    def learns(self) -> bool:
-        return True
 
     def _may_pay(self, m: int, n: int) -> bool:
         return self.rank * (m + n) < m * n
@@ -209,4 +198,4 @@ def _sides(shape: Sequence[int]) -> tuple[int, int] | None:
     if len(shape) < 2:
         return None
     m, n = shape[0], math.prod(shape[1:])
-    return (m, n) if m > 1 and n > 1 and count_of(shape) else None
+    return (m, n) if m > 1 and n > 1 and math.prod(shape) else None

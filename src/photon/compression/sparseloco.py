@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ from photon.compression.codec import (
     Empty,
     Memory,
     Parts,
-    count_of,
     require_finite,
     require_part,
 )
@@ -55,25 +55,21 @@ class SparseLoco(Codec):
             raise ValueError(f"k = {k}: a multiple of 4 from 4 to 1024 is needed")
         self.k = k
 
-    def parameters(self) -> dict[str, int | float]:
-        return {"k": self.k}
-
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
-        del memory
         values = tensor.detach().to(device="cpu", dtype=torch.float32)
         if values.numel() < _SMALL:
             whole = values.to(torch.bfloat16).flatten().clone()
             require_finite(whole, self.name)
             return {"values": whole}
-        chunks = _chunks_of(values.shape)
-        places = torch.empty(chunks, self.k, dtype=torch.int32)
-        kept = torch.empty(chunks, self.k)
+        grid = _Grid.of(values.shape)
+        places = torch.empty(grid.chunks, self.k, dtype=torch.int32)
+        kept = torch.empty(grid.chunks, self.k)
         done = 0
-        for piece in _pieces(values):
-            into = slice(done, done := done + len(piece))
-            some = _largest(piece, self.k)
+        for chunks in map(grid.cut, grid.pieces(values)):
+            into = slice(done, done := done + len(chunks))
+            some = _largest(chunks, self.k)
             places[into] = some
-            kept[into] = piece.gather(1, some)
+            kept[into] = chunks.gather(1, some)
         return self._packed(places, kept)
 
     def _packed(self, places: Tensor, kept: Tensor) -> dict[str, Tensor]:
@@ -97,87 +93,75 @@ class SparseLoco(Codec):
         return {"index": index.flatten(), "codes": codes.flatten(), "levels": levels.flatten()}
 
     def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
-        count = count_of(shape)
+        count = math.prod(shape)
         if count < _SMALL:
             whole = require_part(parts, "values", torch.bfloat16, count)
             return empty(count).copy_(whole).view(tuple(shape))
-        chunks, k = _chunks_of(shape), self.k
+        grid, k = _Grid.of(shape), self.k
+        chunks = grid.chunks
         index = require_part(parts, "index", torch.uint8, chunks * 3 * k // 2).view(chunks, 3, -1)
         codes = require_part(parts, "codes", torch.uint8, chunks * k // 4).view(chunks, -1)
         levels = require_part(parts, "levels", torch.bfloat16, chunks * 2).view(chunks, 2)
         result = empty(count).view(tuple(shape))
         done = 0
-        for rows, columns in _cuts(shape):
-            target = _matrix(result)[rows, columns]
-            some = slice(done, done := done + _tiles_of(target, shape))
+        for target in grid.pieces(result):
+            tiles = _Grid(*target.shape, grid.tall, grid.wide).chunks
+            some = slice(done, done := done + tiles)
             places = _unpack_places(index[some])
             if bool((places.diff(dim=1) <= 0).any()):
                 raise ValueError("part 'index' is not ascending within its chunks")
             code = _unpack_codes(codes[some])
             kept = levels[some].float().gather(1, (code >> 1).to(torch.int64))
             kept = torch.where((code & 1).bool(), -kept, kept)
-            _put(kept.new_zeros(len(kept), _CHUNK).scatter_(1, places, kept), target, shape)
+            grid.put(kept.new_zeros(len(kept), _CHUNK).scatter_(1, places, kept), target)
         return result
 
 
-def _is_tiled(shape: Sequence[int]) -> bool:
-    return len(shape) >= 2 and shape[0] >= _SIDE and math.prod(shape[1:]) >= _SIDE
+@dataclass(frozen=True)
+class _Grid:
+    """A tensor as a matrix [rows, columns], cut into chunks of [tall, wide]."""
 
+    rows: int
+    columns: int
+    tall: int
+    wide: int
 
-def _matrix(tensor: Tensor) -> Tensor:
-    """[d0, rest] of what is tiled, [1, values] of anything else; a view of what is contiguous."""
-    return tensor.reshape(tensor.shape[0] if _is_tiled(tensor.shape) else 1, -1)
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> _Grid:
+        """Tiles of [d0, rest] where both sides hold one; else runs of one row."""
+        columns = math.prod(shape[1:])
+        if len(shape) >= 2 and shape[0] >= _SIDE and columns >= _SIDE:
+            return cls(shape[0], columns, _SIDE, _SIDE)
+        return cls(1, math.prod(shape), 1, _CHUNK)
 
+    @property
+    def chunks(self) -> int:
+        return -(-self.rows // self.tall) * -(-self.columns // self.wide)
 
-def _side(shape: Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a chunk."""
-    return (_SIDE, _SIDE) if _is_tiled(shape) else (1, _CHUNK)
+    def pieces(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Parts of the matrix that fit a cache: whole chunks, in order; views if contiguous."""
+        matrix, tall, wide = tensor.reshape(self.rows, -1), self.tall, self.wide
+        # Several bands of chunks at a time where they are short, a share of one where it is long.
+        bands = max(1, _PIECE // (tall * -(-self.columns // wide) * wide))
+        step = self.columns if bands > 1 else _PIECE // tall
+        for top in range(0, self.rows, bands * tall):
+            for left in range(0, self.columns, step):
+                yield matrix[top : top + bands * tall, left : left + step]
 
-
-def _cuts(shape: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of `_matrix` that fit a cache together: whole chunks, in their order."""
-    tall, wide = _side(shape)
-    rows = shape[0] if _is_tiled(shape) else 1
-    columns = count_of(shape) // rows
-    # Several bands of chunks at a time where they are short, a share of one where it is long.
-    bands = max(1, _PIECE // (tall * -(-columns // wide) * wide))
-    step = columns if bands > 1 else _PIECE // tall
-    for top in range(0, rows, bands * tall):
-        for left in range(0, columns, step):
-            yield slice(top, top + bands * tall), slice(left, left + step)
-
-
-def _chunks_of(shape: Sequence[int]) -> int:
-    tall, wide = _side(shape)
-    rows = shape[0] if _is_tiled(shape) else 1
-    return -(-rows // tall) * -(-(count_of(shape) // rows) // wide)
-
-
-def _tiles_of(piece: Tensor, shape: Sequence[int]) -> int:
-    tall, wide = _side(shape)
-    return -(-piece.shape[0] // tall) * -(-piece.shape[1] // wide)
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """All chunks [n, 4096] in order, some at a time."""
-    tall, wide = _side(tensor.shape)
-    matrix = _matrix(tensor)
-    for rows, columns in _cuts(tensor.shape):
-        piece = matrix[rows, columns]
-        below, beside = -piece.shape[0] % tall, -piece.shape[1] % wide
+    def cut(self, piece: Tensor) -> Tensor:
+        """A piece's chunks [n, 4096], filled up with zeros."""
+        below, beside = -piece.shape[0] % self.tall, -piece.shape[1] % self.wide
         if below or beside:
             piece = torch.nn.functional.pad(piece, (0, beside, 0, below))
-        tiles = piece.reshape(piece.shape[0] // tall, tall, -1, wide).transpose(1, 2)
-        yield tiles.reshape(-1, _CHUNK)
+        tiles = piece.reshape(piece.shape[0] // self.tall, self.tall, -1, self.wide)
+        return tiles.transpose(1, 2).reshape(-1, _CHUNK)
 
-
-def _put(chunks: Tensor, into: Tensor, shape: Sequence[int]) -> None:
-    """Chunks [n, 4096] to where `_pieces` had them from, without their padding."""
-    tall, wide = _side(shape)
-    across = -(-into.shape[1] // wide)
-    tiles = chunks.view(-1, across, tall, wide).transpose(1, 2)
-    piece = tiles.reshape(-1, across * wide)
-    into.copy_(piece[: into.shape[0], : into.shape[1]])
+    def put(self, chunks: Tensor, into: Tensor) -> None:
+        """Chunks to the piece that `cut` had them from, without their padding."""
+        across = -(-into.shape[1] // self.wide)
+        tiles = chunks.view(-1, across, self.tall, self.wide).transpose(1, 2)
+        piece = tiles.reshape(-1, across * self.wide)
+        into.copy_(piece[: into.shape[0], : into.shape[1]])
 
 
 def _largest(chunks: Tensor, k: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,6 @@ from photon.compression.codec import (
     Memory,
     Parts,
     Update,
-    count_of,
     flat,
     require_finite,
     require_part,
@@ -55,9 +55,6 @@ class TopK(Codec):
         self.inner = inner or Fp32()
         self._threshold: int | None = None
 
-    def parameters(self) -> dict[str, int | float]:
-        return {"density": self.density}
-
     def fitted(self, update: Update) -> Codec:
         """This codec with one threshold for all tensors of the update, which is walked twice.
 
@@ -69,7 +66,6 @@ class TopK(Codec):
         return codec
 
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
-        del memory
         values = flat(tensor)
         threshold = self._threshold
         if threshold is None:
@@ -94,7 +90,7 @@ class TopK(Codec):
         return places | encode_nested(self.inner, torch.cat(kept), "values")
 
     def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
-        count = count_of(shape)
+        count = math.prod(shape)
         if "bitmap" in parts:
             places = _places_of_bitmap(parts, count)
         elif "index" in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ import zstandard
 from torch import Tensor
 
 from photon.compression.casts import Fp32
-from photon.compression.codec import Codec, Empty, Memory, Parts, Update, count_of
+from photon.compression.codec import Codec, Empty, Memory, Parts, Update
 
 #: Before the frame: what kind of number the bytes are, and how many bytes they are.
 _HEADER = struct.Struct("<BQ")
@@ -58,20 +59,10 @@ class Zstd(Codec):
             raise ValueError(f"zstd level {level}: 1 to 19 is needed")
         self.inner = inner or Fp32()
         self.level = level
-
-    def parameters(self) -> dict[str, int | float]:
-        return {"level": self.level}
+        self.lossless, self.learns = self.inner.lossless, self.inner.learns
 
     def fitted(self, update: Update) -> Codec:
         return Zstd(self.inner.fitted(update), self.level)
-
-    @property
-    def lossless(self) -> bool:
-        return self.inner.lossless
-
-    @property
-    def learns(self) -> bool:
-        return self.inner.learns
 
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
         parts = self.inner.encode(tensor, memory)
@@ -79,12 +70,12 @@ class Zstd(Codec):
 
     def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         # All sizes are known to be right before the first is believed.
-        left = _BYTES_PER_VALUE * count_of(shape) + _BYTES_BESIDE
+        left = _BYTES_PER_VALUE * math.prod(shape) + _BYTES_BESIDE
         for name, part in parts.items():
             left -= _raw_bytes(name, part)
             if left < 0:
                 raise ValueError(
-                    f"part {name!r} unpacks to more bytes than a tensor of {count_of(shape)} "
+                    f"part {name!r} unpacks to more bytes than a tensor of {math.prod(shape)} "
                     f"values can need (expected {_BYTES_PER_VALUE} x values + {_BYTES_BESIDE})"
                 )
         raw = {name: _decompressed(name, part) for name, part in parts.items()}

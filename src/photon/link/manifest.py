@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -128,12 +128,6 @@ class Ref:
         """All that moves."""
         return self.bytes + self.payload_bytes
 
-    @classmethod
-    def to(cls, key: str, manifest: Manifest) -> Ref:
-        data = manifest.encoded()
-        digest = hashlib.sha256(data).hexdigest()
-        return cls(key, len(data), digest, manifest.payload_bytes)
-
 
 @dataclass(frozen=True)
 class Expected:
@@ -239,7 +233,7 @@ def shapes_fingerprint(shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 class Cutter:
-    """Where chunks end in a stream of tensors; writer and accountant share it.
+    """Where chunks end in a stream of tensors.
 
     A chunk ends when it is full, and at a tensor's end once it holds SMALLEST_CHUNK.
 
@@ -270,27 +264,3 @@ class Cutter:
         """Size of the chunk still open; 0 for none. It is closed now."""
         rest, self._open = self._open, 0
         return rest
-
-
-def wire_bytes(
-    header: Header,
-    codecs: Sequence[str],
-    rows: Iterable[tuple[str, Sequence[int], int, Sequence[Part]]],
-    chunk_bytes: int,
-) -> int:
-    """Bytes that a parcel of these tensors takes on the wire, manifest and all, without writing it.
-
-    Args:
-        rows: name, shape, codec and parts of each tensor.
-    """
-    cutter = Cutter(chunk_bytes)
-    tensors, sizes, offset = [], [], 0
-    for name, shape, codec, parts in rows:
-        row = TensorRow(name=name, shape=list(shape), codec=codec, offset=offset, parts=list(parts))
-        tensors.append(row)
-        sizes += cutter.add(row.bytes)
-        offset += row.bytes
-    rest = cutter.rest()
-    chunks = [Chunk(sha256="0" * 64, bytes=size) for size in [*sizes, *([rest] if rest else [])]]
-    manifest = Manifest(header=header, codecs=list(codecs), tensors=tensors, chunks=chunks)
-    return Ref.to("-", manifest).wire_bytes

@@ -27,7 +27,6 @@ from photon.link.manifest import (
     Ref,
     TensorRow,
     parse_manifest,
-    wire_bytes,
 )
 from photon.store.contract import Buffer, FolderStore
 from photon.store.memory import ReusedMemory
@@ -86,9 +85,7 @@ def write_parcel(
     """
     writer = _Writer(folder, chunk_bytes)
     carrier.send(writer.chunks(entries))
-    manifest = Manifest(
-        header=header, codecs=list(writer.codecs), tensors=writer.rows, chunks=writer.sent
-    )
+    manifest = writer.manifest(header)
     data = manifest.encoded()
     digest = hashlib.sha256(data).hexdigest()
     key = manifest_key(folder, header, digest)
@@ -115,13 +112,23 @@ def chunk_key(folder: str, sha256: str) -> str:
 
 
 def entries_bytes(header: Header, entries: Iterable[Entry], chunk_bytes: int) -> int:
-    """What a parcel of these entries takes on the wire, to the byte; nothing is sent."""
-    codecs: dict[str, int] = {}
-    rows = [
-        (entry.name, entry.shape, codecs.setdefault(entry.codec, len(codecs)), _parts(entry))
-        for entry in entries
-    ]
-    return wire_bytes(header, list(codecs), rows, chunk_bytes)
+    """What a parcel of these entries takes on the wire, manifest and all, to the byte.
+
+    Nothing is sent, and no part is looked at but for its size.
+    """
+    writer = _Writer("", chunk_bytes)
+    writer.sent = [Chunk(sha256="0" * 64, bytes=size) for size in writer.sizes(entries)]
+    manifest = writer.manifest(header)
+    return len(manifest.encoded()) + manifest.payload_bytes
+
+
+def plain_bytes(header: Header, shapes: Mapping[str, Sequence[int]], chunk_bytes: int) -> int:
+    """What a parcel of fp32 tensors of these shapes takes on the wire."""
+    entries = (
+        Entry(name, shape, "fp32", {"values": torch.empty(tuple(shape), device="meta")})
+        for name, shape in shapes.items()
+    )
+    return entries_bytes(header, entries, chunk_bytes)
 
 
 class _Writer:
@@ -132,28 +139,37 @@ class _Writer:
         self._cutter = Cutter(chunk_bytes)
         self._open: list[memoryview] = []
         self._offset = 0
-        self.codecs: dict[str, int] = {}
-        self.rows: list[TensorRow] = []
+        self._codecs: dict[str, int] = {}
+        self._rows: list[TensorRow] = []
         self.sent: list[Chunk] = []
 
+    def manifest(self, header: Header) -> Manifest:
+        return Manifest(
+            header=header, codecs=list(self._codecs), tensors=self._rows, chunks=self.sent
+        )
+
     def chunks(self, entries: Iterable[Entry]) -> Iterator[tuple[str, Buffer]]:
+        yield from map(self._cut, self.sizes(map(self._opened, entries)))
+
+    def sizes(self, entries: Iterable[Entry]) -> Iterator[int]:
+        """Bytes of each chunk, as soon as entries fill it."""
         for entry in entries:
-            codec = self.codecs.setdefault(entry.codec, len(self.codecs))
             row = TensorRow(
                 name=entry.name,
                 shape=list(entry.shape),
-                codec=codec,
+                codec=self._codecs.setdefault(entry.codec, len(self._codecs)),
                 offset=self._offset,
                 parts=_parts(entry),
             )
-            self.rows.append(row)
+            self._rows.append(row)
             self._offset += row.bytes
-            self._open += [_bytes_of(part) for part in entry.parts.values() if part.nbytes]
-            for size in self._cutter.add(row.bytes):
-                yield self._cut(size)
-        rest = self._cutter.rest()
-        if rest:
-            yield self._cut(rest)
+            yield from self._cutter.add(row.bytes)
+        if rest := self._cutter.rest():
+            yield rest
+
+    def _opened(self, entry: Entry) -> Entry:
+        self._open += [_bytes_of(part) for part in entry.parts.values() if part.nbytes]
+        return entry
 
     def _cut(self, size: int) -> tuple[str, Buffer]:
         taken, left = [], size
@@ -329,20 +345,6 @@ def plain_entries(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Entry]:
     codec = build_codec("fp32")
     for name, tensor in tensors:
         yield Entry(name, tensor.shape, "fp32", codec.encode(tensor))
-
-
-def plain_bytes(header: Header, shapes: Mapping[str, Sequence[int]], chunk_bytes: int) -> int:
-    """What a parcel of fp32 tensors of these shapes takes on the wire."""
-    rows = [
-        (
-            name,
-            shape,
-            0,
-            [Part(name="values", dtype="float32", bytes=4 * torch.Size(shape).numel())],
-        )
-        for name, shape in shapes.items()
-    ]
-    return wire_bytes(header, ["fp32"], rows, chunk_bytes)
 
 
 def _parts(entry: Entry) -> list[Part]:
