@@ -24,6 +24,11 @@ class PhotonError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    def __init_subclass__(cls, *, exit_code: int | None = None) -> None:
+        super().__init_subclass__()
+        if exit_code is not None:
+            cls.exit_code = exit_code
+
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -45,334 +50,232 @@ def _rebuild(kind: type[PhotonError], message: str, hint: str | None) -> PhotonE
 # --- 10-19: what the user wrote -----------------------------------------------------------------
 
 
-class ConfigError(PhotonError):
+class ConfigError(PhotonError, exit_code=10):
     """The run file can't be read at all: missing, not TOML, wrong encoding."""
 
-    exit_code = 10
 
-
-class UnknownKeyError(ConfigError):
+class UnknownKeyError(ConfigError, exit_code=11):
     """A key nobody reads; most often a misspelling."""
 
-    exit_code = 11
 
-
-class InvalidValueError(ConfigError):
+class InvalidValueError(ConfigError, exit_code=12):
     """A key is known but its value has the wrong type or is out of bounds."""
 
-    exit_code = 12
 
-
-class IncompatibleConfigError(ConfigError):
+class IncompatibleConfigError(ConfigError, exit_code=13):
     """Each value is fine alone; together they can't work."""
 
-    exit_code = 13
 
-
-class PluginError(ConfigError):
+class PluginError(ConfigError, exit_code=14):
     """An entry point exists but can't be loaded, or is not what its group promises."""
-
-    exit_code = 14
 
 
 # --- 20-29: data --------------------------------------------------------------------------------
 
 
-class DataError(PhotonError):
+class DataError(PhotonError, exit_code=20):
     """Input text or a prepared data folder can't be used."""
 
-    exit_code = 20
 
-
-class DataNotFoundError(DataError):
+class DataNotFoundError(DataError, exit_code=21):
     """The named data folder, file or dataset does not exist."""
 
-    exit_code = 21
 
-
-class EmptySiloError(DataError):
+class EmptySiloError(DataError, exit_code=22):
     """A silo has no documents, or too few to train and hold out."""
 
-    exit_code = 22
 
-
-class SequenceTooLongError(DataError):
+class SequenceTooLongError(DataError, exit_code=23):
     """A silo's text is shorter than one training sequence."""
 
-    exit_code = 23
 
-
-class ShardCorruptError(DataError):
+class ShardCorruptError(DataError, exit_code=24):
     """A shard is unreadable, truncated, or its sha256 is not the manifest's."""
 
-    exit_code = 24
 
-
-class VocabularyMismatchError(DataError):
+class VocabularyMismatchError(DataError, exit_code=25):
     """Shards, tokenizer and model do not speak the same vocabulary."""
-
-    exit_code = 25
 
 
 # --- 30-39: models ------------------------------------------------------------------------------
 
 
-class ModelError(PhotonError):
+class ModelError(PhotonError, exit_code=30):
     """A model can't be built, loaded, exported or sampled."""
 
-    exit_code = 30
 
-
-class ModelMismatchError(ModelError):
+class ModelMismatchError(ModelError, exit_code=31):
     """A checkpoint belongs to a model of another shape."""
-
-    exit_code = 31
 
 
 # --- 40-49: runs --------------------------------------------------------------------------------
 
 
-class RunError(PhotonError):
+class RunError(PhotonError, exit_code=40):
     """A run can't be started, continued or read."""
 
-    exit_code = 40
 
-
-class RunExistsError(RunError):
+class RunExistsError(RunError, exit_code=41):
     """The run folder already holds a run."""
 
-    exit_code = 41
 
-
-class RunNotFoundError(RunError):
+class RunNotFoundError(RunError, exit_code=42):
     """The folder holds no run, or no finished round."""
 
-    exit_code = 42
 
-
-class CheckpointCorruptError(RunError):
+class CheckpointCorruptError(RunError, exit_code=43):
     """No checkpoint of the run passes its hashes."""
 
-    exit_code = 43
 
-
-class QuorumLostError(RunError):
+class QuorumLostError(RunError, exit_code=44):
     """Too few updates arrived to close the round; the run can be resumed."""
 
-    exit_code = 44
 
-
-class ResumeMismatchError(RunError):
+class ResumeMismatchError(RunError, exit_code=45):
     """Config or data changed since the run started, in a way that would change its maths."""
 
-    exit_code = 45
 
-
-class RunBusyError(RunError):
+class RunBusyError(RunError, exit_code=46):
     """Another process is working in this run folder."""
-
-    exit_code = 46
 
 
 # --- 50-59: the machine -------------------------------------------------------------------------
 
 
-class MachineError(PhotonError):
+class MachineError(PhotonError, exit_code=50):
     """The machine can't do what was asked."""
 
-    exit_code = 50
 
-
-class DiskFullError(MachineError):
+class DiskFullError(MachineError, exit_code=51):
     """Not enough room to write; nothing half-written is kept."""
 
-    exit_code = 51
 
-
-class DeviceError(MachineError):
+class DeviceError(MachineError, exit_code=52):
     """The requested device is not here."""
 
-    exit_code = 52
 
-
-class DoesNotFitError(MachineError):
+class DoesNotFitError(MachineError, exit_code=53):
     """The model can't be trained in this machine's memory."""
-
-    exit_code = 53
 
 
 # --- 60-69: nodes -------------------------------------------------------------------------------
 
 
-class NodeError(PhotonError):
+class NodeError(PhotonError, exit_code=60):
     """A node could not finish its task."""
 
-    exit_code = 60
 
-
-class NonFiniteError(NodeError):
+class NonFiniteError(NodeError, exit_code=61):
     """Loss or update of a node is NaN or infinite."""
 
-    exit_code = 61
 
-
-class WorkerLostError(NodeError):
+class WorkerLostError(NodeError, exit_code=62):
     """A worker process died or stopped answering."""
 
-    exit_code = 62
 
-
-class RankLostError(NodeError):
+class RankLostError(NodeError, exit_code=63):
     """One of a node's ranks died or can't be reached."""
 
-    exit_code = 63
 
-
-class RankMismatchError(NodeError):
+class RankMismatchError(NodeError, exit_code=64):
     """The ranks of a node were started with different files or versions."""
-
-    exit_code = 64
 
 
 # --- 70-79: the link ----------------------------------------------------------------------------
 
 
-class LinkError(PhotonError):
+class LinkError(PhotonError, exit_code=70):
     """Model state or an update could not be moved."""
 
-    exit_code = 70
 
-
-class StoreUnavailableError(LinkError):
+class StoreUnavailableError(LinkError, exit_code=71):
     """A store does not answer, or answers that it can't just now; worth another attempt."""
 
-    exit_code = 71
 
-
-class ObjectMissingError(LinkError):
+class ObjectMissingError(LinkError, exit_code=72):
     """A store has no object of that name."""
 
-    exit_code = 72
 
-
-class ChunkCorruptError(LinkError):
+class ChunkCorruptError(LinkError, exit_code=73):
     """Bytes that arrived are not those that were promised: another hash or another size."""
 
-    exit_code = 73
 
-
-class ManifestError(LinkError):
+class ManifestError(LinkError, exit_code=74):
     """A manifest can't be read, is of another version, run or model, or promises too much."""
 
-    exit_code = 74
 
-
-class TransferStalledError(LinkError):
+class TransferStalledError(LinkError, exit_code=75):
     """No byte moved for as long as the transfer was to wait."""
 
-    exit_code = 75
 
-
-class AccessRefusedError(LinkError):
+class AccessRefusedError(LinkError, exit_code=76):
     """A store refuses: a URL that expired or is for something else, or wrong credentials."""
-
-    exit_code = 76
 
 
 # --- 80-89: who takes part, and what they may ask -------------------------------------------------
 
 
-class MembershipError(PhotonError):
+class MembershipError(PhotonError, exit_code=80):
     """A member, a key or an invitation is not accepted."""
 
-    exit_code = 80
 
-
-class InvitationError(MembershipError):
+class InvitationError(MembershipError, exit_code=81):
     """An invitation that can't be read, has expired, was used, or is another aggregator's."""
 
-    exit_code = 81
 
-
-class UnknownMemberError(MembershipError):
+class UnknownMemberError(MembershipError, exit_code=82):
     """A key that is no member's, or a member that is suspended or was expelled."""
 
-    exit_code = 82
 
-
-class SignatureError(MembershipError):
+class SignatureError(MembershipError, exit_code=83):
     """A request or receipt whose signature does not hold, is too old, or was seen before."""
 
-    exit_code = 83
 
-
-class AuditError(MembershipError):
+class AuditError(MembershipError, exit_code=84):
     """The log of a run's rounds is broken, or tells of something that must not be."""
 
-    exit_code = 84
 
-
-class PolicyError(PhotonError):
+class PolicyError(PhotonError, exit_code=85):
     """This site's policy refuses what a run asks."""
 
-    exit_code = 85
 
-
-class ProtocolError(PhotonError):
+class ProtocolError(PhotonError, exit_code=86):
     """The other side speaks another protocol, or sends what makes no sense in it."""
-
-    exit_code = 86
 
 
 # --- 90-99: services ------------------------------------------------------------------------------
 
 
-class DeployError(PhotonError):
+class DeployError(PhotonError, exit_code=90):
     """A service of `photon serve` or `photon join` can't be brought up, or kept up."""
 
-    exit_code = 90
 
-
-class PortInUseError(DeployError):
+class PortInUseError(DeployError, exit_code=91):
     """A port that a service needs is taken."""
 
-    exit_code = 91
 
-
-class CertificateError(DeployError):
+class CertificateError(DeployError, exit_code=92):
     """A certificate that expired, is of another host or authority, or whose key is another's."""
 
-    exit_code = 92
 
-
-class ClockSkewError(DeployError):
+class ClockSkewError(DeployError, exit_code=93):
     """This machine's clock and the other side's are too far apart."""
 
-    exit_code = 93
 
-
-class ServiceLostError(DeployError):
+class ServiceLostError(DeployError, exit_code=94):
     """A service died again and again."""
 
-    exit_code = 94
 
-
-class UnreachableError(DeployError):
+class UnreachableError(DeployError, exit_code=95):
     """The aggregator can't be reached."""
 
-    exit_code = 95
 
-
-class KeyInUseError(DeployError):
+class KeyInUseError(DeployError, exit_code=96):
     """Two nodes run with one key."""
 
-    exit_code = 96
 
-
-class DataChangedError(DeployError):
+class DataChangedError(DeployError, exit_code=97):
     """A node's data is not what it registered with."""
-
-    exit_code = 97
 
 
 #: Exit code after Ctrl-C: 128 + SIGINT, as shells expect. The run can be resumed.
