@@ -11,6 +11,7 @@ are no number count as none. So an event can be written as JSON, drawn and summe
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -33,18 +34,21 @@ Seconds = Annotated[float, AfterValidator(lambda given: given if 0 <= given < 1e
 
 
 class Event(BaseModel):
-    """Base of every event; `name` is what stands under "event" in the file."""
+    """Base of every event; `name` stands under "event" in the file: the class's, in snake case."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     name: ClassVar[str]
 
     time_s: Seconds = 0.0
 
+    @classmethod
+    def __pydantic_init_subclass__(cls) -> None:
+        cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
 
 class RunStarted(Event):
     """The first line of a run, and of each process that works on it."""
 
-    name = "run_started"
     kind: Kind
     run: str
     started_at: str
@@ -69,7 +73,6 @@ class RunStarted(Event):
 class RoundStarted(Event):
     """The aggregator drew this round's participants and dispatched their tasks."""
 
-    name = "round_started"
     round: int
     global_step: int
     participants: list[str]
@@ -78,7 +81,6 @@ class RoundStarted(Event):
 class ComputeChosen(Event):
     """How a node trains: its ranks, the strategy that spreads the model over them, and why."""
 
-    name = "compute_chosen"
     worker: int
     ranks: int
     strategy: str
@@ -90,7 +92,6 @@ class ComputeChosen(Event):
 class Notice(Event):
     """Something a node changed on the way, in words: for instance a smaller micro-batch."""
 
-    name = "notice"
     text: str
     round: int
     silo: str
@@ -99,7 +100,6 @@ class Notice(Event):
 class RunChanged(Event):
     """Keys of the run file that rounds after `round` have other values of: (before, now)."""
 
-    name = "run_changed"
     round: int
     changes: dict[str, tuple[Any, Any]]
 
@@ -107,7 +107,6 @@ class RunChanged(Event):
 class LocalProgress(Event):
     """A node's local training, every `run.log_every` steps; `step` is 1 to tau in the round."""
 
-    name = "local_progress"
     round: int
     silo: str
     step: int
@@ -126,7 +125,6 @@ class LocalFinished(Event):
     norm that its codec left for later ones, where a codec feeds it back.
     """
 
-    name = "local_finished"
     round: int
     silo: str
     loss: Figure
@@ -154,7 +152,6 @@ class LocalFinished(Event):
 class UpdateDropped(Event):
     """An update that is not merged, and why. The round goes on without it."""
 
-    name = "update_dropped"
     round: int
     silo: str
     reason: str
@@ -163,7 +160,6 @@ class UpdateDropped(Event):
 class WorkerLost(Event):
     """A worker process died; its task goes to a fresh one."""
 
-    name = "worker_lost"
     round: int
     silo: str
     worker: int
@@ -173,7 +169,6 @@ class WorkerLost(Event):
 class RoundMerged(Event):
     """The outer optimizer stepped."""
 
-    name = "round_merged"
     round: int
     participants: list[str]
     tokens: int
@@ -191,7 +186,6 @@ class Evaluated(Event):
     tokens that the vocabulary does not know.
     """
 
-    name = "evaluated"
     round: int
     silo: str | None
     loss: Figure
@@ -205,7 +199,6 @@ class Evaluated(Event):
 class CheckpointSaved(Event):
     """An atomic checkpoint stands on disk."""
 
-    name = "checkpoint_saved"
     round: int
     bytes: int
     save_s: Seconds
@@ -214,7 +207,6 @@ class CheckpointSaved(Event):
 class RoundFinished(Event):
     """Everything of a round is over. Totals count from the start of the run."""
 
-    name = "round_finished"
     round: int
     global_step: int
     round_s: Seconds
@@ -234,14 +226,12 @@ class RoundFinished(Event):
 class RunFinished(Event):
     """The last line of a run that reached its end; `summary` is what summary.json holds."""
 
-    name = "run_finished"
     summary: Annotated[dict[str, Any], AfterValidator(finite)]
 
 
 class RunStopped(Event):
     """The run stopped before its end and can be resumed."""
 
-    name = "run_stopped"
     round: int
     reason: str
 
@@ -252,7 +242,6 @@ class Standing(Event):
     waits_for says in words for what and until when; away names silos that are not heard of.
     """
 
-    name = "standing"
     waits_for: str | None
     away: list[str]
 
