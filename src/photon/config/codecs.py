@@ -11,11 +11,12 @@ refuses to be imported where its classes and these tables differ.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from photon.plugins import CODECS, plugin_names
 
@@ -35,11 +36,10 @@ class Parameter:
 
     Args:
         default: its type, int or float, is the parameter's.
-        low: smallest; itself allowed unless `above`.
+        low: smallest; itself allowed where the number is a whole one.
         high: largest, allowed.
         multiple_of: of what a whole number must be a multiple.
         power_of_two: whether a whole number must be one.
-        above: whether it must be larger than `low`.
     """
 
     default: Number
@@ -47,26 +47,20 @@ class Parameter:
     high: Number
     multiple_of: int = 1
     power_of_two: bool = False
-    above: bool = False
 
     def allows(self, value: Number) -> bool:
         """Whether a number of the right type is within bounds."""
-        if not (self.low < value or (value == self.low and not self.above)) or value > self.high:
-            return False
         if isinstance(self.default, float):
-            return math.isfinite(value)
+            return self.low < value <= self.high
         whole = int(value)
-        return whole % self.multiple_of == 0 and not (self.power_of_two and whole & (whole - 1))
+        good = whole % self.multiple_of == 0 and not (self.power_of_two and whole & (whole - 1))
+        return good and self.low <= whole <= self.high
 
     def __str__(self) -> str:
         if isinstance(self.default, float):
-            return f"a number {'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
-        kind = "a whole number"
-        if self.power_of_two:
-            kind = "a power of two"
-        elif self.multiple_of > 1:
-            kind = f"a multiple of {self.multiple_of}"
-        return f"{kind} from {self.low} to {self.high}"
+            return f"a number above {self.low:g} to {self.high:g}"
+        kind = "a whole number" if self.multiple_of == 1 else f"a multiple of {self.multiple_of}"
+        return f"{'a power of two' if self.power_of_two else kind} from {self.low} to {self.high}"
 
 
 @dataclass(frozen=True)
@@ -81,8 +75,8 @@ _BLOCK = {"block": Parameter(128, 16, 4096, power_of_two=True)}
 
 #: By name. A plugin (entry-point group "photon.codecs") is one more, of role values.
 STAGES: dict[str, Stage] = {
-    "topk": Stage("structure", {"density": Parameter(0.01, 0.0, 1.0, above=True)}),
-    "lowrank": Stage("structure", {"energy": Parameter(0.95, 0.0, 1.0, above=True)}),
+    "topk": Stage("structure", {"density": Parameter(0.01, 0.0, 1.0)}),
+    "lowrank": Stage("structure", {"energy": Parameter(0.95, 0.0, 1.0)}),
     "powersgd": Stage("structure", {"rank": Parameter(4, 1, 1024)}),
     "fp32": Stage("values"),
     "bf16": Stage("values"),
@@ -103,12 +97,15 @@ class StageSpec:
     Args:
         name: of STAGES, or a plugin's.
         parameters: all of them by name, defaults filled in; a plugin's are those that were given.
-        plugin: whether it is a plugin.
     """
 
     name: str
     parameters: Mapping[str, Number]
-    plugin: bool = False
+
+    @property
+    def plugin(self) -> bool:
+        """Whether it is a plugin's."""
+        return self.name not in STAGES
 
     def __str__(self) -> str:
         return stage_text(self.name, self.parameters)
@@ -147,62 +144,54 @@ def parse_codec(spec: str) -> CodecSpec:
     """
     if len(spec) > MAX_SPEC:
         raise ValueError(f"a codec of {len(spec)} characters; at most {MAX_SPEC} are allowed")
-    words = [_Word.of(text, spec) for text in _split(spec)]
+    words = [_word(text.strip(), spec) for text in _BETWEEN_STAGES.split(spec)]
     _require_order(words)
-    found = {_group(word.role): word.stage() for word in words}
-    values = found.get("values", StageSpec("fp32", {}))
-    return CodecSpec(values, found.get("structure"), found.get("entropy"))
+    found = {_PLACES[word.role]: word.stage for word in words}
+    return CodecSpec(found.get(1, StageSpec("fp32", {})), found.get(0), found.get(2))
 
 
-_STAGE = re.compile(r"\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\((.*)\)\s*)?", re.DOTALL)
+#: A plus sign, but for those of numbers in brackets.
+_BETWEEN_STAGES = re.compile(r"\+(?![^()]*\))")
+_STAGE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\((.*)\))?", re.DOTALL)
 _GIVEN = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*(\S+)\s*", re.ASCII)
 _INT = re.compile(r"[+-]?[0-9]{1,18}")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
-
-def _split(spec: str) -> list[str]:
-    """Stages between the plus signs, but for those of numbers in brackets."""
-    return re.split(r"\+(?![^()]*\))", spec)
+_PLACES: Mapping[Role, int] = {"structure": 0, "values": 1, "alone": 1, "entropy": 2}
+_ONE_OF = ("one structure at a time", "one values codec at a time", "zstd once")
 
 
-@dataclass(frozen=True)
-class _Word:
-    """A stage as it was written."""
+class _Word(NamedTuple):
+    """A stage as it was written, and what that means."""
 
     text: str
-    name: str
     role: Role
-    given: Mapping[str, str]
+    stage: StageSpec
 
-    @classmethod
-    def of(cls, text: str, spec: str) -> _Word:
-        match = _STAGE.fullmatch(text)
-        if match is None:
-            raise ValueError(
-                f"codec {spec!r}: {text.strip()!r} is not a stage; write a name, and its "
-                "parameters in brackets if it has any, like int8 or int8(block=64)"
-            )
-        name, inside = match.groups()
-        return cls(text.strip(), name, _role_of(name), _given(name, inside))
 
-    def stage(self) -> StageSpec:
-        known = STAGES.get(self.name)
-        if known is None:
-            numbers = {key: _number(self.name, key, text) for key, text in self.given.items()}
-            return StageSpec(self.name, numbers, plugin=True)
-        for key in self.given:
-            if key not in known.parameters:
-                allowed = ", ".join(known.parameters) or "none"
-                raise ValueError(f"codec {self.name} has no parameter {key!r} (it has: {allowed})")
-        return StageSpec(
-            self.name,
-            {
-                key: _checked(self.name, key, parameter, self.given[key])
-                if key in self.given
-                else parameter.default
-                for key, parameter in known.parameters.items()
-            },
+def _word(text: str, spec: str) -> _Word:
+    match = _STAGE.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"codec {spec!r}: {text!r} is not a stage; write a name, and its parameters in "
+            "brackets if it has any, like int8 or int8(block=64)"
         )
+    name, inside = match[1], match[2] or ""
+    role = _role_of(name)
+    known = STAGES[name].parameters if name in STAGES else None
+    numbers: dict[str, Number] = {}
+    for part in inside.split(",") if inside.strip() else ():
+        given = _GIVEN.fullmatch(part)
+        if given is None:
+            raise ValueError(
+                f"codec {name}: {part.strip()!r} is not a parameter; write name=number, with "
+                "commas between them"
+            )
+        if given[1] in numbers:
+            raise ValueError(f"codec {name}: parameter {given[1]!r} is given twice")
+        numbers[given[1]] = _number(name, known, *given.groups())
+    ordered = {key: numbers.get(key, one.default) for key, one in (known or {}).items()}
+    return _Word(text, role, StageSpec(name, numbers if known is None else ordered))
 
 
 def _role_of(name: str) -> Role:
@@ -217,84 +206,43 @@ def _role_of(name: str) -> Role:
     raise ValueError(f"no codec is called {name!r}{guess} (there are: {', '.join(STAGES)}{others})")
 
 
-def _given(name: str, inside: str | None) -> dict[str, str]:
-    """Parameters as written, by name."""
-    found: dict[str, str] = {}
-    for part in inside.split(",") if inside is not None and inside.strip() else ():
-        match = _GIVEN.fullmatch(part)
-        if match is None:
-            raise ValueError(
-                f"codec {name}: {part.strip()!r} is not a parameter; write name=number, with "
-                "commas between them"
-            )
-        key, text = match.groups()
-        if key in found:
-            raise ValueError(f"codec {name}: parameter {key!r} is given twice")
-        found[key] = text
-    return found
-
-
-def _number(name: str, key: str, text: str) -> Number:
-    if _INT.fullmatch(text):
-        return int(text)
-    if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
-        return float(text)
-    raise ValueError(f"codec {name}: {key} = {text} is not a number")
-
-
-def _checked(name: str, key: str, parameter: Parameter, text: str) -> Number:
-    wanted: Callable[[Number], Number] = type(parameter.default)
-    value = _number(name, key, text)
-    right = wanted is float or isinstance(value, int)
-    if not right or not parameter.allows(value):
-        raise ValueError(f"codec {name}: {key} = {text}: {parameter} is needed")
-    return wanted(value)
-
-
-def _group(role: Role) -> str:
-    return "values" if role == "alone" else role
-
-
-_ORDER = ("structure", "values", "entropy")
-_ONE_OF = {
-    "structure": "one structure at a time",
-    "values": "one values codec at a time",
-    "entropy": "zstd once",
-}
+def _number(name: str, known: Mapping[str, Parameter] | None, key: str, text: str) -> Number:
+    """What was given for a parameter, in its type; of a plugin's, in the type it is written in."""
+    if known is not None and key not in known:
+        allowed = ", ".join(known) or "none"
+        raise ValueError(f"codec {name} has no parameter {key!r} (it has: {allowed})")
+    value = int(text) if _INT.fullmatch(text) else float(text) if _FLOAT.fullmatch(text) else None
+    if value is None or not math.isfinite(value):
+        raise ValueError(f"codec {name}: {key} = {text} is not a number")
+    if known is None:
+        return value
+    kind = type(known[key].default)
+    if (isinstance(value, float) and kind is int) or not known[key].allows(value):
+        raise ValueError(f"codec {name}: {key} = {text}: {known[key]} is needed")
+    return kind(value)
 
 
 def _require_order(words: list[_Word]) -> None:
-    """At most one stage of each group, in order, and no company that a stage can't have.
+    """At most one stage of each place, in order, and no company that a stage can't have.
 
     Raises:
         ValueError: saying what to write instead.
     """
     text = "+".join(word.text for word in words)
-    groups = {group: [w for w in words if _group(w.role) == group] for group in _ORDER}
-    alone = [word for word in groups["values"] if word.role == "alone"]
-    if alone and (groups["structure"] or len(groups["values"]) > 1):
-        raise ValueError(
-            f"codec {text!r}: {alone[0].name} chooses and encodes values itself; write "
-            f"{_joined([alone[0], *groups['entropy'][:1]])!r}"
-        )
-    for group, found in groups.items():
-        if len(found) > 1:
-            kept = [[w for w in words if w not in found or w is one] for one in found]
-            choices = dict.fromkeys(repr(_joined(sorted(some, key=_place))) for some in kept)
-            raise ValueError(
-                f"codec {text!r}: {_ONE_OF[group]}; write {' or '.join(list(choices)[:3])}"
-            )
-    right = sorted(words, key=_place)
-    if right != words:
-        raise ValueError(
-            f"codec {text!r}: a structure goes first, then a values codec, then zstd; write "
-            f"{_joined(right)!r}"
-        )
-
-
-def _place(word: _Word) -> int:
-    return _ORDER.index(_group(word.role))
-
-
-def _joined(words: list[_Word]) -> str:
-    return "+".join(word.text for word in words)
+    places = [[word for word in words if _PLACES[word.role] == place] for place in range(3)]
+    choices: dict[str, None] = {}
+    for picked in itertools.product(*(place or [None] for place in places)):
+        some = [word for word in picked if word is not None]
+        if any(word.role == "alone" for word in some):
+            some = [word for word in some if word.role != "structure"]
+        choices["+".join(word.text for word in some)] = None
+    if text in choices:
+        return
+    twice = (one for found, one in zip(places, _ONE_OF, strict=True) if len(found) > 1)
+    why = next(twice, "a structure goes first, then a values codec, then zstd")
+    alone = [word for word in words if word.role == "alone"]
+    if alone and (places[0] or len(places[1]) > 1):
+        why = f"{alone[0].stage.name} chooses and encodes values itself"
+        choices = {choice: None for choice in choices if alone[0].text in choice}
+    written = " or ".join(map(repr, [*choices][:3]))
+    raise ValueError(f"codec {text!r}: {why}; write {written}")
