@@ -54,7 +54,7 @@ def test_the_rest():
     assert wording.signed_percent(float("inf")) == "–"
     assert wording.several(1, "silo") == "one silo"
     assert wording.several(64, "silo") == "64 silos"
-    assert wording.several(2, "entry", "entries") == "two entries"
+    assert wording.several(2, "silo") == "two silos"
     assert wording.times_less(31.99, 1) == "32× less than"
     assert wording.times_less(1, 2) == "2.0× more than"
     assert wording.times_less(1, 1.04) == "as much as"

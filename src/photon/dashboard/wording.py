@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len, set_cell_size
 
@@ -13,31 +13,24 @@ _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", 
 
 def count(value: float | None) -> str:
     """A count in at most four figures: 987, 12.3k, 1.1M, 6.7B, 1.2T; a dash for no number."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    for limit, scale, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "B")):
-        # The limit allows for rounding: 999,960 is 1.0M, not 1000.0k.
-        if abs(value) < limit * 0.9995:
-            return (
-                f"{value:.0f}"
-                if scale == 1
-                else f"{value / scale:.{_places(value / scale)}f}{unit}"
-            )
-    return f"{value / 1e12:.1f}T"
+    return "–" if value is None or not math.isfinite(value) else _scaled(value, "", "kMBT")
 
 
 def size(value: float) -> str:
     """Bytes in decimal units: 812 B, 4.4 MB, 1.3 GB."""
-    for limit, scale, unit in (
-        (1e3, 1, "B"),
-        (1e6, 1e3, "kB"),
-        (1e9, 1e6, "MB"),
-        (1e12, 1e9, "GB"),
-    ):
-        if abs(value) < limit * 0.9995:
-            number = f"{value:.0f}" if scale == 1 else f"{value / scale:.{_places(value / scale)}f}"
-            return f"{number} {unit}"
-    return f"{value / 1e12:.1f} TB"
+    return _scaled(value, " B", (" kB", " MB", " GB", " TB"))
+
+
+def _scaled(value: float, unit: str, larger: Sequence[str]) -> str:
+    """In the unit that leaves at most four figures; each larger one is a thousand of the last."""
+    # The limits allow for rounding: 999,960 is 1.0M, not 1000.0k.
+    if abs(value) < 999.5:
+        return f"{value:.0f}{unit}"
+    for one in larger:
+        value, unit = value / 1e3, one
+        if abs(value) < 999.5:
+            break
+    return f"{value:.{1 if abs(value) < 99.95 or unit == larger[-1] else 0}f}{unit}"
 
 
 def duration(seconds: float) -> str:
@@ -109,10 +102,10 @@ def times_less(baseline: float, ours: float) -> str:
     return f"{factor:,.0f}× {word} than" if factor >= 9.95 else f"{factor:.1f}× {word} than"
 
 
-def several(number: int, singular: str, plural: str | None = None) -> str:
+def several(number: int, singular: str) -> str:
     """`four silos`, `one round`, `64 silos`."""
     word = _WORDS[number] if 0 <= number < len(_WORDS) else f"{number:,}"
-    return f"{word} {singular if number == 1 else plural or singular + 's'}"
+    return f"{word} {singular}{'' if number == 1 else 's'}"
 
 
 def sentence(text: str) -> str:
@@ -146,7 +139,3 @@ def _cut(line: str, most: int, tail: int) -> str:
         return line
     end = set_cell_size(line[::-1], tail)[::-1].lstrip()
     return set_cell_size(line, most - 1 - tail).rstrip() + "…" + end
-
-
-def _places(value: float) -> int:
-    return 1 if abs(value) < 99.95 else 0
