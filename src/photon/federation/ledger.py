@@ -83,18 +83,7 @@ class Ledger:
         for receipt in receipts:
             self.evaluation[receipt.silo] = receipt
             self._evaluation_bytes += receipt.bytes_down
-            self.recorder.emit(
-                Evaluated(
-                    round=number,
-                    silo=receipt.silo,
-                    loss=receipt.loss,
-                    perplexity=receipt.perplexity,
-                    bits_per_byte=receipt.bits_per_byte,
-                    tokens=receipt.tokens,
-                    eval_s=receipt.eval_s,
-                    bytes_down=receipt.bytes_down,
-                )
-            )
+            self.recorder.emit(Evaluated(round=number, **vars(receipt)))
         return time.perf_counter() - started
 
     def prune_node_states(self, folder: Path) -> None:
@@ -182,27 +171,8 @@ def implausible(receipt: Receipt, most_tokens: int) -> str | None:
 
 def local_finished(receipt: Receipt, *, update_norm: float) -> LocalFinished:
     """A good receipt as an event."""
-    return LocalFinished(
-        round=receipt.round,
-        silo=receipt.silo,
-        loss=receipt.loss,
-        first_loss=receipt.first_loss,
-        last_loss=receipt.last_loss,
-        tokens=receipt.tokens,
-        update_norm=update_norm,
-        train_s=receipt.train_s,
-        load_s=receipt.load_s,
-        publish_s=receipt.publish_s,
-        bytes_down=receipt.bytes_down,
-        bytes_up=receipt.bytes_up,
-        worker=receipt.worker,
-        communication_s=receipt.communication_s,
-        mfu=receipt.mfu,
-        peak_memory_bytes=receipt.peak_memory_bytes,
-        micro_batch_size=receipt.micro_batch_size,
-        left_out=receipt.left_out,
-        **vars(receipt.times),
-    )
+    # What else a receipt says is passed over.
+    return LocalFinished(**vars(receipt), **vars(receipt.times), update_norm=update_norm)
 
 
 def state_lost(task: FitTask) -> Notice:

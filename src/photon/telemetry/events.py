@@ -42,7 +42,7 @@ class Event(BaseModel):
     time_s: Seconds = 0.0
 
     @classmethod
-    def __pydantic_init_subclass__(cls) -> None:
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
         cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
 
