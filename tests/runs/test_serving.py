@@ -18,7 +18,7 @@ from photon.errors import (
     RunNotFoundError,
 )
 from photon.federation import Candidates
-from photon.membership.bulletin import told
+from photon.membership.bulletin import told, whom_and_what_for
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import Presence
 from photon.membership.verification import verify_audit
@@ -236,6 +236,34 @@ def test_a_run_that_is_over_waits_for_no_silo(make_served, calm):
     assert len(served.wire.asked) == asked
 
 
+def killed_before_its_summary(served):
+    """All rounds done and checkpointed, and the process killed before summary.json; red leaves."""
+    summary = served.go_on().summary
+    (served.folder / "summary.json").unlink()
+    served.wire.quiet.add("red")
+    served.roster.seen("red", Presence("stopping", boot="red"))
+    return summary
+
+
+def test_last_scores_wait_a_while_for_silos_and_do_without(make_served, calm, monkeypatch):
+    """Found on a served run: it waited for serve.min_silos though no round was left."""
+    served = make_served("serve.gather_s=5")
+    killed_before_its_summary(served)
+    monkeypatch.setattr(fleet_module, "_SCORES_S", 1.0)
+    seen = []
+    served.watch = lambda: seen.append(served.roster.setting("waiting"))
+    summary = served.go_on().summary
+    (waiting,) = [one for one in seen if one is not None][:1]
+    assert whom_and_what_for(waiting) == "3 silos for the last scores"
+    assert waiting["here"] == ["blue", "green"]
+    assert sorted(summary["per_silo"]) == ["blue", "green"]
+    for name in ("weights_sha256", "tokens", "global_loss"):
+        assert summary[name] == calm[name]
+    assert json.loads((served.folder / "summary.json").read_text()) == summary
+    assert served.roster.setting("waiting") is None
+    assert served.audit().rounds == 3
+
+
 # --- who is drawn ----------------------------------------------------------------------------
 
 
@@ -293,6 +321,24 @@ def test_a_begun_round_has_the_silos_it_was_given_to(fleet, roster):
     other = fleet("federation.sample=2", "serve.gather_s=0.05", run="f" * 32)
     with pytest.raises(QuorumLostError):  # another run's draws say nothing of this one's
         other.drawn_from(4)
+
+
+def test_last_scores_are_waited_for_only_from_silos_that_may_come(fleet, roster, monkeypatch):
+    fleet().drawn_from(7)
+    roster.expel("red")
+    begun = time.monotonic()
+    drawn = {"blue": 100, "green": 200, "red": 300}
+    over = fleet("federation.rounds=7", "serve.min_silos=3")
+    assert over.expected(8) == drawn  # blue and green are here, red won't be
+    roster.seen("blue", Presence("stopping", boot="blue"))
+    no_scores = fleet("federation.rounds=7", "serve.min_silos=3", "eval.per_silo=false")
+    assert no_scores.expected(8) == drawn
+    ending = fleet("federation.rounds=7", "serve.min_silos=3", ending=lambda: True)
+    assert ending.expected(8) == drawn
+    monkeypatch.setattr(fleet_module, "_SCORES_S", 0.1)  # and serve.gather_s a day
+    assert over.expected(8) == drawn
+    assert time.monotonic() - begun < 20
+    assert roster.setting("waiting") is None
 
 
 def test_it_waits_for_silos_and_says_so(fleet, roster, monkeypatch):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from photon.cli.screen import console
 from photon.errors import PhotonError
+from photon.membership.bulletin import whom_and_what_for
 from photon.membership.records import utc
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def waits_for(run: dict[str, Any]) -> str | None:
     refusing = [f"{silo} ({why})" for silo, why in waiting.get("refusing", {}).items()]
     out = f"; not asked until it starts anew: {', '.join(refusing)}" if refusing else ""
     return (
-        f"for {waiting['for_silos']} silos for round {waiting.get('round', '?')}, here: "
-        f"{', '.join(waiting['here']) or 'none'}; until {utc(waiting['until'])}{out}"
+        f"for {whom_and_what_for(waiting)}, here: {', '.join(waiting['here']) or 'none'}; "
+        f"until {utc(waiting['until'])}{out}"
     )
 
 

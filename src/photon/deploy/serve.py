@@ -44,7 +44,7 @@ from photon.errors import (
     PhotonError,
     UnreachableError,
 )
-from photon.membership.bulletin import tell_all
+from photon.membership.bulletin import tell_all, whom_and_what_for
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.records import utc
@@ -422,23 +422,22 @@ class Aggregator:
     def _tell(self) -> None:
         """Say what is waited for, here and to silos, when that has changed."""
         name, waiting, lost = self._config.run.name, self._roster.setting("waiting"), self._lost
-        words = f"{name} goes on"
+        words, more = f"{name} goes on", None
         if lost is not None:
             # Why others were dropped is between them and the operator.
             words = f"{name} had too few good updates; it tries again at {utc(lost['until'])}"
         elif waiting is not None:
-            words = (
-                f"{name} waits for {waiting['for_silos']} silos for round {waiting['round']}, "
-                f"{len(waiting['here'])} here, until {utc(waiting['until'])}"
-            )
+            waits = f"waits for {whom_and_what_for(waiting)}, {len(waiting['here'])} here"
+            until = f", until {utc(waiting['until'])}"
+            words = f"{name} {waits}{until}"
+            names = f" ({', '.join(waiting['here'])})" if waiting["here"] else ""
+            more = f"{waits}{names}{until}"
         if words == self._told:
             return
         self._told = words
         tell_all(self._roster, words)
-        if waiting is not None and lost is None:
-            here = ", ".join(waiting["here"])
-            more = f" ({here})" if here else ""
-            self._on_event(f"{words.removeprefix(name).strip()}".replace(" here,", f" here{more},"))
+        if more is not None:
+            self._on_event(more)
 
     def _tell_end(self, desk: Desk) -> None:
         """Let silos that are here hear how it ended, before the desk goes."""

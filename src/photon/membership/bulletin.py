@@ -33,5 +33,12 @@ def told(roster: Roster, silo: str) -> dict[str, Any]:
     return {"run": roster.setting(_RUN), "silo": roster.setting(_SILOS, {}).get(silo)}
 
 
+def whom_and_what_for(waiting: dict[str, Any]) -> str:
+    """Of the roster's setting "waiting": how many silos the loop waits for, and what for."""
+    number = waiting["round"]
+    what = "the last scores" if number is None else f"round {number}"
+    return f"{waiting['for_silos']} silos for {what}"
+
+
 def _note(words: str) -> dict[str, Any]:
     return {"at": time.time(), "words": words[:_MOST_CHARACTERS]}

@@ -14,6 +14,8 @@ from photon.runs.draws import Drawn, Draws
 
 #: Between two looks at who is here.
 _LOOK_S = 0.5
+#: How long a run whose rounds are done waits for silos, for the scores of their own text.
+_SCORES_S = 60.0
 
 
 class JoinedFleet:
@@ -49,10 +51,13 @@ class JoinedFleet:
     def expected(self, round_number: int) -> Mapping[str, int] | None:
         """Tokens of those that a round will be drawn from, as far as can be known before it.
 
-        Waits and raises as `drawn_from` does, and draws nobody.
+        Waits and raises as `drawn_from` does, and draws nobody. Where all rounds are done and only
+        their scores are missing, nobody is needed: those of the last round are waited for a while.
         """
-        begun = self._begun(round_number)
-        return begun.tokens if begun is not None else self._gathered(round_number)
+        if (begun := self._begun(round_number)) is not None:
+            return begun.tokens
+        over = round_number > self._config.federation.rounds
+        return self._scored() if over else self._gathered(round_number)
 
     def drawn_from(self, round_number: int) -> Candidates | None:
         """Those who are here, or those whom a round that was begun was drawn from.
@@ -101,13 +106,48 @@ class JoinedFleet:
 
     def _gathered(self, round_number: int) -> dict[str, int] | None:
         """Those who are here, once they are enough; None where the run is to end before that."""
-        config = self._config
-        needed = config.silos_needed
-        until, told = time.time() + config.serve.gather_s, None
+        needed, gather_s = self._config.silos_needed, self._config.serve.gather_s
+        here = self._awaited(round_number, needed, gather_s, self._here)
+        if len(here) >= needed:
+            return here
+        if self._ending():
+            return None
+        raise QuorumLostError(
+            f"{len(here)} silos are here ({', '.join(sorted(here)) or 'none'}), round "
+            f"{round_number} needs {needed}; waited {gather_s:g} s",
+            hint="See `photon status`; invite more silos or lower serve.min_silos.",
+        )
+
+    def _scored(self) -> Mapping[str, int]:
+        """Those whom the last round was drawn from, after a short wait for the ones still here."""
+        config, members = self._config, self._tokens()
+        last = self._draws.of(config.federation.rounds)
+        tokens = last.tokens if last is not None else members
+        wanted = tokens.keys() & members.keys() - refusing(self._roster, self._run_id).keys()
+        if config.eval.per_silo:
+            self._awaited(
+                None,
+                len(wanted),
+                min(_SCORES_S, config.serve.gather_s),
+                lambda: {name: tokens[name] for name in self._here() if name in wanted},
+            )
+        return tokens
+
+    def _awaited(
+        self,
+        round_number: int | None,
+        needed: int,
+        wait_s: float,
+        look: Callable[[], dict[str, int]],
+    ) -> dict[str, int]:
+        """Who is here once they are enough, the time is up or the run is to end; says so.
+
+        Args:
+            round_number: what they are waited for; None: the last scores.
+        """
+        until, told = time.time() + wait_s, None
         try:
-            while len(here := self._here()) < needed:
-                if self._ending():
-                    return None
+            while len(here := look()) < needed and not self._ending() and time.time() <= until:
                 waiting = {
                     "for_silos": needed,
                     "round": round_number,
@@ -117,16 +157,10 @@ class JoinedFleet:
                 }
                 if waiting != told:
                     self._roster.set_setting("waiting", told := waiting)
-                if time.time() > until:
-                    raise QuorumLostError(
-                        f"{len(here)} silos are here ({', '.join(sorted(here)) or 'none'}), round "
-                        f"{round_number} needs {needed}; waited {config.serve.gather_s:g} s",
-                        hint="See `photon status`; invite more silos or lower serve.min_silos.",
-                    )
                 time.sleep(_LOOK_S)
+            return here
         finally:
             self._roster.set_setting("waiting", None)  # also what a killed process left there
-        return here
 
     def _tokens(self) -> dict[str, int]:
         wanted = self._config.serve.silos

@@ -53,7 +53,7 @@ def continue_run(folder: Path, post: Post) -> RunResult:
         def ending() -> bool:
             return any(roster.setting(word, False) for word in ("draining", "stopping"))
 
-        key = NodeKey.load_or_create(Path(serving.home) / AGGREGATOR_KEY_FILE)
+        key = NodeKey.load(Path(serving.home) / AGGREGATOR_KEY_FILE)
         notary = Notary(folder, roster, serving.run_id, key)
         fleet = JoinedFleet(
             roster,
