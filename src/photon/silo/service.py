@@ -7,17 +7,16 @@ again from what is on disk (photon.silo.answers).
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import logging
 import os
 import queue
-import selectors
 import signal
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,19 +87,6 @@ class Question:
         return self.until - time.monotonic()
 
 
-@dataclass(eq=False)
-class _Connection:
-    """Attributes:
-    deadline: for what must be prompt; None while the trainer works.
-    """
-
-    socket: socket.socket
-    deadline: float | None
-    received: bytearray = field(default_factory=bytearray)
-    unsent: memoryview = field(default_factory=lambda: memoryview(b""))
-    question: Question | None = None
-
-
 class Listener:
     """Hears questions in a thread of its own, and hands them over one by one.
 
@@ -119,19 +105,17 @@ class Listener:
         read: Callable[[bytes], Ask],
         unread: Callable[[bytes, PhotonError], Mapping[str, Any]],
     ) -> None:
-        self._question_in = read
-        self._unread = unread
-        self._lock = threading.Lock()
+        self.read = read
+        self.unread = unread
+        self.connections: set[_Connection] = set()
         self._open: dict[str, Question] = {}
         self._todo: queue.SimpleQueue[Question] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[tuple[Question, Mapping[str, Any]]] = queue.SimpleQueue()
-        self._connections: set[_Connection] = set()
-        self._selector = selectors.DefaultSelector()
-        self._woken, self._waker = socket.socketpair()
-        self._woken.setblocking(False)
-        self._server = _listening(path)
-        self._selector.register(self._woken, selectors.EVENT_READ)
-        self._selector.register(self._server, selectors.EVENT_READ)
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(lambda _, context: _unexpected(context.get("exception")))
+        server = self._loop.create_unix_server(
+            lambda: _Connection(self), sock=_listening(path), backlog=_MOST_CONNECTIONS
+        )
+        self._loop.run_until_complete(server)
         threading.Thread(target=self._listen, name="photon-listener", daemon=True).start()
 
     def next(self) -> Question:
@@ -140,122 +124,95 @@ class Listener:
 
     def settle(self, question: Question, answer: Mapping[str, Any]) -> None:
         """Give all who asked the answer."""
-        with self._lock:
-            del self._open[question.key]
-        self._done.put((question, answer))
-        self._waker.send(b"\0")
+        self._loop.call_soon_threadsafe(self._hand_out, question, answer)
+
+    def heard(self, ask: Ask, who: _Connection) -> Question:
+        """A question, in the listening thread; the same that is open already, if there is one."""
+        key, same = ask.sha256, ask.question_sha256
+        until = time.monotonic() + ask.within_s
+        question = self._open.get(key)
+        if question is None:
+            question = self._open[key] = Question(key, ask, until)
+            self._todo.put(question)
+        # Asked anew by an aggregator that was restarted, what is worked on is still wanted; the
+        # new Ask is answered after it, from disk, as a Reply names the Ask that it answers.
+        for each in self._open.values():
+            if each.ask.question_sha256 == same:
+                each.until = max(each.until, until)
+        question.waiting.append(who)
+        return question
+
+    def _hand_out(self, question: Question, answer: Mapping[str, Any]) -> None:
+        del self._open[question.key]
+        for one in question.waiting:
+            one.answer(answer)
 
     def _listen(self) -> None:
         try:
-            while True:
-                prompt = any(one.deadline is not None for one in self._connections)
-                for key, events in self._selector.select(1.0 if prompt else None):
-                    if key.fileobj is self._server:
-                        self._accept()
-                    elif key.fileobj is self._woken:
-                        self._hand_out()
-                    else:
-                        with self._dropping_if_broken(key.data):
-                            self._move(key.data, events)
-                now = time.monotonic()
-                for one in [one for one in self._connections if one.deadline is not None]:
-                    if one.deadline is not None and one.deadline < now:
-                        self._drop(one)
-        except BaseException:
-            # Deaf, this process is of no use; another takes its place.
-            traceback.print_exc()
-            os._exit(1)
+            self._loop.run_forever()
+        except BaseException as error:
+            _unexpected(error)
 
-    def _accept(self) -> None:
-        try:
-            caller, _ = self._server.accept()
-        except OSError:  # it has hung up already, or there are too many files open
-            return
-        if len(self._connections) >= _MOST_CONNECTIONS:
+
+def _unexpected(error: BaseException | None) -> None:
+    if not isinstance(error, OSError):  # of one connection, or too many files are open
+        # Deaf, this process is of no use; another takes its place.
+        traceback.print_exception(error)
+        os._exit(1)
+
+
+class _Connection(asyncio.Protocol):
+    """One who asks. All but the trainer's work must be prompt."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._received = bytearray()
+        self._question: Question | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._hurry()
+        if len(self._listener.connections) >= _MOST_CONNECTIONS:
             log.warning("more than %d connections; one is refused", _MOST_CONNECTIONS)
-            caller.close()
-            return
-        caller.setblocking(False)
-        one = _Connection(caller, time.monotonic() + _PROMPT_S)
-        self._connections.add(one)
-        self._selector.register(caller, selectors.EVENT_READ, one)
+            transport.abort()
+        else:
+            self._listener.connections.add(self)
 
-    def _move(self, one: _Connection, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            one.unsent = one.unsent[one.socket.send(one.unsent) :]
-            if not one.unsent:
-                self._drop(one)
+    def data_received(self, data: bytes) -> None:
+        if self._question is not None:  # it speaks when it should listen
+            self._transport.abort()
             return
-        some = one.socket.recv(1 << 16)
-        if not some or one.deadline is None:  # it hung up, or speaks when it should listen
-            self._drop(one)
-            return
-        one.received += some
-        self._read(one)
-
-    def _read(self, one: _Connection) -> None:
+        self._received += data
         raw = b""
         try:
-            record = unframe(one.received)
+            record = unframe(self._received)
             if record is None:
                 return
             raw = question_of(record)
-            ask = self._question_in(raw)
+            ask = self._listener.read(raw)
         except PhotonError as error:
-            self._answer(one, self._unread(raw, error))
+            self.answer(self._listener.unread(raw, error))
             return
-        one.received, one.deadline = bytearray(), None
-        key, same = ask.sha256, ask.question_sha256
-        until = time.monotonic() + ask.within_s
-        with self._lock:
-            question = self._open.get(key)
-            known = question is not None
-            if question is None:
-                question = self._open[key] = Question(key, ask, until)
-            # Asked anew by an aggregator that was restarted, what is worked on is still wanted; the
-            # new Ask is answered after it, from disk, as a Reply names the Ask that it answers.
-            for each in self._open.values():
-                if each.ask.question_sha256 == same:
-                    each.until = max(each.until, until)
-            question.waiting.append(one)
-            one.question = question
-        if not known:
-            self._todo.put(question)
+        self._deadline.cancel()
+        self._received.clear()
+        self._question = self._listener.heard(ask, self)
 
-    def _hand_out(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._woken.recv(4096)
-        while True:
-            try:
-                question, answer = self._done.get_nowait()
-            except queue.Empty:
-                return
-            for one in list(question.waiting):
-                self._answer(one, answer)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        self._listener.connections.discard(self)
+        if self._question is not None:
+            self._question.waiting.remove(self)
 
-    def _answer(self, one: _Connection, answer: Mapping[str, Any]) -> None:
-        one.unsent = memoryview(frame(answer))
-        one.deadline = time.monotonic() + _PROMPT_S
-        self._selector.modify(one.socket, selectors.EVENT_WRITE, one)
+    def answer(self, answer: Mapping[str, Any]) -> None:
+        self._deadline.cancel()
+        self._hurry()
+        self._transport.write(frame(answer))
+        self._transport.close()  # once all is sent
 
-    def _drop(self, one: _Connection) -> None:
-        if one not in self._connections:
-            return
-        self._connections.remove(one)
-        if one.question is not None:
-            with self._lock:
-                one.question.waiting.remove(one)
-        self._selector.unregister(one.socket)
-        one.socket.close()
-
-    @contextlib.contextmanager
-    def _dropping_if_broken(self, one: _Connection) -> Iterator[None]:
-        try:
-            yield
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._drop(one)
+    def _hurry(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.call_later(_PROMPT_S, self._transport.abort)
 
 
 def end_on_signals(last_words: Callable[[], None]) -> None:
