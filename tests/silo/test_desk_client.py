@@ -49,7 +49,8 @@ from photon.errors import (
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, OpenTask, Presence, Roster
-from photon.silo.desk_client import DeskClient, GrantAnswer, GrantBook
+from photon.silo.desk_client import DeskClient
+from photon.silo.grant_book import GrantBook, Leave
 from photon.store.granted_store import GrantedStore
 from photon.store.presign import Grant, S3Presigner
 from photon.store.transfer import Transfer, Wanted
@@ -604,18 +605,18 @@ class SlowDesk:
         self.answering.set()
         self.fail: BaseException | None = None
 
-    def ask_grants(self, task_id: str, wants: list[dict[str, Any]]) -> list[GrantAnswer]:
+    def ask_grants(self, task_id: str, wants: list[dict[str, Any]]) -> list[Leave | PhotonError]:
         self.batches.append([(want["verb"], want["key"]) for want in wants])
         assert self.answering.wait(20)
         if self.fail is not None:
             raise self.fail
-        found = []
+        found: list[Leave | PhotonError] = []
         for want in wants:
             if want["key"].startswith("no"):
-                found.append(GrantAnswer(None, AccessRefusedError("no"), 0.0))
+                found.append(AccessRefusedError("no"))
             else:
                 grant = Grant(want["verb"], "https://s/" + want["key"], {}, 0.0)
-                found.append(GrantAnswer(grant, None, time.monotonic() + self.good_s))
+                found.append(Leave(grant, time.monotonic() + self.good_s))
         return found
 
 
@@ -636,7 +637,7 @@ def in_threads(book: GrantBook, keys: list[str]) -> tuple[list[threading.Thread]
 
 def test_threads_that_ask_at_once_share_a_request() -> None:
     desk = SlowDesk()
-    book = GrantBook(desk, "t")  # pyright: ignore[reportArgumentType]
+    book = GrantBook(desk, "t")
     desk.answering.clear()
     threads, found = in_threads(book, ["first"])
     give_up = time.monotonic() + 20
@@ -664,7 +665,7 @@ def test_threads_that_ask_at_once_share_a_request() -> None:
 
 def test_one_request_that_fails_fails_all_who_wait_for_it() -> None:
     desk = SlowDesk()
-    book = GrantBook(desk, "t")  # pyright: ignore[reportArgumentType]
+    book = GrantBook(desk, "t")
     desk.fail = UnreachableError("away", hint="wait")
     threads, found = in_threads(book, ["a", "b", "c"])
     for thread in threads:
@@ -680,7 +681,7 @@ def test_one_request_that_fails_fails_all_who_wait_for_it() -> None:
 
 def test_what_is_expected_comes_along() -> None:
     desk = SlowDesk()
-    book = GrantBook(desk, "t")  # pyright: ignore[reportArgumentType]
+    book = GrantBook(desk, "t")
     keys = [f"c{n}" for n in range(100)]
     book.expect([*keys, "no"])
     assert book("GET", "other", None, None)
@@ -700,7 +701,7 @@ def test_what_is_expected_comes_along() -> None:
 def test_leave_that_is_about_to_end_is_not_used() -> None:
     desk = SlowDesk()
     desk.good_s = 30.0
-    book = GrantBook(desk, "t")  # pyright: ignore[reportArgumentType]
+    book = GrantBook(desk, "t")
     book.expect(["a", "b"])
     book("GET", "a", None, None)
     assert desk.batches == [[("GET", "a"), ("GET", "b")]]
@@ -710,7 +711,7 @@ def test_leave_that_is_about_to_end_is_not_used() -> None:
 
 def test_only_leave_to_read_comes_along() -> None:
     desk = SlowDesk()
-    book = GrantBook(desk, "t")  # pyright: ignore[reportArgumentType]
+    book = GrantBook(desk, "t")
     book.expect(["a", "b"])
     book("HEAD", "a", None, None)
     book("PUT", "b", 1, "d" * 64)

@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import json
 import ssl
-import threading
 import time
 import weakref
-from collections import OrderedDict, deque
-from collections.abc import Iterable
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from photon.errors import (
-    AccessRefusedError,
     CertificateError,
-    LinkError,
     MembershipError,
     PhotonError,
     ProtocolError,
-    StoreUnavailableError,
     UnreachableError,
     error_of,
 )
@@ -38,8 +31,9 @@ from photon.membership.keys import NodeKey
 from photon.membership.records import printable
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
+from photon.silo.grant_book import MOST_WANTS, GrantBook, Leave, Want
 from photon.store.dialling import http_client, is_loopback, proxy_to
-from photon.store.presign import Grant, Verb
+from photon.store.presign import Grant
 
 #: photon.deploy.desk_requests.DESK_PATH.
 DESK_PATH = "/photon/v1"
@@ -47,17 +41,11 @@ DESK_PATH = "/photon/v1"
 #: No answer of a desk is longer: 256 grants take some 300 KB.
 _MOST_BYTES = 4 << 20
 
-#: In one request; the desk takes no more.
-_MOST_WANTS = 256
-
 #: Characters of a presence's words.
 _MOST_DETAIL = 2000
 
 #: Statuses of a desk, or of the door before it, that go away by themselves.
 _LATER = {408, 425, 429, 500, 502, 503, 504}
-
-#: A grant that was fetched ahead is used for a new transfer only if it is valid for so much longer.
-_LEFT_S = 60.0
 
 
 class _Answer(BaseModel):
@@ -65,12 +53,15 @@ class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
 
 
+_AnswerKind = TypeVar("_AnswerKind", bound=_Answer)
+
+
 class _ErrorPart(_Answer):
     code: Annotated[int, Field(ge=1, le=255)]
     message: str
     hint: str | None = None
 
-    def error(self) -> PhotonError:
+    def raised(self) -> PhotonError:
         """As it was raised over there, cut to a length and without what moves a cursor."""
         hint = printable(self.hint)[:2000] if self.hint else None
         return error_of(self.code)(printable(self.message)[:2000], hint=hint)
@@ -94,6 +85,14 @@ class _GrantPart(_Answer):
     expires_at: float = 0.0
     error: _ErrorPart | None = None
 
+    def leave(self) -> Grant | PhotonError | None:
+        """The grant, or why there is none; None where it says neither."""
+        if self.error is not None:
+            return self.error.raised()
+        if self.verb is None:
+            return None
+        return Grant(self.verb, self.url, self.headers, self.expires_at)
+
 
 class _CheckAnswer(_Answer):
     server_time: float
@@ -105,7 +104,7 @@ class _CheckAnswer(_Answer):
 
 class _GrantsAnswer(_Answer):
     server_time: float
-    grants: Annotated[list[_GrantPart], Field(max_length=_MOST_WANTS)]
+    grants: Annotated[list[_GrantPart], Field(max_length=MOST_WANTS)]
 
 
 class DeskClient:
@@ -199,19 +198,10 @@ class DeskClient:
         Raises:
             PhotonError: as `presence`.
         """
-        document = self._asked("check", {})
-        try:
-            answer = _CheckAnswer.model_validate(document)
-        except ValidationError as error:
-            where = ".".join(str(part)[:40] for part in error.errors()[0]["loc"])
-            raise ProtocolError(f"the desk of {self} does not say how we stand: {where}") from None
+        answer = self._parsed("check", {}, _CheckAnswer, "does not say how we stand")
         part = answer.store
-        probe: Grant | PhotonError
-        if part.error is not None:
-            probe = part.error.error()
-        elif part.verb == "HEAD" and part.key:
-            probe = Grant(part.verb, part.url, part.headers, part.expires_at)
-        else:
+        probe = part.leave()
+        if probe is None or (isinstance(probe, Grant) and (probe.verb != "HEAD" or not part.key)):
             raise ProtocolError(f"the desk of {self} gives no leave to look at the store")
         return Standing(
             printable(answer.name)[:100],
@@ -231,35 +221,40 @@ class DeskClient:
         """
         return self._asked("health", None)
 
-    def ask_grants(self, task_id: str, wants: list[dict[str, Any]]) -> list[GrantAnswer]:
-        """One answer for each want, in order.
+    def ask_grants(self, task_id: str, wants: list[Want]) -> list[Leave | PhotonError]:
+        """Leave for each want, in order, or why not.
 
         Raises:
             PhotonError: the request as a whole is refused, or did not arrive.
         """
-        document = self._asked("grants", {"task_id": task_id, "wants": wants})
-        try:
-            answer = _GrantsAnswer.model_validate(document)
-        except ValidationError as error:
-            # Its text would quote URLs.
-            where = ".".join(str(part)[:40] for part in error.errors()[0]["loc"])
-            raise ProtocolError(f"the desk of {self} sends no grants: {where}") from None
+        body = {"task_id": task_id, "wants": wants}
+        answer = self._parsed("grants", body, _GrantsAnswer, "sends no grants")
         if len(answer.grants) != len(wants):
             raise ProtocolError(
                 f"the desk of {self} answers {len(wants)} questions with {len(answer.grants)}"
             )
-        found = []
+        found: list[Leave | PhotonError] = []
         for want, part in zip(wants, answer.grants, strict=True):
-            if part.error is not None:
-                found.append(GrantAnswer(None, part.error.error(), 0.0))
-                continue
-            if part.verb is None or (part.verb, part.key) != (want["verb"], want["key"]):
+            grant = part.leave()
+            if isinstance(grant, PhotonError):
+                found.append(grant)
+            elif grant is None or (grant.verb, part.key) != (want["verb"], want["key"]):
                 raise ProtocolError(f"the desk of {self} answers another question than was asked")
-            grant = Grant(part.verb, part.url, part.headers, part.expires_at)
-            # By the desk's clock on both sides: this machine's may be minutes off.
-            good_until = time.monotonic() + part.expires_at - answer.server_time
-            found.append(GrantAnswer(grant, None, good_until))
+            else:
+                # By the desk's clock on both sides: this machine's may be minutes off.
+                left_s = grant.expires_at - answer.server_time
+                found.append(Leave(grant, time.monotonic() + left_s))
         return found
+
+    def _parsed(
+        self, what: str, body: dict[str, Any], kind: type[_AnswerKind], trouble: str
+    ) -> _AnswerKind:
+        try:
+            return kind.model_validate(self._asked(what, body))
+        except ValidationError as error:
+            # Its text would quote URLs.
+            where = ".".join(str(part)[:40] for part in error.errors()[0]["loc"])
+            raise ProtocolError(f"the desk of {self} {trouble}: {where}") from None
 
     def _asked(self, what: str, body: dict[str, Any] | None) -> dict[str, Any]:
         path = f"{DESK_PATH}/{what}"
@@ -295,7 +290,7 @@ class DeskClient:
         if status == 200 and isinstance(document, dict):
             return document
         try:
-            told = _Failure.model_validate(document).error.error()
+            told = _Failure.model_validate(document).error.raised()
         except ValidationError:
             told = None
         if status in _LATER:
@@ -315,9 +310,9 @@ class DeskClient:
         """Our error for one of httpx's."""
         distrust = _distrust(error)
         if distrust is not None:
+            words, hint = _distrusted(distrust)
             return CertificateError(
-                f"{self} can't prove that it is the aggregator: {_certificate_words(distrust)}",
-                hint=_certificate_hint(distrust),
+                f"{self} can't prove that it is the aggregator: {words}", hint=hint
             )
         if isinstance(error, httpx2.TimeoutException):
             words = f"no answer within {self._timeout_s:g} s"
@@ -359,151 +354,6 @@ class Standing:
     probe: Grant | PhotonError
 
 
-@dataclass(frozen=True)
-class GrantAnswer:
-    """Leave for one object, or why not.
-
-    Attributes:
-        good_until: seconds of time.monotonic.
-    """
-
-    grant: Grant | None
-    error: PhotonError | None
-    good_until: float
-
-
-_Want = tuple[Verb, str, int | None, str | None]
-
-
-class GrantBook:
-    """Asks the desk for leave: photon.store.granted_store.Grants, for one task.
-
-    Called by several threads at once, it asks for all of them in one request: while one request is
-    on its way, what is wanted meanwhile collects for the next. `expect` names what will be read, so
-    that leave for it comes along ahead of time.
-    """
-
-    #: Asked for ahead of what is wanted now.
-    ahead = 64
-
-    def __init__(self, desk: DeskClient, task_id: str) -> None:
-        self._desk = desk
-        self._task_id = task_id
-        self._lock = threading.Lock()
-        self._asking = threading.Lock()
-        self._waiting: deque[tuple[_Want, Future[Grant]]] = deque()
-        #: Keys to be read, in order, for which nothing was asked yet.
-        self._expected: OrderedDict[str, None] = OrderedDict()
-        self._cached: dict[str, GrantAnswer] = {}
-        #: Requests made.
-        self.requests = 0
-
-    def expect(self, keys: Iterable[str]) -> None:
-        """Objects that will be read soon, in this order: a manifest's chunks."""
-        with self._lock:
-            for key in keys:
-                if key not in self._cached:
-                    self._expected[key] = None
-
-    def __call__(self, verb: Verb, key: str, bytes: int | None, sha256: str | None) -> Grant:
-        """Leave for one request.
-
-        Raises:
-            StoreUnavailableError: the desk can't be reached or is busy: try again.
-            AccessRefusedError: it refuses.
-        """
-        future: Future[Grant] = Future()
-        want = (verb, key, bytes, sha256)
-        with self._lock:
-            cached = self._from_cache(want)
-            if cached is not None:
-                return cached
-            self._waiting.append((want, future))
-        while not future.done():
-            with self._asking:
-                # Who had the turn before may have asked for this too.
-                if not future.done():
-                    self._ask()
-        return future.result()
-
-    def _ask(self) -> None:
-        """Ask for what is waiting, oldest first, and some of what is expected."""
-        with self._lock:
-            batch: list[tuple[_Want, Future[Grant]]] = []
-            while self._waiting and len(batch) < _MOST_WANTS:
-                want, future = self._waiting.popleft()
-                # It may have come along with the request before this one.
-                cached = self._from_cache(want)
-                if cached is not None:
-                    future.set_result(cached)
-                else:
-                    batch.append((want, future))
-            extra = self._take_expected([want for want, _ in batch])
-        if not batch:
-            return
-        wants = [want for want, _ in batch] + [("GET", key, None, None) for key in extra]
-        try:
-            answers = self._desk.ask_grants(self._task_id, [_record(*want) for want in wants])
-        except BaseException as error:
-            for _, future in batch:
-                future.set_exception(_as_link_error(error))
-            if not isinstance(error, PhotonError):
-                raise
-            return
-        finally:
-            self.requests += 1
-        for (_, future), answer in zip(batch, answers, strict=False):
-            if answer.grant is not None:
-                future.set_result(answer.grant)
-            else:
-                assert answer.error is not None
-                future.set_exception(_as_link_error(answer.error))
-        with self._lock:
-            # A refusal is not kept: who wants the object is told when it asks.
-            self._cached |= {
-                key: answer
-                for key, answer in zip(extra, answers[len(batch) :], strict=True)
-                if answer.grant is not None
-            }
-
-    def _from_cache(self, want: _Want) -> Grant | None:
-        """Leave that came ahead. Once: who asks again was refused by the store with it."""
-        verb, key, _, _ = want
-        found = self._cached.pop(key, None) if verb == "GET" else None
-        if found is None or found.good_until - _LEFT_S < time.monotonic():
-            return None
-        return found.grant
-
-    def _take_expected(self, wanted: list[_Want]) -> list[str]:
-        """Expected keys to ask for along with these, if one of these is such a key."""
-        hits = [key for verb, key, _, _ in wanted if verb == "GET" and key in self._expected]
-        for key in hits:
-            del self._expected[key]
-        if not hits:
-            return []
-        room = min(self.ahead, _MOST_WANTS - len(wanted), len(self._expected))
-        return [self._expected.popitem(last=False)[0] for _ in range(max(0, room))]
-
-
-def _record(verb: Verb, key: str, bytes: int | None, sha256: str | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"verb": verb, "key": key}
-    if verb == "PUT":
-        record |= {"bytes": bytes, "sha256": sha256}
-    return record
-
-
-def _as_link_error(error: BaseException) -> BaseException:
-    """As a store's user knows errors. One for each who waits: tracebacks are not shared."""
-    if isinstance(error, UnreachableError | StoreUnavailableError):
-        made: LinkError = StoreUnavailableError(error.message, hint=error.hint)
-    elif isinstance(error, PhotonError):
-        made = AccessRefusedError(error.message, hint=error.hint)
-    else:
-        return StoreUnavailableError(f"asking for leave was interrupted ({type(error).__name__})")
-    made.__cause__ = error
-    return made
-
-
 def _origin(address: str) -> str:
     """Scheme, host and port."""
     plain = address.startswith("http://")
@@ -543,33 +393,29 @@ def _distrust(error: BaseException | None) -> ssl.SSLCertVerificationError | Non
     return None
 
 
-#: OpenSSL's numbers (X509_V_ERR_...) for what a certificate may be refused for.
-_NOT_YET_VALID, _EXPIRED = 9, 10
-_OTHER_HOST = {62, 64}
-
-
-def _certificate_words(error: ssl.SSLCertVerificationError) -> str:
-    if error.verify_code == _EXPIRED:
-        return "its certificate expired"
-    if error.verify_code == _NOT_YET_VALID:
-        return "its certificate is not valid yet"
-    words = printable(str(error.verify_message))[:300]
-    if error.verify_code in _OTHER_HOST:
-        return f"its certificate is another host's ({words})"
-    return f"its certificate is not of the authority that the invitation names ({words})"
-
-
-def _certificate_hint(error: ssl.SSLCertVerificationError) -> str:
-    if error.verify_code == _EXPIRED:
-        return (
-            "The aggregator's operator renews it (`photon serve --check` says how); if it is "
-            "new, this machine's clock is ahead."
-        )
-    if error.verify_code == _NOT_YET_VALID:
-        return "This machine's clock is behind, or the aggregator's was ahead when it was made."
-    if error.verify_code in _OTHER_HOST:
-        return "Use the address as the invitation has it; the aggregator's [serve] host says which."
+def _distrusted(error: ssl.SSLCertVerificationError) -> tuple[str, str]:
+    """What is wrong with a certificate, and what to do about it."""
+    said = printable(str(error.verify_message))[:300]
+    match error.verify_code:  # OpenSSL's X509_V_ERR_...
+        case 10:  # CERT_HAS_EXPIRED
+            return (
+                "its certificate expired",
+                "The aggregator's operator renews it (`photon serve --check` says how); if it is "
+                "new, this machine's clock is ahead.",
+            )
+        case 9:  # CERT_NOT_YET_VALID
+            return (
+                "its certificate is not valid yet",
+                "This machine's clock is behind, or the aggregator's was ahead when it was made.",
+            )
+        case 62 | 64:  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
+            return (
+                f"its certificate is another host's ({said})",
+                "Use the address as the invitation has it; the aggregator's [serve] host says "
+                "which.",
+            )
     return (
+        f"its certificate is not of the authority that the invitation names ({said})",
         "Somebody else may answer in the aggregator's place: ask its operator for the fingerprint "
-        "of its authority. If that changed, a new invitation has it."
+        "of its authority. If that changed, a new invitation has it.",
     )
