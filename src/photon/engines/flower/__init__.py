@@ -2,7 +2,7 @@
 
 Imports nothing; take what you need from its module. On the aggregator: `commands` (command lines
 for a supervisor; no flwr), `control` (register keys; start, stop and list runs), `bundle`, `post`,
-`server_app`; programs `superlink`, `superexec`, `serverapp`. At a silo: `supernode`, `shim`.
+`server_app`; programs `superlink`, `superexec`, `server_app`. At a silo: `supernode`, `shim`.
 
     serverapp, superexec  --Runtime API-->  superlink  <--Fleet API, TLS, node keys--  supernode
     control (supervisor)  --Control API-->  superlink         supernode  <--Runtime API--  shim

@@ -101,7 +101,8 @@ def supernode(
     """A silo's connection to the aggregator. It connects outward only; its own API is on loopback.
 
     Args:
-        home: of the node; keeps supernode.json (which node this is) and flwr/.
+        home: of the node; keeps supernode.json (which node this is, and its process; written once it
+            is connected) and flwr/.
         superlink: "host:port" of the aggregator's door.
         ca: PEM file of the only authority that is believed.
         key: the node's private key, OpenSSH format.
@@ -115,15 +116,10 @@ def supernode(
             *("--auth-supernode-private-key", key, "--isolation", "process"),
             *("--host", _LOOPBACK, "--port", str(runtime_port)),
             *("--superexec-auth-secret-file", secret),
-            *("--state", supernode_state(home)),
+            *("--state", home.absolute() / "supernode.json"),
         ),
         environment(home),
     )
-
-
-def supernode_state(home: Path) -> Path:
-    """Written once the supernode is connected; names its node and its process."""
-    return home.absolute() / "supernode.json"
 
 
 def shim(*, home: Path, runtime_port: int, secret: Path, trainer: Path) -> Command:

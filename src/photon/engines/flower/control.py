@@ -7,9 +7,9 @@ which the door sees to, and superexec runs no bundle but ours.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
@@ -67,15 +67,12 @@ class NodeState:
     """A registered node, as the superlink has it.
 
     Attributes:
-        status: "registered" (never seen), "online" or "offline".
-        online_until: seconds since the epoch; 0 if it was never seen.
+        public_key: PEM text, as it was registered.
     """
 
     node_id: int
     name: str
-    status: str
     public_key: str
-    online_until: float
 
 
 class Control:
@@ -107,12 +104,7 @@ class Control:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -144,15 +136,14 @@ class Control:
         except (ValueError, TypeError, AttributeError) as error:
             raise MembershipError(f"no public key in PEM: {str(error)[:200]}") from error
         request = RegisterNodeRequest(public_key=key, name=name or None)
-        try:
-            return int(self._call(self._client.RegisterNode, request).node_id)
-        except _RefusedError as refused:
-            if refused.code == ApiErrorCode.PUBLIC_KEY_NOT_VALID:
-                raise MembershipError(
-                    f"Flower refuses {name or 'the node'}'s public key: {refused}"
-                ) from refused
-            if refused.code != ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE:
-                raise refused.told("register a node") from refused
+        known = (ApiErrorCode.PUBLIC_KEY_NOT_VALID, ApiErrorCode.PUBLIC_KEY_ALREADY_IN_USE)
+        answer = self._asked("register a node", self._client.RegisterNode, request, known)
+        if not isinstance(answer, _Refusal):
+            return int(answer.node_id)
+        if answer.code == ApiErrorCode.PUBLIC_KEY_NOT_VALID:
+            raise MembershipError(
+                f"Flower refuses {name or 'the node'}'s public key: {answer.words}"
+            )
         for node in self.nodes():
             if node.public_key == key.decode():
                 return node.node_id
@@ -169,25 +160,15 @@ class Control:
         Returns:
             Whether there was such a node.
         """
-        try:
-            self._call(self._client.UnregisterNode, UnregisterNodeRequest(node_id=node_id))
-        except _RefusedError as refused:
-            if refused.code == ApiErrorCode.NODE_NOT_FOUND:
-                return False
-            raise refused.told("unregister a node") from refused
-        return True
+        request, none = UnregisterNodeRequest(node_id=node_id), (ApiErrorCode.NODE_NOT_FOUND,)
+        answer = self._asked("unregister a node", self._client.UnregisterNode, request, none)
+        return not isinstance(answer, _Refusal)
 
     def nodes(self) -> list[NodeState]:
         """All registered nodes, and those that were unregistered lately."""
         response = self._asked("list nodes", self._client.ListNodes, ListNodesRequest())
         return [
-            NodeState(
-                int(one.node_id),
-                one.name,
-                one.status,
-                one.public_key.decode(errors="replace"),
-                float(one.online_until),
-            )
+            NodeState(int(one.node_id), one.name, one.public_key.decode(errors="replace"))
             for one in response.nodes_info
             if one.status != "unregistered"
         ]
@@ -213,13 +194,9 @@ class Control:
         Returns:
             False if it was over already.
         """
-        try:
-            response = self._call(self._client.StopRun, StopRunRequest(run_id=run_id))
-        except _RefusedError as refused:
-            if refused.code == ApiErrorCode.RUN_ALREADY_FINISHED:
-                return False
-            raise refused.told(f"stop run {run_id}") from refused
-        return bool(response.success)
+        request, over = StopRunRequest(run_id=run_id), (ApiErrorCode.RUN_ALREADY_FINISHED,)
+        answer = self._asked(f"stop run {run_id}", self._client.StopRun, request, over)
+        return not isinstance(answer, _Refusal) and bool(answer.success)
 
     def run(self, run_id: int) -> RunState:
         """One run.
@@ -238,23 +215,24 @@ class Control:
         newest = sorted(response.run_dict.values(), key=lambda one: one.pending_at, reverse=True)
         return [_run_state(one) for one in newest]
 
-    def _asked(self, what: str, call: Any, request: Any) -> Any:
-        try:
-            return self._call(call, request)
-        except _RefusedError as refused:
-            raise refused.told(what) from refused
-
-    def _call(self, call: Any, request: Any) -> Any:
+    def _asked(
+        self, what: str, call: Any, request: Any, known: Collection[ApiErrorCode] = ()
+    ) -> Any:
+        """What the superlink answers; a _Refusal, if it refuses for a reason that is `known`."""
         try:
             return call(request)
         except httpx.HTTPStatusError as error:
-            found = FlowerError.from_json(error.response.text)
-            words = error.response.text[:300]
+            found, status = FlowerError.from_json(error.response.text), error.response.status_code
+            refusal = _Refusal(0, error.response.text[:300])
             if found is not None:
-                details = found.public_details
-                words = f"{found.message} {details}" if details else str(found.message)
-            code = int(found.code) if found is not None else 0
-            raise _RefusedError(code, error.response.status_code, words) from error
+                details = f" {found.public_details}" if found.public_details else ""
+                refusal = _Refusal(int(found.code), f"{found.message}{details}")
+            if refusal.code in known:
+                return refusal
+            raise DeployError(
+                f"Flower refuses to {what}: {refusal.words} (code {refusal.code}, HTTP {status})",
+                hint="Its log, logs/superlink.log in serve's home, may say more.",
+            ) from error
         except (httpx.HTTPError, ValueError) as error:
             raise UnreachableError(
                 f"Flower's superlink at {self._address} does not answer: "
@@ -264,19 +242,12 @@ class Control:
             ) from error
 
 
-class _RefusedError(Exception):
-    """An answer that is an error."""
+@dataclass(frozen=True)
+class _Refusal:
+    """An answer that is an error: Flower's code for it, 0 where it has none."""
 
-    def __init__(self, code: int, status: int, words: str) -> None:
-        super().__init__(words)
-        self.code = code
-        self.status = status
-
-    def told(self, what: str) -> DeployError:
-        return DeployError(
-            f"Flower refuses to {what}: {self} (code {self.code}, HTTP {self.status})",
-            hint="Its log, logs/superlink.log in serve's home, may say more.",
-        )
+    code: int
+    words: str
 
 
 def _run_state(run: Any) -> RunState:

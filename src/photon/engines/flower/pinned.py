@@ -1,12 +1,12 @@
 """This Photon drives one version of Flower, inner parts included, and refuses any other.
 
 Flower's wire protocol and its inner names change from release to release. Whatever this folder
-uses beyond the documented API is named here, so that an upgrade fails at the start and says where.
+uses beyond the documented API is named here, so that another version is refused at the start, and
+tests/engines/flower/test_parts.py says which of it an upgrade moved.
 """
 
 from __future__ import annotations
 
-import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -61,7 +61,7 @@ def check_flower() -> None:
     """Refuse another Flower than the one this folder was written for.
 
     Raises:
-        DeployError: flwr is missing, of another version, or an inner part of it is gone.
+        DeployError: flwr is missing, or of another version.
     """
     hint = f"Install the version that Photon pins: pip install flwr=={FLWR_VERSION}"
     try:
@@ -72,19 +72,6 @@ def check_flower() -> None:
         raise DeployError(
             f"flwr {found} is installed; this Photon drives flwr {FLWR_VERSION} only", hint=hint
         )
-
-
-def missing_parts() -> list[str]:
-    """Inner parts of Flower that are not where this folder looks for them; none, if all is well."""
-    missing = []
-    for module, attribute in INNER_PARTS:
-        try:
-            part = importlib.import_module(module)
-            for name in attribute.split("."):
-                part = getattr(part, name)
-        except (ImportError, AttributeError):
-            missing.append(f"{module}.{attribute}")
-    return missing
 
 
 def change(module: ModuleType, name: str, value: Any) -> None:

@@ -52,7 +52,6 @@ from flwr.supernode.runtime import run_clientapp
 from photon.engines.flower import pace
 from photon.engines.flower.pinned import check_flower
 from photon.errors import DeployError, PhotonError
-from photon.membership.roster import SignedReply
 from photon.silo.socket import ask_trainer
 
 #: Name of the one record of a message, both ways; `post` has the same.
@@ -71,9 +70,6 @@ _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 _log = logging.getLogger("photon.shim")
 
-#: Path of the socket, the Ask, for how long its answer is waited for (s).
-AskTrainer = Callable[..., SignedReply]
-
 
 class Shim:
     """One supernode's tasks.
@@ -82,26 +78,21 @@ class Shim:
         runtime_api: host:port of the supernode's Runtime API, on this machine.
         secret: file of `commands.write_secret`.
         trainer: the trainer's unix socket.
-        ask: how the trainer is asked.
     """
 
-    def __init__(
-        self, runtime_api: str, secret: Path, trainer: Path, *, ask: AskTrainer = ask_trainer
-    ) -> None:
+    def __init__(self, runtime_api: str, secret: Path, trainer: Path) -> None:
         self._runtime_api = runtime_api
         self._trainer = trainer
-        self._ask = ask
         self._stopping = threading.Event()
         #: A task has ended, or all are to: no more waiting before the next look.
         self._woken = threading.Event()
         self._tasks: set[_Task] = set()
         try:
-            loaded = load_superexec_auth_secret(secret_file=str(secret))
+            self._secret = load_superexec_auth_secret(secret_file=str(secret))
         except ValueError as error:
             raise DeployError(f"no secret in {secret}: {error}") from error
-        if not loaded:
+        if not self._secret:
             raise DeployError(f"no secret in {secret}")
-        self._secret = loaded
 
     def run(self) -> None:
         """Take tasks until `stop`.
@@ -149,7 +140,7 @@ class Shim:
 
     def _begin(self, token: str) -> None:
         client = self._client(RuntimeTokenHttpInterceptor(token))
-        task = _Task(client, self._trainer, self._ask, self._end)
+        task = _Task(client, self._trainer, self._end)
         self._tasks.add(task)
         threading.Thread(target=task.run, name="photon-task", daemon=True).start()
 
@@ -174,15 +165,10 @@ class _Task:
     """One task, from its message to its answer. It is answered once, by whoever comes first."""
 
     def __init__(
-        self,
-        client: RuntimeHttpClient,
-        trainer: Path,
-        ask: AskTrainer,
-        on_end: Callable[[_Task], None],
+        self, client: RuntimeHttpClient, trainer: Path, on_end: Callable[[_Task], None]
     ) -> None:
         self._client = client
         self._trainer = trainer
-        self._ask = ask
         self._on_end = on_end
         self._input: tuple[Message, Context] | None = None
         self._answering = threading.Lock()
@@ -252,7 +238,7 @@ class _Task:
         try:
             # What is in the Ask is the trainer's to read, who knows the aggregator's key. By how
             # long and not until when: the time of a message is by the aggregator's clock.
-            answer = self._ask(self._trainer, ask, within_s=message.metadata.ttl)
+            answer = ask_trainer(self._trainer, ask, within_s=message.metadata.ttl)
         except PhotonError as error:
             return Error(code=_RAISED, reason=error.message[:_MOST_WORDS])
         except Exception as error:  # whatever it is, the aggregator must hear of it

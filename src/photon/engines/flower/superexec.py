@@ -64,7 +64,7 @@ class Launcher:
         self.close()
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "photon.engines.flower.serverapp"),
+                *(sys.executable, "-m", "photon.engines.flower.server_app"),
                 *("--runtime-api-address", spec.runtime_api_address),
                 *("--root-certificates", str(spec.root_certificates_path)),
                 *("--parent-pid", str(spec.parent_pid)),

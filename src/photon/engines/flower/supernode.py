@@ -12,7 +12,7 @@ Flower's supernode, changed in six places, all of them in this process only:
 - after an exchange that broke off half-way it does the same, so that the aggregator, which watches
   for that (`post`), asks again what may have been lost.
 
-No torch, and none of Photon but its errors.
+No torch, and of Photon nothing but its errors and its way to write a file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 from flwr.app import Message
@@ -36,16 +36,6 @@ from flwr.proto.fleet_pb2 import (
     DeactivateNodeRequest,
     PullMessagesRequest,
     PullMessagesResponse,
-    PushMessagesRequest,
-    PushMessagesResponse,
-)
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    ConfirmMessageReceivedResponse,
-    PullObjectRequest,
-    PullObjectResponse,
-    PushObjectRequest,
-    PushObjectResponse,
 )
 from flwr.supercore import heartbeat
 from flwr.supercore.corestate import in_memory_corestate
@@ -59,8 +49,7 @@ from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 from photon.engines.flower import pace
 from photon.engines.flower.pinned import change, check_flower
 from photon.errors import KeyInUseError
-
-_Answer = TypeVar("_Answer")
+from photon.store.disk import write_json
 
 #: Exit code of a supernode that the superlink refuses: not registered (any more), or its key is in
 #: use elsewhere. Flower itself ends with 1 for that and for much else.
@@ -71,6 +60,26 @@ _PATIENCE_S = pace.PATIENCE * pace.NODE_HEARTBEAT_S + 3.0
 
 #: HTTP status with which the superlink refuses to activate a node.
 _NOT_ACTIVATED = 412
+
+
+def _watched(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A call of Flower's client, which notes where something may have been lost by it."""
+
+    def watched(client: FleetHttpClient, request: Any) -> Any:
+        try:
+            return call(client, request)
+        except httpx.HTTPStatusError as error:
+            # 403: the run is over, and so is the matter. 401: this process is about to end.
+            if error.response.status_code >= 500 or error.response.status_code in (404, 408, 429):
+                FleetClient.broken = True
+            raise
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise  # never sent
+        except httpx.TransportError:
+            FleetClient.broken = True
+            raise
+
+    return watched
 
 
 class FleetClient(FleetHttpClient):
@@ -104,41 +113,19 @@ class FleetClient(FleetHttpClient):
         _remember(self.state_file, response.node_id)
         return response
 
+    @_watched
     def PullMessages(self, request: PullMessagesRequest) -> PullMessagesResponse:  # noqa: N802
         FleetClient.pulls += 1
         if FleetClient.broken and self._activation is not None:
             self._take_leave(self._node)
             super().ActivateNode(self._activation)
             FleetClient.broken = False
-        return self._watched(super().PullMessages, request)
+        return super().PullMessages(request)
 
-    def PushMessages(self, request: PushMessagesRequest) -> PushMessagesResponse:  # noqa: N802
-        return self._watched(super().PushMessages, request)
-
-    def PushObject(self, request: PushObjectRequest) -> PushObjectResponse:  # noqa: N802
-        return self._watched(super().PushObject, request)
-
-    def PullObject(self, request: PullObjectRequest) -> PullObjectResponse:  # noqa: N802
-        return self._watched(super().PullObject, request)
-
-    def ConfirmMessageReceived(  # noqa: N802
-        self, request: ConfirmMessageReceivedRequest
-    ) -> ConfirmMessageReceivedResponse:
-        return self._watched(super().ConfirmMessageReceived, request)
-
-    def _watched(self, call: Callable[[Any], _Answer], request: Any) -> _Answer:
-        try:
-            return call(request)
-        except httpx.HTTPStatusError as error:
-            # 403: the run is over, and so is the matter. 401: this process is about to end.
-            if error.response.status_code >= 500 or error.response.status_code in (404, 408, 429):
-                FleetClient.broken = True
-            raise
-        except (httpx.ConnectError, httpx.ConnectTimeout):
-            raise  # never sent
-        except httpx.TransportError:
-            FleetClient.broken = True
-            raise
+    PushMessages = _watched(FleetHttpClient.PushMessages)
+    PushObject = _watched(FleetHttpClient.PushObject)
+    PullObject = _watched(FleetHttpClient.PullObject)
+    ConfirmMessageReceived = _watched(FleetHttpClient.ConfirmMessageReceived)
 
     def _take_leave(self, node: int) -> bool:
         """Say that a node, if any, has gone; False if the superlink knows no such node of ours."""
@@ -289,11 +276,6 @@ def _end_if_hung(pulls: int) -> None:
         os._exit(1)
 
 
-def connected(state_file: Path, pid: int) -> bool:
-    """Whether the supernode that runs as `pid` has been let in by the superlink."""
-    return _record(state_file).get("pid") == pid
-
-
 def _refused() -> None:
     sys.stderr.write(
         "The aggregator refuses this node: its key is not registered there (any more), or another "
@@ -313,15 +295,14 @@ def _orphan(path: Path) -> int:
     node, pid = record.get("node_id"), record.get("pid")
     if not isinstance(node, int) or not isinstance(pid, int) or record.get("boot") != _boot():
         return 0
-    if pid != os.getpid():
+    if pid == os.getpid():
+        return node
+    with contextlib.suppress(PermissionError):  # of another user's, which is alive
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return node
-        except OSError:
-            return 0
-        return 0
-    return node
+    return 0
 
 
 def _boot() -> str:
@@ -341,10 +322,8 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _remember(path: Path, node: int) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    partial.write_text(json.dumps({"node_id": node, "pid": os.getpid(), "boot": _boot()}) + "\n")
-    partial.replace(path)
+    write_json(path, {"node_id": node, "pid": os.getpid(), "boot": _boot()})
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def main() -> None:
                 break
             time.sleep(0.1)
     client = half._client(RuntimeTokenHttpInterceptor(taken.token))
-    task = shim._Task(client, Path("unused"), shim.ask_trainer, lambda _: None)
+    task = shim._Task(client, Path("unused"), lambda _: None)
     message = task._fetch()
     reply = Message(RecordDict({"photon": ConfigRecord({"reply": b"never"})}), reply_to=message)
     reply.metadata.__dict__["_message_id"] = reply.object_id
