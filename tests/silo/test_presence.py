@@ -30,6 +30,7 @@ class DeskOfTests:
 @pytest.fixture
 def desk(monkeypatch):
     monkeypatch.setattr("photon.silo.presence._LEAST_GAP_S", 0.02)
+    monkeypatch.setattr("photon.silo.presence._EVERY_S", 0.03)
     return DeskOfTests()
 
 
@@ -41,7 +42,7 @@ def eventually(condition, seconds=5.0):
 
 
 def test_what_is_done_is_told_at_once_and_again_and_again(desk):
-    reporter = Reporter(desk, every_s=0.05)
+    reporter = Reporter(desk)
     eventually(lambda: desk.told)
     reporter.say("training", run="r", round=3, task="t", of=9)
     reporter.add(step=4, detail="loss 3.1")
@@ -54,8 +55,9 @@ def test_what_is_done_is_told_at_once_and_again_and_again(desk):
     assert last.boot != Reporter(None).now.boot
 
 
-def test_changes_are_told_together(desk):
-    reporter = Reporter(desk, every_s=60)
+def test_changes_are_told_together(desk, monkeypatch):
+    monkeypatch.setattr("photon.silo.presence._EVERY_S", 60.0)
+    reporter = Reporter(desk)
     eventually(lambda: desk.told)
     for step in range(1000):
         reporter.say("training", step=step)
@@ -66,7 +68,7 @@ def test_changes_are_told_together(desk):
 @pytest.mark.parametrize("error", [UnreachableError("down"), ValueError("nonsense"), OSError()])
 def test_a_desk_in_trouble_is_told_again(error, desk, caplog):
     desk.error = error
-    reporter = Reporter(desk, every_s=0.03)
+    reporter = Reporter(desk)
     eventually(lambda: len(desk.told) > 3)
     assert reporter.key_in_use is None
     desk.error = None
@@ -79,7 +81,7 @@ def test_a_desk_in_trouble_is_told_again(error, desk, caplog):
 
 def test_a_desk_that_hangs_holds_up_nobody(desk):
     desk.gate.clear()
-    reporter = Reporter(desk, every_s=0.01)
+    reporter = Reporter(desk)
     started = time.monotonic()
     for step in range(10_000):
         reporter.add(step=step)
@@ -93,7 +95,7 @@ def test_a_desk_that_hangs_holds_up_nobody(desk):
 
 
 def test_work_that_goes_on_does_not_unsay_the_end(desk):
-    reporter = Reporter(desk, every_s=0.03)
+    reporter = Reporter(desk)
     reporter.stop(20)
     reporter.say("publishing", step=4, of=4)
     reporter.add(step=5)
@@ -102,7 +104,7 @@ def test_work_that_goes_on_does_not_unsay_the_end(desk):
 
 
 def test_what_the_desk_says_is_heeded(desk):
-    reporter = Reporter(desk, every_s=0.03)
+    reporter = Reporter(desk)
     desk.answer = {"draining": True}
     eventually(lambda: reporter.draining)
     desk.error = KeyInUseError("another node runs with the key of red")

@@ -17,7 +17,7 @@ from photon.silo.narrator import Narrator
 log = logging.getLogger(__name__)
 
 #: Between two reports that say the same.
-EVERY_S = 5.0
+_EVERY_S = 5.0
 
 #: Between any two reports: a change is told at once, a hundred changes are told as one.
 _LEAST_GAP_S = 0.5
@@ -41,16 +41,12 @@ class Reporter:
 
     Args:
         desk: None keeps everything to itself.
-        every_s: between two reports.
         narrator: tells this site's screen the same.
     """
 
-    def __init__(
-        self, desk: Desk | None, *, every_s: float = EVERY_S, narrator: Narrator | None = None
-    ) -> None:
+    def __init__(self, desk: Desk | None, *, narrator: Narrator | None = None) -> None:
         self._desk = desk
         self._narrator = narrator or Narrator(lambda _: None)
-        self._every_s = every_s
         self._now = Presence("idle", boot=secrets.token_hex(8))
         self._changed = threading.Event()
         self._reporting = threading.Lock()
@@ -99,7 +95,7 @@ class Reporter:
         while True:
             self._tell()
             time.sleep(_LEAST_GAP_S)
-            self._changed.wait(self._every_s)
+            self._changed.wait(_EVERY_S)
 
     def _tell(self) -> None:
         with self._reporting:
