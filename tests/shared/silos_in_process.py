@@ -21,7 +21,8 @@ from photon.membership.signing import RECEIPT, sign_document
 from photon.silo.policy import read_membership
 from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
-from photon.silo.trainer import SiloTrainer, Site
+from photon.silo.site import Site
+from photon.silo.trainer import SiloTrainer
 from photon.store.contract import MemoryStore, Store
 from photon.store.transfer import Transfer
 from photon.training import Seat

@@ -28,11 +28,11 @@ from photon.link import write_parcel
 from photon.membership.keys import NodeKey
 from photon.membership.signing import RECEIPT, verify_document
 from photon.models import model_fingerprint, trainable_parameters
-from photon.silo.policy import read_membership
+from photon.silo.policy import own_part, read_membership
 from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
-from photon.silo.text import own_part
-from photon.silo.trainer import SiloTrainer, Site
+from photon.silo.site import Site
+from photon.silo.trainer import SiloTrainer
 from photon.store.contract import FolderStore, MemoryStore, Store
 from photon.store.transfer import Transfer
 from photon.training import InnerOptimizer, Seat

@@ -45,9 +45,14 @@ from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts
 from photon.silo.desk_client import DeskClient
 from photon.silo.narrator import GOES_ON, SAYS
-from photon.silo.policy import MEMBERSHIP_FILE, Membership, read_membership, require_same_data
+from photon.silo.policy import (
+    MEMBERSHIP_FILE,
+    Membership,
+    own_part,
+    read_membership,
+    require_same_data,
+)
 from photon.silo.socket import connected
-from photon.silo.text import own_part
 from photon.store.disk import held_alone, write_json, write_whole
 from photon.version import photon_version
 

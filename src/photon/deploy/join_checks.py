@@ -48,11 +48,11 @@ from photon.silo.desk_client import DeskClient, Standing
 from photon.silo.policy import (
     MEMBERSHIP_FILE,
     Membership,
+    own_part,
     read_membership,
     require_our_version,
     require_same_data,
 )
-from photon.silo.text import own_part
 from photon.store.dialling import proxy_to
 from photon.store.granted_store import GrantedStore
 from photon.store.presign import Grant

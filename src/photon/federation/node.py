@@ -245,15 +245,12 @@ class Node:
                 self._states.save(task.silo, task.round, trainer.optimizer.state_tensors())
             update = self._update(task, state)
         except NonFiniteError as error:
-            receipt = Receipt(
-                task.round,
-                task.silo,
+            receipt = Receipt.failed(
+                task,
+                error,
                 bytes_down=task.state_bytes,
                 load_s=load_s,
                 worker=self._worker,
-                failure=error.message,
-                failure_code=error.exit_code,
-                failure_hint=error.hint,
                 state_lost=state_lost,
             )
             return Update(receipt, lambda: iter(()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -147,7 +147,7 @@ def read_node_state(
         ) from error
 
 
-def prune_node_states(folder: Path, needed: Mapping[str, set[int]]) -> None:
+def prune_node_states(folder: Path, needed: Mapping[str, Container[int]]) -> None:
     """Remove the states that no kept checkpoint names.
 
     Args:

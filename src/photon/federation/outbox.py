@@ -9,7 +9,7 @@ out of a step from weights long gone counts for less. With beta = 1 nothing fade
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,7 +156,7 @@ def feedback_path(folder: Path, silo: str, number: int) -> Path:
     return folder / silo / f"feedback-{number:06d}.safetensors"
 
 
-def prune_feedback(folder: Path, needed: Mapping[str, set[int]]) -> None:
+def prune_feedback(folder: Path, needed: Mapping[str, Container[int]]) -> None:
     """Remove what no kept checkpoint names, as `prune_node_states` does.
 
     Args:

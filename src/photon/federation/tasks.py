@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Size, Tensor
 
-from photon.errors import NodeError
+from photon.errors import NodeError, PhotonError
 from photon.link import Carrier, Entry, Header, Ref, plain_entries, shapes_fingerprint
 from photon.link.manifest import Kind
 from photon.training import StepTimes
@@ -103,6 +103,18 @@ class Receipt:
     micro_batch_size: int = 0
     left_out: float | None = None
     state_lost: bool = False
+
+    @classmethod
+    def failed(cls, task: FitTask, error: PhotonError, **figures: Any) -> Receipt:
+        """Of a task without an update, because of this error."""
+        return cls(
+            task.round,
+            task.silo,
+            failure=error.message,
+            failure_code=error.exit_code,
+            failure_hint=error.hint,
+            **figures,
+        )
 
 
 @dataclass(frozen=True)

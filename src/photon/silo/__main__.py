@@ -20,12 +20,14 @@ from photon.errors import PhotonError
 from photon.link import Carrier
 from photon.membership.keys import NodeKey
 from photon.silo.desk_client import DeskClient
+from photon.silo.held_node import follow
 from photon.silo.narrator import Narrator
 from photon.silo.policy import Membership, read_membership
 from photon.silo.presence import Desk, Reporter
 from photon.silo.ranks import Team
 from photon.silo.service import end_on_signals, only_trainer, say_goodbye, serve
-from photon.silo.trainer import SiloTrainer, Site, follow
+from photon.silo.site import Site
+from photon.silo.trainer import SiloTrainer
 from photon.store.contract import Buffer
 from photon.store.granted_store import GrantedStore
 from photon.store.transfer import Transfer, Wanted

@@ -2,8 +2,7 @@
 
     answers/RUN/fit-000012/answer.json     written last, renamed into place: the task is finished
     answers/RUN/fit-000012/parcel/...      the update's objects, by their keys in the store
-    answers/RUN/fit-000012.begun.json      how often the task was begun
-    answers/RUN/fit-000012.failed.json     what ended the trainer while it worked on the task
+    answers/RUN/fit-000012.trouble.json    how often the task was begun, and what ended the trainer
 
 Invariant: an answer.json names an update that lies whole beside it. It breaks if the answer is
 written before the parcel is on disk.
@@ -16,20 +15,19 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from photon.errors import CheckpointCorruptError, PhotonError
+from photon.errors import CheckpointCorruptError, DiskFullError, PhotonError
 from photon.federation.envelopes import Ask
 from photon.membership.roster import SignedReply
 from photon.store.contract import Buffer, FolderStore
 from photon.store.disk import write_json
 
 _ANSWER = "answer.json"
-_BEGUN = ".begun.json"
-_FAILED = ".failed.json"
+_TROUBLE = ".trouble.json"
 _WHAT = "a finished task"
 
 
@@ -49,20 +47,23 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """What ended the trainer during a task.
+class Trouble:
+    """What became of the attempts at a question that is not answered.
 
     Attributes:
-        where: the error's class and the line of code: two of the same are the same failure.
+        begun: attempts that ended in no good order, whatever ended them.
+        where: the error's class and the line of code that ended the trainer: two of the same are
+            the same failure.
         times: in a row, in the same way.
         code, message: of the last.
     """
 
     question: str
-    where: str
-    times: int
-    code: int
-    message: str
+    begun: int = 0
+    where: str = ""
+    times: int = 0
+    code: int = 0
+    message: str = ""
 
 
 class Answers:
@@ -116,88 +117,17 @@ class Answers:
             "sent": answer.sent,
         }
         write_json(self._place(ask) / _ANSWER, record, _WHAT)
-        self._beside(ask, _FAILED).unlink(missing_ok=True)
-        self._beside(ask, _BEGUN).unlink(missing_ok=True)
+        self._trouble_file(ask).unlink(missing_ok=True)
 
-    def chunks(self, ask: Ask) -> Iterator[tuple[str, Buffer]]:
-        """Key and bytes of each chunk of a finished task's update.
+    def objects(self, ask: Ask, *, chunks: bool) -> Iterator[tuple[str, Buffer]]:
+        """Key and bytes of each object of a finished task's update.
+
+        Args:
+            chunks: else of its manifest, which belongs into the store once they are there.
 
         Raises:
             CheckpointCorruptError: the disk gave back other bytes than were written.
         """
-        return self._objects(ask, chunks=True)
-
-    def manifest(self, ask: Ask) -> Iterator[tuple[str, Buffer]]:
-        """As `chunks`, of the manifest, which belongs into the store once they are there."""
-        return self._objects(ask, chunks=False)
-
-    def forget(self, ask: Ask) -> None:
-        """A finished task that can't be used after all."""
-        self.begin(ask)
-
-    def prune(self, ask: Ask) -> None:
-        """Remove the oldest finished tasks of this kind, beyond as many as are kept."""
-        mine = self._place(ask)
-        others = [
-            place
-            for place in self._folder.glob(f"*/{ask.kind}-*")
-            if place.is_dir() and place != mine
-        ]
-        others.sort(key=_finished_at, reverse=True)
-        for place in others[self._keep - 1 :]:
-            (place / _ANSWER).unlink(missing_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
-        for path in [*self._folder.glob(f"*/*{_FAILED}"), *self._folder.glob(f"*/*{_BEGUN}")]:
-            path.unlink(missing_ok=True)
-        for run in self._folder.glob("*"):
-            if run != mine.parent and not any(run.iterdir()):
-                run.rmdir()
-
-    def begun(self, ask: Ask) -> int:
-        """How often this very question was begun, and neither answered nor refused."""
-        record = _read(self._beside(ask, _BEGUN)) or {}
-        times = record.get("times") if record.get("question") == ask.question_sha256 else 0
-        return times if isinstance(times, int) else 0
-
-    @contextmanager
-    def attempt(self, ask: Ask) -> Iterator[None]:
-        """Work on a task. It counts where it ends with this process.
-
-        Raises:
-            DiskFullError: no room to note that it was begun.
-        """
-        times = self.begun(ask) + 1
-        write_json(
-            self._beside(ask, _BEGUN), {"question": ask.question_sha256, "times": times}, _WHAT
-        )
-        try:
-            yield
-        except PhotonError:
-            self.not_begun(ask)
-            raise
-
-    def not_begun(self, ask: Ask) -> None:
-        """It was left in good order: attempts so far don't count."""
-        self._beside(ask, _BEGUN).unlink(missing_ok=True)
-
-    def failure(self, ask: Ask) -> Failure | None:
-        """What ended the trainer when it last worked on this very question."""
-        record = _read(self._beside(ask, _FAILED))
-        try:
-            failure = Failure(**record) if record is not None else None
-        except TypeError:
-            return None
-        return failure if failure is not None and failure.question == ask.question_sha256 else None
-
-    def note_failure(self, ask: Ask, where: str, *, code: int, message: str) -> Failure:
-        """Remember what is about to end the trainer."""
-        before = self.failure(ask)
-        times = 1 + (before.times if before is not None and before.where == where else 0)
-        failure = Failure(ask.question_sha256, where, times, code, message[:2000])
-        write_json(self._beside(ask, _FAILED), vars(failure), _WHAT)
-        return failure
-
-    def _objects(self, ask: Ask, *, chunks: bool) -> Iterator[tuple[str, Buffer]]:
         store = FolderStore(self._place(ask) / "parcel")
         for key, size in list(store.keys()):
             folder, _, name = key.rpartition("/")
@@ -215,12 +145,70 @@ class Answers:
                 )
             yield key, data
 
+    def prune(self, ask: Ask) -> None:
+        """Remove the oldest finished tasks of this kind, beyond as many as are kept."""
+        mine = self._place(ask)
+        others = [
+            place
+            for place in self._folder.glob(f"*/{ask.kind}-*")
+            if place.is_dir() and place != mine
+        ]
+        others.sort(key=_finished_at, reverse=True)
+        for place in others[self._keep - 1 :]:
+            (place / _ANSWER).unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+        for path in self._folder.glob("*/*.json"):
+            path.unlink(missing_ok=True)
+        for run in self._folder.glob("*"):
+            if run != mine.parent and not any(run.iterdir()):
+                run.rmdir()
+
+    def trouble(self, ask: Ask) -> Trouble:
+        """What became of earlier attempts at this very question."""
+        record = _read(self._trouble_file(ask))
+        none = Trouble(ask.question_sha256)
+        try:
+            found = Trouble(**record) if record is not None else none
+        except TypeError:
+            return none
+        return found if found.question == none.question else none
+
+    @contextmanager
+    def attempt(self, ask: Ask) -> Iterator[None]:
+        """Work on a task. It counts where it ends with this process.
+
+        Raises:
+            DiskFullError: no room to note that it was begun.
+        """
+        self._note(ask, begun=self.trouble(ask).begun + 1)
+        try:
+            yield
+        except PhotonError:
+            self.not_begun(ask)
+            raise
+
+    def not_begun(self, ask: Ask) -> None:
+        """It was left in good order: attempts so far don't count."""
+        with suppress(DiskFullError):
+            self._note(ask, begun=0)
+
+    def note_failure(self, ask: Ask, where: str, *, code: int, message: str) -> Trouble:
+        """Remember what is about to end the trainer."""
+        before = self.trouble(ask)
+        times = 1 + (before.times if before.where == where else 0)
+        return self._note(ask, where=where, times=times, code=code, message=message[:2000])
+
+    def _note(self, ask: Ask, **news: Any) -> Trouble:
+        trouble = replace(self.trouble(ask), **news)
+        write_json(self._trouble_file(ask), asdict(trouble), _WHAT)
+        return trouble
+
     def _place(self, ask: Ask) -> Path:
         return self._folder / ask.run.id / f"{ask.kind}-{ask.round:06d}"
 
-    def _beside(self, ask: Ask, suffix: str) -> Path:
+    def _trouble_file(self, ask: Ask) -> Path:
         place = self._place(ask)
-        return place.with_name(place.name + suffix)
+        return place.with_name(place.name + _TROUBLE)
 
 
 def _finished_at(place: Path) -> float:

@@ -1,4 +1,4 @@
-"""What this site takes part in: who it is, what it allows, and why a run is refused.
+"""What this site takes part in: who it is, its text, what it allows, why a run is refused.
 
 Everything is checked before anything of a run is read, built or downloaded.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from photon.config.addresses import host_and_port
 from photon.errors import (
     DataChangedError,
+    EmptySiloError,
     MembershipError,
     PolicyError,
     ProtocolError,
@@ -28,6 +29,7 @@ from photon.version import photon_version
 
 if TYPE_CHECKING:  # they import torch, and `photon join` reads the membership without it
     from photon.config import NetworkConfig, PolicyConfig, RunConfig
+    from photon.config.node import NodeDataConfig
     from photon.data import PreparedData
     from photon.federation.envelopes import Ask
 
@@ -283,6 +285,29 @@ def require_data(ask: Ask, data: PreparedData, registered: str | None) -> None:
                 hint="Prepare the text again with the federation's tokenizer: `photon data prepare "
                 "--tokenizer FOLDER`.",
             )
+
+
+def own_part(data: PreparedData, config: NodeDataConfig, name: str) -> PreparedData:
+    """The folder as if this site's were the only text in it.
+
+    Args:
+        data: the opened folder.
+        config: [data] of node.toml, which may say which silo of the folder it is.
+        name: of the member.
+
+    Raises:
+        EmptySiloError: no silo of it is this site's.
+    """
+    chosen = config.silo
+    if chosen is None:
+        chosen = name if name in data.silos or len(data.silos) != 1 else next(iter(data.silos))
+    if chosen not in data.silos:
+        raise EmptySiloError(
+            f"{data.path} holds no silo {chosen!r}, it holds {', '.join(data.silos)}",
+            hint="Say in node.toml which one is this site's: data.silo = NAME.",
+        )
+    own = replace(data.silos[chosen], name=name)
+    return replace(data, silos={name: own})
 
 
 def require_same_data(data: PreparedData, registered: str | None, name: str) -> None:

@@ -122,15 +122,7 @@ class Arrivals:
     def _update(self, position: int, parcel: Parcel | None) -> Update:
         errand, task = self._errands[position], self._tasks[position]
         if errand.failure is not None:
-            error = errand.failure
-            receipt = Receipt(
-                task.round,
-                task.silo,
-                failure=error.message,
-                failure_code=error.exit_code,
-                failure_hint=error.hint,
-            )
-            return Update(receipt, lambda: iter(()))
+            return Update(Receipt.failed(task, errand.failure), lambda: iter(()))
         assert errand.reply is not None
         assert errand.reply.fit is not None
         receipt = errand.reply.fit.receipt(task.round, task.silo)

@@ -1,0 +1,80 @@
+"""What a site brings to any run: its home, its text, its machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from photon.config import NodeConfig, RunConfig
+from photon.data import PreparedData, open_data
+from photon.federation import NodeSettings
+from photon.federation.envelopes import RunPart, node_config
+from photon.silo.policy import Membership, own_part
+from photon.store.disk import file_sha256
+from photon.training import Seat
+
+
+class Site:
+    """One site.
+
+    Args:
+        home: folder of the node.
+        node: node.toml.
+        membership: who it is.
+
+    Attributes:
+        registered: sha256 of the data that this site takes part with.
+    """
+
+    def __init__(self, home: Path, node: NodeConfig, membership: Membership) -> None:
+        self.home = home
+        self.node = node
+        self.membership = membership
+        self._data: PreparedData | None = None
+        self.registered = membership.data_sha256
+        self._verified: str | None = None
+
+    def config(self, run: RunPart) -> RunConfig:
+        """The run as this site trains it.
+
+        Raises:
+            ProtocolError, ConfigError: see `node_config`.
+        """
+        site = {
+            "compute": self.node.compute.model_dump(mode="json", exclude_none=True),
+            "data": {"path": self.node.data.path},
+        }
+        return node_config(run, site)
+
+    def data(self) -> PreparedData:
+        """This site's text, as the one silo that is called as the member is.
+
+        Raises:
+            DataError: it can't be used, or no silo of it is this site's.
+        """
+        path = Path(self.node.data.path)
+        manifest = path / "manifest.json"
+        if self._data is None or not _is_file_of(manifest, self._data.sha256):
+            self._data = own_part(open_data(path), self.node.data, self.membership.name)
+            self.registered = self.registered or self._data.sha256
+        return self._data
+
+    def verify(self, data: PreparedData) -> None:
+        """Read through this site's text, once for each time it changes.
+
+        Raises:
+            ShardCorruptError, VocabularyMismatchError: see PreparedData.verify.
+        """
+        if self._verified != data.sha256:
+            data.verify()
+            self._verified = data.sha256
+
+    def settings(self, run: RunPart, config: RunConfig, seat: Seat) -> NodeSettings:
+        """Of this site's node in a run."""
+        return NodeSettings(config, self.home / "nodes" / run.id, seat=seat)
+
+
+def _is_file_of(path: Path, sha256: str) -> bool:
+    try:
+        return file_sha256(path) == sha256
+    except OSError:
+        return False
