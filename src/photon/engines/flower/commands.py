@@ -101,8 +101,8 @@ def supernode(
     """A silo's connection to the aggregator. It connects outward only; its own API is on loopback.
 
     Args:
-        home: of the node; keeps supernode.json (which node this is, and its process; written once it
-            is connected) and flwr/.
+        home: of the node; keeps flwr/ and, written once it is connected, supernode.json (which
+            node this is, and its process).
         superlink: "host:port" of the aggregator's door.
         ca: PEM file of the only authority that is believed.
         key: the node's private key, OpenSSH format.
