@@ -58,66 +58,31 @@ class EvaluationPoint:
         return self.loss / math.log(2) / self.bits_per_byte
 
 
-@dataclass(frozen=True)
-class RoundCost:
-    """Bytes and wall-clock seconds of a finished round, whole and by what they went into."""
-
-    round: int
-    bytes_up: int
-    bytes_down: int
-    round_s: float
-    phases_s: dict[str, float]
-
-
 @dataclass
 class SiloDigest:
-    """One silo over the whole run. Throughput in tokens per second of local training.
+    """One silo over the whole run.
 
-    step_s splits train_s by what a step does, and exchange_s is what its ranks' collectives took of
-    that; mfu holds the share of the device's peak that each round's model FLOPs were, where the
-    peak is known; peak memory and micro-batch are those of one rank.
+    Attributes:
+        share: of the text of all silos.
+        tasks: those it finished.
+        dropped: how many of its updates were not merged.
+        training: tokens that all silos had trained on, and its loss.
+        scoring_bytes: that it received to score states.
     """
 
     name: str
     text_tokens: int | None = None
     share: float | None = None
-    rounds: int = 0
-    last_loss: float | None = None
     dropped: int = 0
-    throughput: list[float] = field(default_factory=list)
+    tasks: list[LocalFinished] = field(default_factory=list)
     training: list[tuple[float, float]] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
-    train_s: float = 0.0
-    step_s: dict[str, float] = field(default_factory=dict)
-    exchange_s: float = 0.0
-    mfu: list[float] = field(default_factory=list)
-    peak_memory_bytes: int = 0
-    micro_batch_size: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
+    scoring_bytes: int = 0
 
-    def finished(self, event: LocalFinished) -> None:
-        """Count a task in."""
-        self.rounds += 1
-        self.last_loss = event.last_loss
-        if event.train_s > 0:
-            self.throughput.append(event.tokens / event.train_s)
-        self.train_s += event.train_s
-        parts = {
-            "data": event.data_s,
-            "forward": event.forward_s,
-            "backward": event.backward_s,
-            "optimizer": event.optimizer_s,
-        }
-        for name, seconds in parts.items():
-            self.step_s[name] = self.step_s.get(name, 0.0) + seconds
-        self.exchange_s += event.communication_s or 0.0
-        if event.mfu is not None:
-            self.mfu.append(event.mfu)
-        self.peak_memory_bytes = max(self.peak_memory_bytes, event.peak_memory_bytes)
-        self.micro_batch_size = event.micro_batch_size
-        self.bytes_up += event.bytes_up
-        self.bytes_down += event.bytes_down
+    @property
+    def throughput(self) -> list[float]:
+        """Tokens per second of local training, of each task."""
+        return [task.tokens / task.train_s for task in self.tasks if task.train_s > 0]
 
 
 @dataclass(frozen=True)
@@ -144,7 +109,7 @@ class RunDigest:
     sessions: list[RunStarted]
     state: State
     stop: RunStopped | None
-    rounds: list[RoundCost]
+    rounds: list[RoundFinished]
     silos: dict[str, SiloDigest]
     evaluations: list[EvaluationPoint]
     incidents: list[Incident]
@@ -191,7 +156,8 @@ class RunDigest:
     @property
     def phases_s(self) -> list[tuple[str, float]]:
         """Seconds of the whole run by phase; what is left of the wall clock is `other`."""
-        known = {name: sum(cost.phases_s[name] for cost in self.rounds) for name in PHASES[:-1]}
+        spent = [phases_of(one) for one in self.rounds]
+        known = {name: sum(phases[name] for phases in spent) for name in PHASES[:-1]}
         known["evaluation"] += self.setup_eval_s
         return [*known.items(), (PHASES[-1], max(0.0, self.wall_s - sum(known.values())))]
 
@@ -222,14 +188,14 @@ def read_digest(folder: Path) -> RunDigest:
     points: list[EvaluationPoint] = []
     for event in history.of(Evaluated):
         point = _point(event, before)
-        silo = silos.setdefault(event.silo, SiloDigest(event.silo)) if event.silo else None
-        if silo is not None:
-            silo.bytes_down += event.bytes_down
-        target = points if silo is None else silo.evaluations
+        target = silos[event.silo].evaluations if event.silo else points
+        if event.silo:
+            silos[event.silo].scoring_bytes += event.bytes_down
         # Evaluated again after a resume: the newer one counts.
         target[:] = [old for old in target if old.round != point.round]
         target.append(point)
-    rounds, drawn = _rounds(history), _once(history.of(RoundStarted))
+    rounds = {event.round: event for event in history.of(RoundFinished)}
+    drawn = {event.round: event for event in history.of(RoundStarted)}
     # Totals are the aggregator's own: they hold even where a kill cost one round's last line.
     closed = history.of(RoundFinished)[-1:]
     done = closed[0].round if closed else 0
@@ -239,7 +205,7 @@ def read_digest(folder: Path) -> RunDigest:
         sessions=[event for event in raw if isinstance(event, RunStarted)],
         state=state,
         stop=stop,
-        rounds=rounds,
+        rounds=[rounds[number] for number in sorted(rounds)],
         silos=silos,
         evaluations=points,
         incidents=incidents,
@@ -288,10 +254,6 @@ def _state(raw: list[Event]) -> tuple[State, RunStopped | None]:
     return "unfinished", None
 
 
-def _once(events: Iterable[RoundStarted]) -> dict[int, RoundStarted]:
-    return {event.round: event for event in events}
-
-
 def _tokens_before(history: RunHistory) -> dict[int, int]:
     """Tokens trained on before each round; under round r + 1, those after round r."""
     per_round: dict[int, int] = {}
@@ -323,7 +285,7 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
     for name, tokens in started.silo_tokens.items():
         silo = silos.setdefault(name, SiloDigest(name))
         silo.text_tokens, silo.share = tokens, tokens / whole if whole else None
-    drawn = _once(history.of(RoundStarted))
+    drawn = {event.round: event for event in history.of(RoundStarted)}
     per_task = started.local_steps * started.batch_size * started.sequence_length
     stepwise: set[tuple[str, int]] = set()
     for event in history.events:
@@ -338,29 +300,21 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
                 silo.training.append((before.get(event.round, 0) + within, event.loss))
                 stepwise.add((name, event.round))
             case LocalFinished():
-                silo.finished(event)
+                silo.tasks.append(event)
                 # Rounds shorter than run.log_every, and silos that told no steps.
                 if event.loss is not None and (name, event.round) not in stepwise:
                     silo.training.append((before[event.round + 1], event.loss))
     return silos
 
 
-def _rounds(history: RunHistory) -> list[RoundCost]:
-    costs: dict[int, RoundCost] = {}
-    for event in history.of(RoundFinished):
-        rest_s = event.eval_s + event.merge_s + event.checkpoint_s
-        # Workers that train side by side may add up to more seconds than the round had.
-        train_s = min(event.local_train_s, max(0.0, event.round_s - rest_s))
-        other_s = max(0.0, event.round_s - rest_s - train_s)
-        spent_s = (train_s, event.eval_s, event.merge_s, event.checkpoint_s, other_s)
-        costs[event.round] = RoundCost(
-            round=event.round,
-            bytes_up=event.bytes_up,
-            bytes_down=event.bytes_down,
-            round_s=event.round_s,
-            phases_s=dict(zip(PHASES, spent_s, strict=True)),
-        )
-    return [costs[number] for number in sorted(costs)]
+def phases_of(finished: RoundFinished) -> dict[str, float]:
+    """Seconds of a round by what they went into."""
+    rest_s = finished.eval_s + finished.merge_s + finished.checkpoint_s
+    # Workers that train side by side may add up to more seconds than the round had.
+    train_s = min(finished.local_train_s, max(0.0, finished.round_s - rest_s))
+    other_s = max(0.0, finished.round_s - rest_s - train_s)
+    spent_s = (train_s, finished.eval_s, finished.merge_s, finished.checkpoint_s, other_s)
+    return dict(zip(PHASES, spent_s, strict=True))
 
 
 def _incidents(raw: list[Event]) -> list[Incident]:

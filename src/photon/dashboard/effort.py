@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from typing import Any
 
 from photon.dashboard import palette, wording
 from photon.dashboard.digest import RunDigest, SiloDigest
@@ -12,36 +12,20 @@ from photon.dashboard.digest import RunDigest, SiloDigest
 STEP_PARTS = ("data", "forward", "backward", "optimizer", "other")
 
 
-@dataclass(frozen=True)
-class EffortRow:
-    """A silo's row of the table; all in words.
+def effort_rows(digest: RunDigest) -> list[dict[str, Any]]:
+    """A row, in words, for each silo that finished a task with its times told.
 
-    Attributes:
-        parts: of the step's bar: width in percent, CSS colour, share in words.
-        exchange: share of the training time that its ranks' collectives took.
-        mfu: model FLOPs utilisation, median over rounds.
-        up, down: bytes of a round, mean.
+    parts are of the step's bar: width in percent, CSS colour, share in words. exchange is the share
+    of the training time that its ranks' collectives took; speed and mfu (model FLOPs utilisation)
+    are medians over tasks, up and down bytes a task, memory and micro_batch those of one rank.
     """
-
-    name: str
-    colour: str
-    parts: list[tuple[str, str, str]]
-    speed: str
-    exchange: str
-    mfu: str
-    memory: str
-    micro_batch: str
-    up: str
-    down: str
-
-
-def effort_rows(digest: RunDigest) -> list[EffortRow]:
-    """A row for each silo that finished a task with its times told; none where nobody did."""
-    return [
-        _row(silo, palette.silo_variable(index, len(digest.silos)))
-        for index, silo in enumerate(digest.silos.values())
-        if silo.rounds and sum(silo.step_s.values()) > 0
-    ]
+    rows = []
+    for index, silo in enumerate(digest.silos.values()):
+        spent_s = {part: _sum(silo, f"{part}_s") for part in STEP_PARTS[:-1]}
+        if sum(spent_s.values()) > 0:
+            colour = palette.silo_variable(index, len(digest.silos))
+            rows.append({"colour": colour} | _row(silo, spent_s))
+    return rows
 
 
 def step_legend() -> list[tuple[str, str]]:
@@ -49,23 +33,29 @@ def step_legend() -> list[tuple[str, str]]:
     return [(name, f"var(--phase-{i})") for i, name in enumerate(STEP_PARTS)]
 
 
-def _row(silo: SiloDigest, colour: str) -> EffortRow:
-    spent_s = dict(silo.step_s)
-    whole_s = max(silo.train_s, sum(spent_s.values()))
-    spent_s["other"] = whole_s - sum(spent_s.values())
-    parts = [
-        (f"{spent_s[name] / whole_s * 100:.2f}", css, wording.percent(spent_s[name] / whole_s))
-        for name, css in step_legend()
-    ]
-    return EffortRow(
-        name=wording.one_line(silo.name),
-        colour=colour,
-        parts=parts,
-        speed=wording.count(statistics.median(silo.throughput)) if silo.throughput else "–",
-        exchange=wording.percent(silo.exchange_s / whole_s) if silo.exchange_s else "–",
-        mfu=wording.percent(statistics.median(silo.mfu), 1) if silo.mfu else "–",
-        memory=wording.size(silo.peak_memory_bytes) if silo.peak_memory_bytes else "–",
-        micro_batch=str(silo.micro_batch_size or "–"),
-        up=wording.size(silo.bytes_up / silo.rounds),
-        down=wording.size(silo.bytes_down / silo.rounds),
-    )
+def _row(silo: SiloDigest, spent_s: dict[str, float]) -> dict[str, Any]:
+    whole_s = max(_sum(silo, "train_s"), sum(spent_s.values()))
+    shares = [seconds / whole_s for seconds in spent_s.values()]
+    shares.append((whole_s - sum(spent_s.values())) / whole_s)
+    exchange = _sum(silo, "communication_s") / whole_s
+    mfu = [task.mfu for task in silo.tasks if task.mfu is not None]
+    memory = max(task.peak_memory_bytes for task in silo.tasks)
+    return {
+        "name": wording.one_line(silo.name),
+        "parts": [
+            (f"{share * 100:.2f}", css, wording.percent(share))
+            for share, (_, css) in zip(shares, step_legend(), strict=True)
+        ],
+        "speed": wording.count(statistics.median(silo.throughput)) if silo.throughput else "–",
+        "exchange": wording.percent(exchange) if exchange else "–",
+        "mfu": wording.percent(statistics.median(mfu), 1) if mfu else "–",
+        "memory": wording.size(memory) if memory else "–",
+        "micro_batch": str(silo.tasks[-1].micro_batch_size or "–"),
+        "up": wording.size(_sum(silo, "bytes_up") / len(silo.tasks)),
+        "down": wording.size((_sum(silo, "bytes_down") + silo.scoring_bytes) / len(silo.tasks)),
+    }
+
+
+def _sum(silo: SiloDigest, figure: str) -> float:
+    """Of a figure of all its tasks; what is not known counts as none."""
+    return sum(getattr(task, figure) or 0 for task in silo.tasks)

@@ -34,6 +34,7 @@ from photon.dashboard.digest import (
     RunDigest,
     curve,
     cut_alike,
+    phases_of,
 )
 
 _GLOBAL = "shared held-out"
@@ -273,7 +274,7 @@ def time_per_round(digest: RunDigest) -> Drawing | None:
     xs = [cost.round for cost in digest.rounds]
     bottom = [0.0] * len(xs)
     for phase, colour in zip(PHASES, palette.PHASES_LIGHT, strict=True):
-        heights = [cost.phases_s[phase] / scale for cost in digest.rounds]
+        heights = [phases_of(cost)[phase] / scale for cost in digest.rounds]
         axes.bar(xs, heights, bottom=bottom, width=_bar_width(xs), color=colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     round_ticks(axes, xs)

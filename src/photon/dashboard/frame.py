@@ -225,12 +225,10 @@ def change(now: float, before: float) -> str:
 def _totals(progress: RunProgress) -> Iterator[Line]:
     if not progress.total_tokens:
         return
-    speed = progress.tokens_per_s
-    parts = [
-        f"{wording.count(progress.total_tokens)} tokens",
-        f"{wording.size(progress.total_bytes_up)} up",
-        f"{wording.size(progress.total_bytes_down)} down",
-    ]
+    speed, last = progress.tokens_per_s, progress.history[-1].finished
+    moved = {"up": last.total_bytes_up, "down": last.total_bytes_down}
+    parts = [f"{wording.count(last.total_tokens)} tokens"]
+    parts += [f"{wording.size(number)} {way}" for way, number in moved.items() if number]
     if speed is not None:
         parts.append(f"{wording.count(speed)} tokens/s")
     if progress.updates_dropped:
@@ -249,15 +247,13 @@ def _history(rows: list[RoundRow], progress: RunProgress, width: int) -> Iterato
     if roomy:
         head += f"  {'up':>9}  {'down':>9}  {'time':>12}  dropped"
     yield [(head, "dim")]
-    for row in rows:
-        loss = wording.decimal(row.train_loss)
-        text = f"{row.round:>{digits}}  {loss:>10}  {wording.perplexity(row.perplexity):>10}"
-        if roomy:
-            up, down = wording.size(row.bytes_up), wording.size(row.bytes_down)
-            text += f"  {up:>9}  {down:>9}  {wording.duration(row.round_s):>12}"
-        line: Line = [(text, "")]
-        if roomy and row.dropped:
-            line.append((f"  {row.dropped:>7}", "dropped"))
-        elif roomy:
-            line.append((f"  {'–':>7}", "dim"))
-        yield line
+    for done, train_loss, perplexity in rows:
+        loss = wording.decimal(train_loss)
+        text = f"{done.round:>{digits}}  {loss:>10}  {wording.perplexity(perplexity):>10}"
+        if not roomy:
+            yield [(text, "")]
+            continue
+        up, down = wording.size(done.bytes_up), wording.size(done.bytes_down)
+        text += f"  {up:>9}  {down:>9}  {wording.duration(done.round_s):>12}"
+        dropped = f"  {len(done.dropped) or '–':>7}"
+        yield [(text, ""), (dropped, "dropped" if done.dropped else "dim")]

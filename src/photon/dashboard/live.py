@@ -233,7 +233,8 @@ class PlainView:
         if row.train_loss is not None:
             parts.append(f"train loss {wording.decimal(row.train_loss)}")
         parts.append(f"{wording.count(event.tokens)} tokens")
-        parts.append(f"up {wording.size(event.bytes_up)}, down {wording.size(event.bytes_down)}")
+        moved = {"up": event.bytes_up, "down": event.bytes_down}
+        parts += [f"{way} {wording.size(number)}" for way, number in moved.items() if number]
         parts.append(wording.duration(event.round_s))
         if event.dropped:
             parts.append(f"dropped {', '.join(event.dropped)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from photon.telemetry import Event
 from photon.telemetry.events import (
@@ -41,18 +41,12 @@ class SiloProgress:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class RoundRow:
+class RoundRow(NamedTuple):
     """A finished round, as the history shows it."""
 
-    round: int
+    finished: RoundFinished
     train_loss: float | None
     perplexity: float | None
-    bytes_up: int
-    bytes_down: int
-    round_s: float
-    tokens: int
-    dropped: int
 
 
 @dataclass
@@ -69,9 +63,6 @@ class RunProgress:
     evaluation: Evaluated | None = None
     evaluation_before: Evaluated | None = None
     history: deque[RoundRow] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-    total_tokens: int = 0
-    total_bytes_up: int = 0
-    total_bytes_down: int = 0
     workers_lost: int = 0
     updates_dropped: int = 0
     stopped: RunStopped | None = None
@@ -85,6 +76,10 @@ class RunProgress:
         return self.started.rounds if self.started else 0
 
     @property
+    def total_tokens(self) -> int:
+        return self.history[-1].finished.total_tokens if self.history else 0
+
+    @property
     def local_steps(self) -> int:
         return self.started.local_steps if self.started else 0
 
@@ -93,7 +88,7 @@ class RunProgress:
         """Seconds to the end by the mean of the last finished rounds; None before the first."""
         if not self.history or self.finished or self.stopped:
             return None
-        per_round_s = sum(row.round_s for row in self.history) / len(self.history)
+        per_round_s = sum(row.finished.round_s for row in self.history) / len(self.history)
         # What the current round has already used counts, but never for more than one round.
         used_s = min(per_round_s, self.now_s - self.round_began_s) if self.in_round else 0.0
         return max(0.0, (self.rounds - self.rounds_done) * per_round_s - used_s)
@@ -120,8 +115,8 @@ class RunProgress:
     @property
     def tokens_per_s(self) -> float | None:
         """Of the last finished round; before one, the sum over those who train now."""
-        if self.history and self.history[-1].round_s > 0:
-            return self.history[-1].tokens / self.history[-1].round_s
+        if self.history and (last := self.history[-1].finished).round_s > 0:
+            return last.tokens / last.round_s
         speeds = [s.tokens_per_s for s in self.silos.values() if s.state == "training"]
         known = [speed for speed in speeds if speed is not None]
         return sum(known) if known else None
@@ -183,28 +178,13 @@ class RunProgress:
                 self.silos = {}
             case RoundFinished():
                 self.rounds_done, self.phase = event.round, "round finished"
-                self.total_tokens = event.total_tokens
-                self.total_bytes_up = event.total_bytes_up
-                self.total_bytes_down = event.total_bytes_down
-                self.history.append(self._row(event))
+                scored = self.evaluation
+                perplexity = scored.perplexity if scored and scored.round == event.round else None
+                self.history.append(RoundRow(event, self._train_loss, perplexity))
             case RunFinished():
                 self.finished, self.phase = True, "finished"
             case RunStopped():
                 self.stopped, self.phase = event, "stopped"
-
-    def _row(self, event: RoundFinished) -> RoundRow:
-        evaluated = self.evaluation
-        of_round = evaluated is not None and evaluated.round == event.round
-        return RoundRow(
-            round=event.round,
-            train_loss=self._train_loss,
-            perplexity=evaluated.perplexity if evaluated is not None and of_round else None,
-            bytes_up=event.bytes_up,
-            bytes_down=event.bytes_down,
-            round_s=event.round_s,
-            tokens=event.tokens,
-            dropped=len(event.dropped),
-        )
 
     def _silo(self, name: str) -> SiloProgress:
         return self.silos.setdefault(name, SiloProgress(name))
