@@ -11,7 +11,7 @@ import importlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,38 @@ class TensorBoardWriter:
         self._resumed = False
         self._lr_step = -1
         self._evaluations: list[Evaluated] = []
-        self._write: dict[type[Event], Callable[[Any], None]] = {
-            RunStarted: self._run_started,
-            RoundStarted: self._round_started,
-            LocalProgress: self._local_progress,
-            LocalFinished: self._local_finished,
-            RoundMerged: self._round_merged,
-            Evaluated: self._evaluated,
-            RoundFinished: self._round_finished,
-        }
 
     def on_event(self, event: Event) -> None:
-        write = self._write.get(type(event))
-        if write is not None:
-            write(event)
+        match event:
+            case RunStarted():
+                self._run_started(event)
+            case RoundStarted():
+                self._step(event.global_step, {"round/participants": len(event.participants)})
+            case LocalProgress(silo=silo):
+                scalars = _tagged(
+                    event, "train/{}/" + silo, "loss", "gradient_norm", "tokens_per_s"
+                )
+                if event.global_step > self._lr_step:
+                    # The server owns the clock: every silo has the same learning rate at a step.
+                    self._lr_step = event.global_step
+                    scalars["train/lr"] = event.lr
+                self._step(event.global_step, scalars)
+            case LocalFinished(silo=silo):
+                scalars = {
+                    f"round/train_loss/{silo}": event.loss,
+                    f"round/update_norm/{silo}": event.update_norm,
+                }
+                self._step(event.round * self._local_steps, scalars)
+            case RoundMerged():
+                scalars = _tagged(event, "round/{}", "train_loss", "pseudo_gradient_norm")
+                self._step(event.round * self._local_steps, scalars)
+            case Evaluated():
+                self._evaluations.append(event)
+                self._step(event.round * self._local_steps, _scores(event, "eval"))
+                if event.round == 0:
+                    self._write_evaluations_by_tokens(0)
+            case RoundFinished():
+                self._round_finished(event)
 
     def close(self) -> None:
         self._write_evaluations_by_tokens(None)
@@ -75,8 +93,6 @@ class TensorBoardWriter:
             if file is not None:
                 file.close()
         self._by_step = self._by_tokens = None
-
-    # --- one method per event -------------------------------------------------------------------
 
     def _run_started(self, event: RunStarted) -> None:
         self._local_steps = event.local_steps
@@ -87,64 +103,13 @@ class TensorBoardWriter:
         purge = None if resumed is None else resumed * event.local_steps + 1
         self._by_step = _EventFile(self._folder, purge_from=purge)
 
-    def _round_started(self, event: RoundStarted) -> None:
-        self._step(event.global_step, {"round/participants": len(event.participants)})
-
-    def _local_progress(self, event: LocalProgress) -> None:
-        scalars = {
-            f"train/loss/{event.silo}": event.loss,
-            f"train/gradient_norm/{event.silo}": event.gradient_norm,
-            f"train/tokens_per_s/{event.silo}": event.tokens_per_s,
-        }
-        if event.global_step > self._lr_step:
-            # The server owns the clock: every silo has the same learning rate at a step.
-            self._lr_step = event.global_step
-            scalars["train/lr"] = event.lr
-        self._step(event.global_step, scalars)
-
-    def _local_finished(self, event: LocalFinished) -> None:
-        scalars = {
-            f"round/train_loss/{event.silo}": event.loss,
-            f"round/update_norm/{event.silo}": event.update_norm,
-        }
-        self._step(event.round * self._local_steps, scalars)
-
-    def _round_merged(self, event: RoundMerged) -> None:
-        scalars = {
-            "round/train_loss": event.train_loss,
-            "round/pseudo_gradient_norm": event.pseudo_gradient_norm,
-        }
-        self._step(event.round * self._local_steps, scalars)
-
-    def _evaluated(self, event: Evaluated) -> None:
-        if event.silo is None:
-            scalars = {
-                "eval/loss": event.loss,
-                "eval/perplexity": event.perplexity,
-                "eval/bits_per_byte": event.bits_per_byte,
-            }
-        else:
-            scalars = {f"eval/perplexity/{event.silo}": event.perplexity}
-        self._evaluations.append(event)
-        self._step(event.round * self._local_steps, scalars)
-        if event.round == 0:
-            self._write_evaluations_by_tokens(0)
-
     def _round_finished(self, event: RoundFinished) -> None:
-        scalars = {
-            "round/bytes_up": event.bytes_up,
-            "round/bytes_down": event.bytes_down,
-            "round/tokens": event.tokens,
-            "round/dropped": len(event.dropped),
-            "total/tokens": event.total_tokens,
-            "total/bytes_up": event.total_bytes_up,
-            "total/bytes_down": event.total_bytes_down,
-            "time/round_s": event.round_s,
-            "time/local_train_s": event.local_train_s,
-            "time/eval_s": event.eval_s,
-            "time/merge_s": event.merge_s,
-            "time/checkpoint_s": event.checkpoint_s,
-        }
+        scalars = _tagged(event, "round/{}", "bytes_up", "bytes_down", "tokens")
+        scalars["round/dropped"] = len(event.dropped)
+        for total in ("total_tokens", "total_bytes_up", "total_bytes_down"):
+            scalars[total.replace("_", "/", 1)] = getattr(event, total)
+        seconds = ("round_s", "local_train_s", "eval_s", "merge_s", "checkpoint_s")
+        scalars |= _tagged(event, "time/{}", *seconds)
         self._step(event.global_step, scalars)
         if self._by_tokens is None:
             # Only now are the tokens before this round known, and so where a resume takes back.
@@ -173,15 +138,18 @@ class TensorBoardWriter:
             self._open_by_tokens(None)
         assert self._by_tokens is not None
         for event in waiting:
-            if event.silo is None:
-                scalars = {
-                    "eval_by_tokens/loss": event.loss,
-                    "eval_by_tokens/perplexity": event.perplexity,
-                    "eval_by_tokens/bits_per_byte": event.bits_per_byte,
-                }
-            else:
-                scalars = {f"eval_by_tokens/perplexity/{event.silo}": event.perplexity}
-            self._by_tokens.write(tokens, scalars)
+            self._by_tokens.write(tokens, _scores(event, "eval_by_tokens"))
+
+
+def _tagged(event: Event, tag: str, *figures: str) -> dict[str, float | None]:
+    """Figures of an event, each under a tag that has its name in the place of {}."""
+    return {tag.replace("{}", figure, 1): getattr(event, figure) for figure in figures}
+
+
+def _scores(event: Evaluated, prefix: str) -> dict[str, float | None]:
+    if event.silo is not None:
+        return {f"{prefix}/perplexity/{event.silo}": event.perplexity}
+    return _tagged(event, prefix + "/{}", "loss", "perplexity", "bits_per_byte")
 
 
 class _EventFile:
