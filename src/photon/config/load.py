@@ -92,7 +92,6 @@ def _parsed(
     tree = copy.deepcopy(tree)
     for override in [overrides] if isinstance(overrides, str) else overrides:
         _assign(tree, override, model)
-    _refuse_unknown_keys(tree, model, "", source, model)
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -144,28 +143,9 @@ def _takes_text(parts: list[str], root: type[BaseModel]) -> bool:
     return field is not None and str in _options_of(field.annotation)
 
 
-def _refuse_unknown_keys(
-    tree: dict[str, Any], model: type[BaseModel], prefix: str, source: str, root: type[BaseModel]
-) -> None:
-    for key, value in tree.items():
-        field = model.model_fields.get(key)
-        dotted = f"{prefix}{key}"
-        if field is None:
-            raise UnknownKeyError(
-                f"{source}: unknown key {_SHORT.repr(dotted)}",
-                hint=_suggestion(key, prefix, model, root),
-            )
-        section = _section_of(field.annotation)
-        if section is not None:
-            if not isinstance(value, dict):
-                raise InvalidValueError(
-                    f"{source}: {dotted} = {_SHORT.repr(value)} must be a table, [{dotted}]"
-                )
-            _refuse_unknown_keys(value, section, f"{dotted}.", source, root)
-
-
-def _suggestion(key: str, prefix: str, model: type[BaseModel], root: type[BaseModel]) -> str:
-    here = list(model.model_fields)
+def _suggestion(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    *tables, key = map(str, loc)
+    here = list((_model_at(tables, root) or root).model_fields)
     elsewhere = [
         f"{section}.{key}"
         for section, field in root.model_fields.items()
@@ -175,9 +155,9 @@ def _suggestion(key: str, prefix: str, model: type[BaseModel], root: type[BaseMo
         return f"{key} belongs to another table: {' or '.join(elsewhere)}."
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
     if near:
-        return f"Did you mean {prefix}{near[0]}?"
+        return f"Did you mean {'.'.join([*tables, near[0]])}?"
     whole = "a run file" if root is RunConfig else "a node file"
-    place = f"[{prefix.rstrip('.')}]" if prefix else whole
+    place = f"[{'.'.join(tables)}]" if tables else whole
     return f"Valid keys of {place}: {', '.join(sorted(here))}."
 
 
@@ -196,21 +176,29 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _field_of(parts: Sequence[str], root: type[BaseModel]) -> FieldInfo | None:
+def _model_at(parts: Sequence[str], root: type[BaseModel]) -> type[BaseModel] | None:
     model: type[BaseModel] | None = root
-    field = None
     for part in parts:
         field = model.model_fields.get(part) if model is not None else None
-        if field is None:
-            return None
-        model = _section_of(field.annotation)
-    return field
+        model = _section_of(field.annotation) if field is not None else None
+    return model
+
+
+def _field_of(parts: Sequence[str], root: type[BaseModel]) -> FieldInfo | None:
+    model = _model_at(parts[:-1], root)
+    return model.model_fields.get(parts[-1]) if model is not None else None
 
 
 def _translated(error: ValidationError, source: str, root: type[BaseModel]) -> ConfigError:
     details = error.errors(include_url=False)
-    first = details[0]
+    first = min(details, key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        hint = _suggestion(first["loc"], root)
+        return UnknownKeyError(f"{source}: unknown key {_SHORT.repr(key)}", hint=hint)
+    found = _SHORT.repr(first.get("input"))
+    if first["type"] == "model_type":
+        return InvalidValueError(f"{source}: {key} = {found} must be a table, [{key}]")
     message = first["msg"].removeprefix("Value error, ")
     if len(message) > 5 * _MOST_QUOTED:
         message = f"{message[: 5 * _MOST_QUOTED]} ..."
@@ -220,9 +208,8 @@ def _translated(error: ValidationError, source: str, root: type[BaseModel]) -> C
         return IncompatibleConfigError(f"{source}: {where}{message}{others}")
     if first["type"] == "missing":
         return InvalidValueError(f"{source}: {key} is missing{others}", hint=_describe(key, root))
-    found = first.get("input")
     return InvalidValueError(
-        f"{source}: {key} = {_SHORT.repr(found)}: {message[:1].lower()}{message[1:]}{others}",
+        f"{source}: {key} = {found}: {message[:1].lower()}{message[1:]}{others}",
         hint=_describe(key, root),
     )
 
