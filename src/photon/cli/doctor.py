@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from photon.cli.screen import console, show, show_table
+from photon.cli.options import AsJson
+from photon.cli.screen import console, show, show_json, show_table
 from photon.dashboard.wording import count, size
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _OPTIMIZERS = ("adamw", "muon", "adopt", "amsgrad", "sgd")
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print findings as JSON.")] = False,
+    as_json: AsJson = False,
     sequence_length: Annotated[
         int | None,
         typer.Option(help="Tokens of a training sequence; 2048, for tiny 128.", min=2),
@@ -54,7 +54,7 @@ def doctor(
     with console().status("Looking at this machine ..."):
         findings = examine(sequence_length, vocab_size, optimizer)
     if as_json:
-        typer.echo(json.dumps(findings, indent=1))
+        show_json(findings)
         return
     _show(findings)
 

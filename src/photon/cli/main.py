@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import traceback
 from contextlib import AbstractContextManager
@@ -17,9 +16,10 @@ from photon.cli.demo import demo
 from photon.cli.doctor import doctor
 from photon.cli.init import init
 from photon.cli.members import audit, invite, members_app
+from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, RunDir, RunFile, Sets
 from photon.cli.outcome import show_outcome
 from photon.cli.profile import profile
-from photon.cli.screen import console, guard_output, say, show, show_table
+from photon.cli.screen import console, guard_output, say, show, show_json, show_table
 from photon.cli.serve import join, serve, status, stop
 from photon.dashboard import wording
 from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
@@ -104,20 +104,6 @@ def photon(
 
     New here? Type `photon init first`: it writes a run file and a little text, and says what next.
     """
-
-
-RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", metavar="RUN.toml")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]
-Folder = Annotated[Path, typer.Argument(help="The run folder.", metavar="DIR")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Override a key, e.g. local.steps=64. Repeatable."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
 
 
 def simulate(
@@ -260,7 +246,7 @@ def export(
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="Run folder or Hugging Face folder.")],
+    folder: ModelFolder,
     data: Annotated[Path, typer.Option("--data", help="Folder made by `photon data prepare`.")],
     sequence_length: Annotated[
         int | None,
@@ -286,7 +272,7 @@ def evaluate(
             "global": vars(scores.overall),
             "per_silo": {silo: vars(one) for silo, one in scores.per_silo.items()},
         }
-        typer.echo(json.dumps(finite(told), indent=1))
+        show_json(finite(told))
         return
     rows = {"global": scores.overall, **scores.per_silo}
     show_table(
@@ -308,7 +294,7 @@ def evaluate(
 
 
 def generate(
-    folder: Annotated[Path, typer.Argument(help="Run folder or Hugging Face folder.")],
+    folder: ModelFolder,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Text to continue; without one a text is begun.")
     ] = "",

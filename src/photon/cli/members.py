@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from photon.cli.screen import say, show, show_facts, show_table
+from photon.cli.options import AsJson
+from photon.cli.screen import say, show, show_facts, show_json, show_table
 from photon.errors import (
     CertificateError,
     ConfigError,
@@ -82,7 +83,6 @@ Key = Annotated[
     str | None,
     typer.Option(metavar="sha256:...", help="The only key that may use it, as its site told it."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 
 
 def invite(
@@ -157,7 +157,7 @@ def list_command(run_file: RunFile = None, home: Home = None, as_json: AsJson = 
             ],
             "invitations": [asdict(invitation) for invitation in invitations],
         }
-        typer.echo(json.dumps(record, indent=1))
+        show_json(record)
         return
     rows = []
     for member in members:
@@ -256,7 +256,7 @@ def audit(
     report = verify_audit(run, head=head)
     if as_json:
         record = {**asdict(report), "path": str(report.path), "ok": not report.problems}
-        typer.echo(json.dumps(record, indent=1))
+        show_json(record)
     else:
         _show_audit(report)
     report.require_good()
@@ -355,7 +355,7 @@ def _invite(
             "tokenizer_sha256": tokenizer.sha256 if tokenizer is not None else None,
             "tokenizer_carried": carried,
         }
-        typer.echo(json.dumps(record, indent=1))
+        show_json(record)
         return
     began = "Made a new aggregator's home" if place.made else "The aggregator's home is"
     typer.echo(f"{began} {Path(serve.home).absolute()}.")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from photon.cli.screen import program, show, show_facts, show_table
+from photon.cli.screen import program, show, show_facts, show_json, show_table
 from photon.dashboard import wording
 from photon.dashboard.digest import RunDigest, read_digest
 from photon.dashboard.palette import MOST_NAMED
@@ -24,7 +21,7 @@ _BASELINES = {
 def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False) -> None:
     """A finished run in one screen, or its summary as JSON."""
     if as_json:
-        typer.echo(json.dumps({"run_dir": str(folder), **summary}, indent=1))
+        show_json({"run_dir": str(folder), **summary})
         return
     digest = read_digest(folder)
     bits, perplexity = summary["bits_per_byte"], summary["global_perplexity"]

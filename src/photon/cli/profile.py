@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from photon.cli.screen import console, say, show, show_facts
+from photon.cli.options import AsJson, RunFile, set_option
+from photon.cli.screen import console, say, show, show_facts, show_json
 from photon.dashboard.wording import count, size
 
 
 def profile(
-    run_file: Annotated[Path, typer.Argument(help="The run file, TOML.", metavar="RUN.toml")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "-s", metavar="KEY=VALUE", help="Override a key, e.g. compute.compile=on."
-        ),
-    ] = None,
+    run_file: RunFile,
+    overrides: Annotated[list[str] | None, set_option("compute.compile=on")] = None,
     steps: Annotated[int, typer.Option(help="Local steps to measure.", min=1)] = 20,
     silo: Annotated[
         str | None, typer.Option(help="Whose text to train on; the first silo's by default.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take some local steps as the run would and tell where time and memory go.
 
@@ -44,7 +38,7 @@ def profile(
     if not found:  # a rank other than 0 under torchrun: rank 0 tells
         return
     if as_json:
-        typer.echo(json.dumps(found, indent=1))
+        show_json(found)
         return
     _show(found)
 

@@ -4,13 +4,13 @@
     show(text)                a result, on standard output
     show_facts(pairs)         results with their names, one a line
     show_table(headings, rows)
+    show_json(record)         a result for a program, on standard output
     program()                 `photon` as this shell can call it, for commands to copy
     console()                 standard error for live views, bars and spinners; never `Console(...)`
 
 Names, paths and what other machines sent come as plain `str`: brackets stay brackets, and control
 characters are replaced. For colour pass `style=`, or a `rich.text.Text` as a cell. Lines are never
 wrapped or cut, so a hash or a path can be copied whole; cells fold where a terminal is narrow.
-JSON goes through `typer.echo`.
 
 `main` calls `guard_output` first. From then on a stream that can't take what is printed (a full
 disk, a closed pipe, a terminal that is gone, an encoding without the character) never raises, so it
@@ -22,6 +22,7 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import json
 import os
 import select
 import shlex
@@ -31,6 +32,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import typer
 from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -77,6 +79,11 @@ def show_facts(facts: Iterable[tuple[str, str]]) -> None:
     pairs = list(facts)
     width = max((len(name) for name, _ in pairs), default=0)
     show("\n".join(f" {name:<{width}}  {value}" for name, value in pairs))
+
+
+def show_json(record: Any) -> None:
+    """A result as JSON, as it is."""
+    typer.echo(json.dumps(record, indent=1))
 
 
 def show_table(

@@ -16,8 +16,9 @@ from rich.status import Status
 from rich.text import Text
 
 from photon.cli.following import following, view_of_a_run, waits_for
+from photon.cli.options import AsJson, Overwrite, Quiet, RunDir, ServedFolder, set_option
 from photon.cli.outcome import show_outcome
-from photon.cli.screen import console, say, show, show_table
+from photon.cli.screen import console, say, show, show_json, show_table
 from photon.errors import (
     InvalidValueError,
     InvitationError,
@@ -28,24 +29,16 @@ from photon.errors import (
 if TYPE_CHECKING:
     from photon.deploy.checks import Check
 
-RunFile = Annotated[Path | None, typer.Argument(help="The run file, TOML.", metavar="[RUN.toml]")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", "-s", metavar="KEY=VALUE", help="Override a key, e.g. serve.host=ai.example.org."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print as JSON.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what each service says, too.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No view of the run.")]
 
 _STATUS = ("GET", "/operator/status")
 
 
 def serve(
-    run_file: RunFile = None,
-    overrides: Sets = None,
+    run_file: Annotated[
+        Path | None, typer.Argument(help="The run file, TOML.", metavar="[RUN.toml]")
+    ] = None,
+    overrides: Annotated[list[str] | None, set_option("serve.host=ai.example.org")] = None,
     run_dir: RunDir = None,
     resume: Annotated[
         Path | None,
@@ -55,7 +48,7 @@ def serve(
         bool,
         typer.Option("--check", help="Only look at data, certificates, port, disk, store."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run there.")] = False,
+    overwrite: Overwrite = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -211,9 +204,7 @@ def join(
 
 
 def status(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Run folder or serve.home; photon-server by default.")
-    ] = None,
+    folder: ServedFolder = None,
     as_json: AsJson = False,
     watch: Annotated[bool, typer.Option("--watch", help="Again every two seconds.")] = False,
 ) -> None:
@@ -226,7 +217,7 @@ def status(
         if watch and not as_json:
             console(stderr=False).clear()  # of a terminal; a log gets one after the other
         if as_json:
-            typer.echo(json.dumps(found, indent=1))
+            show_json(found)
         else:
             _show_status(found)
         if not watch:
@@ -235,9 +226,7 @@ def status(
 
 
 def stop(
-    folder: Annotated[
-        Path | None, typer.Argument(help="Run folder or serve.home; photon-server by default.")
-    ] = None,
+    folder: ServedFolder = None,
     drain: Annotated[
         bool, typer.Option("--drain", help="Let the round finish first, and begin no other.")
     ] = False,
@@ -305,7 +294,7 @@ def _show_checks(findings: list[Check], as_json: bool) -> None:
     from photon.deploy.checks import worst
 
     if as_json:
-        typer.echo(json.dumps([vars(one) for one in findings], indent=1))
+        show_json([vars(one) for one in findings])
     else:
         colours = {"ok": "green", "warn": "yellow", "fail": "red", "skip": "dim"}
         rows = [
