@@ -17,7 +17,7 @@ from photon.cli.main import app
 from photon.config.serve import ServeConfig
 from photon.deploy import checks as module
 from photon.deploy.certificates import keep_certificate, make_authority, make_certificate
-from photon.deploy.checks import Check, checked, look_at_data, preflight, skew_check, worst
+from photon.deploy.checks import Check, checked, look_at_data, preflight, skew, worst
 from photon.deploy.ports import free_ports
 from photon.deploy.supervisor import Supervisor
 from photon.errors import (
@@ -122,11 +122,13 @@ def test_a_clock_that_was_set_back(looked, home) -> None:
 
 def test_two_clocks() -> None:
     now = datetime(2026, 11, 20, 14, 2, 11, tzinfo=UTC)
-    assert skew_check("clock", now, now, "the store").verdict == "ok"
-    assert skew_check("clock", now + timedelta(seconds=30), now, "the store").verdict == "warn"
+    for seconds, verdict in ((0, "ok"), (30, "warn")):
+        theirs = now + timedelta(seconds=seconds)
+        found = checked("clock", lambda theirs=theirs: skew(theirs, now, "the store"))
+        assert found.verdict == verdict
     for minutes in (-29, 29):
         with pytest.raises(ClockSkewError, match=r"this clock says 14:02:11, the store 1"):
-            skew_check("clock", now + timedelta(minutes=minutes), now, "the store")
+            skew(now + timedelta(minutes=minutes), now, "the store")
 
 
 def test_a_missing_program_is_named(looked, home, monkeypatch) -> None:

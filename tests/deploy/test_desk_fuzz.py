@@ -27,8 +27,8 @@ from photon.deploy.desk_requests import (
 )
 from photon.errors import ProtocolError
 from photon.membership.keys import NodeKey
-from photon.membership.records import printable
-from photon.membership.roster import Facts, OpenTask, Roster
+from photon.membership.records import OpenTask, printable
+from photon.membership.roster import Facts, Roster
 from photon.membership.signing import sign_request
 from photon.store.presign import S3Presigner
 

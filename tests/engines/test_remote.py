@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from remote_bench import RUN_ID, Bench, Federated
+from rotation import rotate
 
 from photon.engines.remote import Depot, errand, messenger
 from photon.engines.remote.errand import Errand
@@ -34,8 +35,9 @@ from photon.federation.envelopes import (
 from photon.federation.tasks import update_header
 from photon.link import plain_entries, tensors_sha256, write_parcel
 from photon.membership.keys import NodeKey
+from photon.membership.records import SignedReply
 from photon.membership.refusals import refusing
-from photon.membership.roster import Presence, SignedReply
+from photon.membership.roster import Presence
 from photon.store.transfer import Transfer
 from photon.telemetry.events import LocalProgress, Notice
 
@@ -852,7 +854,7 @@ def test_a_new_engine_asks_only_who_has_not_answered(bench):
 def test_an_answer_of_a_key_that_was_replaced_is_asked_for_again(bench, tmp_path):
     bench.answers()
     new = NodeKey.create(tmp_path / "new.key")
-    bench.roster.rotate("red", new.public_pem)
+    rotate(bench.roster, "red", new.public_pem)
     bench.engine = bench.new_engine()
     bench.on("red", lambda silo, ask, times: silo.sign(silo.answer(ask).text, new))
     assert bench.answers()["red"][1] == bench.federated.expected["red"]

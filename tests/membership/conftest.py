@@ -7,7 +7,8 @@ import json
 import pytest
 
 from photon.membership.keys import NodeKey
-from photon.membership.roster import Facts, Roster, SignedReply
+from photon.membership.records import SignedReply
+from photon.membership.roster import Facts, Roster
 from photon.membership.signing import RECEIPT, sign_document
 
 RUN = "a" * 32

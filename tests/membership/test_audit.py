@@ -9,6 +9,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rotation import rotate
 
 from photon.errors import AuditError, DiskFullError, RunNotFoundError
 from photon.membership.audit import (
@@ -385,7 +386,7 @@ def test_two_runs_in_one_log_do_not_disturb_each_other(three_rounds, path, merge
 
 
 def test_a_member_with_a_new_key(log, path, roster, join, keys, merged):
-    roster.rotate("lab", keys[2].public_pem)
+    rotate(roster, "lab", keys[2].public_pem)
     # An answer given before the key was replaced counts; whose key it was is known still.
     assert MemberRecord.of(roster.signer(keys[0].fingerprint)).name == "lab"
     log.append(ROUND, finished(1, merged("lab"), merged("bank")))
@@ -508,7 +509,7 @@ def test_words_of_ones_own_are_welcome(log, path):
 def good_log(tmp_path_factory):
     """Bytes of a log of two rounds, made once."""
     from photon.membership.keys import NodeKey
-    from photon.membership.roster import SignedReply
+    from photon.membership.records import SignedReply
     from photon.membership.signing import RECEIPT, sign_document
 
     folder = tmp_path_factory.mktemp("good")

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rotation import rotate
 
 from photon.errors import KeyInUseError
 from photon.membership.keys import NodeKey
@@ -77,7 +78,7 @@ def test_a_new_key_begins_anew(roster, join, keys):
         beat(roster, "thief", at)
         beat(roster, "owner", at + 0.5)
     assert not beat(roster, "owner", 2)
-    roster.rotate("lab", keys[1].public_pem)
+    rotate(roster, "lab", keys[1].public_pem)
     assert beat(roster, "owner", 3)
     assert beat(roster, "owner", 4)
 

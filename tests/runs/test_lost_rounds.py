@@ -9,8 +9,9 @@ import pytest
 
 from photon.errors import CheckpointCorruptError, QuorumLostError
 from photon.federation import sample_participants
+from photon.membership.records import OpenTask
 from photon.membership.refusals import refusing
-from photon.membership.roster import OpenTask, Presence
+from photon.membership.roster import Presence
 from photon.runs.draws import Drawn, Draws
 from photon.silo.trainer import SiloTrainer
 from photon.telemetry import read_history

@@ -6,6 +6,7 @@ import json
 import time
 
 import pytest
+import rotation
 
 from photon.config import load_run_config
 from photon.dashboard.digest import read_digest
@@ -66,7 +67,7 @@ def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(
             assert served.roster.tasks.reply(f"{run_id}/fit/2/red") is not None
             rotated.append(red.key.fingerprint)
             new = red.take_key(tmp_path / "new.key")
-            served.roster.rotate("red", new.public_pem)
+            rotation.rotate(served.roster, "red", new.public_pem)
             rotated.append(new.fingerprint)
         return silo.answer(ask)
 

@@ -16,7 +16,8 @@ from photon.data import open_data
 from photon.errors import UnknownMemberError
 from photon.federation.envelopes import Ask, Reply, encoded
 from photon.membership.keys import NodeKey
-from photon.membership.roster import Facts, Presence, Roster, SignedReply
+from photon.membership.records import SignedReply
+from photon.membership.roster import Facts, Presence, Roster
 from photon.membership.signing import RECEIPT, sign_document
 from photon.silo.policy import read_membership
 from photon.silo.presence import Reporter

@@ -48,7 +48,8 @@ from photon.errors import (
 )
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
-from photon.membership.roster import Facts, OpenTask, Presence, Roster
+from photon.membership.records import OpenTask
+from photon.membership.roster import Facts, Presence, Roster
 from photon.silo.desk_client import DeskClient
 from photon.silo.grant_book import GrantBook, Leave
 from photon.store.granted_store import GrantedStore

@@ -32,7 +32,8 @@ from photon.federation.envelopes import Ask, parse_reply
 from photon.federation.sealing import sealed
 from photon.link.parcel import update_keys
 from photon.membership.keys import NodeKey
-from photon.membership.roster import Facts, OpenTask, Roster
+from photon.membership.records import OpenTask
+from photon.membership.roster import Facts, Roster
 from photon.membership.signing import RECEIPT, verify_document
 from photon.silo.desk_client import DeskClient
 from photon.silo.service import only_trainer

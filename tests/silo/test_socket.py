@@ -17,7 +17,7 @@ import pytest
 from photon.errors import ProtocolError, RunBusyError, UnknownMemberError, WorkerLostError
 from photon.federation.envelopes import MOST_BYTES, encoded, parse_ask
 from photon.membership.keys import NodeKey
-from photon.membership.roster import SignedReply
+from photon.membership.records import SignedReply
 from photon.silo.__main__ import _run
 from photon.silo.policy import Membership
 from photon.silo.service import Listener, only_trainer

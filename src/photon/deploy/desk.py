@@ -50,8 +50,8 @@ from photon.errors import (
 )
 from photon.membership.bulletin import told
 from photon.membership.keys import canonical_pem, fingerprint_of
-from photon.membership.records import printable
-from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
+from photon.membership.records import OpenTask, printable
+from photon.membership.roster import Facts, Member, Presence, Roster
 from photon.membership.signing import KEY_HEADER, RequestVerifier
 from photon.store.presign import Presigner
 from photon.version import photon_version

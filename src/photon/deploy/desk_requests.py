@@ -19,8 +19,8 @@ from photon.errors import (
     ProtocolError,
     StoreUnavailableError,
 )
-from photon.membership.records import MOST_FIGURE, printable
-from photon.membership.roster import Facts, Member, OpenTask, Presence, Roster
+from photon.membership.records import MOST_FIGURE, OpenTask, printable
+from photon.membership.roster import Facts, Member, Presence, Roster
 from photon.store.contract import require_key
 from photon.store.presign import Presigner
 
@@ -233,10 +233,9 @@ def caller_address(peer: str | None, forwarded_for: str | None) -> str:
 class Granting:
     """Decides who may read and write what, and remembers what was granted.
 
-    The sum of what a task may write is kept here and not only in the roster: an object that is
-    asked for again (a node that was killed, a URL that ran out) must not count again. When its task
-    is opened again, or the desk restarts, counting starts anew, so that a silo that sends its
-    update once more is not refused; the roster keeps a sum for the operator.
+    The sum of what a task may write is kept here: an object that is asked for again (a node that
+    was killed, a URL that ran out) must not count again. When its task is opened again, or the desk
+    restarts, counting starts anew, so that a silo that sends its update once more is not refused.
 
     Args:
         roster: has the open tasks.
@@ -284,17 +283,14 @@ class Granting:
         valid_s = max(1, int(min(self._limits.grant_s, task.until - now)))
         answers: list[dict[str, Any]] = []
         errors: list[PhotonError] = []
-        new_bytes = 0
         for want in body.wants:
             try:
                 if want.verb == "PUT":
-                    new_bytes += self._count(task, want)
+                    self._count(task, want)
                 answers.append(self._granted(task, want, valid_s))
             except PhotonError as error:
                 errors.append(error)
                 answers.append({"error": error_record(error)})
-        if new_bytes:
-            self._roster.tasks.count_granted(task.id, new_bytes)
         return answers, errors
 
     def written_bytes(self, task: OpenTask) -> int:
@@ -357,8 +353,8 @@ class Granting:
             raise AccessRefusedError(f"PUT {key}: sha256 must be 64 hexadecimal digits")
         return want.bytes, want.sha256
 
-    def _count(self, task: OpenTask, want: Want) -> int:
-        """Count an object that is to be written; its bytes, 0 if it was counted before."""
+    def _count(self, task: OpenTask, want: Want) -> None:
+        """Count an object that is to be written, unless it was counted before."""
         size, sha256 = self._promise(printable(want.key)[:200], want)
         key = self._key(task, want)
         with self._lock:
@@ -367,7 +363,7 @@ class Granting:
                 self._forget_closed(task.silo)
                 written = self._written[task.id] = _Written(task.silo, task.opened_at)
             if (key, sha256, size) in written.objects:
-                return 0
+                return
             if written.bytes + size > task.most_bytes:
                 raise AccessRefusedError(
                     f"PUT {key}: with these {size} bytes task {task.id} would write "
@@ -382,7 +378,6 @@ class Granting:
                 )
             written.objects.add((key, sha256, size))
             written.bytes += size
-        return size
 
     def _forget_closed(self, silo: str) -> None:
         """What other tasks of the silo wrote, once they are closed."""

@@ -115,13 +115,10 @@ def _accept(
             f"{invitation.ca_fingerprint}, and carries another",
             hint="It was damaged or changed on its way. Ask for a new one.",
         )
-    with contextlib.suppress(MembershipError):
-        known = read_membership(home)
-        if known.name != invitation.name:
-            raise InvitationError(
-                f"{home} is the home of {known.name}, the invitation is for {invitation.name}",
-                hint="Choose another --home for another member.",
-            )
+    member = invitation.name
+    with contextlib.suppress(MembershipError):  # of none, or of one that is damaged: it is mended
+        member = read_membership(home).name
+    require_own_home(home, member, invitation.name)
     data = own_part(open_data(node.data.path), node.data, invitation.name)
     require_tokenizer(invitation.tokenizer, data, invitation.name)
     facts = Facts(
@@ -168,6 +165,15 @@ def _accept(
     pending.replace(home / KEY_FILE)
     _write_membership(home, membership)
     return membership
+
+
+def require_own_home(home: Path, member: str, invited: str) -> None:
+    """Raise InvitationError where a home is another member's than an invitation is for."""
+    if member != invited:
+        raise InvitationError(
+            f"{home} is the home of {member}, the invitation is for {invited}",
+            hint="Choose another --home for another member.",
+        )
 
 
 def require_tokenizer(shared: SharedTokenizer | None, data: PreparedData, name: str) -> None:

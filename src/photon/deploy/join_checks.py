@@ -11,6 +11,7 @@ import socket
 import ssl
 import tempfile
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,15 +21,23 @@ from urllib.parse import urlsplit
 from photon.config import NetworkConfig, NodeConfig, load_node_config
 from photon.data import open_data
 from photon.deploy.checks import (
-    KEEP_IT_RIGHT,
     Check,
+    Doubt,
+    Look,
     checked,
     flower,
+    kept_right,
     require_room,
-    skew_check,
-    synchronised,
+    skew,
 )
-from photon.deploy.join import CA_FILE, KEY_FILE, PENDING_KEY_FILE, RECORD, require_tokenizer
+from photon.deploy.join import (
+    CA_FILE,
+    KEY_FILE,
+    PENDING_KEY_FILE,
+    RECORD,
+    require_own_home,
+    require_tokenizer,
+)
 from photon.deploy.supervisor import runner
 from photon.errors import (
     CertificateError,
@@ -55,7 +64,6 @@ from photon.silo.policy import (
 )
 from photon.store.dialling import proxy_to
 from photon.store.granted_store import GrantedStore
-from photon.store.presign import Grant
 
 _ANSWER_S = 10.0
 #: The aggregator makes its own anew long before.
@@ -96,68 +104,91 @@ def preflight(
         invitation: None where this home is a member's already.
         address: the aggregator's new one, where it has moved.
     """
-    found: list[Check] = []
-    nodes: list[NodeConfig] = []
-    known: list[Aggregator] = []
-    found.append(checked("node.toml", lambda: _node(node_file, nodes)))
-    what = "membership" if invitation is None else "invitation"
-    found.append(checked(what, lambda: _aggregator(home, invitation, address, known)))
-    found.append(checked("key", lambda: _key(home, invitation is not None)))
-    if nodes:
-        node, who = nodes[0], (known[0] if known else None)
-        found.append(checked("data", lambda: _data(node, who)))
-        found.append(checked("disk", lambda: _disk(home, node)))
-        found.append(checked("compute", lambda: _compute(node)))
-    else:
-        found += [_skipped(name, "node.toml") for name in ("data", "disk", "compute")]
-    found.append(checked("flower", flower))
-    if known:
-        network = nodes[0].network if nodes else NetworkConfig()
-        found += _outside(home, known[0], network, found)
-    else:
-        names = ("authority", "address", "door", "version", "clock", "member", "store")
-        found += [_skipped(name, what) for name in names]
+    who = "membership" if invitation is None else "invitation"
+    # An invitation's authority is in no file of its own yet.
+    with tempfile.TemporaryDirectory(prefix="photon-check-") as folder:
+        site = _Site(home, node_file, invitation, address, Path(folder) / CA_FILE)
+        looks: dict[str, tuple[Look, tuple[str, ...]]] = {
+            "node.toml": (site.node_file, ()),
+            who: (site.aggregator, ()),
+            "key": (site.key, ()),
+            "data": (site.data, ("node.toml",)),
+            "disk": (site.disk, ("node.toml",)),
+            "compute": (site.compute, ("node.toml",)),
+            "flower": (flower, ()),
+            "authority": (site.authority, (who,)),
+            "address": (site.reached, ("authority",)),
+            "door": (site.door, ("address",)),
+            "version": (site.version, ("door",)),
+            "clock": (site.clock, ("door",)),
+            "member": (site.member, ("door", "key") if invitation is None else ("door",)),
+            "store": (site.store, ("member",) if invitation is None else ("door",)),
+        }
+        found: list[Check] = []
+        blamed: dict[str, str] = {}
+        for name, (look, needs) in looks.items():
+            missing = next((blamed[one] for one in needs if one in blamed), None)
+            if missing is not None:
+                blamed[name] = missing
+                found.append(Check(name, "skip", f"not looked at: {missing} first"))
+                continue
+            found.append(checked(name, look))
+            if found[-1].verdict == "fail":
+                blamed[name] = name
     return found
 
 
-def _skipped(name: str, before: str) -> Check:
-    return Check(name, "skip", f"not looked at: {before} first")
+class _Site:
+    """What is looked at, one thing after another; what one look learns, later ones use.
 
+    Args:
+        ca_file: where the aggregator's authority is put for those looks that need it in a file.
+    """
 
-# --- here -----------------------------------------------------------------------------------------
+    def __init__(
+        self,
+        home: Path,
+        node_file: Path,
+        invitation: Path | None,
+        address: str | None,
+        ca_file: Path,
+    ) -> None:
+        self._home = home
+        self._file = node_file
+        self._invitation = invitation
+        self._moved_to = address
+        self._ca_file = ca_file
+        self._node: NodeConfig | None = None
+        self._known: Aggregator | None = None
+        self._health: dict[str, Any] = {}
+        self._standing: Standing | None = None
 
+    # --- here --------------------------------------------------------------------------------
 
-def _node(path: Path, nodes: list[NodeConfig]) -> Check:
-    node = load_node_config(path)
-    nodes.append(node)
-    policy = node.policy
-    rules = [f"runs {', '.join(policy.runs) or 'none'}", f"peers {', '.join(policy.peers)}"]
-    if policy.min_participants > 1:
-        rules.append(f"{policy.min_participants} participants or more")
-    limits = ("max_epsilon", "max_local_steps", "max_parameters")
-    rules += [f"{name} {most:,}" for name in limits if (most := getattr(policy, name)) is not None]
-    rules.append(f"model paths {', '.join(policy.model_paths) or 'none'}")
-    words = f"{path}; policy: {'; '.join(rules)}"
-    if not policy.runs or policy.max_epsilon is not None:
+    def node_file(self) -> str | Doubt:
+        node = self._node = load_node_config(self._file)
+        policy = node.policy
+        rules = [f"runs {', '.join(policy.runs) or 'none'}", f"peers {', '.join(policy.peers)}"]
+        if policy.min_participants > 1:
+            rules.append(f"{policy.min_participants} participants or more")
+        limits = ("max_epsilon", "max_local_steps", "max_parameters")
+        rules += [
+            f"{name} {most:,}" for name in limits if (most := getattr(policy, name)) is not None
+        ]
+        rules.append(f"model paths {', '.join(policy.model_paths) or 'none'}")
+        words = f"{self._file}; policy: {'; '.join(rules)}"
+        if policy.runs and policy.max_epsilon is None:
+            return words
         rule = "policy.runs" if not policy.runs else "policy.max_epsilon"
-        return Check(
-            "node.toml",
-            "warn",
-            words,
-            f"{rule} refuses every run today: see [policy] in docs/deploy.md.",
-        )
-    return Check("node.toml", "ok", words)
+        return Doubt(words, f"{rule} refuses every run today: see [policy] in docs/deploy.md.")
 
-
-def _aggregator(
-    home: Path, file: Path | None, address: str | None, known: list[Aggregator]
-) -> Check:
-    """Who invited this node, or whose member it is."""
-    if file is not None:
-        invitation = read_invitation(file)
-        found = _invited(home, file, invitation)
-        known.append(
-            Aggregator(
+    def aggregator(self) -> str | Doubt:
+        """Who invited this node, or whose member it is."""
+        home = self._home
+        if (file := self._invitation) is not None:
+            invitation = read_invitation(file)
+            found = self._invited(file, invitation)
+            self._known = Aggregator(
                 invitation.name,
                 invitation.address,
                 invitation.ca_pem,
@@ -165,234 +196,233 @@ def _aggregator(
                 file,
                 tokenizer=invitation.tokenizer,
             )
-        )
-        return found
-    if not (home / MEMBERSHIP_FILE).exists():
-        raise InvitationError(
-            f"{home} is no member's home yet",
-            hint="Look with the invitation: `photon join --check --invite FILE`.",
-        )
-    membership = read_membership(home)
-    if address is not None:
-        membership = replace(membership, address=address)
-    try:
-        pem = (home / CA_FILE).read_text(encoding="ascii")
-    except (OSError, UnicodeError) as error:
-        raise CertificateError(
-            f"can't read {home / CA_FILE}: {error}",
-            hint="It came with the invitation: restore it from a backup, or join again.",
-        ) from error
-    known.append(
-        Aggregator(
-            membership.name,
-            membership.address,
-            pem,
-            membership.ca_fingerprint,
-            home / CA_FILE,
-            membership,
-        )
-    )
-    words = f"{membership.name} in {home}, at {known[0].address}"
-    running = runner(home / RECORD)
-    if running is not None:
-        words += f"; photon join runs there (pid {running or 'unknown'})"
-    return Check("membership", "ok", words)
-
-
-def _invited(home: Path, file: Path, invitation: Invitation) -> Check:
-    invitation.require_unexpired(time.time())
-    hours = (invitation.expires_at - time.time()) / 3600
-    words = f"{file}: {invitation.name} at {invitation.address}, unused so far as this node knows"
-    if (home / MEMBERSHIP_FILE).exists():
-        member = read_membership(home).name
-        if member != invitation.name:
+            return found
+        if not (home / MEMBERSHIP_FILE).exists():
             raise InvitationError(
-                f"{home} is the home of {member}, the invitation is for {invitation.name}",
-                hint="Choose another --home for another member.",
+                f"{home} is no member's home yet",
+                hint="Look with the invitation: `photon join --check --invite FILE`.",
             )
-        words += f"; {home} is {member}'s, which gets a new key"
-    if hours < 1:
-        return Check(
-            "invitation",
-            "warn",
-            f"{words}; it expires in {hours * 60:.0f} minutes",
-            "Join soon, or ask the aggregator's operator for a new one.",
+        member = read_membership(home)
+        if self._moved_to is not None:
+            member = replace(member, address=self._moved_to)
+        try:
+            pem = (home / CA_FILE).read_text(encoding="ascii")
+        except (OSError, UnicodeError) as error:
+            raise CertificateError(
+                f"can't read {home / CA_FILE}: {error}",
+                hint="It came with the invitation: restore it from a backup, or join again.",
+            ) from error
+        self._known = Aggregator(
+            member.name, member.address, pem, member.ca_fingerprint, home / CA_FILE, member
         )
-    return Check("invitation", "ok", f"{words}; valid for {hours:.0f} hours")
+        words = f"{member.name} in {home}, at {member.address}"
+        running = runner(home / RECORD)
+        if running is not None:
+            words += f"; photon join runs there (pid {running or 'unknown'})"
+        return words
 
+    def _invited(self, file: Path, invitation: Invitation) -> str | Doubt:
+        invitation.require_unexpired(time.time())
+        hours = (invitation.expires_at - time.time()) / 3600
+        words = (
+            f"{file}: {invitation.name} at {invitation.address}, unused so far as this node knows"
+        )
+        if (self._home / MEMBERSHIP_FILE).exists():
+            member = read_membership(self._home).name
+            require_own_home(self._home, member, invitation.name)
+            words += f"; {self._home} is {member}'s, which gets a new key"
+        if hours < 1:
+            return Doubt(
+                f"{words}; it expires in {hours * 60:.0f} minutes",
+                "Join soon, or ask the aggregator's operator for a new one.",
+            )
+        return f"{words}; valid for {hours:.0f} hours"
 
-def _key(home: Path, invited: bool) -> Check:
-    pending = home / PENDING_KEY_FILE
-    if invited and not pending.exists():
-        return Check("key", "ok", f"{home / KEY_FILE} is made when this node joins")
-    path = pending if invited else home / KEY_FILE
-    key = NodeKey.load(path)
-    return Check("key", "ok", f"{path}, readable by its owner only: {key.fingerprint}")
+    def key(self) -> str:
+        own = self._home / KEY_FILE
+        path = own if self._invitation is None else self._home / PENDING_KEY_FILE
+        if self._invitation is not None and not path.exists():
+            return f"{own} is made when this node joins"
+        return f"{path}, readable by its owner only: {NodeKey.load(path).fingerprint}"
 
+    def data(self) -> str | Doubt:
+        assert self._node is not None
+        known, part = self._known, self._node.data
+        folder = open_data(part.path)
+        if known is None:
+            return f"{part.path} holds {', '.join(folder.silos)}"
+        data = own_part(folder, part, known.name)
+        tokens = data.silos[known.name].train_tokens
+        words = f"{part.path}, sha256 {data.sha256[:12]}..., {tokens:,} tokens to train on"
+        require_tokenizer(known.tokenizer, data, known.name)
+        if known.membership is not None:
+            require_same_data(data, known.membership.data_sha256, known.name)
+            # A task reads it through; that takes as long as the disk does, and `data show
+            # --verify` does.
+            return f"{words}; as registered"
+        if known.tokenizer is not None:
+            return f"{words}, the federation's tokenizer; joining registers it"
+        return Doubt(
+            f"{words}; the invitation does not name the federation's tokenizer",
+            "If the text was cut by another one, this site can't train: ask the operator.",
+        )
 
-def _data(node: NodeConfig, known: Aggregator | None) -> Check:
-    folder = open_data(node.data.path)
-    if known is None:
-        words = f"{node.data.path} holds {', '.join(folder.silos)}"
-        return Check("data", "ok", words)
-    data = own_part(folder, node.data, known.name)
-    tokens = data.silos[known.name].train_tokens
-    words = f"{node.data.path}, sha256 {data.sha256[:12]}..., {tokens:,} tokens to train on"
-    require_tokenizer(known.tokenizer, data, known.name)
-    if known.membership is None:
-        if known.tokenizer is None:
-            unknown = "the invitation does not name the federation's tokenizer"
-            hint = "If the text was cut by another one, this site can't train: ask the operator."
-            return Check("data", "warn", f"{words}; {unknown}", hint)
-        return Check("data", "ok", f"{words}, the federation's tokenizer; joining registers it")
-    require_same_data(data, known.membership.data_sha256, known.name)
-    # A task reads it through; that takes as long as the disk does, and `data show --verify` does.
-    return Check("data", "ok", f"{words}; as registered")
-
-
-def _disk(home: Path, node: NodeConfig) -> Check:
-    needed = node.disk.min_free_gib
-    free = require_room(home, needed, "--home")
-    words = f"{free:.1f} GiB are free under {home.absolute()}; {needed:g} stay free"
-    if free <= needed + 10:
-        return Check(
-            "disk",
-            "warn",
+    def disk(self) -> str | Doubt:
+        assert self._node is not None
+        needed = self._node.disk.min_free_gib
+        free = require_room(self._home, needed, "--home")
+        words = f"{free:.1f} GiB are free under {self._home.absolute()}; {needed:g} stay free"
+        if free > needed + 10:
+            return words
+        return Doubt(
             words,
             "A task on P parameters takes up to 28 P bytes besides, and is refused where they "
             "are not there.",
         )
-    return Check("disk", "ok", words)
 
-
-def _compute(node: NodeConfig) -> Check:
-    try:  # seconds, and memory that nobody else here needs
-        from photon.training.device import cores, plan_compute, ranks_of_a_node
-    except ImportError as error:
-        raise DeployError(
-            f"PyTorch can't be imported: {error}",
-            hint="Install Photon with its dependencies into this environment.",
-        ) from error
-    ranks = ranks_of_a_node(node.compute, workers=0)
-    plan = plan_compute(node.compute, processes=ranks)
-    here = cores()
-    words = (
-        f"{ranks} x {plan.device}, {plan.precision}, {plan.threads} threads each, {here} cores here"
-    )
-    if plan.threads * ranks > here:
-        return Check(
-            "compute",
-            "warn",
+    def compute(self) -> str | Doubt:
+        assert self._node is not None
+        try:  # seconds, and memory that nobody else here needs
+            from photon.training.device import cores, plan_compute, ranks_of_a_node
+        except ImportError as error:
+            raise DeployError(
+                f"PyTorch can't be imported: {error}",
+                hint="Install Photon with its dependencies into this environment.",
+            ) from error
+        ranks = ranks_of_a_node(self._node.compute, workers=0)
+        plan = plan_compute(self._node.compute, processes=ranks)
+        each = f"{ranks} x {plan.device}, {plan.precision}, {plan.threads} threads each"
+        words = f"{each}, {cores()} cores here"
+        if plan.threads * ranks <= cores():
+            return words
+        return Doubt(
             words,
             "More threads than cores slow each other down: lower compute.threads, or leave it out.",
         )
-    return Check("compute", "ok", words)
 
+    # --- the aggregator ----------------------------------------------------------------------
 
-# --- the aggregator -------------------------------------------------------------------------------
+    @property
+    def _its(self) -> Aggregator:
+        assert self._known is not None
+        return self._known
 
-
-def _outside(
-    home: Path, known: Aggregator, network: NetworkConfig, before: list[Check]
-) -> list[Check]:
-    """All that needs the network, each only where what it needs is well."""
-    found = [checked("authority", lambda: _authority(known))]
-    if found[0].verdict == "fail":
-        names = ("address", "door", "version", "clock", "member", "store")
-        return found + [_skipped(name, "authority") for name in names]
-    found.append(checked("address", lambda: _address(known.address)))
-    if found[-1].verdict == "fail":
-        names = ("door", "version", "clock", "member", "store")
-        return found + [_skipped(name, "address") for name in names]
-    health: dict[str, Any] = {}
-    # An invitation's authority is in no file of its own yet.
-    with tempfile.TemporaryDirectory(prefix="photon-check-") as folder:
-        ca_file = Path(folder) / CA_FILE
-        ca_file.write_text(known.ca_pem, encoding="ascii")
-        found.append(checked("door", lambda: _door(known, ca_file, health)))
-        if not health:
-            names = ("version", "clock", "member", "store")
-            return found + [_skipped(name, "door") for name in names]
-        found.append(checked("version", lambda: _version(known, health)))
-        found.append(checked("clock", lambda: _clock(known, health)))
-        membership = known.membership
-        if membership is None:
-            return found + [Check(name, "skip", _LATER) for name in ("member", "store")]
-        if any(one.name == "key" and one.verdict == "fail" for one in before):
-            return found + [_skipped(name, "key") for name in ("member", "store")]
-        standings: list[Standing] = []
-        found.append(checked("member", lambda: _member(home, known, ca_file, standings)))
-        if not standings:
-            return [*found, _skipped("store", "member")]
-        found.append(checked("store", lambda: _store(membership, network, ca_file, standings[0])))
-    return found
-
-
-def _authority(known: Aggregator) -> Check:
-    try:
-        carried = certificate_fingerprint(known.ca_pem)
-    except ValueError as error:
-        raise CertificateError(
-            f"{known.ca_source} holds no certificate: {error}",
-            hint="Restore it from a backup, or ask for a new invitation.",
-        ) from error
-    if carried != known.ca_fingerprint:
-        raise CertificateError(
-            f"{known.ca_source} names the authority {known.ca_fingerprint}, and the one that it "
-            f"carries is {carried}",
-            hint="It was damaged or changed on its way: ask for a new invitation."
-            if known.membership is None
-            else f"{CA_FILE} was changed since this node joined: restore it, or join again.",
-        )
-    return Check("authority", "ok", carried)
-
-
-def _address(address: str) -> Check:
-    parts = urlsplit(f"https://{address}")
-    host, port = parts.hostname or "", parts.port or 443
-    proxy = proxy_to(f"https://{address}")
-    if proxy is not None:
-        return Check("address", "ok", f"{address}, through the proxy {proxy}")
-    try:
-        places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        raise UnreachableError(
-            f"{host} has no address here: {error}",
-            hint="Is the name right, and does this machine's DNS know it? If the aggregator has "
-            "moved: `photon join HOST:PORT`.",
-        ) from error
-    addresses = list(dict.fromkeys(str(place[4][0]) for place in places))
-    last: OSError | None = None
-    for each in addresses[:4]:
+    def authority(self) -> str:
+        known = self._its
         try:
-            with socket.create_connection((each, port), timeout=_ANSWER_S):
-                named = host if host == each else f"{host} ({each})"
-                return Check("address", "ok", f"port {port} of {named} answers")
-        except OSError as error:
-            last = error
-    named = host if addresses == [host] else f"{host} ({', '.join(addresses)})"
-    raise UnreachableError(
-        f"{named}: port {port} does not answer: {last}",
-        hint="Is `photon serve` up, is the port right, and does a firewall on the way let this "
-        "machine connect to it?",
-    )
+            carried = certificate_fingerprint(known.ca_pem)
+        except ValueError as error:
+            raise CertificateError(
+                f"{known.ca_source} holds no certificate: {error}",
+                hint="Restore it from a backup, or ask for a new invitation.",
+            ) from error
+        if carried != known.ca_fingerprint:
+            raise CertificateError(
+                f"{known.ca_source} names the authority {known.ca_fingerprint}, and the one that "
+                f"it carries is {carried}",
+                hint="It was damaged or changed on its way: ask for a new invitation."
+                if known.membership is None
+                else f"{CA_FILE} was changed since this node joined: restore it, or join again.",
+            )
+        self._ca_file.write_text(known.ca_pem, encoding="ascii")
+        return carried
 
+    def reached(self) -> str:
+        address = self._its.address
+        parts = urlsplit(f"https://{address}")
+        host, port = parts.hostname or "", parts.port or 443
+        proxy = proxy_to(f"https://{address}")
+        if proxy is not None:
+            return f"{address}, through the proxy {proxy}"
+        try:
+            places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise UnreachableError(
+                f"{host} has no address here: {error}",
+                hint="Is the name right, and does this machine's DNS know it? If the aggregator "
+                "has moved: `photon join HOST:PORT`.",
+            ) from error
+        addresses = list(dict.fromkeys(str(place[4][0]) for place in places))
+        last: OSError | None = None
+        for each in addresses[:4]:
+            try:
+                with socket.create_connection((each, port), timeout=_ANSWER_S):
+                    named = host if host == each else f"{host} ({each})"
+                    return f"port {port} of {named} answers"
+            except OSError as error:
+                last = error
+        named = host if addresses == [host] else f"{host} ({', '.join(addresses)})"
+        raise UnreachableError(
+            f"{named}: port {port} does not answer: {last}",
+            hint="Is `photon serve` up, is the port right, and does a firewall on the way let this "
+            "machine connect to it?",
+        )
 
-def _door(known: Aggregator, ca_file: Path, health: dict[str, Any]) -> Check:
-    client = DeskClient(known.address, ca_file, None, timeout_s=_ANSWER_S)
-    try:
-        health |= client.health()
-    finally:
-        client.close()
-    words = "its certificate is of that authority, and the desk answers"
-    days = _days_left(known.address, ca_file)
-    if days is None:
-        return Check("door", "ok", words)
-    words += f"; valid for {days:.0f} days"
-    if days < _CERTIFICATE_DAYS:
+    def door(self) -> str | Doubt:
+        with closing(self._client(None)) as client:
+            self._health = client.health()
+        words = "its certificate is of that authority, and the desk answers"
+        days = _days_left(self._its.address, self._ca_file)
+        if days is None:
+            return words
+        words += f"; valid for {days:.0f} days"
+        if days >= _CERTIFICATE_DAYS:
+            return words
         hint = "The aggregator's operator renews it; this node needs nothing new for that."
-        return Check("door", "warn", words, hint)
-    return Check("door", "ok", words)
+        return Doubt(words, hint)
+
+    def version(self) -> str:
+        theirs = str(self._health.get("version", "?"))
+        require_our_version(theirs, self._its.name)
+        return f"the aggregator runs Photon {theirs[:40]}"
+
+    def clock(self) -> str | Doubt:
+        theirs = self._health.get("server_time")
+        if not isinstance(theirs, int | float):
+            return Doubt("this aggregator does not say what time it has", verdict="skip")
+        moment = datetime.fromtimestamp(theirs, UTC)
+        found = skew(moment, datetime.now(UTC), "the aggregator")
+        return found if isinstance(found, Doubt) else kept_right(found)
+
+    def member(self) -> str | Doubt:
+        if self._its.membership is None:
+            return Doubt(_LATER, verdict="skip")
+        with closing(self._client(NodeKey.load(self._home / KEY_FILE))) as client:
+            standing = self._standing = client.standing()
+        how = f"{standing.name} is {standing.status}"
+        if standing.registered:
+            return f"{how} and registered for tasks"
+        return Doubt(
+            f"{how}, and not registered for tasks yet",
+            "That happens by itself once `photon join` runs; if it stays so, the aggregator's log "
+            "says why.",
+        )
+
+    def store(self) -> str | Doubt:
+        membership, standing = self._its.membership, self._standing
+        if membership is None or standing is None:
+            return Doubt(_LATER, verdict="skip")
+        probe = standing.probe
+        if isinstance(probe, PhotonError):
+            raise probe
+        network = self._node.network if self._node is not None else NetworkConfig()
+        origin = membership.store_origin
+        membership.require_store(network)
+        store = GrantedStore(
+            lambda *_: probe,
+            origin,
+            allowed=membership.store_allowed(network),
+            name=f"the store at {origin}",
+            silence_s=_ANSWER_S,
+            ca_file=self._ca_file if membership.store is None else None,
+        )
+        began = time.monotonic()
+        with closing(store):
+            store.size(standing.probe_key)
+        return f"{store} answers, in {time.monotonic() - began:.1f} s"
+
+    def _client(self, key: NodeKey | None) -> DeskClient:
+        return DeskClient(self._its.address, self._ca_file, key, timeout_s=_ANSWER_S)
 
 
 def _days_left(address: str, ca_file: Path) -> float | None:
@@ -410,68 +440,3 @@ def _days_left(address: str, ca_file: Path) -> float | None:
     except OSError:
         return None
     return (ssl.cert_time_to_seconds(str(until)) - time.time()) / 86_400 if until else None
-
-
-def _version(known: Aggregator, health: dict[str, Any]) -> Check:
-    theirs = str(health.get("version", "?"))
-    require_our_version(theirs, known.name)
-    return Check("version", "ok", f"the aggregator runs Photon {theirs[:40]}")
-
-
-def _clock(known: Aggregator, health: dict[str, Any]) -> Check:
-    theirs = health.get("server_time")
-    if not isinstance(theirs, int | float):
-        return Check("clock", "skip", "this aggregator does not say what time it has")
-    moment = datetime.fromtimestamp(theirs, UTC)
-    found = skew_check("clock", moment, datetime.now(UTC), "the aggregator")
-    if found.verdict == "ok" and synchronised() is False:
-        words = f"{found.found}, but nothing keeps this clock right"
-        return Check("clock", "warn", words, KEEP_IT_RIGHT)
-    return found
-
-
-def _member(home: Path, known: Aggregator, ca_file: Path, standings: list[Standing]) -> Check:
-    key = NodeKey.load(home / KEY_FILE)
-    client = DeskClient(known.address, ca_file, key, timeout_s=_ANSWER_S)
-    try:
-        standing = client.standing()
-    finally:
-        client.close()
-    standings.append(standing)
-    if not standing.registered:
-        return Check(
-            "member",
-            "warn",
-            f"{standing.name} is {standing.status}, and not registered for tasks yet",
-            "That happens by itself once `photon join` runs; if it stays so, the aggregator's log "
-            "says why.",
-        )
-    return Check("member", "ok", f"{standing.name} is {standing.status} and registered for tasks")
-
-
-def _store(
-    membership: Membership, network: NetworkConfig, ca_file: Path, standing: Standing
-) -> Check:
-    probe = standing.probe
-    if isinstance(probe, PhotonError):
-        raise probe
-    origin = membership.store_origin
-    membership.require_store(network)
-
-    def leave(*_: object) -> Grant:
-        return probe
-
-    store = GrantedStore(
-        leave,
-        origin,
-        allowed=membership.store_allowed(network),
-        name=f"the store at {origin}",
-        silence_s=_ANSWER_S,
-        ca_file=ca_file if membership.store is None else None,
-    )
-    began = time.monotonic()
-    try:
-        store.size(standing.probe_key)
-    finally:
-        store.close()
-    return Check("store", "ok", f"{store} answers, in {time.monotonic() - began:.1f} s")

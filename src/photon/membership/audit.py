@@ -26,7 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from photon.errors import AuditError, DiskFullError
 from photon.membership.chain import Chain, raw_lines
 from photon.membership.keys import NodeKey
-from photon.membership.roster import Member, SignedReply, Signer
+from photon.membership.records import SignedReply
+from photon.membership.roster import Member, Signer
+from photon.store.disk import sync_to_disk
 
 #: The log's name in a run folder.
 AUDIT_FILE = "audit.jsonl"
@@ -218,7 +220,7 @@ class AuditLog:
             with os.fdopen(descriptor, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)  # ends with the descriptor
                 if new:
-                    _sync_folder(self.path.parent)
+                    sync_to_disk(self.path.parent)
                 yield file
 
     def _catch_up(self, file: BinaryIO) -> None:
@@ -265,11 +267,3 @@ class AuditLog:
         self._chain.advance(head)
         # As it will be read, and not the caller's own object.
         self._last[kind] = json.loads(line)["body"]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import hashlib
 import math
 import os
 import re
-import secrets
 import tomllib
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,18 +25,17 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
 from photon.config.addresses import host_name, joined
-from photon.errors import DiskFullError, InvitationError, MembershipError
+from photon.errors import InvitationError, MembershipError
 from photon.membership.keys import FINGERPRINT, canonical_pem
-from photon.membership.records import utc
+from photon.membership.records import MEMBER_NAME, SHA256, utc
+from photon.store.disk import write_whole
 
 _FORMAT = 2
 #: Of the file; of a tokenizer in it, compressed and as it is.
 _MOST_BYTES, _MOST_PACKED_BYTES, _MOST_TOKENIZER_BYTES = 6 << 20, 4 << 20, 64 << 20
 _HINT = "Ask the aggregator's operator for a new one (`photon invite NAME`)."
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _BEGINS = "# Makes its first user the member "
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{20,200}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 #: One line, nothing invisible.
 _EOS = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,200}")
 
@@ -159,43 +156,21 @@ def write_invitation(path: str | os.PathLike[str], invitation: Invitation) -> No
     """
     path = Path(path)
     require_writable(path)
-    record = {
-        "photon_invitation": _FORMAT,
-        "name": invitation.name,
-        "host": invitation.host,
-        "port": invitation.port,
-        "expires_at": datetime.fromtimestamp(invitation.expires_at, UTC),
-        "token": invitation.token,
-        "ca_fingerprint": invitation.ca_fingerprint,
-        "ca_pem": invitation.ca_pem,
-        "aggregator_key": invitation.aggregator_key,
-        **(
-            {"key_fingerprint": invitation.key_fingerprint}
-            if invitation.key_fingerprint is not None
-            else {}
-        ),
-    }
+    own = ("name", "host", "port", "token", "ca_fingerprint", "ca_pem", "aggregator_key")
+    record = {"photon_invitation": _FORMAT} | {name: getattr(invitation, name) for name in own}
+    record["expires_at"] = datetime.fromtimestamp(invitation.expires_at, UTC)
+    if invitation.key_fingerprint is not None:
+        record["key_fingerprint"] = invitation.key_fingerprint
     text = (
         f"{_BEGINS}{invitation.name}, once: keep it as you keep a "
         f"password.\n# On the node: photon join --invite {path.name} --node node.toml\n"
         + tomli_w.dumps(record, multiline_strings=True)
         + _tokenizer_text(invitation.tokenizer)
     )
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, text, "the invitation", mode=0o600)
     except OSError as error:
-        if error.errno == 28:
-            raise DiskFullError(f"no room to write {path}") from error
         raise InvitationError(f"can't write the invitation {path}: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def is_invitation(path: Path) -> bool:
@@ -239,7 +214,7 @@ def read_invitation(path: str | os.PathLike[str]) -> Invitation:
 
 
 def _parsed(record: dict[str, Any], path: Path) -> Invitation:
-    name = _text(record, "name", _NAME, path)
+    name = _text(record, "name", MEMBER_NAME, path)
     host = _text(record, "host", None, path)
     token = _text(record, "token", _TOKEN, path)
     pem = _text(record, "ca_pem", None, path)
@@ -271,9 +246,9 @@ def _parsed(record: dict[str, Any], path: Path) -> Invitation:
     except MembershipError as error:
         raise _wrong(path, "aggregator_key", key, "a public key in PEM") from error
     tokenizer = _parsed_tokenizer(record.get("tokenizer"), path)
-    bound = (
-        _text(record, "key_fingerprint", FINGERPRINT, path) if "key_fingerprint" in record else None
-    )
+    bound = None
+    if "key_fingerprint" in record:
+        bound = _text(record, "key_fingerprint", FINGERPRINT, path)
     return Invitation(name, host, port, pem, said, key, token, seconds, tokenizer, bound)
 
 
@@ -293,7 +268,7 @@ def _parsed_tokenizer(record: object, path: Path) -> SharedTokenizer | None:
         return None
     if not isinstance(record, dict):
         raise _wrong(path, "tokenizer", record, "a table")
-    sha256 = _text(record, "sha256", _SHA256, path)
+    sha256 = _text(record, "sha256", SHA256, path)
     eos_token = _text(record, "eos_token", _EOS, path)
     if "zstd_base64" not in record:
         return SharedTokenizer(sha256, eos_token, None)

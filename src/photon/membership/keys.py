@@ -20,7 +20,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from photon.errors import MembershipError, SignatureError
+from photon.errors import DiskFullError, MembershipError, SignatureError
+from photon.store.disk import sync_to_disk, write_whole
 
 #: The aggregator's key, in its home.
 AGGREGATOR_KEY_FILE = "aggregator.key"
@@ -70,16 +71,16 @@ class NodeKey:
         except OSError as error:
             raise MembershipError(f"can't write the key {path}: {error}") from error
         try:
-            _write_private(partial, text)
+            write_whole(partial, text, "a key", mode=0o600)
             os.link(partial, path)  # unlike a rename, it replaces nothing
-            _sync_folder(path.parent)
+            sync_to_disk(path.parent)
         except FileExistsError:
             raise MembershipError(
                 f"there is a key at {path} already; it is not replaced",
                 hint="A node keeps its key. To change it, join with a rotation invitation "
                 "(`photon members rotate NAME` on the aggregator), or choose another --home.",
             ) from None
-        except OSError as error:
+        except (OSError, DiskFullError) as error:
             raise MembershipError(f"can't write the key {path}: {error}") from error
         finally:
             with contextlib.suppress(OSError):
@@ -188,18 +189,6 @@ def fingerprint_of(public_pem: str) -> str:
     return "sha256:" + hashlib.sha256(der).hexdigest()
 
 
-def openssh_text(public_pem: str) -> str:
-    """The key as a line of OpenSSH's, which Flower registers.
-
-    Raises:
-        MembershipError: it is no P-384 public key.
-    """
-    line = _public(public_pem).public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    return line.decode() + "\n"
-
-
 def _public(pem: str) -> ec.EllipticCurvePublicKey:
     try:
         if len(pem) > _MOST_PEM_CHARACTERS:
@@ -216,19 +205,3 @@ def _pem(public: ec.EllipticCurvePublicKey) -> str:
     return public.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     ).decode()
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,7 @@ Status = Literal["active", "suspended", "expelled"]
 #: Names of members are names of folders in the store.
 MEMBER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def require_sensible(facts: Facts) -> None:
     """
     for name in ("data_sha256", "tokenizer_sha256"):
         value = getattr(facts, name)
-        if not (isinstance(value, str) and _SHA256.fullmatch(value)):
+        if not (isinstance(value, str) and SHA256.fullmatch(value)):
             raise ProtocolError(f"facts.{name} {str(value)[:80]!r} is no sha256 in hexadecimal")
     tokens = facts.train_tokens
     if not (isinstance(tokens, int) and 0 <= tokens < 2**53):

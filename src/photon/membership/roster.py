@@ -14,6 +14,7 @@ import os
 import secrets
 import sqlite3
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,10 @@ from photon.membership.journal import Journal
 from photon.membership.keys import FINGERPRINT, canonical_pem, fingerprint_of
 from photon.membership.records import (
     MEMBER_NAME,
-    Event,
     Facts,
     Member,
-    OpenTask,
     PendingInvitation,
     Presence,
-    SignedReply,
     Signer,
     Status,
     require_sensible,
@@ -36,23 +34,6 @@ from photon.membership.records import (
 )
 from photon.membership.roster_file import RosterFile
 from photon.membership.tasks import Tasks
-
-__all__ = [
-    "ALONE_S",
-    "ROSTER_FILE",
-    "RUN_SETTING",
-    "Event",
-    "Facts",
-    "Member",
-    "OpenTask",
-    "PendingInvitation",
-    "Presence",
-    "Roster",
-    "SignedReply",
-    "Signer",
-    "Status",
-    "roster_at",
-]
 
 #: The roster's name in the aggregator's home.
 ROSTER_FILE = "members.sqlite"
@@ -142,7 +123,7 @@ class Roster:
         token = secrets.token_urlsafe(32)
         with self._file.changing() as db:
             found = self._member(db, name)
-            here = found is not None and found.status != "expelled"
+            here = _stands(found)
             if rotate and not here:
                 raise self._unknown(name, found)
             if here and not rotate:
@@ -182,7 +163,6 @@ class Roster:
         fingerprint = fingerprint_of(pem)
         shown = name if MEMBER_NAME.fullmatch(name) else repr(name[:100])
         with self._file.changing() as db:
-            joined: Member | None = None
             row = db.execute(
                 "SELECT * FROM invitations WHERE token_sha256 = ?", (_digest(token),)
             ).fetchone()
@@ -191,39 +171,30 @@ class Roster:
                 or _why_not_bound(row, shown, fingerprint)
                 or self._why_not_key(db, fingerprint, name)
             )
+            status: Status = "active"
             if refusal is None:
                 old = self._member(db, name)
                 if old is not None:
                     self._retire(db, old, "replaced by a newer key", now)
-                status = old.status if old is not None and row["rotate"] else "active"
+                    status = old.status if row["rotate"] else status
                 db.execute(
                     "UPDATE invitations SET ended_at = ?, end = 'used' WHERE token_sha256 = ?",
                     (now, row["token_sha256"]),
                 )
                 db.execute("DELETE FROM boots WHERE name = ?", (name,))
                 db.execute(
-                    "INSERT OR REPLACE INTO members VALUES (?, ?, ?, ?, NULL, ?, ?, ?, ?, ?)",
-                    (
-                        name,
-                        pem,
-                        fingerprint,
-                        status,
-                        now,
-                        facts.data_sha256,
-                        facts.tokenizer_sha256,
-                        facts.train_tokens,
-                        facts.photon_version,
-                    ),
+                    "INSERT OR REPLACE INTO members VALUES (:name, :pem, :key, :status, NULL, :now,"
+                    " :data_sha256, :tokenizer_sha256, :train_tokens, :photon_version)",
+                    {"name": name, "pem": pem, "key": fingerprint, "status": status, "now": now}
+                    | vars(facts),
                 )
                 what = "joined" if old is None else "joined with a new key"
                 self.journal.add(db, name, what, f"{fingerprint}, {facts.train_tokens} tokens", now)
-                joined = self._member(db, name)
             else:
                 self.journal.add_refusal(db, shown, "invitation refused", refusal.message, now)
         if refusal is not None:
             raise refusal
-        assert joined is not None
-        return joined
+        return Member(name, pem, fingerprint, status, facts, now, None)
 
     def members(self) -> list[Member]:
         """All, the suspended and expelled too, by name."""
@@ -360,32 +331,6 @@ class Roster:
         if not invited:
             self._set_status(name, "expelled")
 
-    def rotate(self, name: str, public_key_pem: str) -> Member:
-        """Give a member another key at once; the old one ends.
-
-        Raises:
-            UnknownMemberError: no such member, or it was expelled.
-            MembershipError: no P-384 public key, or one that is or was somebody's.
-        """
-        now = time.time()
-        pem = canonical_pem(public_key_pem)
-        fingerprint = fingerprint_of(pem)
-        with self._file.changing() as db:
-            old = self._member(db, name)
-            if old is None or old.status == "expelled":
-                raise self._unknown(name, old)
-            if refusal := self._why_not_key(db, fingerprint, name):
-                raise refusal
-            self._retire(db, old, "replaced by a newer key", now)
-            db.execute("DELETE FROM boots WHERE name = ?", (name,))
-            db.execute(
-                "UPDATE members SET public_key = ?, fingerprint = ?, flower_node_id = NULL,"
-                " joined_at = ? WHERE name = ?",
-                (pem, fingerprint, now, name),
-            )
-            self.journal.add(db, "operator", "rotated", f"{name}: {fingerprint}", now)
-        return self.member(name)
-
     def set_flower_node(self, name: str, node_id: int, *, fingerprint: str | None = None) -> None:
         """Note under which number Flower knows the member's key.
 
@@ -401,21 +346,18 @@ class Roster:
             found = self._member(db, name)
             if found is None:
                 raise self._unknown(name, None)
-            if found.status == "expelled" or fingerprint not in (None, found.fingerprint):
-                db.execute(
-                    "INSERT OR IGNORE INTO leaving_nodes VALUES (?, ?)", (str(node_id), name)
-                )
-            else:
-                db.execute(
-                    "UPDATE members SET flower_node_id = ? WHERE name = ?", (str(node_id), name)
-                )
+            known = found.status != "expelled" and fingerprint in (None, found.fingerprint)
+            change = (
+                "UPDATE members SET flower_node_id = ? WHERE name = ?"
+                if known
+                else "INSERT OR IGNORE INTO leaving_nodes VALUES (?, ?)"
+            )
+            db.execute(change, (str(node_id), name))
 
     def leaving_flower_nodes(self) -> list[int]:
         """Numbers of nodes whose key ended: to be unregistered at Flower, then `left_flower`."""
-        return [
-            int(row["flower_node_id"])
-            for row in self._file.rows("SELECT flower_node_id FROM leaving_nodes ORDER BY rowid")
-        ]
+        rows = self._file.rows("SELECT flower_node_id FROM leaving_nodes ORDER BY rowid")
+        return [int(row["flower_node_id"]) for row in rows]
 
     def left_flower(self, node_id: int) -> None:
         """Note that Flower knows the node no more."""
@@ -509,29 +451,24 @@ class Roster:
                 f"this aggregator knows no such invitation for {shown}",
                 hint=f"It is another aggregator's, or long expired. {hint}",
             )
+        its, why = f"the invitation for {shown}", None
         if row["name"] != name:
-            return InvitationError(
-                f"the invitation is for {row['name']}, not for {shown}", hint=hint
+            why = f"the invitation is for {row['name']}, not for {shown}"
+        elif row["end"] == "used":
+            why = f"{its} was used at {utc(row['ended_at'])}"
+            hint = (
+                "If this node used it, it is a member: `photon join` without --invite goes on. "
+                f"Otherwise tell the operator: somebody else has it. {hint}"
             )
-        if row["end"] == "used":
-            return InvitationError(
-                f"the invitation for {shown} was used at {utc(row['ended_at'])}",
-                hint="If this node used it, it is a member: `photon join` without --invite goes "
-                f"on. Otherwise tell the operator: somebody else has it. {hint}",
-            )
-        if row["end"] is not None:
-            return InvitationError(
-                f"the invitation for {shown} was {row['end']} at {utc(row['ended_at'])}", hint=hint
-            )
-        if row["expires_at"] <= now:
-            return InvitationError(
-                f"the invitation for {shown} expired at {utc(row['expires_at'])}", hint=hint
-            )
-        member = self._member(db, name)
-        here = member is not None and member.status != "expelled"
-        if here != bool(row["rotate"]):  # it joined, or was expelled, after the invitation
-            return InvitationError(f"the invitation for {shown} is out of date", hint=hint)
-        return None
+        elif row["end"] is not None:
+            why = f"{its} was {row['end']} at {utc(row['ended_at'])}"
+        elif row["expires_at"] <= now:
+            why = f"{its} expired at {utc(row['expires_at'])}"
+        elif _stands(self._member(db, name)) != bool(
+            row["rotate"]
+        ):  # it joined, or was expelled, after the invitation
+            why = f"{its} is out of date"
+        return InvitationError(why, hint=hint) if why is not None else None
 
     def _why_not_key(
         self, db: sqlite3.Connection, fingerprint: str, name: str
@@ -644,9 +581,7 @@ _STANDING = {
 
 
 def _member(row: sqlite3.Row) -> Member:
-    facts = Facts(
-        row["data_sha256"], row["tokenizer_sha256"], row["train_tokens"], row["photon_version"]
-    )
+    facts = Facts(**{one.name: row[one.name] for one in fields(Facts)})
     node = row["flower_node_id"]
     return Member(
         name=row["name"],
@@ -657,6 +592,11 @@ def _member(row: sqlite3.Row) -> Member:
         joined_at=row["joined_at"],
         flower_node_id=int(node) if node is not None else None,
     )
+
+
+def _stands(member: Member | None) -> bool:
+    """Whether there is such a member, and it was not expelled."""
+    return member is not None and member.status != "expelled"
 
 
 def _now(now: float | None) -> float:

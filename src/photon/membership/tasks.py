@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+from dataclasses import fields
+from typing import Any
 
-from photon.errors import MembershipError
 from photon.membership.records import OpenTask, SignedReply
 from photon.membership.roster_file import RosterFile
 
@@ -23,28 +24,18 @@ class Tasks:
     def open(self, task: OpenTask) -> None:
         """Let a silo read and write what a task needs.
 
-        Opened again, a task counts its granted bytes from zero, and keeps a reply that it has.
+        Opened again, a task keeps a reply that it has.
         """
+        keys = {name: json.dumps(getattr(task, name)) for name in ("readable", "writable")}
         with self._file.changing() as db:
             db.execute(
                 "INSERT INTO tasks (id, run, round, silo, kind, opened_at, until, most_bytes,"
-                " readable, writable) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+                " readable, writable) VALUES (:id, :run, :round, :silo, :kind, :opened_at, :until,"
+                " :most_bytes, :readable, :writable)"
                 " ON CONFLICT (id) DO UPDATE SET opened_at = excluded.opened_at,"
                 " until = excluded.until, most_bytes = excluded.most_bytes,"
-                " readable = excluded.readable, writable = excluded.writable,"
-                " closed_at = NULL, granted_bytes = 0",
-                (
-                    task.id,
-                    task.run,
-                    task.round,
-                    task.silo,
-                    task.kind,
-                    task.opened_at,
-                    task.until,
-                    task.most_bytes,
-                    json.dumps(task.readable),
-                    json.dumps(task.writable),
-                ),
+                " readable = excluded.readable, writable = excluded.writable, closed_at = NULL",
+                vars(task) | keys,
             )
 
     def close(self, task_id: str, reply: SignedReply | None) -> None:
@@ -69,18 +60,8 @@ class Tasks:
 
     def open_for(self, silo: str) -> list[OpenTask]:
         """What a silo is asked just now; also what is past its `until`, until it is closed."""
-        return [
-            _task(row)
-            for row in self._file.rows(
-                "SELECT * FROM tasks WHERE silo = ? AND closed_at IS NULL ORDER BY opened_at, id",
-                silo,
-            )
-        ]
-
-    def get(self, task_id: str) -> OpenTask | None:
-        """An open task; None if there is none, or it is closed."""
-        rows = self._file.rows("SELECT * FROM tasks WHERE id = ? AND closed_at IS NULL", task_id)
-        return _task(rows[0]) if rows else None
+        question = "SELECT * FROM tasks WHERE silo = ? AND closed_at IS NULL ORDER BY opened_at, id"
+        return [_task(row) for row in self._file.rows(question, silo)]
 
     def reply(self, task_id: str) -> SignedReply | None:
         """The answer that a task was closed with."""
@@ -89,52 +70,19 @@ class Tasks:
 
     def replies(self, run: str, round: int) -> list[SignedReply]:
         """All answers of a round, by silo."""
-        return [
-            _reply(row)
-            for row in self._file.rows(
-                "SELECT * FROM tasks WHERE run = ? AND round = ? AND reply IS NOT NULL"
-                " ORDER BY silo, id",
-                run,
-                round,
-            )
-        ]
+        answered = "SELECT * FROM tasks WHERE run = ? AND round = ? AND reply IS NOT NULL"
+        question = f"{answered} ORDER BY silo, id"
+        return [_reply(row) for row in self._file.rows(question, run, round)]
 
     def asked(self, run: str, round: int) -> set[str]:
         """Silos that were given a task of training in a round."""
-        rows = self._file.rows(
-            "SELECT DISTINCT silo FROM tasks WHERE run = ? AND round = ? AND kind = 'fit'",
-            run,
-            round,
-        )
-        return {row["silo"] for row in rows}
+        question = "SELECT DISTINCT silo FROM tasks WHERE run = ? AND round = ? AND kind = 'fit'"
+        return {row["silo"] for row in self._file.rows(question, run, round)}
 
     def prune(self, run: str, before_round: int) -> None:
         """Forget a run's tasks of earlier rounds, and their replies."""
         with self._file.changing() as db:
             db.execute("DELETE FROM tasks WHERE run = ? AND round < ?", (run, before_round))
-
-    def count_granted(self, task_id: str, bytes: int) -> int:
-        """Count bytes that a silo was given leave to write; the sum for that task so far.
-
-        Raises:
-            MembershipError: there is no such open task.
-        """
-        with self._file.changing() as db:
-            # Capped, as SQLite's whole numbers are: beyond any task's most_bytes either way.
-            db.execute(
-                "UPDATE tasks SET granted_bytes = min(granted_bytes + ?, 1 << 60)"
-                " WHERE id = ? AND closed_at IS NULL",
-                (max(0, min(bytes, 1 << 60)), task_id),
-            )
-            row = db.execute(
-                "SELECT granted_bytes FROM tasks WHERE id = ? AND closed_at IS NULL", (task_id,)
-            ).fetchone()
-        if row is None:
-            raise MembershipError(
-                f"no task {task_id[:300]!r} is open",
-                hint="The round went on without it, or it was answered already.",
-            )
-        return row["granted_bytes"]
 
     def end_all(self, db: sqlite3.Connection, silo: str, now: float) -> None:
         """Nothing is granted to a silo any more; within the transaction that says why."""
@@ -144,18 +92,10 @@ class Tasks:
 
 
 def _task(row: sqlite3.Row) -> OpenTask:
-    return OpenTask(
-        id=row["id"],
-        run=row["run"],
-        round=row["round"],
-        silo=row["silo"],
-        kind=row["kind"],
-        opened_at=row["opened_at"],
-        until=row["until"],
-        most_bytes=row["most_bytes"],
-        readable=tuple(json.loads(row["readable"])),
-        writable=tuple(json.loads(row["writable"])),
-    )
+    kept: dict[str, Any] = {one.name: row[one.name] for one in fields(OpenTask)}
+    for name in ("readable", "writable"):
+        kept[name] = tuple(json.loads(kept[name]))
+    return OpenTask(**kept)
 
 
 def _reply(row: sqlite3.Row) -> SignedReply:

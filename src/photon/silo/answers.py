@@ -22,7 +22,7 @@ from typing import Any
 
 from photon.errors import CheckpointCorruptError, DiskFullError, PhotonError
 from photon.federation.envelopes import Ask
-from photon.membership.roster import SignedReply
+from photon.membership.records import SignedReply
 from photon.store.contract import Buffer, FolderStore
 from photon.store.disk import write_json
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from photon.errors import PhotonError, ProtocolError, WorkerLostError, error_of
-from photon.membership.roster import SignedReply
+from photon.membership.records import SignedReply
 
 #: The trainer's socket, in the node's home.
 SOCKET_FILE = "trainer.sock"

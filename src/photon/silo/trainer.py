@@ -49,7 +49,7 @@ from photon.federation.sealing import SealedAsk, open_ask, text_of
 from photon.federation.tasks import EvalTask, GlobalState, Receipt, Update, update_header
 from photon.link import Carrier, Header, Ref, write_parcel
 from photon.membership.keys import NodeKey
-from photon.membership.roster import SignedReply
+from photon.membership.records import SignedReply
 from photon.membership.signing import RECEIPT, sign_document
 from photon.silo.answers import Answer, Answers
 from photon.silo.held_node import HeldNode, question_key

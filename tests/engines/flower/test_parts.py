@@ -18,7 +18,7 @@ from flwr.app.message import make_message
 
 from photon.engines.flower import bundle, commands, pace, pinned, post, supernode
 from photon.errors import DeployError
-from photon.membership.roster import SignedReply
+from photon.membership.records import SignedReply
 
 _METADATA = Metadata(
     run_id=5,

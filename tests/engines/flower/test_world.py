@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from rotation import rotate
 
 from photon.engines.flower import supernode
 from photon.engines.flower.bundle import build_bundle
@@ -202,7 +203,7 @@ def test_a_node_that_is_unregistered_leaves_and_is_refused(world):
         world.control.register(key.public_pem, "south")
     (silo.home / "node.key").unlink()
     newer = NodeKey.create(silo.home / "node.key")
-    world.roster.rotate("south", newer.public_pem)
+    rotate(world.roster, "south", newer.public_pem)
     world.roster.set_flower_node("south", world.control.register(newer.public_pem, "south"))
     silo.supernode.stopping.clear()
     silo.supernode.start()

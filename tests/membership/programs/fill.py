@@ -7,7 +7,8 @@ import itertools
 import sys
 
 from photon.membership.audit import AuditLog
-from photon.membership.roster import OpenTask, Roster, SignedReply
+from photon.membership.records import OpenTask, SignedReply
+from photon.membership.roster import Roster
 
 roster, log = Roster(sys.argv[1]), AuditLog(sys.argv[2])
 for number in itertools.count():

@@ -23,7 +23,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import RunNotRunningException
 
 from photon.errors import DeployError, UnknownMemberError, UnreachableError
-from photon.membership.roster import Roster, SignedReply
+from photon.membership.records import SignedReply
+from photon.membership.roster import Roster
 
 #: Name of the one record of a message, both ways.
 RECORD = "photon"

@@ -27,8 +27,9 @@ from photon.errors import (
 )
 from photon.federation.envelopes import Ask, Reply, encoded, parse_ask, parse_reply
 from photon.link.parcel import chunk_key, update_keys
+from photon.membership.records import OpenTask, SignedReply
 from photon.membership.refusals import LASTING, note_refusal
-from photon.membership.roster import OpenTask, Presence, Roster, SignedReply
+from photon.membership.roster import Presence, Roster
 from photon.membership.signing import RECEIPT, verify_document
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, Notice

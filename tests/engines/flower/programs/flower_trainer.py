@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from photon.membership.roster import SignedReply
+from photon.membership.records import SignedReply
 from photon.silo.socket import answer_of, frame, question_of, unframe
 
 
