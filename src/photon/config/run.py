@@ -453,7 +453,8 @@ class RunConfig(Section):
 
 
 def _known(name: str, builtin: tuple[str, ...], group: str) -> str:
-    known = [*builtin, *plugin_names(group)]
-    if name not in known:
+    # Asked last: plugins are looked for among all packages that are installed.
+    if name not in builtin and name not in (plugins := plugin_names(group)):
+        known = [*builtin, *plugins]
         raise ValueError(f"{name!r} is not one of {', '.join(known)}")
     return name
