@@ -126,15 +126,34 @@ def one_silo(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """The shape of a model whose steps take a millisecond or two, where `tiny`'s take fifty.
+
+    For real processes that are started, killed and started again: they are about the run.
+    """
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("small") / "model"
+    LlamaConfig(
+        vocab_size=304, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_config():
-    """A small run over prepared data: three rounds of four steps; overrides as on the CLI."""
+    """A small run over prepared data: three rounds of four steps; overrides as on the CLI.
+
+    The model is `tiny`, or the one in a folder, with weights of its own.
+    """
     from photon.config import parse_run_config
 
-    def make(data: Path, *overrides: str):
+    def make(data: Path, *overrides: str, model: Path | None = None):
         tree = {
             "run": {"name": "test", "seed": 11, "log_every": 2},
             "compute": {"threads": 1},
-            "model": {"preset": "tiny"},
+            "model": {"path": str(model)} if model else {"preset": "tiny"},
             "data": {"path": str(data), "sequence_length": 32},
             "federation": {"rounds": 3},
             "local": {"steps": 4, "batch_size": 4, "lr": 3e-3},

@@ -22,6 +22,7 @@ class Forked:
         folder: empty; keeps what the process prints.
         words: of the command line.
         file_limit_bytes: the kernel refuses to write more into one file.
+        starts_fork_server: of Python's own, as ever; else the one of workers is forked too.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Forked:
         folder: Path,
         words: tuple[Any, ...],
         file_limit_bytes: int | None = None,
+        starts_fork_server: bool = False,
     ) -> None:
         self._out, self._error = folder / "out", folder / "error"
         given = {
@@ -37,6 +39,7 @@ class Forked:
             "out": str(self._out),
             "error": str(self._error),
             "file_limit_bytes": file_limit_bytes,
+            "starts_fork_server": starts_fork_server,
         }
         self._process = forks.Process(target=runpy.run_path, args=(str(FORKED), given, "__main__"))
         self._process.start()

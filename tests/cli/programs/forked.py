@@ -7,7 +7,10 @@ import resource
 import signal
 import sys
 
-# Given by the one who forked: argv, files for stdout and stderr, how large a file may get.
+import waiting_fork_server
+
+# Given by the one who forked: argv, files for stdout and stderr, how large a file may get, whether
+# a fork server of its own is to be started as ever.
 _given = globals()
 
 
@@ -22,6 +25,8 @@ def main() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         limit = (_given["file_limit_bytes"], resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    if not _given["starts_fork_server"]:
+        waiting_fork_server.stand_by()
     sys.argv = ["photon", *_given["words"]]
     from photon.cli.main import main as photon
 
