@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -19,12 +20,19 @@ from photon.runs import simulate, train
 pytestmark = pytest.mark.slow
 
 
-def launch(*words):
+PROGRAM = Path(__file__).parent / "programs" / "torchrun.py"
+SEATED = Path(__file__).parents[1] / "training" / "programs" / "seated.py"
+
+
+def port_option():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+        return f"--master-port={listener.getsockname()[1]}"
+
+
+def launch(*words):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += [f"--master-port={port}", "-m", "photon.cli.main", *map(str, words)]
+    command += [port_option(), "-m", "photon.cli.main", *map(str, words)]
     return subprocess.Popen(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -44,27 +52,46 @@ def finish(process, timeout_s=200):
     return process.returncode, out, error
 
 
+@pytest.fixture
+def torchrun(forks, tmp_path_factory):
+    """Runs it to its end as `launch` and `finish` do, but forked, its ranks too."""
+
+    def run(*words, timeout_s=200):
+        folder = tmp_path_factory.mktemp("torchrun")
+        given = {
+            "argv": [str(PROGRAM), port_option(), *map(str, words)],
+            "environment": {},
+            "out": str(folder / "out"),
+            "error": str(folder / "error"),
+        }
+        process = forks.Process(target=runpy.run_path, args=(str(SEATED), given, "__main__"))
+        process.start()
+        try:
+            process.join(timeout_s)
+            code = process.exitcode
+        finally:
+            if process.exitcode is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        return code, (folder / "out").read_text(), (folder / "error").read_text()
+
+    return run
+
+
 RECIPE = ("local.optimizer=muon", "local.lr=1e-2", "federation.optimizer_state=keep")
 
 
 @pytest.mark.parametrize(("kind", "strategy"), [("simulate", "fsdp"), ("train", "ddp")])
 def test_a_run_under_torchrun_is_the_run_of_one_process(
-    three_silos, make_config, tmp_path, kind, strategy
+    torchrun, three_silos, make_config, small_model, tmp_path, kind, strategy
 ):
-    config = make_config(three_silos, *RECIPE)
+    """Of `train` as a user starts it."""
+    config = make_config(three_silos, *RECIPE, model=small_model)
     start = {"simulate": simulate, "train": train}[kind]
     alone = start(config, run_dir=tmp_path / "alone").summary
     write_resolved(config, tmp_path / "run.toml")
-    process = launch(
-        kind,
-        tmp_path / "run.toml",
-        "--run-dir",
-        tmp_path / "pair",
-        "--set",
-        f"compute.strategy={strategy}",
-        "--json",
-    )
-    code, out, error = finish(process)
+    words = [kind, tmp_path / "run.toml", "--run-dir", tmp_path / "pair"]
+    words += ["--set", f"compute.strategy={strategy}", "--json"]
+    code, out, error = finish(launch(*words)) if kind == "train" else torchrun(*words)
     assert code == 0, error[-3000:]
     told = json.loads(out)  # one JSON object: only rank 0 speaks
     assert told["tokens"] == alone["tokens"]
@@ -74,9 +101,12 @@ def test_a_run_under_torchrun_is_the_run_of_one_process(
     assert sum('"event":"run_started"' in line for line in events) == 1
 
 
-def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(three_silos, make_config, tmp_path):
+def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(
+    torchrun, three_silos, make_config, small_model, tmp_path
+):
     """torchrun ends the others; the newest checkpoint stands, and two ranks or one go on."""
-    config = make_config(three_silos, *RECIPE, "federation.rounds=4", "run.log_every=1")
+    more = ("federation.rounds=4", "run.log_every=1")
+    config = make_config(three_silos, *RECIPE, *more, model=small_model)
     alone = simulate(config, run_dir=tmp_path / "alone").summary
     write_resolved(config, tmp_path / "run.toml")
     folder = tmp_path / "pair"
@@ -93,7 +123,7 @@ def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(three_silos, make_confi
     assert code != 0
     assert "rank" in error
     assert not (folder / "summary.json").exists()
-    code, _, error = finish(launch("resume", folder, "--quiet"))
+    code, _, error = torchrun("resume", folder, "--quiet")
     assert code == 0, error[-3000:]
     resumed = json.loads((folder / "summary.json").read_text())
     assert resumed["tokens"] == alone["tokens"]
