@@ -29,7 +29,7 @@ def summary_of(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def eight_rounds(three_silos, make_config, tmp_path_factory):
+def eight_rounds(forks, three_silos, make_config, tmp_path_factory):
     """A configuration, and what "blue" and "red" come to with it, each alone in this process."""
     config = make_config(three_silos, "federation.rounds=8", "eval.every=8")
     folder = tmp_path_factory.mktemp("alone")

@@ -6,11 +6,14 @@ import signal
 import sys
 from pathlib import Path
 
+import waiting_fork_server
+
 from photon.cli.side_by_side import Training, train_side_by_side
 from photon.config import load_run_config
 
 
 def main() -> None:
+    waiting_fork_server.stand_by()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     recipe, out, *silos = sys.argv[1:]
     config = load_run_config(Path(recipe))
