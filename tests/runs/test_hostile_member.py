@@ -37,23 +37,25 @@ class Attack:
     """What the hostile member knows and does.
 
     Attributes:
-        kind: of hostility.
+        kinds: of hostility, one for each round.
         shapes: of the model's tensors.
         first: its answers to the first round, to be played again.
         fired: tasks that were answered with the lie.
+        garbled: how many of them with garbage.
     """
 
-    kind: str
+    kinds: list[str]
     shapes: dict[str, torch.Size]
     first: list = field(default_factory=list)
     fired: list[str] = field(default_factory=list)
+    garbled: int = 0
 
     def answer(self, silo, ask):
         """The lie, signed by the member's own key; honest where it is only to score."""
         if ask.fit is None:
             return silo.answer(ask)
         self.fired.append(ask.task_id)
-        return getattr(self, self.kind)(silo, ask)
+        return getattr(self, self.kinds[ask.round - 1])(silo, ask)
 
     # --- the update's values -------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ class Attack:
         text = "[/x][link=file:///etc/passwd]\x1b[2J\u202e\x00<script>" + "\ud800" + "x" * 5000
         record = json.loads(silo.answer(ask).text)
         fields = [name for name, value in record.items() if isinstance(value, str)]
-        turn = len(self.fired) - 1
+        turn, self.garbled = self.garbled, self.garbled + 1
         if turn == 0:
             record = {name: text if name in fields else value for name, value in record.items()}
         elif turn == 1:
@@ -123,10 +125,12 @@ class Attack:
 
     def _send(self, silo, ask, tensors):
         header = update_header(ask.fit_task("test"), tensors)
-        if self.kind == "wrong_shapes":  # under the fingerprint of the true ones
+        if self.kinds[ask.round - 1] == "wrong_shapes":  # under the fingerprint of the true ones
             header = update_header(ask.fit_task("test"), self.shapes)
         place = f"{ask.run.id}/silos/{silo.name}"
-        entries = self._spoiled(plain_entries(tensors.items()))
+        entries = plain_entries(tensors.items())
+        if self.kinds[ask.round - 1] == "not_a_number":
+            entries = self._spoiled(entries)
         ref = write_parcel(Transfer(silo.store), place, header, entries)
         fit = parse_reply(silo.answer(ask).text).fit
         lie = {"update": RefPart.of(ref), "failure": None, "tokens": fit.tokens or 1}
@@ -135,8 +139,7 @@ class Attack:
     def _spoiled(self, entries):
         """No codec takes what is not a number: it is put in afterwards."""
         for entry in entries:
-            if self.kind == "not_a_number":
-                next(iter(entry.parts.values())).view(-1)[-1] = math.nan
+            next(iter(entry.parts.values())).view(-1)[-1] = math.nan
             yield entry
 
     def _say(self, silo, ask, **fields):
@@ -152,25 +155,25 @@ def four_silos(prepare_text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def attacked(four_silos, make_config, served_run, tmp_path_factory):
-    """Runs a federation of which one member does what a kind of Attack says."""
-    config = make_config(
-        four_silos,
-        "local.steps=2",
-        f"federation.rounds={_ROUNDS}",
-        f"eval.every={_ROUNDS}",
-        "eval.max_tokens=500",
-        "serve.min_silos=3",
-        f"serve.round_deadline_s={_DEADLINE_S}",
-    )
+    """Runs a federation of which one member does in each round what a kind of Attack says."""
 
-    def run(kind: str, patch: pytest.MonkeyPatch):
-        served = served_run(config, tmp_path_factory.mktemp(kind), [*HONEST, HOSTILE])
-        attack = Attack(kind, _shapes(config, served))
+    def run(kinds: list[str], patch: pytest.MonkeyPatch):
+        config = make_config(
+            four_silos,
+            "local.steps=2",
+            f"federation.rounds={len(kinds)}",
+            f"eval.every={len(kinds)}",
+            "eval.max_tokens=500",
+            "serve.min_silos=3",
+            f"serve.round_deadline_s={_DEADLINE_S}",
+        )
+        served = served_run(config, tmp_path_factory.mktemp(kinds[0]), [*HONEST, HOSTILE])
+        attack = Attack(kinds, _shapes(config, served))
         served.wire.fault = lambda silo, ask, _: (
             attack.answer(silo, ask) if silo.name == HOSTILE else silo.answer(ask)
         )
         ask_again_at_once(patch)
-        if kind in ("silence", "slowness"):
+        if {"silence", "slowness"} & set(kinds):
             _let_time_pass(served, attack, patch)
         try:
             return served, attack, served.go_on()
@@ -204,7 +207,7 @@ def _let_time_pass(served, attack: Attack, patch: pytest.MonkeyPatch) -> None:
         waited_for = [one for one in open_errands if one.ask.fit and not one.over]
         if [one.ask.silo for one in waited_for] == [HOSTILE] and attack.fired:
             waited_for[0].begun_s -= _DEADLINE_S
-        elif attack.kind == "silence":
+        elif "silence" in attack.kinds:
             served.wire.quiet.add(HOSTILE)
         elif attack.fired:
             task = attack.fired[-1]
@@ -217,38 +220,59 @@ def _let_time_pass(served, attack: Attack, patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def without(attacked):
-    """The run without that member: it refuses every task."""
-    with pytest.MonkeyPatch.context() as patch:
-        _, attack, result = attacked("refuses", patch)
-    assert attack.fired
-    return result.summary
+    """By rounds, the run without that member: it refuses every task."""
+    found = {}
+    for rounds in (_ROUNDS, len(REFUSED)):
+        with pytest.MonkeyPatch.context() as patch:
+            _, attack, result = attacked(["refuses"] * rounds, patch)
+        assert attack.fired  # once: who refuses is asked no more
+        found[rounds] = result.summary
+    return found
 
 
+#: One for each round of one run, and words of why it is refused; garbage is in other fields the
+#: second time.
 REFUSED = [
-    "huge_norm",
-    "not_a_number",
-    "zero_tokens",
-    "more_tokens",
-    "huge_times",
-    "endless_times",
-    "wrong_shapes",
-    "garbage",
-    "silence",
-    "slowness",
+    ("huge_norm", "its norm 9.111e+32 exceeds"),
+    ("not_a_number", "1 NaN or infinite values"),
+    ("zero_tokens", "no tokens"),
+    ("more_tokens", "answered tokens = 4503599627370496"),
+    ("huge_times", "fit.train_s: Input should be less than"),
+    ("endless_times", "fit.train_s: Input should be a finite number"),
+    ("wrong_shapes", "has shape [300, 128, 2], expected [300, 128]"),
+    ("garbage", "no Reply: "),
+    ("garbage", "no Reply: "),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", REFUSED)
-def test_it_costs_the_run_that_member_and_nothing_else(kind, attacked, without, monkeypatch):
-    served, attack, result = attacked(kind, monkeypatch)
+def _require_the_run_without(served, attack, result, without) -> list[UpdateDropped]:
+    """That it ended as the run without that member; returns what was dropped."""
+    rounds = len(attack.kinds)
     assert attack.fired
-    assert result.summary["weights_sha256"] == without["weights_sha256"]
-    assert result.summary["global_loss"] == without["global_loss"]
-    _require_sound(served, result)
+    assert result.summary["weights_sha256"] == without[rounds]["weights_sha256"]
+    assert result.summary["global_loss"] == without[rounds]["global_loss"]
+    _require_sound(served, result, rounds)
     dropped = read_history(served.folder).of(UpdateDropped)
     assert {one.silo for one in dropped} == {HOSTILE}
-    assert dropped[0].reason
+    assert all(one.reason for one in dropped)
+    return dropped
+
+
+@pytest.mark.slow
+def test_lies_cost_the_run_that_member_and_nothing_else(attacked, without, monkeypatch):
+    """Of any kind, each in a round of its own: none is merged, so none helps another."""
+    served, attack, result = attacked([kind for kind, _ in REFUSED], monkeypatch)
+    dropped = _require_the_run_without(served, attack, result, without)
+    assert len(set(attack.fired)) == len(REFUSED)
+    assert [one.round for one in dropped] == list(range(1, len(REFUSED) + 1))
+    for one, (kind, words) in zip(dropped, REFUSED, strict=True):
+        assert words in one.reason, kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["silence", "slowness"])
+def test_no_answer_costs_the_run_that_member_and_nothing_else(kind, attacked, without, monkeypatch):
+    _require_the_run_without(*attacked([kind] * _ROUNDS, monkeypatch), without)
 
 
 @pytest.mark.slow
@@ -257,25 +281,26 @@ def test_a_lie_that_leaves_a_good_update_standing_moves_nothing(
     kind, attacked, without, monkeypatch
 ):
     """A replay is merged in its own round and refused in the next; fewer tokens weigh less."""
-    served, attack, result = attacked(kind, monkeypatch)
+    served, attack, result = attacked([kind] * _ROUNDS, monkeypatch)
     assert attack.fired
-    assert result.summary["global_loss"] == pytest.approx(without["global_loss"], rel=0.02)
-    _require_sound(served, result)
+    loss = without[_ROUNDS]["global_loss"]
+    assert result.summary["global_loss"] == pytest.approx(loss, rel=0.02)
+    _require_sound(served, result, _ROUNDS)
     if kind == "replay":
         (dropped,) = read_history(served.folder).of(UpdateDropped)
         assert (dropped.round, dropped.silo) == (2, HOSTILE)
 
 
-def _require_sound(served, result) -> None:
+def _require_sound(served, result, rounds: int) -> None:
     """The run is over, honest members were merged in every round, and all it leaves can be read."""
     history = read_history(served.folder)
     merged = history.of(RoundMerged)
-    assert [one.round for one in merged] == list(range(1, _ROUNDS + 1))
+    assert [one.round for one in merged] == list(range(1, rounds + 1))
     assert all(set(HONEST) <= set(one.participants) for one in merged)
     model, _ = load_weights(served.folder)
     assert all(torch.isfinite(one).all() for one in model.parameters())
     summary = json.loads((served.folder / "summary.json").read_text(), parse_constant=pytest.fail)
-    assert summary["rounds"] == _ROUNDS
+    assert summary["rounds"] == rounds
     served.audit()
     page = Path(write_report(served.folder)).read_text(encoding="utf-8")
     assert "<script>" not in page.partition("[/x]")[2][:200]
