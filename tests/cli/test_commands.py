@@ -57,7 +57,7 @@ sequence_length = 32
 [federation]
 rounds = 3
 [local]
-steps = 6
+steps = 3
 batch_size = 4
 optimizer = "muon"
 lr = 1e-2
