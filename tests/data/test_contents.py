@@ -123,7 +123,7 @@ def test_windows_cross_shards_but_never_silos(small_shards):
     # Fewer tokens than one window a silo are left over, however many shards there are.
     for name, silo in small_shards.silos.items():
         with token_stream(small_shards, [name], LENGTH, 7) as stream:
-            assert 0 <= silo.train_tokens - 1 - stream.tokens_per_epoch < LENGTH
+            assert 0 <= silo.train_tokens - 1 - stream.sequences_per_epoch * LENGTH < LENGTH
 
 
 def test_text_spread_over_small_shards_is_not_too_short(small_shards):

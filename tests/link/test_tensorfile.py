@@ -19,10 +19,9 @@ TENSORS = {
 
 def test_round_trip(tmp_path):
     path = tmp_path / "state.safetensors"
-    written = write_tensors(path, TENSORS, {"cursor": "7"})
+    written = write_tensors(path, TENSORS)
     assert written == sum(tensor.nbytes for tensor in TENSORS.values())
     with TensorFile(path) as file:
-        assert file.metadata == {"cursor": "7"}
         assert sorted(file.names()) == sorted(TENSORS)
         back = file.read()
     path.unlink()
@@ -32,12 +31,10 @@ def test_round_trip(tmp_path):
     assert tensors_sha256(back) == tensors_sha256(TENSORS)
 
 
-@pytest.mark.parametrize("metadata", [None, {}, {"cursor": "3"}])
-def test_nothing_round_trips_too(tmp_path, metadata):
-    write_tensors(tmp_path / "empty.safetensors", {}, metadata)
+def test_nothing_round_trips_too(tmp_path):
+    write_tensors(tmp_path / "empty.safetensors", {})
     with TensorFile(tmp_path / "empty.safetensors") as file:
         assert file.read() == {}
-        assert file.metadata == (metadata or {})
 
 
 def test_hash_sees_names_shapes_dtypes_and_values():

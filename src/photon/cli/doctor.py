@@ -179,7 +179,7 @@ def _presets(
     for preset in SHAPES:
         usual = _TINY if preset == "tiny" else _USUAL
         sequence_length, vocab_size = asked_length or usual[0], asked_vocabulary or usual[1]
-        model = preset_skeleton(preset, sequence_length, vocab_size, "llama")
+        model = preset_skeleton(preset, sequence_length, vocab_size)
         settings = MemorySettings(
             optimizer=optimizer,
             optimizer_bits=32,

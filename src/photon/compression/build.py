@@ -97,13 +97,9 @@ def require_agreement(classes: Mapping[str, type[Codec]], stages: Mapping[str, S
             f"{', '.join(sorted(set(classes) ^ set(stages)))}"
         )
     for name, kind in classes.items():
-        taken = {
-            key: parameter.default
-            for key, parameter in inspect.signature(kind).parameters.items()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        }
+        taken = {key: one.default for key, one in inspect.signature(kind).parameters.items()}
         stated: dict[str, object] = {
-            key: parameter.default for key, parameter in stages[name].parameters.items()
+            key: one.default for key, one in stages[name].parameters.items()
         }
         if stages[name].role in ("structure", "entropy"):
             stated["inner"] = None

@@ -105,7 +105,7 @@ class SparseLoco(Codec):
         result = empty(count).view(tuple(shape))
         done = 0
         for target in grid.pieces(result):
-            tiles = _Grid(*target.shape, grid.tall, grid.wide).chunks
+            tiles = _Grid(target.shape[0], target.shape[1], grid.tall, grid.wide).chunks
             some = slice(done, done := done + tiles)
             places = _unpack_places(index[some])
             if bool((places.diff(dim=1) <= 0).any()):

@@ -17,18 +17,9 @@ from photon.compression.codec import Codec, Empty, Memory, Parts, Update
 #: Before the frame: what kind of number the bytes are, and how many bytes they are.
 _HEADER = struct.Struct("<BQ")
 #: By code.
-_DTYPES = {
-    0: torch.uint8,
-    1: torch.int8,
-    2: torch.int16,
-    3: torch.int32,
-    4: torch.int64,
-    5: torch.float16,
-    6: torch.bfloat16,
-    7: torch.float32,
-    8: torch.float64,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+_DTYPES += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 #: Bytes from which on the compressor's own threads win more than they cost.
 _THREADED = 2**25
 #: Numbers whose bytes are sorted at a time.
@@ -129,7 +120,7 @@ def _raw_bytes(name: str, part: Tensor) -> int:
         )
     packed = part.contiguous().flatten().numpy()
     code, raw = _HEADER.unpack(packed[: _HEADER.size].tobytes())
-    if code not in _DTYPES or raw % _DTYPES[code].itemsize:
+    if code >= len(_DTYPES) or raw % _DTYPES[code].itemsize:
         raise ValueError(f"part {name!r} has no zstd header: dtype {code}, {raw} bytes")
     try:
         frame = zstandard.get_frame_parameters(packed[_HEADER.size :].data)

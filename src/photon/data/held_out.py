@@ -98,11 +98,7 @@ def held_out_text(data: PreparedData, silo: str | None) -> HeldOut:
     Raises:
         EmptySiloError: no such silo, or its set has fewer than two tokens.
     """
-    if silo is not None and silo not in data.silos:
-        raise EmptySiloError(
-            f"no silo named {silo!r} in {data.path}", hint=f"Its silos: {', '.join(data.silos)}."
-        )
-    part = data.held_out if silo is None else data.silos[silo]
+    part = data.held_out if silo is None else data.silo(silo)
     tokens = part.held_out_tokens
     if tokens < 2:
         whose = f"silo {silo!r}" if silo is not None else str(data.path)

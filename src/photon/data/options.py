@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class PrepareOptions:
             PluginError: a plugin that can't be loaded, or does not take the options given.
             DataError: a count or alpha out of bounds.
         """
-        named = self._named()
+        named = self._ways()
         if len(named) > 1:
             raise IncompatibleConfigError(
                 f"{' and '.join(named)} each say how to make silos", hint="Name one of them."
@@ -128,23 +129,30 @@ class PrepareOptions:
                 f"{next(iter(named))} makes silos, and --held-out-only makes none",
                 hint="Leave one of them away.",
             )
-        return next(iter(named.values()))() if named else Everything()
+        return next(iter(named.values()))[0]() if named else Everything()
 
-    def _named(self) -> dict[str, Callable[[], Partitioner]]:
-        named: dict[str, Callable[[], Partitioner]] = {}
-        if (silo_field := self.silo_field) is not None:
-            named["--silo-field"] = lambda: ByField(silo_field)
-        if (iid := self.iid) is not None:
-            named["--iid"] = lambda: Iid(iid)
-        if (dirichlet := self.dirichlet) is not None:
-            named["--dirichlet"] = lambda: Dirichlet(*dirichlet, self.label_field)
-        if (contiguous := self.contiguous) is not None:
-            named["--contiguous"] = lambda: Contiguous(contiguous)
+    def _ways(self) -> dict[str, tuple[Callable[[], Partitioner], str]]:
+        """The options that make silos, as they were given: what each builds, and does in words."""
+        ways: dict[str, tuple[Callable[[], Partitioner], str]] = {}
+        if (name := self.silo_field) is not None:
+            words = f"one for each value of the field `{name}`"
+            ways["--silo-field"] = partial(ByField, name), words
+        if (count := self.iid) is not None:
+            ways["--iid"] = partial(Iid, count), f"{count}, documents dealt out at random"
+        if self.dirichlet is not None:
+            label = f"the field `{self.label_field}`" if self.label_field else "the source"
+            count, alpha = self.dirichlet
+            words = f"{count}, each value of {label} shared out by Dirichlet({alpha:g})"
+            ways["--dirichlet"] = partial(Dirichlet, count, alpha, self.label_field), words
+        if (count := self.contiguous) is not None:
+            words = f"{count} consecutive slices of the input, alike in bytes"
+            ways["--contiguous"] = partial(Contiguous, count), words
         if self.silo_folders:
-            named["--silo-folders"] = ByFolder
-        if (plugin := self.partitioner) is not None:
-            named["--partitioner"] = lambda: _plugin(plugin, self.partitioner_options)
-        return named
+            ways["--silo-folders"] = ByFolder, "one for each first-level folder of the input"
+        if (name := self.partitioner) is not None:
+            words = f"as the plugin `{name}` named them"
+            ways["--partitioner"] = partial(_plugin, name, self.partitioner_options), words
+        return ways
 
     @property
     def silos_mean_something(self) -> bool:
@@ -155,21 +163,7 @@ class PrepareOptions:
         """How documents became silos, for the data card."""
         if self.held_out_only:
             return "none, as all text is held out"
-        said = "one, of all documents"
-        if self.silo_field is not None:
-            said = f"one for each value of the field `{self.silo_field}`"
-        elif self.iid is not None:
-            said = f"{self.iid}, documents dealt out at random"
-        elif self.dirichlet is not None:
-            label = f"the field `{self.label_field}`" if self.label_field else "the source"
-            count, alpha = self.dirichlet
-            said = f"{count}, each value of {label} shared out by Dirichlet({alpha:g})"
-        elif self.contiguous is not None:
-            said = f"{self.contiguous} consecutive slices of the input, alike in bytes"
-        elif self.silo_folders:
-            said = "one for each first-level folder of the input"
-        elif self.partitioner is not None:
-            said = f"as the plugin `{self.partitioner}` named them"
+        said = next((words for _, words in self._ways().values()), "one, of all documents")
         if self.min_documents > 1:
             said += (
                 f"; those with fewer than {self.min_documents} documents are folded into `other`"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers.models import BPE
 
 from photon.data.card import data_card
 from photon.data.ingest import Source
@@ -20,7 +21,7 @@ from photon.data.options import PrepareOptions
 from photon.data.pieces import batches, pieces
 from photon.data.plan import Plan, Reporter, make_plan
 from photon.data.prepared import PreparedData, open_data
-from photon.data.scratch import put_in_place, scratch_folder
+from photon.data.scratch import scratch_folder
 from photon.data.shards import (
     FORMAT,
     HELD_OUT,
@@ -28,20 +29,18 @@ from photon.data.shards import (
     Shard,
     ShardWriter,
     Splits,
-    sha256_of,
-    splits_record,
-    sync,
     write_manifest,
 )
 from photon.data.splits import GLOBAL, LOCAL
 from photon.data.tokenizer import (
     TextTokenizer,
+    byte_level,
     load_tokenizer,
     parallel,
     train_tokenizer,
-    untrained_tokenizer,
 )
 from photon.errors import DiskFullError, MachineError
+from photon.store.disk import file_sha256, put_in_place, sync_to_disk
 from photon.version import photon_version
 
 _COUNTED = ("documents", "tokens", "bytes")
@@ -92,7 +91,7 @@ def _train(source: Source, plan: Plan, options: PrepareOptions, report: Reporter
     total = sum(size for number, size in enumerate(plan.sizes) if plan.training(number))
     stride = max(1, -(-total // options.train_bytes))
     budget = min(total, options.train_bytes)
-    untrained = untrained_tokenizer()
+    untrained = byte_level(BPE())
 
     def sample() -> Iterator[str]:
         left, seen = budget, 0
@@ -195,10 +194,10 @@ def _describe(
             "name": silo or HELD_OUT,
             "dtype": _dtype(tokenizer).str,
             "tokenizer_sha256": tokenizer_record["sha256"],
-            "splits": splits_record(splits),
+            "splits": splits,
         }
         write_manifest(path, record)
-        sets[silo] = {"sha256": sha256_of(path), **_summary(splits)}
+        sets[silo] = {"sha256": file_sha256(path), **_summary(splits)}
     manifest = {
         "format": FORMAT,
         "photon_version": photon_version(),
@@ -215,7 +214,7 @@ def _describe(
     card = root / "README.md"
     opened = open_data(root, only_to_score=options.held_out_only)
     card.write_bytes(data_card(opened, manifest).encode("utf-8", "backslashreplace"))
-    sync(card)
+    sync_to_disk(card)
 
 
 def _held_out_from(plan: Plan, tokens: Mapping[int, int]) -> dict[str, Any]:

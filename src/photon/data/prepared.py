@@ -19,7 +19,6 @@ from photon.data.shards import (
     Splits,
     read_manifest,
     read_splits,
-    sha256_of,
 )
 from photon.errors import (
     DataNotFoundError,
@@ -28,10 +27,18 @@ from photon.errors import (
     ShardCorruptError,
     VocabularyMismatchError,
 )
+from photon.store.disk import file_sha256
 
 _AGAIN = "Copy it again from where it was made, or prepare the data again."
 _CHUNK_BYTES = 1 << 22
 _DTYPES = ("<u2", "<u4")
+
+
+def _total(what: str, *splits: str) -> property:
+    """A sum over the shards of some splits, as a property of SiloData."""
+    return property(
+        lambda part: sum(getattr(shard, what) for split in splits for shard in part.shards(split))
+    )
 
 
 @dataclass(frozen=True)
@@ -53,50 +60,18 @@ class SiloData:
         sources = self.splits.get(split, {})
         return [shard for source in sorted(sources) for shard in sources[source]]
 
-    @property
-    def train_tokens(self) -> int:
-        """Tokens to train on, end-of-text included."""
-        return sum(shard.tokens for shard in self.shards(TRAIN))
-
-    @property
-    def train_documents(self) -> int:
-        """Documents to train on."""
-        return sum(shard.documents for shard in self.shards(TRAIN))
-
-    @property
-    def train_bytes(self) -> int:
-        """UTF-8 bytes of the text to train on."""
-        return sum(shard.bytes for shard in self.shards(TRAIN))
-
-    @property
-    def held_out_tokens(self) -> int:
-        """Held-out tokens, end-of-text included."""
-        return sum(shard.tokens for shard in self.shards(HELD_OUT))
-
-    @property
-    def held_out_documents(self) -> int:
-        """Held-out documents."""
-        return sum(shard.documents for shard in self.shards(HELD_OUT))
-
-    @property
-    def held_out_bytes(self) -> int:
-        """UTF-8 bytes of the held-out text."""
-        return sum(shard.bytes for shard in self.shards(HELD_OUT))
-
-    @property
-    def documents(self) -> int:
-        """Documents of both splits."""
-        return self.train_documents + self.held_out_documents
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of both splits."""
-        return self.train_tokens + self.held_out_tokens
-
-    @property
-    def bytes(self) -> int:
-        """UTF-8 bytes of the text of both splits."""
-        return self.train_bytes + self.held_out_bytes
+    #: Tokens to train on, end-of-text included; documents; UTF-8 bytes of their text.
+    train_tokens = _total("tokens", TRAIN)
+    train_documents = _total("documents", TRAIN)
+    train_bytes = _total("bytes", TRAIN)
+    #: The same of held-out text.
+    held_out_tokens = _total("tokens", HELD_OUT)
+    held_out_documents = _total("documents", HELD_OUT)
+    held_out_bytes = _total("bytes", HELD_OUT)
+    #: The same of both splits.
+    tokens = _total("tokens", TRAIN, HELD_OUT)
+    documents = _total("documents", TRAIN, HELD_OUT)
+    bytes = _total("bytes", TRAIN, HELD_OUT)
 
     @property
     def sources(self) -> list[str]:
@@ -136,10 +111,25 @@ class PreparedData:
         silos = ", ".join(f"{name}: {one.train_tokens:,}" for name, one in self.silos.items())
         return f"PreparedData({str(self.path)!r}, tokens of silos {{{silos[:200]}}})"
 
+    def silo(self, name: str) -> SiloData:
+        """One by its name; raises EmptySiloError where there is none of it."""
+        if name not in self.silos:
+            raise EmptySiloError(
+                f"no silo named {name!r} in {self.path}",
+                hint=f"Its silos: {', '.join(self.silos)}.",
+            )
+        return self.silos[name]
+
     def sets(self) -> Iterator[SiloData]:
         """The silos, then the global held-out set."""
         yield from self.silos.values()
         yield self.held_out
+
+    def shards(self) -> Iterator[tuple[Path, Shard]]:
+        """All of them, each with its folder."""
+        for part in self.sets():
+            for split in part.splits:
+                yield from ((part.path, shard) for shard in part.shards(split))
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Check every file's sha256 and every token id, a few megabytes in memory at a time.
@@ -152,31 +142,23 @@ class PreparedData:
             VocabularyMismatchError: a token id is outside the tokenizer's vocabulary.
             MachineError: a file can't be read.
         """
+        files = list(self.shards())
         with _in_words(self.path):
-            self._verify(progress)
-
-    def _verify(self, progress: Callable[[int, int], None] | None) -> None:
-        _require_same(self.tokenizer_file, sha256_of(self.tokenizer_file), self.tokenizer_sha256)
-        files = [
-            (part, shard)
-            for part in self.sets()
-            for split in part.splits
-            for shard in part.shards(split)
-        ]
-        for done, (part, shard) in enumerate(files, start=1):
-            path = part.path / shard.file
-            found, top = _read_through(path, self.dtype)
-            _require_same(path, found, shard.sha256)
-            index = part.path / shard.index_file
-            _require_same(index, sha256_of(index), shard.index_sha256)
-            if top >= self.vocab_size:
-                raise VocabularyMismatchError(
-                    f"{path} holds token id {top}, but {self.tokenizer_file} has "
-                    f"{self.vocab_size} tokens (0 to {self.vocab_size - 1})",
-                    hint="These shards were made with another tokenizer; prepare the data again.",
-                )
-            if progress is not None:
-                progress(done, len(files))
+            _require_same(self.tokenizer_file, self.tokenizer_sha256)
+            for done, (folder, shard) in enumerate(files, start=1):
+                path = folder / shard.file
+                found, top = _read_through(path, self.dtype)
+                _require_same(path, shard.sha256, found)
+                _require_same(folder / shard.index_file, shard.index_sha256)
+                if top >= self.vocab_size:
+                    raise VocabularyMismatchError(
+                        f"{path} holds token id {top}, but {self.tokenizer_file} has "
+                        f"{self.vocab_size} tokens (0 to {self.vocab_size - 1})",
+                        hint="These shards were made with another tokenizer; prepare the data "
+                        "again.",
+                    )
+                if progress is not None:
+                    progress(done, len(files))
 
 
 def open_data(path: str | os.PathLike[str], *, only_to_score: bool = False) -> PreparedData:
@@ -228,14 +210,17 @@ def _open(root: Path, path: str | os.PathLike[str], only_to_score: bool) -> Prep
             raise ValueError(f"dtype = {record['dtype']!r}, not one of {', '.join(_DTYPES)}")
         opened = PreparedData(
             path=root,
-            silos={name: _open_silo(root, name, names[name], made_with) for name in sorted(names)},
-            held_out=_open_set(HELD_OUT, root / HELD_OUT, record["held_out"], made_with),
+            silos={
+                name: _open_set(name, root / "silos", names[name], made_with)
+                for name in sorted(names)
+            },
+            held_out=_open_set(HELD_OUT, root, record["held_out"], made_with),
             tokenizer_file=root / "tokenizer" / "tokenizer.json",
             tokenizer_sha256=made_with,
             vocab_size=int(tokenizer["vocab_size"]),
             eos_id=int(tokenizer["eos_id"]),
             dtype=np.dtype(record["dtype"]),
-            sha256=sha256_of(manifest),
+            sha256=file_sha256(manifest),
             remarks=tuple(record.get("remarks", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -244,19 +229,15 @@ def _open(root: Path, path: str | os.PathLike[str], only_to_score: bool) -> Prep
     return opened
 
 
-def _open_silo(root: Path, name: str, entry: Any, tokenizer_sha256: str) -> SiloData:
+def _open_set(name: str, parent: Path, entry: Any, tokenizer_sha256: str) -> SiloData:
     if Path(name).name != name:
         raise ValueError(f"silo {name!r}")
-    return _open_set(name, root / "silos" / name, entry, tokenizer_sha256)
-
-
-def _open_set(name: str, folder: Path, entry: Any, tokenizer_sha256: str) -> SiloData:
     # The first folders of this format gave the bare hash, without a summary beside it.
     expected = entry if isinstance(entry, str) else entry["sha256"]
-    path = folder / "manifest.json"
+    path = parent / name / "manifest.json"
     if not path.is_file():
         raise ShardCorruptError(f"{path} is missing", hint=_AGAIN)
-    _require_same(path, sha256_of(path), expected)
+    _require_same(path, expected)
     record = read_manifest(path)
     if record.get("tokenizer_sha256") != tokenizer_sha256:
         raise VocabularyMismatchError(
@@ -265,7 +246,7 @@ def _open_set(name: str, folder: Path, entry: Any, tokenizer_sha256: str) -> Sil
             f"{tokenizer_sha256[:12]}...",
             hint="Silos of one folder share a tokenizer; prepare the data again.",
         )
-    return SiloData(name, folder, read_splits(record, path))
+    return SiloData(name, parent / name, read_splits(record, path))
 
 
 def _require_whole(data: PreparedData, only_to_score: bool) -> None:
@@ -276,14 +257,10 @@ def _require_whole(data: PreparedData, only_to_score: bool) -> None:
         )
     if not data.tokenizer_file.is_file():
         raise ShardCorruptError(f"{data.tokenizer_file} is missing", hint=_AGAIN)
-    for part in data.sets():
-        for split in part.splits:
-            for shard in part.shards(split):
-                size = shard.tokens * data.dtype.itemsize
-                _require_size(part.path / shard.file, size, f"{shard.tokens} tokens")
-                _require_size(
-                    part.path / shard.index_file, shard.index_size, f"{shard.documents} documents"
-                )
+    for folder, shard in data.shards():
+        size = shard.tokens * data.dtype.itemsize
+        _require_size(folder / shard.file, size, f"{shard.tokens} tokens")
+        _require_size(folder / shard.index_file, shard.index_size, f"{shard.documents} documents")
     for silo in data.silos.values():
         if silo.train_tokens == 0:
             raise EmptySiloError(
@@ -301,7 +278,9 @@ def _require_size(path: Path, expected: int, what: str) -> None:
         )
 
 
-def _require_same(path: Path, found: str, expected: str) -> None:
+def _require_same(path: Path, expected: str, found: str | None = None) -> None:
+    """Refuse a file of another sha256 than its manifest says; read for it unless it was already."""
+    found = found or file_sha256(path)
     if found != expected:
         raise ShardCorruptError(
             f"{path} has sha256 {found[:12]}..., its manifest says {expected[:12]}...",

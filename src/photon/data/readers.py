@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
@@ -111,10 +112,9 @@ def text_parts(path: Path, separator: str | None) -> Iterator[str]:
     if separator is None:
         yield decoded(path.read_bytes(), f"{path} is")
         return
-    number = 0
     with path.open("rb") as file:
-        chunks = iter(lambda: file.read(_CHUNK), b"")
-        for number, part in enumerate(_parted(chunks, separator.encode("utf-8")), start=1):
+        parts = _parted(_chunks(file, ""), separator.encode("utf-8"))
+        for number, part in enumerate(parts, start=1):
             yield decoded(part, f"{path}, document {number}, is")
 
 
@@ -139,11 +139,13 @@ def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """
     number = 0
     try:
-        for number, raw in enumerate(_lines(path), start=1):
-            place = f"{path}:{number}"
-            line = decoded(raw, f"{place}:")
-            if line.strip():
-                yield place, _object(line, place)
+        # Split at \n alone, as JSONL does, and before decoding, so that an error knows its line.
+        with path.open("rb") as file:
+            for number, raw in enumerate(_parted(_chunks(file, path.suffix.lower()), b"\n"), 1):
+                place = f"{path}:{number}"
+                line = decoded(raw, f"{place}:")
+                if line.strip():
+                    yield place, _object(line, place)
     except _DAMAGED as error:
         if "memory" in str(error):
             raise DataError(
@@ -179,22 +181,14 @@ def _integer(digits: str) -> int | Decimal:
         return Decimal(digits)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    # Split at \n alone, as JSONL does, and before decoding, so that an error knows its line.
-    with path.open("rb") as file:
-        yield from _parted(_chunks(file, path.suffix.lower()), b"\n")
-
-
 def _chunks(file: BinaryIO, suffix: str) -> Iterator[bytes]:
     if suffix == ".gz":
         with gzip.GzipFile(fileobj=file) as unzipped:
-            while chunk := unzipped.read(_CHUNK):
-                yield chunk
+            yield from iter(partial(unzipped.read, _CHUNK), b"")
     elif suffix == ".zst":
         yield from _zstandard_chunks(file)
     else:
-        while chunk := file.read(_CHUNK):
-            yield chunk
+        yield from iter(partial(file.read, _CHUNK), b"")
 
 
 def _zstandard_chunks(file: BinaryIO) -> Iterator[bytes]:

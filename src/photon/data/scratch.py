@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_OLD = ".old"
+from photon.store.disk import OLD
 
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to write in; `put_in_place` makes it `out`.
+    """A hidden folder beside `out` to write in; `store.disk.put_in_place` makes it `out`.
 
     It goes when the block ends, by an error or Ctrl-C too, and so do parents that were made for it.
     A process that is killed leaves it; the next one for the same `out` removes it. Which of them is
@@ -39,20 +39,6 @@ def scratch_folder(out: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def put_in_place(folder: Path, out: Path) -> None:
-    """Move a finished scratch folder to `out`; what was there goes last, or comes back."""
-    old = folder.with_name(folder.name + _OLD)
-    if out.exists():
-        out.rename(old)
-    try:
-        folder.rename(out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _locked(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -70,7 +56,7 @@ def _sweep(out: Path, prefix: str) -> None:
     for left in sorted(out.parent.iterdir()):
         if not left.name.startswith(prefix) or not left.is_dir():
             continue
-        if left.name.endswith(_OLD) and not out.exists():
+        if left.name.endswith(OLD) and not out.exists():
             continue  # a kill between two renames: this is the only copy of what `out` was
         try:
             lock = os.open(left, os.O_RDONLY)

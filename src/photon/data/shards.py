@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from photon.errors import DataError, DataNotFoundError, ShardCorruptError
+from photon.store.disk import file_sha256, sync_to_disk
 
 #: Version of the folder's layout.
 FORMAT = 1
@@ -105,13 +105,13 @@ class ShardWriter:
             return
         self.flush()
         path = self._folder / self._name
-        sync(path)
+        sync_to_disk(path)
         index = path.with_name(self._name.removesuffix(".bin") + ".ends.npy")
         # Not np.save(index): on a full disk its error has no errno, and nobody could tell.
         written = io.BytesIO()
         np.save(written, np.array(self._ends, dtype="<u8"))
         index.write_bytes(written.getvalue())
-        sync(index)
+        sync_to_disk(index)
         self.shards.append(
             Shard(
                 self._name,
@@ -119,38 +119,18 @@ class ShardWriter:
                 len(self._ends),
                 self._bytes,
                 self._digest.hexdigest(),
-                sha256_of(index),
+                file_sha256(index),
             )
         )
         self._begin()
 
 
-def sync(path: Path) -> None:
-    """Have the operating system put a file's bytes on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(path: Path, record: Mapping[str, Any]) -> None:
-    """JSON with sorted keys: the same record gives the same bytes."""
-    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    """JSON with sorted keys, shards as objects: the same record gives the same bytes."""
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, default=asdict) + "\n"
     # A file's name may hold bytes that are no UTF-8: as JSON's escapes they come back the same.
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
-    sync(path)
-
-
-def splits_record(splits: Splits) -> dict[str, Any]:
-    """Splits as JSON."""
-    return {
-        split: {source: [asdict(shard) for shard in shards] for source, shards in sources.items()}
-        for split, sources in splits.items()
-    }
+    sync_to_disk(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

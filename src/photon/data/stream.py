@@ -17,7 +17,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -58,11 +57,6 @@ class TokenStream:
         """Distinct windows."""
         return self._firsts[-1]
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Predictions of all distinct windows."""
-        return self.sequences_per_epoch * self.sequence_length
-
     def batch(self, start: int, count: int) -> np.ndarray:
         """Samples start .. start + count - 1.
 
@@ -76,11 +70,10 @@ class TokenStream:
         Raises:
             ValueError: start or count is negative.
         """
-        _require_range(start, count)
+        found = self._found(start, count)
         out = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        for row in range(count):
-            run, first = self._find(start + row)
-            run.read(first, out[row])
+        for row, (run, first) in zip(out, found, strict=True):
+            run.read(first, row)
         return out
 
     def document_ids(self, start: int, count: int) -> np.ndarray:
@@ -94,12 +87,11 @@ class TokenStream:
         Raises:
             ValueError: start or count is negative.
         """
-        _require_range(start, count)
+        found = self._found(start, count)
         out = np.empty((count, self.sequence_length + 1), dtype=np.int32)
-        for row in range(count):
-            run, first = self._find(start + row)
+        for row, (run, first) in zip(out, found, strict=True):
             ids = run.document_of(first, self.sequence_length + 1)
-            out[row] = ids - ids[0]
+            row[:] = ids - ids[0]
         return out
 
     def close(self) -> None:
@@ -110,19 +102,19 @@ class TokenStream:
     def __enter__(self) -> TokenStream:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _find(self, sample: int) -> tuple[TokenRun, int]:
-        """A sample's text and its first token there."""
-        window = self._order[sample]
-        which = bisect_right(self._firsts, window) - 1
-        return self._runs[which], (window - self._firsts[which]) * self.sequence_length
+    def _found(self, start: int, count: int) -> list[tuple[TokenRun, int]]:
+        """The text of each sample, and its first token there."""
+        if start < 0 or count < 0:
+            raise ValueError(f"start = {start} and count = {count} must not be negative")
+        windows = [self._order[sample] for sample in range(start, start + count)]
+        texts = [bisect_right(self._firsts, window) - 1 for window in windows]
+        return [
+            (self._runs[text], (window - self._firsts[text]) * self.sequence_length)
+            for window, text in zip(windows, texts, strict=True)
+        ]
 
 
 def token_stream(
@@ -155,12 +147,7 @@ def token_stream(
         raise EmptySiloError("no silo is named", hint=f"Its silos: {', '.join(data.silos)}.")
     texts: list[tuple[str, TokenRun]] = []
     for silo in sorted(set(silos)):
-        if silo not in data.silos:
-            raise EmptySiloError(
-                f"no silo named {silo!r} in {data.path}",
-                hint=f"Its silos: {', '.join(data.silos)}.",
-            )
-        own = data.silos[silo]
+        own = data.silo(silo)
         runs = [
             (source, TokenRun(own.path, own.splits[TRAIN][source], data.dtype))
             for source in own.sources
@@ -218,20 +205,9 @@ def _shuffled(first: int, count: int, seed: int) -> Any:
             hint="Use a larger data.sequence_length.",
         )
     # .seed() hashes; shuffle(seed=) does not, and would share epochs between neighbouring seeds.
-    return _grain().MapDataset.source(_Numbers(first, count)).seed(seed).shuffle().repeat()
-
-
-class _Numbers:
-    """A range of window numbers: what grain shuffles. Tokens are read afterwards, row by row."""
-
-    def __init__(self, first: int, count: int) -> None:
-        self._first, self._count = first, count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> int:
-        return self._first + int(index)
+    # Tokens are read afterwards, row by row.
+    numbers = _grain().MapDataset.source(range(first, first + count))
+    return numbers.seed(seed).shuffle().repeat()
 
 
 def _windows(run: TokenRun, sequence_length: int) -> int:
@@ -249,11 +225,6 @@ def _require_window(what: str, runs: Sequence[TokenRun], sequence_length: int) -
             if longest > 1
             else "Give it more text.",
         )
-
-
-def _require_range(start: int, count: int) -> None:
-    if start < 0 or count < 0:
-        raise ValueError(f"start = {start} and count = {count} must not be negative")
 
 
 @cache

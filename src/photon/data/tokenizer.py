@@ -20,9 +20,9 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-from photon.data.shards import sha256_of
 from photon.errors import DataError, DataNotFoundError, PhotonError, VocabularyMismatchError
 from photon.membership.invitation import is_invitation, read_invitation
+from photon.store.disk import file_sha256
 
 END_OF_TEXT = "<|endoftext|>"
 _T = TypeVar("_T")
@@ -111,7 +111,7 @@ class TextTokenizer:
         }
         text = json.dumps(settings, indent=1, sort_keys=True) + "\n"
         (folder / "tokenizer_config.json").write_bytes(text.encode("utf-8"))
-        return sha256_of(file)
+        return file_sha256(file)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text.
@@ -125,9 +125,9 @@ class TextTokenizer:
         return [encoding.ids for encoding in encodings]
 
 
-def untrained_tokenizer() -> Tokenizer:
-    """What `train_tokenizer` trains: byte-level BPE that knows no token yet."""
-    tokenizer = Tokenizer(BPE())
+def byte_level(model: BPE) -> Tokenizer:
+    """A byte-level BPE; of an empty model, what `train_tokenizer` trains."""
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevelDecoder()
     return tokenizer
@@ -148,7 +148,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
             f"--vocab-size {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257",
             hint="4096 suits a few megabytes of text, 32768 a few gigabytes.",
         )
-    tokenizer, stopped = untrained_tokenizer(), threading.Event()
+    tokenizer, stopped = byte_level(BPE()), threading.Event()
 
     def heard() -> Iterator[str]:
         yield from itertools.takewhile(lambda text: not stopped.is_set(), texts)
@@ -194,10 +194,8 @@ def load_tokenizer(path: str | os.PathLike[str], eos_token: str | None = None) -
             and (folder / "vocab.json").is_file()
             and (folder / "merges.txt").is_file()
         ):
-            model = BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-            tokenizer = Tokenizer(model)
-            tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-            tokenizer.decoder = ByteLevelDecoder()
+            names = (str(folder / name) for name in ("vocab.json", "merges.txt"))
+            tokenizer = byte_level(BPE.from_file(*names))
             # Nothing in these two files says which token is special.
             named = [eos_token] if eos_token is not None else [*_KNOWN_ENDS]
             tokenizer.add_special_tokens([t for t in named if tokenizer.token_to_id(t) is not None])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 
 import numpy as np
 import torch
@@ -35,12 +36,7 @@ class LossSum:
     unknown: int
 
     def __add__(self, other: LossSum) -> LossSum:
-        return LossSum(
-            self.nats + other.nats,
-            self.tokens + other.tokens,
-            self.bytes + other.bytes,
-            self.unknown + other.unknown,
-        )
+        return LossSum(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)

@@ -257,21 +257,13 @@ class Node:
         receipt = Receipt(
             task.round,
             task.silo,
-            tokens=result.tokens,
-            loss=result.loss,
-            first_loss=result.first_loss,
-            last_loss=result.last_loss,
+            **{name: value for name, value in vars(result).items() if name != "cursor"},
             bytes_down=task.state_bytes,
             bytes_up=self._bytes_up(task, state, update),
-            train_s=result.train_s,
             load_s=load_s,
             publish_s=time.perf_counter() - published,
             worker=self._worker,
-            times=result.times,
-            communication_s=result.communication_s,
             mfu=self._mfu(result),
-            peak_memory_bytes=result.peak_memory_bytes,
-            micro_batch_size=result.micro_batch_size,
             left_out=update.receipt.left_out,
             state_lost=state_lost or update.receipt.state_lost,
         )
@@ -397,7 +389,7 @@ class Node:
         # In the order in which they leave: a manifest's offsets have more or fewer digits by it.
         shapes = {WEIGHTS + name: one.shape for name, one in self._trainer.weights().items()}
         if self._config.federation.optimizer_state == "average":
-            for name, one in self._trainer.averaged_state().items():
+            for name, one in self._trainer.optimizer.averaged_state().items():
                 shapes[OPTIMIZER + name] = one.shape
         return plain_bytes(header, shapes, chunk_bytes)
 
@@ -425,7 +417,7 @@ class Node:
         if self._config.federation.optimizer_state != "average":
             return
         # Step counters stay: they follow the server's clock.
-        for name, tensor in self._trainer.whole(self._trainer.averaged_state()):
+        for name, tensor in self._trainer.whole(self._trainer.optimizer.averaged_state()):
             if state is not None:
                 yield OPTIMIZER + name, tensor.cpu()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,18 +16,11 @@ from photon.errors import CheckpointCorruptError
 from photon.store.disk import sync_to_disk, writing
 
 
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    durable: bool = True,
-) -> int:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, durable: bool = True) -> int:
     """Write tensors to `path` through a sibling that is renamed when complete.
 
     Args:
         tensors: by name; any device, moved to CPU and made contiguous.
-        metadata: strings kept in the header.
         durable: also wait until the disk has it (a power cut can't undo it).
 
     Returns:
@@ -41,8 +33,7 @@ def write_tensors(
     partial = path.with_name(f".{path.name}.partial")
     try:
         with writing("tensors", path):
-            # safetensors 0.8 writes a broken header for an empty mapping; None is fine.
-            save_file(ready, partial, metadata=dict(metadata) if metadata else None)
+            save_file(ready, partial)
             if durable:
                 sync_to_disk(partial)
             partial.replace(path)
@@ -67,17 +58,11 @@ class TensorFile:
             self._file: Any = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise CheckpointCorruptError(f"can't read tensor file {path}: {error}") from error
-        self.metadata: dict[str, str] = self._file.metadata() or {}
 
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file = None
 
     def names(self) -> list[str]:

@@ -15,9 +15,11 @@ from photon.models.generate import generate_tokens
 from photon.models.head_loss import HeadLoss, head_loss, rows_at_once, sequences_at_once
 from photon.models.loss import held_out_loss, next_token_loss, training_loss
 from photon.models.parameters import (
+    carried_tensors,
     hidden_matrices,
     model_fingerprint,
     trainable_parameters,
+    trained_names,
     transformer_blocks,
 )
 from photon.models.presets import SHAPES, Shape, preset_config
@@ -31,6 +33,7 @@ __all__ = [
     "Shape",
     "build_model",
     "build_skeleton",
+    "carried_tensors",
     "context_length",
     "export_model",
     "generate_tokens",
@@ -49,6 +52,7 @@ __all__ = [
     "sequences_at_once",
     "tokenizer_file_of",
     "trainable_parameters",
+    "trained_names",
     "training_loss",
     "transformer_blocks",
 ]

@@ -166,15 +166,12 @@ def load_pretrained(path: str, *, attention: str = "auto") -> Any:
     Raises:
         ModelError: as `build_model`.
     """
-    folder = local_folder(path)
     load_config(path)
-    with _model_errors(path, hub=folder is None), quiet_transformers(progress=folder is None):
+    with _reading(path) as place:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder or path.removeprefix(HUB_PREFIX),
+            **place,
             dtype=torch.float32,
             attn_implementation=_kernels(attention),
-            local_files_only=folder is not None,
-            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
@@ -266,12 +263,8 @@ def load_config(path: str) -> PretrainedConfig:
     folder = local_folder(path)
     if folder is not None:
         _require_known_type(folder)
-    with _model_errors(path, hub=folder is None), quiet_transformers(progress=folder is None):
-        config = AutoConfig.from_pretrained(
-            folder or path.removeprefix(HUB_PREFIX),
-            local_files_only=folder is not None,
-            trust_remote_code=False,
-        )
+    with _reading(path) as place:
+        config = AutoConfig.from_pretrained(**place)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise ModelError(
             f"model {path!r} is of type {config.model_type!r}, not a causal language model",
@@ -290,6 +283,18 @@ def load_config(path: str) -> PretrainedConfig:
         )
     config.use_cache = False
     return config
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[dict[str, Any]]:
+    """What `from_pretrained` is told of where a model is; its errors become ours."""
+    folder = local_folder(path)
+    with _model_errors(path, hub=folder is None), quiet_transformers(progress=folder is None):
+        yield {
+            "pretrained_model_name_or_path": folder or path.removeprefix(HUB_PREFIX),
+            "local_files_only": folder is not None,
+            "trust_remote_code": False,
+        }
 
 
 def _hf_config(
@@ -371,13 +376,7 @@ def _require_known_type(folder: Path) -> None:
 
 def _require_causal(model: Any, path: str) -> None:
     """Bidirectional models (BERT) load as causal LMs, then learn by reading the answer."""
-    probe = torch.zeros(2, 4, dtype=torch.int64)
-    probe[1, -1] = 1
-    training = model.training
-    with torch.inference_mode(), _model_errors(path):
-        logits = model.eval()(input_ids=probe).logits[:, :-1].float()
-    model.train(training)
-    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4):
+    if not _sees_no_difference(model, path, [0, 0, 0, 0], [0, 0, 0, 1], slice(3)):
         raise ModelError(
             f"model {path!r} looks at later tokens, so it is not a causal language model",
             hint="Encoders such as BERT can't be trained to predict the next token.",
@@ -391,20 +390,27 @@ def require_document_masks(model: Any, name: str) -> None:
         model: a Hugging Face causal LM with weights.
         name: for the message.
     """
-    probe = torch.zeros(2, 6, dtype=torch.int64)
-    probe[1, :3] = 1
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, 6)
-    training = model.training
-    with torch.inference_mode(), _model_errors(name):
-        logits = model.eval()(input_ids=probe, position_ids=positions).logits[:, 3:].float()
-    model.train(training)
-    if not torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4):
+    one, other = [0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]
+    if not _sees_no_difference(model, name, one, other, slice(3, 6), position_ids=positions):
         raise ModelError(
             f"model {name!r} lets attention cross from one document to the next, so "
             "local.document_mask = true would promise what it can't keep",
             hint="Set local.document_mask = false, or use a model with causal masks of its own "
             "(Llama, Mistral, Qwen, GPT-2).",
         )
+
+
+def _sees_no_difference(
+    model: Any, name: str, one: list[int], other: list[int], places: slice, **inputs: torch.Tensor
+) -> bool:
+    """Whether two texts get the same logits at some places."""
+    training = model.training
+    with torch.inference_mode(), _model_errors(name):
+        answer = model.eval()(input_ids=torch.tensor([one, other]), **inputs)
+    model.train(training)
+    logits = answer.logits[:, places].float()
+    return torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from photon.errors import DiskFullError, ModelError
 from photon.models.quiet import quiet_transformers
+from photon.store.disk import put_in_place
 
 # Patterns, not everything: a tokenizer folder may be a model folder with weights of its own.
 _TOKENIZER_FILES = (
@@ -116,7 +117,9 @@ def export_model(
     out = Path(out)
     if out.exists() and not overwrite:
         raise ModelError(f"{out} already exists", hint="Name another folder, or ask to overwrite.")
-    if out.exists() and not (out.is_dir() and ((out / "config.json").exists() or _empty(out))):
+    if out.exists() and not (
+        out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))
+    ):
         raise ModelError(
             f"{out} is not a model folder, so it is not overwritten", hint="Name another folder."
         )
@@ -135,7 +138,7 @@ def export_model(
             for file in part.iterdir():
                 file.chmod(0o666 & ~_umask())
             part.chmod(0o777 & ~_umask())
-            _replace(part, out)
+            put_in_place(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -255,22 +258,6 @@ def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
     return ids
 
 
-def _replace(part: Path, out: Path) -> None:
-    if not out.exists():
-        part.rename(out)
-        return
-    # A folder can't be swapped in one step everywhere; the old one stays until the new is there.
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
-    out.rename(old)
-    try:
-        part.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
-
-
 def _require_room(model: torch.nn.Module, folder: Path, bytes_each: int) -> None:
     needed = sum(p.numel() for p in model.parameters()) * bytes_each + (16 << 20)
     free = shutil.disk_usage(folder).free
@@ -289,10 +276,6 @@ def _exporting(out: Path) -> Iterator[None]:
         if "No space left" in str(error):
             raise DiskFullError(f"no room left while exporting to {out}") from error
         raise ModelError(f"the model can't be exported to {out}: {error}") from error
-
-
-def _empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
 
 
 def _umask() -> int:

@@ -17,6 +17,25 @@ def trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Paramete
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def trained_names(module: torch.nn.Module) -> list[str]:
+    """Names of `carried_tensors` that training changes: those of `trainable_parameters`."""
+    return list(trainable_parameters(module))
+
+
+def carried_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All that a model's values are, by name: parameters, frozen ones too, and persistent buffers.
+
+    References, in the order of the modules. A tensor that stands in several places (a tied weight)
+    is there once, under its first name. Buffers that the architecture fills in by itself
+    (non-persistent ones) are left out.
+    """
+    names: dict[int, str] = {}
+    tensors = module.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in names.values()}
+
+
 def model_fingerprint(module: torch.nn.Module) -> str:
     """sha256 (hex) of what a model is but for its weights: equal means updates can be merged.
 
@@ -73,8 +92,5 @@ def transformer_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
         module: a Hugging Face causal LM.
     """
     stacks = [part for part in module.modules() if isinstance(part, torch.nn.ModuleList)]
-    return list(max(stacks, key=_weight, default=torch.nn.ModuleList()))
-
-
-def _weight(stack: torch.nn.ModuleList) -> int:
-    return sum(parameter.numel() for parameter in stack.parameters())
+    sizes = [sum(parameter.numel() for parameter in stack.parameters()) for stack in stacks]
+    return list(stacks[sizes.index(max(sizes))]) if stacks else []

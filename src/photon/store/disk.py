@@ -24,6 +24,8 @@ from photon.errors import DiskFullError, PhotonError
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: Ends the name of a file that is being written beside the one it will replace.
 _PARTIAL = ".partial"
+#: Ends the name of a folder that another one takes the place of.
+OLD = ".old"
 #: No small file takes so long to write: what is older was left by a process that was killed.
 _LEFT_BEHIND_S = 3600.0
 
@@ -104,6 +106,24 @@ def write_json(
     """
     text = json.dumps(dict(record), indent=1, allow_nan=False)
     write_whole(path, text + "\n", what, mode=mode)
+
+
+def put_in_place(folder: Path, out: Path) -> None:
+    """Rename a finished folder to `out`; what was there goes last, or comes back.
+
+    A folder can't be swapped in one step everywhere: a kill between two renames leaves what was
+    there beside it, as FOLDER.old.
+    """
+    old = folder.with_name(folder.name + OLD)
+    if out.exists():
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_left_behind(path: Path) -> None:

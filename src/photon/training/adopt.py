@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from photon.training.local_tensors import STEP_ELEMENTS, in_batches, locals_of
+from photon.training.elementwise import Elementwise
+from photon.training.local_tensors import STEP_ELEMENTS, gradients_of, in_batches, locals_of
 
 
-class Adopt(torch.optim.Optimizer):
+class Adopt(Elementwise):
     """ADOPT with the paper's clipping and decoupled weight decay (arXiv 2411.02853, Algorithm 2).
 
     The gradient is divided by the second moment of the steps before it, which makes the two
@@ -34,32 +34,17 @@ class Adopt(torch.optim.Optimizer):
     so far, a 0-d fp32 tensor on the CPU. Parameters may be DTensors; nothing is sent.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.9999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+    betas = (0.9, 0.9999)
+    eps = 1e-6
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if closure is not None:
-            raise ValueError("Adopt takes no closure")
-        for group in self.param_groups:
-            # Counters agree unless some parameter lately had no gradient.
-            by_step: dict[int, list[Tensor]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_step[int(self._state_of(parameter)["step"])].append(parameter)
-            for step, parameters in by_step.items():
-                for batch in in_batches(parameters, STEP_ELEMENTS):
-                    self._update(group, step, batch)
+    def _step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        # Counters agree unless some parameter lately had no gradient.
+        by_step: dict[int, list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            by_step[int(self._state_of(parameter)["step"])].append(parameter)
+        for step, alike in by_step.items():
+            for batch in in_batches(alike, STEP_ELEMENTS):
+                self._update(group, step, batch)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -71,9 +56,7 @@ class Adopt(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any], step: int, parameters: list[Tensor]) -> None:
         states = [self.state[parameter] for parameter in parameters]
-        gradients = locals_of(
-            parameter.grad for parameter in parameters if parameter.grad is not None
-        )
+        gradients = gradients_of(parameters)
         second = locals_of(state["exp_avg_sq"] for state in states)
         for state in states:
             state["step"] += 1

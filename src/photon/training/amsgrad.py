@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from photon.training.local_tensors import STEP_ELEMENTS, in_batches, locals_of
+from photon.training.elementwise import Elementwise
+from photon.training.local_tensors import STEP_ELEMENTS, gradients_of, in_batches, locals_of
 
 
-class Amsgrad(torch.optim.Optimizer):
+class Amsgrad(Elementwise):
     """The local step of FedLALR's Algorithm 1, with decoupled weight decay.
 
         m = beta1 m + (1 - beta1) g
@@ -33,34 +33,17 @@ class Amsgrad(torch.optim.Optimizer):
     Parameters may be DTensors; nothing is sent.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-3,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+    betas = (0.9, 0.99)
+    eps = 1e-3
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if closure is not None:
-            raise ValueError("Amsgrad takes no closure")
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for batch in in_batches(parameters, STEP_ELEMENTS):
-                self._update(group, batch)
+    def _step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for batch in in_batches(parameters, STEP_ELEMENTS):
+            self._update(group, batch)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         states = [self._state_of(parameter, group["eps"]) for parameter in parameters]
         weights = locals_of(parameters)
-        gradients = locals_of(
-            parameter.grad for parameter in parameters if parameter.grad is not None
-        )
+        gradients = gradients_of(parameters)
         first = locals_of(state["exp_avg"] for state in states)
         second = locals_of(state["exp_avg_sq"] for state in states)
         greatest = locals_of(state["max_exp_avg_sq"] for state in states)

@@ -33,7 +33,7 @@ class Batch:
     document_ids: Tensor | None
 
     def split(self, size: int) -> list[Batch]:
-        """Micro-batches of `size` sequences; the last may be shorter."""
+        """Micro-batches of `size` sequences, which divides the share."""
         tokens = self.tokens.split(size)
         if self.document_ids is None:
             return [Batch(part, None) for part in tokens]

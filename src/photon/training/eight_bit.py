@@ -9,7 +9,7 @@ so that a saved run would not resume bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from photon.training.local_tensors import like, local
+from photon.training.elementwise import Elementwise
+from photon.training.local_tensors import gradients_of, like, local
 
 #: Values that share a scale.
 BLOCK = 256
@@ -86,7 +87,7 @@ class BlockCodes:
         return _rows(code.at(_blocks(self.codes)) * self.scales.unsqueeze(-1), self.codes.shape)
 
 
-class EightBitAdamW(torch.optim.Optimizer):
+class EightBitAdamW(Elementwise):
     """AdamW with exp_avg and exp_avg_sq of matrices stored as BlockCodes between steps.
 
     The step itself is AdamW's in fp32, from the decoded moments. Vectors (norms, biases) take no
@@ -97,27 +98,12 @@ class EightBitAdamW(torch.optim.Optimizer):
     `decoded` and `encode` for tensors.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+    betas = (0.9, 0.95)
+    eps = 1e-8
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if closure is not None:
-            raise ValueError("EightBitAdamW takes no closure")
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(group, parameter, local(parameter.grad))
+    def _step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for parameter, gradient in zip(parameters, gradients_of(parameters), strict=True):
+            self._update(group, parameter, gradient)
 
     @torch.no_grad()
     def decoded(self, parameter: Tensor) -> dict[str, Tensor]:

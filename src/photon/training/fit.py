@@ -106,7 +106,10 @@ def plan_fit(
         raise DoesNotFitError(shortfall[0], hint=shortfall[1])
     if asked is not None:
         guess = None  # as asked: the estimate may be wrong, and a failed allocation backs off
-    key = json.dumps([asdict(settings), _shapes(model), _name_of(plan.device), seat.world_size])
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    device = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else None
+    facts = [len(sizes), sum(sizes)], device or plan.device.type, seat.world_size
+    key = json.dumps([asdict(settings), *facts])
     micro_batch = MicroBatch(share, asked=asked, guess=guess, memo=memo, key=key)
     return Fit(strategy, micro_batch, settings)
 
@@ -124,12 +127,3 @@ def _guess(model: nn.Module, settings: MemorySettings, free: int, most: int) -> 
         # Some architectures can't be traced on fake tensors. That must not stop what may well
         # train: the search begins with the whole share, and failed allocations back off.
         return None
-
-
-def _shapes(model: nn.Module) -> list[int]:
-    parameters = list(model.parameters())
-    return [len(parameters), sum(parameter.numel() for parameter in parameters)]
-
-
-def _name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

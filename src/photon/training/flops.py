@@ -57,7 +57,7 @@ class FlopCount:
         )
 
 
-def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
+def count_flops(model: Any, sequence_length: int) -> FlopCount:
     """The count of a Hugging Face causal LM, on any device, meta too.
 
     The input embedding is left out and the output head counted, tied or not: a look-up multiplies
@@ -70,7 +70,7 @@ def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
         model: its config names layers and heads, by whatever names transformers maps.
         sequence_length: tokens of a training sequence.
     """
-    config = _text_config(model)
+    config = model.config.get_text_config()
     trained = frozen = 0.0
     for parameter, share in _met_weights(model, config):
         if parameter.requires_grad:
@@ -87,11 +87,6 @@ def count_flops(model: nn.Module, sequence_length: int) -> FlopCount:
         attention_width=heads * int(head_width),
         sequence_length=sequence_length,
     )
-
-
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _met_weights(model: Any, config: Any) -> list[tuple[nn.Parameter, float]]:

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,12 +38,7 @@ class StatedPeak:
 
     def flops(self, precision: str) -> float | None:
         """FLOP/s in "bf16", "fp16", "tf32" or "fp32"."""
-        return {
-            "bf16": self.bf16_flops,
-            "fp16": self.fp16_flops,
-            "tf32": self.tf32_flops,
-            "fp32": self.fp32_flops,
-        }[precision]
+        return getattr(self, f"{precision}_flops")
 
 
 def _tera(
@@ -214,12 +208,8 @@ def memory_of(device: torch.device) -> tuple[int, int]:
     return main_memory()
 
 
-def inspect_machine(folder: Path | None = None) -> Machine:
-    """Look at this machine; takes well under a second and changes nothing.
-
-    Args:
-        folder: whose disk counts; the current one by default.
-    """
+def inspect_machine() -> Machine:
+    """Look at this machine; takes well under a second and changes nothing."""
     total, available = main_memory()
     return Machine(
         python=platform.python_version(),
@@ -229,7 +219,7 @@ def inspect_machine(folder: Path | None = None) -> Machine:
         cores=cores(),
         ram_total_bytes=total,
         ram_available_bytes=available,
-        disk_free_bytes=shutil.disk_usage(folder or Path.cwd()).free,
+        disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
         devices=_devices(total, available),
         interconnect=_interconnect(),
         backends=_backends(),
@@ -266,25 +256,24 @@ def _cuda_device(index: int) -> Device:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    found = re.search(r"^model name\s*:\s*(.*\S)", _cpuinfo(), re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _cpu_has_bf16() -> bool:
     """AMX or AVX512-BF16, without which bf16 is emulated, many times slower than fp32."""
+    return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", _cpuinfo()) is not None
+
+
+def _cpuinfo() -> str:
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
-    return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", flags) is not None
+        return ""
 
 
 def _interconnect() -> str | None:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count()
     if count < 2:
         return None
     pairs = [(one, other) for one in range(count) for other in range(count) if one != other]
@@ -297,9 +286,9 @@ def _interconnect() -> str | None:
 def _nvlinks(program: str | None) -> bool:
     if program is None:
         return False
-    command: Sequence[str] = (program, "topo", "-m")
+    asked = [program, "topo", "-m"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
     # A cell NV18 means eighteen links; the legend says NV#.
@@ -309,17 +298,10 @@ def _nvlinks(program: str | None) -> bool:
 def _backends() -> tuple[str, ...]:
     if not torch.distributed.is_available():
         return ()
-    here = {
-        "gloo": torch.distributed.is_gloo_available(),
-        "nccl": torch.distributed.is_nccl_available(),
-        "mpi": torch.distributed.is_mpi_available(),
-    }
-    return tuple(name for name, present in here.items() if present)
+    known = ("gloo", "nccl", "mpi")
+    return tuple(name for name in known if torch.distributed.is_backend_available(name))
 
 
 def _compiler() -> str | None:
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    return None
+    names = (os.environ.get("CXX") or "g++", "g++", "clang++")
+    return next(filter(None, map(shutil.which, names)), None)

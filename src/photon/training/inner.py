@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -112,32 +112,21 @@ class InnerOptimizer:
 
         References, not copies; except that 8-bit moments are decoded into new fp32 tensors.
         """
-        return {
-            f"{self._names[parameter]}.{key}": value
-            for optimizer in self._optimizers
-            for parameter in _parameters(optimizer)
-            for key, value in _state_of(optimizer, parameter).items()
-        }
+        return {name: tensor for name, _, tensor in self._state()}
 
     def averaged_state(self) -> dict[str, Tensor]:
         """What of `state_tensors` the aggregator averages: neither counters nor AMSGrad's v."""
-        return {
-            f"{self._names[parameter]}.{key}": value
-            for optimizer in self._optimizers
-            for parameter in _parameters(optimizer)
-            for key, value in _state_of(optimizer, parameter).items()
-            if key in _STATES[type(optimizer)].averaged
-        }
+        return {name: tensor for name, averaged, tensor in self._state() if averaged}
 
     def initial_state(self) -> dict[str, Tensor]:
         """What the aggregator starts averaging from; loading it at step 0 equals a reset."""
         return {
-            f"{self._names[parameter]}.{key}": torch.full_like(
-                parameter, _initial_value(key, group), requires_grad=False
+            f"{name}.{key}": torch.full_like(
+                parameter,
+                options["eps"] ** 2 if key == "max_exp_avg_sq" else 0.0,
+                requires_grad=False,
             )
-            for optimizer in self._optimizers
-            for group in optimizer.param_groups
-            for parameter in group["params"]
+            for optimizer, options, name, parameter in self._stepped()
             for key in _STATES[type(optimizer)].averaged
         }
 
@@ -165,15 +154,13 @@ class InnerOptimizer:
 
     def _load(self, tensors: Mapping[str, Tensor], steps_taken: int | None) -> None:
         known: set[str] = set()
-        for optimizer in self._optimizers:
+        for optimizer, _, name, parameter in self._stepped():
             layout = _STATES[type(optimizer)]
-            for parameter in _parameters(optimizer):
-                name = self._names[parameter]
-                known.update(f"{name}.{key}" for key in layout.keys)
-                state = _read(name, parameter, tensors, layout)
-                if state:
-                    _complete(name, state, layout, steps_taken)
-                    _write(optimizer, parameter, state)
+            known.update(f"{name}.{key}" for key in layout.keys)
+            state = _read(name, parameter, tensors, layout)
+            if state:
+                _complete(name, state, layout, steps_taken)
+                _write(optimizer, parameter, state)
         unknown = sorted(set(tensors) - known)
         if unknown:
             raise ModelMismatchError(
@@ -183,9 +170,21 @@ class InnerOptimizer:
     def _groups(self) -> list[dict]:
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
+    def _stepped(
+        self,
+    ) -> Iterator[tuple[torch.optim.Optimizer, Mapping[str, Any], str, nn.Parameter]]:
+        """Each parameter's optimizer, options and name."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    yield optimizer, group, self._names[parameter], parameter
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    def _state(self) -> Iterator[tuple[str, bool, Tensor]]:
+        """Name of each state tensor, and whether the aggregator averages it."""
+        for optimizer, _, name, parameter in self._stepped():
+            averaged = _STATES[type(optimizer)].averaged
+            for key, value in _state_of(optimizer, parameter).items():
+                yield f"{name}.{key}", key in averaged, value
 
 
 def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -193,10 +192,6 @@ def _state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict
         return optimizer.decoded(parameter)
     state = optimizer.state.get(parameter, {})
     return {key: state[key] for key in _STATES[type(optimizer)].keys if key in state}
-
-
-def _initial_value(key: str, group: Mapping[str, Any]) -> float:
-    return group["eps"] ** 2 if key == "max_exp_avg_sq" else 0.0
 
 
 def _read(
@@ -288,13 +283,10 @@ def _adaptive(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.
         "betas": adam_betas(config),
         "eps": epsilon if config.epsilon is None else config.epsilon,
     }
-    if config.optimizer == "adopt":
-        return Adopt(groups, **options)
-    if config.optimizer == "amsgrad":
-        return Amsgrad(groups, **options)
-    if config.optimizer_bits == 8:
-        return EightBitAdamW(groups, **options)
-    return torch.optim.AdamW(groups, **options, fused=True)
+    ours = {"adopt": Adopt, "amsgrad": Amsgrad}.get(config.optimizer)
+    if ours is None and config.optimizer_bits == 32:
+        return torch.optim.AdamW(groups, **options, fused=True)
+    return (ours or EightBitAdamW)(groups, **options)
 
 
 def adam_betas(config: LocalConfig) -> tuple[float, float]:

@@ -26,6 +26,11 @@ def locals_of(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [local(tensor) for tensor in tensors]
 
 
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """`local` of each gradient; all parameters have one."""
+    return [local(p.grad) for p in parameters if p.grad is not None]
+
+
 def in_batches(tensors: Sequence[Tensor], elements: int) -> Iterator[list[Tensor]]:
     """Runs of tensors with at most so many elements on this rank, or of one tensor: bounds the
     temporaries of a step that handles many tensors at once.

@@ -6,6 +6,7 @@ tensors (step_trace.py), so it follows the model at hand and not a formula of on
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -36,6 +37,7 @@ RUNTIME_BYTES = {"cuda": 700_000_000, "cpu": 400_000_000, "mps": 400_000_000}
 #: (MALLOC_MMAP_THRESHOLD_=65536). CUDA's caching allocator is assumed.
 ALLOCATOR_SHARE = {"cuda": 0.05, "cpu": 0.12, "mps": 0.05}
 
+_RECOMPUTES = "activation_checkpointing"
 #: From the least to the most recomputation.
 CHECKPOINTING = ("none", "selective", "full")
 
@@ -123,33 +125,8 @@ class MemoryEstimate:
         """Bytes a device needs."""
         return sum(self.parts.values())
 
-    def explain(self) -> str:
-        """The total and its parts, in words."""
-        asked = self.settings
-        cut = f", cut among {asked.cuts}" if asked.cuts > 1 else ""
-        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.parts.items() if size)
-        return (
-            f"{gigabytes(self.total_bytes)} on each device with {asked.strategy}{cut}, micro-batch "
-            f"{asked.micro_batch_size} x {asked.sequence_length} tokens, "
-            f"{'bf16' if asked.bf16 else 'fp32'}, {asked.optimizer}, activation checkpointing "
-            f"{asked.activation_checkpointing}: {parts}"
-        )
 
-
-def estimate_memory(
-    model: nn.Module,
-    *,
-    optimizer: str,
-    optimizer_bits: int,
-    strategy: str,
-    shards: int,
-    micro_batch_size: int,
-    sequence_length: int,
-    bf16: bool,
-    activation_checkpointing: str,
-    device_type: str,
-    accumulates: bool = False,
-) -> MemoryEstimate:
+def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
     """Memory of training `model`, per device. Allocates nothing; the model may be on meta.
 
     Not in it: torch.compile (it saves activations), communication buffers beside fsdp's own, and
@@ -157,27 +134,8 @@ def estimate_memory(
 
     Args:
         model: a Hugging Face causal LM. Frozen parameters have no gradient and no state.
-        optimizer, ..., accumulates: see MemorySettings.
+        settings: what memory depends on beside it.
     """
-    return estimate_with(
-        model,
-        MemorySettings(
-            optimizer=optimizer,
-            optimizer_bits=optimizer_bits,
-            strategy=strategy,
-            shards=shards,
-            micro_batch_size=micro_batch_size,
-            sequence_length=sequence_length,
-            bf16=bf16,
-            activation_checkpointing=activation_checkpointing,
-            device_type=device_type,
-            accumulates=accumulates,
-        ),
-    )
-
-
-def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
-    """`estimate_memory` with its arguments in one hand, to vary one of them with `replace`."""
     weights, gradients, state, runtime = _standing(model, settings)
     copies = _gathered(model, settings)
     live = _trace(model, settings).live_bytes(
@@ -208,7 +166,7 @@ def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
         activations_bytes=activations,
         logits_bytes=logits,
         scratch_bytes=scratch,
-        allocator_bytes=round(alive * _allocator_share(settings)),
+        allocator_bytes=round(alive * ALLOCATOR_SHARE[settings.device_type]),
         runtime_bytes=runtime,
     )
 
@@ -219,11 +177,6 @@ def standing_bytes(model: nn.Module, settings: MemorySettings) -> int:
     return sum(_standing(model, whole)[:3])
 
 
-def fits(estimate: MemoryEstimate, available_bytes: int) -> bool:
-    """Whether a device with that much free memory can train so."""
-    return estimate.total_bytes <= available_bytes
-
-
 def largest_micro_batch(
     model: nn.Module, settings: MemorySettings, available_bytes: int, *, most: int = 256
 ) -> int:
@@ -231,27 +184,23 @@ def largest_micro_batch(
     if _at_most(model, replace(settings, micro_batch_size=most)) <= available_bytes:
         return most
 
-    def fitting(size: int) -> bool:
-        tried = estimate_with(model, replace(settings, micro_batch_size=size))
-        return fits(tried, available_bytes)
+    def needed(size: int) -> int:
+        return estimate_with(model, replace(settings, micro_batch_size=size)).total_bytes
 
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fitting(middle) else (low, middle)
-    return low
+    return bisect_right(range(1, most + 1), available_bytes, key=needed)
 
 
-def _at_most(model: nn.Module, settings: MemorySettings) -> int:
+def _at_most(model: Any, settings: MemorySettings) -> int:
     """More than training can take, without a trace: small models on large machines need no other.
 
     Twice what a block of llama keeps in fp32 for each token (some 20 values of its width, and with
     plain attention a row of scores for each head) and six copies of the logits.
     """
     counted = count_flops(model, settings.sequence_length)
-    vocabulary = _vocabulary(model)
-    width = max(counted.attention_width, _width(model))
-    of_a_block = 40 * width + 2 * settings.sequence_length * _heads(model)
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    width = max(counted.attention_width, width)
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or 0
+    of_a_block = 40 * width + 2 * settings.sequence_length * heads
     tokens = settings.micro_batch_size * settings.sequence_length
     activations = 4 * tokens * (counted.layers * of_a_block + 6 * vocabulary)
     return 2 * sum(_standing(model, settings)) + _step_scratch(model, settings) + activations
@@ -275,38 +224,20 @@ def largest_fitting(
     return None
 
 
-def preset_estimate(
-    preset: str,
-    settings: MemorySettings,
-    available_bytes: int,
-    *,
-    vocab_size: int,
-    family: str = "llama",
-) -> MemoryEstimate | None:
-    """`largest_fitting` of a preset (models.SHAPES)."""
-    return largest_fitting(
-        preset_skeleton(preset, settings.sequence_length, vocab_size, family),
-        settings,
-        available_bytes,
-    )
-
-
 def largest_preset(
-    settings: MemorySettings, available_bytes: int, *, vocab_size: int, family: str = "llama"
+    settings: MemorySettings, available_bytes: int, *, vocab_size: int
 ) -> tuple[str, MemoryEstimate] | None:
     """The largest preset that trains in so many bytes, and how; None if none does."""
     for preset in reversed(SHAPES):
-        found = preset_estimate(
-            preset, settings, available_bytes, vocab_size=vocab_size, family=family
-        )
-        if found is not None:
+        model = preset_skeleton(preset, settings.sequence_length, vocab_size)
+        if (found := largest_fitting(model, settings, available_bytes)) is not None:
             return preset, found
     return None
 
 
-def preset_skeleton(preset: str, sequence_length: int, vocab_size: int, family: str) -> nn.Module:
-    """A preset without weights, on the meta device."""
-    config = ModelConfig.model_validate({"preset": preset, "family": family})
+def preset_skeleton(preset: str, sequence_length: int, vocab_size: int) -> nn.Module:
+    """A preset (models.SHAPES) without weights, on the meta device."""
+    config = ModelConfig.model_validate({"preset": preset})
     return build_skeleton(config, vocab_size=vocab_size, sequence_length=sequence_length, eos_id=0)
 
 
@@ -338,8 +269,14 @@ def describe_shortfall(
         )
     vocabulary = _vocabulary(model)
     smaller = largest_preset(settings, available_bytes, vocab_size=vocabulary)
-    if smaller is not None and _count(model) > 1.05 * _preset_count(smaller[0], vocabulary):
-        told.append(f'model.preset = "{smaller[0]}" fits ({_how(smaller[1])})')
+    if smaller is not None:
+        preset, how = smaller
+        if _count(model) > 1.05 * _count(preset_skeleton(preset, 128, vocabulary)):
+            told.append(
+                f'model.preset = "{preset}" fits (micro-batch {how.settings.micro_batch_size}, '
+                f"activation checkpointing {how.settings.activation_checkpointing}, "
+                f"{gigabytes(how.total_bytes)})"
+            )
     return message, "; ".join(told) + "." if told else "Use a smaller model or more devices."
 
 
@@ -350,21 +287,19 @@ def gigabytes(size: float) -> str:
 
 def _remedies(settings: MemorySettings) -> list[tuple[str, dict[str, Any]]]:
     """What could be changed, in words and as changes; cheapest for the run's speed first."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    if settings.micro_batch_size > 1:
-        change: dict[str, Any] = {"micro_batch_size": 1, "accumulates": True}
-        found.append(("compute.micro_batch_size = 1", change))
-    at = CHECKPOINTING.index(settings.activation_checkpointing)
-    for kind in CHECKPOINTING[at + 1 :]:
-        change = {"activation_checkpointing": kind}
-        found.append((f'compute.activation_checkpointing = "{kind}"', change))
-    if settings.device_type == "cuda" and not settings.bf16:
-        found.append(('compute.precision = "bf16"', {"bf16": True}))
-    if settings.optimizer_bits == 32 and settings.optimizer in ("adamw", "muon"):
-        found.append(("local.optimizer_bits = 8", {"optimizer_bits": 8}))
-    if settings.optimizer in ("adamw", "adopt", "amsgrad"):
-        found.append(('local.optimizer = "muon"', {"optimizer": "muon"}))
-    return found
+    recompute = CHECKPOINTING[CHECKPOINTING.index(settings.activation_checkpointing) + 1 :]
+    slow = settings.device_type == "cuda" and not settings.bf16
+    wide = settings.optimizer_bits == 32 and settings.optimizer in ("adamw", "muon")
+    adaptive = settings.optimizer in ("adamw", "adopt", "amsgrad")
+    some, one = settings.micro_batch_size > 1, {"micro_batch_size": 1, "accumulates": True}
+    known: list[tuple[bool, str, dict[str, Any]]] = [
+        (some, "compute.micro_batch_size = 1", one),
+        *((True, f'compute.{_RECOMPUTES} = "{kind}"', {_RECOMPUTES: kind}) for kind in recompute),
+        (slow, 'compute.precision = "bf16"', {"bf16": True}),
+        (wide, "local.optimizer_bits = 8", {"optimizer_bits": 8}),
+        (adaptive, 'local.optimizer = "muon"', {"optimizer": "muon"}),
+    ]
+    return [(words, change) for applies, words, change in known if applies]
 
 
 def _fewest_devices(
@@ -374,7 +309,7 @@ def _fewest_devices(
     for count in (1 << power for power in range(1, 11)):
         if count > settings.cuts:
             found = estimate_with(model, replace(settings, strategy="fsdp", shards=count))
-            if fits(found, available_bytes):
+            if found.total_bytes <= available_bytes:
                 return found
     return None
 
@@ -386,8 +321,7 @@ def _standing(model: nn.Module, settings: MemorySettings) -> tuple[int, int, int
     trained = trainable_parameters(model)
     gradients = sum(p.numel() * p.element_size() for p in trained.values()) // settings.cuts
     state = _state_bytes(model, settings) // settings.cuts
-    runtime = RUNTIME_BYTES.get(settings.device_type, RUNTIME_BYTES["cpu"])
-    return weights + buffers, gradients, state, runtime
+    return weights + buffers, gradients, state, RUNTIME_BYTES[settings.device_type]
 
 
 def _state_bytes(model: nn.Module, settings: MemorySettings) -> int:
@@ -447,52 +381,18 @@ def _gathered(model: nn.Module, settings: MemorySettings) -> int:
     return (weights + gradients) * width + 4 * max(block, rest)
 
 
-def _allocator_share(settings: MemorySettings) -> float:
-    return ALLOCATOR_SHARE.get(settings.device_type, ALLOCATOR_SHARE["cpu"])
-
-
 def _trace(model: nn.Module, settings: MemorySettings) -> StepTrace:
     """Traces take a second, so each is kept as long as its model."""
-    trained = tuple(trainable_parameters(model))
-    key = (
-        settings.sequence_length,
-        settings.arithmetic,
-        settings.activation_checkpointing,
-        hash(trained),
-    )
+    asked = settings.sequence_length, settings.arithmetic, settings.activation_checkpointing
+    key = (*asked, *trainable_parameters(model))
     known = _TRACES.setdefault(model, {})
     if key not in known:
-        known[key] = trace_step(
-            model,
-            settings.sequence_length,
-            arithmetic=settings.arithmetic,
-            activation_checkpointing=settings.activation_checkpointing,
-        )
+        known[key] = trace_step(model, *asked)
     return known[key]
-
-
-def _how(estimate: MemoryEstimate) -> str:
-    asked = estimate.settings
-    return (
-        f"micro-batch {asked.micro_batch_size}, activation checkpointing "
-        f"{asked.activation_checkpointing}, {gigabytes(estimate.total_bytes)}"
-    )
 
 
 def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _preset_count(preset: str, vocab_size: int) -> int:
-    return _count(preset_skeleton(preset, 128, vocab_size, "llama"))
-
-
-def _heads(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "num_attention_heads", None) or 0)
-
-
-def _width(model: Any) -> int:
-    return int(model.get_input_embeddings().weight.shape[1])
 
 
 def _vocabulary(model: Any) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from photon.errors import DoesNotFitError, RankLostError
+from photon.store.disk import write_json
 from photon.training.ranks import Ranks
 
 T = TypeVar("T")
@@ -38,7 +40,7 @@ class MicroBatch:
         self._sizes = [size for size in range(share, 0, -1) if share % size == 0]
         self._memo = memo
         self._key = f"{key}, {share} sequences"
-        known = self._remembered()
+        known = self._read().get(self._key)
         limit = known if known is not None else asked if asked is not None else guess or share
         self.size = self._largest_within(limit)
 
@@ -53,18 +55,24 @@ class MicroBatch:
             return False
         self.size = smaller[0]
         if self._memo is not None:
-            record = self._read() | {self._key: self.size}
-            self._memo.parent.mkdir(parents=True, exist_ok=True)
-            part = self._memo.with_suffix(".partial")
-            part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-            part.replace(self._memo)
+            write_json(self._memo, self._read() | {self._key: self.size})
         return True
+
+    def back_off(self, doing: str, hint: str) -> str:
+        """`shrink` after a failed allocation, whose memory is given back; says so in words.
+
+        Raises:
+            DoesNotFitError: one sequence was too many.
+        """
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        was = self.size
+        if not self.shrink():
+            raise DoesNotFitError(f"{doing} one sequence at a time", hint=hint)
+        return f"{doing} {was} sequences at a time; going on with {self.size}"
 
     def _largest_within(self, limit: int) -> int:
         return next((size for size in self._sizes if size <= limit), 1)
-
-    def _remembered(self) -> int | None:
-        return self._read().get(self._key)
 
     def _read(self) -> dict[str, int]:
         # A file that can't be read costs another search, nothing else.
@@ -95,28 +103,26 @@ def within_memory(
         DoesNotFitError: not even one sequence at a time fits.
         RankLostError: as `cut` says; the size is remembered for when the ranks start again.
     """
+    hint = "Free memory on it, or use another device or a shorter data.sequence_length."
     while True:
-        done = None
-        try:
-            done = act(batch.size)
-        except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                raise
+        done = if_it_fits(partial(act, batch.size))
         lost = done is None and cut and ranks.size > 1
         if not lost and ranks.least(int(done is not None)) and done is not None:
             return done
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        was = batch.size
-        if not batch.shrink():
-            raise DoesNotFitError(
-                f"out of memory on {device} when scoring one sequence at a time",
-                hint="Free memory on it, or use another device or a shorter data.sequence_length.",
-            )
-        text = f"out of memory on {device} when scoring {was} sequences at a time"
+        text = batch.back_off(f"out of memory on {device} when scoring", hint)
         if lost:
             raise RankLostError(f"rank {ranks.seat.rank}: {text}")
-        on_notice(f"{text}; going on with {batch.size}")
+        on_notice(text)
+
+
+def if_it_fits(act: Callable[[], T]) -> T | None:
+    """What `act` gives; None where an allocation failed, and nothing holds what filled memory."""
+    try:
+        return act()
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
+    return None
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

@@ -11,16 +11,15 @@ each rank orthogonalises only its share of them.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.optim._muon import _adjust_lr
 
 from photon.errors import IncompatibleConfigError
 from photon.training.local_tensors import locals_of
@@ -28,6 +27,10 @@ from photon.training.local_tensors import locals_of
 #: Elements that one rank orthogonalises at a time; bounds the memory of a step, which holds a few
 #: copies of such a batch, and the size of a message.
 BATCH_ELEMENTS = 2**26
+
+
+#: What is done to whole matrices, [n, rows, columns].
+Whole = Callable[[Tensor], Tensor]
 
 
 class Muon(torch.optim.Muon):
@@ -94,31 +97,19 @@ class Muon(torch.optim.Muon):
         directions = momenta
         if group["nesterov"]:
             directions = list(torch._foreach_lerp(gradients, momenta, momentum))
-        newton_schulz = NewtonSchulz(group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        def newton_schulz(matrices: Tensor) -> Tensor:
+            return orthogonalise(
+                matrices, group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+
         updates = _orthogonalised(directions, newton_schulz, parameters[0], ranks, turn)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_add_(
             weights,
             [update.to(weights[0].dtype) for update in updates],
-            alpha=-lr * _shape_factor(group["adjust_lr_fn"], parameters[0].shape),
+            alpha=-_adjust_lr(lr, group["adjust_lr_fn"], parameters[0].shape),
         )
-
-
-@dataclass(frozen=True)
-class NewtonSchulz:
-    """`orthogonalise` with its options, in the precision that suits the device."""
-
-    coefficients: tuple[float, float, float]
-    steps: int
-    epsilon: float
-
-    @staticmethod
-    def cast(direction: Tensor) -> Tensor:
-        """bf16 where there are matrix units for it, which also halves the bytes to send."""
-        return direction.bfloat16() if direction.device.type == "cuda" else direction.float()
-
-    def __call__(self, matrices: Tensor) -> Tensor:
-        return orthogonalise(matrices, self.coefficients, self.steps, self.epsilon)
 
 
 def orthogonalise(
@@ -148,7 +139,7 @@ def orthogonalise(
 
 def _orthogonalised(
     directions: list[Tensor],
-    newton_schulz: NewtonSchulz,
+    newton_schulz: Whole,
     model: Tensor,
     ranks: dist.ProcessGroup | None,
     turn: int,
@@ -162,7 +153,9 @@ def _orthogonalised(
         ranks: who shares the work; None is this process alone.
         turn: matrix i is done by rank (turn + i) % world.
     """
-    directions = [newton_schulz.cast(direction) for direction in directions]
+    # bf16 where there are matrix units for it, which also halves the bytes to send.
+    dtype = torch.bfloat16 if directions[0].device.type == "cuda" else torch.float32
+    directions = [direction.to(dtype) for direction in directions]
     if ranks is None:
         return list(newton_schulz(torch.stack(directions)))
     if isinstance(model, DTensor):
@@ -171,7 +164,10 @@ def _orthogonalised(
 
 
 def _over_copies(
-    directions: list[Tensor], newton_schulz: NewtonSchulz, ranks: dist.ProcessGroup, turn: int
+    directions: list[Tensor],
+    newton_schulz: Whole,
+    ranks: dist.ProcessGroup,
+    turn: int,
 ) -> list[Tensor]:
     """Each rank does every world-th matrix; one all-gather."""
     world, rank = ranks.size(), ranks.rank()
@@ -187,7 +183,7 @@ def _over_copies(
 
 def _over_cut_rows(
     directions: list[Tensor],
-    newton_schulz: NewtonSchulz,
+    newton_schulz: Whole,
     rows: int,
     ranks: dist.ProcessGroup,
     turn: int,
@@ -246,10 +242,3 @@ def _ranks_of(parameter: Tensor, group: dist.ProcessGroup | None) -> dist.Proces
         )
     ranks = parameter.device_mesh.get_group(cut[0][0])
     return ranks if ranks.size() > 1 else None
-
-
-def _shape_factor(rule: str | None, shape: torch.Size) -> float:
-    rows, columns = shape
-    if rule == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))

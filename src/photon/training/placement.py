@@ -59,7 +59,10 @@ class PlacedModel:
         self._plan = plan
         #: Takes the loss in training; None where the architecture wants the plain one.
         self.head = HeadLoss.of(model)
-        _recompute(model, plan.config.activation_checkpointing)
+        recompute = recomputation(plan.config.activation_checkpointing)
+        if recompute is not None:
+            enable: Any = model.activation_checkpointing_enable
+            enable(activation_checkpointing_kwargs=recompute)
         if plan.compiles:
             # FSDP2 gathers weights between blocks, which no single graph can span.
             whole = plan.config.compile == "whole" and not strategy.shards
@@ -119,18 +122,23 @@ class PlacedModel:
         Args:
             tensors: by "<parameter>.<key>" on rank 0; None on the others.
         """
-        shapes = None
-        if tensors is not None:
-            shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-        held: dict[str, Tensor] = {}
-        for name, (shape, dtype) in self._ranks.announce(shapes).items():
-            buffer = torch.empty(shape, dtype=dtype, device=self._plan.device)
-            if tensors is not None:
-                buffer.copy_(tensors[name])
-            if self._ranks.size > 1:
-                dist.broadcast(buffer, src=0)
-            held[name] = self.like(name.rpartition(".")[0], buffer)
-        return held
+        own = tensors or {}
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+        return {
+            name: self._spread(name.rpartition(".")[0], own.get(name), shape, dtype)
+            for name, (shape, dtype) in self._ranks.announce(shapes).items()
+        }
+
+    def _spread(
+        self, parameter: str, whole: Tensor | None, shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
+        """A tensor that rank 0 has, as this rank holds it."""
+        buffer = torch.empty(shape, dtype=dtype, device=self._plan.device)
+        if whole is not None:
+            buffer.copy_(whole)
+        if self._ranks.size > 1:
+            dist.broadcast(buffer, src=0)
+        return self.like(parameter, buffer)
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor] | None) -> None:
@@ -144,15 +152,10 @@ class PlacedModel:
         if problem is not None:
             raise ModelMismatchError(problem)
         for name, parameter in self.parameters.items():
-            if self._ranks.size == 1:
-                assert weights is not None
-                parameter.copy_(weights[name])
-                continue
-            buffer = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            if weights is not None:
-                buffer.copy_(weights[name])
-            dist.broadcast(buffer, src=0)
-            parameter.copy_(self.like(name, buffer))
+            own = None if weights is None else weights[name]
+            if self._ranks.size > 1 or own is None:
+                own = self._spread(name, own, parameter.shape, parameter.dtype)
+            parameter.copy_(own)
 
     def _shard(self, mesh: DeviceMesh) -> None:
         dtype = self._plan.autocast_dtype
@@ -170,23 +173,18 @@ class PlacedModel:
 
 
 def _mesh(device_type: str, ranks: Ranks, strategy: Strategy) -> DeviceMesh:
-    seat = ranks.seat
+    seat, names, sides = ranks.seat, ("shard",), (ranks.seat.world_size,)
     if strategy.name == "hybrid":
-        return init_device_mesh(
-            device_type,
-            (seat.machines, seat.local_world_size),
-            mesh_dim_names=("replicate", "shard"),
-        )
-    return init_device_mesh(device_type, (seat.world_size,), mesh_dim_names=("shard",))
+        names, sides = ("replicate", "shard"), (seat.machines, seat.local_world_size)
+    return init_device_mesh(device_type, sides, mesh_dim_names=names)
 
 
-def _recompute(model: Any, kind: str) -> None:
-    if kind == "none":
-        return
+def recomputation(kind: str) -> dict[str, Any] | None:
+    """Options of torch's checkpoint for compute.activation_checkpointing; None for "none"."""
     options: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    return None if kind == "none" else options
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -47,13 +47,10 @@ class Seat:
     @classmethod
     def from_environment(cls) -> Seat:
         """The seat that torchrun (or Photon) gave this process; alone without one."""
-        number = {
-            name: int(os.environ.get(name, default))
-            for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-        }
-        world_size = number["WORLD_SIZE"]
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-        return cls(number["RANK"], number["LOCAL_RANK"], world_size, local_world_size)
+        asked = os.environ
+        rank, local_rank = int(asked.get("RANK", 0)), int(asked.get("LOCAL_RANK", 0))
+        world_size = int(asked.get("WORLD_SIZE", 1))
+        return cls(rank, local_rank, world_size, int(asked.get("LOCAL_WORLD_SIZE", world_size)))
 
     @property
     def machines(self) -> int:

@@ -23,13 +23,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from photon.models import HeadLoss, training_loss, transformer_blocks
+from photon.training.placement import recomputation
 
 #: Columns of a trace.
 CASTS, GRADIENTS, ACTIVATIONS, LOGITS = range(4)
@@ -43,15 +40,6 @@ _BATCHES = (2, 3)
 _RUN_BLOCKS = 4
 
 _MARKS = ("begins", "ends", "backward")
-
-_ATEN = torch.ops.aten
-# As placement.py's policy on a CPU.
-_SAVED_BY_SELECTIVE = {
-    _ATEN.mm.default,
-    _ATEN.addmm.default,
-    _ATEN.bmm.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +77,7 @@ Arithmetic = Literal["fp32", "autocast", "bf16"]
 
 
 def trace_step(
-    model: nn.Module,
-    sequence_length: int,
-    *,
-    arithmetic: Arithmetic,
-    activation_checkpointing: str,
+    model: nn.Module, sequence_length: int, arithmetic: Arithmetic, activation_checkpointing: str
 ) -> StepTrace:
     """Profile one micro-batch of `model`, which may be on the meta device and stays as it is.
 
@@ -146,16 +130,8 @@ def _deltas(
             _keep_blocks(fake, _RUN_BLOCKS)
             blocks = blocks[:_RUN_BLOCKS]
         tokens = torch.zeros(batch, sequence_length + 1, dtype=torch.int64)
-        head: Any = fake.get_output_embeddings()
-        vocabulary = head.weight.shape[0] if head is not None else 0
         only_causal = _only_causal(fake)
-        tracer = _Tracer(
-            fake,
-            tokens,
-            batch * sequence_length * vocabulary,
-            vocabulary,
-            unseen_mask=sequence_length if only_causal else None,
-        )
+        tracer = _Tracer(fake, tokens, only_causal)
         for block in blocks:
             _wrap(block, tracer, checkpointing, only_causal)
         with tracer:
@@ -191,8 +167,7 @@ def _fake_copy(model: nn.Module, dtype: torch.dtype | None) -> Any:
 
 def _only_causal(model: Any) -> bool:
     """Whether attention is sdpa with no mask but the causal one."""
-    config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return getattr(config, "_attn_implementation", "") == "sdpa" and not kinds and not slides
@@ -230,11 +205,8 @@ def _wrap(block: Any, tracer: _Tracer, checkpointing: str, only_causal: bool) ->
             return inside(*args, **kwargs)
 
     forward = causal if only_causal else inside
-    if checkpointing != "none":
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-        forward = partial(checkpoint, forward, **options)
+    if (options := recomputation(checkpointing)) is not None:
+        forward = partial(checkpoint, forward, preserve_rng_state=False, **options)
 
     def marked(*args: Any, **kwargs: Any) -> Any:
         tracer.mark("begins")
@@ -248,30 +220,20 @@ def _wrap(block: Any, tracer: _Tracer, checkpointing: str, only_causal: bool) ->
     block.forward = marked
 
 
-def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    saved = operator in _SAVED_BY_SELECTIVE
-    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 class _Tracer(TorchDispatchMode):
     """Notes every storage that operators make, from its first operator to its end."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokens: Tensor,
-        logits: int,
-        vocabulary: int,
-        *,
-        unseen_mask: int | None = None,
-    ) -> None:
+    def __init__(self, model: Any, tokens: Tensor, only_causal: bool) -> None:
         super().__init__()
-        # The side of the masks that _CausalAttention ignores.
-        self._unseen = (unseen_mask, unseen_mask)
+        batch, side = tokens.shape[0], tokens.shape[1] - 1
+        head = model.get_output_embeddings()
+        self._vocabulary = head.weight.shape[0] if head is not None else 0
+        self._logits = batch * side * self._vocabulary
+        # The masks that _CausalAttention ignores.
+        self._unseen = (side, side) if only_causal else None
         self._events: list[tuple[int, int, int]] = []
         self._marks: list[tuple[str, int]] = []
         self._live: dict[int, tuple[int, int, int, weakref.ref]] = {}
-        self._logits, self._vocabulary = logits, vocabulary
         self._weights = {tensor.untyped_storage()._cdata for tensor in model.parameters()}
         given = {tensor.untyped_storage()._cdata for tensor in (*model.buffers(), tokens)}
         self._given = self._weights | given
@@ -333,7 +295,10 @@ class _Tracer(TorchDispatchMode):
         self._events.append((column, size, born))
 
     def _column(self, func: Any, args: tuple, tensor: Tensor) -> int:
-        if func is _ATEN._to_copy.default and args[0].untyped_storage()._cdata in self._weights:
+        if (
+            func is torch.ops.aten._to_copy.default
+            and args[0].untyped_storage()._cdata in self._weights
+        ):
             return CASTS
         is_logits = tensor.numel() >= self._logits and tensor.shape[-1:] == (self._vocabulary,)
         return LOGITS if is_logits else ACTIVATIONS

@@ -48,7 +48,7 @@ def choose_strategy(asked: str, seat: Seat, *, state_bytes: int, device_bytes: i
         return Strategy(asked, f"compute.strategy asks for it, on {seat.world_size} rank(s)")
     if not many:
         return Strategy("single", "there is one rank")
-    needs, has = _gigabytes(state_bytes), _gigabytes(device_bytes)
+    needs, has = f"{state_bytes / 1e9:.1f} GB", f"{device_bytes / 1e9:.1f} GB"
     if state_bytes <= _ROOM_FOR_STATE * device_bytes:
         return Strategy(
             "ddp",
@@ -93,7 +93,3 @@ def _require_possible(asked: str, seat: Seat) -> None:
             f"machines; here are {seat.machines} machine(s) of {seat.local_world_size} rank(s)",
             hint='Use "fsdp" on one machine.',
         )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from photon.config import LocalConfig
-from photon.errors import DoesNotFitError, IncompatibleConfigError, NonFiniteError, RankLostError
+from photon.errors import IncompatibleConfigError, NonFiniteError, RankLostError
 from photon.models import training_loss
 from photon.training.batches import Batch, Stream, read_ahead
 from photon.training.device import ComputePlan
 from photon.training.inner import InnerOptimizer
-from photon.training.micro_batch import MicroBatch, ran_out_of_memory
+from photon.training.micro_batch import MicroBatch, if_it_fits
 from photon.training.placement import PlacedModel
 from photon.training.ranks import Ranks, naming_lost_ranks
 from photon.training.schedule import Schedule
@@ -129,10 +129,6 @@ class Trainer:
         for name, tensor in tensors.items():
             yield name, self.placed.whole(tensor)
 
-    def averaged_state(self) -> dict[str, Tensor]:
-        """The inner state that an aggregator averages, as this rank holds it."""
-        return self.optimizer.averaged_state()
-
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """Of forward passes; None in fp32, and where FSDP2 casts by itself."""
@@ -199,9 +195,10 @@ class Trainer:
             documents=self._config.document_mask,
         )
         collectives_s: float | None = None
+        cuda = self.plan.device.type == "cuda"
         with (
             contextlib.closing(batches),
-            torch.random.fork_rng(devices=self._rng_devices()),
+            torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []),
             naming_lost_ranks("local training"),
         ):
             for index in range(steps):
@@ -219,13 +216,14 @@ class Trainer:
                     progress = meter.settle(lr, float(norm))
                     if on_progress is not None:
                         on_progress(progress)
+        losses = meter.losses.cpu().double()
         return LocalResult(
-            loss=meter.mean,
-            first_loss=meter.first,
-            last_loss=meter.last,
+            loss=float(losses.mean()),
+            first_loss=float(losses[0]),
+            last_loss=float(losses[-1]),
             tokens=meter.tokens,
             cursor=cursor + steps * self._batch_size,
-            train_s=meter.elapsed_s,
+            train_s=time.perf_counter() - meter.started_s,
             times=clock.times(),
             communication_s=collectives_s,
             peak_memory_bytes=peak_memory_bytes(self.plan.device),
@@ -244,13 +242,9 @@ class Trainer:
         while True:
             # Seeded at each attempt, so that a repeated one draws the same dropout.
             self._seed(_step_seed(seed, global_step, self.ranks.seat.rank))
-            try:
-                loss = self._accumulate(batch, clock)
+            loss = if_it_fits(partial(self._accumulate, batch, clock))
+            if loss is not None:
                 break
-            except RuntimeError as error:
-                if not ran_out_of_memory(error):
-                    raise
-            # Outside the handler, where the traceback no longer holds the tensors that filled it.
             self._back_off(on_notice)
         with clock.phase("optimizer"):
             norm = self._clip()
@@ -262,6 +256,7 @@ class Trainer:
         """Forward and backward in micro-batches; the mean loss over this rank's sequences."""
         total = torch.zeros((), device=self.plan.device)
         micro_batches = batch.split(self.micro_batch.size)
+        share = 1 / len(micro_batches)
         for number, micro in enumerate(micro_batches, start=1):
             with self.placed.accumulating(last=number == len(micro_batches)):
                 with clock.phase("forward"), self._arithmetic():
@@ -272,8 +267,6 @@ class Trainer:
                         z_loss=self._config.z_loss,
                         head=self.placed.head,
                     )
-                # A short last micro-batch still counts by its sequences.
-                share = len(micro.tokens) / len(batch.tokens)
                 with clock.phase("backward"):
                     (objective * share if share != 1 else objective).backward()
                 total += loss.detach() * share
@@ -282,19 +275,12 @@ class Trainer:
     def _back_off(self, on_notice: Callable[[str], None] | None) -> None:
         """Make the micro-batch smaller after an allocation failed, before any weight changed."""
         self.optimizer.zero_grad()
-        if self.plan.device.type == "cuda":
-            torch.cuda.empty_cache()
-        was = self.micro_batch.size
-        if not self.micro_batch.shrink():
-            raise DoesNotFitError(
-                f"out of memory on {self.plan.device} with one sequence at a time",
-                hint='Try compute.activation_checkpointing = "full", more ranks with '
-                'compute.strategy = "fsdp", a shorter data.sequence_length, or a smaller model.',
-            )
-        text = (
-            f"out of memory on {self.plan.device} with {was} sequences at a time; going on with "
-            f"{self.micro_batch.size} (same batch, same maths)"
+        text = self.micro_batch.back_off(
+            f"out of memory on {self.plan.device} with",
+            'Try compute.activation_checkpointing = "full", more ranks with compute.strategy = '
+            '"fsdp", a shorter data.sequence_length, or a smaller model.',
         )
+        text += " (same batch, same maths)"
         if self.ranks.size > 1:
             # The other ranks are inside a collective that this one will not reach.
             raise RankLostError(f"rank {self.ranks.seat.rank}: {text}")
@@ -323,9 +309,6 @@ class Trainer:
         elif self.plan.device.type == "mps":
             torch.mps.manual_seed(seed)
 
-    def _rng_devices(self) -> list[int]:
-        return [torch.cuda.current_device()] if self.plan.device.type == "cuda" else []
-
 
 class _Meter:
     """Losses and tokens of one call of `fit`, over all ranks."""
@@ -333,13 +316,13 @@ class _Meter:
     def __init__(self, ranks: Ranks, device: torch.device, steps: int, global_step: int) -> None:
         self.tokens = 0
         self._ranks = ranks
-        self._losses = torch.zeros(steps, device=device)
+        self.losses = torch.zeros(steps, device=device)
         self._global_step = global_step
         self._step = self._settled = self._settled_tokens = 0
-        self._started_s = self._settled_s = time.perf_counter()
+        self.started_s = self._settled_s = time.perf_counter()
 
     def add(self, loss: Tensor, tokens: int) -> None:
-        self._losses[self._step] = loss
+        self.losses[self._step] = loss
         self._step += 1
         self.tokens += tokens
 
@@ -349,12 +332,12 @@ class _Meter:
         Raises:
             NonFiniteError: naming the first bad step.
         """
-        self._ranks.mean_(self._losses[self._settled : self._step])
-        bad = (~torch.isfinite(self._losses[: self._step])).nonzero()
+        self._ranks.mean_(self.losses[self._settled : self._step])
+        bad = (~torch.isfinite(self.losses[: self._step])).nonzero()
         if len(bad):
             index = int(bad[0])
             raise NonFiniteError(
-                f"the loss became {float(self._losses[index])} at local step {index + 1} "
+                f"the loss became {float(self.losses[index])} at local step {index + 1} "
                 f"(global step {self._global_step + index + 1})",
                 hint="Lower local.lr, lengthen local.warmup_steps, or look at that silo's text.",
             )
@@ -364,27 +347,11 @@ class _Meter:
         return Progress(
             step=self._step,
             global_step=self._global_step + self._step,
-            loss=self.last,
+            loss=float(self.losses[self._step - 1]),
             lr=lr,
             gradient_norm=gradient_norm,
             tokens_per_s=tokens_per_s,
         )
-
-    @property
-    def mean(self) -> float:
-        return float(self._losses.cpu().double().mean())
-
-    @property
-    def first(self) -> float:
-        return float(self._losses[0])
-
-    @property
-    def last(self) -> float:
-        return float(self._losses[self._step - 1])
-
-    @property
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self._started_s
 
 
 def rank_share(batch_size: int, ranks: int) -> int:
