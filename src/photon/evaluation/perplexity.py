@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
+from itertools import groupby, islice
 from operator import add
 
 import numpy as np
@@ -151,27 +152,16 @@ def _on(device: torch.device, arrays: list[np.ndarray]) -> torch.Tensor:
 
 
 def _dealt(
-    batches: Iterable[list[Window]], number: int, parts: int
+    batches: Iterator[list[Window]], number: int, parts: int
 ) -> Iterator[tuple[list[Window], bool]]:
     """Every `parts`-th batch from `number` on, each with True; where a last one is lacking, any
     batch with False, to keep step with the others."""
-    hand: list[list[Window]] = []
-    for batch in batches:
-        hand.append(batch)
-        if len(hand) == parts:
-            yield hand[number], True
-            hand = []
-    if hand:
+    while hand := list(islice(batches, parts)):
         yield hand[min(number, len(hand) - 1)], number < len(hand)
 
 
 def _batches(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
     """At most batch_size neighbours that are equally long."""
-    batch: list[Window] = []
-    for window in windows:
-        if batch and (len(batch) == batch_size or len(batch[0].tokens) != len(window.tokens)):
+    for _, alike in groupby(windows, key=lambda window: len(window.tokens)):
+        while batch := list(islice(alike, batch_size)):
             yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch

@@ -2,6 +2,7 @@
 
 from photon.models.build import (
     HUB_PREFIX,
+    attend_without_masks,
     build_model,
     build_skeleton,
     context_length,
@@ -31,6 +32,7 @@ __all__ = [
     "HeadLoss",
     "ModelCard",
     "Shape",
+    "attend_without_masks",
     "build_model",
     "build_skeleton",
     "carried_tensors",

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.hub import cached_file
 
@@ -411,6 +417,17 @@ def _sees_no_difference(
     model.train(training)
     logits = answer.logits[:, places].float()
     return torch.allclose(logits[0], logits[1], rtol=1e-3, atol=1e-4)
+
+
+def attend_without_masks(model: Any) -> None:
+    """Have an sdpa model leave causality to its kernel for good, as it does in training.
+
+    transformers looks into position_ids for packed sequences, finds none, and builds no mask. Into
+    a fake tensor it can't look, so it would build one; but for kernels it does not know it never
+    does.
+    """
+    AttentionInterface.register("photon_causal", sdpa_attention_forward)
+    model.set_attn_implementation("photon_causal")
 
 
 @contextmanager

@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from photon.models import HeadLoss, training_loss, transformer_blocks
+from photon.models import HeadLoss, attend_without_masks, training_loss, transformer_blocks
 from photon.training.placement import recomputation
 
 #: Columns of a trace.
@@ -130,10 +129,9 @@ def _deltas(
             _keep_blocks(fake, _RUN_BLOCKS)
             blocks = blocks[:_RUN_BLOCKS]
         tokens = torch.zeros(batch, sequence_length + 1, dtype=torch.int64)
-        only_causal = _only_causal(fake)
-        tracer = _Tracer(fake, tokens, only_causal)
+        tracer = _Tracer(fake, tokens)
         for block in blocks:
-            _wrap(block, tracer, checkpointing, only_causal)
+            _wrap(block, tracer, checkpointing)
         with tracer:
             with torch.autocast("cpu", torch.bfloat16, enabled=arithmetic == "autocast"):
                 # All rows at once: StepTrace.live_bytes knows how many there are in training.
@@ -162,6 +160,8 @@ def _fake_copy(model: nn.Module, dtype: torch.dtype | None) -> Any:
     if getattr(fake.config, "_attn_implementation", "") not in ("sdpa", "eager", None):
         # flash-attn and flex kernels save what sdpa's FlashAttention saves.
         fake.set_attn_implementation("sdpa")
+    if _only_causal(fake):
+        attend_without_masks(fake)
     return fake.train()
 
 
@@ -173,22 +173,6 @@ def _only_causal(model: Any) -> bool:
     return getattr(config, "_attn_implementation", "") == "sdpa" and not kinds and not slides
 
 
-class _CausalAttention(TorchFunctionMode):
-    """sdpa without a mask, as in training.
-
-    transformers looks into position_ids for packed sequences, finds none, and lets sdpa be causal.
-    Into a fake tensor it can't look, so it builds a mask that training never has.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is nn.functional.scaled_dot_product_attention:
-            kwargs = kwargs | {"attn_mask": None, "is_causal": True}
-        return func(*args, **kwargs)
-
-
 def _keep_blocks(model: nn.Module, count: int) -> None:
     blocks = transformer_blocks(model)
     for part in model.modules():
@@ -196,15 +180,8 @@ def _keep_blocks(model: nn.Module, count: int) -> None:
             del part[count:]
 
 
-def _wrap(block: Any, tracer: _Tracer, checkpointing: str, only_causal: bool) -> None:
-    inside: Callable[..., Any] = block.forward
-
-    def causal(*args: Any, **kwargs: Any) -> Any:
-        # Here and not around the step: backward recomputes a block's inside without outer modes.
-        with _CausalAttention():
-            return inside(*args, **kwargs)
-
-    forward = causal if only_causal else inside
+def _wrap(block: Any, tracer: _Tracer, checkpointing: str) -> None:
+    forward: Callable[..., Any] = block.forward
     if (options := recomputation(checkpointing)) is not None:
         forward = partial(checkpoint, forward, preserve_rng_state=False, **options)
 
@@ -223,14 +200,11 @@ def _wrap(block: Any, tracer: _Tracer, checkpointing: str, only_causal: bool) ->
 class _Tracer(TorchDispatchMode):
     """Notes every storage that operators make, from its first operator to its end."""
 
-    def __init__(self, model: Any, tokens: Tensor, only_causal: bool) -> None:
+    def __init__(self, model: Any, tokens: Tensor) -> None:
         super().__init__()
-        batch, side = tokens.shape[0], tokens.shape[1] - 1
         head = model.get_output_embeddings()
         self._vocabulary = head.weight.shape[0] if head is not None else 0
-        self._logits = batch * side * self._vocabulary
-        # The masks that _CausalAttention ignores.
-        self._unseen = (side, side) if only_causal else None
+        self._logits = tokens[:, 1:].numel() * self._vocabulary
         self._events: list[tuple[int, int, int]] = []
         self._marks: list[tuple[str, int]] = []
         self._live: dict[int, tuple[int, int, int, weakref.ref]] = {}
@@ -286,8 +260,6 @@ class _Tracer(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live or key in self._given:
-            return
-        if tensor.dtype is torch.bool and tensor.shape[-2:] == self._unseen:
             return
         column, size, born = self._column(func, args, tensor), storage.nbytes(), len(self._events)
         gone = weakref.ref(storage, partial(self._gone, key))
