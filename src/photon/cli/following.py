@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from photon.cli.screen import console
 from photon.errors import PhotonError
 from photon.membership.bulletin import whom_and_what_for
 from photon.membership.records import utc
@@ -121,9 +120,3 @@ def waits_for(run: dict[str, Any]) -> str | None:
         f"for {whom_and_what_for(waiting)}, here: {', '.join(waiting['here']) or 'none'}; "
         f"until {utc(waiting['until'])}{out}"
     )
-
-
-def view_of_a_run() -> Listener:
-    from photon.dashboard import progress_view
-
-    return progress_view(console())

@@ -6,7 +6,7 @@ import os
 import traceback
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -19,10 +19,13 @@ from photon.cli.members import audit, invite, members_app
 from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, RunDir, RunFile, Sets
 from photon.cli.outcome import show_outcome
 from photon.cli.profile import profile
-from photon.cli.screen import console, guard_output, say, show, show_json, show_table
+from photon.cli.screen import console, guard_output, say, show, show_json, show_table, view_of_run
 from photon.cli.serve import join, serve, status, stop
 from photon.dashboard import wording
 from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
+
+if TYPE_CHECKING:
+    from photon.runs import RunResult
 
 
 class _Photon(TyperGroup):
@@ -125,9 +128,8 @@ def simulate(
     from photon.runs import simulate as start
 
     config = load_run_config(run_file, overrides or [])
-    result = start(config, run_dir=run_dir, listener=_view(quiet), overwrite=overwrite)
-    if result.summary:  # not so for a rank other than 0 under torchrun: rank 0 tells
-        show_outcome(result.folder, result.summary, as_json=as_json)
+    result = start(config, run_dir=run_dir, listener=view_of_run(quiet=quiet), overwrite=overwrite)
+    _tell(result, as_json)
 
 
 def train(
@@ -156,10 +158,13 @@ def train(
 
     config = load_run_config(run_file, overrides or [])
     result = start(
-        config, silos=silo or None, run_dir=run_dir, listener=_view(quiet), overwrite=overwrite
+        config,
+        silos=silo or None,
+        run_dir=run_dir,
+        listener=view_of_run(quiet=quiet),
+        overwrite=overwrite,
     )
-    if result.summary:  # not so for a rank other than 0 under torchrun: rank 0 tells
-        show_outcome(result.folder, result.summary, as_json=as_json)
+    _tell(result, as_json)
 
 
 def resume(
@@ -183,9 +188,8 @@ def resume(
     from photon.runs import resume as start
 
     more = [f"federation.rounds={rounds}"] if rounds is not None else []
-    result = start(folder, overrides=[*(overrides or []), *more], listener=_view(quiet))
-    if result.summary:  # not so for a rank other than 0 under torchrun: rank 0 tells
-        show_outcome(result.folder, result.summary, as_json=as_json)
+    result = start(folder, overrides=[*(overrides or []), *more], listener=view_of_run(quiet=quiet))
+    _tell(result, as_json)
 
 
 def report(
@@ -385,12 +389,9 @@ def _imports() -> AbstractContextManager[Any]:
     return console().status("Loading PyTorch ...")
 
 
-def _view(quiet: bool) -> Any:
-    if quiet:
-        return None
-    from photon.dashboard import progress_view
-
-    return progress_view(console())
+def _tell(result: RunResult, as_json: bool) -> None:
+    if result.summary:  # not so for a rank other than 0 under torchrun: rank 0 tells
+        show_outcome(result.folder, result.summary, as_json=as_json)
 
 
 def _pair(text: str, option: str, form: str) -> tuple[str, str]:

@@ -44,27 +44,32 @@ def profile(
 
 
 def _show(found: dict[str, Any]) -> None:
-    facts: list[tuple[str, str]] = []
     ranks = f"{found['ranks']} rank{'s' if found['ranks'] > 1 else ''}"
-    facts.append(("strategy", f"{found['strategy']} on {ranks}: {found['reason']}"))
-    facts.append(("arithmetic", f"{found['device']}, {found['precision']}"))
-    facts.append(("parameters", count(found["parameters"])))
-    facts.append(("micro-batch", f"{found['micro_batch_size']} sequences on each rank"))
-    facts.append(("speed", f"{count(found['tokens_per_s'])} tokens/s"))
-    facts.append(("a step", f"{found['step_s'] * 1e3:,.1f} ms"))
+    facts = [
+        ("strategy", f"{found['strategy']} on {ranks}: {found['reason']}"),
+        ("arithmetic", f"{found['device']}, {found['precision']}"),
+        ("parameters", count(found["parameters"])),
+        ("micro-batch", f"{found['micro_batch_size']} sequences on each rank"),
+        ("speed", f"{count(found['tokens_per_s'])} tokens/s"),
+        ("a step", _ms(found["step_s"])),
+    ]
     for name, seconds in found["phases_s"].items():
-        share = seconds / found["step_s"]
-        facts.append((f"  {name}", f"{seconds * 1e3:,.1f} ms, {share:.0%}"))
-    if found["ranks"] > 1 and found["communication_s"] is not None:
-        seconds = found["communication_s"]
-        words = f"{seconds * 1e3:,.1f} ms of collectives, hidden behind arithmetic or not"
+        facts.append((f"  {name}", f"{_ms(seconds)}, {seconds / found['step_s']:.0%}"))
+    if found["ranks"] > 1 and (seconds := found["communication_s"]) is not None:
+        words = f"{_ms(seconds)} of collectives, hidden behind arithmetic or not"
         facts.append(("  communication", words))
-    facts.append(("FLOPs per token", f"{found['flops_per_token']:.4g}"))
     mfu = "unknown: no peak is stated for this device" if found["mfu"] is None else ""
-    facts.append(("MFU", mfu or f"{found['mfu']:.1%} of the stated peak"))
     held, estimated = found["peak_memory_bytes"], found["estimated_memory_bytes"]
-    facts.append(("memory", f"{size(held)} at most; {size(estimated)} were estimated"))
+    facts += [
+        ("FLOPs per token", f"{found['flops_per_token']:.4g}"),
+        ("MFU", mfu or f"{found['mfu']:.1%} of the stated peak"),
+        ("memory", f"{size(held)} at most; {size(estimated)} were estimated"),
+    ]
     show_facts(facts)
     show(found["flops_explained"])
     for text in found["notices"]:
         say(f"Notice: {text}")
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f} ms"

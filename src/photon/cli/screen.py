@@ -6,6 +6,7 @@
     show_table(headings, rows)
     show_json(record)         a result for a program, on standard output
     program()                 `photon` as this shell can call it, for commands to copy
+    view_of_run()             a run as it goes on, on standard error
     console()                 standard error for live views, bars and spinners; never `Console(...)`
 
 Names, paths and what other machines sent come as plain `str`: brackets stay brackets, and control
@@ -30,13 +31,16 @@ import shutil
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from photon.telemetry import Listener
 
 #: What a terminal without the character gets instead; anything else is written as \uXXXX.
 _SPELLED = {"…": "...", "–": "-", "−": "-", "—": "-", "×": "x", "’": "'"}
@@ -91,7 +95,6 @@ def show_table(
     rows: Iterable[Sequence[str | Text]],
     *,
     right: Collection[int] = (),
-    title: str | None = None,
     frame: bool = True,
 ) -> None:
     """A table on standard output.
@@ -101,12 +104,7 @@ def show_table(
         right: numbers of the columns, from 0, that are aligned to the right.
         frame: lines around it.
     """
-    table = Table(
-        title=title,
-        title_justify="left",
-        show_header=bool(headings),
-        box=HEAVY_HEAD if frame else None,
-    )
+    table = Table(show_header=bool(headings), box=HEAVY_HEAD if frame else None)
     cells = [[_cell(one) for one in row] for row in rows]
     for number in range(len(headings) or max(map(len, cells), default=0)):
         table.add_column(
@@ -117,6 +115,13 @@ def show_table(
     for row in cells:
         table.add_row(*row)
     console(stderr=False).print(table)
+
+
+def view_of_run(*, quiet: bool = False) -> Listener | None:
+    """What shows a run as it goes on; none if it is to be quiet."""
+    from photon.dashboard import progress_view
+
+    return None if quiet else progress_view(console())
 
 
 def program(name: str = "photon") -> str:

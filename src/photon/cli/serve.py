@@ -15,10 +15,10 @@ import typer
 from rich.status import Status
 from rich.text import Text
 
-from photon.cli.following import following, view_of_a_run, waits_for
+from photon.cli.following import following, waits_for
 from photon.cli.options import AsJson, Overwrite, Quiet, RunDir, ServedFolder, set_option
 from photon.cli.outcome import show_outcome
-from photon.cli.screen import console, say, show, show_json, show_table
+from photon.cli.screen import console, say, show, show_json, show_table, view_of_run
 from photon.errors import (
     InvalidValueError,
     InvitationError,
@@ -95,7 +95,7 @@ def serve(
         from photon.silo.policy import few_silos
 
         # Not before: an events.jsonl may be there that is replaced.
-        shown = None if quiet or verbose else view_of_a_run()
+        shown = view_of_run(quiet=quiet or verbose)
         look = lambda: _operator(folder, *_STATUS)  # noqa: E731
         view.enter_context(following(folder, shown, look, lines.event))
 

@@ -142,11 +142,16 @@ class LiveView:
 
 
 class PlainView:
-    """A listener that prints one readable line per milestone, and some on the way, for logs."""
+    """A listener that prints one readable line per milestone, and some on the way, for logs.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        label: what each line begins with.
+    """
+
+    def __init__(self, console: Console, *, label: str = "") -> None:
         self.progress = RunProgress()
         self._console = console
+        self._label = label
         self._told_s = 0.0
         self._waits_for: str | None = None
 
@@ -157,7 +162,7 @@ class PlainView:
             self._told_s = self.progress.now_s
             with contextlib.suppress(OSError):  # nobody reads it any more; training goes on
                 self._console.print(
-                    wording.one_line(line),
+                    wording.one_line(self._label + line),
                     markup=False,
                     highlight=False,
                     emoji=False,
