@@ -7,6 +7,7 @@ what went wrong (naming the file, key or silo and the value) and, where there is
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import ClassVar
 
 #: An option of the command line; or a whole command, which stays as it is.
@@ -280,6 +281,13 @@ class DataChangedError(DeployError, exit_code=97):
 
 #: Exit code after Ctrl-C: 128 + SIGINT, as shells expect. The run can be resumed.
 INTERRUPTED_EXIT_CODE = 130
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """Names as a message gives them: the first ones, and how many more there are."""
+    listed = list(names)
+    rest = len(listed) - most
+    return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def error_of(exit_code: int) -> type[PhotonError]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, load_tokenizer, open_data
-from photon.errors import ModelError, VocabularyMismatchError
+from photon.errors import ModelError, VocabularyMismatchError, some
 from photon.evaluation import HeldOutScore, evaluate_loss, score
 from photon.models import (
     HUB_PREFIX,
@@ -85,7 +85,7 @@ def export(
         rounds=summary.get("rounds"),
         tokens=summary.get("tokens"),
         # Which organisations they were is theirs to say.
-        silos=str(len(silos)) if kind == "serve" else _listed(silos),
+        silos=str(len(silos)) + ("" if kind == "serve" else f": {some(silos, 20)}"),
         perplexity=summary.get("global_perplexity"),
         bits_per_byte=summary.get("bits_per_byte"),
         weights_sha256=summary.get("weights_sha256"),
@@ -221,11 +221,6 @@ def generate(
 
 def _on_hub(name: str) -> bool:
     return name.startswith(HUB_PREFIX)
-
-
-def _listed(silos: Sequence[str], most: int = 20) -> str:
-    rest = len(silos) - most
-    return f"{len(silos)}: {', '.join(silos[:most])}" + (f" and {rest} more" if rest > 0 else "")
 
 
 def _require_model(folder: str | os.PathLike[str]) -> None:

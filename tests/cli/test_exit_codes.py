@@ -196,6 +196,7 @@ def test_a_model_with_too_small_a_vocabulary(run_file, tmp_path):
 
 def test_runs_that_exist_or_do_not(run_file, finished, tmp_path):
     again = photon("simulate", run_file, "--run-dir", finished)
+    assert "Loading PyTorch" not in again.stderr
     assert again.exit_code == 41
     assert "photon resume" in again.output
     for command in ("resume", "report"):

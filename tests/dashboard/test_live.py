@@ -295,6 +295,23 @@ def test_a_log_tells_how_a_round_goes_as_often_as_the_run_is_told_to(stream, log
     assert re.fullmatch(words, told[0])
 
 
+def test_lines_of_a_log_may_begin_with_a_clock_and_tell_only_what_moved(stream):
+    file, clock = io.StringIO(), iter(range(100))
+    view = PlainView(Console(file=file, width=200), label=lambda: f"{next(clock):02} | ")
+    none = {"bytes_down": 0, "total_bytes_down": 0}
+    events = [
+        event.model_copy(update=none) if isinstance(event, RoundFinished) else event
+        for event in stream(rounds=1).whole()
+    ]
+    for event in events:
+        view.on_event(event)
+    lines = file.getvalue().splitlines()
+    assert [line[:5] for line in lines] == [f"{i:02} | " for i in range(len(lines))]
+    assert "up 17.6 MB, 19 s" in file.getvalue()
+    assert "17.6 MB up · " in (frame := "".join(draw(events)))
+    assert "0 B down" not in frame
+
+
 def served(event):
     """The event as a silo elsewhere tells it: how far it is, and no figures."""
     if not isinstance(event, LocalProgress):

@@ -67,6 +67,8 @@ def test_dirichlet_that_can_not_fill_its_silos_says_so():
         assign(infos(40), dirichlet=(20, 0.001))
     with pytest.raises(EmptySiloError, match="3 documents can't fill 2 silos"):
         assign(infos(3), iid=2)
+    with pytest.raises(EmptySiloError, match="1 document can't fill 1 silo:"):
+        assign(infos(1), iid=1)
     with pytest.raises(DataError, match="alpha must be a number above 0"):
         assign(infos(40), dirichlet=(2, float("nan")))
 

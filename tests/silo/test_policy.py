@@ -56,7 +56,7 @@ def judged(aggregator, changed, three_silos):
         ({"peers": ["blue"]}, {}, "green would take part too; policy.peers allows blue"),
         ({"peers": ["blue", "gr*"]}, {}, None),
         ({"peers": []}, {"silos": ["red"]}, None),
-        ({"peers": ["a"]}, {"silos": list("abcdefg")}, "b, c, d and 3 others would take part"),
+        ({"peers": ["a"]}, {"silos": list("abcdefg")}, "b, c, d and 3 more would take part"),
         # Half of three participants, rounded up, close a round.
         ({"min_participants": 2}, {}, None),
         ({"min_participants": 3}, {}, "as few as 2 (of 3 silos"),

@@ -97,7 +97,7 @@ def test_a_whole_line_that_breaks_the_schema_is_named(begin, write_lines):
 
 
 def test_no_file_and_no_start_are_no_run(tmp_path, one_round, write_lines):
-    with pytest.raises(RunNotFoundError, match="no run in"):
+    with pytest.raises(RunNotFoundError, match=r"no run in .*\nName a folder that"):
         read_history(tmp_path)
     with pytest.raises(RunNotFoundError, match="no run_started"):
         _ = read_history(write_lines(one_round(1))).started

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from photon.errors import ModelMismatchError, NodeError, NonFiniteError
+from photon.errors import ModelMismatchError, NodeError, NonFiniteError, some
 from photon.torch_threads import torch_threads
 
 #: Elements whose squares are summed at once. torch.dot is ten times as fast as vector_norm on a
@@ -47,7 +47,7 @@ def check_update(
             what = "comes twice in" if name in reference else "is not part of"
             raise ModelMismatchError(
                 f"tensor {name!r} {what} the update",
-                hint=None if name in reference else f"Expected {_some(reference)}.",
+                hint=None if name in reference else f"Expected {some(map(repr, reference))}.",
             )
         del missing[name]
         require_shape(name, tensor, reference[name])
@@ -58,7 +58,8 @@ def check_update(
             square += square_sum(name, counted)
     if missing:
         raise ModelMismatchError(
-            f"the update lacks {len(missing)} of {len(reference)} tensors: {_some(missing)}",
+            f"the update lacks {len(missing)} of {len(reference)} tensors: "
+            f"{some(map(repr, missing))}",
             hint="The node trains another model, or its upload was cut.",
         )
     return math.sqrt(square)
@@ -81,7 +82,8 @@ def require_same_names(what: str, found: Iterable[str], expected: Iterable[str])
     if found != expected:
         missing, unknown = sorted(expected - found), sorted(found - expected)
         raise ModelMismatchError(
-            f"{what}: missing {_some(missing) or 'nothing'}; unknown {_some(unknown) or 'nothing'}",
+            f"{what}: missing {some(map(repr, missing)) or 'nothing'}; "
+            f"unknown {some(map(repr, unknown)) or 'nothing'}",
             hint="These tensors belong to another model.",
         )
 
@@ -145,9 +147,3 @@ def _square_sum(piece: torch.Tensor) -> float:
     # Squares of fp32 values may leave its range, which says nothing of the values. In fp64 they
     # can't, so the sum is finite if all values are.
     return float(torch.linalg.vector_norm(piece, dtype=torch.float64)) ** 2
-
-
-def _some(names: Iterable[str], most: int = 3) -> str:
-    listed = list(names)
-    shown = ", ".join(repr(name) for name in listed[:most])
-    return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")

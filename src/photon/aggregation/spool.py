@@ -142,7 +142,7 @@ class Spool:
             if done == 0:
                 raise RunError(
                     f"a temporary file under {self._folder} lost its end while updates were merged",
-                    hint="Something else truncated it. Continue with `photon resume`.",
+                    hint="Something else truncated it. Continue with `photon resume DIR`.",
                 )
             left, offset = left[done:], offset + done
 
@@ -157,7 +157,7 @@ class Spool:
                 f"no room in {self._folder} for the round's update number {self._rows + 1}, kept "
                 f"there until all are merged: {error}",
                 hint="This merging rule needs 4 bytes per parameter and participant there. Free "
-                "space; then `photon resume`.",
+                "space; then `photon resume DIR`.",
             ) from error
 
     def _require_whole(self) -> None:

@@ -25,7 +25,7 @@ def run_bars(console: Console, names: Mapping[str, str]) -> Iterator[dict[str, L
     On a terminal a bar each, otherwise plain lines that begin with the run's name.
     """
     if not (console.is_interactive and console.file.isatty()):
-        yield {key: PlainView(console, label=f"{name}: ") for key, name in names.items()}
+        yield {key: PlainView(console, label=f"{name}: ".__str__) for key, name in names.items()}
         return
     columns = (
         TextColumn("{task.description}", markup=False),  # silos' names

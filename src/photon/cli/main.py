@@ -25,6 +25,7 @@ from photon.dashboard import wording
 from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
 
 if TYPE_CHECKING:
+    from photon.config import RunConfig
     from photon.runs import RunResult
 
 
@@ -123,13 +124,12 @@ def simulate(
 
     Ctrl-C stops at once; `photon resume DIR` goes on from the last finished round.
     """
+    config = _checked(run_file, overrides, run_dir, overwrite)
     _loading(quiet)
-    from photon.config import load_run_config
     from photon.runs import simulate as start
 
-    config = load_run_config(run_file, overrides or [])
-    result = start(config, run_dir=run_dir, listener=view_of_run(quiet=quiet), overwrite=overwrite)
-    _tell(result, as_json)
+    view = view_of_run(quiet=quiet)
+    _tell(start(config, run_dir=run_dir, listener=view, overwrite=overwrite), as_json)
 
 
 def train(
@@ -152,18 +152,12 @@ def train(
 
     Example: `photon train run.toml --run-dir runs/central`
     """
+    config = _checked(run_file, overrides, run_dir, overwrite)
     _loading(quiet)
-    from photon.config import load_run_config
     from photon.runs import train as start
 
-    config = load_run_config(run_file, overrides or [])
-    result = start(
-        config,
-        silos=silo or None,
-        run_dir=run_dir,
-        listener=view_of_run(quiet=quiet),
-        overwrite=overwrite,
-    )
+    view, silos = view_of_run(quiet=quiet), silo or None
+    result = start(config, silos=silos, run_dir=run_dir, listener=view, overwrite=overwrite)
     _tell(result, as_json)
 
 
@@ -379,9 +373,27 @@ def main() -> None:
     app()
 
 
+def _checked(
+    run_file: Path, overrides: list[str] | None, run_dir: Path | None, overwrite: bool
+) -> RunConfig:
+    """The run file; what is amiss with it or the run folder is known before PyTorch is loaded."""
+    from photon.config import load_run_config
+    from photon.store.run_folder import require_unused
+
+    config = load_run_config(run_file, overrides or [])
+    if _is_first():  # which may have made the folder already
+        require_unused(run_dir or Path("runs") / config.run.name, overwrite=overwrite)
+    return config
+
+
+def _is_first() -> bool:
+    """Not one of torchrun's other ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _loading(quiet: bool) -> None:
     """A first line at once: importing PyTorch and transformers takes seconds on a cold disk."""
-    if not quiet and os.environ.get("RANK", "0") == "0":  # torchrun's other ranks say nothing
+    if not quiet and _is_first():
         say("Loading PyTorch ...")
 
 

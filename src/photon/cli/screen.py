@@ -29,7 +29,7 @@ import select
 import shlex
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,11 +117,15 @@ def show_table(
     console(stderr=False).print(table)
 
 
-def view_of_run(*, quiet: bool = False) -> Listener | None:
-    """What shows a run as it goes on; none if it is to be quiet."""
+def view_of_run(*, quiet: bool = False, label: Callable[[], str] = str) -> Listener | None:
+    """What shows a run as it goes on; none if it is to be quiet.
+
+    Args:
+        label: gives what a line begins with where no terminal shows a frame.
+    """
     from photon.dashboard import progress_view
 
-    return None if quiet else progress_view(console())
+    return None if quiet else progress_view(console(), label=label)
 
 
 def program(name: str = "photon") -> str:

@@ -95,7 +95,7 @@ def serve(
         from photon.silo.policy import few_silos
 
         # Not before: an events.jsonl may be there that is replaced.
-        shown = view_of_run(quiet=quiet or verbose)
+        shown = view_of_run(quiet=quiet or verbose, label=_clock_now)
         look = lambda: _operator(folder, *_STATUS)  # noqa: E731
         view.enter_context(following(folder, shown, look, lines.event))
 
@@ -262,7 +262,7 @@ class _Lines:
 
     def event(self, words: str) -> None:
         """What the operator should see."""
-        line = f"{time.strftime('%H:%M:%S')} photon | {words}"
+        line = _clock_now() + words
         self._write(line)
         self.close()
         say(line)
@@ -382,6 +382,11 @@ def _show_status(found: dict[str, Any]) -> None:
         for one in found["services"]
     ]
     show_table(("service", "state", "pid", "since", "restarts", ""), services, frame=False)
+
+
+def _clock_now() -> str:
+    """What a line of the readable log begins with."""
+    return f"{time.strftime('%H:%M:%S')} photon | "
 
 
 def _ago(at: float | None, now: float) -> str:

@@ -49,13 +49,17 @@ _MILESTONES = (
 _LINE_S = 10.0
 
 
-def progress_view(console: Console | None = None) -> Listener:
-    """The live view on a terminal, plain lines in a pipe or CI. Standard error by default."""
+def progress_view(console: Console | None = None, *, label: Callable[[], str] = str) -> Listener:
+    """The live view on a terminal, plain lines in a pipe or CI. Standard error by default.
+
+    Args:
+        label: gives what a plain line begins with.
+    """
     if console is None:
         console = _StandardError(stderr=True)
     # CI systems set FORCE_COLOR to have colours in logs, which makes rich believe in a terminal.
     real = console.file.isatty() or not os.environ.get("FORCE_COLOR")
-    return LiveView(console) if console.is_interactive and real else PlainView(console)
+    return LiveView(console) if console.is_interactive and real else PlainView(console, label=label)
 
 
 class _StandardError(Console):
@@ -145,10 +149,10 @@ class PlainView:
     """A listener that prints one readable line per milestone, and some on the way, for logs.
 
     Args:
-        label: what each line begins with.
+        label: gives what a line begins with.
     """
 
-    def __init__(self, console: Console, *, label: str = "") -> None:
+    def __init__(self, console: Console, *, label: Callable[[], str] = str) -> None:
         self.progress = RunProgress()
         self._console = console
         self._label = label
@@ -162,7 +166,7 @@ class PlainView:
             self._told_s = self.progress.now_s
             with contextlib.suppress(OSError):  # nobody reads it any more; training goes on
                 self._console.print(
-                    wording.one_line(self._label + line),
+                    wording.one_line(self._label() + line),
                     markup=False,
                     highlight=False,
                     emoji=False,

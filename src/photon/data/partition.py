@@ -221,6 +221,9 @@ def _require_enough(documents: Sequence[DocumentInfo], count: int) -> None:
     most = len(documents) // 2
     if most < count:
         raise EmptySiloError(
-            f"{len(documents)} documents can't fill {count} silos: each needs at least 2",
-            hint=f"Ask for at most {most} silos." if most else "Give it more documents.",
+            f"{len(documents)} document{'' if len(documents) == 1 else 's'} can't fill {count} "
+            f"silo{'' if count == 1 else 's'}: each needs at least 2",
+            hint=f"Ask for at most {most} silo{'' if most == 1 else 's'}."
+            if most
+            else "Give it more documents.",
         )

@@ -242,7 +242,7 @@ class Federation:
             f"round {number} has {len(merged)} good updates of {asked}, the quorum is {quorum}; "
             f"dropped: {'; '.join(costs.reasons) or 'none'}",
             hint=f"Round {number - 1} is saved. See update_dropped in events.jsonl, mend the "
-            "silo, then `photon resume`."
+            "silo, then `photon resume DIR`."
             + (f" {WAY_OUT}" if costs.diverged == len(costs.dropped) else ""),
         )
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from photon.errors import IncompatibleConfigError
+from photon.errors import IncompatibleConfigError, some
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def sample_participants(
         return names
     if count > len(names):
         raise IncompatibleConfigError(
-            f"federation.sample = {count} but the data has {len(names)} silos: {_some(names)}",
+            f"federation.sample = {count} but the data has {len(names)} silos: {some(names, 8)}",
             hint=f"Set federation.sample to at most {len(names)}.",
         )
     again = [attempt] if attempt > 1 else []
@@ -123,8 +123,3 @@ def sample_participants(
     else:
         drawn = generator.choice(len(names), size=count, replace=False)
     return [names[index] for index in sorted(drawn)]
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:8])
-    return shown if len(names) <= 8 else f"{shown}, ..."

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.hub import cached_file
 
 from photon.config import ModelConfig
-from photon.errors import ModelError, VocabularyMismatchError
+from photon.errors import ModelError, VocabularyMismatchError, some
 from photon.models.presets import preset_config
 from photon.models.quiet import quiet_transformers
 
@@ -196,14 +196,14 @@ def _require_all_loaded(model: Any, report: dict[str, Any], path: str) -> None:
     if misfits:
         raise ModelError(
             f"the weights of model {path!r} are of another shape than its config.json says: "
-            f"{_some(misfits)}",
+            f"{some(misfits)}",
             hint="Use the config.json that belongs to the weights.",
         )
     for kind, words in (("missing", "holds no weights for"), ("unexpected", "has no place for")):
         names = sorted(map(repr, report[f"{kind}_keys"]))
         if names:
             raise ModelError(
-                f"model {path!r} {words} tensors {_some(names)}",
+                f"model {path!r} {words} tensors {some(names)}",
                 hint="The weights are incomplete, or of another model than config.json says.",
             )
     for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
@@ -229,7 +229,7 @@ def _require_trainable(model: Any, name: str) -> None:
     frozen = [repr(one) for one, p in model.named_parameters() if not p.requires_grad]
     if frozen:
         raise ModelError(
-            f"model {name!r} has tensors that are not trained: {_some(frozen)}",
+            f"model {name!r} has tensors that are not trained: {some(frozen)}",
             hint="Frozen tensors are not supported yet: they would not travel with the model. Use "
             "an architecture whose weights are all trained.",
         )
@@ -249,15 +249,10 @@ def _require_same_buffers(model: Any, skeleton: Any, name: str) -> None:
     if other:
         raise ModelError(
             f"model {name!r} holds values of its own in tensors that are not trained: "
-            f"{_some(other)}",
+            f"{some(other)}",
             hint="Carried tensors (such as the routing bias of a mixture of experts) are not "
             "supported yet: they would not travel with the model.",
         )
-
-
-def _some(words: list[str]) -> str:
-    rest = len(words) - 3
-    return ", ".join(words[:3]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def load_config(path: str) -> PretrainedConfig:

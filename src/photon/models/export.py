@@ -116,7 +116,9 @@ def export_model(
     """
     out = Path(out)
     if out.exists() and not overwrite:
-        raise ModelError(f"{out} already exists", hint="Name another folder, or ask to overwrite.")
+        raise ModelError(
+            f"{out} already exists", hint="Name another --out, or replace it with --overwrite."
+        )
     if out.exists() and not (
         out.is_dir() and ((out / "config.json").exists() or not any(out.iterdir()))
     ):

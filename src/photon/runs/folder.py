@@ -17,7 +17,6 @@ from photon.data import PreparedData, tokenizer_identity
 from photon.errors import (
     ModelMismatchError,
     RunBusyError,
-    RunError,
     RunNotFoundError,
     VocabularyMismatchError,
 )
@@ -26,6 +25,7 @@ from photon.federation.node import empty_model
 from photon.federation.tasks import WEIGHTS, section
 from photon.models import trainable_parameters
 from photon.store.disk import held_alone, writing
+from photon.store.run_folder import usable
 from photon.store.served import LOCK_FILE, hold_run
 from photon.training import difference, materialise
 
@@ -45,10 +45,6 @@ def finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """The summary of a run that has no round left; None while it has."""
     summary = read_summary(folder) or {}
     return summary if summary.get("rounds", 0) >= config.federation.rounds else None
-
-
-def holds_run(folder: Path) -> bool:
-    return (folder / "run.json").exists() or (folder / "events.jsonl").exists()
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -129,24 +125,6 @@ def require_same_tokenizer(file: Path | None, data: PreparedData) -> None:
         f"the data at {data.path} was prepared with another tokenizer than {file}",
         hint=f"Prepare it again with --tokenizer {file.parent}.",
     )
-
-
-@contextlib.contextmanager
-def usable(folder: Path) -> Iterator[None]:
-    """Turn what the system says against a run folder's path into RunError, which names it."""
-    try:
-        str(folder.absolute()).encode()  # safetensors could not open what it wrote there
-        yield
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        if isinstance(error, FileExistsError):
-            reason = "a file, or a link that leads nowhere, has that name"
-        elif isinstance(error, UnicodeError):
-            reason = "its name is not UTF-8"
-        raise RunError(
-            f"{folder} can't be a run folder: {reason}",
-            hint="Choose another --run-dir, on a disk that can be written.",
-        ) from error
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photon.config import RunConfig
-from photon.errors import ConfigError, ResumeMismatchError, RunExistsError
+from photon.errors import ConfigError, ResumeMismatchError
 from photon.federation import CheckpointStore
 from photon.openmp import warn_of_spinning
 from photon.runs.changes import check_overrides, config_to_go_on_with, leave_for_next
-from photon.runs.folder import finished_summary, holds_run, only_process, read_record, usable
+from photon.runs.folder import finished_summary, only_process, read_record
 from photon.runs.session import RunResult, Session
-from photon.store.served import LOCKS
+from photon.store.run_folder import require_unused
 from photon.telemetry import Listener
 from photon.telemetry.events import Kind
 from photon.training import Seat
@@ -128,20 +128,7 @@ def _start(
     if Seat.from_environment().rank:
         Session(kind, config, chosen, folder, None).follow()
         return RunResult(folder, {})
-    with usable(folder):
-        begun = holds_run(folder)
-        others = folder.exists() and any(path.name not in LOCKS for path in folder.iterdir())
-    if begun:
-        if not overwrite:
-            raise RunExistsError(
-                f"{folder} already holds a run",
-                hint=f"Continue it with `photon resume {folder}`, choose another --run-dir, or "
-                "replace it with --overwrite.",
-            )
-    elif others:
-        raise RunExistsError(
-            f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
-        )
+    require_unused(folder, overwrite=overwrite)
     run = Session(kind, config, chosen, folder, listener)
     _warn_if_slow(run)
     return run.execute(None)

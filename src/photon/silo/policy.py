@@ -20,6 +20,7 @@ from photon.errors import (
     PolicyError,
     ProtocolError,
     VocabularyMismatchError,
+    some,
 )
 from photon.membership.keys import canonical_pem
 from photon.store.dialling import Allowed
@@ -179,7 +180,7 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
         silo for silo in ask.run.silos if silo != ask.silo and not _matches(silo, policy.peers)
     ]
     if strangers:
-        raise _refusal("peers", f"{_some(strangers)} would take part too", _listed(policy.peers))
+        raise _refusal("peers", f"{some(strangers)} would take part too", _listed(policy.peers))
     if ask.round > config.federation.rounds:
         raise ProtocolError(f"round {ask.round} of a run of {config.federation.rounds}")
     least = least_merged(ask, config)
@@ -360,11 +361,6 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _listed(patterns: Sequence[str]) -> str:
     return ", ".join(patterns) or "none"
-
-
-def _some(names: Sequence[str]) -> str:
-    rest = len(names) - 3
-    return ", ".join(names[:3]) + (f" and {rest} others" if rest > 0 else "")
 
 
 def _minor(version: str) -> list[str]:

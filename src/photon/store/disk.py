@@ -52,7 +52,7 @@ def writing(what: str, path: Path) -> Iterator[None]:
         if code in _NO_ROOM or any(f"os error {known}" in text for known in _NO_ROOM):
             raise DiskFullError(
                 f"no room to write {what} to {path}: {error}",
-                hint="Free space on that disk, then continue with `photon resume`.",
+                hint="Free space on that disk, then continue with `photon resume DIR`.",
             ) from error
         raise
 

@@ -87,7 +87,10 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[Event]:
     try:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
-        raise RunNotFoundError(f"no run in {folder}: {path} does not exist") from None
+        raise RunNotFoundError(
+            f"no run in {folder}: {path} does not exist",
+            hint="Name a folder that `photon simulate`, `photon train` or `photon serve` made.",
+        ) from None
     except OSError as error:
         raise RunNotFoundError(f"no run in {folder}: {path}: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
