@@ -7,14 +7,14 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from photon.cli.options import AsJson
+from photon.cli.options import AsJson, taking
 from photon.cli.screen import say, show, show_facts, show_json, show_table
+from photon.dashboard.wording import coarse
 from photon.errors import (
     CertificateError,
     ConfigError,
@@ -30,6 +30,7 @@ from photon.membership.invitation import (
     write_invitation,
 )
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
+from photon.membership.records import utc
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Roster, roster_at
 from photon.store.served import RUN_FILE
 
@@ -63,38 +64,48 @@ Home = Annotated[
         "--home", help="The aggregator's home; serve.home of the run file, or photon-server."
     ),
 ]
-Address = Annotated[
-    str | None,
-    typer.Option(
-        metavar="HOST:PORT",
-        help="The address that silos dial, if it is not serve.host and the port of serve.listen.",
-    ),
-]
-Out = Annotated[Path | None, typer.Option(help="File to write; NAME.invitation.toml by default.")]
-ValidHours = Annotated[
-    float, typer.Option(help="Hours until it expires.", min=0.01, max=_MOST_HOURS)
-]
-New = Annotated[
-    bool,
-    typer.Option("--new", help="Make the aggregator's home and authority, where there is none."),
-]
 Yes = Annotated[bool, typer.Option("--yes", help="Don't ask, even if the run may stop for it.")]
-Key = Annotated[
-    str | None,
-    typer.Option(metavar="sha256:...", help="The only key that may use it, as its site told it."),
-]
 
 
+@dataclass
+class _Asked:
+    """What an invitation is to be, as it is typed."""
+
+    name: Name
+    run_file: RunFile = None
+    home: Home = None
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="The address that silos dial, if it is not serve.host and the port of "
+            "serve.listen.",
+        ),
+    ] = None
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; NAME.invitation.toml by default.")
+    ] = None
+    valid_hours: Annotated[
+        float, typer.Option(help="Hours until it expires.", min=0.01, max=_MOST_HOURS)
+    ] = 72.0
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sha256:...", help="The only key that may use it, as its site told it."
+        ),
+    ] = None
+    as_json: AsJson = False
+
+
+@taking(_Asked)
 def invite(
-    name: Name,
-    run_file: RunFile = None,
-    home: Home = None,
-    address: Address = None,
-    out: Out = None,
-    valid_hours: ValidHours = 72.0,
-    key: Key = None,
-    new: New = False,
-    as_json: AsJson = False,
+    asked: _Asked,
+    new: Annotated[
+        bool,
+        typer.Option(
+            "--new", help="Make the aggregator's home and authority, where there is none."
+        ),
+    ] = False,
 ) -> None:
     """Invite a silo: one file with this aggregator's address, its fingerprint and a one-time token.
 
@@ -107,21 +118,12 @@ def invite(
 
     Example: `photon invite hospital-a --run-file run.toml --valid-hours 24`
     """
-    place = _place(run_file, home, new=new)
-    _invite(name, place, address, out, valid_hours, as_json, rotate=False, bound=key)
+    _invite(asked, _place(asked.run_file, asked.home, new=new), rotate=False)
 
 
 @members_app.command("rotate")
-def rotate_command(
-    name: Name,
-    run_file: RunFile = None,
-    home: Home = None,
-    address: Address = None,
-    out: Out = None,
-    valid_hours: ValidHours = 72.0,
-    key: Key = None,
-    as_json: AsJson = False,
-) -> None:
+@taking(_Asked)
+def rotate_command(asked: _Asked) -> None:
     """Invite a member to come with a new key, or with other data than it registered.
 
     The node makes the key and uses the file as any invitation: `photon join --invite FILE`. At that
@@ -130,8 +132,7 @@ def rotate_command(
 
     Example: `photon members rotate hospital-a --run-file run.toml`
     """
-    place = _place(run_file, home)
-    _invite(name, place, address, out, valid_hours, as_json, rotate=True, bound=key)
+    _invite(asked, _place(asked.run_file, asked.home), rotate=True)
 
 
 @members_app.command("list")
@@ -144,30 +145,22 @@ def list_command(run_file: RunFile = None, home: Home = None, as_json: AsJson = 
         members, invitations = roster.members(), roster.invitations()
         presences = roster.presences()
     if as_json:
-        record = {
-            "members": [
-                {
-                    **asdict(member),
-                    "presence": asdict(presences[member.name][0])
-                    if member.name in presences
-                    else None,
-                    "seen_at": presences[member.name][1] if member.name in presences else None,
-                }
-                for member in members
-            ],
-            "invitations": [asdict(invitation) for invitation in invitations],
-        }
-        show_json(record)
+        told = []
+        for member in members:
+            presence, seen_at = presences.get(member.name, (None, None))
+            doing = asdict(presence) if presence is not None else None
+            told.append({**asdict(member), "presence": doing, "seen_at": seen_at})
+        show_json({"members": told, "invitations": [asdict(one) for one in invitations]})
         return
     rows = []
     for member in members:
         presence, seen_at = presences.get(member.name, (None, 0.0))
-        seen = f"{_ago(time.time() - seen_at)} ago, {presence.state}" if presence else "never"
+        seen = f"{coarse(time.time() - seen_at)} ago, {presence.state}" if presence else "never"
         rows.append(
             (
                 member.name,
                 member.status,
-                _utc(member.joined_at),
+                utc(member.joined_at),
                 f"{member.facts.train_tokens:,}",
                 member.facts.photon_version,
                 seen,
@@ -175,8 +168,8 @@ def list_command(run_file: RunFile = None, home: Home = None, as_json: AsJson = 
         )
     for invitation in invitations:
         what = "invited, new key" if invitation.rotate else "invited"
-        rows.append((invitation.name, what, "", "", "", f"until {_utc(invitation.expires_at)}"))
-    headings = ("name", "status", "joined (UTC)", "tokens", "Photon", "seen")
+        rows.append((invitation.name, what, "", "", "", f"until {utc(invitation.expires_at)}"))
+    headings = ("name", "status", "joined", "tokens", "Photon", "seen")
     show_table(headings, rows, right=(3,))
     if members:
         show("Keys, to compare with what `photon join` prints at each silo:")
@@ -306,26 +299,16 @@ def _place(run_file: Path | None, home: Path | None, *, new: bool = False) -> _P
     return _Place(serve.model_copy(update={"home": str(at)}), run, source, made)
 
 
-def _invite(
-    name: str,
-    place: _Place,
-    address: str | None,
-    out: Path | None,
-    valid_hours: float,
-    as_json: bool,
-    *,
-    rotate: bool,
-    bound: str | None,
-) -> None:
-    serve = place.serve
-    host, port = _host_and_port(address) if address else _public_address(serve)
+def _invite(asked: _Asked, place: _Place, *, rotate: bool) -> None:
+    serve, name, bound = place.serve, asked.name, asked.key
+    host, port = _host_and_port(asked.address) if asked.address else _public_address(serve)
     tokenizer = _tokenizer(place)
     ca_pem = _authority(serve, host)
     key = NodeKey.load_or_create(Path(serve.home) / AGGREGATOR_KEY_FILE)
-    out = out or Path(f"{name}.invitation.toml")
+    out = asked.out or Path(f"{name}.invitation.toml")
     require_writable(out)  # before the earlier invitation is void
     with Roster(place.roster) as roster:
-        token = roster.invite(name, valid_hours * 3600, rotate=rotate, key=bound)
+        token = roster.invite(name, asked.valid_hours * 3600, rotate=rotate, key=bound)
     invitation = Invitation(
         name=name,
         host=host,
@@ -334,7 +317,7 @@ def _invite(
         ca_fingerprint=certificate_fingerprint(ca_pem),
         aggregator_key=key.public_pem,
         token=token,
-        expires_at=float(int(time.time() + valid_hours * 3600)),
+        expires_at=float(int(time.time() + asked.valid_hours * 3600)),
         tokenizer=tokenizer,
         key_fingerprint=bound,
     )
@@ -342,7 +325,7 @@ def _invite(
     if serve.silos and name not in serve.silos:
         say(f"note: serve.silos does not name {name}; it will not be asked to train")
     carried = tokenizer is not None and tokenizer.packed is not None
-    if as_json:
+    if asked.as_json:
         record = {
             "name": name,
             "file": str(out),
@@ -359,7 +342,7 @@ def _invite(
         return
     began = "Made a new aggregator's home" if place.made else "The aggregator's home is"
     typer.echo(f"{began} {Path(serve.home).absolute()}.")
-    typer.echo(f"Wrote {out}: works once, until {_utc(invitation.expires_at)} UTC.")
+    typer.echo(f"Wrote {out}: works once, until {utc(invitation.expires_at)}.")
     typer.echo(f"It leads to {invitation.address}, fingerprint {invitation.ca_fingerprint}.")
     if bound is not None:
         typer.echo(f"Only the key {bound} can use it.")
@@ -489,14 +472,3 @@ def _show_audit(report: AuditReport) -> None:
         say(f"problem: {text}")
     if not report.problems:
         typer.echo("No line was changed, every update is signed, none counts twice.")
-
-
-def _utc(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M")
-
-
-def _ago(seconds: float) -> str:
-    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import threading
@@ -19,6 +20,7 @@ from photon.cli.following import following, waits_for
 from photon.cli.options import AsJson, Overwrite, Quiet, RunDir, ServedFolder, set_option
 from photon.cli.outcome import show_outcome
 from photon.cli.screen import console, say, show, show_json, show_table, view_of_run
+from photon.dashboard.wording import coarse
 from photon.errors import (
     InvalidValueError,
     InvitationError,
@@ -27,6 +29,7 @@ from photon.errors import (
 )
 
 if TYPE_CHECKING:
+    from photon.config import NodeConfig
     from photon.deploy.checks import Check
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what each service says, too.")]
@@ -65,12 +68,13 @@ def serve(
     """
     from photon.config import load_run_config
     from photon.store.dialling import keep_to_this_machine
+    from photon.store.served import RUN_FILE
 
     if (run_file is None) == (resume is None):
         raise typer.BadParameter("name a run file, or a run folder with --resume")
     keep_to_this_machine(os.environ)
     if check:
-        config = load_run_config(run_file or _run_file_of(resume), overrides or [])
+        config = load_run_config(run_file or Path(resume or "") / RUN_FILE, overrides or [])
         from photon.deploy.checks import checked, look_at_data, preflight
 
         data = checked("data", lambda: look_at_data(config.data.path))
@@ -96,9 +100,8 @@ def serve(
 
         # Not before: an events.jsonl may be there that is replaced.
         shown = view_of_run(quiet=quiet or verbose, label=_clock_now)
-        look = lambda: _operator(folder, *_STATUS)  # noqa: E731
+        look = functools.partial(_operator, folder, *_STATUS)
         view.enter_context(following(folder, shown, look, lines.event))
-
         lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
         least = config.quorum_of(config.silos_needed)
         if least < 3:
@@ -172,20 +175,13 @@ def join(
         _show_checks(preflight(home, node_file, invitation=invite, address=address), as_json)
         return
     from photon.config import load_node_config
-    from photon.deploy.join import KEY_FILE, Node, accept_invitation, moved, require_registered
-    from photon.membership.invitation import read_invitation
-    from photon.membership.keys import NodeKey
+    from photon.deploy.join import Node, moved, require_registered
     from photon.silo.policy import MEMBERSHIP_FILE
 
     node = load_node_config(node_file)
-    known = (home / MEMBERSHIP_FILE).exists()
     if invite is not None:
-        invitation = read_invitation(invite)
-        membership = accept_invitation(invitation, node, home, tell=say)
-        key = NodeKey.load(home / KEY_FILE)
-        say(f"{membership.name} is a member at {membership.address}; its key is {key.fingerprint}")
-        say(f"its updates go to the store at {membership.store_origin}")
-    elif not known:
+        _become_member(invite, node, home)
+    elif not (home / MEMBERSHIP_FILE).exists():
         raise InvitationError(
             f"{home} is no member's home yet",
             hint="The first time: `photon join --invite FILE --node node.toml`.",
@@ -201,6 +197,17 @@ def join(
         )
     finally:
         lines.close()
+
+
+def _become_member(invite: Path, node: NodeConfig, home: Path) -> None:
+    from photon.deploy.join import KEY_FILE, accept_invitation
+    from photon.membership.invitation import read_invitation
+    from photon.membership.keys import NodeKey
+
+    membership = accept_invitation(read_invitation(invite), node, home, tell=say)
+    key = NodeKey.load(home / KEY_FILE)
+    say(f"{membership.name} is a member at {membership.address}; its key is {key.fingerprint}")
+    say(f"its updates go to the store at {membership.store_origin}")
 
 
 def status(
@@ -310,13 +317,6 @@ def _show_checks(findings: list[Check], as_json: bool) -> None:
         raise typer.Exit(worst(findings))
 
 
-def _run_file_of(folder: Path | None) -> Path:
-    assert folder is not None
-    from photon.store.served import RUN_FILE
-
-    return folder / RUN_FILE
-
-
 def _operator(
     folder: Path | None, method: str, what: str, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -390,13 +390,7 @@ def _clock_now() -> str:
 
 
 def _ago(at: float | None, now: float) -> str:
-    if not at:
-        return ""
-    seconds = max(0, int(now - at))
-    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds // size} {unit}"
-    return f"{seconds} s"
+    return coarse(now - at) if at else ""
 
 
 def _clock(at: float | None) -> str:

@@ -53,6 +53,14 @@ def duration(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
+def coarse(seconds: float) -> str:
+    """A span in whole ones of the largest unit that it has two of: 119 s, 45 min, 30 h, 3 d."""
+    for size_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size_s:
+            return f"{int(seconds // size_s)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
 def clock(seconds: float) -> str:
     """A span as a clock shows it, of steady width: 0:07, 4:20, 2:05:09."""
     whole = max(0, int(seconds))
