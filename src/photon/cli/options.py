@@ -37,11 +37,15 @@ def taking(options: type) -> Callable[[Callable[..., None]], Callable[..., None]
         fields = inspect.signature(options, eval_str=True).parameters
         _, *others = inspect.signature(command, eval_str=True).parameters.values()
 
+        shown = inspect.Signature([*fields.values(), *others])
+
         @functools.wraps(command)
-        def called(**given: Any) -> None:
+        def called(*arguments: Any, **named: Any) -> None:
+            bound = shown.bind(*arguments, **named)
+            bound.apply_defaults()
+            given = bound.arguments
             command(options(**{name: given.pop(name) for name in fields}), **given)
 
-        shown = inspect.Signature([*fields.values(), *others])
         called.__annotations__ = {name: one.annotation for name, one in shown.parameters.items()}
         called.__dict__["__signature__"] = shown
         return called
