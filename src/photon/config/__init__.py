@@ -14,21 +14,16 @@ from photon.config.load import (
 )
 from photon.config.node import NetworkConfig, NodeConfig, PolicyConfig
 from photon.config.run import (
-    DataConfig,
-    EvalConfig,
     FederationConfig,
     LocalConfig,
     ModelConfig,
     OuterConfig,
     RunConfig,
-    TrainConfig,
 )
 from photon.config.serve import ServeConfig
 
 __all__ = [
     "ComputeConfig",
-    "DataConfig",
-    "EvalConfig",
     "FederationConfig",
     "LinkConfig",
     "LocalConfig",
@@ -39,7 +34,6 @@ __all__ = [
     "PolicyConfig",
     "RunConfig",
     "ServeConfig",
-    "TrainConfig",
     "load_node_config",
     "load_run_config",
     "parse_run_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import re
 import warnings
@@ -182,7 +183,7 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
     view = re.search(r'viewBox="([^"]+)"', svg)
     box = view.group(1) if view else "0 0 100 100"
-    label = _attribute(description)
+    label = html.escape(description)
     head = f'<svg viewBox="{box}" role="img" aria-label="{label}" class="figure">'
     svg = head + svg[svg.index(">") + 1 :]
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # The page's own font.
@@ -209,9 +210,3 @@ def themed(svg: str) -> str:
     for name, colour in palette.variables(dark=False).items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg
-
-
-def _attribute(text: str) -> str:
-    for plain, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
-        text = text.replace(plain, escaped)
-    return text

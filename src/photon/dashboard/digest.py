@@ -322,32 +322,30 @@ def _incidents(raw: list[Event]) -> list[Incident]:
     found: list[Incident] = []
     lost_s = newest_s = 0.0
 
-    def note(event: Event, number: int | None, kind: str, silo: str | None, text: str) -> None:
-        found.append(Incident(event.time_s + lost_s, number, kind, silo, text))
-
     for event in raw:
         if isinstance(event, RunStarted):
             # The run's clock goes back to the checkpoint; a reader's does not.
             lost_s = max(lost_s, newest_s - event.time_s)
         newest_s = max(newest_s, event.time_s + lost_s)
+        number, silo = getattr(event, "round", None), getattr(event, "silo", None)
         match event:
             case UpdateDropped():
-                note(event, event.round, DROPPED, event.silo, event.reason)
+                kind, text = DROPPED, event.reason
             case Notice():
-                note(event, event.round, "notice", event.silo, event.text)
+                kind, text = "notice", event.text
             case WorkerLost():
-                why = f"worker {event.worker}: {event.reason}"
-                note(event, event.round, "worker lost", event.silo, why)
+                kind, text = "worker lost", f"worker {event.worker}: {event.reason}"
             case RunStopped():
-                note(event, event.round, "run stopped", None, event.reason)
-            case RunStarted() if event.resumed_from_round is not None:
-                last = event.resumed_from_round
+                kind, text = "run stopped", event.reason
+            case RunStarted(resumed_from_round=int(number)):
+                kind, text = "resumed", f"goes on after round {number}, with its checkpoint"
                 found = [
                     replace(i, undone=True)
-                    if (i.round or 0) > last and i.kind not in ("run stopped", "resumed")
+                    if (i.round or 0) > number and i.kind not in ("run stopped", "resumed")
                     else i
                     for i in found
                 ]
-                text = f"goes on after round {last}, with its checkpoint"
-                note(event, last, "resumed", None, text)
+            case _:
+                continue
+        found.append(Incident(event.time_s + lost_s, number, kind, silo, text))
     return found

@@ -18,6 +18,7 @@ from photon.telemetry import Event, Listener
 from photon.telemetry.events import (
     ComputeChosen,
     Evaluated,
+    LocalFinished,
     LocalProgress,
     Notice,
     RoundFinished,
@@ -35,16 +36,6 @@ _FRAME_S = 0.2
 _BUDGET = 0.004
 #: Seconds of rendering it may save up, so that a change of phase shows at once.
 _SAVINGS_S = 0.05
-_MILESTONES = (
-    RoundFinished,
-    Evaluated,
-    UpdateDropped,
-    WorkerLost,
-    ComputeChosen,
-    Notice,
-    RunStopped,
-    Standing,
-)
 #: A log says something at least so often while a node trains, if run.log_every lets it.
 _LINE_S = 10.0
 
@@ -100,7 +91,7 @@ class LiveView:
             if self._live is None:
                 self._start()
                 self._draw()
-            elif self._may_draw(isinstance(event, _MILESTONES)):
+            elif self._may_draw(not isinstance(event, LocalProgress | LocalFinished)):
                 self._draw()
         except OSError:
             # The terminal is gone (a dropped connection). Training goes on without an audience.

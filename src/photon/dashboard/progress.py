@@ -166,11 +166,6 @@ class RunProgress:
                     self.evaluation_before, self.evaluation = self.evaluation, event
             case CheckpointSaved():
                 self.phase = "checkpoint saved"
-            case _:
-                self._fold_milestone(event)
-
-    def _fold_milestone(self, event: Event) -> None:
-        match event:
             case RunStarted():
                 self.started = event
                 self.rounds_done = self.round = event.resumed_from_round or 0
