@@ -81,6 +81,18 @@ def gap_in_words(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> str:
     return "–" if difference is None else wording.signed_percent(difference)
 
 
+def in_words(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> dict[str, str]:
+    """A row as tables show it."""
+    return {
+        "label": wording.one_line(row.label),
+        "tokens": wording.count(row.tokens),
+        "perplexity": wording.perplexity(row.perplexity),
+        "bits": wording.decimal(row.bits_per_byte),
+        "gap": gap_in_words(row, rows),
+        "time": "–" if row.seconds is None else wording.duration(row.seconds),
+    }
+
+
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     """A table for the terminal; the gap is to the federated row, + is worse."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -90,13 +102,8 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
     for row in rows:
         difference = gap(row, rows)
         style = "" if difference is None else "green" if difference < 0 else "yellow"
-        seconds = "–" if row.seconds is None else wording.duration(row.seconds)
-        table.add_row(
-            Text(wording.one_line(row.label), style="bold" if row.federated else ""),
-            wording.count(row.tokens),
-            Text(wording.perplexity(row.perplexity), style="bold"),
-            wording.decimal(row.bits_per_byte),
-            Text(gap_in_words(row, rows), style=style),
-            seconds,
-        )
+        bold = "bold" if row.federated else ""
+        styles = {"label": bold, "perplexity": "bold", "gap": style}
+        cells = in_words(row, rows).items()
+        table.add_row(*(Text(text, style=styles.get(name, "")) for name, text in cells))
     return table

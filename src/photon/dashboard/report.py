@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from photon.dashboard import palette, wording
-from photon.dashboard.comparison import ComparisonRow, compared_by, gap_in_words
+from photon.dashboard.comparison import ComparisonRow, compared_by, in_words
 from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, read_digest
 from photon.dashboard.effort import STEP_PARTS, effort_rows, step_legend
 from photon.errors import DiskFullError, MachineError, RunError
@@ -326,21 +326,11 @@ def _comparison(digest: RunDigest, others: Mapping[str, RunDigest]) -> list[Comp
 def _comparison_rows(digest: RunDigest, others: Mapping[str, RunDigest]) -> list[dict[str, Any]]:
     if not others:
         return []
-    rows, table = _comparison(digest, others), []
-    for row, other in zip(rows, [digest, *others.values()], strict=True):
-        table.append(
-            {
-                "label": wording.one_line(row.label),
-                "this": row.federated,
-                "tokens": wording.count(row.tokens),
-                "perplexity": wording.perplexity(row.perplexity),
-                "bits": wording.decimal(row.bits_per_byte),
-                "gap": gap_in_words(row, rows),
-                "time": wording.duration(row.seconds or 0.0),
-                "unfinished": other.state != "finished",
-            }
-        )
-    return table
+    rows = _comparison(digest, others)
+    return [
+        in_words(row, rows) | {"this": row.federated, "unfinished": other.state != "finished"}
+        for row, other in zip(rows, [digest, *others.values()], strict=True)
+    ]
 
 
 def _facts(digest: RunDigest) -> list[tuple[str, str]]:

@@ -135,20 +135,14 @@ class Ledger:
         checkpoint_s = self.save(groups)
         self.recorder.emit(
             RoundFinished(
+                **vars(costs),  # what else they have is passed over
                 round=self.state.round,
                 global_step=global_step,
                 round_s=time.perf_counter() - costs.started,
-                local_train_s=costs.local_train_s,
-                eval_s=costs.eval_s,
-                merge_s=costs.merge_s,
                 checkpoint_s=checkpoint_s,
-                tokens=costs.tokens,
                 total_tokens=self.state.total_tokens,
-                bytes_up=costs.bytes_up,
-                bytes_down=costs.bytes_down,
                 total_bytes_up=self.state.bytes_up,
                 total_bytes_down=self.state.bytes_down,
-                dropped=costs.dropped,
             )
         )
 
