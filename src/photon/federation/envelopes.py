@@ -31,7 +31,7 @@ from pydantic import (
 from photon.config import RunConfig, parse_run_config
 from photon.errors import PhotonError, ProtocolError
 from photon.evaluation.perplexity import perplexity
-from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, StateRef
+from photon.federation.tasks import EvalReceipt, FitTask, Receipt, StateRef
 from photon.link import Ref
 from photon.membership.records import printable
 from photon.training import StepTimes
@@ -109,13 +109,9 @@ class StatePart(_Part):
 
     @classmethod
     def of(cls, state: StateRef) -> StatePart:
-        return cls(
-            round=state.round,
-            sha256=state.sha256,
-            whole=RefPart.of(state.whole) if state.whole is not None else None,
-            update=RefPart.of(state.update) if state.update is not None else None,
-            base=state.base,
-        )
+        record = asdict(state)
+        del record["run"]  # which the Ask says
+        return cls(**record)
 
 
 class RunPart(_Part):
@@ -167,7 +163,15 @@ class EvalPart(_Part):
     round: _Round
 
 
-class Ask(_Part):
+class _Letter(_Part):
+    protocol: Literal[2] = PROTOCOL
+    photon_version: _Version
+    kind: Literal["fit", "evaluate"]
+    silo: _Name
+    log_head: _Sha256
+
+
+class Ask(_Letter):
     """Aggregator to silo.
 
     Attributes:
@@ -177,23 +181,18 @@ class Ask(_Part):
         within_s: nobody waits longer for an answer. A duration, as clocks differ.
     """
 
-    protocol: Literal[2] = PROTOCOL
-    photon_version: _Version
-    kind: Literal["fit", "evaluate"]
-    silo: _Name
     run: RunPart
     state: StatePart
     fit: FitPart | None = None
     evaluate: EvalPart | None = None
-    log_head: _Sha256
     within_s: Annotated[_Seconds, Field(gt=0)]
+
+    #: sha256 of the text that it was read from, where that is not how this Photon would write it.
+    _came_as: str | None = None
 
     @model_validator(mode="after")
     def _one_task(self) -> Ask:
-        if (self.fit is not None, self.evaluate is not None) != (
-            self.kind == "fit",
-            self.kind == "evaluate",
-        ):
+        if {name for name in ("fit", "evaluate") if getattr(self, name)} != {self.kind}:
             raise ValueError(f"kind {self.kind!r} comes with a {self.kind!r} part and no other")
         return self
 
@@ -210,8 +209,8 @@ class Ask(_Part):
 
     @property
     def sha256(self) -> str:
-        """Of the Ask as it is signed: names it in the Reply."""
-        return hashlib.sha256(encoded(self)).hexdigest()
+        """Of the text that is signed: names it in the Reply."""
+        return self._came_as or hashlib.sha256(encoded(self)).hexdigest()
 
     @property
     def question_sha256(self) -> str:
@@ -241,10 +240,6 @@ class Ask(_Part):
         """
         assert self.fit is not None
         return FitTask(run=run, silo=self.silo, **dict(self.fit))
-
-    def eval_task(self) -> EvalTask:
-        assert self.evaluate is not None
-        return EvalTask(self.evaluate.round, self.silo)
 
 
 class FitAnswer(_Part):
@@ -331,7 +326,7 @@ class Refusal(_Part):
         return cls(code=error.exit_code, message=message, hint=_fitting(error.hint))
 
 
-class Reply(_Part):
+class Reply(_Letter):
     """Silo to aggregator: what its signature covers.
 
     Attributes:
@@ -342,12 +337,7 @@ class Reply(_Part):
         data: sha256 of the manifest of the text that was trained on, as registered.
     """
 
-    protocol: Literal[2] = PROTOCOL
-    photon_version: _Version
-    kind: Literal["fit", "evaluate"]
-    silo: _Name
     ask: _Sha256
-    log_head: _Sha256
     run: _RunId
     round: _Round
     task: Annotated[
@@ -396,7 +386,11 @@ def parse_ask(text: bytes) -> Ask:
     Raises:
         ProtocolError: it is none, or of another protocol; says the first thing that is wrong.
     """
-    return parsed(text, Ask)
+    ask: Ask = parsed(text, Ask)
+    came_as = hashlib.sha256(text).hexdigest()
+    if came_as != ask.sha256:  # another version has fields that this one fills in, say
+        ask._came_as = came_as
+    return ask
 
 
 def parse_reply(data: bytes) -> Reply:
