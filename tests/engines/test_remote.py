@@ -400,7 +400,7 @@ def test_who_works_for_long_is_asked_after_less_often(waited_s, due_s, pause_s, 
     now_s = time.time()
     first, last, over, absent = (Errand(None) for _ in range(4))
     over.asked_s = absent.asked_s = now_s
-    over.fail(UnreachableError("gone"))
+    over.failure = UnreachableError("gone")
     absent.next_s = now_s + due_s
     last.asked_s, first.asked_s = now_s - waited_s, now_s - waited_s - 1000
     for each in (first, last, over):

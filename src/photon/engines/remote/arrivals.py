@@ -71,7 +71,11 @@ class Arrivals:
                 elif errand.reply is not None and errand.update is None:
                     break
                 elif not self._messenger.turn(self._errands):
-                    _wait(fetching, self._messenger.pause_s(self._errands))
+                    pause_s = self._messenger.pause_s(self._errands)
+                    if fetching is None:
+                        time.sleep(pause_s)
+                    else:
+                        wait([fetching], pause_s)
             yield self._update(position, parcel)
             if errand.update is not None:
                 self._depot.let_go(errand.update)
@@ -110,7 +114,7 @@ class Arrivals:
             # A store that is away is no fault of the silo's: it is waited for.
             errand.troubles += not isinstance(error, StoreUnavailableError | TransferStalledError)
             if errand.troubles >= ATTEMPTS or isinstance(error, ManifestError):
-                errand.fail(error)
+                errand.failure = error
                 return None
             if isinstance(error, ChunkCorruptError):
                 self._depot.discard(errand.ask.silo)
@@ -131,11 +135,3 @@ class Arrivals:
             return Update(receipt, lambda: iter(()))
         tensors = partial(self._depot.tensors, parcel, task, ref, self._state)
         return Update(receipt, tensors, wire_bytes=ref.payload_bytes)
-
-
-def _wait(fetching: Future[Parcel] | None, most_s: float) -> None:
-    """A little while, or less if what is on its way arrives."""
-    if fetching is None:
-        time.sleep(most_s)
-    else:
-        wait([fetching], most_s)

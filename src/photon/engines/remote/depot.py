@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -119,18 +119,12 @@ class Depot:
         Raises:
             LinkError, OSError: the store is away or refuses; the next sweep finds it again.
         """
-        states = global_folder(self._run_id)
-        collect(
-            self._store,
-            states,
-            keep=lambda key: _round_of(key) >= oldest,
-            chunks_of=self._chunks_of,
-        )
-        for silo in silos:
-            folder = silo_folder(self._run_id, silo)
-            collect(
-                self._store, folder, keep=lambda key: key in accepted, chunks_of=self._chunks_of
-            )
+        keeps: dict[str, Callable[[str], bool]] = {
+            global_folder(self._run_id): lambda key: _round_of(key) >= oldest
+        }
+        keeps |= {silo_folder(self._run_id, silo): accepted.__contains__ for silo in silos}
+        for folder, keep in keeps.items():
+            collect(self._store, folder, keep=keep, chunks_of=self._chunks_of)
 
     def close(self) -> None:
         shutil.rmtree(self._spool, ignore_errors=True)

@@ -115,6 +115,3 @@ class Errand:
         self.last_trouble = why
         self.next_s = now_s + self.pause_s
         self.pause_s = min(2 * self.pause_s, _LAST_PAUSE_S)
-
-    def fail(self, error: PhotonError) -> None:
-        self.failure = error

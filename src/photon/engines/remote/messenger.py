@@ -157,7 +157,7 @@ class Messenger:
         ask = errand.ask
         errand.asked_s = now_s
         if (error := self.barred(ask.silo)) is not None:
-            errand.fail(error)
+            errand.failure = error
             return
         try:
             left_s = max(60.0, errand.until - now_s)
@@ -168,28 +168,21 @@ class Messenger:
     def _watch(self, errand: Errand, seen: tuple[Presence, float] | None, now_s: float) -> None:
         """Ask again a silo that lost its task; give up one that is silent, or too late."""
         ask, silence_s = errand.ask, self._config.federation.silence_s
-        if (error := self.barred(ask.silo)) is not None:
-            errand.fail(error)
-            return
-        if now_s > errand.until:
-            errand.fail(
-                UnreachableError(
-                    f"{ask.silo} has not answered in the {ask.within_s:g} s "
-                    f"of round {ask.round}{errand.because}"
-                )
-            )
-            return
         presence, seen_s = seen if seen is not None else (None, 0.0)
-        if now_s - max(seen_s, errand.begun_s) > silence_s:
-            errand.fail(
-                UnreachableError(
-                    f"{ask.silo} has not been heard of for {silence_s:g} s{errand.because}"
-                )
+        if (error := self.barred(ask.silo)) is not None:
+            errand.failure = error
+        elif now_s > errand.until:
+            errand.failure = UnreachableError(
+                f"{ask.silo} has not answered in the {ask.within_s:g} s "
+                f"of round {ask.round}{errand.because}"
             )
+        elif now_s - max(seen_s, errand.begun_s) > silence_s:
+            errand.failure = UnreachableError(
+                f"{ask.silo} has not been heard of for {silence_s:g} s{errand.because}"
+            )
+        elif presence is None:
             return
-        if presence is None:
-            return
-        if presence.task == ask.task_id:
+        elif presence.task == ask.task_id:
             self._progress(ask, presence)
         elif (
             errand.ids
@@ -213,12 +206,10 @@ class Messenger:
         patience_s = max(_LEAST_PATIENCE_S, factor * took_s[quorum - 1])
         for errand in errands:
             if not (errand.over or errand.took_s) and now_s - errand.begun_s > patience_s:
-                errand.fail(
-                    UnreachableError(
-                        f"{errand.ask.silo} has not answered in {patience_s:.0f} s; {quorum} silos "
-                        f"did in {took_s[quorum - 1]:.0f} s (serve.straggler_factor = {factor:g})"
-                        f"{errand.because}"
-                    )
+                errand.failure = UnreachableError(
+                    f"{errand.ask.silo} has not answered in {patience_s:.0f} s; {quorum} silos "
+                    f"did in {took_s[quorum - 1]:.0f} s (serve.straggler_factor = {factor:g})"
+                    f"{errand.because}"
                 )
 
     def _progress(self, ask: Ask, presence: Presence) -> None:
@@ -280,7 +271,7 @@ class Messenger:
             self.notice(errand.ask, f"a reply was refused: {error.message}")
             errand.troubles += 1
             if errand.troubles >= ATTEMPTS:
-                errand.fail(error)
+                errand.failure = error
             else:
                 errand.again(now_s, error.message)
             return
@@ -289,7 +280,7 @@ class Messenger:
         except ProtocolError as error:
             # Its own answer, to this very Ask: it would answer the same again.
             self._roster.journal.note_refusal(reply.silo, "reply refused", error.message)
-            errand.fail(error)
+            errand.failure = error
             return
         if reply.refused is None:
             errand.reply = reply
@@ -311,7 +302,7 @@ class Messenger:
         if passing and errand.troubles < ATTEMPTS:
             errand.again(now_s, refusal.message)
         else:
-            errand.fail(error)
+            errand.failure = error
 
     def _verified(self, ask: Ask, answer: SignedReply) -> Reply:
         """The reply in a signed answer.
