@@ -62,19 +62,6 @@ class RunState:
         return int(found[1]) if found else None
 
 
-@dataclass(frozen=True)
-class NodeState:
-    """A registered node, as the superlink has it.
-
-    Attributes:
-        public_key: PEM text, as it was registered.
-    """
-
-    node_id: int
-    name: str
-    public_key: str
-
-
 class Control:
     """Control API of the superlink at `address`, host:port on this machine.
 
@@ -145,8 +132,8 @@ class Control:
                 f"Flower refuses {name or 'the node'}'s public key: {answer.words}"
             )
         for node in self.nodes():
-            if node.public_key == key.decode():
-                return node.node_id
+            if node.public_key == key:
+                return int(node.node_id)
         raise MembershipError(
             f"{name or 'a node'}'s key was unregistered at Flower once, which takes none twice",
             hint="Invite the member to another key: `photon members rotate`, or a new invitation.",
@@ -164,14 +151,13 @@ class Control:
         answer = self._asked("unregister a node", self._client.UnregisterNode, request, none)
         return not isinstance(answer, _Refusal)
 
-    def nodes(self) -> list[NodeState]:
-        """All registered nodes, and those that were unregistered lately."""
+    def nodes(self) -> list[Any]:
+        """All registered nodes, as the superlink has them: node_id, name, public_key (PEM, bytes).
+
+        Not those that were unregistered lately.
+        """
         response = self._asked("list nodes", self._client.ListNodes, ListNodesRequest())
-        return [
-            NodeState(int(one.node_id), one.name, one.public_key.decode(errors="replace"))
-            for one in response.nodes_info
-            if one.status != "unregistered"
-        ]
+        return [one for one in response.nodes_info if one.status != "unregistered"]
 
     def start_run(self, bundle: bytes) -> int:
         """Submit a run; the superexec takes it within `pace.SUPEREXEC_POLL_S`.

@@ -47,11 +47,7 @@ class Launcher:
         self._running: list[tuple[ExecutionSpec, subprocess.Popen[bytes]]] = []
 
     def get_eligible_capacity(
-        self,
-        supported_task_types: set[TaskType],
-        *,
-        insecure: bool = False,
-        root_certificates_path: str | None = None,
+        self, supported_task_types: set[TaskType], **_: object
     ) -> tuple[set[TaskType], set[str]]:
         return supported_task_types, set()
 
@@ -103,13 +99,11 @@ class Launcher:
 
 def _report(spec: ExecutionSpec, words: str) -> None:
     """Tell the superlink that a task failed. One that ended in order has no token any more."""
-    certificates = None
-    if spec.root_certificates_path is not None:
-        certificates = Path(spec.root_certificates_path).read_bytes()
+    assert spec.root_certificates_path is not None  # `commands.superexec` names them
     client = RuntimeHttpClient.from_server_address(
         spec.runtime_api_address,
         insecure=spec.insecure,
-        root_certificates=certificates,
+        root_certificates=Path(spec.root_certificates_path).read_bytes(),
         interceptors=[
             RuntimeVersionHttpInterceptor(component_name="SuperExec"),
             RuntimeTokenHttpInterceptor(spec.token),

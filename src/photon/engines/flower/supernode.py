@@ -291,9 +291,12 @@ def _orphan(path: Path) -> int:
 
     Else 0: of a process that may be alive elsewhere no leave is taken. Two would share a key.
     """
-    record = _record(path)
-    node, pid = record.get("node_id"), record.get("pid")
-    if not isinstance(node, int) or not isinstance(pid, int) or record.get("boot") != _boot():
+    try:
+        record = json.loads(path.read_text())
+        node, pid, boot = record["node_id"], record["pid"], record["boot"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+    if not isinstance(node, int) or not isinstance(pid, int) or boot != _boot():
         return 0
     if pid == os.getpid():
         return node
@@ -311,14 +314,6 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-def _record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _remember(path: Path, node: int) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from photon.membership.records import SignedReply
-from photon.silo.socket import answer_of, frame, question_of, unframe
+from photon.silo.socket import answer_of, bytes_of, frame, unframe
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def serve(connection: socket.socket, folder: Path, name: str, working: threading
         received = bytearray()
         while (record := unframe(received)) is None:
             received += connection.recv(1 << 16)
-        text = question_of(record)
+        text = bytes_of(record, "ask")
         ask = json.loads(text)
         log(folder, f"asked {ask['task']}")
         with working:
