@@ -25,9 +25,9 @@ from photon.silo.socket import (
     MOST_FRAME_BYTES,
     answer_of,
     ask_trainer,
+    bytes_of,
     connected,
     frame,
-    question_of,
     refusal_of,
     unframe,
 )
@@ -234,7 +234,7 @@ def test_a_home_has_one_trainer(tmp_path):
         pass
 
 
-def test_a_second_trainer_touches_nothing_and_tells_nobody(tmp_path):
+def test_a_second_trainer_touches_nothing_and_tells_nobody(tmp_path, monkeypatch):
     """It would remove what the first is writing, and look like a second node with its key."""
     key = NodeKey.create(tmp_path / "node.key")
     membership = Membership("red", "127.0.0.1:1", "sha256:" + "0" * 64, key.public_pem)
@@ -244,8 +244,9 @@ def test_a_second_trainer_touches_nothing_and_tells_nobody(tmp_path):
     partial.parent.mkdir(parents=True)
     partial.write_text("half of a state")
     told = []
+    monkeypatch.setattr("photon.silo.__main__.outside", lambda *_: told.append("the desk"))
     with only_trainer(tmp_path), pytest.raises(RunBusyError, match="another trainer is working"):
-        _run(tmp_path, tmp_path / "node.toml", lambda *_: told.append("the desk"))
+        _run(tmp_path, tmp_path / "node.toml")
     assert told == []
     assert partial.exists()
 
@@ -272,7 +273,7 @@ class Deaf(threading.Thread):
                     received = bytearray()
                     while (record := unframe(received)) is None:
                         received += caller.recv(4096)
-                    self.questions.append(question_of(record))
+                    self.questions.append(bytes_of(record, "ask"))
                     if len(self.questions) > self.deaths:
                         caller.sendall(frame(answer_of(REPLY)))
                         return

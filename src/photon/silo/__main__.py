@@ -34,12 +34,6 @@ from photon.store.transfer import Transfer, Wanted
 
 log = logging.getLogger("photon.silo")
 
-#: For a task's id, the way to the store.
-Carriers = Callable[[str], Carrier]
-
-#: Makes the two ways to the aggregator.
-Outside = Callable[[Path, NodeConfig, Membership, NodeKey], tuple[Desk, Carriers]]
-
 
 class _Announced:
     """A carrier that says first what it will fetch, so that the desk is asked for all at once."""
@@ -59,8 +53,8 @@ class _Announced:
 
 def outside(
     home: Path, node: NodeConfig, membership: Membership, key: NodeKey
-) -> tuple[Desk, Carriers]:
-    """The desk, and the store by the desk's grants."""
+) -> tuple[Desk, Callable[[str], Carrier]]:
+    """The desk, and for a task's id the way to the store, by the desk's grants."""
     door_ca = home / "ca.crt"
     desk = DeskClient(membership.address, door_ca, key)
     cap = node.network.mbit_per_s
@@ -84,7 +78,7 @@ def outside(
     return desk, carrier
 
 
-def main(words: Sequence[str] | None = None, *, outside: Outside = outside) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Serve until a signal comes.
 
     Returns:
@@ -103,7 +97,7 @@ def main(words: Sequence[str] | None = None, *, outside: Outside = outside) -> i
     for chatty in ("httpx2", "httpcore2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        _run(chosen.home, chosen.node, outside)
+        _run(chosen.home, chosen.node)
     except PhotonError as error:
         log.error("[%d] %s", error.exit_code, error)
         # Not `return`: threads of a lost process group may wait for ever.
@@ -112,7 +106,7 @@ def main(words: Sequence[str] | None = None, *, outside: Outside = outside) -> i
     return 0
 
 
-def _run(home: Path, node_file: Path, outside: Outside) -> None:
+def _run(home: Path, node_file: Path) -> None:
     trainer: list[SiloTrainer] = []
 
     def lost(rank: int, code: int) -> None:

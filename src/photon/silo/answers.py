@@ -10,25 +10,26 @@ written before the parcel is on disk.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
 
 from photon.errors import CheckpointCorruptError, DiskFullError, PhotonError
 from photon.federation.envelopes import Ask
 from photon.membership.records import SignedReply
 from photon.store.contract import Buffer, FolderStore
-from photon.store.disk import write_json
+from photon.store.disk import write_whole
 
 _ANSWER = "answer.json"
 _TROUBLE = ".trouble.json"
-_WHAT = "a finished task"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Trouble:
     message: str = ""
 
 
+_ANSWERS = TypeAdapter(Answer)  # a Reply's bytes are UTF-8
+_TROUBLES = TypeAdapter(Trouble)
+
+
 class Answers:
     """The finished tasks of a home.
 
@@ -80,19 +85,8 @@ class Answers:
 
     def find(self, ask: Ask) -> Answer | None:
         """The answer to this very question, if it is finished."""
-        record = _read(self._place(ask) / _ANSWER)
-        try:
-            if record is None or record["question"] != ask.question_sha256:
-                return None
-            reply = SignedReply(
-                ask.task_id,
-                base64.b64decode(record["reply"]),
-                str(record["signature"]),
-                str(record["fingerprint"]),
-            )
-            return Answer(record["question"], reply, bool(record["sent"]))
-        except (KeyError, TypeError, ValueError):
-            return None
+        found = _read(self._place(ask) / _ANSWER, _ANSWERS)
+        return found if found is not None and found.question == ask.question_sha256 else None
 
     def begin(self, ask: Ask) -> FolderStore:
         """Where the update's objects go. What an earlier attempt left there is removed."""
@@ -108,15 +102,7 @@ class Answers:
         Raises:
             DiskFullError: no room.
         """
-        record = {
-            "question": answer.question,
-            "task": ask.task_id,
-            "reply": base64.b64encode(answer.reply.text).decode(),
-            "signature": answer.reply.signature,
-            "fingerprint": answer.reply.fingerprint,
-            "sent": answer.sent,
-        }
-        write_json(self._place(ask) / _ANSWER, record, _WHAT)
+        _write(self._place(ask) / _ANSWER, _ANSWERS, answer)
         self._trouble_file(ask).unlink(missing_ok=True)
 
     def objects(self, ask: Ask, *, chunks: bool) -> Iterator[tuple[str, Buffer]]:
@@ -165,13 +151,10 @@ class Answers:
 
     def trouble(self, ask: Ask) -> Trouble:
         """What became of earlier attempts at this very question."""
-        record = _read(self._trouble_file(ask))
-        none = Trouble(ask.question_sha256)
-        try:
-            found = Trouble(**record) if record is not None else none
-        except TypeError:
-            return none
-        return found if found.question == none.question else none
+        found = _read(self._trouble_file(ask), _TROUBLES)
+        if found is None or found.question != ask.question_sha256:
+            return Trouble(ask.question_sha256)
+        return found
 
     @contextmanager
     def attempt(self, ask: Ask) -> Iterator[None]:
@@ -200,7 +183,7 @@ class Answers:
 
     def _note(self, ask: Ask, **news: Any) -> Trouble:
         trouble = replace(self.trouble(ask), **news)
-        write_json(self._trouble_file(ask), asdict(trouble), _WHAT)
+        _write(self._trouble_file(ask), _TROUBLES, trouble)
         return trouble
 
     def _place(self, ask: Ask) -> Path:
@@ -218,9 +201,12 @@ def _finished_at(place: Path) -> float:
         return 0.0
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, kind: TypeAdapter[_T]) -> _T | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return kind.validate_json(path.read_bytes())
+    except (OSError, ValueError):  # ValidationError among them
         return None
-    return record if isinstance(record, dict) else None
+
+
+def _write(path: Path, kind: TypeAdapter[_T], record: _T) -> None:
+    write_whole(path, kind.dump_json(record, indent=1), "a finished task")

@@ -269,14 +269,9 @@ class DeskClient:
             )
             headers["content-type"] = "application/json"
         try:
-            request = self._client.build_request(
-                method, self._origin + path, content=content, headers=headers
-            )
-            answer = self._client.send(request, stream=True)
-            try:
+            url = self._origin + path
+            with self._client.stream(method, url, content=content, headers=headers) as answer:
                 text = _read(answer)
-            finally:
-                answer.close()
         except httpx2.RequestError as error:
             raise self._trouble(error) from error
         return self._document(answer, text, what)

@@ -205,7 +205,11 @@ class HeldNode:
         if isinstance(event, LocalProgress):
             loss, speed = (event.loss or math.nan), (event.tokens_per_s or math.nan)
             words = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
-            told = {name: _figure(getattr(event, name)) for name in _FIGURES}
+            told: dict[str, float | None] = {}
+            for name in _FIGURES:
+                value = getattr(event, name)
+                # As the desk takes it: finite and within bounds, or not told.
+                told[name] = value if value is not None and 0 <= value <= MOST_FIGURE else None
             self._reporter.add(step=event.step, detail=words, **told)
             log.info("round %d, step %d: %s", event.round, event.step, words)
         elif isinstance(event, ComputeChosen):
@@ -232,8 +236,3 @@ def follow(site: Site, team: Team) -> None:
             log.error("rank %d: %s", team.seat.rank, error)
             continue
         node.follow()
-
-
-def _figure(value: float | None) -> float | None:
-    """As the desk takes it: finite and within bounds, or not told."""
-    return value if value is not None and 0 <= value <= MOST_FIGURE else None

@@ -174,52 +174,48 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
     Raises:
         PolicyError: naming the rule, what the run asks, and what the site allows.
     """
-    if not _matches(config.run.name, policy.runs):
-        raise _refusal("runs", f"the run is called {config.run.name!r}", _listed(policy.runs))
-    strangers = [
-        silo for silo in ask.run.silos if silo != ask.silo and not _matches(silo, policy.peers)
-    ]
-    if strangers:
-        raise _refusal("peers", f"{some(strangers)} would take part too", _listed(policy.peers))
     if ask.round > config.federation.rounds:
         raise ProtocolError(f"round {ask.round} of a run of {config.federation.rounds}")
+    name, rounds, path = config.run.name, config.federation.rounds, config.model.path
+    others = [silo for silo in ask.run.silos if silo != ask.silo]
+    strangers = [silo for silo in others if not _matches(silo, policy.peers)]
     least = least_merged(ask, config)
-    if least < policy.min_participants:
-        raise _refusal(
-            "min_participants",
-            f"a round may merge as few as {least} (of {len(ask.run.silos)} silos; "
-            "federation.sample and federation.quorum decide)",
-            f"{policy.min_participants} or more",
-        )
-    if policy.max_epsilon is not None:
-        raise _refusal(
-            "max_epsilon",
-            "the run promises no differential privacy (this version of Photon has none)",
-            f"an epsilon of at most {policy.max_epsilon:g}",
-        )
-    if policy.max_rounds is not None and config.federation.rounds > policy.max_rounds:
-        raise _refusal(
-            "max_rounds", f"it has {config.federation.rounds} rounds", f"{policy.max_rounds}"
-        )
-    if ask.evaluate is not None and policy.evaluate == "never":
-        raise _refusal("evaluate", "a state is to be scored on this site's text", "no state")
     steps = max(config.local.steps, ask.fit.steps if ask.fit is not None else 0)
-    if policy.max_local_steps is not None and steps > policy.max_local_steps:
-        raise _refusal(
-            "max_local_steps", f"a task takes {steps} local steps", f"{policy.max_local_steps}"
-        )
-    path = config.model.path
-    if path is not None and not _may_read(path, policy.model_paths):
-        raise _refusal(
-            "model_paths",
-            f"model.path is {path!r}",
-            _listed(policy.model_paths) if policy.model_paths else "presets only",
-        )
-    trusted = policy.trust_tokenizer
-    if trusted is not None and ask.run.tokenizer != trusted:
-        raise _refusal(
-            "trust_tokenizer", f"the run's tokenizer has sha256 {ask.run.tokenizer}", trusted
-        )
+    tokenizer, trusted = ask.run.tokenizer, policy.trust_tokenizer
+    _hold("runs", _matches(name, policy.runs), f"the run is called {name!r}", _listed(policy.runs))
+    company = f"{some(strangers)} would take part too"
+    _hold("peers", not strangers, company, _listed(policy.peers))
+    _hold(
+        "min_participants",
+        least >= policy.min_participants,
+        f"a round may merge as few as {least} (of {len(ask.run.silos)} silos; "
+        "federation.sample and federation.quorum decide)",
+        f"{policy.min_participants} or more",
+    )
+    _hold(
+        "max_epsilon",
+        policy.max_epsilon is None,
+        "the run promises no differential privacy (this version of Photon has none)",
+        f"an epsilon of at most {policy.max_epsilon or 0:g}",
+    )
+    _hold_most("max_rounds", rounds, policy.max_rounds, f"it has {rounds} rounds")
+    scores = ask.evaluate is None or policy.evaluate != "never"
+    _hold("evaluate", scores, "a state is to be scored on this site's text", "no state")
+    _hold_most(
+        "max_local_steps", steps, policy.max_local_steps, f"a task takes {steps} local steps"
+    )
+    _hold(
+        "model_paths",
+        path is None or _may_read(path, policy.model_paths),
+        f"model.path is {path!r}",
+        _listed(policy.model_paths) if policy.model_paths else "presets only",
+    )
+    _hold(
+        "trust_tokenizer",
+        trusted is None or trusted == tokenizer,
+        f"the run's tokenizer has sha256 {tokenizer}",
+        f"{trusted}",
+    )
 
 
 def note_scored(ask: Ask, policy: PolicyConfig, folder: Path) -> None:
@@ -239,9 +235,10 @@ def note_scored(ask: Ask, policy: PolicyConfig, folder: Path) -> None:
         last = None
     if last == wanted:
         return
-    if policy.evaluate == "once" and last is not None and ask.round <= last["round"]:
-        raise _refusal(
+    if policy.evaluate == "once" and last is not None:
+        _hold(
             "evaluate",
+            ask.round > last["round"],
             f"another state is to be scored in round {ask.round}, after one of round "
             f"{last['round']} was",
             "one state a round",
@@ -255,12 +252,8 @@ def require_size(parameters: int, policy: PolicyConfig) -> None:
     Raises:
         PolicyError: it is too large.
     """
-    if policy.max_parameters is not None and parameters > policy.max_parameters:
-        raise _refusal(
-            "max_parameters",
-            f"the model has {parameters:,} parameters",
-            f"{policy.max_parameters:,}",
-        )
+    has = f"the model has {parameters:,} parameters"
+    _hold_most("max_parameters", parameters, policy.max_parameters, has)
 
 
 def require_data(ask: Ask, data: PreparedData, registered: str | None) -> None:
@@ -329,11 +322,17 @@ def require_same_data(data: PreparedData, registered: str | None, name: str) -> 
         )
 
 
-def _refusal(rule: str, asked: str, allowed: str) -> PolicyError:
-    return PolicyError(
-        f"this site's policy refuses the run: {asked}; policy.{rule} allows {allowed}",
-        hint=f"The site decides in [policy] of its node.toml; see policy.{rule}.",
-    )
+def _hold(rule: str, kept: bool, asked: str, allowed: str) -> None:
+    if not kept:
+        raise PolicyError(
+            f"this site's policy refuses the run: {asked}; policy.{rule} allows {allowed}",
+            hint=f"The site decides in [policy] of its node.toml; see policy.{rule}.",
+        )
+
+
+def _hold_most(rule: str, value: int, most: int | None, asked: str) -> None:
+    if most is not None:
+        _hold(rule, value <= most, asked, f"{most:,}")
 
 
 def few_silos(least: int) -> str:

@@ -47,7 +47,8 @@ class Reporter:
     def __init__(self, desk: Desk | None, *, narrator: Narrator | None = None) -> None:
         self._desk = desk
         self._narrator = narrator or Narrator(lambda _: None)
-        self._now = Presence("idle", boot=secrets.token_hex(8))
+        #: What is told.
+        self.now = Presence("idle", boot=secrets.token_hex(8))
         self._changed = threading.Event()
         self._reporting = threading.Lock()
         self._ended = False
@@ -59,18 +60,13 @@ class Reporter:
         if desk is not None:
             threading.Thread(target=self._report, name="photon-presence", daemon=True).start()
 
-    @property
-    def now(self) -> Presence:
-        """What is told."""
-        return self._now
-
     def say(self, state: str, **what: Any) -> None:
         """From now on this node does this; `what` are fields of Presence."""
         if self._ended:
             return  # work that goes on until the process is gone
         detail = str(what.pop("detail", ""))[:_MOST_DETAIL_CHARACTERS]
-        self._now = Presence(state, boot=self._now.boot, detail=detail, **what)
-        self._narrator.doing(self._now)
+        self.now = Presence(state, boot=self.now.boot, detail=detail, **what)
+        self._narrator.doing(self.now)
         self._changed.set()
 
     def note(self, words: str) -> None:
@@ -79,8 +75,8 @@ class Reporter:
 
     def add(self, **what: Any) -> None:
         """The same as before, but for these fields; told with the next report."""
-        self._now = replace(self._now, **what)
-        self._narrator.doing(self._now)
+        self.now = replace(self.now, **what)
+        self._narrator.doing(self.now)
 
     def stop(self, timeout_s: float) -> None:
         """Say that this node ends, if that is possible in this time."""
@@ -102,7 +98,7 @@ class Reporter:
             self._changed.clear()
             assert self._desk is not None
             try:
-                answer = self._desk.presence(self._now)
+                answer = self._desk.presence(self.now)
                 self.draining = bool(answer.get("draining"))
                 self.key_in_use, trouble = None, None
                 self._narrator.heard(answer)

@@ -93,17 +93,13 @@ class Team:
         """Whether this is rank 0, which alone speaks to anybody."""
         return self.seat.rank == 0
 
-    @property
-    def size(self) -> int:
-        return self.seat.world_size
-
     def begin(self, order: dict[str, Any]) -> None:
         """Rank 0: have the others build a node, which joins this process's next one.
 
         Raises:
             RankLostError: they can't be reached.
         """
-        if self.size == 1:
+        if self.seat.world_size == 1:
             return
         port = _free_port()
         self._number += 1
@@ -121,8 +117,10 @@ class Team:
             self._number += 1
             key = f"order/{self._number}"
             with _lost_if_broken():
-                while not _waited(self._store, key):
-                    pass
+                while True:
+                    with contextlib.suppress(dist.DistStoreError):  # nothing yet
+                        self._store.wait([key], _WAIT)
+                        break
                 told = json.loads(self._store.get(key))
             _meet_at(told["port"])
             yield told["order"]
@@ -148,14 +146,6 @@ def _meet_at(port: int) -> None:
     """The next process group meets on a port of its own: a group leaves its traces in a store."""
     os.environ["MASTER_PORT"] = str(port)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-
-
-def _waited(store: Any, key: str) -> bool:
-    try:
-        store.wait([key], _WAIT)
-    except dist.DistStoreError:  # nothing yet
-        return False
-    return True
 
 
 @contextlib.contextmanager

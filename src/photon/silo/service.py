@@ -28,8 +28,8 @@ from photon.silo.presence import Reporter
 from photon.silo.socket import (
     SOCKET_FILE,
     answer_of,
+    bytes_of,
     frame,
-    question_of,
     short_address,
     unframe,
 )
@@ -189,7 +189,7 @@ class _Connection(asyncio.Protocol):
             record = unframe(self._received)
             if record is None:
                 return
-            raw = question_of(record)
+            raw = bytes_of(record, "ask")
             ask = self._listener.read(raw)
         except PhotonError as error:
             self.answer(self._listener.unread(raw, error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from photon.config import NodeConfig, RunConfig
@@ -52,10 +53,11 @@ class Site:
             DataError: it can't be used, or no silo of it is this site's.
         """
         path = Path(self.node.data.path)
-        manifest = path / "manifest.json"
-        if self._data is None or not _is_file_of(manifest, self._data.sha256):
-            self._data = own_part(open_data(path), self.node.data, self.membership.name)
-            self.registered = self.registered or self._data.sha256
+        with suppress(OSError):
+            if self._data is not None and file_sha256(path / "manifest.json") == self._data.sha256:
+                return self._data
+        self._data = own_part(open_data(path), self.node.data, self.membership.name)
+        self.registered = self.registered or self._data.sha256
         return self._data
 
     def verify(self, data: PreparedData) -> None:
@@ -71,10 +73,3 @@ class Site:
     def settings(self, run: RunPart, config: RunConfig, seat: Seat) -> NodeSettings:
         """Of this site's node in a run."""
         return NodeSettings(config, self.home / "nodes" / run.id, seat=seat)
-
-
-def _is_file_of(path: Path, sha256: str) -> bool:
-    try:
-        return file_sha256(path) == sha256
-    except OSError:
-        return False

@@ -125,13 +125,19 @@ def unframe(received: bytes | bytearray) -> dict[str, Any] | None:
     return record
 
 
-def question_of(record: Mapping[str, Any]) -> bytes:
-    """The Ask's bytes in a question.
+def bytes_of(record: Mapping[str, Any], key: str) -> bytes:
+    """What a record has in base64: the Ask's bytes in a question, or the Reply's in an answer.
 
     Raises:
-        ProtocolError: there are none.
+        ProtocolError: it has none.
     """
-    return _base64(record, "ask")
+    text = record.get(key)
+    try:
+        if isinstance(text, str):
+            return base64.b64decode(text, validate=True)
+    except ValueError:
+        pass
+    raise ProtocolError(f"a message on a trainer's socket without {key!r} in base64")
 
 
 def answer_of(reply: SignedReply) -> dict[str, Any]:
@@ -199,14 +205,4 @@ def _reply_of(record: Mapping[str, Any]) -> SignedReply:
     signature, fingerprint = record.get("signature"), record.get("fingerprint")
     if not isinstance(signature, str) or not isinstance(fingerprint, str):
         raise ProtocolError("a trainer's answer without a signature and a fingerprint")
-    return SignedReply("", _base64(record, "reply"), signature, fingerprint)
-
-
-def _base64(record: Mapping[str, Any], key: str) -> bytes:
-    text = record.get(key)
-    try:
-        if isinstance(text, str):
-            return base64.b64decode(text, validate=True)
-    except ValueError:
-        pass
-    raise ProtocolError(f"a message on a trainer's socket without {key!r} in base64")
+    return SignedReply("", bytes_of(record, "reply"), signature, fingerprint)

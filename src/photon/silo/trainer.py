@@ -109,7 +109,12 @@ class SiloTrainer:
         self._carrier: Carrier | None = None
         self._held: HeldNode | None = None
         self._at: Ask | None = None
-        _remove_partials(site.home / "nodes")
+        # What a process that was killed was writing.
+        for path in (site.home / "nodes").glob("*/*/.*.partial"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def read(self, raw: bytes) -> Ask:
         """The question in what came, if the aggregator signed it.
@@ -137,7 +142,7 @@ class SiloTrainer:
             return self._answer(ask, left_s)
         except PhotonError as error:
             sound = self._held is None or self._held.sound
-            if isinstance(error, RankLostError) or (self._team.size > 1 and not sound):
+            if isinstance(error, RankLostError) or (self._team.seat.world_size > 1 and not sound):
                 self.note_end(error)
                 raise
             if not sound:
@@ -165,18 +170,15 @@ class SiloTrainer:
             asked = json.loads(text)
             part = asked[asked["kind"]]
             number, run = part["round"], asked["run"]["id"]
-            task = f"{run}/{asked['kind']}/{number}/{asked['silo']}"
             if asked["silo"] != self._site.membership.name:
                 return refusal_of(error)
             reply = Reply(
                 photon_version=photon_version(),
-                kind=asked["kind"],
-                silo=asked["silo"],
                 ask=hashlib.sha256(text).hexdigest(),
-                log_head=asked["log_head"],
                 run=run,
                 round=number,
-                task=task,
+                task=f"{run}/{asked['kind']}/{number}/{asked['silo']}",
+                **{name: asked[name] for name in ("kind", "silo", "log_head")},
                 state=asked["state"]["sha256"],
                 refused=Refusal.of(error),
             )
@@ -437,12 +439,3 @@ def _where(error: BaseException) -> str:
     last = (ours or frames)[-1:]
     place = f" at {Path(last[0].filename).name}:{last[0].lineno}" if last else ""
     return f"{type(error).__name__}{place}"
-
-
-def _remove_partials(nodes: Path) -> None:
-    """What a process that was killed was writing."""
-    for path in nodes.glob("*/*/.*.partial"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
