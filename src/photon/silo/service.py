@@ -77,7 +77,6 @@ class Question:
             never goes back, as the aggregator's is another.
     """
 
-    key: str
     ask: Ask
     until: float
     waiting: list[_Connection] = field(default_factory=list)
@@ -132,7 +131,7 @@ class Listener:
         until = time.monotonic() + ask.within_s
         question = self._open.get(key)
         if question is None:
-            question = self._open[key] = Question(key, ask, until)
+            question = self._open[key] = Question(ask, until)
             self._todo.put(question)
         # Asked anew by an aggregator that was restarted, what is worked on is still wanted; the
         # new Ask is answered after it, from disk, as a Reply names the Ask that it answers.
@@ -143,7 +142,7 @@ class Listener:
         return question
 
     def _hand_out(self, question: Question, answer: Mapping[str, Any]) -> None:
-        del self._open[question.key]
+        del self._open[question.ask.sha256]
         for one in question.waiting:
             one.answer(answer)
 

@@ -33,8 +33,8 @@ INNER_PARTS = (
     ("flwr.supercore.heartbeat", "exponential"),
     ("flwr.supercore.retry.http_retry", "MAX_RETRY_DELAY"),
     # shim
-    ("flwr.supercore.inflatable.inflatable_utils", "pull_and_inflate_object_from_tree"),
-    ("flwr.supercore.inflatable.inflatable_protobuf_utils", "make_pull_object_fn_protobuf"),
+    ("flwr.supernode.runtime.run_clientapp", "pull_and_inflate_object_from_tree"),
+    ("flwr.supernode.runtime.run_clientapp", "pull_task_input"),
     ("flwr.supernode.runtime.run_clientapp", "push_message"),
     ("flwr.supernode.runtime.run_clientapp", "push_task_output"),
     ("flwr.supercore.auth", "load_superexec_auth_secret"),

@@ -68,13 +68,7 @@ class FlowerPost:
         self._doubt = _Doubt(getattr(grid, "_retry_invoker", None))
 
     def push(self, silo: str, ask: bytes, *, ttl_s: float) -> str:
-        """Send an Ask.
-
-        Args:
-            ttl_s: nobody waits for the answer after so many seconds.
-
-        Returns:
-            What the answer is called.
+        """Send an Ask: Post.push.
 
         Raises:
             UnknownMemberError: no such member, or its node is not connected just now.
@@ -99,10 +93,7 @@ class FlowerPost:
         return names[0]
 
     def pull(self, ids: Collection[str]) -> dict[str, SignedReply | str]:
-        """What has arrived for these since the last call.
-
-        Returns:
-            A reply (its task_id is left empty), or words why there will be none; each once.
+        """What has arrived for these since the last call: Post.pull. No reply has a task_id.
 
         Raises:
             DeployError: this run is over.

@@ -20,27 +20,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import httpx
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from flwr.common.serde import context_from_proto
-from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
     PullAppMessagesRequest,
-    PullTaskInputRequest,
+    PullAppMessagesResponse,
     SendTaskHeartbeatRequest,
 )
 from flwr.supercore.auth import load_superexec_auth_secret
 from flwr.supercore.constant import TaskType
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable import inflatable_utils
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -50,7 +45,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime import run_clientapp
 
 from photon.engines.flower import pace
-from photon.engines.flower.pinned import check_flower
+from photon.engines.flower.pinned import change, check_flower
 from photon.errors import DeployError, PhotonError
 from photon.silo.socket import ask_trainer
 
@@ -93,6 +88,13 @@ class Shim:
             raise DeployError(f"no secret in {secret}: {error}") from error
         if not self._secret:
             raise DeployError(f"no secret in {secret}")
+        bounded = partial(
+            inflatable_utils.pull_and_inflate_object_from_tree,
+            initial_backoff=pace.PART_FIRST_S,
+            backoff_cap=pace.PART_LAST_S,
+            max_time=pace.PARTS_S,
+        )
+        change(run_clientapp, "pull_and_inflate_object_from_tree", bounded)
 
     def run(self) -> None:
         """Take tasks until `stop`.
@@ -150,7 +152,7 @@ class Shim:
 
     def _client(self, interceptor: Any) -> RuntimeHttpClient:
         """Without Flower's retries: they end the process when a token is no longer valid."""
-        return RuntimeHttpClient.from_server_address(
+        return _Client.from_server_address(
             self._runtime_api,
             insecure=True,
             root_certificates=None,
@@ -159,6 +161,18 @@ class Shim:
                 interceptor,
             ],
         )
+
+
+class _Client(RuntimeHttpClient):
+    """Flower's, but patient: the supernode announces a task a moment before it has the message."""
+
+    def PullMessages(self, request: PullAppMessagesRequest) -> PullAppMessagesResponse:  # noqa: N802
+        patient_until_s = time.monotonic() + pace.PARTS_S
+        while True:
+            found = super().PullMessages(request)
+            if found.messages_list or time.monotonic() > patient_until_s:
+                return found
+            time.sleep(pace.PART_FIRST_S)
 
 
 class _Task:
@@ -194,30 +208,7 @@ class _Task:
         Raises:
             Exception: of httpx's or Flower's; there is none.
         """
-        taken = self._client.PullTaskInput(PullTaskInputRequest())
-        context = context_from_proto(taken.context)
-        del taken
-        # The supernode announces a task a moment before it has the message.
-        patient_until_s = time.monotonic() + pace.PARTS_S
-        while not (found := self._client.PullMessages(PullAppMessagesRequest())).messages_list:
-            if time.monotonic() > patient_until_s:
-                raise RuntimeError("the supernode has no message for a task")
-            time.sleep(pace.PART_FIRST_S)
-        node = Node(node_id=context.node_id)
-        tree = found.message_object_trees[0]
-        message = pull_and_inflate_object_from_tree(
-            tree,
-            make_pull_object_fn_protobuf(self._client.PullObject, node, context.run_id),
-            make_confirm_message_received_fn_protobuf(
-                self._client.ConfirmMessageReceived, node, context.run_id
-            ),
-            return_type=Message,
-            initial_backoff=pace.PART_FIRST_S,
-            backoff_cap=pace.PART_LAST_S,
-            max_time=pace.PARTS_S,
-        )
-        # A message does not carry its own name, by which the reply calls it.
-        message.metadata.__dict__["_message_id"] = tree.object_id
+        message, context, _run, _bundle = run_clientapp.pull_task_input(self._client)
         self._input = (message, context)
         return message
 

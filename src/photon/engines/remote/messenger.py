@@ -50,6 +50,9 @@ class Post(Protocol):
     def push(self, silo: str, ask: bytes, *, ttl_s: float) -> str:
         """Send; returns what the answer is called.
 
+        Args:
+            ttl_s: nobody waits for the answer after so many seconds.
+
         Raises:
             UnknownMemberError: nobody of that name can be reached just now.
         """
