@@ -32,7 +32,7 @@ from photon.membership.records import printable
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
 from photon.silo.grant_book import MOST_WANTS, GrantBook, Leave, Want
-from photon.store.dialling import http_client, is_loopback, proxy_to
+from photon.store.dialling import distrust, http_client, is_loopback, proxy_to
 from photon.store.presign import Grant
 
 #: photon.deploy.desk_requests.DESK_PATH.
@@ -303,9 +303,9 @@ class DeskClient:
 
     def _trouble(self, error: httpx2.RequestError) -> PhotonError:
         """Our error for one of httpx's."""
-        distrust = _distrust(error)
-        if distrust is not None:
-            words, hint = _distrusted(distrust)
+        refused = distrust(error)
+        if refused is not None:
+            words, hint = _distrusted(refused)
             return CertificateError(
                 f"{self} can't prove that it is the aggregator: {words}", hint=hint
             )
@@ -378,14 +378,6 @@ def _read(answer: httpx2.Response) -> bytes:
             raise ProtocolError(f"an answer of more than {_MOST_BYTES} bytes; no desk sends that")
         pieces.append(piece)
     return b"".join(pieces)
-
-
-def _distrust(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _distrusted(error: ssl.SSLCertVerificationError) -> tuple[str, str]:

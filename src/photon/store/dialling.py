@@ -201,3 +201,12 @@ def _plain(address: _Address) -> _Address:
             return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         return address.ipv4_mapped or address.sixtofour or address
     return address
+
+
+def distrust(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    """The refusal of a certificate, if that lies behind an error: it will be refused again."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

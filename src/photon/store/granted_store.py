@@ -17,7 +17,7 @@ import httpx2
 
 from photon.errors import AccessRefusedError, LinkError, StoreUnavailableError
 from photon.store.contract import Buffer, Pace, Store, missing, require_key, require_size, unpaced
-from photon.store.dialling import Allowed, http_client, is_loopback, proxy_to
+from photon.store.dialling import Allowed, distrust, http_client, is_loopback, proxy_to
 from photon.store.presign import Grant, Verb
 
 #: Asked for leave: verb, key, and for PUT the bytes and sha256 of what will be written.
@@ -207,7 +207,7 @@ class GrantedStore(Store):
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL, httpx2.LocalProtocolError) as error:
             raise AccessRefusedError(f"leave to {verb} {key} in {self} can't be used") from error
         except httpx2.RequestError as error:
-            if _is_distrust(error):
+            if distrust(error) is not None:
                 raise AccessRefusedError(
                     f"the certificate of {self} can't be trusted, {verb} {key}: {error}",
                     hint="Name the certificate authority that the aggregator gave you. If it is "
@@ -247,15 +247,6 @@ def _error_code(answer: httpx2.Response) -> str:
             break
     found = re.search(rb"<Code>([A-Za-z]{1,60})</Code>", text[:_ERROR_BYTES])
     return found[1].decode() if found else ""
-
-
-def _is_distrust(error: BaseException | None) -> bool:
-    """Whether TLS failed because of the other side's certificate: it will fail again."""
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _read_rest(answer: httpx2.Response) -> None:
