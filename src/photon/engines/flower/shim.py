@@ -83,11 +83,12 @@ class Shim:
         self._woken = threading.Event()
         self._tasks: set[_Task] = set()
         try:
-            self._secret = load_superexec_auth_secret(secret_file=str(secret))
+            loaded = load_superexec_auth_secret(secret_file=str(secret))
         except ValueError as error:
             raise DeployError(f"no secret in {secret}: {error}") from error
-        if not self._secret:
+        if not loaded:
             raise DeployError(f"no secret in {secret}")
+        self._secret = loaded
         bounded = partial(
             inflatable_utils.pull_and_inflate_object_from_tree,
             initial_backoff=pace.PART_FIRST_S,

@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import httpx
 from flwr.app import Message
@@ -62,7 +62,10 @@ _PATIENCE_S = pace.PATIENCE * pace.NODE_HEARTBEAT_S + 3.0
 _NOT_ACTIVATED = 412
 
 
-def _watched(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+_Call = TypeVar("_Call", bound=Callable[..., Any])
+
+
+def _watched(call: _Call) -> _Call:
     """A call of Flower's client, which notes where something may have been lost by it."""
 
     def watched(client: FleetHttpClient, request: Any) -> Any:
@@ -79,7 +82,7 @@ def _watched(call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
             FleetClient.broken = True
             raise
 
-    return watched
+    return cast("_Call", watched)
 
 
 class FleetClient(FleetHttpClient):
