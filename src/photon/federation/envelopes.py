@@ -196,6 +196,10 @@ class Ask(_Letter):
             raise ValueError(f"kind {self.kind!r} comes with a {self.kind!r} part and no other")
         return self
 
+    def __eq__(self, other: object) -> bool:
+        """The same, however it was written."""
+        return isinstance(other, Ask) and dict(self) == dict(other)
+
     @property
     def round(self) -> int:
         part = self.fit or self.evaluate
