@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked_process import ForkedProcess
 
 from photon.deploy.certificates import fingerprint, keep_certificate
 from photon.deploy.desk import Desk
@@ -42,6 +43,7 @@ from photon.silo.socket import ask_trainer
 pytestmark = pytest.mark.slow
 
 PATIENT = Path(__file__).parent / "programs" / "patient_trainer.py"
+FORKED = Path(__file__).parent / "programs" / "forked_trainer.py"
 
 #: A process imports PyTorch and transformers, on a machine that does other things as well.
 START_S = 240.0
@@ -122,17 +124,22 @@ def world() -> Iterator[World]:
 
 
 class Trainer:
-    """A home, and the process that works in it."""
+    """A home, and the process that works in it.
 
-    def __init__(self, world: World, name: str, data: str, *, node: str = "", launcher=()) -> None:
-        self.world, self.name = world, name
+    With `forks` it is started anew by forking, after the first time.
+    """
+
+    def __init__(
+        self, world: World, name: str, data: str, *, node: str = "", launcher=(), forks=None
+    ) -> None:
+        self.world, self.name, self.forks = world, name, forks
         self.home = world.folder / f"{name}-{time.monotonic_ns()}"
         world.join(name, self.home)
         text = f'[data]\npath = "{data}"\nsilo = "red"\n[disk]\nmin_free_gib = 0.1\n{node}'
         (self.home / "node.toml").write_text(text)
         self.launcher = launcher or (sys.executable, "-m")
         self.starts = 0
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen | ForkedProcess | None = None
 
     @property
     def socket(self) -> Path:
@@ -145,11 +152,17 @@ class Trainer:
 
     def start(self) -> None:
         self.starts += 1
-        words = ["photon.silo", "--home", str(self.home), "--site", str(self.home / "node.toml")]
-        with (self.home / f"log-{self.starts}").open("wb") as log:
-            self.process = subprocess.Popen(
-                [*self.launcher, *words], stderr=log, stdout=log, start_new_session=True
-            )
+        words = ["--home", str(self.home), "--site", str(self.home / "node.toml")]
+        path = self.home / f"log-{self.starts}"
+        with path.open("wb") as log:
+            if self.forks and self.starts > 1:
+                given = {"words": words, "out": str(path), "error": str(path)}
+                self.process = ForkedProcess(self.forks, FORKED, given)
+            else:
+                command = [*self.launcher, "photon.silo", *words]
+                self.process = subprocess.Popen(
+                    command, stderr=log, stdout=log, start_new_session=True
+                )
         self.wait_for(lambda: "listening at" in self.log)
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = START_S) -> None:
@@ -260,11 +273,12 @@ STEPS = ("local.steps=6", "federation.optimizer_state=keep")
 
 
 def test_killed_at_any_moment_it_comes_to_the_same_update(
-    world, make_trainer, remote, three_silos, tmp_path
+    world, make_trainer, remote, three_silos, tmp_path, forks
 ):
     aggregator = remote("red", *STEPS, run_id="a" * 32)
     alone = aggregator.node(tmp_path / "alone")
-    trainer = make_trainer("red", str(three_silos), node="[compute]\nthreads = 1\n")
+    node = "[compute]\nthreads = 1\n"
+    trainer = make_trainer("red", str(three_silos), node=node, forks=forks)
     ask = aggregator.fit("red")
     _, expected = aggregator.expected(alone, ask)
     asking = Asking(trainer, ask)
