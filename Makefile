@@ -45,6 +45,9 @@ install: $(STAMP) ## create the virtual environment from requirements.lock
 demo: $(STAMP) ## four silos train one model on real text; ends with a report (minutes)
 	@$(BIN)/photon demo $(ARGS)
 
+# Every process that a test starts, and every next run, takes the bytecode that the first one wrote.
+test: export PYTHONDONTWRITEBYTECODE :=
+
 # Types take over a minute of one core, and tests leave some idle, so they run side by side. What
 # the checks said comes last, and either failing fails the whole.
 test: lint ## all checks and all tests
