@@ -21,9 +21,12 @@ def photon(*words):
     return result
 
 
-def test_training_goes_on_from_a_model_folder_on_two_ranks(three_silos, make_config, tmp_path):
+def test_training_goes_on_from_a_model_folder_on_two_ranks(
+    three_silos, make_config, small_model, tmp_path
+):
     """Export, then continued pre-training under FSDP2: it starts where the export stood."""
-    write_resolved(make_config(three_silos, "federation.rounds=2"), tmp_path / "run.toml")
+    config = make_config(three_silos, "federation.rounds=2", model=small_model)
+    write_resolved(config, tmp_path / "run.toml")
     photon("simulate", tmp_path / "run.toml", "--run-dir", tmp_path / "first", "--quiet")
     photon("export", tmp_path / "first", "--out", tmp_path / "model")
     config = make_config(three_silos, "federation.rounds=2", "local.optimizer=muon")
