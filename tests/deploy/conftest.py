@@ -21,7 +21,8 @@ from photon.deploy.certificates import CertificateFiles, keep_certificate
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.front_door import DoorSettings, front_door
 from photon.deploy.ports import free_ports
-from photon.deploy.supervisor import Service, ServiceEvent, Supervisor
+from photon.deploy.service import Service, ServiceEvent
+from photon.deploy.supervisor import Supervisor
 
 
 @dataclass

@@ -16,7 +16,6 @@ from photon.deploy.certificates import (
     MOST_DAYS,
     check_certificate,
     days_left,
-    fingerprint,
     keep_certificate,
     make_authority,
     make_certificate,
@@ -24,6 +23,7 @@ from photon.deploy.certificates import (
     server_files,
 )
 from photon.errors import CertificateError
+from photon.membership.invitation import certificate_fingerprint
 
 
 @pytest.fixture
@@ -245,6 +245,6 @@ def test_the_fingerprint_is_what_openssl_says(made) -> None:
         text=True,
     ).stdout
     expected = said.strip().partition("=")[2].replace(":", "").lower()
-    assert fingerprint(made.ca.read_text()) == f"sha256:{expected}"
+    assert certificate_fingerprint(made.ca.read_text()) == f"sha256:{expected}"
     with pytest.raises(CertificateError, match="no certificate"):
-        fingerprint("hello")
+        certificate_fingerprint("hello")

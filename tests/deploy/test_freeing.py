@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from memory_store import MemoryStore
 
 from photon.config import parse_run_config
 from photon.deploy.freeing import (
@@ -19,7 +20,7 @@ from photon.deploy.freeing import (
 )
 from photon.deploy.served_run import prepare_run
 from photon.errors import DeployError, RunExistsError
-from photon.store.contract import FolderStore, MemoryStore, Store
+from photon.store.contract import FolderStore, Store
 from photon.store.served import SERVE_FILE, Serving
 
 RUN, NEXT, OTHER = "1" * 32, "2" * 32, "3" * 32

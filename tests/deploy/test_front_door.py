@@ -321,7 +321,7 @@ def test_nothing_secret_is_in_its_log(running_door, running_store, client) -> No
     url = f"https://127.0.0.1:{settings.port}"
     grant = running_store.store.presigner(url, "s").get("secret-key", 60)
     assert client.get(grant.url, headers={"x-token": "hush"}).status_code == 502, "it did fail"
-    watched.supervisor.stop_one("lonely-door")
+    watched.supervisor._keeper("lonely-door").stop()
     said = (watched.home / "logs" / "lonely-door.log").read_text()
     assert "connection refused" in said
     for secret in ("Signature", "secret-key", "hush", running_store.store.access_key_id):

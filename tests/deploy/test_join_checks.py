@@ -23,7 +23,7 @@ from photon.data import open_data
 from photon.deploy import desk as desk_module
 from photon.deploy import join as join_module
 from photon.deploy import join_checks
-from photon.deploy.certificates import CertificateFiles, fingerprint, keep_certificate
+from photon.deploy.certificates import CertificateFiles, keep_certificate
 from photon.deploy.checks import Check, worst
 from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.front_door import DoorSettings, front_door
@@ -51,6 +51,7 @@ from photon.errors import (
 from photon.membership.invitation import (
     Invitation,
     SharedTokenizer,
+    certificate_fingerprint,
     read_invitation,
     write_invitation,
 )
@@ -88,7 +89,7 @@ class Aggregator:
             host="127.0.0.1",
             port=self.settings.port,
             ca_pem=pem,
-            ca_fingerprint=fingerprint(pem),
+            ca_fingerprint=certificate_fingerprint(pem),
             aggregator_key=NodeKey.load_or_create(self.folder / "aggregator.key").public_pem,
             token=self.roster.invite(name, max(60.0, hours * 3600), key=key),
             key_fingerprint=key,
@@ -117,7 +118,7 @@ def aggregator(short_folder, running_store, watch, three_silos) -> Iterator[Aggr
     port, nobody = free_ports(2)
     presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "checked")
     limits = DeskLimits(joins_per_minute=1000)
-    audience = fingerprint(files.ca.read_text())
+    audience = certificate_fingerprint(files.ca.read_text())
     desk = Desk(roster, presigner, register=lambda _: 7, limits=limits, audience=audience)
     desk.start()
     settings = DoorSettings(
@@ -406,11 +407,13 @@ def test_an_authority_that_is_another(member, aggregator, short_folder) -> None:
     other = keep_certificate(short_folder("liar"), "127.0.0.1")
     shutil.copy(other.ca, member.home / "ca.crt")
     found = member.look()
-    assert failed(found["authority"], CertificateError, fingerprint(other.ca.read_text()))
+    assert failed(
+        found["authority"], CertificateError, certificate_fingerprint(other.ca.read_text())
+    )
     assert found["door"].verdict == "skip"
     # Fingerprint and certificate agree, but the door was signed by somebody else.
     pem = other.ca.read_text()
-    file = aggregator.invite("deceived", ca_pem=pem, ca_fingerprint=fingerprint(pem))
+    file = aggregator.invite("deceived", ca_pem=pem, ca_fingerprint=certificate_fingerprint(pem))
     site = Site(member.home.parent, member.data)
     site.home = member.home.parent / "deceived"
     found = site.look(invitation=file)
@@ -513,7 +516,7 @@ def another_door(aggregator, short_folder, watch):
             aggregator.roster,
             presigner or aggregator.presigner,
             register=lambda _: 7,
-            audience=fingerprint(aggregator.files.ca.read_text()),
+            audience=certificate_fingerprint(aggregator.files.ca.read_text()),
         )
         desk.start()
         settings = replace(

@@ -26,7 +26,6 @@ from photon.config.serve import ServeConfig
 from photon.deploy.certificates import (
     CertificateFiles,
     days_left,
-    fingerprint,
     keep_certificate,
     make_authority,
     make_certificate,
@@ -38,6 +37,7 @@ from photon.deploy.front_door import READ_AGAIN, SERVICE, DoorSettings, front_do
 from photon.deploy.ports import free_ports
 from photon.deploy.renewal import DoorCertificate
 from photon.errors import CertificateError, UnreachableError
+from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts, Roster
 from photon.silo.desk_client import DeskClient
@@ -258,7 +258,7 @@ def serving(short_folder, running_store, watch) -> Iterator[Callable[[float], Se
             roster = Roster(home / "members.sqlite")
             ends.callback(roster.close)
             presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "renewal")
-            audience = fingerprint(certificate.files.ca.read_text())
+            audience = certificate_fingerprint(certificate.files.ca.read_text())
             desk = Desk(roster, presigner, register=lambda _: 7, audience=audience)
             desk.start()
             ends.callback(desk.stop)
@@ -284,7 +284,7 @@ def serving(short_folder, running_store, watch) -> Iterator[Callable[[float], Se
 @pytest.mark.slow
 def test_a_client_sees_the_new_certificate_and_a_transfer_goes_on(serving, running_store) -> None:
     found = serving(30.0)
-    first, authority = found.served(), fingerprint((found.home / "ca.crt").read_text())
+    first, authority = found.served(), certificate_fingerprint((found.home / "ca.crt").read_text())
     pid = found.watched.status(SERVICE).pid
     presigner = running_store.store.presigner(f"https://127.0.0.1:{found.port}", "renewal")
     data = secrets.token_bytes(400_000)
@@ -322,7 +322,7 @@ def test_a_client_sees_the_new_certificate_and_a_transfer_goes_on(serving, runni
     store = running_store.store.open("renewal")
     assert hashlib.sha256(store.get("slow", max_bytes=len(data))).hexdigest() == sha256
     assert found.served() != first
-    assert fingerprint((found.home / "ca.crt").read_text()) == authority
+    assert certificate_fingerprint((found.home / "ca.crt").read_text()) == authority
     assert found.watched.status(SERVICE).pid == pid, "the same Caddy"
     assert found.watched.kinds(SERVICE) == ["started", "ready"]
     assert found.told[0].startswith("the door has a new certificate, valid until")
@@ -371,10 +371,10 @@ def test_without_renewal_clients_are_refused(serving) -> None:
 
 
 def test_a_service_that_is_not_up_is_not_signalled(watched, short_folder) -> None:
-    from photon.deploy.supervisor import Service
+    from photon.deploy.service import Service
 
     watched.supervisor.start(Service("sleeper", ("sleep", "60")))
-    watched.supervisor.stop_one("sleeper")
+    watched.supervisor._keeper("sleeper").stop()
     assert watched.supervisor.signal_one("sleeper", READ_AGAIN) is False
 
 

@@ -18,17 +18,12 @@ from typing import Any
 
 import pytest
 
+from photon.deploy import logs as logs_module
 from photon.deploy import tether
 from photon.deploy.logs import BoundedLog, Herald, merged_line, readable
 from photon.deploy.ports import free_ports
-from photon.deploy.service import ServiceEvent, exit_words, troubles_to
-from photon.deploy.supervisor import (
-    Patience,
-    RestartPolicy,
-    Service,
-    Supervisor,
-    runner,
-)
+from photon.deploy.service import RestartPolicy, Service, ServiceEvent, exit_words, troubles_to
+from photon.deploy.supervisor import Supervisor, runner
 from photon.errors import DeployError, PortInUseError, ServiceLostError
 
 QUICK = RestartPolicy(first_pause_s=0.05, longest_pause_s=0.2, most_deaths=None)
@@ -155,7 +150,7 @@ def test_one_that_does_not_want_to_stop_is_killed(watched) -> None:
     watched.supervisor.start(python("deaf", program, stop_s=3))
     until(lambda: said(watched, "deaf [|] deaf"), "the handler")
     pid = watched.status("deaf").pid
-    watched.supervisor.stop_one("deaf")
+    watched.supervisor._keeper("deaf").stop()
     assert not alive(pid)
     until(lambda: said(watched, "not me"), "the signal that it did not obey")
     until(lambda: watched.kinds("deaf")[-1] == "stopped", "the event")
@@ -166,19 +161,19 @@ def test_one_service_is_stopped_and_started_by_itself(watched) -> None:
     for name in ("one", "two"):
         watched.supervisor.start(sleeper(name))
     first, other = watched.status("one").pid, watched.status("two").pid
-    watched.supervisor.stop_one("one")
+    watched.supervisor._keeper("one").stop()
     assert not alive(first)
     assert watched.status("one").state == "stopped"
     time.sleep(0.3)
     assert watched.status("one").pid is None, "a stopped service stays down"
     assert watched.status("two").pid == other
-    watched.supervisor.start_one("one")
+    watched.supervisor.start(sleeper("one"))
     assert watched.status("one").state == "up"
     assert watched.status("one").pid != first
     with pytest.raises(DeployError, match="runs already"):
         watched.supervisor.start(sleeper("one"))
     with pytest.raises(DeployError, match="no service 'three'") as caught:
-        watched.supervisor.stop_one("three")
+        watched.supervisor.signal_one("three", signal.SIGTERM)
     assert "one" in (caught.value.hint or "")
 
 
@@ -188,7 +183,7 @@ def test_one_that_waits_to_be_started_again_can_be_stopped_at_once(watched) -> N
     os.kill(watched.status("sleeper").pid, signal.SIGKILL)
     until(lambda: watched.status("sleeper").state == "pausing", "the pause")
     began = time.monotonic()
-    watched.supervisor.stop_one("sleeper")
+    watched.supervisor._keeper("sleeper").stop()
     assert time.monotonic() - began < 20, "it waited for the pause"
     assert watched.status("sleeper").state == "stopped"
 
@@ -272,30 +267,18 @@ def test_after_a_good_while_deaths_are_forgotten(watched) -> None:
     assert all(event.pause_s < 0.06 for event in watched.deaths("on-and-off"))
 
 
-@pytest.mark.parametrize(
-    ("patience", "end"),
-    [
-        (Patience(exit_codes=frozenset({305 % 256}), pause_s=0.1), "sys.exit(305)"),
-        (
-            Patience(words=(r"refused.*node", r"unreach"), pause_s=0.1),
-            "sys.exit('node unreachable')",
-        ),
-    ],
-    ids=["exit code", "words"],
-)
-def test_a_death_that_time_mends_is_never_held_against_a_service(
-    watched, home, patience, end
-) -> None:
+def test_a_death_that_time_mends_is_never_held_against_a_service(watched, home) -> None:
     """As Flower's supernode is refused for a while after its crash."""
     count = home / "count"
     program = (
         "import os, sys, time\n"
         f"fd = os.open({str(count)!r}, os.O_CREAT | os.O_APPEND | os.O_RDWR)\n"
         "os.write(fd, b'.')\n"
-        f"if os.fstat(fd).st_size < 6: {end}\n"
+        f"if os.fstat(fd).st_size < 6: sys.exit(305)\n"
         "time.sleep(600)\n"
     )
-    policy = RestartPolicy(first_pause_s=30, most_deaths=2, patience=(patience,))
+    mends = frozenset({305 % 256})
+    policy = RestartPolicy(first_pause_s=30, most_deaths=2, mends=mends, mends_in_s=0.1)
     watched.supervisor.start(
         python("node", program, restarts=policy, ready=lambda: count.stat().st_size >= 6)
     )
@@ -381,7 +364,8 @@ def test_the_same_death_again_and_again_is_told_once_in_a_while() -> None:
 _SUPERVISOR = """
 import sys
 from pathlib import Path
-from photon.deploy.supervisor import Service, Supervisor
+from photon.deploy.service import Service
+from photon.deploy.supervisor import Supervisor
 
 home = Path(sys.argv[1])
 with Supervisor(home / "serve.json", home / "logs", log=lambda line: print(line, flush=True)) as it:
@@ -583,8 +567,9 @@ def test_wording_shortens_or_leaves_out_a_line(watched) -> None:
     assert "debug: x" in (watched.home / "logs" / "one.log").read_text()
 
 
-def test_a_flood_fills_neither_the_disk_nor_memory_and_blocks_nobody(home) -> None:
+def test_a_flood_fills_neither_the_disk_nor_memory_and_blocks_nobody(home, monkeypatch) -> None:
     """20 MB of lines into 200 kB of log, while nobody takes the merged lines."""
+    monkeypatch.setattr(logs_module, "_MOST_BYTES", 200_000)
     stuck = threading.Event()
     done = home / "done"
     program = (
@@ -595,7 +580,7 @@ def test_a_flood_fills_neither_the_disk_nor_memory_and_blocks_nobody(home) -> No
         f"open({str(done)!r}, 'w'); time.sleep(600)\n"
     )
     with Supervisor(home / "serve.json", home / "logs", log=lambda _: stuck.wait()) as supervisor:
-        supervisor.start(python("flood", program, most_log_bytes=200_000))
+        supervisor.start(python("flood", program))
         until(done.exists, "the last of 20 MB", 120)
         log = home / "logs" / "flood.log"
         # For a moment, while files change places, there is none of that name.

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from memory_store import MemoryStore
 
 from photon.errors import ManifestError, StoreUnavailableError
 from photon.federation.broadcast import parcel_header
-from photon.link import FolderStore, MemoryStore, Store, plain_entries, write_parcel
+from photon.link import FolderStore, Store, plain_entries, write_parcel
 from photon.link.manifest import Kind
 from photon.store import garbage
 from photon.store.garbage import free_run

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from memory_store import MemoryStore
 
 from photon.errors import ObjectMissingError, StoreUnavailableError
-from photon.link import FolderStore, MemoryStore, Store, collect
+from photon.link import FolderStore, Store, collect
 from photon.store.contract import require_key
 
 

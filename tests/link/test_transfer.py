@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_store import MemoryStore
 
 from photon.errors import (
     AccessRefusedError,
@@ -21,7 +22,7 @@ from photon.errors import (
     StoreUnavailableError,
     TransferStalledError,
 )
-from photon.link import FolderStore, GrantedStore, MemoryStore, Store, Transfer, Wanted
+from photon.link import FolderStore, GrantedStore, Store, Transfer, Wanted
 from photon.store.contract import Buffer, Pace, unpaced
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import silos_in_process
+from memory_store import MemoryStore
 
 from photon.data import open_data
 from photon.engines.local import LocalEngine
@@ -21,7 +22,6 @@ from photon.membership.chain import BEGINNING
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster
 from photon.models import model_fingerprint, trainable_parameters
-from photon.store.contract import MemoryStore
 
 RUN_ID = "0" * 31 + "7"
 

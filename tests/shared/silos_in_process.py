@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from memory_store import MemoryStore
+
 from photon.config import load_node_config
 from photon.data import open_data
 from photon.errors import UnknownMemberError
@@ -24,7 +26,7 @@ from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
 from photon.silo.site import Site
 from photon.silo.trainer import SiloTrainer
-from photon.store.contract import MemoryStore, Store
+from photon.store.contract import Store
 from photon.store.transfer import Transfer
 from photon.training import Seat
 from photon.version import photon_version

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from memory_store import MemoryStore
 
 from photon.config import RunConfig, load_node_config
 from photon.config.node import NodeDataConfig
@@ -33,7 +34,7 @@ from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
 from photon.silo.site import Site
 from photon.silo.trainer import SiloTrainer
-from photon.store.contract import FolderStore, MemoryStore, Store
+from photon.store.contract import FolderStore, Store
 from photon.store.transfer import Transfer
 from photon.training import InnerOptimizer, Seat
 from photon.version import photon_version

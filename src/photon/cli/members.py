@@ -299,12 +299,30 @@ def _place(run_file: Path | None, home: Path | None, *, new: bool = False) -> _P
     return _Place(serve.model_copy(update={"home": str(at)}), run, source, made)
 
 
+def _aggregator_key(place: _Place) -> NodeKey:
+    """The key that silos pin; made for a home that nobody has joined yet.
+
+    Raises:
+        MembershipError: it is gone, and members know it.
+    """
+    path = Path(place.serve.home) / AGGREGATOR_KEY_FILE
+    with Roster(place.roster) as roster:
+        members = len(roster.members())
+    if members and not path.exists():
+        raise MembershipError(
+            f"{path} is missing, and {members} members know that key",
+            hint="Put it back from a backup. `photon serve` makes another one, with which all of "
+            "them have to join again (`photon members rotate NAME`).",
+        )
+    return NodeKey.load_or_create(path)
+
+
 def _invite(asked: _Asked, place: _Place, *, rotate: bool) -> None:
     serve, name, bound = place.serve, asked.name, asked.key
     host, port = _host_and_port(asked.address) if asked.address else _public_address(serve)
     tokenizer = _tokenizer(place)
     ca_pem = _authority(serve, host)
-    key = NodeKey.load_or_create(Path(serve.home) / AGGREGATOR_KEY_FILE)
+    key = _aggregator_key(place)
     out = asked.out or Path(f"{name}.invitation.toml")
     require_writable(out)  # before the earlier invitation is void
     with Roster(place.roster) as roster:

@@ -22,7 +22,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from photon.errors import CertificateError
-from photon.membership.invitation import certificate_fingerprint
 from photon.store.disk import write_whole
 
 #: What clients are told to give up on: longer ones are refused by some of them.
@@ -75,23 +74,13 @@ def make_authority(home: Path) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     # A serial in its name keeps two authorities apart where a system is given both.
     name = _name(f"Photon aggregator {secrets.token_hex(4)}")
-    now = datetime.now(UTC)
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    now = datetime.now(UTC)
+    until = now + timedelta(days=_AUTHORITY_DAYS)
     certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _BACKDATED)
-        .not_valid_after(now + timedelta(days=_AUTHORITY_DAYS))
+        _builder(key, name, name, (now - _BACKDATED, until), identifier)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
-        .add_extension(identifier, critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
-            critical=False,
-        )
         .sign(key, hashes.SHA256())
     )
     # The certificate last: whoever sees it finds the key.
@@ -125,22 +114,14 @@ def make_certificate(
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.now(UTC)
     issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    begin = max(now - _BACKDATED, authority.not_valid_before_utc)
+    until = min(now + timedelta(days=days), authority.not_valid_after_utc)
     certificate = (
-        x509.CertificateBuilder()
-        .subject_name(_name(str(names[0].value)[:64]))
-        .issuer_name(authority.subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(max(now - _BACKDATED, authority.not_valid_before_utc))
-        .not_valid_after(min(now + timedelta(days=days), authority.not_valid_after_utc))
+        _builder(key, _name(str(names[0].value)[:64]), authority.subject, (begin, until), issuer)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer), critical=False
-        )
         .sign(authority_key, hashes.SHA256())
     )
     files = server_files(home)
@@ -185,18 +166,6 @@ def renewal_is_due(certificate: Path, *, at: datetime | None = None) -> bool:
 def valid_until(certificate: Path) -> datetime:
     """When a certificate expires. Raises CertificateError."""
     return _read_chain(certificate)[0].not_valid_after_utc
-
-
-def fingerprint(ca_pem: str) -> str:
-    """Names a certificate: "sha256:" and the sha256 of its DER form; of several, the first's.
-
-    Raises:
-        CertificateError: there is no certificate in that text.
-    """
-    try:
-        return certificate_fingerprint(ca_pem)
-    except ValueError as error:
-        raise CertificateError(f"no certificate in PEM: {error}") from error
 
 
 def days_left(certificate: Path, *, at: datetime | None = None) -> float:
@@ -275,6 +244,29 @@ def _authority(home: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey
 
 def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _builder(
+    key: ec.EllipticCurvePrivateKey,
+    subject: x509.Name,
+    issuer: x509.Name,
+    valid: tuple[datetime, datetime],
+    issuer_key: x509.SubjectKeyIdentifier,
+) -> x509.CertificateBuilder:
+    """What every certificate of ours has."""
+    own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    theirs = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_key)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(valid[0])
+        .not_valid_after(valid[1])
+        .add_extension(own, critical=False)
+        .add_extension(theirs, critical=False)
+    )
 
 
 def _general_name(host: str) -> x509.GeneralName:

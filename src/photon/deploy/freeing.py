@@ -13,11 +13,10 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from photon.errors import DeployError, PhotonError
 from photon.store.contract import Store
@@ -142,18 +141,14 @@ def _changing(home: Path) -> Iterator[dict[str, Leftover]]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         noted = _read(path)
         yield noted
-        record = {run_id: _without_id(one) for run_id, one in noted.items()}
+        record = {run_id: vars(one) for run_id, one in noted.items()}
         write_json(path, record, "the runs that are to be freed", mode=0o600)
-
-
-def _without_id(one: Leftover) -> Mapping[str, Any]:
-    return {name: value for name, value in asdict(one).items() if name != "run_id"}
 
 
 def _read(path: Path) -> dict[str, Leftover]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {run_id: Leftover(run_id=run_id, **rest) for run_id, rest in record.items()}
+        return {run_id: Leftover(**rest | {"run_id": run_id}) for run_id, rest in record.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:

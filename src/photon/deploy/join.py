@@ -23,13 +23,8 @@ from photon.config import NodeConfig
 from photon.data import PreparedData, open_data
 from photon.deploy.logs import readable
 from photon.deploy.ports import answers, free_ports
-from photon.deploy.service import troubles_to
-from photon.deploy.supervisor import (
-    Patience,
-    RestartPolicy,
-    Service,
-    Supervisor,
-)
+from photon.deploy.service import RestartPolicy, Service, troubles_to
+from photon.deploy.supervisor import Supervisor
 from photon.engines.flower import commands
 from photon.errors import (
     CertificateError,
@@ -64,7 +59,7 @@ PENDING_KEY_FILE = f"{KEY_FILE}.new"
 _ASK_AGAIN_S = 10.0
 
 #: A supernode that is refused just after a crash is let in once the old one counts as gone.
-_REFUSED = Patience(exit_codes=frozenset({KeyInUseError.exit_code}), pause_s=5.0)
+_REFUSED = frozenset({KeyInUseError.exit_code})
 
 
 def accept_invitation(
@@ -293,9 +288,7 @@ class Node:
                     environment=supernode.env,
                     ready=lambda: answers("127.0.0.1", runtime_port),
                     # The aggregator being away is no reason to give up.
-                    restarts=RestartPolicy(
-                        longest_pause_s=30.0, most_deaths=None, patience=(_REFUSED,)
-                    ),
+                    restarts=RestartPolicy(longest_pause_s=30.0, most_deaths=None, mends=_REFUSED),
                 ),
                 wait=False,
             )

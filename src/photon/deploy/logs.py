@@ -3,73 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import BinaryIO
 
 #: Longest line that is taken as one; longer ones are cut into several.
 MOST_LINE_BYTES = 16 << 10
 
 _SHOWN_LETTERS = 1000
+#: Of a log and the one before it.
+_MOST_BYTES = 16 << 20
 # Colours and cursor movements of a terminal, then everything else that is no printable text.
 _ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-_])")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class BoundedLog:
-    """A log file and the one before it, which together never hold more than `most_bytes`.
+    """A log file and the one before it, which together never hold more than 16 MiB.
 
     Writing never fails: on a full disk lines are lost, as the service they are from matters more.
 
     Args:
         path: of the file that is written to; the one before is called `path` + ".1".
-        most_bytes: of both.
     """
 
-    def __init__(self, path: Path, *, most_bytes: int = 16 << 20) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._before = path.with_name(path.name + ".1")
-        self._each_bytes = max(most_bytes // 2, 1)
-        self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
-        self._bytes = 0
+        self._each_bytes = _MOST_BYTES // 2
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # In Latin-1 each byte is a character: a program's output is kept as it came.
+        self._file = RotatingFileHandler(
+            path, maxBytes=self._each_bytes, backupCount=1, encoding="latin-1", delay=True
+        )
+        self._file.handleError = lambda record: None
 
     def write(self, text: bytes | str) -> None:
         """Append a line; a newline is added if it has none."""
         data = text.encode(errors="replace") if isinstance(text, str) else text
-        if not data.endswith(b"\n"):
-            data += b"\n"
-        data = data[-self._each_bytes :]
-        with self._lock, contextlib.suppress(OSError):
-            if self._file is None:
-                self._open()
-            if self._bytes + len(data) > self._each_bytes:
-                self._turn()
-            if self._file is not None:
-                self._file.write(data)
-                self._bytes += len(data)
+        line = data.removesuffix(b"\n")[2 - self._each_bytes :].decode("latin-1")
+        self._file.handle(logging.makeLogRecord({"msg": line}))
 
     def close(self) -> None:
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-
-    def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab", buffering=0)
-        self._bytes = self._file.tell()
-
-    def _turn(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self.path.replace(self._before)
-        self._open()
+        self._file.close()
 
 
 def readable(text: str) -> str:

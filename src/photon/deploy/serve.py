@@ -34,8 +34,8 @@ from photon.deploy.front_door import SERVICE as DOOR
 from photon.deploy.ports import free_ports, is_free
 from photon.deploy.renewal import DoorCertificate
 from photon.deploy.served_run import how_it_ended, prepare_run, progress_of, with_whole_paths
-from photon.deploy.service import troubles_to
-from photon.deploy.supervisor import RestartPolicy, Service, Supervisor
+from photon.deploy.service import RestartPolicy, Service, troubles_to
+from photon.deploy.supervisor import Supervisor
 from photon.engines.flower import commands
 from photon.engines.flower.bundle import build_bundle, digest
 from photon.engines.flower.control import Control

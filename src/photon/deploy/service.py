@@ -22,28 +22,6 @@ _SAME_S = 600.0
 
 
 @dataclass(frozen=True)
-class Patience:
-    """A death that time mends: tried again after a pause, and not counted towards giving up.
-
-    Attributes:
-        exit_codes: of the program, 0 to 255. (A program that exits with 305 is seen to exit with
-            305 mod 256 = 49.)
-        words: regular expressions; one is found in one of the last lines that the program wrote.
-        pause_s: before it is started again.
-    """
-
-    exit_codes: frozenset[int] = frozenset()
-    words: tuple[str, ...] = ()
-    pause_s: float = 15.0
-
-    def covers(self, exit_code: int | None, lines: Sequence[str]) -> bool:
-        """Whether this was such a death."""
-        if exit_code in self.exit_codes:
-            return True
-        return any(re.search(words, line) for words in self.words for line in lines)
-
-
-@dataclass(frozen=True)
 class RestartPolicy:
     """When a service that died is started again, and when not any more.
 
@@ -52,7 +30,9 @@ class RestartPolicy:
         longest_pause_s: what it doubles to.
         forgotten_after_s: a service that was up for so long starts with a clean record.
         most_deaths: given up at that many deaths within `within_s`; None: never given up.
-        patience: deaths that don't count.
+        mends: exit codes (0 to 255) of deaths that time mends: tried again after `mends_in_s`, and
+            not counted towards giving up. (A program that exits with 305 is seen to exit with 305
+            mod 256 = 49.)
     """
 
     first_pause_s: float = 1.0
@@ -60,7 +40,8 @@ class RestartPolicy:
     forgotten_after_s: float = 300.0
     most_deaths: int | None = 10
     within_s: float = 900.0
-    patience: tuple[Patience, ...] = ()
+    mends: frozenset[int] = frozenset()
+    mends_in_s: float = 5.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +64,6 @@ class Service:
         ports: (host, port) it will listen on; must be free when it starts.
         folder: it runs in; this process's own by default.
         wording: turns a line of its output into what the merged log shows; None leaves it out.
-        most_log_bytes: of its own log file and the one before it, together.
     """
 
     name: str
@@ -99,7 +79,6 @@ class Service:
     ports: tuple[tuple[str, int], ...] = ()
     folder: Path | None = None
     wording: Callable[[str], str | None] = readable
-    most_log_bytes: int = 16 << 20
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9-]{1,40}", self.name):

@@ -33,24 +33,9 @@ from typing import IO, Any
 from photon.deploy import tether
 from photon.deploy.keeper import Keeper
 from photon.deploy.logs import BoundedLog, Herald, merged_line
-from photon.deploy.service import (
-    Patience,
-    RestartPolicy,
-    Service,
-    ServiceEvent,
-    ServiceStatus,
-)
+from photon.deploy.service import Service, ServiceEvent, ServiceStatus
 from photon.errors import DeployError, DiskFullError, PhotonError
 from photon.store.disk import write_json
-
-__all__ = [
-    "Patience",
-    "RestartPolicy",
-    "Service",
-    "ServiceEvent",
-    "ServiceStatus",
-    "Supervisor",
-]
 
 
 class Supervisor:
@@ -125,9 +110,7 @@ class Supervisor:
             before = self._keepers.get(service.name)
             if before is not None and before.status().state not in ("stopped", "lost"):
                 raise DeployError(f"service {service.name} runs already")
-            log = BoundedLog(
-                self._log_folder / f"{service.name}.log", most_bytes=service.most_log_bytes
-            )
+            log = BoundedLog(self._log_folder / f"{service.name}.log")
             mark = f"{self._mark}{service.name}."
             keeper = Keeper(service, mark, log, self._line, self._tell, awaited=wait)
             # Replaced ones go to the end: services stop in the reverse order of their start.
@@ -138,16 +121,6 @@ class Supervisor:
         keeper.begin()
         if wait:
             keeper.await_up(lambda: self._stopping)
-
-    def start_one(self, name: str, *, wait: bool = True) -> None:
-        """Start a service again that `stop_one` stopped, or that was lost; raises as `start`."""
-        service = self._keeper(name).service
-        if self._keeper(name).status().state in ("stopped", "lost"):
-            self.start(service, wait=wait)
-
-    def stop_one(self, name: str) -> None:
-        """Stop one service and wait until it is gone; it stays down until `start_one`."""
-        self._keeper(name).stop()
 
     def signal_one(self, name: str, number: signal.Signals) -> bool:
         """Send a signal to a service that is up, for instance to read its configuration again.

@@ -11,7 +11,7 @@ from photon.link.parcel import (
     write_parcel,
 )
 from photon.link.tensorfile import TensorFile, tensors_sha256, write_tensors
-from photon.store.contract import FolderStore, MemoryStore, Store
+from photon.store.contract import FolderStore, Store
 from photon.store.disk import file_sha256, require_disk, sync_to_disk, writing
 from photon.store.garbage import Collected, collect
 from photon.store.granted_store import GrantedStore, Grants
@@ -30,7 +30,6 @@ __all__ = [
     "Grants",
     "Header",
     "Manifest",
-    "MemoryStore",
     "ObjectStore",
     "Parcel",
     "Part",

@@ -236,7 +236,7 @@ def open_store(
     return ObjectStore(backend)
 
 
-def presigner_for(store: Store, *, public_url: str | None = None) -> Presigner:
+def presigner_for(store: Store) -> Presigner:
     """What makes grants for a store.
 
     For S3 with a key pair everything about a request is signed; otherwise (Google, Azure, S3
@@ -244,10 +244,9 @@ def presigner_for(store: Store, *, public_url: str | None = None) -> Presigner:
 
     Args:
         store: one that `open_store` made.
-        public_url: where those who use the grants see it (a front door); its own endpoint if None.
 
     Raises:
-        LinkError: it is not a store that can sign, or not for another URL.
+        LinkError: it is not a store that can sign.
     """
     backend = store.backend if isinstance(store, ObjectStore) else None
     if isinstance(backend, S3Store):
@@ -264,7 +263,7 @@ def presigner_for(store: Store, *, public_url: str | None = None) -> Presigner:
             access_key_id, secret, token = (os.environ.get(name) for name in names)
         if bucket and access_key_id and secret:
             return S3Presigner(
-                public_url or endpoint or f"https://s3.{region}.amazonaws.com",
+                endpoint or f"https://s3.{region}.amazonaws.com",
                 str(bucket),
                 region=region,
                 access_key_id=str(access_key_id),
@@ -272,10 +271,10 @@ def presigner_for(store: Store, *, public_url: str | None = None) -> Presigner:
                 session_token=str(token) if token else None,
                 prefix=backend.prefix or "",
             )
-    if isinstance(backend, S3Store | GCSStore | AzureStore) and public_url is None:
+    if isinstance(backend, S3Store | GCSStore | AzureStore):
         return ObstorePresigner(backend)
     raise LinkError(
-        f"can't sign grants for {store}" + (" at another URL" if public_url else ""),
+        f"can't sign grants for {store}",
         hint="Grants need an object store (s3, gs, az); with a front door, S3 and a key pair.",
     )
 

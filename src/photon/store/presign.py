@@ -49,7 +49,6 @@ class Grant:
 class Presigner(ABC):
     """Makes grants for the objects of one store."""
 
-    @abstractmethod
     def put(self, key: str, bytes: int, sha256: str, valid_s: int) -> Grant:
         """Leave to write an object.
 
@@ -58,14 +57,23 @@ class Presigner(ABC):
             sha256: of its bytes, hexadecimal.
             valid_s: seconds from now; 7 days at most.
         """
+        return self._sign("PUT", key, self._written(bytes, sha256), valid_s)
 
-    @abstractmethod
     def get(self, key: str, valid_s: int) -> Grant:
         """Leave to read an object."""
+        return self._sign("GET", key, {}, valid_s)
 
-    @abstractmethod
     def head(self, key: str, valid_s: int) -> Grant:
         """Leave to ask whether an object is there, and how long it is."""
+        return self._sign("HEAD", key, {}, valid_s)
+
+    @abstractmethod
+    def _written(self, bytes: int, sha256: str) -> dict[str, str]:
+        """Headers of a request that writes so many bytes."""
+
+    @abstractmethod
+    def _sign(self, verb: Verb, key: str, headers: Mapping[str, str], valid_s: int) -> Grant:
+        """A request about an object, signed."""
 
     def grant(
         self, verb: Verb, key: str, bytes: int | None, sha256: str | None, valid_s: int
@@ -123,30 +131,24 @@ class S3Presigner(Presigner):
         self._session_token = session_token
         self._prefix = prefix.strip("/")
 
-    def put(self, key: str, bytes: int, sha256: str, valid_s: int) -> Grant:
+    def _written(self, bytes: int, sha256: str) -> dict[str, str]:
         checksum = base64.b64encode(_digest(sha256)).decode()
-        headers = {
+        return {
             "content-length": str(bytes),
             "if-none-match": "*",
             "x-amz-checksum-sha256": checksum,
         }
-        return self._sign("PUT", self._path(key), headers, valid_s)
-
-    def get(self, key: str, valid_s: int) -> Grant:
-        return self._sign("GET", self._path(key), {}, valid_s)
-
-    def head(self, key: str, valid_s: int) -> Grant:
-        return self._sign("HEAD", self._path(key), {}, valid_s)
 
     def bucket_request(self, verb: Verb, valid_s: int) -> Grant:
         """A request about the bucket itself: PUT makes it, HEAD asks whether it is there."""
-        return self._sign(verb, self._bucket_path, {}, valid_s)
+        return self._sign_path(verb, self._bucket_path, {}, valid_s)
 
-    def _path(self, key: str) -> str:
+    def _sign(self, verb: Verb, key: str, headers: Mapping[str, str], valid_s: int) -> Grant:
         folder = f"{self._prefix}/" if self._prefix else ""
-        return f"{self._bucket_path}/{folder}{require_key(key)}"
+        path = f"{self._bucket_path}/{folder}{require_key(key)}"
+        return self._sign_path(verb, path, headers, valid_s)
 
-    def _sign(self, verb: Verb, path: str, headers: Mapping[str, str], valid_s: int) -> Grant:
+    def _sign_path(self, verb: Verb, path: str, headers: Mapping[str, str], valid_s: int) -> Grant:
         require_valid_s(valid_s)
         now = time.time()
         query = self.signed_query(verb, path, headers, datetime.fromtimestamp(now, UTC), valid_s)
@@ -213,20 +215,14 @@ class ObstorePresigner(Presigner):
     def __init__(self, store: S3Store | GCSStore | AzureStore) -> None:
         self._store = store
 
-    def put(self, key: str, bytes: int, sha256: str, valid_s: int) -> Grant:
+    def _written(self, bytes: int, sha256: str) -> dict[str, str]:
         headers = {"content-length": str(bytes)}
         if isinstance(self._store, AzureStore):
             headers["x-ms-blob-type"] = "BlockBlob"
         if not isinstance(self._store, GCSStore):
             # Not signed, so a courtesy: an honest client doesn't overwrite.
             headers["if-none-match"] = "*"
-        return self._sign("PUT", key, headers, valid_s)
-
-    def get(self, key: str, valid_s: int) -> Grant:
-        return self._sign("GET", key, {}, valid_s)
-
-    def head(self, key: str, valid_s: int) -> Grant:
-        return self._sign("HEAD", key, {}, valid_s)
+        return headers
 
     def _sign(self, verb: Verb, key: str, headers: Mapping[str, str], valid_s: int) -> Grant:
         require_valid_s(valid_s)

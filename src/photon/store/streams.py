@@ -102,17 +102,20 @@ class Crew:
         self.tell()
         return future.result()
 
-    def some(self, pending: set[Future[_T]]) -> set[Future[_T]]:
-        """Wait for any of some jobs; those still to do. Raises what a job raised."""
+    def some(self, pending: set[Future[_T]]) -> list[_T]:
+        """Wait for any of some jobs, and take those that are done out of them.
+
+        Returns what they returned; raises what one raised.
+        """
         while True:
-            done, rest = wait(pending, timeout=_TICK_S, return_when=FIRST_COMPLETED)
+            done, _ = wait(pending, timeout=_TICK_S, return_when=FIRST_COMPLETED)
             if done:
                 break
             self._watch()
-        for future in done:
-            future.result()
+        pending -= done
+        results = [future.result() for future in done]
         self.tell()
-        return rest
+        return results
 
     def persist(self, doing: str, count: int, attempt: Callable[[Pace], _T]) -> _T:
         """Attempt one object until it moved, with pauses while its store is unavailable.

@@ -108,30 +108,29 @@ class Transfer:
             AccessRefusedError: the store refuses.
         """
         start = time.monotonic()
-        sent = _Tally()
+        moved: list[tuple[int, bool]] = []  # bytes of each, and whether they were written
         # Threads beyond the streams ask whether the store has the next objects while these are on
         # their way: over a long link each question costs a stream nothing then.
         with self._crew("to write", ahead=_ASKING_AHEAD) as crew:
             places = threading.BoundedSemaphore(self._streams)
             todo = iter(objects)
-            pending: set[Future[None]] = set()
+            pending: set[Future[tuple[int, bool]]] = set()
             while True:
                 while len(pending) >= self._streams + _ASKING_AHEAD:
-                    pending = crew.some(pending)
+                    moved += crew.some(pending)
                 try:
                     key, data = next(todo)
                 except StopIteration:
                     break
-                pending.add(
-                    crew.begin(lambda k=key, d=data: self._send_one(crew, places, k, d, sent))
-                )
+                pending.add(crew.begin(lambda k=key, d=data: self._send_one(crew, places, k, d)))
             while pending:
-                pending = crew.some(pending)
+                moved += crew.some(pending)
             retries = crew.retries
+        written = [count for count, new in moved if new]
         return Sent(
-            bytes=sent.bytes,
-            objects=sent.objects,
-            skipped_bytes=sent.skipped_bytes,
+            bytes=sum(written),
+            objects=len(written),
+            skipped_bytes=sum(count for count, new in moved if not new),
             seconds=time.monotonic() - start,
             retries=retries,
         )
@@ -170,13 +169,9 @@ class Transfer:
                 yield arrived.pop()
 
     def _send_one(
-        self,
-        crew: Crew,
-        places: threading.BoundedSemaphore,
-        key: str,
-        data: Buffer,
-        sent: _Tally,
-    ) -> None:
+        self, crew: Crew, places: threading.BoundedSemaphore, key: str, data: Buffer
+    ) -> tuple[int, bool]:
+        """Bytes of an object, and whether they were written."""
         count = memoryview(data).nbytes
 
         def attempt(pace: Pace) -> bool:
@@ -196,8 +191,7 @@ class Transfer:
                 places.release()
             return True
 
-        written = crew.persist(f"writing {key}", count, attempt)
-        sent.add(count, written=written)
+        return count, crew.persist(f"writing {key}", count, attempt)
 
     def _fetch_one(self, crew: Crew, one: Wanted, kept: FolderStore | None) -> Buffer:
         if kept is not None:
@@ -244,22 +238,6 @@ class Transfer:
         finally:
             crew.leave()
             self.retries += crew.retries
-
-
-class _Tally:
-    """What was written and what was there, added up by several threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.bytes = self.objects = self.skipped_bytes = 0
-
-    def add(self, count: int, *, written: bool) -> None:
-        with self._lock:
-            if written:
-                self.bytes += count
-                self.objects += 1
-            else:
-                self.skipped_bytes += count
 
 
 def _from_spool(kept: FolderStore, one: Wanted) -> Buffer | None:
