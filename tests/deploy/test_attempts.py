@@ -109,8 +109,8 @@ def serving(three_silos, home, monkeypatch):
     folder.mkdir()
     made = Aggregator(parse_run_config(tree), folder, log=said.append, on_event=said.append)
     signer = S3Presigner("https://s", "b", region="r", access_key_id="a", secret="s")
-    desk = Desk(made._roster, signer, register=lambda _: 7, operator_socket=home / "o.sock")
-    desk.start()
+    desk = Desk(made._roster, signer, register=lambda _: 7)
+    desk.start(operator_socket=home / "o.sock")
     yield made, desk, said
     desk.stop()
     made._roster.close()

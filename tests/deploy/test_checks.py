@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from aws import environment_of
 from typer.testing import CliRunner
 
 from photon.cli.main import app
@@ -146,7 +147,7 @@ def test_a_flower_of_another_version(looked, monkeypatch) -> None:
 
 
 def test_a_store_of_the_users_own(looked, running_store, monkeypatch) -> None:
-    for name, value in running_store.store.environment().items():
+    for name, value in environment_of(running_store.store).items():
         monkeypatch.setenv(name, value)
     found = looked(store=f"{running_store.store.url}/checked")
     assert found["store"].verdict == "ok"

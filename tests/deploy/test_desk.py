@@ -84,9 +84,10 @@ class Place:
             "register": self.register,
             "on_event": lambda kind, detail: self.told.append((kind, detail)),
         }
+        socket = options.pop("operator_socket", None)
         desk = Desk(self.roster, options.pop("presigner", self.presigner()), **given | options)
         self.desks.append(desk)
-        desk.start()
+        desk.start(operator_socket=socket)
         self.url = f"http://127.0.0.1:{desk.port}"
         return desk
 
@@ -1071,8 +1072,7 @@ def test_status_says_who_is_here_and_what_each_does(place: Place) -> None:
     place.desks[0].stop()
     place.open(
         operator_socket=place.socket,
-        services=lambda: services,
-        progress=lambda: {"name": "demo", "round": 3},
+        about=lambda: {"services": services, "run": {"name": "demo", "round": 3}},
     )
     blue = place.member("blue")
     place.member("red")
@@ -1106,8 +1106,10 @@ def test_status_of_a_run_that_went_wrong(place: Place) -> None:
     place.desks[0].stop()
     place.open(
         operator_socket=place.socket,
-        services=lambda: [{"name": "weed", "pid": None, "log": Path("weed.log")}],
-        progress=lambda: {"loss": float("nan"), "rounds": [1.5, float("inf")], "done": False},
+        about=lambda: {
+            "services": [{"name": "weed", "pid": None, "log": Path("weed.log")}],
+            "run": {"loss": float("nan"), "rounds": [1.5, float("inf")], "done": False},
+        },
     )
     status = ask_operator(place.socket, "GET", "/operator/status")
     assert status["run"] == {"loss": None, "rounds": [1.5, None], "done": False}
@@ -1161,21 +1163,21 @@ def test_sockets_that_are_taken(place: Place) -> None:
         desk().start(place.desks[0].port)
     assert caught.value.hint
     with pytest.raises(PortInUseError, match="somebody answers on"):
-        desk(operator_socket=place.socket).start()
+        desk().start(operator_socket=place.socket)
     # A socket of a serve that was killed is in nobody's way.
     dead = place.folder / "dead.sock"
     with socket.socket(socket.AF_UNIX) as abandoned:
         abandoned.bind(str(dead))
-    desk(operator_socket=dead).start()
+    desk().start(operator_socket=dead)
     assert ask_operator(dead, "GET", "/operator/status")["members"] == []
     # What is no socket is not removed.
     file = place.folder / "precious"
     file.write_text("x")
     with pytest.raises(DeployError, match="is no socket"):
-        desk(operator_socket=file).start()
+        desk().start(operator_socket=file)
     assert file.read_text() == "x"
     with pytest.raises(DeployError, match="can't make the operator's socket") as caught:
-        desk(operator_socket=place.folder / ("d" * 100) / "o.sock").start()
+        desk().start(operator_socket=place.folder / ("d" * 100) / "o.sock")
     assert "107 characters" in (caught.value.hint or "")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from aws import environment_of
 
 from photon.deploy import embedded_store
 from photon.deploy.embedded_store import BUCKET, EmbeddedStore, StoreOptions, weed_words
@@ -43,7 +44,7 @@ def killed(store: EmbeddedStore):
 
 def test_it_takes_and_gives_objects_to_who_has_credentials(running_store, monkeypatch) -> None:
     store = running_store.store
-    for name, value in store.environment().items():
+    for name, value in environment_of(store).items():
         monkeypatch.setenv(name, value)
     # As another process does that was given the environment.
     other = open_store(f"{store.url}/mine")

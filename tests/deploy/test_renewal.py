@@ -393,10 +393,9 @@ def test_status_shows_a_warning(short_folder, operator) -> None:
             roster,
             presigner,
             register=lambda _: 1,
-            operator_socket=home / "operator.sock",
-            progress=lambda: progress,
+            about=lambda: {"run": progress},
         )
-        desk.start()
+        desk.start(operator_socket=home / "operator.sock")
         try:
             shown = CliRunner().invoke(app, ["status", str(home)])
             said = CliRunner().invoke(app, ["status", str(home), "--json"])

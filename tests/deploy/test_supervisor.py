@@ -636,7 +636,7 @@ def test_words() -> None:
     assert exit_words(None) == "it did not run"
     assert readable("a\x1b]0;title\x07b\x1b[2Jc\x00d\r") == "abcd"
     assert len(readable("x" * 5000)) == 1000
-    assert merged_line("store", "up\r", at=0.0).endswith(" store | up")
+    assert merged_line("store", "up\r").endswith(" store | up")
     with pytest.raises(DeployError, match="letters, digits and hyphens"):
         Service("../door", ("sleep", "1"))
 

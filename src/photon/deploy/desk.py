@@ -12,15 +12,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from photon.deploy.desk_requests import (
     DESK_PATH,
-    Allowance,
     CheckBody,
+    Counters,
     DeskLimits,
     Granting,
     GrantsBody,
@@ -69,9 +69,6 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 #: Wait for the registrations before this one.
 _TURN_S = 30.0
 
-#: Of one member that says it is here while the engine does not know it.
-_REGISTRATIONS_PER_MINUTE = 6
-
 #: Of an open task, for the operator.
 _TASK_SHOWN = ("id", "run", "round", "silo", "kind", "opened_at", "until", "most_bytes")
 _EVENTS_SHOWN = 20
@@ -88,10 +85,8 @@ class Desk:
         presigner: makes grants, with URLs as silos see the store.
         register: called when somebody joined, after the roster has the key, one call at a time;
             words that it raises reach the node, which asks again.
-        operator_socket: where to listen for the operator; None for nowhere.
         limits: see there.
-        services: what `photon status` shows of the supervised processes.
-        progress: what it shows of the run, likewise.
+        about: what `photon status` shows besides: of the "run", and of its "services".
         on_event: told of what happens, from several threads; it must not block.
         store_origin: scheme, host and port that grants name, where the store is not behind the
             door: silos hold every grant against it.
@@ -105,10 +100,8 @@ class Desk:
         presigner: Presigner,
         *,
         register: Register,
-        operator_socket: Path | None = None,
         limits: DeskLimits | None = None,
-        services: Callable[[], Sequence[Mapping[str, Any]]] = tuple,
-        progress: Callable[[], Mapping[str, Any]] = dict,
+        about: Callable[[], Mapping[str, Any]] = dict,
         on_event: OnEvent | None = None,
         store_origin: str | None = None,
         audience: str = "",
@@ -116,18 +109,15 @@ class Desk:
         self._roster = roster
         self._store_origin = store_origin
         self._register = register
-        self._operator_socket = operator_socket
+        self._operator_socket: Path | None = None
         self._limits = limits or DeskLimits()
-        self._services = services
-        self._progress = progress
+        self._about = about
         self._on_event = on_event
         self._granting = Granting(roster, presigner, self._limits)
-        self._counters = _Counters(self._limits)
+        self._counters = Counters(self._limits)
         #: By member: what it does, and since when (seconds since the epoch).
         self._since: dict[str, tuple[tuple[str, str, int, str], float]] = {}
         self._verifier = RequestVerifier(roster.by_fingerprint, audience=audience)
-        self._joiner = threading.local()
-        self._join_verifier = RequestVerifier(self._find_joiner, audience=audience)
         self._registering = threading.Lock()
         self._server: ServerThread | None = None
         self._started_at = 0.0
@@ -135,11 +125,12 @@ class Desk:
 
     # --- running ---
 
-    def start(self, port: int = 0) -> None:
+    def start(self, port: int = 0, operator_socket: Path | None = None) -> None:
         """Listen on loopback; when this returns, requests are answered.
 
         Args:
             port: any free one if 0; the attribute `port` says which.
+            operator_socket: where to listen for the operator; None for nowhere.
 
         Raises:
             PortInUseError: somebody else listens there, or on the operator's socket.
@@ -151,12 +142,13 @@ class Desk:
         listener = loopback_socket(port)
         self.port = listener.getsockname()[1]
         served = [(self._for_silos().application(), listener)]
-        if self._operator_socket is not None:
+        if operator_socket is not None:
             try:
-                private = private_socket(self._operator_socket)
+                private = private_socket(operator_socket)
             except BaseException:
                 listener.close()
                 raise
+            self._operator_socket = operator_socket
             served.append((self._for_operator().application(), private))
         self._server = ServerThread(served, most_connections=self._limits.most_connections)
         self._server.start()
@@ -250,24 +242,18 @@ class Desk:
 
     def _require_own_key(self, caller: Caller, name: str, pem: str) -> None:
         """Refuse to register a key that the caller does not hold: it may be another node's."""
-        claimed = Member(
-            name, pem, fingerprint_of(pem), "active", Facts("", "", 0, ""), 0.0, flower_node_id=None
-        )
-        self._joiner.member = claimed
-        try:
-            self._join_verifier.verify(
-                "POST", caller.path, caller.body, caller.headers, now=time.time()
-            )
-        finally:
-            self._joiner.member = None
+        claimed = Member(name, pem, fingerprint_of(pem), "active", Facts("", "", 0, ""), 0.0, None)
 
-    def _find_joiner(self, fingerprint: str) -> Member:
-        member: Member | None = getattr(self._joiner, "member", None)
-        if member is None or member.fingerprint != fingerprint:
-            raise SignatureError(
-                "the request to join is signed with another key than the one it registers"
-            )
-        return member
+        def joiner(fingerprint: str) -> Member:
+            if fingerprint != claimed.fingerprint:
+                raise SignatureError(
+                    "the request to join is signed with another key than the one it registers"
+                )
+            return claimed
+
+        self._verifier.verify(
+            "POST", caller.path, caller.body, caller.headers, now=time.time(), find=joiner
+        )
 
     # --- what silos ask ---
 
@@ -429,8 +415,7 @@ class Desk:
             "version": photon_version(),
             "draining": bool(self._roster.setting("draining", False)),
             "stopping": bool(self._roster.setting("stopping", False)),
-            "run": _as_json(self._progress()),
-            "services": _as_json(self._services()),
+            **_as_json({"run": {}, "services": (), **self._about()}),
             "members": members,
             "open_tasks": [
                 {name: getattr(task, name) for name in _TASK_SHOWN}
@@ -495,31 +480,6 @@ def _as_json(value: Any) -> Any:
 def _doing(presence: Presence) -> tuple[str, str, int, str]:
     """What has a beginning: another step of the same task is not something else."""
     return (presence.state, presence.run, presence.round, presence.task)
-
-
-class _Counters:
-    """Who may ask how often, and whose refusals are written down."""
-
-    def __init__(self, limits: DeskLimits) -> None:
-        self.failed_joins = Allowance(limits.joins_per_minute)
-        self.forged = Allowance(limits.strangers_per_minute)
-        self.strangers = Allowance(limits.strangers_per_minute)
-        self.requests = Allowance(limits.requests_per_minute)
-        self.registrations = Allowance(_REGISTRATIONS_PER_MINUTE)
-        self._notes = Allowance(limits.notes_per_minute)
-        self._all_notes = Allowance(10 * limits.notes_per_minute)
-        self._unnoted = 0
-        self._lock = threading.Lock()
-
-    def noting(self, actor: str) -> int | None:
-        """How many refusals were not noted before this one, which is; None if it is not either."""
-        noted = self._notes.take(actor) and self._all_notes.take()
-        with self._lock:
-            if not noted:
-                self._unnoted += 1
-                return None
-            unnoted, self._unnoted = self._unnoted, 0
-            return unnoted
 
 
 def _too_many(what: str, *, noted: bool = True) -> RefusedError:

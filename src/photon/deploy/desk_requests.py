@@ -38,6 +38,9 @@ PROBE_KEY = "photon-probe/none"
 #: For how long leave to ask for it is valid.
 _PROBE_S = 60
 
+#: Of one member that says it is here while the engine does not know it.
+_REGISTRATIONS_PER_MINUTE = 6
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 _Name = Annotated[
@@ -208,6 +211,31 @@ class Allowance:
         return allowed
 
 
+class Counters:
+    """Who may ask how often, and whose refusals are written down."""
+
+    def __init__(self, limits: DeskLimits) -> None:
+        self.failed_joins = Allowance(limits.joins_per_minute)
+        self.forged = Allowance(limits.strangers_per_minute)
+        self.strangers = Allowance(limits.strangers_per_minute)
+        self.requests = Allowance(limits.requests_per_minute)
+        self.registrations = Allowance(_REGISTRATIONS_PER_MINUTE)
+        self._notes = Allowance(limits.notes_per_minute)
+        self._all_notes = Allowance(10 * limits.notes_per_minute)
+        self._unnoted = 0
+        self._lock = threading.Lock()
+
+    def noting(self, actor: str) -> int | None:
+        """How many refusals were not noted before this one, which is; None if it is not either."""
+        noted = self._notes.take(actor) and self._all_notes.take()
+        with self._lock:
+            if not noted:
+                self._unnoted += 1
+                return None
+            unnoted, self._unnoted = self._unnoted, 0
+            return unnoted
+
+
 def caller_address(peer: str | None, forwarded_for: str | None) -> str:
     """Who is counted: the address that the front door saw, one name for a whole IPv6 network.
 
@@ -287,7 +315,8 @@ class Granting:
             try:
                 if want.verb == "PUT":
                     self._count(task, want)
-                answers.append(self._granted(task, want, valid_s))
+                self._key(task, want)
+                answers.append(self._signed(want, valid_s))
             except PhotonError as error:
                 errors.append(error)
                 answers.append({"error": error_record(error)})
@@ -302,10 +331,6 @@ class Granting:
     def probe(self) -> dict[str, Any]:
         """Leave to ask the store for an object that nobody ever writes: whether it is reached."""
         return self._signed(Want(verb="HEAD", key=PROBE_KEY), _PROBE_S)
-
-    def _granted(self, task: OpenTask, want: Want, valid_s: int) -> dict[str, Any]:
-        self._key(task, want)
-        return self._signed(want, valid_s)
 
     def _signed(self, want: Want, valid_s: int) -> dict[str, Any]:
         try:

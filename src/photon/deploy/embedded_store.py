@@ -12,10 +12,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import tomli_w
@@ -29,7 +27,7 @@ from photon.errors import DeployError, DiskFullError, ObjectMissingError
 from photon.main_memory import main_memory
 from photon.store.contract import Store
 from photon.store.dialling import http_client
-from photon.store.disk import write_json, write_whole
+from photon.store.disk import write_whole
 from photon.store.object_store import open_store
 from photon.store.presign import S3Presigner, Verb
 
@@ -119,28 +117,23 @@ class EmbeddedStore:
 
     @property
     def url(self) -> str:
-        """As `photon.store.object_store.open_store` takes it, with `environment` set."""
+        """As `photon.store.object_store.open_store` takes it, with `place` and `credentials`."""
         return f"s3://{self.bucket}"
 
-    def environment(self) -> dict[str, str]:
-        """Variables with which another process on this machine may open `url`."""
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_REGION": REGION,
-            "AWS_ACCESS_KEY_ID": self.access_key_id,
-            "AWS_SECRET_ACCESS_KEY": self.secret,
-        }
+    @property
+    def place(self) -> dict[str, str]:
+        """Options of `open_store` that say where it is."""
+        return {"endpoint": self.endpoint, "region": REGION}
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        """Options of `open_store` that let in whoever has them."""
+        return {"access_key_id": self.access_key_id, "secret_access_key": self.secret}
 
     def open(self, prefix: str = "", *, silence_s: float = 60.0) -> Store:
         """The store with its credentials, as the aggregator has it."""
-        options = {
-            "endpoint": self.endpoint,
-            "region": REGION,
-            "access_key_id": self.access_key_id,
-            "secret_access_key": self.secret,
-        }
         url = f"{self.url}/{prefix}" if prefix else self.url
-        return open_store(url, options, silence_s=silence_s)
+        return open_store(url, self.place | self.credentials, silence_s=silence_s)
 
     def presigner(self, public_url: str, prefix: str = "") -> S3Presigner:
         """Grants for those who see it at `public_url` (the front door)."""
@@ -287,11 +280,8 @@ class EmbeddedStore:
             "https": {"master": http, "volume": http, "client": http | {"enabled": True}},
             "jwt": {"signing": signing},
         }
-        path = self.folder / ".seaweedfs" / "security.toml"  # HOME is the folder
-        try:
-            write_whole(path, tomli_w.dumps(record), "the store's configuration", mode=0o600)
-        except OSError as error:
-            raise DeployError(f"can't write {path}: {error.strerror}") from error
+        # HOME is the folder.
+        _keep(self.folder / ".seaweedfs" / "security.toml", tomli_w.dumps(record))
 
     def _credentials(self) -> tuple[str, str]:
         path = self.folder / "s3.json"
@@ -303,7 +293,7 @@ class EmbeddedStore:
                 ],
                 "actions": ["Admin"],
             }
-            _keep(path, {"identities": [identity]})
+            _keep(path, json.dumps({"identities": [identity]}))
         try:
             path.chmod(0o600)
             identities = json.loads(path.read_text(encoding="utf-8"))["identities"]
@@ -325,7 +315,7 @@ class EmbeddedStore:
         if set(kept) == set(_PORTS):
             return kept
         ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-        _keep(path, ports)
+        _keep(path, json.dumps(ports))
         return ports
 
     def move_if_taken(self) -> None:
@@ -358,9 +348,9 @@ def _free_space(gib: float) -> str:
     return f"{max(1, round(gib * 1024))}MiB"
 
 
-def _keep(path: Path, record: Mapping[str, Any]) -> None:
+def _keep(path: Path, text: str) -> None:
     """A file of the store's own, which only this user may read."""
     try:
-        write_json(path, record, "the store's configuration", mode=0o600)
+        write_whole(path, text, "the store's configuration", mode=0o600)
     except OSError as error:
         raise DeployError(f"can't write {path}: {error.strerror}") from error

@@ -126,15 +126,56 @@ def front_door(settings: DoorSettings, folder: Path) -> Service:
 
 def caddyfile(settings: DoorSettings, folder: Path) -> str:
     """Caddy's configuration. Raises IncompatibleConfigError for a path that can't be in it."""
-    parts = [
-        _site(settings),
-        _odd_paths(),
-        _fleet(settings),
-        _desk(settings),
-        *([_store(settings)] if settings.store_port is not None else []),
-    ]
-    body = "\n".join(line for part in parts for line in _indented(part))
-    return f"{_global(settings, folder)}\n{body}\n\trespond 404\n}}\n"
+    address = f"[{settings.address}]" if ":" in settings.address else settings.address
+    store = _store(settings) if settings.store_port is not None else ""
+    # Nothing to change at run time (no admin socket), nothing fetched or issued, and nothing of a
+    # request in the log: paths there carry signatures, headers carry tokens. Matching is done on
+    # cleaned paths, but services behind get them as they were sent: odd ones are turned away.
+    return f"""{{
+	admin off
+	auto_https off
+	persist_config off
+	skip_install_trust
+	storage file_system {_quoted(folder.absolute() / "storage")}
+	grace_period 5s
+	log default {{
+		level WARN
+		format filter {{
+			wrap json
+			fields {{
+				request delete
+			}}
+		}}
+	}}
+	servers {{
+		protocols h1
+		max_header_size {_HEADER_BYTES}
+		timeouts {{
+			read_header 10s
+			read_body_idle {settings.body_silence_s}s
+			idle 2m
+		}}
+	}}
+}}
+
+https://:{settings.port} {{
+	bind {address}
+	tls {_quoted(settings.certificate)} {_quoted(settings.key)}
+	header -Server
+
+	@odd {{
+		vars_regexp {{http.request.uri.path}} (\\.\\.|//|\\\\|;|[\\x00-\\x1f\\x7f])
+	}}
+	handle @odd {{
+		respond 404
+	}}
+
+{_fleet(settings)}
+{_desk(settings)}
+{store}
+	respond 404
+}}
+"""
 
 
 def find_caddy() -> Path:
@@ -220,58 +261,6 @@ def _require_valid(command: tuple[str, ...], environment: dict[str, str]) -> Non
         )
 
 
-def _global(settings: DoorSettings, folder: Path) -> str:
-    # Nothing to change at run time (no admin socket), nothing fetched or issued, and nothing of a
-    # request in the log: paths there carry signatures, headers carry tokens.
-    return f"""{{
-	admin off
-	auto_https off
-	persist_config off
-	skip_install_trust
-	storage file_system {_quoted(folder.absolute() / "storage")}
-	grace_period 5s
-	log default {{
-		level WARN
-		format filter {{
-			wrap json
-			fields {{
-				request delete
-			}}
-		}}
-	}}
-	servers {{
-		protocols h1
-		max_header_size {_HEADER_BYTES}
-		timeouts {{
-			read_header 10s
-			read_body_idle {settings.body_silence_s}s
-			idle 2m
-		}}
-	}}
-}}
-"""
-
-
-def _site(settings: DoorSettings) -> str:
-    address = f"[{settings.address}]" if ":" in settings.address else settings.address
-    return f"""https://:{settings.port} {{
-	bind {address}
-	tls {_quoted(settings.certificate)} {_quoted(settings.key)}
-	header -Server
-"""
-
-
-def _odd_paths() -> str:
-    # Matching below is done on cleaned paths, but services behind get them as they were sent.
-    return """	@odd {
-		vars_regexp {http.request.uri.path} (\\.\\.|//|\\\\|;|[\\x00-\\x1f\\x7f])
-	}
-	handle @odd {
-		respond 404
-	}
-"""
-
-
 def _fleet(settings: DoorSettings) -> str:
     upstream = f"https://127.0.0.1:{settings.superlink_port}"
     tls = (
@@ -338,10 +327,6 @@ def _store(settings: DoorSettings) -> str:
 		}}
 	}}
 """
-
-
-def _indented(part: str) -> list[str]:
-    return [*part.rstrip("\n").split("\n"), ""]
 
 
 def _quoted(path: Path) -> str:

@@ -12,7 +12,7 @@ import ssl
 import tempfile
 import time
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,6 @@ from photon.errors import (
 )
 from photon.membership.invitation import (
     Invitation,
-    SharedTokenizer,
     certificate_fingerprint,
     read_invitation,
 )
@@ -69,28 +68,6 @@ _ANSWER_S = 10.0
 #: The aggregator makes its own anew long before.
 _CERTIFICATE_DAYS = 14
 _LATER = "is looked at once this node is a member: join, then `photon join --check`"
-
-
-@dataclass(frozen=True)
-class Aggregator:
-    """Whom this node will speak to, as its invitation or its membership has it.
-
-    Attributes:
-        name: of the member.
-        address: "host:port" of the door.
-        ca_pem, ca_fingerprint: of the authority, as they came.
-        ca_source: the file that ca_pem is from.
-        membership: None before joining.
-        tokenizer: that the invitation names.
-    """
-
-    name: str
-    address: str
-    ca_pem: str
-    ca_fingerprint: str
-    ca_source: Path
-    membership: Membership | None = None
-    tokenizer: SharedTokenizer | None = None
 
 
 def preflight(
@@ -159,7 +136,9 @@ class _Site:
         self._moved_to = address
         self._ca_file = ca_file
         self._node: NodeConfig | None = None
-        self._known: Aggregator | None = None
+        #: Who invited this node, or whose member it is; the authority, and where that is from.
+        self._known: Invitation | Membership | None = None
+        self._ca_pem, self._ca_source = "", home / CA_FILE
         self._health: dict[str, Any] = {}
         self._standing: Standing | None = None
 
@@ -188,14 +167,7 @@ class _Site:
         if (file := self._invitation) is not None:
             invitation = read_invitation(file)
             found = self._invited(file, invitation)
-            self._known = Aggregator(
-                invitation.name,
-                invitation.address,
-                invitation.ca_pem,
-                invitation.ca_fingerprint,
-                file,
-                tokenizer=invitation.tokenizer,
-            )
+            self._known, self._ca_pem, self._ca_source = invitation, invitation.ca_pem, file
             return found
         if not (home / MEMBERSHIP_FILE).exists():
             raise InvitationError(
@@ -206,15 +178,13 @@ class _Site:
         if self._moved_to is not None:
             member = replace(member, address=self._moved_to)
         try:
-            pem = (home / CA_FILE).read_text(encoding="ascii")
+            self._ca_pem = self._ca_source.read_text(encoding="ascii")
         except (OSError, UnicodeError) as error:
             raise CertificateError(
                 f"can't read {home / CA_FILE}: {error}",
                 hint="It came with the invitation: restore it from a backup, or join again.",
             ) from error
-        self._known = Aggregator(
-            member.name, member.address, pem, member.ca_fingerprint, home / CA_FILE, member
-        )
+        self._known = member
         words = f"{member.name} in {home}, at {member.address}"
         running = runner(home / RECORD)
         if running is not None:
@@ -254,12 +224,12 @@ class _Site:
         data = own_part(folder, part, known.name)
         tokens = data.silos[known.name].train_tokens
         words = f"{part.path}, sha256 {data.sha256[:12]}..., {tokens:,} tokens to train on"
-        require_tokenizer(known.tokenizer, data, known.name)
-        if known.membership is not None:
-            require_same_data(data, known.membership.data_sha256, known.name)
+        if isinstance(known, Membership):
+            require_same_data(data, known.data_sha256, known.name)
             # A task reads it through; that takes as long as the disk does, and `data show
             # --verify` does.
             return f"{words}; as registered"
+        require_tokenizer(known.tokenizer, data, known.name)
         if known.tokenizer is not None:
             return f"{words}, the federation's tokenizer; joining registers it"
         return Doubt(
@@ -303,28 +273,28 @@ class _Site:
     # --- the aggregator ----------------------------------------------------------------------
 
     @property
-    def _its(self) -> Aggregator:
+    def _its(self) -> Invitation | Membership:
         assert self._known is not None
         return self._known
 
     def authority(self) -> str:
         known = self._its
         try:
-            carried = certificate_fingerprint(known.ca_pem)
+            carried = certificate_fingerprint(self._ca_pem)
         except ValueError as error:
             raise CertificateError(
-                f"{known.ca_source} holds no certificate: {error}",
+                f"{self._ca_source} holds no certificate: {error}",
                 hint="Restore it from a backup, or ask for a new invitation.",
             ) from error
         if carried != known.ca_fingerprint:
             raise CertificateError(
-                f"{known.ca_source} names the authority {known.ca_fingerprint}, and the one that "
+                f"{self._ca_source} names the authority {known.ca_fingerprint}, and the one that "
                 f"it carries is {carried}",
                 hint="It was damaged or changed on its way: ask for a new invitation."
-                if known.membership is None
+                if isinstance(known, Invitation)
                 else f"{CA_FILE} was changed since this node joined: restore it, or join again.",
             )
-        self._ca_file.write_text(known.ca_pem, encoding="ascii")
+        self._ca_file.write_text(self._ca_pem, encoding="ascii")
         return carried
 
     def reached(self) -> str:
@@ -385,7 +355,7 @@ class _Site:
         return found if isinstance(found, Doubt) else kept_right(found)
 
     def member(self) -> str | Doubt:
-        if self._its.membership is None:
+        if isinstance(self._its, Invitation):
             return Doubt(_LATER, verdict="skip")
         with closing(self._client(NodeKey.load(self._home / KEY_FILE))) as client:
             standing = self._standing = client.standing()
@@ -399,8 +369,8 @@ class _Site:
         )
 
     def store(self) -> str | Doubt:
-        membership, standing = self._its.membership, self._standing
-        if membership is None or standing is None:
+        membership, standing = self._its, self._standing
+        if isinstance(membership, Invitation) or standing is None:
             return Doubt(_LATER, verdict="skip")
         probe = standing.probe
         if isinstance(probe, PhotonError):

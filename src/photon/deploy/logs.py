@@ -59,13 +59,9 @@ def readable(text: str) -> str:
     return text if len(text) <= _SHOWN_LETTERS else text[: _SHOWN_LETTERS - 3] + "..."
 
 
-def merged_line(name: str, text: str, *, at: float | None = None) -> str:
-    """`HH:MM:SS name | text`, in local time.
-
-    Args:
-        at: seconds since the epoch; now by default.
-    """
-    return f"{time.strftime('%H:%M:%S', time.localtime(at))} {name} | {readable(text)}"
+def merged_line(name: str, text: str) -> str:
+    """`HH:MM:SS name | text`, in local time."""
+    return f"{time.strftime('%H:%M:%S')} {name} | {readable(text)}"
 
 
 class Herald:

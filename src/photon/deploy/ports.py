@@ -6,7 +6,7 @@ import contextlib
 import errno
 import random
 import socket
-from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 
 from photon.errors import DeployError, PortInUseError
@@ -17,20 +17,14 @@ _FROM, _TO = 20_000, 32_000
 _LISTENING = "0A"
 
 
-def free_ports(count: int, *, host: str = "127.0.0.1", avoid: Collection[int] = ()) -> list[int]:
-    """Ports that nobody listens on just now, and that stay free while they are not used.
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on now, and that stay free while they are not used.
 
     Raises:
         DeployError: there are not so many.
     """
-    candidates = [port for port in range(_FROM, _TO) if port not in avoid]
-    random.SystemRandom().shuffle(candidates)
-    found: list[int] = []
-    for port in candidates:
-        if len(found) == count:
-            break
-        if is_free(host, port):
-            found.append(port)
+    candidates = random.SystemRandom().sample(range(_FROM, _TO), _TO - _FROM)
+    found = list(islice((port for port in candidates if is_free("127.0.0.1", port)), count))
     if len(found) < count:
         raise DeployError(f"only {len(found)} of {count} free ports found in {_FROM}-{_TO}")
     return found

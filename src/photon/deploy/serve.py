@@ -27,7 +27,7 @@ from photon.config.serve import ServeConfig
 from photon.deploy.attempts import Attempts
 from photon.deploy.certificates import CertificateFiles, make_authority, make_certificate
 from photon.deploy.desk import Desk, DeskLimits
-from photon.deploy.embedded_store import REGION, EmbeddedStore, StoreOptions
+from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.freeing import free_leftovers, note_leftover
 from photon.deploy.front_door import READ_AGAIN, DoorSettings, front_door, public_url
 from photon.deploy.front_door import SERVICE as DOOR
@@ -160,7 +160,7 @@ class Aggregator:
                 Control(f"127.0.0.1:{superlink_port}", inner.ca)
             )
             desk = self._desk(presigner, door.ca)
-            desk.start()
+            desk.start(operator_socket=self._home / OPERATOR_SOCKET)
             ends.callback(desk.stop)
             self._start(
                 supervisor,
@@ -247,30 +247,21 @@ class Aggregator:
     def _store(self, supervisor: Supervisor) -> tuple[Presigner, int | None]:
         serving = replace(Serving.read(self._folder), home=str(self._home))
         if self._serve.store is not None:
-            store = open_store(self._serve.store)
-            replace(serving, store=self._serve.store, store_options={}, secrets=None).write(
-                self._folder
-            )
-            return presigner_for(store), None
+            own = replace(serving, store=self._serve.store, store_options={}, secrets=None)
+            presigner = presigner_for(open_store(self._serve.store))
+            own.write(self._folder)
+            return presigner, None
         options = StoreOptions(min_free_gib=self._serve.min_free_gib)
         store = EmbeddedStore(self._home / "store", options)
         store.require_room()
         store.move_if_taken()
         self._start(supervisor, store.service())
         self._embedded = store
-        secrets_file = self._home / "store" / "aggregator.json"
-        write_json(
-            secrets_file,
-            {"access_key_id": store.access_key_id, "secret_access_key": store.secret},
-            "the store's credentials",
-            mode=0o600,
+        secrets = self._home / "store" / "aggregator.json"
+        write_json(secrets, store.credentials, "the store's credentials", mode=0o600)
+        replace(serving, store=store.url, store_options=store.place, secrets=str(secrets)).write(
+            self._folder
         )
-        replace(
-            serving,
-            store=store.url,
-            store_options={"endpoint": store.endpoint, "region": REGION},
-            secrets=str(secrets_file),
-        ).write(self._folder)
         return store.presigner(public_url(self._serve)), store.port
 
     def _superlink(self, supervisor: Supervisor) -> tuple[int, CertificateFiles, Path]:
@@ -315,10 +306,11 @@ class Aggregator:
             self._roster,
             presigner,
             register=self._register,
-            operator_socket=self._home / OPERATOR_SOCKET,
             limits=DeskLimits(grant_s=self._serve.grant_s),
-            services=lambda: [vars(one) for one in self._supervisor.status()],
-            progress=self.status,
+            about=lambda: {
+                "run": self.status(),
+                "services": [vars(one) for one in self._supervisor.status()],
+            },
             on_event=self._desk_told,
             store_origin=_origin_of(presigner) if store is not None else None,
             audience=certificate_fingerprint(ca.read_text(encoding="ascii")),
@@ -383,7 +375,8 @@ class Aggregator:
         run_id: int | None = self._submit(control, bundle)
         again_s = 0.0
         while not supervisor.wait(_LOOK_S):
-            self._look_after_certificate(supervisor)
+            if self._certificate is not None:
+                self._certificate.look(lambda: supervisor.signal_one(DOOR, READ_AGAIN))
             self._look_after_desk(desk)
             self._let_go(control)
             self._tell()
@@ -422,22 +415,21 @@ class Aggregator:
     def _tell(self) -> None:
         """Say what is waited for, here and to silos, when that has changed."""
         name, waiting, lost = self._config.run.name, self._roster.setting("waiting"), self._lost
-        words, more = f"{name} goes on", None
+        words, here_too = f"{name} goes on", ""
         if lost is not None:
             # Why others were dropped is between them and the operator.
             words = f"{name} had too few good updates; it tries again at {utc(lost['until'])}"
         elif waiting is not None:
             waits = f"waits for {whom_and_what_for(waiting)}, {len(waiting['here'])} here"
             until = f", until {utc(waiting['until'])}"
-            words = f"{name} {waits}{until}"
             names = f" ({', '.join(waiting['here'])})" if waiting["here"] else ""
-            more = f"{waits}{names}{until}"
+            words, here_too = f"{name} {waits}{until}", f"{waits}{names}{until}"
         if words == self._told:
             return
         self._told = words
         tell_all(self._roster, words)
-        if more is not None:
-            self._on_event(more)
+        if here_too:
+            self._on_event(here_too)
 
     def _tell_end(self, desk: Desk) -> None:
         """Let silos that are here hear how it ended, before the desk goes."""
@@ -456,11 +448,8 @@ class Aggregator:
         self._on_event("the desk ended; starting it again (see serve.log)")
         with contextlib.suppress(DeployError):
             desk.stop()
-        desk.start(desk.port)  # where the door looks for it; what it raises ends serve
-
-    def _look_after_certificate(self, supervisor: Supervisor) -> None:
-        if self._certificate is not None:
-            self._certificate.look(lambda: supervisor.signal_one(DOOR, READ_AGAIN))
+        # Where the door looks for it; what it raises ends serve.
+        desk.start(desk.port, self._home / OPERATOR_SOCKET)
 
     def _submit(self, control: Control, bundle: bytes) -> int:
         """Submit the run; one that an earlier serve left in the superlink's database is ended."""

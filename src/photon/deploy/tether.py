@@ -45,14 +45,14 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def kill_marked(mark: str, *, spare: int | None = None) -> tuple[int, list[int]]:
+def kill_marked(mark: str) -> tuple[int, list[int]]:
     """Kill every process whose mark begins with `mark`, until none is left.
 
     Returns how many were killed, and the ids of those still there after some seconds.
     """
     killed: set[int] = set()
     deadline = time.monotonic() + _GONE_S
-    while left := [pid for pid in marked(mark) if pid != spare]:
+    while left := marked(mark):
         if time.monotonic() > deadline:
             return len(killed), left
         for pid in left:

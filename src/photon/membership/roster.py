@@ -14,11 +14,18 @@ import os
 import secrets
 import sqlite3
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from photon.errors import InvitationError, KeyInUseError, MembershipError, UnknownMemberError
+from photon.errors import KeyInUseError, MembershipError, UnknownMemberError
+from photon.membership.admission import (
+    STANDING,
+    find,
+    judged,
+    member_of,
+    stands,
+    unknown,
+)
 from photon.membership.journal import Journal
 from photon.membership.keys import FINGERPRINT, canonical_pem, fingerprint_of
 from photon.membership.records import (
@@ -122,10 +129,10 @@ class Roster:
             )
         token = secrets.token_urlsafe(32)
         with self._file.changing() as db:
-            found = self._member(db, name)
-            here = _stands(found)
+            found = find(db, name)
+            here = stands(found)
             if rotate and not here:
-                raise self._unknown(name, found)
+                raise unknown(name, found)
             if here and not rotate:
                 raise MembershipError(
                     f"{name} is a member already",
@@ -163,17 +170,10 @@ class Roster:
         fingerprint = fingerprint_of(pem)
         shown = name if MEMBER_NAME.fullmatch(name) else repr(name[:100])
         with self._file.changing() as db:
-            row = db.execute(
-                "SELECT * FROM invitations WHERE token_sha256 = ?", (_digest(token),)
-            ).fetchone()
-            refusal = (
-                self._why_not(db, row, shown, name, now)
-                or _why_not_bound(row, shown, fingerprint)
-                or self._why_not_key(db, fingerprint, name)
-            )
+            row, refusal = judged(db, _digest(token), shown, name, fingerprint, now)
             status: Status = "active"
-            if refusal is None:
-                old = self._member(db, name)
+            if row is not None and refusal is None:
+                old = find(db, name)
                 if old is not None:
                     self._retire(db, old, "replaced by a newer key", now)
                     status = old.status if row["rotate"] else status
@@ -190,7 +190,7 @@ class Roster:
                 )
                 what = "joined" if old is None else "joined with a new key"
                 self.journal.add(db, name, what, f"{fingerprint}, {facts.train_tokens} tokens", now)
-            else:
+            if refusal is not None:
                 self.journal.add_refusal(db, shown, "invitation refused", refusal.message, now)
         if refusal is not None:
             raise refusal
@@ -198,7 +198,7 @@ class Roster:
 
     def members(self) -> list[Member]:
         """All, the suspended and expelled too, by name."""
-        return [_member(row) for row in self._file.rows("SELECT * FROM members ORDER BY name")]
+        return [member_of(row) for row in self._file.rows("SELECT * FROM members ORDER BY name")]
 
     def invitation(self, token: str) -> str | None:
         """What an invitation is called here, used or not; None if there is none of that token."""
@@ -224,8 +224,8 @@ class Roster:
         """
         rows = self._file.rows("SELECT * FROM members WHERE name = ?", name)
         if not rows:
-            raise self._unknown(name, None)
-        return _member(rows[0])
+            raise unknown(name, None)
+        return member_of(rows[0])
 
     def by_fingerprint(self, fingerprint: str) -> Member:
         """Whose key that is, whatever the member's status. A key that is nobody's is logged.
@@ -235,7 +235,7 @@ class Roster:
         """
         rows = self._file.rows("SELECT * FROM members WHERE fingerprint = ?", fingerprint)
         if rows:
-            return _member(rows[0])
+            return member_of(rows[0])
         retired = self._file.rows("SELECT * FROM retired_keys WHERE fingerprint = ?", fingerprint)
         shown = fingerprint[:80]
         if retired:
@@ -277,7 +277,7 @@ class Roster:
         """
         found = self.by_fingerprint(fingerprint)
         if found.status != "active":
-            message = f"{found.name} {_STANDING[found.status]}"
+            message = f"{found.name} {STANDING[found.status]}"
             with self._file.changing() as db:
                 self.journal.add_refusal(db, found.name, "refused", message, time.time())
             raise UnknownMemberError(message, hint="Ask the aggregator's operator.")
@@ -292,7 +292,7 @@ class Roster:
         found = self.member(name)
         if found.status != "active":
             raise UnknownMemberError(
-                f"{name} {_STANDING[found.status]}",
+                f"{name} {STANDING[found.status]}",
                 hint="`photon members list` has the status of each.",
             )
         return found
@@ -323,9 +323,7 @@ class Roster:
         """
         now = time.time()
         with self._file.changing() as db:
-            invited = self._member(db, name) is None and self._void_invitations(
-                db, name, "withdrawn", now
-            )
+            invited = find(db, name) is None and self._void_invitations(db, name, "withdrawn", now)
             if invited:
                 self.journal.add(db, "operator", "invitation withdrawn", name, now)
         if not invited:
@@ -343,9 +341,9 @@ class Roster:
         """
         # As text: Flower's numbers take 64 bits without a sign, SQLite's 64 with one.
         with self._file.changing() as db:
-            found = self._member(db, name)
+            found = find(db, name)
             if found is None:
-                raise self._unknown(name, None)
+                raise unknown(name, None)
             known = found.status != "expelled" and fingerprint in (None, found.fingerprint)
             change = (
                 "UPDATE members SET flower_node_id = ? WHERE name = ?"
@@ -383,8 +381,8 @@ class Roster:
         now = _now(now)
         boot = presence.boot
         with self._file.changing() as db:
-            if self._member(db, name) is None:
-                raise self._unknown(name, None)
+            if find(db, name) is None:
+                raise unknown(name, None)
             older = self._older_boot(db, name, boot, now) if boot else None
             if older is None:
                 db.execute(
@@ -428,64 +426,6 @@ class Roster:
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _member(self, db: sqlite3.Connection, name: str) -> Member | None:
-        row = db.execute("SELECT * FROM members WHERE name = ?", (name,)).fetchone()
-        return _member(row) if row is not None else None
-
-    def _unknown(self, name: str, found: Member | None) -> UnknownMemberError:
-        if found is not None:
-            return UnknownMemberError(
-                f"{name} {_STANDING[found.status]}",
-                hint=f"`photon invite {name}` lets it join again, with another key.",
-            )
-        return UnknownMemberError(
-            f"there is no member {name[:120]!r}", hint="`photon members list` has their names."
-        )
-
-    def _why_not(
-        self, db: sqlite3.Connection, row: sqlite3.Row | None, shown: str, name: str, now: float
-    ) -> InvitationError | None:
-        hint = "Ask the aggregator's operator for a new one (`photon invite NAME`)."
-        if row is None:
-            return InvitationError(
-                f"this aggregator knows no such invitation for {shown}",
-                hint=f"It is another aggregator's, or long expired. {hint}",
-            )
-        its, why = f"the invitation for {shown}", None
-        if row["name"] != name:
-            why = f"the invitation is for {row['name']}, not for {shown}"
-        elif row["end"] == "used":
-            why = f"{its} was used at {utc(row['ended_at'])}"
-            hint = (
-                "If this node used it, it is a member: `photon join` without --invite goes on. "
-                f"Otherwise tell the operator: somebody else has it. {hint}"
-            )
-        elif row["end"] is not None:
-            why = f"{its} was {row['end']} at {utc(row['ended_at'])}"
-        elif row["expires_at"] <= now:
-            why = f"{its} expired at {utc(row['expires_at'])}"
-        elif _stands(self._member(db, name)) != bool(
-            row["rotate"]
-        ):  # it joined, or was expelled, after the invitation
-            why = f"{its} is out of date"
-        return InvitationError(why, hint=hint) if why is not None else None
-
-    def _why_not_key(
-        self, db: sqlite3.Connection, fingerprint: str, name: str
-    ) -> MembershipError | None:
-        row = db.execute(
-            "SELECT name FROM members WHERE fingerprint = ?1"
-            " UNION ALL SELECT name FROM retired_keys WHERE fingerprint = ?1",
-            (fingerprint,),
-        ).fetchone()
-        if row is None:
-            return None
-        whose = "its own before" if row["name"] == name else f"{row['name']}'s"
-        return MembershipError(
-            f"key {fingerprint} can't be {name}'s: it is or was {whose}",
-            hint="Each node makes a key of its own: join with another --home.",
-        )
-
     def _retire(self, db: sqlite3.Connection, member: Member, why: str, now: float) -> None:
         db.execute(
             "INSERT OR IGNORE INTO retired_keys VALUES (?, ?, ?, ?, ?, ?)",
@@ -514,9 +454,9 @@ class Roster:
     def _set_status(self, name: str, status: Status) -> None:
         now = time.time()
         with self._file.changing() as db:
-            found = self._member(db, name)
+            found = find(db, name)
             if found is None or (found.status == "expelled" and status != "expelled"):
-                raise self._unknown(name, found)
+                raise unknown(name, found)
             if found.status == status:
                 return
             db.execute("UPDATE members SET status = ? WHERE name = ?", (status, name))
@@ -527,33 +467,6 @@ class Roster:
                 self.tasks.end_all(db, name, now)
             what = "reinstated" if status == "active" else status
             self.journal.add(db, "operator", what, name, now)
-
-    def _older_boot(self, db: sqlite3.Connection, name: str, boot: str, now: float) -> str | None:
-        """A boot that was here before this one, and spoke since this one is here."""
-        db.execute("DELETE FROM boots WHERE name = ? AND last_seen < ?", (name, now - ALONE_S))
-        db.execute(
-            "INSERT INTO boots VALUES (?1, ?2, ?3, ?3)"
-            " ON CONFLICT (name, boot) DO UPDATE SET last_seen = excluded.last_seen",
-            (name, boot, now),
-        )
-        row = db.execute(
-            "SELECT older.boot FROM boots AS older JOIN boots AS mine USING (name)"
-            " WHERE name = ? AND mine.boot = ? AND older.rowid < mine.rowid"
-            " AND older.last_seen > mine.first_seen"
-            " ORDER BY older.rowid LIMIT 1",
-            (name, boot),
-        ).fetchone()
-        return row["boot"] if row is not None else None
-
-
-def _why_not_bound(row: sqlite3.Row, shown: str, fingerprint: str) -> InvitationError | None:
-    if row["fingerprint"] in (None, fingerprint):
-        return None
-    return InvitationError(
-        f"the invitation for {shown} is for the key {row['fingerprint']}, not for {fingerprint}",
-        hint="Join from the home that holds that key. If you did not ask for this: somebody else "
-        "may hold a copy of the invitation, which is worth nothing without the key.",
-    )
 
 
 def roster_at(home: str | os.PathLike[str]) -> Roster:
@@ -571,32 +484,6 @@ def roster_at(home: str | os.PathLike[str]) -> Roster:
             "NAME --new`.",
         )
     return Roster(path)
-
-
-_STANDING = {
-    "active": "is a member",
-    "suspended": "is suspended by the aggregator's operator",
-    "expelled": "was expelled by the aggregator's operator",
-}
-
-
-def _member(row: sqlite3.Row) -> Member:
-    facts = Facts(**{one.name: row[one.name] for one in fields(Facts)})
-    node = row["flower_node_id"]
-    return Member(
-        name=row["name"],
-        public_key=row["public_key"],
-        fingerprint=row["fingerprint"],
-        status=row["status"],
-        facts=facts,
-        joined_at=row["joined_at"],
-        flower_node_id=int(node) if node is not None else None,
-    )
-
-
-def _stands(member: Member | None) -> bool:
-    """Whether there is such a member, and it was not expelled."""
-    return member is not None and member.status != "expelled"
 
 
 def _now(now: float | None) -> float:

@@ -106,13 +106,21 @@ class RequestVerifier:
         self._order: deque[tuple[float, str, str]] = deque()  # (forgotten at, fingerprint, nonce)
 
     def verify(
-        self, method: str, path: str, body: bytes, headers: Mapping[str, str], *, now: float
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: Mapping[str, str],
+        *,
+        now: float,
+        find: Callable[[str], Member] | None = None,
     ) -> Member:
         """Who asks.
 
         Args:
             headers: in whatever case.
             now: seconds since the epoch.
+            find: instead of the one that this was made with.
 
         Raises:
             SignatureError: headers missing or malformed, a signature that does not hold, or a
@@ -129,7 +137,7 @@ class RequestVerifier:
                 hint="Switch time synchronisation on, on the machine whose clock is wrong "
                 "(`timedatectl set-ntp true`).",
             )
-        member = self._find(fingerprint)
+        member = (find or self._find)(fingerprint)
         try:
             covered = _request(self._audience, method, path, at, nonce, body)
             verify_document(member.public_key, _REQUEST, covered, signature)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from photon.errors import AuditError, MembershipError, RunNotFoundError
 from photon.membership.audit import (
@@ -158,35 +159,26 @@ class _Story:
         self._heads.add(record["sha256"])
 
     def _tell(self, where: str, record: dict[str, Any]) -> None:
-        kinds = {
-            AGGREGATOR: AggregatorRecord,
-            MEMBER: MemberRecord,
-            ROUND: RoundRecord,
-            LOST: LostRecord,
-            RESUMED: ResumedRecord,
+        kinds: dict[str, tuple[type[BaseModel], Callable[[str, Any], None]]] = {
+            AGGREGATOR: (AggregatorRecord, self._aggregator),
+            MEMBER: (MemberRecord, self._member),
+            ROUND: (RoundRecord, self._round),
+            LOST: (LostRecord, self._lost),
+            RESUMED: (ResumedRecord, self._resumed),
         }
-        kind = kinds.get(record["kind"])
-        if kind is None:
-            if record["kind"] == TORN:
-                _add(self._report.remarks, f"{where}: a line cut short was removed before it")
+        if record["kind"] == TORN:
+            _add(self._report.remarks, f"{where}: a line cut short was removed before it")
+        if record["kind"] not in kinds:
             return
+        kind, told = kinds[record["kind"]]
         try:
             body = kind.model_validate(record["body"])
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part)[:60] for part in first["loc"])
             self._problem(where, f"no record of a {record['kind']}: {place}: {first['msg'][:200]}")
-            return
-        if isinstance(body, AggregatorRecord):
-            self._aggregator(where, body)
-        elif isinstance(body, MemberRecord):
-            self._member(where, body)
-        elif isinstance(body, RoundRecord):
-            self._round(where, body)
-        elif isinstance(body, LostRecord):
-            self._lost(where, body)
         else:
-            self._resumed(where, body)
+            told(where, body)
 
     def finish(self) -> None:
         for run, rounds in self._rounds.items():
