@@ -12,7 +12,6 @@ from photon.store.contract import (
     missing,
     require_key,
     require_size,
-    under,
     unpaced,
 )
 
@@ -44,7 +43,7 @@ class MemoryStore(Store):
     def keys(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         with self._lock:
             found = sorted((key, len(data)) for key, data in self._objects.items())
-        return iter([entry for entry in found if under(entry[0], prefix)])
+        return iter([entry for entry in found if _under(entry[0], prefix)])
 
     def delete(self, keys: Iterable[str]) -> None:
         with self._lock:
@@ -53,3 +52,8 @@ class MemoryStore(Store):
 
     def __str__(self) -> str:
         return "memory"
+
+
+def _under(key: str, prefix: str) -> bool:
+    """Whether a key lies in the folder `prefix`."""
+    return not prefix or key.startswith(prefix + "/")

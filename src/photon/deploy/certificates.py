@@ -315,7 +315,8 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         raise CertificateError(f"can't write {path}: {error.strerror}") from error
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """A file of a certificate or key; raises CertificateError."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -324,14 +325,14 @@ def _read(path: Path) -> bytes:
 
 def _read_chain(path: Path) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates(_read(path))
+        return x509.load_pem_x509_certificates(read(path))
     except ValueError as error:
         raise CertificateError(f"{path} holds no certificate in PEM") from error
 
 
 def _read_key(path: Path):
     try:
-        return serialization.load_pem_private_key(_read(path), password=None)
+        return serialization.load_pem_private_key(read(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise CertificateError(
             f"{path} is no private key in PEM without a passphrase",

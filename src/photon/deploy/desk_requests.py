@@ -286,7 +286,7 @@ class Granting:
                 is closed and what never was.
         """
         found = [one for one in self._roster.tasks.open_for(member.name) if one.id == task_id]
-        if not found or found[0].silo != member.name:
+        if not found:
             raise AccessRefusedError(
                 f"{member.name} has no open task {printable(task_id)[:200]!r}",
                 hint="It was answered, or its round is over. Nothing more is read or written for "
@@ -368,19 +368,16 @@ class Granting:
             )
         return want.key
 
-    def _promise(self, key: str, want: Want) -> tuple[int, str]:
-        """What will be written. The store holds the silo to it."""
-        if want.bytes is None or not 1 <= want.bytes <= MOST_OBJECT_BYTES:
-            raise AccessRefusedError(
-                f"PUT {key}: bytes must be 1 to {MOST_OBJECT_BYTES}, found {want.bytes}"
-            )
-        if want.sha256 is None or not _SHA256.fullmatch(want.sha256):
-            raise AccessRefusedError(f"PUT {key}: sha256 must be 64 hexadecimal digits")
-        return want.bytes, want.sha256
-
     def _count(self, task: OpenTask, want: Want) -> None:
         """Count an object that is to be written, unless it was counted before."""
-        size, sha256 = self._promise(printable(want.key)[:200], want)
+        shown, size, sha256 = printable(want.key)[:200], want.bytes, want.sha256
+        # The store holds the silo to both.
+        if size is None or not 1 <= size <= MOST_OBJECT_BYTES:
+            raise AccessRefusedError(
+                f"PUT {shown}: bytes must be 1 to {MOST_OBJECT_BYTES}, found {size}"
+            )
+        if sha256 is None or not _SHA256.fullmatch(sha256):
+            raise AccessRefusedError(f"PUT {shown}: sha256 must be 64 hexadecimal digits")
         key = self._key(task, want)
         with self._lock:
             written = self._written.get(task.id)

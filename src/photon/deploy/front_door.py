@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from photon.config.addresses import joined
 from photon.config.serve import ServeConfig
 from photon.deploy.logs import readable
@@ -209,7 +212,8 @@ def find_program(name: str, package: str) -> Path:
 def answers_as(settings: DoorSettings) -> bool:
     """Whether a door with this very certificate answers: not one that took the port before it."""
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.address, settings.address)
-    wanted = ssl.PEM_cert_to_DER_cert(_first_certificate(settings.certificate))
+    own = x509.load_pem_x509_certificate(settings.certificate.read_bytes())  # the first in the file
+    wanted = own.public_bytes(Encoding.DER)
     # Not verified here: it is compared, byte by byte.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -339,9 +343,3 @@ def _quoted(path: Path) -> str:
             hint="Use a folder without braces, quotes and backslashes in its name.",
         )
     return f'"{text}"'
-
-
-def _first_certificate(path: Path) -> str:
-    text = path.read_text(encoding="ascii", errors="replace")
-    end = "-----END CERTIFICATE-----"
-    return text[text.index("-----BEGIN CERTIFICATE-----") : text.index(end) + len(end)]

@@ -387,9 +387,7 @@ class Keeper:
         pause_s: float | None = None,
         failure: PhotonError | None = None,
     ) -> None:
-        event = ServiceEvent(
-            time.time(), self.service.name, kind, text, self._status.pid, exit_code, pause_s
-        )
+        event = ServiceEvent(time.time(), self.service.name, kind, text, exit_code, pause_s)
         try:
             self._tell(event, failure)
         except Exception as error:  # whoever listens must not take the service down with him

@@ -22,6 +22,7 @@ from photon.deploy.certificates import (
     CertificateFiles,
     check_certificate,
     keep_certificate,
+    read,
     renewal_is_due,
     require_certificate,
     valid_until,
@@ -137,10 +138,7 @@ class DoorCertificate:
             CertificateError: they did, and can't be used; the door keeps those it has.
         """
         names = ("certificate", "key")
-        same = all(
-            _bytes(getattr(given, name)) == _bytes(getattr(self.files, name)) for name in names
-        )
-        if same:
+        if all(read(getattr(given, name)) == read(getattr(self.files, name)) for name in names):
             return False
         if problems := check_certificate(given.certificate, given.key, given.ca, self._host):
             raise CertificateError("; ".join(problems))
@@ -188,13 +186,6 @@ class DoorCertificate:
         if kind != before or now_s - at >= _AGAIN_S:
             self._told = (kind, now_s)
             self._tell(words)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CertificateError(f"can't read {path}: {error.strerror}") from error
 
 
 def _shown(at: datetime) -> str:

@@ -100,7 +100,6 @@ class ServiceEvent:
     service: str
     kind: Kind
     text: str
-    pid: int | None = None
     exit_code: int | None = None
     pause_s: float | None = None
 

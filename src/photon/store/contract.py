@@ -192,8 +192,3 @@ def require_size(store: Store, key: str, found: int, max_bytes: int) -> None:
 def missing(store: Store, key: str) -> ObjectMissingError:
     """The error for an object that is not there."""
     return ObjectMissingError(f"{store} has no object {key}")
-
-
-def under(key: str, prefix: str) -> bool:
-    """Whether a key lies in the folder `prefix`."""
-    return not prefix or key.startswith(prefix + "/")
