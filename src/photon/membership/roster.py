@@ -23,6 +23,7 @@ from photon.membership.admission import (
     find,
     judged,
     member_of,
+    older_boot,
     stands,
     unknown,
 )
@@ -383,7 +384,7 @@ class Roster:
         with self._file.changing() as db:
             if find(db, name) is None:
                 raise unknown(name, None)
-            older = self._older_boot(db, name, boot, now) if boot else None
+            older = older_boot(db, name, boot, now, ALONE_S) if boot else None
             if older is None:
                 db.execute(
                     "INSERT OR REPLACE INTO presence VALUES (?, ?, ?)",
