@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_store import MemoryStore
 
 from photon.compression import build_codec
 from photon.config.codecs import parse_codec
@@ -23,7 +24,6 @@ from photon.link import (
     Expected,
     FolderStore,
     Header,
-    MemoryStore,
     Parcel,
     Transfer,
     entries_bytes,

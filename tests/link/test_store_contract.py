@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_store import MemoryStore
 from obstore.store import MemoryStore as ObstoreMemory
 
 from photon.errors import (
@@ -22,7 +23,6 @@ from photon.errors import (
 from photon.link import (
     FolderStore,
     GrantedStore,
-    MemoryStore,
     ObjectStore,
     Store,
     open_store,

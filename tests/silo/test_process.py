@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from forked_process import ForkedProcess
 
-from photon.deploy.certificates import fingerprint, keep_certificate
+from photon.deploy.certificates import keep_certificate
 from photon.deploy.desk import Desk
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.front_door import DoorSettings, front_door
@@ -32,6 +32,7 @@ from photon.errors import RunBusyError, WorkerLostError
 from photon.federation.envelopes import Ask, parse_reply
 from photon.federation.sealing import sealed
 from photon.link.parcel import update_keys
+from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.records import OpenTask
 from photon.membership.roster import Facts, Roster
@@ -62,7 +63,7 @@ class World:
         port, nobody = free_ports(2)
         self.address = f"127.0.0.1:{port}"
         presigner = self.store.presigner(f"https://{self.address}")
-        audience = fingerprint(self.ca.read_text())
+        audience = certificate_fingerprint(self.ca.read_text())
         self.desk = Desk(self.roster, presigner, register=lambda _: 1, audience=audience)
         self.desk.start()
         self.door = front_door(
@@ -86,7 +87,7 @@ class World:
         record = {
             "name": name,
             "address": self.address,
-            "ca_fingerprint": fingerprint(self.ca.read_text()),
+            "ca_fingerprint": certificate_fingerprint(self.ca.read_text()),
             "aggregator_key": self.key.public_pem,
         }
         (home / "membership.json").write_text(json.dumps(record))
