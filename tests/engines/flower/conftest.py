@@ -246,7 +246,7 @@ class World:
                 if not self.run_id or self.control.run(self.run_id).over:
                     self.run_id = self.control.start_run(self.bundle)
                     self.runs += 1
-            self._resubmit.wait(0.25)
+            self._resubmit.wait(0.5)
 
     def _silo(self, name: str) -> Silo:
         home = self.root / name
