@@ -15,7 +15,7 @@ from photon.link import tensors_sha256
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundFinished, RunStarted
 
-ROUNDS = 6
+ROUNDS = 8
 
 pytestmark = pytest.mark.slow
 

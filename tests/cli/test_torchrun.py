@@ -105,7 +105,7 @@ def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(
     torchrun, three_silos, make_config, small_model, tmp_path
 ):
     """torchrun ends the others; the newest checkpoint stands, and two ranks or one go on."""
-    more = ("federation.rounds=4", "run.log_every=1")
+    more = ("federation.rounds=6", "run.log_every=1")
     config = make_config(three_silos, *RECIPE, *more, model=small_model)
     alone = simulate(config, run_dir=tmp_path / "alone").summary
     write_resolved(config, tmp_path / "run.toml")
