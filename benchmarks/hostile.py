@@ -28,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -39,10 +39,9 @@ from codec_quality import small_llama
 from photon.config import RunConfig, parse_run_config
 from photon.data import PrepareOptions, prepare
 from photon.engines.local import LocalEngine
-from photon.federation import FitTask, Update
-from photon.federation import rounds as federated_rounds
+from photon.federation import Answer, Task, Update, Version
+from photon.federation import server as federated_server
 from photon.federation.norm_bound import NormBound
-from photon.federation.tasks import GlobalState
 from photon.runs import nodes, simulate
 from photon.telemetry import read_history
 from photon.telemetry.events import LocalFinished, UpdateDropped
@@ -66,16 +65,24 @@ class Infiltrated(LocalEngine):
     attack = "none"
     bound = NormBound()
 
-    def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
-        for task, update in zip(tasks, super().fit(tasks, state), strict=True):
-            yield self._spoiled(update) if task is tasks[-1] else update
+    def submit(self, task: Task, version: Version) -> None:
+        self.last = task
+        super().submit(task, version)
+
+    def arrivals(self, timeout_s: float | None = None) -> list[tuple[Task, Answer]]:
+        return [
+            (task, self._spoiled(answer))
+            if task is self.last and isinstance(answer, Update)
+            else (task, answer)
+            for task, answer in super().arrivals(timeout_s)
+        ]
 
     def _spoiled(self, update: Update) -> Update:
         if self.attack == "none":
             return update
         if self.attack == "absent":
             gone = dataclasses.replace(update.receipt, failure="not here", bytes_up=0)
-            return Update(gone, lambda: iter(()))
+            return Update.none(gone)
         norm = norm_of(update.tensors())
         if self.attack == "noise":
             sent = {name: torch.randn(tensor.shape) for name, tensor in update.tensors()}
@@ -95,14 +102,14 @@ def norm_of(tensors: Named) -> float:
 def infiltrated(attack: str) -> Iterator[None]:
     """Simulations meanwhile have such an engine."""
     engine = type("Engine", (Infiltrated,), {"attack": attack})
-    asked = federated_rounds.norm_bound
+    asked = federated_server.norm_bound
 
     def noted(*args) -> NormBound:
         engine.bound = asked(*args)
         return engine.bound
 
     with (
-        mock.patch.object(federated_rounds, "norm_bound", noted),
+        mock.patch.object(federated_server, "norm_bound", noted),
         mock.patch.object(nodes, "LocalEngine", engine),
     ):
         yield

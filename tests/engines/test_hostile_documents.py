@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from remote_bench import RUN_ID, Bench, Federated, ask_again_at_once
 
-from photon.federation import CheckpointStore, Federation
+from photon.federation import CheckpointStore, Federation, Server
 from photon.federation.checkpoint import RunState
 from photon.federation.envelopes import Reply
-from photon.federation.ledger import Ledger
 from photon.federation.sampling import FixedFleet
 from photon.link.manifest import Manifest
+from photon.runs.ledger import Ledger
+from photon.runs.rounds import Rounds
 from photon.telemetry import Recorder
 from photon.telemetry.events import RoundMerged, UpdateDropped
 
@@ -81,24 +82,26 @@ class Round:
         for name, tensor in self.begun.items():
             federated.state[name].copy_(tensor)
         recorder = Recorder([SimpleNamespace(on_event=events.append)])
+        begun, fleet = RunState(0, 0, "model", "data"), FixedFleet(dict.fromkeys(bench.silos, 1))
+        ledger = Ledger(begun, recorder, checkpoints)
         federation = Federation(
             self.config,
-            FixedFleet(dict.fromkeys(bench.silos, 1)),
+            fleet,
             bench.new_engine(),
-            Ledger(RunState(0, 0, "model", "data"), recorder, checkpoints),
-            self.folder / "nodes",
-            {"global": federated.state},
+            Server(self.config, self.folder, {"global": federated.state}, begun),
+            events.append,
         )
-        federation.run()
+        Rounds(self.config, federation, fleet, ledger, self.folder / "nodes").run()
         (merged,) = [one for one in events if isinstance(one, RoundMerged)]
         assert set(HONEST) <= set(merged.participants)
-        assert all(torch.isfinite(tensor).all() for tensor in federation.state.values())
+        weights = federation.server.weights
+        assert all(torch.isfinite(tensor).all() for tensor in weights.values())
         for event in events:
             json.dumps(event.model_dump(mode="json"), allow_nan=False)
         assert checkpoints.load_latest()[0].round == 1
         self.dropped = [one for one in events if isinstance(one, UpdateDropped)]
         assert {one.silo for one in self.dropped} <= {HOSTILE}
-        return {name: tensor.clone() for name, tensor in federation.state.items()}
+        return {name: tensor.clone() for name, tensor in weights.items()}
 
 
 @pytest.fixture(scope="module")

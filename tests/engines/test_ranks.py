@@ -11,7 +11,7 @@ import torch
 from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
-from photon.federation import EvalTask, FitTask, Node, NodeSettings
+from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version, fitted, scored
 from photon.federation.node import initial_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.models import trainable_parameters
@@ -42,6 +42,10 @@ class Bench:
         else:
             self.engine = LocalEngine(Node(settings, self.told.append))
 
+    @property
+    def version(self):
+        return Version("bench", 0, self.state)
+
     def fit(self, silos, number=1, node_round=None):
         steps = self.config.local.steps
         tasks = [
@@ -50,7 +54,7 @@ class Bench:
         ]
         return [
             (update.receipt, {name: tensor.clone() for name, tensor in update.tensors()})
-            for update in self.engine.fit(tasks, self.state)
+            for update in fitted(self.engine, tasks, self.version)
         ]
 
     def of(self, kind):
@@ -81,7 +85,7 @@ def test_two_ranks_answer_as_one_process_does(
                 *bench.fit(["red"], number=2, node_round=1),
             ]
             tasks = [EvalTask(2, None), EvalTask(2, "green")]
-            bench.scores = list(bench.engine.evaluate(tasks, bench.state))
+            bench.scores = list(scored(bench.engine, tasks, bench.version))
     finally:
         pair.engine.close()
     for (mine, update), (theirs, expected) in zip(pair.answers, alone.answers, strict=True):

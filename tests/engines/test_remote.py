@@ -25,13 +25,14 @@ from photon.errors import (
     UnknownMemberError,
     UnreachableError,
 )
-from photon.federation import EvalTask
+from photon.federation import EvalTask, fitted, scored
 from photon.federation.envelopes import (
     RefPart,
     encoded,
     parse_ask,
     parse_reply,
 )
+from photon.federation.merging import Merging
 from photon.federation.tasks import update_header
 from photon.link import plain_entries, tensors_sha256, write_parcel
 from photon.membership.keys import NodeKey
@@ -42,10 +43,10 @@ from photon.store.transfer import Transfer
 from photon.telemetry.events import LocalProgress, Notice
 
 
-def hashes(engine, tasks, state):
+def hashes(engine, tasks, version):
     return {
         update.receipt.silo: tensors_sha256({k: v.clone() for k, v in update.tensors()})
-        for update in engine.fit(tasks, state)
+        for update in fitted(engine, tasks, version)
     }
 
 
@@ -54,7 +55,7 @@ def calm(three_silos, make_config, tmp_path_factory):
     """Silos that have done round 1: asked again they answer from their disks."""
     config = make_config(three_silos, "local.steps=2", "run.log_every=1")
     federated = Federated(config, tmp_path_factory.mktemp("calm"))
-    federated.expected = hashes(federated.local, federated.tasks(), federated.state)
+    federated.expected = hashes(federated.local, federated.tasks(), federated.version)
     yield federated
     federated.local.close()
 
@@ -111,10 +112,9 @@ def test_the_same_bits_as_in_one_process(link, three_silos, make_config, tmp_pat
     for number in (1, 2):
         tasks = federated.tasks(number, node_round)
         alone = {}
-        for update in federated.local.fit(tasks, federated.state):
+        for update in fitted(federated.local, tasks, federated.version):
             tensors = {name: tensor.clone() for name, tensor in update.tensors()}
             alone[update.receipt.silo] = (update.receipt, tensors_sha256(tensors))
-        bench.engine.offer(number - 1, federated.publish(number - 1))
         seen = bench.answers(tasks)
         assert list(seen) == [task.silo for task in tasks]  # the wire gives the last one first
         expected.append((alone, seen))
@@ -139,10 +139,8 @@ def test_the_same_bits_as_in_one_process(link, three_silos, make_config, tmp_pat
 def test_every_set_is_scored(bench):
     names = [None, *sorted(bench.silos)]
     tasks = [EvalTask(0, name) for name in names]
-    expected = {
-        score.silo: score for score in bench.federated.local.evaluate(tasks, calm_of(bench))
-    }
-    scores = list(bench.engine.evaluate(tasks, calm_of(bench)))
+    expected = {score.silo: score for score in scored(bench.federated.local, tasks, calm_of(bench))}
+    scores = list(scored(bench.engine, tasks, calm_of(bench)))
     assert [score.silo for score in scores] == names
     for score in scores:
         assert score.loss == expected[score.silo].loss
@@ -154,7 +152,7 @@ def test_a_silo_that_scores_nothing_is_named_and_the_rest_counts(bench):
     bench.silos["green"].start('policy.runs=["another"]')
     try:
         tasks = [EvalTask(0, name) for name in sorted(bench.silos)]
-        scores = list(bench.engine.evaluate(tasks, calm_of(bench)))
+        scores = list(scored(bench.engine, tasks, calm_of(bench)))
     finally:
         bench.silos["green"].start()
     assert [score.silo for score in scores] == ["blue", "red"]
@@ -164,13 +162,13 @@ def test_a_silo_that_scores_nothing_is_named_and_the_rest_counts(bench):
 
 
 def test_the_state_is_left_alone(bench):
-    before = tensors_sha256(calm_of(bench))
+    before = tensors_sha256(calm_of(bench).tensors)
     bench.answers()
-    assert tensors_sha256(calm_of(bench)) == before
+    assert tensors_sha256(calm_of(bench).tensors) == before
 
 
 def calm_of(bench):
-    return bench.federated.state
+    return bench.federated.version
 
 
 def test_a_diverged_silo_answers_with_its_failure(calm, tmp_path):
@@ -305,7 +303,7 @@ def test_a_silo_that_is_never_heard_of_fails_alone(make_bench):
 
 
 def test_the_time_of_a_round_ends(make_bench):
-    bench = make_bench("serve.round_deadline_s=2")
+    bench = make_bench("federation.deadline_s=2")
 
     def never(silo, ask, times):
         bench.wire.quiet.add("red")
@@ -378,7 +376,7 @@ def test_answers_that_waited_for_an_aggregator_make_nobody_else_slow(make_bench,
 
 def test_nobody_is_waited_for_in_a_hot_loop(make_bench):
     """With answers here already, a silo that works is looked at a few times a second."""
-    bench = make_bench("serve.round_deadline_s=6")
+    bench = make_bench("federation.deadline_s=6")
     bench.on("blue", lambda silo, ask, times: None)
     looks, pull = [], bench.wire.pull
 
@@ -527,7 +525,7 @@ def test_scores_that_contradict_the_question_are_left_out(make_bench):
 
     bench.on("red", lying_scores)
     tasks = [EvalTask(1, silo) for silo in sorted(bench.silos)]
-    scores = list(bench.engine.evaluate(tasks, calm_of(bench)))
+    scores = list(scored(bench.engine, tasks, calm_of(bench)))
     assert [score.silo for score in scores] == ["blue", "green"]
     (told,) = [event.text for event in bench.told if isinstance(event, Notice)]
     assert "answered tokens = 100001; what it was asked has at most 100000" in told
@@ -610,7 +608,7 @@ def test_an_update_of_another_shape_is_never_read(lie, bench):
     """Signed, in its own folder, whole: but not of this model."""
 
     def wrong(silo, ask, times):
-        task, state = ask.fit_task("test"), calm_of(bench)
+        task, state = ask.fit_task("test"), calm_of(bench).tensors
         if lie == "nothing":
             other = {}
         else:
@@ -723,7 +721,7 @@ def test_a_store_that_is_away_is_waited_for(bench, monkeypatch):
 
 def test_an_update_is_read_again_from_the_store_when_the_spool_is_gone(bench):
     """A merging rule reads again what it has added, where a later one turns out bad."""
-    kept = list(bench.engine.fit(bench.federated.tasks(), calm_of(bench)))
+    kept = list(fitted(bench.engine, bench.federated.tasks(), calm_of(bench)))
     assert not list((bench.folder / "arrivals").iterdir())
     again = {
         one.receipt.silo: tensors_sha256({k: v.clone() for k, v in one.tensors()}) for one in kept
@@ -732,7 +730,7 @@ def test_an_update_is_read_again_from_the_store_when_the_spool_is_gone(bench):
 
 
 def test_an_update_that_is_here_needs_no_store(bench):
-    for update in bench.engine.fit(bench.federated.tasks(), calm_of(bench)):
+    for update in fitted(bench.engine, bench.federated.tasks(), calm_of(bench)):
         objects = dict(bench.store._objects)
         bench.store._objects.clear()
         found = tensors_sha256({k: v.clone() for k, v in update.tensors()})
@@ -758,7 +756,7 @@ def test_one_that_is_slow_keeps_nobody_elses_update_from_coming(five_silos, rema
     answers = bench.answers()
     assert bench.wire.fired == [slow]
     assert len(seen) == len(others)
-    expected = hashes(federated.local, federated.tasks(), federated.state)
+    expected = hashes(federated.local, federated.tasks(), federated.version)
     assert list(answers) == list(expected) == [slow, *others]
     assert {name: digest for name, (_, digest) in answers.items()} == expected
     federated.local.close()
@@ -773,7 +771,7 @@ def test_updates_that_wait_take_no_more_of_the_disk_than_there_is_room(bench, mo
         return fetch(self, task, ref, state)
 
     monkeypatch.setattr(Depot, "fetch", counted)
-    monkeypatch.setattr(Depot, "room_bytes", lambda self: 0)
+    monkeypatch.setattr(Depot, "free_bytes", lambda self: 0)
     answers = bench.answers()
     assert {name: digest for name, (_, digest) in answers.items()} == bench.federated.expected
     assert waiting == [0, 0, 0]
@@ -828,7 +826,7 @@ def test_what_a_silo_leaves_in_its_folder_stops_nobody(junk, bench):
 
 
 def test_a_new_engine_takes_the_answers_that_are_here(bench):
-    going = bench.engine.fit(bench.federated.tasks(), calm_of(bench))
+    going = fitted(bench.engine, bench.federated.tasks(), calm_of(bench))
     assert next(going).receipt.silo == "blue"
     while len(bench.roster.tasks.replies(RUN_ID, 1)) < 3:
         bench.engine._messenger.turn([])
@@ -843,7 +841,7 @@ def test_a_new_engine_takes_the_answers_that_are_here(bench):
 
 def test_a_new_engine_asks_only_who_has_not_answered(bench):
     bench.on("red", lambda silo, ask, times: None if times == 1 else silo.answer(ask))
-    going = bench.engine.fit(bench.federated.tasks(), calm_of(bench))
+    going = fitted(bench.engine, bench.federated.tasks(), calm_of(bench))
     assert [next(going).receipt.silo, next(going).receipt.silo] == ["blue", "green"]
     bench.engine = bench.new_engine()
     assert bench.answers()["red"][1] == bench.federated.expected["red"]
@@ -886,7 +884,13 @@ def test_who_is_expelled_after_answering_is_not_merged(bench):
         return silo.answer(ask)
 
     bench.on("blue", ending)
-    only_fails(bench.answers(), "red", UnknownMemberError, bench.federated.expected)
+    merging = Merging(bench.config.federation)
+    refused = {
+        update.receipt.silo: merging.offer(update, bench.federated.state, 1.0).refused
+        for update in fitted(bench.engine, bench.federated.tasks(), calm_of(bench))
+    }
+    assert refused == {"blue": None, "green": None, "red": refused["red"]}
+    assert "red" in refused["red"]
     assert bench.wire.fired == ["blue"]
 
 
@@ -918,6 +922,6 @@ def test_a_task_may_be_written_to_under_the_silos_own_folder_only(bench):
     allowed = [template.partition("{")[0] for template in task.writable]
     assert written
     assert all(any(key.startswith(one) for one in allowed) for key in written)
-    values = sum(tensor.numel() for tensor in calm_of(bench).values())
+    values = sum(tensor.numel() for tensor in calm_of(bench).tensors.values())
     assert task.most_bytes > 4 * values
     assert bench.roster.tasks.open_for("red") == []

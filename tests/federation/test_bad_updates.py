@@ -13,14 +13,27 @@ from photon.compression import build_codec
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
 from photon.errors import NonFiniteError
-from photon.federation import FitTask, Node
-from photon.federation.baseline import CENTRALISED
+from photon.federation import FitTask, Node, Update
 from photon.federation.tasks import update_header
 from photon.link import Entry, plain_entries, write_parcel
 from photon.runs import simulate, train
+from photon.runs.nodes import CENTRALISED
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundMerged, UpdateDropped
 from photon.training import StepTimes
+
+
+def answering(monkeypatch, changed):
+    """Every update of the in-process engine is what `changed(task, update)` makes of it."""
+    arrivals = LocalEngine.arrivals
+
+    def others(self, timeout_s=None):
+        return [
+            (task, changed(task, answer) if isinstance(answer, Update) else answer)
+            for task, answer in arrivals(self, timeout_s)
+        ]
+
+    monkeypatch.setattr(LocalEngine, "arrivals", others)
 
 
 def flipped_byte(engine, task, state, receipt, ref):
@@ -88,17 +101,17 @@ ATTACKS = {
 
 def test_nothing_wrong_is_ever_merged(three_silos, make_config, tmp_path, monkeypatch):
     fired = []
-    serve = WorkerEngine._serve
+    answer = WorkerEngine._answer
 
-    def attacked(self, tasks, state):
-        for task, answer in zip(tasks, serve(self, tasks, state), strict=True):
-            if isinstance(task, FitTask) and task.silo == "red" and task.round in ATTACKS:
-                attack, _ = ATTACKS[task.round]
-                fired.append(attack)
-                answer = attack(self, task, state, *answer)
-            yield answer
+    def attacked(self, job, said):
+        task = job.task
+        if isinstance(task, FitTask) and task.silo == "red" and task.round in ATTACKS:
+            attack, _ = ATTACKS[task.round]
+            fired.append(attack)
+            said = attack(self, task, job.version.tensors, *said)
+        answer(self, job, said)
 
-    monkeypatch.setattr(WorkerEngine, "_serve", attacked)
+    monkeypatch.setattr(WorkerEngine, "_answer", attacked)
 
     def configured(workers):
         return make_config(
@@ -122,15 +135,12 @@ def test_nothing_wrong_is_ever_merged(three_silos, make_config, tmp_path, monkey
     assert merged[8] == ["blue", "green", "red"]
 
     # And not a bit of them is in the weights: the same run in which that silo just fails.
-    fit = LocalEngine.fit
+    def failing(task, update):
+        if task.silo != "red" or task.round not in ATTACKS:
+            return update
+        return replace(update, receipt=replace(update.receipt, failure="failed"))
 
-    def failing(self, tasks, state):
-        for task, update in zip(tasks, fit(self, tasks, state), strict=True):
-            if task.silo == "red" and task.round in ATTACKS:
-                update = replace(update, receipt=replace(update.receipt, failure="failed"))
-            yield update
-
-    monkeypatch.setattr(LocalEngine, "fit", failing)
+    answering(monkeypatch, failing)
     calm = simulate(configured("federation.workers=0"), run_dir=tmp_path / "calm").summary
     assert summary["weights_sha256"] == calm["weights_sha256"]
 
@@ -191,16 +201,12 @@ FIGURES = [
 
 
 def test_figures_that_no_task_has_cost_their_silo(three_silos, make_config, tmp_path, monkeypatch):
-    fit = LocalEngine.fit
+    def lying(task, update):
+        if task.silo != "red":
+            return update
+        return replace(update, receipt=replace(update.receipt, **FIGURES[task.round - 1]))
 
-    def lying(self, tasks, state):
-        for task, update in zip(tasks, fit(self, tasks, state), strict=True):
-            if task.silo == "red":
-                receipt = replace(update.receipt, **FIGURES[task.round - 1])
-                update = replace(update, receipt=receipt)
-            yield update
-
-    monkeypatch.setattr(LocalEngine, "fit", lying)
+    answering(monkeypatch, lying)
     rounds = len(FIGURES)
     config = make_config(
         three_silos, f"federation.rounds={rounds}", "local.steps=4", "eval.every=0"

@@ -45,7 +45,7 @@ SITE = {"data": {"path": "/its/own"}, "compute": {"threads": 3}}
 WHOLE = Ref("run/global/state/round-000003/x.json", 500, "1" * 64, 4_000)
 UPDATE = Ref("run/global/outer_update/round-000003/x.json", 400, "2" * 64, 1_000)
 STATE = StateRef("a run", 3, "3" * 64, WHOLE, UPDATE, "4" * 64)
-TASK = FitTask("a run", 4, "red", 12, 4, 2, state_bytes=4_500)
+TASK = FitTask("a run", 4, "red", 12, 4, 2)
 RECEIPT = Receipt(
     4,
     "red",
@@ -83,7 +83,7 @@ def run_part(config=None, **fields):
 
 def ask(kind="fit", **fields):
     part = {
-        "fit": FitPart(round=4, global_step=12, steps=4, node_round=2, state_bytes=4_500),
+        "fit": FitPart(round=4, global_step=12, steps=4, node_round=2),
         "evaluate": EvalPart(round=3),
     }[kind]
     plain = {

@@ -7,7 +7,7 @@ import torch
 
 import photon
 from photon.data import open_data
-from photon.federation import EvalTask, Node, NodeSettings
+from photon.federation import EvalTask, Node, NodeSettings, Version
 from photon.federation import node as node_module
 from photon.federation.node import initial_model
 from photon.federation.tasks import WEIGHTS
@@ -71,7 +71,7 @@ def test_scoring_backs_off_where_memory_is_short(
             tmp_path / "nodes",
         )
         node = Node(settings, told.append)
-        scores = [next(node.evaluate([EvalTask(1, None)], state)) for _ in range(tasks)]
+        scores = [node.evaluate(EvalTask(1, None), Version("run", 1, state)) for _ in range(tasks)]
         node.close()
         return scores
 

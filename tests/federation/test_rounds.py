@@ -17,7 +17,7 @@ from photon.errors import (
     ResumeMismatchError,
     RunExistsError,
 )
-from photon.federation import sample_participants
+from photon.federation import FitTask, sample_participants
 from photon.federation.merging import Merging
 from photon.runs import resume, simulate
 from photon.telemetry import read_history
@@ -177,9 +177,9 @@ def test_weights_are_what_their_name_says(
 ):
     weights, offer = [], Merging.offer
 
-    def noted(self, update, reference, weight, bound=None):
+    def noted(self, update, reference, weight, *rest):
         weights.append((update.receipt.silo, weight))
-        return offer(self, update, reference, weight, bound)
+        return offer(self, update, reference, weight, *rest)
 
     monkeypatch.setattr(Merging, "offer", noted)
     config = make_config(three_silos, "federation.rounds=2", "eval.every=0", *overrides)
@@ -242,13 +242,14 @@ def test_a_dropped_silo_reads_on_and_keeps_the_optimizer_of_its_last_good_round(
     """A batch that no training survives can't come again and again."""
     silo = sorted(config_silos(three_silos))[0]
     tasks = []
-    fit = LocalEngine.fit
+    submit = LocalEngine.submit
 
-    def noted(self, of_round, state):
-        tasks.extend(task for task in of_round if task.silo == silo)
-        return fit(self, of_round, state)
+    def noted(self, task, version):
+        if isinstance(task, FitTask) and task.silo == silo:
+            tasks.append(task)
+        submit(self, task, version)
 
-    monkeypatch.setattr(LocalEngine, "fit", noted)
+    monkeypatch.setattr(LocalEngine, "submit", noted)
     fired = poison(monkeypatch, silo, {2})
     config = make_config(
         three_silos, "federation.rounds=4", 'federation.optimizer_state="keep"', "eval.every=0"

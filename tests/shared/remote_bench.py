@@ -12,7 +12,7 @@ from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.engines.remote import Asker, Depot, RemoteEngine
 from photon.engines.remote.errand import Errand
-from photon.federation import FitTask, Node, NodeSettings
+from photon.federation import FitTask, Node, NodeSettings, Version, fitted
 from photon.federation.broadcast import Broadcast
 from photon.federation.envelopes import RunPart, dictated
 from photon.federation.node import initial_model
@@ -65,6 +65,7 @@ class Federated:
         self.local = LocalEngine(Node(NodeSettings(config, folder / "local"), lambda _: None))
         self.broadcast = Broadcast(config.link, config.run.name)
         self.last: str | None = None
+        self.version = self._version(0)
 
     def tasks(self, number=1, node_round=None):
         steps = self.config.local.steps
@@ -87,6 +88,10 @@ class Federated:
         for place, tensor in enumerate(self.state.values()):
             tensor.mul_(1 - 1e-3 * (place % 3))
         self.broadcast.encode(number, self.state, before)
+        self.version = self._version(number)
+
+    def _version(self, number):
+        return Version(self.config.run.name, number, self.state, self.publish(number))
 
 
 class Bench:
@@ -119,14 +124,13 @@ class Bench:
             self.told.append,
         )
         federated.last = None
-        engine.offer(0, federated.publish(0))
         return engine
 
     def answers(self, tasks=None):
         """By silo: the receipt, and the update's hash (None without one), in the order given."""
         found = {}
         tasks = self.federated.tasks() if tasks is None else tasks
-        for update in self.engine.fit(tasks, self.federated.state):
+        for update in fitted(self.engine, tasks, self.federated.version):
             tensors = {name: tensor.clone() for name, tensor in update.tensors()}
             digest = tensors_sha256(tensors) if tensors else None
             found[update.receipt.silo] = (update.receipt, digest)

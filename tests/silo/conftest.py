@@ -12,7 +12,7 @@ from memory_store import MemoryStore
 from photon.config import RunConfig, load_node_config
 from photon.config.node import NodeDataConfig
 from photon.data import open_data
-from photon.federation import Node, NodeSettings
+from photon.federation import Node, NodeSettings, Version
 from photon.federation.broadcast import Broadcast
 from photon.federation.envelopes import (
     Ask,
@@ -96,7 +96,6 @@ class Aggregator:
             steps=steps,
             node_round=node_round,
             cursor=(number - 1) * steps * self.config.local.batch_size,
-            state_bytes=777,
         )
         return self._ask("fit", silo, fit=part, **fields)
 
@@ -121,7 +120,7 @@ class Aggregator:
     def expected(self, node: Node, ask: Ask):
         """Receipt of the same task in this process, and the update as a parcel's Ref."""
         task = ask.fit_task(self.config.run.name)
-        update = node.fit(task, self.state)
+        update = node.fit(task, Version("run", 0, self.state))
         ref = write_parcel(
             Transfer(MemoryStore(), streams=1),
             f"{self.run.id}/silos/{ask.silo}",
@@ -133,7 +132,7 @@ class Aggregator:
         return update.receipt, ref
 
     def score(self, node: Node, silo: str):
-        return next(iter(node.evaluate([EvalTask(1, silo)], self.state)))
+        return node.evaluate(EvalTask(1, silo), Version("run", 1, self.state))
 
 
 class Bench:

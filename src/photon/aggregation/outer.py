@@ -34,6 +34,7 @@ class OuterOptimizer(ABC):
 
     def __init__(self, config: OuterConfig) -> None:
         self.config = config
+        self.number = 0
         self._state: dict[str, _Tensors] = {}
 
     @abstractmethod
@@ -51,13 +52,17 @@ class OuterOptimizer(ABC):
         return 0.0
 
     def step(
-        self, parameters: dict[str, torch.Tensor], pseudo_gradient: Mapping[str, torch.Tensor]
+        self,
+        parameters: dict[str, torch.Tensor],
+        pseudo_gradient: Mapping[str, torch.Tensor],
+        number: int = 0,
     ) -> None:
         """Move the global parameters in place.
 
         Args:
             parameters: theta_global by name, fp32.
             pseudo_gradient: theta_global - theta_local by name, same names and shapes.
+            number: of this step, counted from 1, for rules that don't do the same in each.
 
         Raises:
             ModelMismatchError: names or shapes of parameters, pseudo-gradient and state differ;
@@ -76,6 +81,7 @@ class OuterOptimizer(ABC):
             for name, theta in parameters.items():
                 for tensor in self._state[name].values():
                     require_shape(f"outer state of {name}", tensor, theta)
+        self.number = number
         with torch.no_grad():
             for name, theta in parameters.items():
                 self.update(theta, pseudo_gradient[name], self._state.get(name, {}))
@@ -139,6 +145,25 @@ class Nesterov(OuterOptimizer):
         theta.sub_(d, alpha=lr).sub_(m, alpha=lr * mu)
 
 
+class DelayedNesterov(OuterOptimizer):
+    """Liu et al. 2024 (arXiv 2401.09135, algorithm 3): momentum moves at every N-th merge only.
+
+    S <- S + D; theta <- theta - lr D / N; at every N-th merge instead: m <- mu m + S / N;
+    theta <- theta - lr (mu m + D / N); S <- 0. N is `outer.delay`.
+    """
+
+    slots = ("momentum", "sum")
+
+    def update(self, theta: torch.Tensor, d: torch.Tensor, state: _Tensors) -> None:
+        lr, mu, n = self.config.lr, self.config.momentum, self.config.delay
+        state["sum"].add_(d)
+        theta.sub_(d, alpha=lr / n)
+        if self.number % n == 0:
+            m = state["momentum"].mul_(mu).add_(state["sum"], alpha=1 / n)
+            theta.sub_(m, alpha=lr * mu)
+            state["sum"].zero_()
+
+
 class _Adaptive(OuterOptimizer):
     """Reddi et al. 2021, algorithm 2 (arXiv 2003.00295), their tau -> our eps. No bias correction.
 
@@ -189,6 +214,7 @@ BUILTIN_OUTER: dict[str, type[OuterOptimizer]] = {
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
     "nesterov": Nesterov,
+    "delayed_nesterov": DelayedNesterov,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
     "fedadagrad": FedAdagrad,

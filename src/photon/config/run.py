@@ -16,13 +16,22 @@ from photon.config.section import LocalPath, Positive, Section
 from photon.config.serve import ServeConfig
 from photon.plugins import MERGING_RULES, OUTER_OPTIMIZERS, plugin_names
 
-OUTER_NAMES = ("fedavg", "fedavgm", "nesterov", "fedadam", "fedyogi", "fedadagrad")
+OUTER_NAMES = (
+    "fedavg",
+    "fedavgm",
+    "nesterov",
+    "delayed_nesterov",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+)
 #: outer.lr where a run file leaves it out. Adaptive ones move a coordinate by about lr a round,
 #: whatever the pseudo-gradient's size; 1 would wreck a model in its first round.
 _OUTER_LR = {
     "fedavg": 1.0,
     "fedavgm": 0.1,  # Hsu et al. 2019 (arXiv 1909.06335): lr / (1 - momentum) is what counts
     "nesterov": 0.7,  # DiLoCo (arXiv 2311.08105)
+    "delayed_nesterov": 0.7,
     "fedadam": 0.01,  # these three: in the middle of the grids of Reddi et al. 2021
     "fedyogi": 0.01,
     "fedadagrad": 0.03,
@@ -167,8 +176,63 @@ class FederationConfig(Section):
     )
     quorum: Positive | None = Field(
         default=None,
-        description="Fewest good updates that close a round; half of the participants by default.",
+        description="Fewest good updates of any merge; half of the participants by default.",
     )
+    pace: Literal["synchronous", "quorum", "buffered"] = Field(
+        default="synchronous",
+        description="When a round closes. synchronous: everybody asked has answered. quorum: a "
+        "quorum has, and a window of grace is over. buffered: a quorum has, and the others go on "
+        "from the version they have (FedBuff, arXiv 2106.06639).",
+    )
+    grace: Annotated[float, Field(ge=0)] = Field(
+        default=0.25,
+        description="Of pace quorum: who has not answered is waited for so many times as long as a "
+        "quorum usually takes.",
+    )
+    over_sample: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="Of pace quorum: participants asked beyond federation.sample; as many good "
+        "updates as that close the round.",
+    )
+    late: Literal["drop", "merge"] = Field(
+        default="drop",
+        description="Of pace quorum: what becomes of updates that come after their round has "
+        "closed. merge: a later round takes them, weighted 1 / sqrt(1 + merges missed).",
+    )
+    max_staleness: Positive = Field(
+        default=8, description="Late and buffered updates that missed more merges are dropped."
+    )
+    deadline_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = Field(
+        default=86_400.0,
+        description="Seconds from the start of a round after which a silo that has not answered is "
+        "left out of it. (federation.silence_s is for silos that say nothing at all.)",
+    )
+    unequal_steps: bool = Field(
+        default=False,
+        description="Let each silo take as many of local.steps as it is fast beside the fastest, "
+        "by its measured steps a second (DyLU, arXiv 2401.09135), so that all end together.",
+    )
+    normalise: bool = Field(
+        default=False,
+        description="Divide each update by its local steps, and multiply what they merge to by the "
+        "mean of the steps (FedNova, arXiv 2007.07481): who takes fewer counts as much.",
+    )
+
+    @model_validator(mode="after")
+    def _late_updates_are_deltas(self) -> FederationConfig:
+        if self.keeps_late and (self.merge == "adopt" or self.optimizer_state == "average"):
+            raise ValueError(
+                "updates that come late are merged as deltas from what they began with; they can't "
+                'be with merge = "adopt" or optimizer_state = "average"'
+            )
+        if self.normalise and self.merge == "adopt":
+            raise ValueError('normalise divides deltas; it can\'t be with merge = "adopt"')
+        return self
+
+    @property
+    def keeps_late(self) -> bool:
+        """Whether a merge may take updates that began before the merge before it."""
+        return self.pace == "buffered" or (self.pace == "quorum" and self.late == "merge")
 
     @field_validator("merging_rule")
     @classmethod
@@ -259,7 +323,12 @@ class OuterConfig(Section):
         "fedadagrad (from the grids of Reddi et al. 2021), 1 for a plugin's.",
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.9, description="Momentum of fedavgm and nesterov."
+        default=0.9, description="Momentum of fedavgm, nesterov and delayed_nesterov."
+    )
+    delay: Positive = Field(
+        default=4,
+        description="Of delayed_nesterov, for buffered rounds: merges between two steps of its "
+        "momentum, about as many as bring one update of each silo.",
     )
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.9, description="First-moment decay of fedadam, fedyogi, fedadagrad."
@@ -336,6 +405,12 @@ class RunConfig(Section):
     def total_steps(self) -> int:
         """Global steps of the whole run: rounds x tau. Schedules stretch over it."""
         return self.federation.rounds * self.local.steps
+
+    @property
+    def most_rounds(self) -> int:
+        """Of the run: federation.rounds; buffered merges are more, each at least a global step."""
+        buffered = self.federation.pace == "buffered"
+        return self.total_steps if buffered else self.federation.rounds
 
     def quorum_of(self, participants: int) -> int:
         """Fewest good updates that close a round of so many participants."""

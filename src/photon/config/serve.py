@@ -67,11 +67,6 @@ class ServeConfig(Section):
         description="Seconds that serve waits for min_silos, or draws a round again that loses its "
         "quorum, before it gives up.",
     )
-    round_deadline_s: Annotated[float, Field(gt=0, le=30 * 86_400)] = Field(
-        default=86_400.0,
-        description="Seconds from the start of a round after which a silo that has not answered is "
-        "left out of it. (federation.silence_s is for silos that say nothing at all.)",
-    )
     straggler_factor: Annotated[float, Field(ge=1)] | None = Field(
         default=10.0,
         description="Once a quorum has answered, a silo that takes so many times as long as they "

@@ -5,30 +5,45 @@ Under torchrun this is rank 0's engine, and the other ranks follow its node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
 
-from photon.federation import EvalReceipt, EvalTask, FitTask, Node, Update
-from photon.federation.tasks import GlobalState, Publish
+from photon.federation import Answer, FitTask, Participant, Task, Version
 
 
 class LocalEngine:
-    """One node in the aggregator's own process serves every silo in turn."""
+    """One participant in the aggregator's own process serves every silo in turn."""
 
     processes = 1
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, participant: Participant) -> None:
+        self._participant = participant
+        self._waiting: deque[tuple[Task, Version]] = deque()
 
-    def offer(self, number: int, publish: Publish) -> None:
-        """Not needed: its nodes see this machine's memory or disk."""
+    @property
+    def now_s(self) -> float:
+        return time.monotonic()
 
-    def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
-        for task in tasks:
-            yield self._node.fit(task, state)
-        self._node.settle()
+    def submit(self, task: Task, version: Version) -> None:
+        self._waiting.append((task, version))
 
-    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
-        return self._node.evaluate(tasks, state)
+    def arrivals(self, timeout_s: float | None = None) -> list[tuple[Task, Answer]]:
+        """The next answer, worked out now; the tensors of the one before are not valid any more."""
+        if not self._waiting:
+            return []
+        first = min(self._waiting, key=lambda one: isinstance(one[0], FitTask))
+        self._waiting.remove(first)
+        task, version = first
+        if isinstance(task, FitTask):
+            return [(task, self._participant.fit(task, version))]
+        return [(task, self._participant.evaluate(task, version))]
+
+    def cancel(self, task: Task) -> str:
+        self._waiting = deque(one for one in self._waiting if one[0] != task)
+        return ""
+
+    def settle(self) -> None:
+        self._participant.settle()
 
     def close(self) -> None:
-        self._node.close()
+        self._participant.close()

@@ -2,8 +2,8 @@
 
 A worker is one node: one process, or several ranks that train together. One that dies or falls
 silent is replaced whole, and its task is run again from the same start, so its result is the same.
-Answers are handed over in the order of tasks, so the merged weights do not depend on which worker
-was faster.
+Answers come as they are ready; whoever takes them in the order of tasks (`submitted`) gets weights
+that do not depend on which worker was faster.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -27,8 +27,19 @@ from typing import Any
 from torch import Tensor
 
 from photon.errors import PhotonError, RankLostError, WorkerLostError
-from photon.federation import EvalReceipt, EvalTask, FitTask, Node, NodeSettings, Receipt, Update
-from photon.federation.tasks import GlobalState, Publish, update_header
+from photon.federation import (
+    Answer,
+    EvalReceipt,
+    EvalTask,
+    FitTask,
+    Node,
+    NodeSettings,
+    Receipt,
+    Task,
+    Update,
+    Version,
+)
+from photon.federation.tasks import update_header
 from photon.freed_memory import share_freed_memory
 from photon.link import (
     Expected,
@@ -44,8 +55,6 @@ from photon.store.memory import ReusedMemory
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, WorkerLost
 from photon.training import Seat
-
-Task = FitTask | EvalTask
 
 #: How often one task is tried before its silo is dropped from the round.
 ATTEMPTS = 3
@@ -69,12 +78,27 @@ class _Rank:
 
 
 @dataclass
+class _Job:
+    """A task on its way through the workers.
+
+    Attributes:
+        state: file of the version that it starts from.
+        attempts: how often a worker was lost with it.
+    """
+
+    task: Task
+    version: Version
+    state: Path
+    attempts: int = 0
+
+
+@dataclass
 class _Worker:
     """A node's processes, what it does and when it last spoke. Rank 0 takes tasks and answers."""
 
     index: int
     ranks: list[_Rank]
-    position: int | None = None
+    job: _Job | None = None
     heard_s: float = 0.0
     ready: bool = False
     step: int = 0
@@ -93,17 +117,6 @@ class _Worker:
         for rank in self.ranks:
             rank.process.join()
             rank.pipe.close()
-
-
-@dataclass
-class _Batch:
-    """Tasks on their way: which wait, how often each was tried, and answers not yet handed over."""
-
-    tasks: Sequence[Task]
-    state_path: Path
-    waiting: deque[int]
-    attempts: list[int]
-    answers: dict[int, Any] = field(default_factory=dict)
 
 
 class WorkerEngine:
@@ -142,6 +155,11 @@ class WorkerEngine:
         self._context.set_forkserver_preload([__name__])
         shutil.rmtree(exchange, ignore_errors=True)
         exchange.mkdir(parents=True)
+        self._waiting: deque[_Job] = deque()
+        self._answered: list[tuple[Task, Answer]] = []
+        self._cancelled: set[Task] = set()
+        self._written: Version | None = None
+        self._newest, self._files = exchange, 0
         self._workers = [self._start(index) for index in range(settings.processes)]
 
     @property
@@ -149,35 +167,43 @@ class WorkerEngine:
         """Ids of the worker processes alive now: each worker's ranks in order."""
         return [rank.process.pid for worker in self._workers for rank in worker.ranks]
 
-    def offer(self, number: int, publish: Publish) -> None:
-        """Not needed: its nodes see this machine's memory or disk."""
+    @property
+    def now_s(self) -> float:
+        return time.monotonic()
 
-    def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
-        shapes = {name: tensor.shape for name, tensor in state.items()}
-        for task, answer in zip(tasks, self._serve(tasks, state), strict=True):
-            if isinstance(answer, Receipt):  # no update: a failure
-                yield Update(answer, lambda: iter(()))
-                continue
-            receipt, ref = answer
-            expected = Expected(update_header(task, state), shapes, self._codecs)
-            tensors = partial(self._tensors, ref, expected)
-            yield Update(receipt, tensors, wire_bytes=ref.payload_bytes)
-        for task in tasks:
-            self._store.delete([key for key, _ in self._store.keys(_parcel_folder(task))])
+    def submit(self, task: Task, version: Version) -> None:
+        """Queue a task; its version is written once for all that start from it."""
+        if self._written is not version:
+            self._files += 1
+            path = self._exchange / f"state-{self._files}.safetensors"
+            write_tensors(path, version.tensors, durable=False)
+            self._written, self._newest = version, path
+            self._remove_states()
+        self._waiting.append(_Job(task, version, self._newest))
+        # Scores first; a sort leaves those alike in their order.
+        self._waiting = deque(sorted(self._waiting, key=lambda job: isinstance(job.task, FitTask)))
+        self._dispatch()
 
-    def _tensors(self, ref: Ref, expected: Expected) -> Iterator[tuple[str, Tensor]]:
-        # Opened anew for each reading: manifests kept for a whole round would lie between chunks
-        # that come and go, and break the heap up.
-        yield from Parcel(self._carrier, ref, expected, self._memory).tensors()
+    def arrivals(self, timeout_s: float | None = None) -> list[tuple[Task, Answer]]:
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._answered and any(worker.job for worker in self._workers):
+            left_s = None if until is None else until - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                break
+            self._hear(left_s)
+            self._dispatch()
+        answered, self._answered = self._answered, []
+        return answered
 
-    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
-        for task, answer in zip(tasks, self._serve(tasks, state), strict=True):
-            if isinstance(answer, Receipt):
-                raise WorkerLostError(
-                    f"evaluation of {task.silo or 'the global held-out set'} failed: "
-                    f"{answer.failure}"
-                )
-            yield answer
+    def cancel(self, task: Task) -> str:
+        self._waiting = deque(job for job in self._waiting if job.task != task)
+        for worker in self._workers:
+            if worker.job is not None and worker.job.task == task:
+                self._cancelled.add(task)
+        return ""
+
+    def settle(self) -> None:
+        """Nothing to wait for: workers answer when what they keep is on disk."""
 
     def close(self) -> None:
         for worker in self._workers:
@@ -190,50 +216,46 @@ class WorkerEngine:
         self._workers = []
         shutil.rmtree(self._exchange, ignore_errors=True)
 
-    def _serve(self, tasks: Sequence[Task], state: GlobalState) -> Iterator[Any]:
-        """Answers in task order, while later tasks are being worked on."""
-        state_path = self._exchange / "state.safetensors"
-        write_tensors(state_path, state, durable=False)
-        batch = _Batch(tasks, state_path, deque(range(len(tasks))), [0] * len(tasks))
-        for position in range(len(tasks)):
-            while position not in batch.answers:
-                self._dispatch(batch)
-                self._hear(batch)
-            self._dispatch(batch)
-            yield batch.answers.pop(position)
+    def _remove_states(self) -> None:
+        """Of versions that no task starts from any more."""
+        jobs = [*self._waiting, *(worker.job for worker in self._workers if worker.job)]
+        needed = {self._newest, *(job.state for job in jobs)}
+        for path in self._exchange.glob("state-*.safetensors"):
+            if path not in needed:
+                path.unlink(missing_ok=True)
 
-    def _dispatch(self, batch: _Batch) -> None:
+    def _dispatch(self) -> None:
         """Give every idle worker the next waiting task."""
         for worker in self._workers:
-            if worker.position is None and batch.waiting:
-                worker.position = batch.waiting.popleft()
+            if worker.job is None and self._waiting:
+                worker.job = job = self._waiting.popleft()
                 worker.heard_s, worker.step = time.monotonic(), 0
                 with contextlib.suppress(OSError):  # a dead worker is noticed when listening
-                    worker.pipe.send((batch.tasks[worker.position], batch.state_path))
+                    worker.pipe.send((job.task, job.state, job.version.number))
 
-    def _hear(self, batch: _Batch) -> None:
+    def _hear(self, most_s: float | None) -> None:
         """Wait until a busy worker speaks, dies, or has been silent for too long."""
-        busy = [worker for worker in self._workers if worker.position is not None]
+        busy = [worker for worker in self._workers if worker.job is not None]
         deadlines = [worker.heard_s + self._patience_s(worker) for worker in busy]
-        left_s = max(0.0, min(deadlines) - time.monotonic())
+        left_s = max(0.0, min(deadlines) - time.monotonic()) + 0.01
         pipes = [pipe for worker in busy for pipe in worker.pipes]
-        spoke = set(wait(pipes, timeout=left_s + 0.01))
+        spoke = set(wait(pipes, timeout=left_s if most_s is None else min(left_s, most_s)))
         for worker, deadline in zip(busy, deadlines, strict=True):
             talking = next((rank for rank in worker.ranks if rank.pipe in spoke), None)
             if talking is not None:
-                self._read(worker, talking, batch)
+                self._read(worker, talking)
             elif time.monotonic() > deadline:
                 silence = f"no step and no answer for {self._patience_s(worker):g} s"
-                self._lose(worker, silence, batch)
+                self._lose(worker, silence)
 
     def _patience_s(self, worker: _Worker) -> float:
         return self._silence_s if worker.ready else max(self._silence_s, STARTUP_S)
 
-    def _read(self, worker: _Worker, rank: _Rank, batch: _Batch) -> None:
+    def _read(self, worker: _Worker, rank: _Rank) -> None:
         try:
             message = rank.pipe.recv()
         except (EOFError, OSError):
-            self._lose(worker, _post_mortem(worker), batch)
+            self._lose(worker, _post_mortem(worker))
             return
         worker.heard_s = time.monotonic()
         if message == _READY:
@@ -243,30 +265,65 @@ class WorkerEngine:
                 worker.step = message.step
             self._on_event(message)
         elif isinstance(message, RankLostError):
-            self._lose(worker, _post_mortem(worker, message), batch)
+            self._lose(worker, _post_mortem(worker, message))
         elif isinstance(message, PhotonError):
             raise message
         else:
-            assert worker.position is not None
-            batch.answers[worker.position] = message
-            worker.position = None
+            job, worker.job = worker.job, None
+            assert job is not None
+            self._answer(job, message)
 
-    def _lose(self, worker: _Worker, reason: str, batch: _Batch) -> None:
+    def _answer(self, job: _Job, answer: EvalReceipt | Receipt | tuple[Receipt, Ref]) -> None:
+        task = job.task
+        if task in self._cancelled:
+            self._cancelled.remove(task)
+            if isinstance(task, FitTask):
+                self._let_go(task)
+        elif isinstance(answer, EvalReceipt):
+            self._answered.append((task, answer))
+        elif isinstance(answer, Receipt):  # no update: a failure
+            self._answered.append((task, Update.none(answer)))
+        else:
+            assert isinstance(task, FitTask)
+            receipt, ref = answer
+            state = job.version.tensors
+            shapes = {name: tensor.shape for name, tensor in state.items()}
+            expected = Expected(update_header(task, state), shapes, self._codecs)
+            update = Update(
+                receipt,
+                partial(self._tensors, ref, expected),
+                wire_bytes=ref.payload_bytes,
+                let_go=partial(self._let_go, task),
+            )
+            self._answered.append((task, update))
+
+    def _tensors(self, ref: Ref, expected: Expected) -> Iterator[tuple[str, Tensor]]:
+        # Opened anew for each reading: manifests kept for a whole round would lie between chunks
+        # that come and go, and break the heap up.
+        yield from Parcel(self._carrier, ref, expected, self._memory).tensors()
+
+    def _let_go(self, task: FitTask) -> None:
+        self._store.delete([key for key, _ in self._store.keys(_parcel_folder(task))])
+
+    def _lose(self, worker: _Worker, reason: str) -> None:
         """Replace a worker and put its task back, at most ATTEMPTS times."""
-        position = worker.position
-        assert position is not None
-        task = batch.tasks[position]
-        silo = task.silo or ""
+        job, worker.job = worker.job, None
+        assert job is not None
+        task, silo = job.task, job.task.silo or ""
         self._on_event(WorkerLost(round=task.round, silo=silo, worker=worker.index, reason=reason))
         worker.end()
         self._workers[self._workers.index(worker)] = self._start(worker.index)
-        batch.attempts[position] += 1
-        if batch.attempts[position] < ATTEMPTS:
-            batch.waiting.appendleft(position)
-        else:
-            failure = f"its worker was lost {ATTEMPTS} times; the last time {reason}"
-            code = WorkerLostError.exit_code if self._ranks == 1 else RankLostError.exit_code
-            batch.answers[position] = Receipt(task.round, silo, failure=failure, failure_code=code)
+        job.attempts += 1
+        if job.attempts < ATTEMPTS:
+            self._waiting.appendleft(job)
+            return
+        failure = f"its worker was lost {ATTEMPTS} times; the last time {reason}"
+        if isinstance(task, EvalTask):
+            raise WorkerLostError(
+                f"evaluation of {task.silo or 'the global held-out set'} failed: {failure}"
+            )
+        code = WorkerLostError.exit_code if self._ranks == 1 else RankLostError.exit_code
+        self._answer(job, Receipt(task.round, silo, failure=failure, failure_code=code))
 
     def _start(self, index: int) -> _Worker:
         port = _free_port() if self._ranks > 1 else 0
@@ -327,29 +384,38 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
             return
         pipe.send(_READY)
         chunk_bytes = settings.config.link.chunk_bytes
-        while (message := pipe.recv()) is not None:
-            task, state_path = message
-            try:
-                with TensorFile(state_path) as file:
-                    answer = _answer(node, task, file, exchange, chunk_bytes)
-            except PhotonError as error:
-                answer = error
-            pipe.send(answer)
+        with contextlib.ExitStack() as opened:
+            version, read = None, None
+            while (message := pipe.recv()) is not None:
+                task, path, number = message
+                try:
+                    if read != path:
+                        opened.close()
+                        version = _version(opened.enter_context(TensorFile(path)), number)
+                        read = path
+                    assert version is not None
+                    answer = _answered(node, task, version, exchange, chunk_bytes)
+                except PhotonError as error:
+                    answer = error
+                pipe.send(answer)
         node.close()
 
 
-def _answer(node: Node, task: Task, state: TensorFile, exchange: Path, chunk_bytes: int) -> Any:
-    tensors = dict(state.named_tensors())
+def _version(file: TensorFile, number: int) -> Version:
+    return Version("", number, dict(file.named_tensors()))
+
+
+def _answered(node: Node, task: Task, version: Version, exchange: Path, chunk_bytes: int) -> Any:
     if isinstance(task, EvalTask):
-        return next(iter(node.evaluate([task], tensors)))
-    update = node.fit(task, tensors)
+        return node.evaluate(task, version)
+    update = node.fit(task, version)
     if update.receipt.failure is not None:
         return update.receipt
     started = time.perf_counter()
     ref = write_parcel(
         Transfer(FolderStore(exchange, durable=False), streams=1),
         _parcel_folder(task),
-        update_header(task, tensors),
+        update_header(task, version.tensors),
         update.entries(),
         chunk_bytes=chunk_bytes,
     )

@@ -1,16 +1,19 @@
-"""The federation: rounds, tasks and receipts, participants, and the state of a run."""
+"""The federation: versions, tasks and receipts, participants, and the round."""
 
-from photon.federation.baseline import CentralisedTraining
 from photon.federation.checkpoint import CheckpointStore, RunState
+from photon.federation.engine import Answer, Engine, Mailbox, Version, fitted, scored
+from photon.federation.federation import Closed, Federation
 from photon.federation.node import Node, NodeSettings
-from photon.federation.rounds import Federation
+from photon.federation.participant import Participant
 from photon.federation.sampling import Candidates, FixedFleet, Fleet, sample_participants
-from photon.federation.tasks import Engine, EvalReceipt, EvalTask, FitTask, Receipt, Update
+from photon.federation.server import Server
+from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, Task, Update
 
 __all__ = [
+    "Answer",
     "Candidates",
-    "CentralisedTraining",
     "CheckpointStore",
+    "Closed",
     "Engine",
     "EvalReceipt",
     "EvalTask",
@@ -18,10 +21,17 @@ __all__ = [
     "FitTask",
     "FixedFleet",
     "Fleet",
+    "Mailbox",
     "Node",
     "NodeSettings",
+    "Participant",
     "Receipt",
     "RunState",
+    "Server",
+    "Task",
     "Update",
+    "Version",
+    "fitted",
     "sample_participants",
+    "scored",
 ]

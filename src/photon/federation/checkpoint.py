@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -34,12 +35,16 @@ class RunState:
         outer_update_bytes: of the newest outer update on the wire; 0 where whole states travel.
         merged_norm: how large updates usually are, by the newest round (norm_bound.usual_norm).
         merged_lr_sum: the learning rates of that round's steps, added up.
+        speeds: local steps a second, by silo: a running mean of what was measured.
+        in_flight: tasks that were handed in and not answered, as `Federation.in_flight` has them.
+        clock: of an engine whose time is simulated.
+        tokens_lost: were trained, or were to be, and not merged.
     """
 
-    round: int
-    global_step: int
-    model_fingerprint: str
-    data_sha256: str
+    round: int = 0
+    global_step: int = 0
+    model_fingerprint: str = ""
+    data_sha256: str = ""
     node_rounds: dict[str, int] = field(default_factory=dict)
     cursors: dict[str, int] = field(default_factory=dict)
     total_tokens: int = 0
@@ -50,6 +55,10 @@ class RunState:
     outer_update_bytes: int = 0
     merged_norm: float = 0.0
     merged_lr_sum: float = 0.0
+    speeds: dict[str, float] = field(default_factory=dict)
+    in_flight: list[dict[str, Any]] = field(default_factory=list)
+    clock: dict[str, Any] = field(default_factory=dict)
+    tokens_lost: int = 0
 
 
 class CheckpointStore:

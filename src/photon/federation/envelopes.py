@@ -154,7 +154,6 @@ class FitPart(_Part):
     steps: Annotated[int, Field(ge=1, lt=2**31)]
     node_round: _Round | None = None
     cursor: _Whole = 0
-    state_bytes: _Bytes = 0
 
 
 class EvalPart(_Part):
@@ -232,7 +231,7 @@ class Ask(_Letter):
             "model": self.run.model,
             "round": self.round,
             "state": self.state.sha256,
-            "fit": self.fit.model_dump(exclude={"state_bytes"}) if self.fit is not None else None,
+            "fit": self.fit.model_dump() if self.fit is not None else None,
         }
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 

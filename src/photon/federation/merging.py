@@ -91,9 +91,15 @@ class Merging:
         self._rule: MergingRule = build_merging_rule(config, folder)
         self._adopts = config.merge == "adopt"
         self._norms: list[float] = []
+        self._steps: list[tuple[float, float]] = []
 
     def offer(
-        self, update: Update, reference: GlobalState, weight: float, bound: NormBound | None = None
+        self,
+        update: Update,
+        reference: GlobalState,
+        weight: float,
+        bound: NormBound | None = None,
+        scale: float = 1.0,
     ) -> Verdict:
         """Merge an update, or say why not.
 
@@ -101,11 +107,14 @@ class Merging:
             reference: the global state; names and shapes that the update must have.
             weight: its share before normalising.
             bound: on norms; none by default.
+            scale: what the update is multiplied with before anything else: tau over the steps it
+                took, where updates are normalised.
         """
         with torch_threads(_threads(update, reference)):
             try:
                 require_weight(weight)
                 norm, inner = self._measure(update.tensors(), reference)
+                norm *= scale
             except _OURS:
                 raise
             except _FAULTS as error:
@@ -117,7 +126,8 @@ class Merging:
                 return Verdict(norm, refused)
             # Adopted weights are no deltas: they are merged as they are, or refused.
             share = 1.0 if self._adopts else bound.share(norm)
-            self._rule.add(_scaled(update.tensors(), share), weight, norm * share)
+            self._rule.add(_scaled(update.tensors(), share * scale), weight, norm * share)
+            self._steps.append((weight, weight / scale))
             self._norms.append(norm * share)
             return Verdict(norm, None, share)
 
@@ -129,6 +139,13 @@ class Merging:
         """
         tensors = self._rule.result()
         norms, self._norms = self._norms, []
+        steps, self._steps = self._steps, []
+        weight = math.fsum(one for one, _ in steps)
+        if (effective := math.fsum(one for _, one in steps)) != weight:
+            # FedNova (arXiv 2007.07481), equation 6: tau_eff, the mean of the steps, over tau.
+            for name, tensor in tensors.items():
+                if not name.startswith(OPTIMIZER):
+                    tensor.mul_(effective / weight)
         try:
             norm, _ = self._measure(tensors.items(), reference)
             most = (bound or NormBound()).norm * _OF_A_MEDIAN
@@ -145,7 +162,7 @@ class Merging:
 
     def discard(self) -> None:
         """Forget the round's updates."""
-        self._norms = []
+        self._norms, self._steps = [], []
         self._rule.discard()
 
     def state_tensors(self) -> Mapping[str, Tensor]:

@@ -25,6 +25,7 @@ from photon.errors import (
     RankLostError,
 )
 from photon.evaluation import LossSum, evaluate_loss, score
+from photon.federation.engine import Version
 from photon.federation.node_state import NodeStates
 from photon.federation.outbox import Outbox
 from photon.federation.tasks import (
@@ -119,6 +120,7 @@ class Node:
         self._on_event = on_event
         self._worker = settings.worker
         self._fault = fault
+        self._loaded: Version | None = None
         if model is None:
             model = empty_model(config, vocab_size=self._data.vocab_size, eos_id=self._data.eos_id)
         seat = settings.seat
@@ -176,24 +178,24 @@ class Node:
                 )
             on_failure.pop_all()
 
-    def fit(self, task: FitTask, state: GlobalState) -> Update:
-        """Take the task's local steps from the global state.
+    def fit(self, task: FitTask, version: Version) -> Update:
+        """As `Participant.fit`.
 
-        A loss or an update that is not finite is a receipt with a failure, not an exception: the
-        round goes on. What is kept may still be on its way to disk when this returns; `settle`
-        waits for it. Where the kept state that the task names is gone, the silo starts without
-        one, and the receipt says so.
+        Where the kept state that the task names is gone, the silo starts without one, and the
+        receipt says so.
         """
         self._ranks.announce(("fit", task))
-        return self._fit(task, state)
+        self._loaded = None
+        return self._fit(task, version.tensors)
 
-    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
-        """Score the global state on held-out text; the weights are loaded once for all tasks."""
-        self._ranks.announce(("load", None))
-        self._trainer.load_weights(section(state, WEIGHTS))
-        for task in tasks:
-            self._ranks.announce(("evaluate", task))
-            yield self._evaluate(task)
+    def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
+        """Score the version on held-out text; it is loaded once, whatever is scored after it."""
+        if self._loaded is not version:
+            self._ranks.announce(("load", None))
+            self._trainer.load_weights(section(version.tensors, WEIGHTS))
+            self._loaded = version
+        self._ranks.announce(("evaluate", task))
+        return self._evaluate(task)
 
     def settle(self) -> None:
         """Wait until all that silos keep is on disk.
@@ -248,17 +250,15 @@ class Node:
             receipt = Receipt.failed(
                 task,
                 error,
-                bytes_down=task.state_bytes,
                 load_s=load_s,
                 worker=self._worker,
                 state_lost=state_lost,
             )
-            return Update(receipt, lambda: iter(()))
+            return Update.none(receipt)
         receipt = Receipt(
             task.round,
             task.silo,
             **{name: value for name, value in vars(result).items() if name != "cursor"},
-            bytes_down=task.state_bytes,
             bytes_up=self._bytes_up(task, state, update),
             load_s=load_s,
             publish_s=time.perf_counter() - published,
@@ -342,7 +342,6 @@ class Node:
             one.bits_per_byte,
             one.tokens,
             time.perf_counter() - started,
-            task.state_bytes,
         )
 
     def _load_optimizer(self, task: FitTask, state: GlobalState | None) -> bool:

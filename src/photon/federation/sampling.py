@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +45,7 @@ class Fleet(Protocol):
         ...
 
     def present(self) -> list[str]:
-        """Names of those that are here now."""
+        """Names of those that are here now, to score versions."""
         ...
 
 
@@ -55,9 +55,11 @@ class FixedFleet:
 
     Attributes:
         tokens: to train on, by silo.
+        scored: the silos on whose held-out text versions are scored; the same by default.
     """
 
     tokens: Mapping[str, int]
+    scored: Sequence[str] | None = None
 
     def drawn_from(self, round_number: int) -> Candidates:
         return Candidates(self.tokens)
@@ -67,7 +69,7 @@ class FixedFleet:
         return False
 
     def present(self) -> list[str]:
-        return sorted(self.tokens)
+        return sorted(self.tokens if self.scored is None else self.scored)
 
 
 def sample_participants(

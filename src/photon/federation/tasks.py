@@ -1,15 +1,15 @@
-"""What aggregator and participants say to each other, and the engine that carries it."""
+"""What an aggregator asks of participants, and what they answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Size, Tensor
 
 from photon.errors import NodeError, PhotonError
-from photon.link import Carrier, Entry, Header, Ref, plain_entries, shapes_fingerprint
+from photon.link import Entry, Header, Ref, plain_entries, shapes_fingerprint
 from photon.link.manifest import Kind
 from photon.training import StepTimes
 
@@ -44,7 +44,6 @@ class FitTask:
             say, so that a silo that lost all it kept goes on where it was.
         texts: silos whose pooled text is trained on; its own by default.
         profile: also measure how long ranks exchange gradients.
-        state_bytes: what the participant gets before it can start, on the wire.
     """
 
     run: str
@@ -56,7 +55,6 @@ class FitTask:
     cursor: int = 0
     texts: tuple[str, ...] = ()
     profile: bool = False
-    state_bytes: int = 0
 
     @property
     def pooled(self) -> tuple[str, ...]:
@@ -69,6 +67,8 @@ class Receipt:
     """A participant's answer. Losses are nats per token; bytes are payload bytes.
 
     Attributes:
+        bytes_down: that it received before it could start; None where nothing was carried, and
+            what a wire would have carried is counted.
         failure: why there is no update; None when there is one.
         failure_code, failure_hint: of the error that it was.
         worker: which training process did it.
@@ -87,7 +87,7 @@ class Receipt:
     loss: float = 0.0
     first_loss: float = 0.0
     last_loss: float = 0.0
-    bytes_down: int = 0
+    bytes_down: int | None = None
     bytes_up: int = 0
     train_s: float = 0.0
     load_s: float = 0.0
@@ -121,19 +121,25 @@ class Receipt:
 class Update:
     """A receipt and the way to its tensors, which are read one at a time, more than once.
 
-    The tensors are valid until the engine is asked for the next update.
-
     Attributes:
         tensors: as they will be merged: decoded, where a codec was at work.
         packed: as they travel; None where they leave as they are, in fp32.
         wire_bytes: of those that are read and hashed while tensors are merged: this update's or the
             next ones'; 0 if they lie in memory.
+        let_go: called when the tensors are needed no more; they are valid until then, and in one
+            process until the engine is asked for the next answer.
     """
 
     receipt: Receipt
     tensors: Callable[[], Iterator[tuple[str, Tensor]]]
     packed: Sequence[Entry] | None = None
     wire_bytes: int = 0
+    let_go: Callable[[], None] = lambda: None
+
+    @classmethod
+    def none(cls, receipt: Receipt) -> Update:
+        """Of a participant that failed: no tensors."""
+        return cls(receipt, lambda: iter(()))
 
     @classmethod
     def of(cls, receipt: Receipt, packed: Sequence[Entry]) -> Update:
@@ -197,21 +203,12 @@ class StateRef:
     base: str | None = None
 
 
-#: Puts a state into a store, under a folder there: what `Engine.offer` is given.
-Publish = Callable[[Carrier, str], StateRef]
-
-
 @dataclass(frozen=True)
 class EvalTask:
-    """Score the global state on a silo's held-out text, or on the global set (silo None).
-
-    Attributes:
-        state_bytes: what the participant gets before it can start, on the wire.
-    """
+    """Score the global state on a silo's held-out text, or on the global set (silo None)."""
 
     round: int
     silo: str | None
-    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -220,7 +217,8 @@ class EvalReceipt:
 
     Attributes:
         bits_per_byte: None where the text is mostly unknown to its tokenizer.
-        bytes_down: that the participant received for it: a state that it did not hold yet.
+        bytes_down: that the participant received for it: a state that it did not hold yet; None
+            where nothing was carried, as in a Receipt.
     """
 
     silo: str | None
@@ -229,35 +227,7 @@ class EvalReceipt:
     bits_per_byte: float | None
     tokens: int
     eval_s: float
-    bytes_down: int = 0
+    bytes_down: int | None = None
 
 
-class Engine(Protocol):
-    """Carries tasks to participants and answers back. Every engine passes one contract suite."""
-
-    @property
-    def processes(self) -> int:
-        """Training processes that work at the same time."""
-        ...
-
-    def offer(self, number: int, publish: Publish) -> None:
-        """Told, before tasks, how to bring the state after round `number` to nodes elsewhere.
-
-        An engine whose nodes see the aggregator's memory or disk has no use for it.
-        """
-        ...
-
-    def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
-        """Answers in the order of `tasks`; each is valid until the next is asked for.
-
-        When the iterator is exhausted, all that the silos keep is on disk.
-        """
-        ...
-
-    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
-        """Scores in the order of `tasks`."""
-        ...
-
-    def close(self) -> None:
-        """End every process and remove what was exchanged."""
-        ...
+Task = FitTask | EvalTask

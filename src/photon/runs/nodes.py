@@ -7,18 +7,20 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from photon.config import RunConfig
+from photon.config import LinkConfig, RunConfig
 from photon.data import PreparedData
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
 from photon.federation import Engine, Node, NodeSettings
-from photon.federation.baseline import central_config
 from photon.federation.node import empty_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.models import trainable_parameters
 from photon.telemetry import Event
 from photon.telemetry.events import Kind
 from photon.training import Fit, InnerOptimizer, Seat, plan_compute, plan_fit, ranks_of_a_node
+
+#: What stands for the silo in events of centralised training.
+CENTRALISED = "centralised"
 
 #: Makes an engine from one that evaluates on this machine, and whoever is told of events.
 Elsewhere = Callable[[Engine, Callable[[Event], None]], Engine]
@@ -155,3 +157,32 @@ def ranks_of(kind: Kind, config: RunConfig) -> int:
 def workers_of(kind: Kind, config: RunConfig) -> int:
     """Nodes in processes of their own; 0: one node in the aggregator's."""
     return config.federation.workers if kind == "simulate" else 0
+
+
+def central_config(config: RunConfig, batch_size: int) -> RunConfig:
+    """The run file of a federation of one: a node that trains alone on pooled text.
+
+    It keeps its optimizer, its weights are taken as they are, and [train] overrides [local].
+
+    Args:
+        batch_size: sequences per step.
+    """
+    local: dict[str, float] = {"batch_size": batch_size}
+    if config.train.lr is not None:
+        local["lr"] = config.train.lr
+    alone = {
+        "optimizer_state": "keep",
+        "merge": "adopt",
+        "merging_rule": "mean",
+        "max_update_norm": "none",
+        "sample": None,
+        "quorum": None,
+        "weighting": "tokens",
+    }
+    return config.model_copy(
+        update={
+            "local": config.local.model_copy(update=local),
+            "federation": config.federation.model_copy(update=alone),
+            "link": LinkConfig(),  # nothing leaves the machine
+        }
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 from photon.config import RunConfig
 from photon.errors import error_of
-from photon.federation import FitTask, Receipt
+from photon.federation import FitTask, Receipt, Version, fitted
 from photon.federation.node import initial_model
 from photon.runs.nodes import Nodes
 from photon.runs.session import Session
@@ -71,13 +71,13 @@ def _measure(
     skeleton = nodes.skeleton()
     fit = nodes.fit(skeleton)
     model = initial_model(config, session.data)
-    state = nodes.initial_state(model)
+    version = Version("profile", 0, nodes.initial_state(model))
     engine = nodes.engine(model, hear)
     task = FitTask("profile", 1, session.silos[0], 0, WARM_UP_STEPS, None)
     try:
-        _only(engine.fit([task], state))
+        _only(fitted(engine, [task], version))
         measured = replace(task, steps=steps, round=2, profile=True)
-        receipt = _only(engine.fit([measured], state))
+        receipt = _only(fitted(engine, [measured], version))
     finally:
         engine.close()
     chosen = next(event for event in told if isinstance(event, ComputeChosen))

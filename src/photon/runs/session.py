@@ -25,16 +25,15 @@ from photon.errors import (
     ResumeMismatchError,
 )
 from photon.federation import (
-    CentralisedTraining,
     CheckpointStore,
     Federation,
     FixedFleet,
     Fleet,
     RunState,
+    Server,
     sample_participants,
 )
 from photon.federation.checkpoint import require_room
-from photon.federation.ledger import Ledger
 from photon.federation.node import empty_model, initial_model, open_stream
 from photon.link import tensors_sha256, writing
 from photon.models import (
@@ -49,7 +48,9 @@ from photon.runs.folder import (
     require_same_tokenizer,
     with_own_model,
 )
-from photon.runs.nodes import Elsewhere, Nodes, ranks_of, seat_of, workers_of
+from photon.runs.ledger import Ledger
+from photon.runs.nodes import CENTRALISED, Elsewhere, Nodes, ranks_of, seat_of, workers_of
+from photon.runs.rounds import Rounds
 from photon.store.disk import write_json
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
@@ -275,7 +276,7 @@ class Session:
 
     def _loop(
         self, ledger: Ledger, on_event: Callable[[Event], None], tensors: Groups
-    ) -> tuple[Federation | CentralisedTraining, Callable[[], None]]:
+    ) -> tuple[Rounds, Callable[[], None]]:
         model = self._model
         assert model is not None
         self._model = None  # an aggregator with workers must not hold a model of its own
@@ -283,28 +284,18 @@ class Session:
             tensors = {"global": self._nodes.initial_state(model)}
         settings = self._nodes.settings()
         engine = self._nodes.engine(model, on_event)
+        guests, config = self._guests, self.config
+        fleet = guests.fleet if guests is not None else FixedFleet(self._silo_tokens)
+        pooled: Sequence[str] = ()
         if self.kind == "train":
-            loop = CentralisedTraining(
-                settings.config,
-                list(self.data.silos),
-                self.silos,
-                engine,
-                ledger,
-                settings.folder,
-                tensors,
-            )
-            return loop, engine.close
-        guests = self._guests
-        federation = Federation(
-            self.config,
-            guests.fleet if guests is not None else FixedFleet(self._silo_tokens),
-            engine,
-            ledger,
-            settings.folder,
-            tensors,
-            draining=guests.ending if guests is not None else lambda: False,
-        )
-        return federation, engine.close
+            config, pooled = settings.config, self.silos
+            tokens = sum(self._silo_tokens.values())
+            fleet = FixedFleet({CENTRALISED: tokens}, scored=list(self.data.silos))
+        server = Server(config, self.folder, tensors, ledger.state)
+        federation = Federation(config, fleet, engine, server, on_event, pooled=pooled)
+        draining = guests.ending if guests is not None else lambda: False
+        rounds = Rounds(config, federation, fleet, ledger, settings.folder, draining=draining)
+        return rounds, engine.close
 
     def _participants(self) -> int:
         return len(

@@ -84,7 +84,7 @@ def resume(
     check_overrides(overrides)
     config = config_to_go_on_with(folder, overrides)
     done = max(CheckpointStore(folder / "checkpoints", 1).rounds(), default=0)
-    if config.federation.rounds < done:
+    if config.most_rounds < done:
         raise ResumeMismatchError(
             f"federation.rounds = {config.federation.rounds}, and {done} rounds are done already",
             hint="Nothing that was trained is taken back; name that many or more.",

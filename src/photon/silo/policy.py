@@ -174,8 +174,8 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
     Raises:
         PolicyError: naming the rule, what the run asks, and what the site allows.
     """
-    if ask.round > config.federation.rounds:
-        raise ProtocolError(f"round {ask.round} of a run of {config.federation.rounds}")
+    if ask.round > config.most_rounds:
+        raise ProtocolError(f"round {ask.round} of a run of {config.most_rounds}")
     name, rounds, path = config.run.name, config.federation.rounds, config.model.path
     others = [silo for silo in ask.run.silos if silo != ask.silo]
     strangers = [silo for silo in others if not _matches(silo, policy.peers)]

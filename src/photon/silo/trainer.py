@@ -35,6 +35,7 @@ from photon.errors import (
     UnreachableError,
     error_of,
 )
+from photon.federation import Version
 from photon.federation.envelopes import (
     Ask,
     EvalAnswer,
@@ -278,7 +279,7 @@ class SiloTrainer:
         started, ref = 0.0, None
         try:
             with held.at_work() as node:
-                update = node.fit(task, state)
+                update = node.fit(task, Version(ask.run.id, ask.state.round, state))
             receipt = update.receipt
             if receipt.failure is None:
                 self._say(ask, "publishing", step=task.steps, of=task.steps)
@@ -315,7 +316,8 @@ class SiloTrainer:
     def _evaluate(self, ask: Ask, held: HeldNode, state: GlobalState) -> Answer:
         self._say(ask, "training", detail="scoring held-out text")
         with held.at_work() as node:
-            receipt = next(iter(node.evaluate([EvalTask(ask.round, ask.silo)], state)))
+            version = Version(ask.run.id, ask.state.round, state)
+            receipt = node.evaluate(EvalTask(ask.round, ask.silo), version)
         if not math.isfinite(receipt.loss):
             raise NonFiniteError(
                 f"the loss on the held-out text of {ask.silo} is {receipt.loss}",

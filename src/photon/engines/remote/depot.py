@@ -16,8 +16,8 @@ from torch import Tensor
 
 from photon.config import LinkConfig
 from photon.errors import LinkError, ManifestError
-from photon.federation import FitTask
-from photon.federation.tasks import GlobalState, Publish, StateRef, update_header
+from photon.federation import FitTask, Version
+from photon.federation.tasks import GlobalState, StateRef, update_header
 from photon.link import Expected, Parcel, Ref
 from photon.store.contract import Store
 from photon.store.garbage import chunks_of, collect
@@ -54,27 +54,22 @@ class Depot:
         self._store = store
         self._spool = spool
         self._memory = ReusedMemory()
-        self._offered: tuple[int, Publish] | None = None
-        self._state: StateRef | None = None
+        self._published: dict[Version, StateRef] = {}
         shutil.rmtree(spool, ignore_errors=True)
         spool.mkdir(parents=True)
         spool.chmod(0o700)
 
-    def offer(self, number: int, publish: Publish) -> None:
-        """How to publish the state after round `number`, should somebody need it."""
-        self._offered = (number, publish)
-
-    def published(self) -> StateRef:
-        """The state that was offered last; published now, if it was not before.
+    def published(self, version: Version) -> StateRef:
+        """Where a version lies in the store; put there now, if it was not before.
 
         Raises:
             LinkError: the store can't be reached, refuses, or stalls.
         """
-        assert self._offered is not None
-        number, publish = self._offered
-        if self._state is None or self._state.round != number:
-            self._state = publish(self._carrier(), global_folder(self._run_id))
-        return self._state
+        if version not in self._published:
+            assert version.publish is not None
+            ref = version.publish(self._carrier(), global_folder(self._run_id))
+            self._published = {version: ref}
+        return self._published[version]
 
     def fetch(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
         """Bring an update here, verified.
@@ -93,9 +88,9 @@ class Depot:
         here = self._place_of(ref).exists()
         yield from (parcel if here else self._parcel(task, ref, state)).tensors()
 
-    def room_bytes(self) -> int:
-        """What updates that wait for their turn may take: half of what is free here."""
-        return shutil.disk_usage(self._spool).free // 2
+    def free_bytes(self) -> int:
+        """Of the disk on which updates wait for their turn."""
+        return shutil.disk_usage(self._spool).free
 
     def let_go(self, ref: Ref) -> None:
         """An update need not be here any more."""

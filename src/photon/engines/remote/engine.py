@@ -1,23 +1,44 @@
-"""The engine itself: a round's tasks become errands, and their answers updates and scores."""
+"""The engine itself: tasks become errands, and their answers updates and scores."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
 
 from photon.config import RunConfig
-from photon.engines.remote.arrivals import Arrivals
 from photon.engines.remote.depot import Depot
-from photon.engines.remote.errand import Errand
+from photon.engines.remote.errand import ATTEMPTS, Errand
 from photon.engines.remote.messenger import Messenger, Post
-from photon.errors import PhotonError, ProtocolError
-from photon.federation import Engine, EvalReceipt, EvalTask, FitTask, Update
+from photon.errors import (
+    ChunkCorruptError,
+    LinkError,
+    ManifestError,
+    PhotonError,
+    ProtocolError,
+    StoreUnavailableError,
+    TransferStalledError,
+)
+from photon.federation import (
+    Answer,
+    Engine,
+    EvalTask,
+    FitTask,
+    Receipt,
+    Task,
+    Update,
+    Version,
+)
 from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, StatePart, parse_reply
 from photon.federation.sealing import sealed
-from photon.federation.tasks import GlobalState, Publish
 from photon.freed_memory import share_freed_memory
+from photon.link import Parcel, Ref
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster
 from photon.telemetry import Event
@@ -26,6 +47,9 @@ from photon.version import photon_version
 
 #: What an update may take on the wire beyond twice its fp32 values.
 _SPARE_BYTES = 64 << 20
+
+#: Updates on their way here at once.
+_FETCHES = 3
 
 
 @dataclass(frozen=True)
@@ -41,8 +65,25 @@ class Asker:
     log_head: Callable[[], str]
 
 
+@dataclass(eq=False)
+class _Place:
+    """A task that a silo is at.
+
+    Attributes:
+        fetching: its update, on its way here.
+    """
+
+    task: Task
+    version: Version
+    errand: Errand
+    fetching: Future[Parcel] | None = None
+
+
 class RemoteEngine:
     """Serves tasks by silos that have joined.
+
+    Updates are fetched as answers come, and wait on this disk as far as it has room: whoever is
+    slow keeps nobody else's from coming.
 
     Args:
         run: what is being trained, as silos are told; its silos are those of each round's tasks.
@@ -77,67 +118,187 @@ class RemoteEngine:
         self._messenger = Messenger(config, post, roster, on_event)
         self._depot = depot
         self._asker = asker
+        self._new: list[tuple[Task, Version]] = []
+        self._going: list[_Place] = []
+        self._errands: list[Errand] = []  # of all that were asked together, answered ones too
+        self._held: dict[Task, Ref] = {}
+        self._own = self._newest = 0
+        self._pool = ThreadPoolExecutor(_FETCHES, thread_name_prefix="photon-arrivals")
 
     @property
     def processes(self) -> int:
         """Silos that train at the same time."""
         return len(self._run.silos)
 
-    def offer(self, number: int, publish: Publish) -> None:
-        """Publish the state after round `number` when the first task needs it."""
-        self._depot.offer(number, publish)
+    @property
+    def now_s(self) -> float:
+        return time.monotonic()
 
-    def fit(self, tasks: Sequence[FitTask], state: GlobalState) -> Iterator[Update]:
-        ref = StatePart.of(self._depot.published())
-        self._take_part(tasks)
-        values = sum(tensor.numel() for tensor in state.values())
-        most_bytes = 8 * values + _SPARE_BYTES
-        errands = [self._errand(self._fit_ask(task, ref), most_bytes) for task in tasks]
-        for errand in errands:
-            self._messenger.begin(errand)
-        arrivals = Arrivals(self._messenger, self._depot, tasks, errands, state)
-        try:
-            yield from arrivals.updates()
-        finally:
-            arrivals.close()
-            self._messenger.close(errands)
-        if tasks:
-            self._sweep(tasks[0].round)
+    def submit(self, task: Task, version: Version) -> None:
+        """Hand in a task; silos are asked when answers are, as an Ask names all that are asked."""
+        if task.silo is None:
+            self._evaluator.submit(task, version)
+            self._own += 1
+        else:
+            self._new.append((task, version))
 
-    def evaluate(self, tasks: Sequence[EvalTask], state: GlobalState) -> Iterator[EvalReceipt]:
-        own = [task for task in tasks if task.silo is None]
-        errands: dict[str, Errand] = {}
-        if len(own) < len(tasks):
-            ref = StatePart.of(self._depot.published())
-            self._take_part(tasks)
-            for task in tasks:
-                if task.silo is not None:
-                    part = EvalPart(round=task.round)
-                    ask = self._ask("evaluate", task.silo, ref, evaluate=part)
-                    errands[task.silo] = self._errand(ask)
-                    self._messenger.begin(errands[task.silo])
-        try:
-            self._messenger.turn(errands.values())  # silos work while this machine does
-            yield from self._evaluator.evaluate(own, state)
-            while not all(errand.over for errand in errands.values()):
-                if not self._messenger.turn(errands.values()):
-                    time.sleep(self._messenger.pause_s(errands.values()))
-            for silo, errand in errands.items():
-                if errand.reply is not None and errand.reply.evaluate is not None:
-                    yield errand.reply.evaluate.receipt(silo)
-                elif errand.failure is not None:
-                    words = f"no evaluation: {errand.failure.message}"
-                    self._messenger.notice(errand.ask, words)
-        finally:
-            self._messenger.close(errands.values())
+    def arrivals(self, timeout_s: float | None = None) -> list[tuple[Task, Answer]]:
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        self._ask_new()
+        while True:
+            for place in self._going:
+                self._fetch(place)
+            came = [
+                (place.task, answer) for place in list(self._going) for answer in self._of(place)
+            ]
+            if self._own:  # silos work while this machine does
+                self._messenger.turn(self._errands)
+                own = self._evaluator.arrivals(timeout_s)
+                self._own -= len(own)
+                came += own
+            left_s = math.inf if until is None else until - time.monotonic()
+            if came or not self._going or left_s <= 0:
+                return came
+            if not self._messenger.turn(self._errands):
+                pause_s = min(left_s, self._messenger.pause_s(self._errands))
+                fetching = [place.fetching for place in self._going if place.fetching is not None]
+                if not fetching:
+                    time.sleep(pause_s)
+                else:
+                    wait(fetching, pause_s, FIRST_COMPLETED)
+
+    def cancel(self, task: Task) -> str:
+        self._new = [one for one in self._new if one[0] != task]
+        last = ""
+        for place in [place for place in self._going if place.task == task]:
+            last = place.errand.because
+            self._finish(place)
+        if task.silo is None:
+            self._evaluator.cancel(task)
+            self._own = 0
+        return last
+
+    def settle(self) -> None:
+        """Silos answer when what they keep is on disk; here, what no round needs is removed."""
+        if self._newest:
+            self._sweep(self._newest)
 
     def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._messenger.close(self._errands)
         self._evaluator.close()
         self._depot.close()
 
-    def _take_part(self, tasks: Sequence[FitTask | EvalTask]) -> None:
-        silos = sorted({task.silo for task in tasks if task.silo is not None})
-        self._run = self._run.model_copy(update={"silos": silos})
+    def _ask_new(self) -> None:
+        new, self._new = self._new, []
+        if not new:
+            return
+        if not self._going:
+            self._errands = []
+        silos = {place.task.silo for place in self._going} | {task.silo for task, _ in new}
+        self._run = self._run.model_copy(update={"silos": sorted(silo for silo in silos if silo)})
+        for task, version in new:
+            ref = StatePart.of(self._depot.published(version))
+            most_bytes = 0
+            if isinstance(task, FitTask):
+                values = sum(tensor.numel() for tensor in version.tensors.values())
+                most_bytes = 8 * values + _SPARE_BYTES
+                self._newest = max(self._newest, task.round)
+            ask = self._ask(task, ref)
+            errand = Errand(ask, sealed(ask, self._asker.key), most_bytes)
+            self._errands.append(errand)
+            self._going.append(_Place(task, version, errand))
+        for place in self._going[-len(new) :]:
+            self._messenger.begin(place.errand)
+
+    # --- answers -------------------------------------------------------------------------------
+
+    def _fetch(self, place: _Place) -> None:
+        """Begin to bring here what was answered.
+
+        The oldest task's always, whatever room there is: others may have to wait for it.
+        """
+        ref = place.errand.update
+        if ref is None or place.fetching is not None or not isinstance(place.task, FitTask):
+            return
+        if place is not self._going[0] and ref.payload_bytes > self._room_bytes():
+            return
+        self._held[place.task] = ref
+        fetch = partial(self._depot.fetch, place.task, ref, place.version.tensors)
+        place.fetching = self._pool.submit(fetch)
+
+    def _room_bytes(self) -> int:
+        """Of this disk, for updates that wait; half of what is free with none of them here."""
+        held = sum(ref.payload_bytes for ref in self._held.values())
+        return (self._depot.free_bytes() - held) // 2
+
+    def _of(self, place: _Place) -> Iterator[Answer]:
+        """The answer to a task, if it is here."""
+        errand, task = place.errand, place.task
+        if isinstance(task, EvalTask):
+            if errand.reply is not None and errand.reply.evaluate is not None:
+                self._finish(place)
+                yield errand.reply.evaluate.receipt(errand.ask.silo)
+            elif errand.failure is not None:
+                self._finish(place)
+                self._messenger.notice(errand.ask, f"no evaluation: {errand.failure.message}")
+                yield None
+            return
+        parcel = None
+        if place.fetching is not None and place.fetching.done():
+            parcel = self._arrived(place, place.fetching)
+        if errand.failure is not None:
+            self._finish(place)
+            yield Update.none(Receipt.failed(task, errand.failure))
+        elif errand.reply is not None and (parcel is not None or errand.update is None):
+            assert errand.reply.fit is not None
+            self._going.remove(place)
+            receipt = errand.reply.fit.receipt(task.round, task.silo)
+            yield self._update(place, receipt, parcel) if parcel else Update.none(receipt)
+
+    def _update(self, place: _Place, receipt: Receipt, parcel: Parcel) -> Update:
+        task, ref = place.task, place.errand.update
+        assert isinstance(task, FitTask)
+        assert ref is not None
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            # It may have waited long for its turn: who was expelled meanwhile is out.
+            if (error := self._messenger.barred(task.silo)) is not None:
+                raise error
+            yield from self._depot.tensors(parcel, task, ref, place.version.tensors)
+
+        def let_go() -> None:
+            self._held.pop(task, None)
+            self._depot.let_go(ref)
+
+        return Update(receipt, tensors, wire_bytes=ref.payload_bytes, let_go=let_go)
+
+    def _arrived(self, place: _Place, fetching: Future[Parcel]) -> Parcel | None:
+        """An update that is here; None where it could not be had and is asked for again."""
+        errand = place.errand
+        try:
+            return fetching.result()
+        except LinkError as error:
+            place.fetching = None
+            self._held.pop(place.task, None)
+            # A store that is away is no fault of the silo's: it is waited for.
+            errand.troubles += not isinstance(error, StoreUnavailableError | TransferStalledError)
+            if errand.troubles >= ATTEMPTS or isinstance(error, ManifestError):
+                errand.failure = error
+                return None
+            if isinstance(error, ChunkCorruptError):
+                self._depot.discard(errand.ask.silo)
+            errand.reply = None
+            self._messenger.open(errand)  # closed when it was answered
+            errand.again(time.time(), error.message)
+            return None
+
+    def _finish(self, place: _Place) -> None:
+        """Nothing is granted for a task any more, and nothing of it is here."""
+        self._going.remove(place)
+        self._messenger.close([place.errand])
+        if (ref := self._held.pop(place.task, None)) is not None:
+            self._depot.let_go(ref)
 
     def _sweep(self, number: int) -> None:
         """Remove from the store what no round from now on needs."""
@@ -157,28 +318,23 @@ class RemoteEngine:
                 Notice(text=f"old rounds stay in the store: {error}", round=number, silo="")
             )
 
-    def _errand(self, ask: Ask, most_bytes: int = 0) -> Errand:
-        return Errand(ask, sealed(ask, self._asker.key), most_bytes)
-
-    def _fit_ask(self, task: FitTask, ref: StatePart) -> Ask:
+    def _ask(self, task: Task, ref: StatePart) -> Ask:
+        assert task.silo is not None
+        common = {
+            "photon_version": photon_version(),
+            "silo": task.silo,
+            "run": self._run,
+            "state": ref,
+            "log_head": self._asker.log_head(),
+            "within_s": self._config.federation.deadline_s,
+        }
+        if isinstance(task, EvalTask):
+            return Ask(kind="evaluate", evaluate=EvalPart(round=task.round), **common)
         part = FitPart(
             round=task.round,
             global_step=task.global_step,
             steps=task.steps,
             node_round=task.node_round,
             cursor=task.cursor,
-            state_bytes=task.state_bytes,
         )
-        return self._ask("fit", task.silo, ref, fit=part)
-
-    def _ask(self, kind, silo: str, ref: StatePart, **part) -> Ask:
-        return Ask(
-            photon_version=photon_version(),
-            kind=kind,
-            silo=silo,
-            run=self._run,
-            state=ref,
-            log_head=self._asker.log_head(),
-            within_s=self._config.serve.round_deadline_s,
-            **part,
-        )
+        return Ask(kind="fit", fit=part, **common)
