@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import waiting_fork_server
 
 from photon.data import PrepareOptions, prepare
 
@@ -11,6 +13,9 @@ SCRIPT = """
 import sys
 from photon.config import parse_run_config
 from photon.runs import simulate
+sys.path.append(sys.argv[3])
+import waiting_fork_server
+waiting_fork_server.stand_by()  # the worker's: it would import all of this once more
 config = parse_run_config({
     "compute": {"threads": 1},
     "model": {"preset": "tiny"},
@@ -37,7 +42,12 @@ def test_64_virtual_clients_take_no_more_memory_than_8(tmp_path, write_corpus):
             )
         )
         assert len(data.silos) == clients
-        words = [sys.executable, "-c", SCRIPT, str(data.path), str(tmp_path / f"run-{clients}")]
+        folders = (
+            data.path,
+            tmp_path / f"run-{clients}",
+            Path(waiting_fork_server.__file__).parent,
+        )
+        words = [sys.executable, "-c", SCRIPT, *map(str, folders)]
         done = subprocess.run(words, check=True, capture_output=True, text=True)
         peak_kib[clients] = int(done.stdout)
     assert peak_kib[64] == pytest.approx(peak_kib[8], rel=0.05)
