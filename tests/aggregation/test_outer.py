@@ -13,7 +13,7 @@ import torch
 
 from photon.aggregation import BUILTIN_OUTER, OuterOptimizer, build_outer_optimizer
 from photon.config import OuterConfig
-from photon.config.run import OUTER_NAMES
+from photon.config.outer import OUTER_NAMES
 from photon.errors import IncompatibleConfigError, ModelMismatchError, PluginError
 
 GOLDEN = Path(__file__).parent / "golden" / "outer.json"

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from photon.config import RunConfig, parse_run_config, resolved_toml
-from photon.config.run import OUTER_NAMES, PRESETS
+from photon.config.outer import OUTER_NAMES
+from photon.config.run import PRESETS
 
 counts = st.integers(1, 10_000)
 fractions = st.floats(0, 1, exclude_max=True)

@@ -13,11 +13,11 @@ from photon.config.load import (
     write_resolved,
 )
 from photon.config.node import NetworkConfig, NodeConfig, PolicyConfig
+from photon.config.outer import OuterConfig
 from photon.config.run import (
     FederationConfig,
     LocalConfig,
     ModelConfig,
-    OuterConfig,
     RunConfig,
 )
 from photon.config.serve import ServeConfig

@@ -6,36 +6,17 @@ Each field's description is the documentation: docs/configuration.md is written 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
+from photon.config.outer import OuterConfig, known_name
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.serve import ServeConfig
-from photon.plugins import MERGING_RULES, OUTER_OPTIMIZERS, plugin_names
+from photon.plugins import MERGING_RULES
 
-OUTER_NAMES = (
-    "fedavg",
-    "fedavgm",
-    "nesterov",
-    "delayed_nesterov",
-    "fedadam",
-    "fedyogi",
-    "fedadagrad",
-)
-#: outer.lr where a run file leaves it out. Adaptive ones move a coordinate by about lr a round,
-#: whatever the pseudo-gradient's size; 1 would wreck a model in its first round.
-_OUTER_LR = {
-    "fedavg": 1.0,
-    "fedavgm": 0.1,  # Hsu et al. 2019 (arXiv 1909.06335): lr / (1 - momentum) is what counts
-    "nesterov": 0.7,  # DiLoCo (arXiv 2311.08105)
-    "delayed_nesterov": 0.7,
-    "fedadam": 0.01,  # these three: in the middle of the grids of Reddi et al. 2021
-    "fedyogi": 0.01,
-    "fedadagrad": 0.03,
-}
 MERGING_RULE_NAMES = ("mean", "clipped_mean", "median", "trimmed_mean", "edit")
 PRESETS = ("tiny", "75m", "125m", "350m", "1.3b", "3b", "7b")
 
@@ -237,7 +218,7 @@ class FederationConfig(Section):
     @field_validator("merging_rule")
     @classmethod
     def _known_rule(cls, name: str) -> str:
-        return _known(name, MERGING_RULE_NAMES, MERGING_RULES)
+        return known_name(name, MERGING_RULE_NAMES, MERGING_RULES)
 
 
 class LocalConfig(Section):
@@ -308,53 +289,6 @@ class LocalConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.95, description="Muon momentum."
     )
-
-
-class OuterConfig(Section):
-    """[outer]: the aggregator's optimizer."""
-
-    name: str = Field(
-        default="fedavg", description=", ".join(OUTER_NAMES) + ", or one a plugin registered."
-    )
-    lr: Annotated[float, Field(gt=0)] = Field(
-        default=None,  # pyright: ignore[reportAssignmentType]  # `_lr_by_name` puts it in
-        description="Outer learning rate; by default 1 for fedavg, 0.1 for fedavgm (lr / (1 - "
-        "momentum) is then 1), 0.7 for nesterov (DiLoCo), 0.01 for fedadam and fedyogi, 0.03 for "
-        "fedadagrad (from the grids of Reddi et al. 2021), 1 for a plugin's.",
-    )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.9, description="Momentum of fedavgm, nesterov and delayed_nesterov."
-    )
-    delay: Positive = Field(
-        default=4,
-        description="Of delayed_nesterov, for buffered rounds: merges between two steps of its "
-        "momentum, about as many as bring one update of each silo.",
-    )
-    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.9, description="First-moment decay of fedadam, fedyogi, fedadagrad."
-    )
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.99, description="Second-moment decay of fedadam, fedyogi."
-    )
-    epsilon: Annotated[float, Field(gt=0)] = Field(
-        default=1e-3, description="Adaptivity tau of Reddi et al. 2021: added to the root of v."
-    )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="Passed as they are to a plugin's outer optimizer."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _lr_by_name(cls, table: Any) -> Any:
-        if isinstance(table, dict) and table.get("lr") is None:
-            name = table.get("name", OUTER_NAMES[0])
-            return {**table, "lr": _OUTER_LR.get(name, 1.0) if isinstance(name, str) else 1.0}
-        return table
-
-    @field_validator("name")
-    @classmethod
-    def _known_name(cls, name: str) -> str:
-        return _known(name, OUTER_NAMES, OUTER_OPTIMIZERS)
 
 
 class EvalConfig(Section):
@@ -525,11 +459,3 @@ class RunConfig(Section):
                 f"local.optimizer_bits = 8 only means something for adamw and muon (found "
                 f"{local.optimizer!r})"
             )
-
-
-def _known(name: str, builtin: tuple[str, ...], group: str) -> str:
-    # Asked last: plugins are looked for among all packages that are installed.
-    if name not in builtin and name not in (plugins := plugin_names(group)):
-        known = [*builtin, *plugins]
-        raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-    return name
