@@ -14,6 +14,7 @@ from photon.config.load import (
 )
 from photon.config.node import NetworkConfig, NodeConfig, PolicyConfig
 from photon.config.outer import OuterConfig
+from photon.config.privacy import PrivacyConfig
 from photon.config.run import (
     FederationConfig,
     LocalConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "NodeConfig",
     "OuterConfig",
     "PolicyConfig",
+    "PrivacyConfig",
     "RunConfig",
     "ServeConfig",
     "load_node_config",

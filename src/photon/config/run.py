@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
+from photon.config.privacy import Privacy, PrivacyConfig
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.serve import ServeConfig
 from photon.plugins import MERGING_RULES
@@ -331,6 +332,7 @@ class RunConfig(Section):
     compute: ComputeConfig = ComputeConfig()
     outer: OuterConfig = OuterConfig()
     link: LinkConfig = LinkConfig()
+    privacy: Privacy = PrivacyConfig()
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()

@@ -27,7 +27,7 @@ from photon.errors import (
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
 from photon.federation.node_state import NodeStates
-from photon.federation.outbox import Outbox
+from photon.federation.stages import WayOut
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -164,7 +164,7 @@ class Node:
             self._scored_at_once.limit(self._ranks.least(self._scored_at_once.size))
             self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
             self._keeps = config.federation.optimizer_state == "keep"
-            self._outbox = Outbox(config.link, settings.folder)
+            self._way_out = WayOut(config, settings.folder)
             if self._ranks.leader:
                 on_event(
                     ComputeChosen(
@@ -367,16 +367,11 @@ class Node:
         return True
 
     def _update(self, task: FitTask, state: GlobalState | None) -> Update:
-        """What leaves the node, encoded as the run says; on ranks other than 0, nothing."""
-        receipt = Receipt(task.round, task.silo)
-        tensors = self._published(state)
-        if state is None or self._outbox.plain:
-            return Update(receipt, tensors)
-        packed = self._outbox.pack(
-            tensors, silo=task.silo, node_round=task.node_round, number=task.round
-        )
-        receipt = replace(receipt, left_out=packed.left_out, state_lost=packed.state_lost)
-        return Update.of(receipt, packed.entries)
+        """What leaves the node; on ranks other than 0, nothing."""
+        delta = self._published(state)
+        if state is None:
+            return Update.none(Receipt(task.round, task.silo))
+        return self._way_out.update(task, delta)
 
     def _bytes_up(self, task: FitTask, state: GlobalState | None, update: Update) -> int:
         """Of the update on the wire, to the byte."""

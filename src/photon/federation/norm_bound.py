@@ -13,6 +13,7 @@ resume decides the same.
    r is 1 at first. It is t^(1/4) for ADOPT, which clips there. Muon's update is scaled to Adam's
    size. SGD moves lr clip_norm, and without a clip there is no such bound. Where a codec's error
    is fed back, what is sent may hold all that earlier rounds held back: sum_k beta^k times as much.
+   With [privacy] a node's clip bounds it, and its noise of z C sqrt(P) is allowed on top.
 2. FACTOR times the lower median norm of the updates that the newest round merged (`usual_norm` has
    fewer than three), more where the learning rates of this round add up to more than that round's
    did. Absent in the first round.
@@ -98,7 +99,8 @@ def norm_bound(config: RunConfig, before: RunState, state: GlobalState) -> NormB
         return NormBound(given, f"federation.max_update_norm = {given:g}", inner)
     local = config.local
     reach, counted = SLACK * _reach(config, before, state), math.inf
-    words = f"{reach:.4g}, {SLACK:g} times what {local.steps} steps of this recipe can move"
+    noise = " and its noise" if config.privacy.deviation else ""
+    words = f"{reach:.4g}, {SLACK:g} times what {local.steps} steps of this recipe{noise} can move"
     if before.merged_norm > 0 and before.merged_lr_sum > 0:
         risen = max(1.0, lr_sum(config, before.global_step) / before.merged_lr_sum)
         usual = FACTOR * before.merged_norm * risen
@@ -134,13 +136,15 @@ def norm_of(tensors: Mapping[str, Tensor]) -> float:
 def _reach(config: RunConfig, before: RunState, state: GlobalState) -> float:
     """How far a round's steps can move the weights, and feedback what is sent."""
     local, schedule, weights = config.local, Schedule.of(config), section(state, WEIGHTS)
-    step = _step(config, before, sum(weight.numel() for weight in weights.values()))
+    parameters = sum(weight.numel() for weight in weights.values())
+    step = _step(config, before, parameters)
     weights_norm = norm_of(weights) if local.weight_decay else 0.0
     feeds_back, moved = config.link.feeds_back, 0.0
     for index in range(before.global_step, before.global_step + local.steps):
         lr = local.lr * (1.0 if feeds_back else schedule.factor(index))
         decay = local.weight_decay * (weights_norm + moved) if local.weight_decay else 0.0
         moved += lr * (step + decay)
+    moved = config.privacy.noised_norm(moved, parameters)
     if feeds_back:
         beta, rounds = config.link.feedback_decay, before.round + 1
         moved *= rounds if beta == 1 else (1 - beta**rounds) / (1 - beta)

@@ -74,7 +74,7 @@ class TensorFile:
 
     def sha256(self) -> str:
         """As `tensors_sha256` of what is in it."""
-        return _sha256((name, self._file.get_tensor(name)) for name in sorted(self.names()))
+        return stream_sha256((name, self._file.get_tensor(name)) for name in sorted(self.names()))
 
     def read(self) -> dict[str, Tensor]:
         """All tensors, in memory of their own (the file may go away afterwards)."""
@@ -83,10 +83,11 @@ class TensorFile:
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and raw bytes, in the order of names."""
-    return _sha256((name, tensors[name]) for name in sorted(tensors))
+    return stream_sha256((name, tensors[name]) for name in sorted(tensors))
 
 
-def _sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def stream_sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """As `tensors_sha256`, in the order in which they come, one in memory at a time."""
     digest = hashlib.sha256()
     for name, found in tensors:
         tensor = found.detach().cpu().contiguous()

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import hashlib
 import os
 import re
-import secrets
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -21,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from photon.errors import DiskFullError, MembershipError, SignatureError
-from photon.store.disk import sync_to_disk, write_whole
+from photon.store.disk import write_new
 
 #: The aggregator's key, in its home.
 AGGREGATOR_KEY_FILE = "aggregator.key"
@@ -65,15 +63,12 @@ class NodeKey:
             serialization.PrivateFormat.OpenSSH,
             serialization.NoEncryption(),
         )
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise MembershipError(f"can't write the key {path}: {error}") from error
         try:
-            write_whole(partial, text, "a key", mode=0o600)
-            os.link(partial, path)  # unlike a rename, it replaces nothing
-            sync_to_disk(path.parent)
+            write_new(path, text, "a key", mode=0o600)
         except FileExistsError:
             raise MembershipError(
                 f"there is a key at {path} already; it is not replaced",
@@ -82,9 +77,6 @@ class NodeKey:
             ) from None
         except (OSError, DiskFullError) as error:
             raise MembershipError(f"can't write the key {path}: {error}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
         return key
 
     @classmethod

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from photon.config import LinkConfig, RunConfig
+from photon.config import LinkConfig, PrivacyConfig, RunConfig
 from photon.data import PreparedData
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
@@ -184,5 +184,6 @@ def central_config(config: RunConfig, batch_size: int) -> RunConfig:
             "local": config.local.model_copy(update=local),
             "federation": config.federation.model_copy(update=alone),
             "link": LinkConfig(),  # nothing leaves the machine
+            "privacy": PrivacyConfig(),
         }
     )

@@ -96,6 +96,22 @@ def write_whole(path: Path, data: str | bytes, what: str, *, mode: int = 0o644) 
         sync_to_disk(path.parent)
 
 
+def write_new(path: Path, data: str | bytes, what: str, *, mode: int = 0o644) -> None:
+    """`write_whole` under a name that is free, however many write it at once; raises as it does.
+
+    Raises:
+        FileExistsError: there is a file already; it stays as it is.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    try:
+        write_whole(partial, data, what, mode=mode)
+        os.link(partial, path)  # unlike a rename, it replaces nothing
+        sync_to_disk(path.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
 def write_json(
     path: Path, record: Mapping[str, Any], what: str = "a record", *, mode: int = 0o644
 ) -> None:

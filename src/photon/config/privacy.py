@@ -1,0 +1,95 @@
+"""[privacy]: what is done to a silo's update before it leaves its node."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+
+from photon.config.section import Section
+
+
+class PrivacyConfig(Section):
+    """[privacy]: clip and noise, each node its own. docs/privacy.md has what they promise."""
+
+    mechanism: Literal["none", "client", "dp_sgd"] = Field(
+        default="none",
+        description="client: each node scales its update down to clip_norm and adds Gaussian noise "
+        "of its own (no epsilon is claimed yet). dp_sgd: not built yet.",
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="C, of client: largest L2 norm of an update, all tensors that leave together.",
+    )
+    noise_multiplier: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="z, of client: each coordinate of each update gets noise of standard deviation "
+        "z C, whatever the number of participants. 0 only clips.",
+    )
+    secure_aggregation: bool = Field(
+        default=False,
+        description="Mask updates so that the aggregator sees their sum alone: not built yet.",
+    )
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the noise on each coordinate of an update, z C."""
+        return (self.noise_multiplier or 0.0) * (self.clip_norm or 0.0)
+
+    def noised_norm(self, norm: float, parameters: int) -> float:
+        """About the norm of an update that had at most `norm` before clip and noise."""
+        if self.clip_norm is None:
+            return norm
+        return min(norm, self.clip_norm) + self.deviation * math.sqrt(parameters)
+
+    @field_validator("mechanism")
+    @classmethod
+    def _built(cls, mechanism: str) -> str:
+        if mechanism == "dp_sgd":
+            raise ValueError('"dp_sgd" is not built yet; there are "client" and "none"')
+        return mechanism
+
+    @field_validator("secure_aggregation")
+    @classmethod
+    def _no_masks(cls, asked: bool) -> bool:
+        if asked:
+            raise ValueError("it is not built yet: the aggregator sees single updates")
+        return asked
+
+    @model_validator(mode="after")
+    def _whole(self) -> PrivacyConfig:
+        acts = self.mechanism == "client"
+        for key in ("clip_norm", "noise_multiplier"):
+            if (getattr(self, key) is not None) != acts:
+                needs = "needs" if acts else "(the default) makes nothing of"
+                raise ValueError(f'mechanism = "{self.mechanism}" {needs} privacy.{key}')
+        return self
+
+
+def _kept(privacy: PrivacyConfig, info: ValidationInfo) -> PrivacyConfig:
+    """Refuse what would leave beside the mechanism, or undo it."""
+    federation = info.data.get("federation")
+    if privacy.mechanism == "none" or federation is None:
+        return privacy
+    asked = f'mechanism = "{privacy.mechanism}"'
+    if federation.merge == "adopt":
+        raise ValueError(
+            f'{asked} clips deltas, and federation.merge = "adopt" sends weights; use merge = '
+            '"delta"'
+        )
+    if federation.optimizer_state == "average":
+        raise ValueError(
+            f'{asked} would be void with federation.optimizer_state = "average": that state leaves '
+            'unclipped and without noise; use "reset" or "keep"'
+        )
+    if federation.normalise:
+        raise ValueError(
+            f"{asked} would be void with federation.normalise = true, which multiplies the updates "
+            "of slow silos, and their noise, after the clip; leave it out"
+        )
+    return privacy
+
+
+#: As a run file has it, behind [federation].
+Privacy = Annotated[PrivacyConfig, AfterValidator(_kept)]

@@ -1,0 +1,152 @@
+"""An update's way out of its node, in an order that no run file can change.
+
+    delta   what local steps moved: global minus local (Node)
+    clip    times min(1, C / |delta|), the L2 norm over all that leaves
+    noise   plus N(0, (z C)^2) on each coordinate
+    codec   plus what earlier codecs left out, encoded (outbox.py)
+    mask    of secure aggregation: not built
+
+The noise is sized for what the clip lets through, so nothing may be added or scaled between them.
+Feedback comes after it: it then keeps and sends on what was left out of noised updates, which tells
+no more than these do. Before the noise it would carry what was cut off, or never noised, into later
+rounds. A mask goes over what is on the wire, as it has to cancel in the aggregator's sum.
+
+Each node adds its noise itself (McMahan et al. 2018, arXiv 1710.06963, add it at the server), so
+nobody has to trust the aggregator for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import math
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Size, Tensor
+
+from photon.aggregation import square_sum
+from photon.config import RunConfig
+from photon.errors import CheckpointCorruptError
+from photon.federation.outbox import Outbox
+from photon.federation.tasks import FitTask, Receipt, Update
+from photon.link.tensorfile import stream_sha256
+from photon.store.disk import write_new
+
+#: What a node's noise is drawn with, in the folder of its silos' kept states.
+SECRET_FILE = "noise.key"
+_SECRET_BYTES = 32
+#: Values drawn at once, 32 bytes of working memory each; even.
+_PIECE = 1 << 18
+
+Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+class WayOut:
+    """All that happens to an update between a node's trainer and the wire.
+
+    Args:
+        config: the run's.
+        folder: of the silos' kept states; the node's secret is made there when it is first needed.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self._privacy = config.privacy
+        self._outbox = Outbox(config.link, folder)
+        self._folder = folder
+
+    def update(self, task: FitTask, delta: Tensors) -> Update:
+        """What leaves as the answer to this task; the same for the same delta.
+
+        Args:
+            delta: walked more than once.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity, and is clipped or encoded.
+            CheckpointCorruptError: the node's secret is not what was written.
+            DiskFullError: no room for the secret, or for what a codec left out.
+        """
+        if self._privacy.mechanism == "client":
+            delta = self._noised(task, delta)
+        receipt = Receipt(task.round, task.silo)
+        if self._outbox.plain:
+            return Update(receipt, delta)
+        packed = self._outbox.pack(
+            delta, silo=task.silo, node_round=task.node_round, number=task.round
+        )
+        receipt = replace(receipt, left_out=packed.left_out, state_lost=packed.state_lost)
+        return Update.of(receipt, packed.entries)
+
+    def _noised(self, task: FitTask, delta: Tensors) -> Tensors:
+        clip, deviation = self._privacy.clip_norm, self._privacy.deviation
+        assert clip is not None
+        squares: list[float] = []
+
+        def measured() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in delta():
+                squares.append(square_sum(name, tensor))
+                yield name, tensor
+
+        digest = stream_sha256(measured())
+        share = clip / max(clip, math.sqrt(math.fsum(squares)))
+        secret = node_secret(self._folder) if deviation else b""
+        # An aggregator may ask twice under one name, of another state or with another clip. All
+        # that decides what leaves is hashed, or the difference of two answers were without noise.
+        release = [task.run, task.round, task.silo, digest, share, deviation]
+
+        def noised() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in delta():
+                clipped = tensor if share == 1 else tensor * share
+                if deviation:
+                    key = hmac.digest(secret, json.dumps([*release, name]).encode(), "sha256")
+                    clipped = clipped + gaussian(key, tensor.shape, deviation)
+                yield name, clipped
+
+        return noised
+
+
+def node_secret(folder: Path) -> bytes:
+    """What a node's noise is drawn with; made once, for its owner's eyes only.
+
+    Raises:
+        CheckpointCorruptError: the file holds something else.
+        DiskFullError: no room for it.
+    """
+    path = folder / SECRET_FILE
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):  # another worker of this run was faster
+            secret = secrets.token_bytes(_SECRET_BYTES)
+            write_new(path, secret, "the secret that noise is drawn with", mode=0o600)
+    secret = path.read_bytes()
+    if len(secret) != _SECRET_BYTES:
+        raise CheckpointCorruptError(
+            f"{path} has {len(secret)} bytes instead of {_SECRET_BYTES}",
+            hint="Remove it: the node makes a new one, and other noise.",
+        )
+    return secret
+
+
+def gaussian(key: bytes, shape: Size, deviation: float) -> Tensor:
+    """Independent N(0, deviation^2) in fp32: AES in counter mode, then Box and Muller.
+
+    Not from torch's generator: on a CPU it takes 32 bits of its seed, few enough to try them all.
+    The values are rounded as floating point is, which an attacker may use (Mironov, CCS 2012).
+
+    Args:
+        key: 32 bytes; the same give the same values on the same machine.
+    """
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+    drawn = torch.empty(shape.numel())
+    for piece in (drawn[start : start + _PIECE] for start in range(0, len(drawn), _PIECE)):
+        pairs = (len(piece) + 1) // 2
+        words = torch.frombuffer(bytearray(stream.update(bytes(16 * pairs))), dtype=torch.int64)
+        uniform = ((words & ((1 << 53) - 1)).double() + 0.5) / (1 << 53)
+        radius = deviation * torch.sqrt(-2 * torch.log(uniform[:pairs]))
+        angle = 2 * math.pi * uniform[pairs:]
+        piece.copy_(torch.cat([radius * angle.cos(), radius * angle.sin()])[: len(piece)])
+    return drawn.view(shape)
