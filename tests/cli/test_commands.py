@@ -189,7 +189,7 @@ def test_an_infinity_in_a_checkpoint_keeps_no_run_from_its_summary_and_report(ru
     result = photon("resume", folder, "--json", "-q")
     assert result.exit_code == 0, result.output
     summary = json.loads((folder / "summary.json").read_text())
-    assert (summary["local_train_s"], summary["utilisation"]) == (None, None)
+    assert (summary["local_train_s"], summary["train_share"]) == (None, None)
     assert summary["weights_sha256"] == run[1]["weights_sha256"]
     assert "Infinity" not in (folder / "events.jsonl").read_text()
     assert photon("report", folder).exit_code == 0

@@ -46,7 +46,7 @@ def test_the_page_says_in_words_and_figures_what_the_run_did(folder, stream):
         "tokens trained on 3.1M",
         f"bytes exchanged 422 MB {baseline // moved}× less than an exchange every step",
         "wall-clock time 3 min 48 s",
-        "utilisation 84%",
+        "training 84%",
         "4 bytes × 1,100,000 parameters × 2 directions × 32 local steps × 48 tasks",
         "= 13.5 GB",
         "local training 84% (3 min 12 s)",

@@ -154,7 +154,7 @@ def test_workers_side_by_side_do_not_use_more_than_the_whole_round(folder, strea
     ]
     digest = read_digest(folder(events))
     assert all(phases_of(cost)["local training"] <= cost.round_s for cost in digest.rounds)
-    assert digest.utilisation <= 1.0
+    assert digest.train_share <= 1.0
 
 
 def test_a_run_first_evaluated_after_a_round_says_after_which(folder, stream):

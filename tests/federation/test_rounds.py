@@ -71,6 +71,10 @@ def test_a_run_writes_what_it_promises(three_silos, make_config, tmp_path):
         "wall_s",
         "local_train_s",
         "utilisation",
+        "train_share",
+        "goodput",
+        "simulated_s",
+        "tokens_lost",
         "weights_sha256",
         "photon_version",
     }

@@ -17,10 +17,11 @@ from photon.cli.doctor import doctor
 from photon.cli.init import init
 from photon.cli.members import audit, invite, members_app
 from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, RunDir, RunFile, Sets
-from photon.cli.outcome import show_outcome
+from photon.cli.outcome import show_outcome, show_study
 from photon.cli.profile import profile
 from photon.cli.screen import console, guard_output, say, show, show_json, show_table, view_of_run
 from photon.cli.serve import join, serve, status, stop
+from photon.config.clock import load_clock
 from photon.dashboard import wording
 from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
 
@@ -114,6 +115,14 @@ def simulate(
     run_file: RunFile,
     overrides: Sets = None,
     run_dir: RunDir = None,
+    clock_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--clock",
+            metavar="CLOCK.toml",
+            help="Simulate time too: each silo's speed, line and failures (docs/clock.md).",
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
@@ -124,12 +133,20 @@ def simulate(
 
     Ctrl-C stops at once; `photon resume DIR` goes on from the last finished round.
     """
+    clock = load_clock(clock_file) if clock_file is not None else None
+    if clock is not None and clock.time_only:
+        from photon.config import load_run_config
+        from photon.runs.study import study_time
+
+        show_study(study_time(load_run_config(run_file, overrides or ()), clock), as_json=as_json)
+        return
     config = _checked(run_file, overrides, run_dir, overwrite)
     _loading(quiet)
     from photon.runs import simulate as start
 
     view = view_of_run(quiet=quiet)
-    _tell(start(config, run_dir=run_dir, listener=view, overwrite=overwrite), as_json)
+    result = start(config, clock=clock, run_dir=run_dir, listener=view, overwrite=overwrite)
+    _tell(result, as_json)
 
 
 def train(

@@ -36,7 +36,9 @@ def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False
     for key, what in _BASELINES.items():
         if sent and key in summary:
             facts.append(("", f"{wording.times_less(summary[key], sent)} {what}"))
-    training = f", {digest.utilisation:.0%} training" if digest.utilisation is not None else ""
+    training = f", {digest.train_share:.0%} training" if digest.train_share is not None else ""
+    if summary.get("simulated_s") is not None:
+        facts += _simulated(summary)
     facts += [
         ("time", wording.duration(digest.wall_s) + training),
         ("weights sha256", summary["weights_sha256"]),
@@ -48,6 +50,27 @@ def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False
     audit = [("check its log", f"{program()} audit {shlex.quote(str(folder))}")]
     served = audit if digest.started.kind == "serve" else []
     show_facts([*next_steps(folder), *served, *_baseline_steps(digest)])
+
+
+def show_study(result: dict[str, Any], *, as_json: bool = False) -> None:
+    """What a simulation of time alone came to."""
+    if as_json:
+        show_json(result)
+        return
+    figures = ("updates", "up_share", "lost_share")
+    more = [(name.replace("_", " "), f"{result[name]:.4g}") for name in figures]
+    show_facts([("rounds, tokens", f"{result['rounds']}, {result['tokens']:,}")])
+    show_facts([*_simulated(result), *more])
+
+
+def _simulated(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Shares of simulated time; docs/clock.md defines them."""
+    return [
+        ("simulated time", wording.duration(summary["simulated_s"])),
+        ("goodput", f"{summary['goodput']:.1%} of all silos' time"),
+        ("utilisation", f"{summary['utilisation']:.1%}, waits for the line only"),
+        ("tokens lost", f"{summary['tokens_lost']:,}"),
+    ]
 
 
 def _show_silos(digest: RunDigest) -> None:

@@ -98,12 +98,12 @@ def _parsed(
         raise _translated(error, source, model) from None
 
 
-def resolved_toml(config: RunConfig) -> str:
+def resolved_toml(config: BaseModel) -> str:
     """The whole config with its defaults written out, as TOML that loads to the same config."""
     return tomli_w.dumps(config.model_dump(exclude_none=True))
 
 
-def write_resolved(config: RunConfig, path: Path) -> None:
+def write_resolved(config: BaseModel, path: Path) -> None:
     """Write `resolved_toml` atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(resolved_toml(config), encoding="utf-8")

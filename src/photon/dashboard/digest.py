@@ -162,7 +162,7 @@ class RunDigest:
         return [*known.items(), (PHASES[-1], max(0.0, self.wall_s - sum(known.values())))]
 
     @property
-    def utilisation(self) -> float | None:
+    def train_share(self) -> float | None:
         """Share of the wall clock in which nodes trained; None before the first round's end."""
         phases = self.phases_s
         total_s = sum(seconds for _, seconds in phases)

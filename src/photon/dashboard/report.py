@@ -209,7 +209,7 @@ def tiles(digest: RunDigest) -> list[Tile]:
         was = f"{wording.perplexity(first.perplexity, 'diverged')} {when}"
     moved = digest.bytes_up + digest.bytes_down
     speed = digest.tokens / digest.wall_s if digest.wall_s > 0 else 0.0
-    utilisation = digest.utilisation
+    train_share = digest.train_share
     return [
         Tile("perplexity", _perplexity(last), was),
         Tile(
@@ -226,8 +226,8 @@ def tiles(digest: RunDigest) -> list[Tile]:
         Tile("bytes exchanged", wording.size(moved), _ratio_note(digest, moved)),
         Tile("wall-clock time", wording.duration(digest.wall_s), f"on {started.device}"),
         Tile(
-            "utilisation",
-            wording.percent(utilisation) if utilisation is not None else "–",
+            "training",
+            wording.percent(train_share) if train_share is not None else "–",
             "of the time, nodes trained",
         ),
     ]

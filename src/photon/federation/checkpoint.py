@@ -39,6 +39,8 @@ class RunState:
         in_flight: tasks that were handed in and not answered, as `Federation.in_flight` has them.
         clock: of an engine whose time is simulated.
         tokens_lost: were trained, or were to be, and not merged.
+        good_s, exposed_s: of all silos together, on updates that were merged: in local steps, and
+            with the version and the update on their way while nothing was trained.
     """
 
     round: int = 0
@@ -59,6 +61,8 @@ class RunState:
     in_flight: list[dict[str, Any]] = field(default_factory=list)
     clock: dict[str, Any] = field(default_factory=dict)
     tokens_lost: int = 0
+    good_s: float = 0.0
+    exposed_s: float = 0.0
 
 
 class CheckpointStore:

@@ -403,6 +403,8 @@ class Federation:
             # Whatever came of it: nothing in a silo's text can keep it out for longer than once.
             cursors=before.cursors | {one.silo: one.cursor + one.steps * batch for one in new},
             speeds=speeds,
+            good_s=before.good_s + sum(one.train_s for _, one in merged),
+            exposed_s=before.exposed_s + sum(one.load_s + one.publish_s for _, one in merged),
             in_flight=[
                 {"task": asdict(task), "share": going.share, "bytes_down": going.bytes_down}
                 for task, going in self._going.items()

@@ -26,6 +26,7 @@ class Rounds:
         ledger: totals, events and checkpoints; its state says where to go on.
         node_folder: of the silos' kept states, pruned as checkpoints are.
         draining: asked before each round; where it is true, the round before was the last for now.
+        ended: asked before each round; where it is true, the round before was the last of all.
         clock: what a resume needs of the engine's time, where that is simulated.
     """
 
@@ -38,6 +39,7 @@ class Rounds:
         node_folder: Path,
         *,
         draining: Callable[[], bool] = lambda: False,
+        ended: Callable[[], bool] = lambda: False,
         clock: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._config = config
@@ -46,6 +48,7 @@ class Rounds:
         self._ledger = ledger
         self._node_folder = node_folder
         self._draining = draining
+        self._ended = ended
         self._clock = clock
 
     @property
@@ -69,7 +72,7 @@ class Rounds:
             ledger.save(self._federation.server.groups())
             if self._config.eval.every:
                 self._evaluate(ledger.state)
-        while ledger.state.global_step < self._config.total_steps:
+        while ledger.state.global_step < self._config.total_steps and not self._ended():
             number = ledger.state.round + 1
             candidates = None if self._draining() else self._fleet.drawn_from(number)
             if candidates is None:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from photon.aggregation.rules import SPOOLING
 from photon.config import RunConfig, write_resolved
+from photon.config.clock import ClockConfig, load_clock
 from photon.data import PreparedData, open_data
+from photon.engines.simulated import SimulatedEngine, SimulatedFleet
 from photon.errors import (
     EmptySiloError,
     IncompatibleConfigError,
@@ -35,6 +37,7 @@ from photon.federation import (
 )
 from photon.federation.checkpoint import require_room
 from photon.federation.node import empty_model, initial_model, open_stream
+from photon.federation.order import Order
 from photon.link import tensors_sha256, writing
 from photon.models import (
     model_fingerprint,
@@ -73,6 +76,9 @@ from photon.version import photon_version
 
 #: Of run.json. 2: checkpoints say where each silo's data cursor stands.
 FORMAT = 2
+
+#: A run folder's copy of the clock that its time is simulated by.
+CLOCK_FILE = "clock.toml"
 
 Groups = dict[str, dict[str, Tensor]]
 
@@ -130,6 +136,7 @@ class Session:
     Args:
         silos: whose text is trained on; all of the data's by default.
         guests: of a run of kind "serve"; the data here is the global held-out set's.
+        clock: of a simulation whose time is simulated too.
         begun: whether the folder holds the run already, and so its model's architecture.
     """
 
@@ -143,10 +150,13 @@ class Session:
         *,
         guests: Guests | None = None,
         begun: bool = False,
+        clock: ClockConfig | None = None,
     ) -> None:
         self.kind: Kind = kind
         self.folder = folder
         self.listener = listener
+        kept = folder / CLOCK_FILE
+        self.clock = load_clock(kept) if begun and kept.is_file() else clock
         self.data = open_data(config.data.path)
         self._guests = guests
         if guests is None:
@@ -285,16 +295,27 @@ class Session:
         settings = self._nodes.settings()
         engine = self._nodes.engine(model, on_event)
         guests, config = self._guests, self.config
-        fleet = guests.fleet if guests is not None else FixedFleet(self._silo_tokens)
+        fleet: Fleet = guests.fleet if guests is not None else FixedFleet(self._silo_tokens)
         pooled: Sequence[str] = ()
+        options: dict[str, Any] = {"draining": guests.ending} if guests is not None else {}
+        if self.clock is not None:
+            clocked = SimulatedEngine(
+                engine, self.clock, self.silos, self.folder / "arrivals", ledger.state.clock
+            )
+            needed = config.quorum_of(self._participants())
+            clocks = SimulatedFleet(self._silo_tokens, needed, clocked, self.clock)
+            engine, fleet = clocked, clocks
+            options = {"ended": clocks.ended, "clock": clocked.clock}
         if self.kind == "train":
             config, pooled = settings.config, self.silos
             tokens = sum(self._silo_tokens.values())
             fleet = FixedFleet({CENTRALISED: tokens}, scored=list(self.data.silos))
         server = Server(config, self.folder, tensors, ledger.state)
-        federation = Federation(config, fleet, engine, server, on_event, pooled=pooled)
-        draining = guests.ending if guests is not None else lambda: False
-        rounds = Rounds(config, federation, fleet, ledger, settings.folder, draining=draining)
+        in_order = config.federation.pace == "synchronous"
+        order = Order(None if in_order else self.folder / "order.jsonl")
+        federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
+        federation.go_on_with(ledger.state.in_flight, tensors)
+        rounds = Rounds(config, federation, fleet, ledger, settings.folder, **options)
         return rounds, engine.close
 
     def _participants(self) -> int:
@@ -352,6 +373,8 @@ class Session:
             if path.name not in KEPT:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_resolved(self.config, self.folder / "config.resolved.toml")
+        if self.clock is not None:
+            write_resolved(self.clock, self.folder / CLOCK_FILE)
         # With the tokenizer beside it, a run can be exported where its data is not.
         shutil.copytree(self.data.tokenizer_file.parent, self.folder / "tokenizer")
         if self.config.model.path is not None:
@@ -436,9 +459,24 @@ class Session:
             **self._baselines(state, weights),
             "wall_s": elapsed_s,
             "local_train_s": state.local_train_s,
-            "utilisation": state.local_train_s / elapsed_s if elapsed_s > 0 else 0.0,
+            **self._use_of_time(state, elapsed_s),
             "weights_sha256": tensors_sha256(weights),
             "photon_version": photon_version(),
+        }
+
+    def _use_of_time(self, state: RunState, elapsed_s: float) -> dict[str, Any]:
+        """Shares of time, by the definitions of docs/clock.md."""
+        simulated_s = state.clock.get("now_s")
+        time_s = elapsed_s if simulated_s is None else simulated_s
+        silos = 1 if self.kind == "train" else len(self.silos)
+        at_once = silos if simulated_s is not None else max(1, self._nodes.workers)
+        told = state.good_s + state.exposed_s
+        return {
+            "simulated_s": simulated_s,
+            "train_share": state.local_train_s / time_s if time_s > 0 else 0.0,
+            "utilisation": state.good_s / told if told > 0 else 0.0,
+            "goodput": state.good_s / (at_once * time_s) if time_s > 0 else 0.0,
+            "tokens_lost": state.tokens_lost,
         }
 
     def _baselines(self, state: RunState, weights: dict[str, Tensor]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photon.config import RunConfig
+from photon.config.clock import ClockConfig, load_clock
 from photon.errors import ConfigError, ResumeMismatchError
 from photon.federation import CheckpointStore
 from photon.openmp import warn_of_spinning
@@ -22,6 +23,7 @@ from photon.training import Seat
 def simulate(
     config: RunConfig,
     *,
+    clock: ClockConfig | str | os.PathLike[str] | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     listener: Listener | None = None,
     overwrite: bool = False,
@@ -30,6 +32,7 @@ def simulate(
 
     Args:
         config: the run file.
+        clock: by which time is simulated while learning is real; a file of such, or its content.
         run_dir: the run folder; runs/<run.name> by default.
         listener: told every event; `photon.show_progress()` shows them.
         overwrite: replace a run that is in the folder already.
@@ -37,7 +40,9 @@ def simulate(
     Raises:
         PhotonError: see docs/errors.md; all checks that can be made are made before training.
     """
-    return _start("simulate", config, None, run_dir, listener, overwrite)
+    if clock is not None and not isinstance(clock, ClockConfig):
+        clock = load_clock(Path(clock))
+    return _start("simulate", config, None, run_dir, listener, overwrite, clock)
 
 
 def train(
@@ -116,6 +121,7 @@ def _start(
     run_dir: str | os.PathLike[str] | None,
     listener: Listener | None,
     overwrite: bool,
+    clock: ClockConfig | None = None,
 ) -> RunResult:
     if not isinstance(config, RunConfig):
         raise ConfigError(
@@ -129,7 +135,7 @@ def _start(
         Session(kind, config, chosen, folder, None).follow()
         return RunResult(folder, {})
     require_unused(folder, overwrite=overwrite)
-    run = Session(kind, config, chosen, folder, listener)
+    run = Session(kind, config, chosen, folder, listener, clock=clock)
     _warn_if_slow(run)
     return run.execute(None)
 
