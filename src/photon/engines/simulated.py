@@ -11,6 +11,7 @@ import csv
 import math
 import shutil
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,9 +63,8 @@ class Failures:
             self._drawn[silo] = (self._of(silo), [])
         coming, known = self._drawn[silo]
         while not known or known[-1][1] <= time_s:
-            found = next(coming, (math.inf, math.inf))
-            known[:] = [*(one for one in known if one[1] > time_s), found]
-        return next(one for one in known if one[1] > time_s)
+            known.append(next(coming, (math.inf, math.inf)))
+        return known[bisect_right(known, time_s, key=lambda failure: failure[1])]
 
     def until(self, silo: str, time_s: float) -> Iterator[tuple[float, float]]:
         """The failures that begin before this time."""

@@ -116,7 +116,8 @@ class Federation:
         new = self._ask(before, candidates)
         asked = [task.silo for task in self._going]
         quorum, most = self._config.quorum_of(len(asked)), self._config.federation.sample
-        book = Book(min(most or len(asked), len(asked)), quorum, self._engine.now_s)
+        most = min(most or len(asked), len(asked))
+        book = Book(most, quorum, self._engine.now_s, before.quorum_s)
         self._tell(RoundStarted(round=number, global_step=before.global_step, participants=asked))
         self.server.begin(before)
         merged: list[tuple[FitTask, Receipt]] = []
@@ -138,7 +139,9 @@ class Federation:
             raise
         costs.local_train_s /= self._engine.processes
         step = self._step(number, merged, costs)
-        return Closed(self._after(before, new, merged, len(asked), step), costs, asked)
+        after = self._after(before, new, merged, len(asked), step)
+        usual_s = running_mean(before.quorum_s, book.quorum_s or 0.0)
+        return Closed(replace(after, quorum_s=usual_s), costs, asked)
 
     def evaluate(self, before: RunState, participants: Collection[str]) -> Iterator[EvalReceipt]:
         """Score the version of now on the global held-out set, and on each silo's own.
@@ -262,9 +265,10 @@ class Federation:
                 assert isinstance(one, FitTask)
                 assert isinstance(answer, Update)
                 here[one] = answer
-        for one, update in here.items():  # late by a hair
-            del self._going[one]
-            update.let_go()
+        # Here in time, behind one that was not.
+        for task in sorted(here, key=[*turn, *here].index):
+            self._order.note(number, task)
+            yield task, self._going.pop(task), here[task]
 
     def _counted(self, receipt: Receipt, going: _Going) -> Receipt:
         """With the bytes that a wire would have carried, where there was none."""

@@ -22,12 +22,14 @@ class Book:
         quorum: fewest good updates that close it.
         began_s, now_s: by the engine's clock.
         good: updates merged so far.
+        usual_s: how long quorums took in earlier rounds; 0: nothing is known.
         quorum_s: after how long the quorum was there; None before.
     """
 
     asked: int
     quorum: int
     began_s: float
+    usual_s: float = 0.0
     now_s: float = 0.0
     good: int = 0
     quorum_s: float | None = None
@@ -72,7 +74,7 @@ class Synchronous:
         return book.began_s + self.deadline_s - book.now_s
 
 
-@dataclass
+@dataclass(frozen=True)
 class Quorum:
     """A quorum starts a window of grace that goes by how long quorums took.
 
@@ -80,13 +82,11 @@ class Quorum:
 
     Attributes:
         grace: length of the window over the running mean of times to quorum.
-        usual_s: that mean; 0 before the first.
     """
 
     deadline_s: float
     grace: float
     keeps_late: bool
-    usual_s: float = 0.0
     in_task_order: bool = field(default=False, init=False)
 
     def left_s(self, book: Book) -> float:
@@ -95,12 +95,8 @@ class Quorum:
             return 0.0
         if book.quorum_s is None:
             return left_s
-        return min(left_s, book.began_s + book.quorum_s + self._window_s(book) - book.now_s)
-
-    def _window_s(self, book: Book) -> float:
-        assert book.quorum_s is not None
-        usual_s = self.usual_s or book.quorum_s
-        return self.grace * ((1 - _NEW) * usual_s + _NEW * book.quorum_s)
+        window_s = self.grace * running_mean(book.usual_s, book.quorum_s)
+        return min(left_s, book.began_s + book.quorum_s + window_s - book.now_s)
 
 
 @dataclass(frozen=True)

@@ -302,7 +302,7 @@ class Session:
             clocked = SimulatedEngine(
                 engine, self.clock, self.silos, self.folder / "arrivals", ledger.state.clock
             )
-            needed = config.quorum_of(self._participants())
+            needed = config.federation.sample or config.quorum_of(self._participants())
             clocks = SimulatedFleet(self._silo_tokens, needed, clocked, self.clock)
             engine, fleet = clocked, clocks
             options = {"ended": clocks.ended, "clock": clocked.clock}

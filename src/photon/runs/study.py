@@ -90,7 +90,7 @@ def study_time(config: RunConfig, clock: ClockConfig) -> dict[str, Any]:
         server.bytes = size
         inner = LocalEngine(_Idle(plain, size))
         engine = SimulatedEngine(inner, clock, silos, Path(folder) / "arrivals", {})
-        needed = plain.quorum_of(plain.federation.sample or len(silos))
+        needed = plain.federation.sample or plain.quorum_of(len(silos))
         fleet = SimulatedFleet(dict.fromkeys(silos, 1), needed, engine, clock)
         told: list[RoundMerged] = []
         loop = Federation(
