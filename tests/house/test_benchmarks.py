@@ -160,6 +160,13 @@ def test_the_peers_share_the_projects_transformers(contest: Any) -> None:
     )
 
 
+def test_paces(three_silos: Path) -> None:
+    paces = str(BENCHMARKS / "paces.py")
+    out = run(paces, "--data", str(three_silos), "--slow", "red", "--vocabulary", "300", "--quick")
+    assert "| unequal steps | " in out
+    assert "| buffered, 16 | " in run(paces, "--week", "--quick")
+
+
 def test_one_hostile_silo(three_silos: Path) -> None:
     out = run(
         str(BENCHMARKS / "hostile.py"), "--data", str(three_silos), "--vocabulary", "300", "--quick"

@@ -27,6 +27,9 @@ from photon.link import TensorFile, write_tensors
 
 _MBIT = 1e6 / 8
 
+#: Updates of so many bytes wait in memory, larger ones on disk.
+_SMALL = 1 << 20
+
 
 @dataclass(frozen=True)
 class Times:
@@ -196,7 +199,7 @@ class SimulatedEngine:
         self.lost_s += times.lost_s
         answer = self._answer(first, version)
         if self._going and answer.receipt.failure is None:
-            answer = self._kept(first, answer)
+            answer = self._kept(first, version, answer)
         receipt = replace(
             answer.receipt, train_s=times.train_s, load_s=times.down_s, publish_s=times.up_s
         )
@@ -217,8 +220,11 @@ class SimulatedEngine:
         self._engine.close()
         shutil.rmtree(self._spool, ignore_errors=True)
 
-    def _kept(self, task: Task, update: Update) -> Update:
-        """On disk: it may have to wait for its turn while others train in the same memory."""
+    def _kept(self, task: Task, version: Version, update: Update) -> Update:
+        """A copy: it may have to wait for its turn while others train in the same memory."""
+        if sum(tensor.nbytes for tensor in version.tensors.values()) <= _SMALL:
+            here = [(name, tensor.clone()) for name, tensor in update.tensors()]
+            return replace(update, tensors=lambda: iter(here), packed=None)
         path = self._spool / f"{task.round}-{task.silo}.safetensors"
         self._spool.mkdir(parents=True, exist_ok=True)
         write_tensors(path, dict(update.tensors()), durable=False)
