@@ -353,3 +353,22 @@ assert len(reached) <= 2 and all("127.0.0.1" in place for _, place in reached), 
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_time_is_simulated_as_a_clock_says(run_file, tmp_path):
+    clock = tmp_path / "clock.toml"
+    clock.write_text('[silos."*"]\nstep_s = 2.0\n[silos.red]\nstep_s = 7.0\n')
+    words = ("--run-dir", tmp_path / "run", "--set", "federation.rounds=1", "--clock", clock)
+    told = photon("simulate", run_file, *words)
+    assert told.exit_code == 0, told.output
+    assert "simulated time" in told.output
+    assert "goodput" in told.output
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert 3 * 7.0 < summary["simulated_s"] < 3 * 7.0 + 1
+    clock.write_text('time_only = true\n[silos.a]\n[silos.b]\nstep_s = "fast"\n')
+    refused = photon("simulate", run_file, "--clock", clock)
+    assert refused.exit_code == 10
+    assert "silos.b.step_s" in refused.output
+    clock.write_text("time_only = true\nparameters = 1000\n[silos.a]\n[silos.b]\n")
+    told = photon("simulate", run_file, "--clock", clock, "--json")
+    assert json.loads(told.stdout)["rounds"] == 3
