@@ -257,8 +257,8 @@ def main() -> None:
             f"Llama of {options.layers} layers of width {options.width}; {options.rounds} "
             f"synchronous rounds of tau = {options.steps}, {options.batch_size} x "
             f"{options.sequence_length} tokens a step and silo, AdamW {options.lr:g}, kept state; "
-            f"{options.slow} is the slow one. Held-out losses and simulated time at the end, against "
-            f"synchronous rounds; {options.seeds} seeds, mean ± standard deviation.\n\n"
+            f"{options.slow} is the slow one. Held-out losses and simulated time at the end, "
+            f"against synchronous rounds; {options.seeds} seeds, mean ± standard deviation.\n\n"
             f"{table(head, rows)}\n"
         )
     print(text)
