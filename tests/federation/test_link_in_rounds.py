@@ -12,7 +12,7 @@ from photon.engines.local import LocalEngine
 from photon.errors import ChunkCorruptError, PhotonError
 from photon.federation.broadcast import Broadcast, Inbox
 from photon.federation.outbox import Outbox, feedback_path
-from photon.federation.tasks import WEIGHTS
+from photon.federation.tasks import WEIGHTS, FitTask
 from photon.link import FolderStore, TensorFile, Transfer
 from photon.runs import resume, simulate
 from photon.telemetry import read_history
@@ -82,6 +82,10 @@ def test_feedback_is_pruned_with_the_checkpoints(three_silos, make_config, tmp_p
     assert kept == ["feedback-000003.safetensors"]
 
 
+def task(number, node_round):
+    return FitTask("run", number, "red", 0, 1, node_round)
+
+
 def update(number):
     draw = torch.Generator().manual_seed(number)
     return {
@@ -99,8 +103,8 @@ def test_what_is_left_out_comes_later(codec, tmp_path):
     for number in range(1, 8):
         last = number - 1 or None
         named = update(number)
-        packed = outbox.pack(lambda t=named: t.items(), silo="red", node_round=last, number=number)
-        for entry in packed.entries:
+        packed = outbox.pack(task(number, last), lambda t=named: iter(t.items()))
+        for entry in packed.entries():
             given[entry.name] = given.get(entry.name, 0) + named[entry.name].double()
             sent[entry.name] = sent.get(entry.name, 0) + entry.decoded().double()
     with TensorFile(feedback_path(tmp_path, "red", 7)) as file:
@@ -118,11 +122,11 @@ def test_decay_forgets(tmp_path):
     config = LinkConfig(update_codec="sign", feedback_decay=0.5)
     outbox = Outbox(config, tmp_path)
     named = update(1)
-    packed = outbox.pack(lambda: named.items(), silo="red", node_round=None, number=1)
+    packed = outbox.pack(task(1, None), lambda: iter(named.items()))
     with TensorFile(feedback_path(tmp_path, "red", 1)) as file:
         left = file.read()
     name = WEIGHTS + "matrix"
-    sent = {entry.name: entry.decoded() for entry in packed.entries}
+    sent = {entry.name: entry.decoded() for entry in packed.entries()}
     torch.testing.assert_close(left["residual/" + name], 0.5 * (named[name] - sent[name]))
 
 
@@ -130,15 +134,15 @@ def test_decay_forgets(tmp_path):
 def test_what_was_left_out_fades_with_every_round_missed(decay, added, tmp_path):
     outbox = Outbox(LinkConfig(update_codec="sign", feedback_decay=decay), tmp_path)
     named, name = update(1), WEIGHTS + "matrix"
-    outbox.pack(lambda: named.items(), silo="red", node_round=None, number=1)
+    outbox.pack(task(1, None), lambda: iter(named.items()))
     with TensorFile(feedback_path(tmp_path, "red", 1)) as file:
         left = file.read()["residual/" + name]
     nothing = {key: torch.zeros_like(tensor) for key, tensor in named.items()}
-    late = outbox.pack(lambda: nothing.items(), silo="red", node_round=1, number=5)
-    sent = next(entry.decoded() for entry in late.entries if entry.name == name)
+    late = outbox.pack(task(5, 1), lambda: iter(nothing.items()))
+    sent = next(entry.decoded() for entry in late.entries() if entry.name == name)
     # A sign codec sends the mean magnitude of each block.
-    at_once = outbox.pack(lambda: nothing.items(), silo="red", node_round=1, number=2)
-    soon = next(entry.decoded() for entry in at_once.entries if entry.name == name)
+    at_once = outbox.pack(task(2, 1), lambda: iter(nothing.items()))
+    soon = next(entry.decoded() for entry in at_once.entries() if entry.name == name)
     assert bool(left.any()) == (decay > 0)
     torch.testing.assert_close(sent, added * soon)
 
@@ -146,8 +150,8 @@ def test_what_was_left_out_fades_with_every_round_missed(decay, added, tmp_path)
 def test_a_codec_without_feedback_keeps_nothing(tmp_path):
     for codec in ("bf16", "zstd", "fp16+zstd"):
         outbox = Outbox(LinkConfig(update_codec=codec), tmp_path)
-        packed = outbox.pack(lambda: update(1).items(), silo="red", node_round=None, number=1)
-        assert packed.left_out is None
+        packed = outbox.pack(task(1, None), lambda: iter(update(1).items()))
+        assert packed.receipt.left_out is None
     assert not list(tmp_path.rglob("*"))
 
 

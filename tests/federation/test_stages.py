@@ -115,7 +115,7 @@ def test_feedback_sees_noised_updates_only(tmp_path):
     coded = config(*CLIENT, "link.update_codec=int4")
     sent = WayOut(coded, tmp_path).update(TASK, lambda: iter(DELTA.items()))
     outbox = Outbox(coded.link, tmp_path / "plain")
-    outbox.pack(lambda: noised.items(), silo="red", node_round=None, number=3)
+    outbox.pack(TASK, lambda: iter(noised.items()))
     with (
         TensorFile(feedback_path(tmp_path, "red", 3)) as kept,
         TensorFile(feedback_path(tmp_path / "plain", "red", 3)) as expected,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from photon.config.section import Section
 
@@ -43,22 +43,14 @@ class PrivacyConfig(Section):
             return norm
         return min(norm, self.clip_norm) + self.deviation * math.sqrt(parameters)
 
-    @field_validator("mechanism")
-    @classmethod
-    def _built(cls, mechanism: str) -> str:
-        if mechanism == "dp_sgd":
-            raise ValueError('"dp_sgd" is not built yet; there are "client" and "none"')
-        return mechanism
-
-    @field_validator("secure_aggregation")
-    @classmethod
-    def _no_masks(cls, asked: bool) -> bool:
-        if asked:
-            raise ValueError("it is not built yet: the aggregator sees single updates")
-        return asked
-
     @model_validator(mode="after")
     def _whole(self) -> PrivacyConfig:
+        if self.mechanism == "dp_sgd":
+            raise ValueError('mechanism = "dp_sgd" is not built yet; there are "client" and "none"')
+        if self.secure_aggregation:
+            raise ValueError(
+                "secure_aggregation is not built yet: the aggregator sees single updates"
+            )
         acts = self.mechanism == "client"
         for key in ("clip_norm", "noise_multiplier"):
             if (getattr(self, key) is not None) != acts:

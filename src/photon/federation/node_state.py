@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from photon.errors import CheckpointCorruptError
-from photon.federation.outbox import prune_feedback
 from photon.link import writing
 from photon.training import (
     Allocate,
@@ -148,16 +147,19 @@ def read_node_state(
 
 
 def prune_node_states(folder: Path, needed: Mapping[str, Container[int]]) -> None:
-    """Remove the states that no kept checkpoint names.
+    """Remove the states, and the feedback, that no kept checkpoint names.
 
     Args:
         folder: of NodeStates.
         needed: silo -> rounds.
     """
-    for path in folder.glob("*/round-*"):
-        if int(path.name[6:]) not in needed.get(path.parent.name, set()):
+    for path in (*folder.glob("*/round-*"), *folder.glob("*/feedback-*.safetensors")):
+        if int(path.stem.rpartition("-")[2]) in needed.get(path.parent.name, set()):
+            continue
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-    prune_feedback(folder, needed)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _path(folder: Path, silo: str, round_number: int) -> Path:

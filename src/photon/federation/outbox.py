@@ -9,8 +9,8 @@ out of a step from weights long gone counts for less. With beta = 1 nothing fade
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -19,12 +19,13 @@ from photon.aggregation import square_sum
 from photon.compression import build_codec
 from photon.config import LinkConfig
 from photon.errors import CheckpointCorruptError
-from photon.federation.tasks import WEIGHTS
+from photon.federation.tasks import WEIGHTS, FitTask, Receipt, Update
 from photon.link import Entry, TensorFile, plain_entries, write_tensors
 
 _RESIDUAL, _MEMORY = "residual/", "memory/"
 
-Tensors = Callable[[], Iterable[tuple[str, Tensor]]]
+#: The way to an update, a tensor at a time.
+Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 @dataclass
@@ -38,22 +39,6 @@ class Feedback:
 
     residual: dict[str, Tensor] = field(default_factory=dict)
     memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Packed:
-    """An encoded update.
-
-    Attributes:
-        entries: one for each tensor.
-        left_out: norm of what the codec left out over the norm of what it was given; None where
-            nothing is fed back.
-        state_lost: the feedback that was to be added is gone.
-    """
-
-    entries: list[Entry]
-    left_out: float | None
-    state_lost: bool = False
 
 
 class Outbox:
@@ -75,26 +60,24 @@ class Outbox:
         self._decay = config.feedback_decay
         self._folder = folder
 
-    @property
-    def plain(self) -> bool:
-        """Whether updates leave as they are, in fp32."""
-        return self._spec == "fp32"
-
-    def pack(self, tensors: Tensors, *, silo: str, node_round: int | None, number: int) -> Packed:
-        """Encode an update and keep what was left out, for round `number`.
+    def pack(self, task: FitTask, tensors: Tensors) -> Update:
+        """The update that answers a task, encoded, if not fp32; keeps what was left out of it.
 
         Args:
+            task: where it names a node_round, that round's feedback is added.
             tensors: of the update; walked more than once.
-            node_round: round whose feedback is added; None for a silo without any.
 
         Raises:
-            NonFiniteError: the update holds NaN or infinity.
+            NonFiniteError: the update holds NaN or infinity, and is encoded.
             DiskFullError: no room for the new feedback.
         """
+        receipt = Receipt(task.round, task.silo)
+        if self._spec == "fp32":
+            return Update(receipt, tensors)
         old, state_lost = Feedback(), False
-        if node_round is not None and self._keeps:
+        if task.node_round is not None and self._keeps:
             try:
-                old = self._load(silo, node_round, number - node_round - 1)
+                old = self._load(task.silo, task.node_round, task.round - task.node_round - 1)
             except CheckpointCorruptError:
                 state_lost = True
 
@@ -119,9 +102,9 @@ class Outbox:
                 lost += square_sum(name, left)
                 given += square_sum(name, tensor)
                 new.residual[name] = left.mul_(self._decay)
-        self._save(silo, number, new)
-        share = math.sqrt(lost / given) if given else 0.0
-        return Packed(entries, share if self._feeds_back else None, state_lost)
+        self._save(task.silo, task.round, new)
+        share = (math.sqrt(lost / given) if given else 0.0) if self._feeds_back else None
+        return Update.of(replace(receipt, left_out=share, state_lost=state_lost), entries)
 
     def _load(self, silo: str, node_round: int, missed: int) -> Feedback:
         feedback, fading = Feedback(), self._decay ** max(0, missed)
@@ -154,15 +137,3 @@ class Outbox:
 def feedback_path(folder: Path, silo: str, number: int) -> Path:
     """Where a silo's feedback after a round lies."""
     return folder / silo / f"feedback-{number:06d}.safetensors"
-
-
-def prune_feedback(folder: Path, needed: Mapping[str, Container[int]]) -> None:
-    """Remove what no kept checkpoint names, as `prune_node_states` does.
-
-    Args:
-        folder: of the silos' kept states.
-        needed: silo -> rounds.
-    """
-    for path in folder.glob("*/feedback-*.safetensors"):
-        if int(path.stem[9:]) not in needed.get(path.parent.name, set()):
-            path.unlink(missing_ok=True)

@@ -22,8 +22,7 @@ import hmac
 import json
 import math
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -33,8 +32,8 @@ from torch import Size, Tensor
 from photon.aggregation import square_sum
 from photon.config import RunConfig
 from photon.errors import CheckpointCorruptError
-from photon.federation.outbox import Outbox
-from photon.federation.tasks import FitTask, Receipt, Update
+from photon.federation.outbox import Outbox, Tensors
+from photon.federation.tasks import FitTask, Update
 from photon.link.tensorfile import stream_sha256
 from photon.store.disk import write_new
 
@@ -43,8 +42,6 @@ SECRET_FILE = "noise.key"
 _SECRET_BYTES = 32
 #: Values drawn at once, 32 bytes of working memory each; even.
 _PIECE = 1 << 18
-
-Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class WayOut:
@@ -73,14 +70,7 @@ class WayOut:
         """
         if self._privacy.mechanism == "client":
             delta = self._noised(task, delta)
-        receipt = Receipt(task.round, task.silo)
-        if self._outbox.plain:
-            return Update(receipt, delta)
-        packed = self._outbox.pack(
-            delta, silo=task.silo, node_round=task.node_round, number=task.round
-        )
-        receipt = replace(receipt, left_out=packed.left_out, state_lost=packed.state_lost)
-        return Update.of(receipt, packed.entries)
+        return self._outbox.pack(task, delta)
 
     def _noised(self, task: FitTask, delta: Tensors) -> Tensors:
         clip, deviation = self._privacy.clip_norm, self._privacy.deviation
