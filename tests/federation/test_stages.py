@@ -100,7 +100,7 @@ def test_the_same_question_has_the_same_answer_and_another_one_other_noise(tmp_p
 def test_two_answers_under_one_name_have_no_noise_in_common(tmp_path):
     """Or an aggregator that asks twice could subtract one from the other."""
     once = leaving(tmp_path)
-    moved = DELTA | {"weights/vector": torch.full((501,), 3.001)}
+    moved = DELTA | {"weights/vector": -DELTA["weights/vector"]}  # of the same norm
     for other in (
         leaving(tmp_path, delta=moved),
         leaving(tmp_path, *CLIENT, "privacy.noise_multiplier=0.10001"),
