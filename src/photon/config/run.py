@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
+from photon.config.parts import PartsConfig
 from photon.config.privacy import Privacy, PrivacyConfig
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.serve import ServeConfig
@@ -327,6 +328,7 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     model: ModelConfig
     data: DataConfig
+    parts: PartsConfig = PartsConfig()
     federation: FederationConfig = FederationConfig()
     local: LocalConfig = LocalConfig()
     compute: ComputeConfig = ComputeConfig()
@@ -378,6 +380,7 @@ class RunConfig(Section):
                 'federation.merge = "adopt" sends weights; use merge = "delta", or fp32, bf16, '
                 "fp16, lowrank, each with or without zstd, and no error feedback"
             )
+        self.parts.require_compatible(federation.optimizer_state, per_silo=self.eval.per_silo)
         self._check_merging()
         if federation.sampling == "weighted" and federation.weighting == "data":
             raise ValueError(
