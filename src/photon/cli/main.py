@@ -16,7 +16,17 @@ from photon.cli.demo import demo
 from photon.cli.doctor import doctor
 from photon.cli.init import init
 from photon.cli.members import audit, invite, members_app
-from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, RunDir, RunFile, Sets
+from photon.cli.options import (
+    AsJson,
+    Folder,
+    ModelFolder,
+    OfSilo,
+    Overwrite,
+    Quiet,
+    RunDir,
+    RunFile,
+    Sets,
+)
 from photon.cli.outcome import show_outcome, show_study
 from photon.cli.profile import profile
 from photon.cli.screen import console, guard_output, say, show, show_json, show_table, view_of_run
@@ -240,6 +250,7 @@ def export(
         list[str] | None,
         typer.Option(help="Of the text, for the model card, e.g. de. Repeatable."),
     ] = None,
+    silo: OfSilo = None,
 ) -> None:
     """Write the model as safetensors, config.json, tokenizer and model card.
 
@@ -256,6 +267,7 @@ def export(
         overwrite=overwrite,
         license=license,
         languages=language or (),
+        silo=silo,
     )
     show(f"Model: {path}")
 
@@ -271,6 +283,7 @@ def evaluate(
         int | None,
         typer.Option(help="Score an even sample of so many tokens of each held-out set.", min=1),
     ] = None,
+    silo: OfSilo = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and bits per byte on the global held-out text and each silo's own.
@@ -281,7 +294,7 @@ def evaluate(
         from photon.products import evaluate as run
         from photon.telemetry.events import finite
 
-    scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens)
+    scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens, silo=silo)
     if as_json:
         told = {
             "global": vars(scores.overall),

@@ -83,12 +83,14 @@ class _Job:
 
     Attributes:
         state: file of the version that it starts from.
+        once: file of what travels once; None where nothing does.
         attempts: how often a worker was lost with it.
     """
 
     task: Task
     version: Version
     state: Path
+    once: Path | None
     attempts: int = 0
 
 
@@ -179,7 +181,10 @@ class WorkerEngine:
             write_tensors(path, version.tensors, durable=False)
             self._written, self._newest = version, path
             self._remove_states()
-        self._waiting.append(_Job(task, version, self._newest))
+        once = self._exchange / f"once-{version.once_sha256}.safetensors" if version.once else None
+        if once is not None and not once.exists():
+            write_tensors(once, version.once, durable=False)
+        self._waiting.append(_Job(task, version, self._newest, once))
         # Scores first; a sort leaves those alike in their order.
         self._waiting = deque(sorted(self._waiting, key=lambda job: isinstance(job.task, FitTask)))
         self._dispatch()
@@ -231,7 +236,8 @@ class WorkerEngine:
                 worker.job = job = self._waiting.popleft()
                 worker.heard_s, worker.step = time.monotonic(), 0
                 with contextlib.suppress(OSError):  # a dead worker is noticed when listening
-                    worker.pipe.send((job.task, job.state, job.version.number))
+                    held = job.version.number, job.version.once_sha256
+                    worker.pipe.send((job.task, job.state, job.once, *held))
 
     def _hear(self, most_s: float | None) -> None:
         """Wait until a busy worker speaks, dies, or has been silent for too long."""
@@ -387,12 +393,11 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
         with contextlib.ExitStack() as opened:
             version, read = None, None
             while (message := pipe.recv()) is not None:
-                task, path, number = message
+                task, *files = message
                 try:
-                    if read != path:
+                    if read != files:
                         opened.close()
-                        version = _version(opened.enter_context(TensorFile(path)), number)
-                        read = path
+                        version, read = _version(opened, *files), files
                     assert version is not None
                     answer = _answered(node, task, version, exchange, chunk_bytes)
                 except PhotonError as error:
@@ -401,8 +406,15 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
         node.close()
 
 
-def _version(file: TensorFile, number: int) -> Version:
-    return Version("", number, dict(file.named_tensors()))
+def _version(
+    opened: contextlib.ExitStack, state: Path, once: Path | None, number: int, once_sha256: str
+) -> Version:
+    """A version in files, which stay open as long as `opened`."""
+    tensors, first = (
+        dict(opened.enter_context(TensorFile(path)).named_tensors()) if path is not None else {}
+        for path in (state, once)
+    )
+    return Version("", number, tensors, once=first, once_sha256=once_sha256)
 
 
 def _answered(node: Node, task: Task, version: Version, exchange: Path, chunk_bytes: int) -> Any:

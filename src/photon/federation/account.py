@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from photon.federation.tasks import FitTask, Receipt
+from photon.evaluation.perplexity import perplexity
+from photon.federation.tasks import EvalReceipt, FitTask, Receipt
 from photon.telemetry.events import LocalFinished, Notice
 
 #: Where training diverged: the same rounds again would diverge again.
@@ -38,6 +41,19 @@ class RoundCosts:
     dropped: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     diverged: int = 0
+
+
+def mean_score(own: Sequence[EvalReceipt]) -> EvalReceipt:
+    """The silos' own scores as one, weighted by tokens; its loss is NaN where there are none."""
+    tokens = sum(one.tokens for one in own)
+    nats = [one.loss * one.tokens for one in own]
+    loss = math.fsum(nats) / tokens if tokens else math.nan
+    bits_per_byte = None
+    # Nats over bits a byte are bytes, but for a factor that is the same for all.
+    if own and all(one.bits_per_byte for one in own):
+        sizes = [part / (one.bits_per_byte or 1) for part, one in zip(nats, own, strict=True)]
+        bits_per_byte = math.fsum(nats) / math.fsum(sizes)
+    return EvalReceipt(None, loss, perplexity(loss), bits_per_byte, tokens, 0.0, 0)
 
 
 def implausible(receipt: Receipt, most_tokens: int) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from torch import Tensor
 
 from photon.federation.tasks import (
     EvalReceipt,
@@ -29,6 +31,9 @@ class Version:
             participants see the aggregator's memory or disk has no use for it.
         bytes_down: what a participant that holds the version of this number (None: none) gets to
             have this one, on the wire, to the byte.
+        once: fp32 tensors by name that no version of the run changes: what is frozen, and what
+            personal parts begin with.
+        once_sha256: of those; who holds them by it need not be given them again.
     """
 
     run: str
@@ -36,6 +41,8 @@ class Version:
     tensors: GlobalState
     publish: Callable[[Carrier, str], StateRef] | None = None
     bytes_down: Callable[[int | None], int] = lambda held: 0
+    once: Mapping[str, Tensor] = field(default_factory=dict)
+    once_sha256: str = ""
 
 
 #: To a task: an update, scores, or None where there will be none and the engine has said why.

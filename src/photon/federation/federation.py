@@ -18,6 +18,7 @@ from photon.federation.account import (
     RoundCosts,
     implausible,
     local_finished,
+    mean_score,
     scaled_down,
     state_lost,
 )
@@ -143,16 +144,26 @@ class Federation:
         usual_s = running_mean(before.quorum_s, book.quorum_s or 0.0)
         return Closed(replace(after, quorum_s=usual_s), costs, asked)
 
-    def evaluate(self, before: RunState, participants: Collection[str]) -> Iterator[EvalReceipt]:
+    def evaluate(
+        self, before: RunState, participants: Collection[str], node_rounds: Mapping[str, int]
+    ) -> Iterator[EvalReceipt]:
         """Score the version of now on the global held-out set, and on each silo's own.
+
+        Where silos have personal parts nobody has a whole model but for their own text, and the
+        global score, which then comes last, is the mean of theirs.
 
         Args:
             before: the run before the round that led to that version, as far as that is known.
             participants: of that round, who hold the version before.
+            node_rounds: RunState.node_rounds of now: which personal part each silo scores with.
         """
-        version = self.server.version
+        version, own = self.server.version, list[EvalReceipt]()
         silos = sorted(self._fleet.present()) if self._config.eval.per_silo else []
-        tasks = [EvalTask(version.number, silo) for silo in (None, *silos)]
+        personal, number = bool(self._config.parts.personal), version.number
+        if personal:
+            tasks = [EvalTask(number, silo, node_rounds.get(silo)) for silo in silos]
+        else:
+            tasks = [EvalTask(number, silo) for silo in (None, *silos)]
         for receipt in self._mailbox.in_task_order(tasks, version):
             if not isinstance(receipt, EvalReceipt):
                 continue
@@ -163,7 +174,10 @@ class Federation:
                     if receipt.silo not in participants:
                         held = self._held(receipt.silo, before, held)
                     bytes_down = version.bytes_down(held)
+            own.append(receipt)
             yield replace(receipt, bytes_down=bytes_down)
+        if personal:
+            yield mean_score(own)
 
     def groups(self) -> dict[str, Mapping[str, Tensor]]:
         """All tensors that a checkpoint needs, by group: the server's, and versions in use."""

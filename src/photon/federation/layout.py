@@ -68,7 +68,9 @@ def layout_of(model: nn.Module) -> Layout:
     """As `lay_out` made it; of another model, what is trained is shared."""
     if model not in _LAYOUTS:
         trained = set(trained_names(model))
-        roles = {name: "shared" if name in trained else "frozen" for name in carried_tensors(model)}
+        roles: dict[str, Role] = {
+            name: "shared" if name in trained else "frozen" for name in carried_tensors(model)
+        }
         _LAYOUTS[model] = Layout(roles)
     return _LAYOUTS[model]
 
@@ -86,7 +88,8 @@ def lay_out(model: nn.Module, parts: PartsConfig) -> Layout:
     trained = {name: model.get_parameter(name) for name in trained_names(model)}
     named: dict[str, tuple[Role, str]] = {}
     rest: Role | None = None
-    for role, pattern in [(one, text) for one in ROLES for text in getattr(parts, one)]:
+    lists: list[tuple[Role, str]] = [(one, text) for one in ROLES for text in getattr(parts, one)]
+    for role, pattern in lists:
         if pattern == REST:
             if rest not in (None, role):
                 raise IncompatibleConfigError(f'parts.{rest} and parts.{role} both name "*"')
@@ -100,7 +103,7 @@ def lay_out(model: nn.Module, parts: PartsConfig) -> Layout:
                     f"({pattern!r})",
                     hint='A tensor has one role; only "*" gives way to other lists.',
                 )
-    given = {name: named.get(name, (rest or "shared", ""))[0] for name in trained}
+    given: dict[str, Role] = {name: named.get(name, (rest or "shared", ""))[0] for name in trained}
     layout = Layout({name: given.get(name, "frozen") for name in carried_tensors(model)})
     if not layout.named("shared"):
         raise IncompatibleConfigError(

@@ -18,15 +18,11 @@ from torch import Tensor, nn
 
 from photon.config import RunConfig
 from photon.data import PreparedData, held_out_text, open_data, token_stream
-from photon.errors import (
-    CheckpointCorruptError,
-    ModelMismatchError,
-    NonFiniteError,
-    RankLostError,
-)
+from photon.errors import NonFiniteError, RankLostError
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
-from photon.federation.node_state import NodeStates
+from photon.federation.kept import Kept
+from photon.federation.layout import lay_out, layout_of
 from photon.federation.stages import WayOut
 from photon.federation.tasks import (
     OPTIMIZER,
@@ -121,8 +117,10 @@ class Node:
         self._worker = settings.worker
         self._fault = fault
         self._loaded: Version | None = None
+        self._once_sha256: str | None = None
         if model is None:
             model = empty_model(config, vocab_size=self._data.vocab_size, eos_id=self._data.eos_id)
+        self._layout = layout_of(model)
         seat = settings.seat
         plan = plan_compute(
             config.compute, processes=settings.processes * seat.local_world_size, seat=seat
@@ -153,7 +151,6 @@ class Node:
                 placement=(self._ranks, strategy),
                 micro_batch=fit.micro_batch,
             )
-            cache_bytes = int(config.compute.state_cache_gib * 2**30)
             # Remembered by rank like the micro-batches of training, and beside them.
             self._scored_at_once = MicroBatch(
                 config.eval.batch_size,
@@ -162,8 +159,7 @@ class Node:
                 key=f"scoring, {strategy.name} on {seat.world_size} ranks, {plan.device.type}",
             )
             self._scored_at_once.limit(self._ranks.least(self._scored_at_once.size))
-            self._states = NodeStates(settings.folder, self._trainer, cache_bytes)
-            self._keeps = config.federation.optimizer_state == "keep"
+            self._kept = Kept(settings.folder, self._trainer, self._layout, config)
             self._way_out = WayOut(config, settings.folder)
             if self._ranks.leader:
                 on_event(
@@ -184,18 +180,20 @@ class Node:
         Where the kept state that the task names is gone, the silo starts without one, and the
         receipt says so.
         """
+        self._load_once(version)
         self._ranks.announce(("fit", task))
         self._loaded = None
-        return self._fit(task, version.tensors)
+        return self._fit(task, version)
 
     def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
         """Score the version on held-out text; it is loaded once, whatever is scored after it."""
+        self._load_once(version)
         if self._loaded is not version:
-            self._ranks.announce(("load", None))
-            self._trainer.load_weights(section(version.tensors, WEIGHTS))
+            self._ranks.announce(("load", self._layout.merged))
+            self._trainer.load_weights(section(version.tensors, WEIGHTS), self._layout.merged)
             self._loaded = version
         self._ranks.announce(("evaluate", task))
-        return self._evaluate(task)
+        return self._evaluate(task, version)
 
     def settle(self) -> None:
         """Wait until all that silos keep is on disk.
@@ -204,7 +202,7 @@ class Node:
             DiskFullError: no room for it.
         """
         self._ranks.announce(("settle", None))
-        self._states.settle()
+        self._kept.settle()
 
     def close(self) -> None:
         """Let the other ranks go."""
@@ -224,27 +222,34 @@ class Node:
                 if call == "fit":
                     self._fit(task, None)
                 elif call == "load":
-                    self._trainer.load_weights(None)
+                    self._trainer.load_weights(None, task)
                 elif call == "evaluate":
-                    self._evaluate(task)
+                    self._evaluate(task, None)
                 elif call == "settle":
-                    self._states.settle()
+                    self._kept.settle()
                 else:
                     return
 
-    def _fit(self, task: FitTask, state: GlobalState | None) -> Update:
+    def _load_once(self, version: Version) -> None:
+        """Frozen tensors, unless they are here already."""
+        if self._once_sha256 != version.once_sha256:
+            self._ranks.announce(("load", self._layout.once))
+            self._trainer.load_weights(version.once, self._layout.once)
+            self._once_sha256 = version.once_sha256
+
+    def _fit(self, task: FitTask, version: Version | None) -> Update:
         started = time.perf_counter()
-        trainer = self._trainer
-        trainer.load_weights(section(state, WEIGHTS) if state is not None else None)
-        state_lost = not self._load_optimizer(task, state)
+        trainer, state = self._trainer, version.tensors if version is not None else None
+        weights = section(state, WEIGHTS) if state is not None else None
+        trainer.load_weights(weights, self._layout.merged)
+        state_lost = not self._kept.take_up(task, version)
         load_s = time.perf_counter() - started
         if self._fault is not None:
             self._fault(task, trainer)
         try:
             result = self._train(task)
             published = time.perf_counter()
-            if self._keeps:
-                self._states.save(task.silo, task.round, trainer.optimizer.state_tensors())
+            self._kept.leave(task)
             update = self._update(task, state)
         except NonFiniteError as error:
             receipt = Receipt.failed(
@@ -301,9 +306,10 @@ class Node:
         if self._ranks.leader:
             self._on_event(event)
 
-    def _evaluate(self, task: EvalTask) -> EvalReceipt:
+    def _evaluate(self, task: EvalTask, version: Version | None) -> EvalReceipt:
         """Loss of the current weights on a silo's held-out text, or the global set's."""
         started = time.perf_counter()
+        self._kept.personalise(task, version)
         config, trainer, ranks = self._config, self._trainer, self._ranks
         text = held_out_text(self._data, task.silo)
 
@@ -344,28 +350,6 @@ class Node:
             time.perf_counter() - started,
         )
 
-    def _load_optimizer(self, task: FitTask, state: GlobalState | None) -> bool:
-        """Take up the inner optimizer's state; whether what the silo kept was there, if it kept."""
-        optimizer = self._trainer.optimizer
-        if self._keeps:
-            found = True
-            try:
-                optimizer.load_state_tensors(self._states.load(task.silo, task.node_round))
-            except (CheckpointCorruptError, ModelMismatchError):
-                found = False
-            if not (found := bool(self._ranks.least(found))):
-                optimizer.reset()
-            return found
-        if self._config.federation.optimizer_state == "reset":
-            optimizer.reset()
-            return True
-        averaged = section(state, OPTIMIZER) if state is not None else None
-        if self._ranks.size > 1:
-            averaged = self._trainer.placed.spread(averaged)
-        assert averaged is not None
-        optimizer.load_state_tensors(averaged, steps_taken=task.global_step if averaged else None)
-        return True
-
     def _update(self, task: FitTask, state: GlobalState | None) -> Update:
         """What leaves the node; on ranks other than 0, nothing."""
         delta = self._published(state)
@@ -381,7 +365,7 @@ class Node:
         if update.packed is not None:
             return entries_bytes(header, update.packed, chunk_bytes)
         # In the order in which they leave: a manifest's offsets have more or fewer digits by it.
-        shapes = {WEIGHTS + name: one.shape for name, one in self._trainer.weights().items()}
+        shapes = {WEIGHTS + name: one.shape for name, one in self._merged().items()}
         if self._config.federation.optimizer_state == "average":
             for name, one in self._trainer.optimizer.averaged_state().items():
                 shapes[OPTIMIZER + name] = one.shape
@@ -395,6 +379,11 @@ class Node:
         gathered = [(name, tensor) for name, tensor in self._shared(state) if tensor is not None]
         return lambda: iter(gathered)
 
+    def _merged(self) -> dict[str, Tensor]:
+        """The weights that others' are merged with, as this rank holds them."""
+        weights = self._trainer.weights()
+        return {name: weights[name] for name in self._layout.merged}
+
     def _shared(self, state: GlobalState | None) -> Iterator[tuple[str, Tensor]]:
         """What leaves the node, a tensor at a time: deltas (or weights), averaged inner state.
 
@@ -402,7 +391,7 @@ class Node:
         gather.
         """
         adopt = self._config.federation.merge == "adopt"
-        for name, local in self._trainer.whole(self._trainer.weights()):
+        for name, local in self._trainer.whole(self._merged()):
             if state is None:
                 continue
             shared = state[WEIGHTS + name]
@@ -449,6 +438,7 @@ def initial_model(config: RunConfig, data: PreparedData) -> nn.Module:
         seed=config.run.seed,
         attention=config.compute.attention,
     )
+    lay_out(model, config.parts)
     if config.local.document_mask:
         require_document_masks(model, str(config.model.path or config.model.preset))
     return model
@@ -456,13 +446,15 @@ def initial_model(config: RunConfig, data: PreparedData) -> nn.Module:
 
 def empty_model(config: RunConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
     """The run's model without weights: a task brings them. A model folder's are never read."""
-    return build_skeleton(
+    model = build_skeleton(
         config.model,
         vocab_size=vocab_size,
         sequence_length=config.data.sequence_length,
         eos_id=eos_id,
         attention=config.compute.attention,
     )
+    lay_out(model, config.parts)
+    return model
 
 
 def open_stream(config: RunConfig, data: PreparedData, silos: Sequence[str]):

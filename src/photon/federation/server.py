@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from photon.federation.tasks import (
     Update,
     section,
 )
-from photon.link import Carrier
+from photon.link import Carrier, tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Server:
         config: the run file.
         folder: where updates wait that a rule must see together.
         groups: "global" state, "outer" optimizer state, what the merging "rule" keeps from round
-            to round, and what the "broadcast" left out; fresh or from a checkpoint.
+            to round, what the "broadcast" left out, and what travels "once"; fresh or from a
+            checkpoint.
         before: the run so far.
     """
 
@@ -72,6 +73,8 @@ class Server:
         left_out, name = groups.get("broadcast"), config.run.name
         self._broadcast = Broadcast(config.link, name, left_out, before.outer_update_bytes)
         self._published: StateRef | None = None
+        self._once = dict(groups.get("once", {}))
+        self._once_sha256 = tensors_sha256(self._once) if self._once else ""
         if groups.get("outer"):
             self._outer.load_state_tensors(dict(groups["outer"]))
         if groups.get("rule"):
@@ -144,17 +147,19 @@ class Server:
             groups["broadcast"] = self._broadcast.left_out
         if rule := self._merging.state_tensors():
             groups["rule"] = rule
+        if self._once:
+            groups["once"] = self._once
         return groups
 
     def version_of(self, number: int, tensors: GlobalState) -> Version:
         """A version of before, from a checkpoint."""
-        publish = partial(self._publish, number, tensors)
-        return Version(self._config.run.name, number, tensors, publish)
+        publish, held = partial(self._publish, number, tensors), self._once_sha256
+        name = self._config.run.name
+        return Version(name, number, tensors, publish, once=self._once, once_sha256=held)
 
     def _version(self, number: int) -> Version:
-        publish = partial(self._publish, number, self._state)
         bytes_down = partial(self._bytes_down, number)
-        return Version(self._config.run.name, number, self._state, publish, bytes_down)
+        return replace(self.version_of(number, self._state), bytes_down=bytes_down)
 
     def _publish(self, number: int, state: GlobalState, carrier: Carrier, folder: str) -> StateRef:
         before, base = self._published, None

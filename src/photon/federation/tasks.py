@@ -205,10 +205,15 @@ class StateRef:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Score the global state on a silo's held-out text, or on the global set (silo None)."""
+    """Score the global state on a silo's held-out text, or on the global set (silo None).
+
+    Attributes:
+        node_round: round after which the silo's personal part was saved; None where none was.
+    """
 
     round: int
     silo: str | None
+    node_round: int | None = None
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,7 @@ def build_model(
     Raises:
         ModelError: the folder or hub model can't be read, is not a causal LM, needs its own code,
             is quantised, lacks weights or holds some it has no place for, is too short for
-            `sequence_length`, has no such attention, or holds what is neither trained nor carried
-            from round to round.
+            `sequence_length`, or has no such attention.
         VocabularyMismatchError: the model knows fewer tokens than the data.
     """
     hf_config = _hf_config(config, vocab_size, sequence_length, eos_id)
@@ -65,12 +64,13 @@ def build_model(
         torch.default_generator.manual_seed(seed)
         if config.init == "pretrained":
             model = load_pretrained(str(config.path), attention=attention)
+            # What the architecture does not train is told by its own code, which loading skips.
+            for name, parameter in _skeleton(hf_config, config, attention).named_parameters():
+                model.get_parameter(name).requires_grad_(parameter.requires_grad)
         else:
             model = _from_config(hf_config, _name(config), attention)
     model.config.use_cache = False
-    _require_trainable(model, _name(config))
     if config.path is not None:
-        _require_same_buffers(model, _skeleton(hf_config, config, attention), config.path)
         _require_causal(model, config.path)
     return model.train()
 
@@ -85,16 +85,14 @@ def build_skeleton(
 ) -> torch.nn.Module:
     """The model `build_model` would give, its parameters on the meta device: no weights, no memory.
 
-    Buffers (rotary frequencies) are real, so giving the parameters memory and values makes it
-    whole. A folder's weights are not read.
+    Buffers are real: giving parameters and persistent buffers (`carried_tensors`) memory and values
+    makes it whole. A folder's weights are not read.
 
     Raises:
         ModelError, VocabularyMismatchError: as `build_model`.
     """
     hf_config = _hf_config(config, vocab_size, sequence_length, eos_id)
-    model = _skeleton(hf_config, config, attention)
-    _require_trainable(model, _name(config))
-    return model.train()
+    return _skeleton(hf_config, config, attention).train()
 
 
 def _skeleton(hf_config: PretrainedConfig, config: ModelConfig, attention: str) -> Any:
@@ -219,40 +217,6 @@ def _require_all_loaded(model: Any, report: dict[str, Any], path: str) -> None:
                 f"model {path!r} has weights that are no numbers: {name!r} holds NaN or infinity",
                 hint="They are damaged, or of training that diverged. Use an earlier checkpoint.",
             )
-
-
-def _require_trainable(model: Any, name: str) -> None:
-    """Every parameter is trained: only those are merged, kept and exported.
-
-    Frozen ones would be uninitialised memory wherever a skeleton is filled from a round's state.
-    """
-    frozen = [repr(one) for one, p in model.named_parameters() if not p.requires_grad]
-    if frozen:
-        raise ModelError(
-            f"model {name!r} has tensors that are not trained: {some(frozen)}",
-            hint="Frozen tensors are not supported yet: they would not travel with the model. Use "
-            "an architecture whose weights are all trained.",
-        )
-
-
-def _require_same_buffers(model: Any, skeleton: Any, name: str) -> None:
-    """What a model holds beside its parameters is what its architecture fills in by itself.
-
-    Else it would be lost: states of rounds hold parameters only.
-    """
-    filled = dict(skeleton.named_buffers())
-    other = [
-        repr(one)
-        for one, buffer in model.named_buffers()
-        if one not in filled or not torch.equal(buffer, filled[one])
-    ]
-    if other:
-        raise ModelError(
-            f"model {name!r} holds values of its own in tensors that are not trained: "
-            f"{some(other)}",
-            hint="Carried tensors (such as the routing bias of a mixture of experts) are not "
-            "supported yet: they would not travel with the model.",
-        )
 
 
 def load_config(path: str) -> PretrainedConfig:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from photon.config import RunConfig, load_run_config
 from photon.data import PreparedData, tokenizer_identity
 from photon.errors import (
+    ModelError,
     ModelMismatchError,
     RunBusyError,
     RunNotFoundError,
     VocabularyMismatchError,
+    some,
 )
-from photon.federation import CheckpointStore
+from photon.federation import CheckpointStore, RunState
+from photon.federation.kept import PERSONAL
+from photon.federation.layout import layout_of
 from photon.federation.node import empty_model
+from photon.federation.node_state import read_node_state
 from photon.federation.tasks import WEIGHTS, section
-from photon.models import trainable_parameters
+from photon.models import carried_tensors
 from photon.store.disk import held_alone, writing
 from photon.store.run_folder import usable
 from photon.store.served import LOCK_FILE, hold_run
@@ -60,14 +65,20 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise RunNotFoundError(f"can't read {path}: {error}") from error
 
 
-def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig]:
+def load_weights(
+    folder: str | os.PathLike[str], silo: str | None = None
+) -> tuple[nn.Module, RunConfig]:
     """The model a run has come to: its newest checkpoint in the run's own architecture.
 
     Reads the run folder only.
 
+    Args:
+        silo: whose personal parts it is to have, where the run has any.
+
     Raises:
         RunNotFoundError: no run there, or one without a checkpoint.
-        CheckpointCorruptError: no checkpoint passes its hashes.
+        CheckpointCorruptError: no checkpoint passes its hashes, or the silo's part is gone.
+        ModelError: the run has personal parts and no silo is named, or the other way round.
         ModelMismatchError: the checkpoint is of another model than the run's.
     """
     folder = Path(folder)
@@ -75,18 +86,42 @@ def load_weights(folder: str | os.PathLike[str]) -> tuple[nn.Module, RunConfig]:
     config = load_run_config(folder / "config.resolved.toml")
     own = with_own_model(config, folder)
     checkpoints = CheckpointStore(folder / "checkpoints", config.run.keep_checkpoints)
-    _, tensors, _ = checkpoints.load_latest()
+    state, tensors, _ = checkpoints.load_latest()
     model = empty_model(own, vocab_size=record["vocab_size"], eos_id=record["eos_id"])
-    weights, parameters = section(tensors["global"], WEIGHTS), trainable_parameters(model)
-    problem = difference(weights, parameters)
+    values = tensors.get("once", {}) | section(tensors["global"], WEIGHTS)
+    values |= _personal(folder, record, silo, state, layout_of(model).personal)
+    problem = difference(values, carried_tensors(model))
     if problem is not None:
         raise ModelMismatchError(
             f"the newest checkpoint of {folder} is of another model: {problem}"
         )
     materialise(model, torch.device("cpu"))
-    for name, parameter in trainable_parameters(model).items():
-        parameter.data.copy_(weights[name])
+    for name, tensor in carried_tensors(model).items():
+        tensor.data.copy_(values[name])
     return model, config
+
+
+def _personal(
+    folder: Path, record: dict[str, Any], silo: str | None, state: RunState, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """What a silo has come to of the tensors that each keeps for itself."""
+    silos = f"Its silos: {some(record['silos'], 8)}."
+    if silo is not None and (not names or silo not in record["silos"]):
+        what = f"no silo {silo!r}" if names else "no personal parts: all silos have the same model"
+        raise ModelError(f"the run in {folder} has {what}", hint=silos if names else None)
+    if not names:
+        return {}
+    if silo is None or record["kind"] == "serve":
+        raise ModelError(
+            f"each silo of the run in {folder} has a model of its own; personal are "
+            f"{some(map(repr, names))}",
+            hint="They never left the silos' sites." if silo else f"Name one by --silo. {silos}",
+        )
+    number = state.node_rounds.get(silo)
+    if number is None:  # it has what it began with
+        return {}
+    kept = read_node_state(folder / "nodes", silo, number)
+    return {name: kept[name + PERSONAL] for name in names}
 
 
 def keep_model(model: Any, folder: Path) -> None:

@@ -12,9 +12,9 @@ from photon.data import PreparedData
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
 from photon.federation import Engine, Node, NodeSettings
+from photon.federation.layout import layout_of
 from photon.federation.node import empty_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
-from photon.models import trainable_parameters
 from photon.telemetry import Event
 from photon.telemetry.events import Kind
 from photon.training import Fit, InnerOptimizer, Seat, plan_compute, plan_fit, ranks_of_a_node
@@ -118,8 +118,8 @@ class Nodes:
         """The global state before the first round."""
         config = self._config
         state = {
-            WEIGHTS + name: parameter.detach().clone()
-            for name, parameter in trainable_parameters(model).items()
+            WEIGHTS + name: model.get_parameter(name).detach().clone()
+            for name in layout_of(model).merged
         }
         if self._kind != "train" and config.federation.optimizer_state == "average":
             zeros = InnerOptimizer(model, config.local).initial_state()

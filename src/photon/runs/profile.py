@@ -11,6 +11,7 @@ from typing import Any
 from photon.config import RunConfig
 from photon.errors import error_of
 from photon.federation import FitTask, Receipt, Version, fitted
+from photon.federation.layout import layout_of
 from photon.federation.node import initial_model
 from photon.runs.nodes import Nodes
 from photon.runs.session import Session
@@ -71,7 +72,8 @@ def _measure(
     skeleton = nodes.skeleton()
     fit = nodes.fit(skeleton)
     model = initial_model(config, session.data)
-    version = Version("profile", 0, nodes.initial_state(model))
+    once = layout_of(model).once_of(model)
+    version = Version("profile", 0, nodes.initial_state(model), once=once, once_sha256="profile")
     engine = nodes.engine(model, hear)
     task = FitTask("profile", 1, session.silos[0], 0, WARM_UP_STEPS, None)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class Rounds:
                 continue
             last = closed.after.global_step >= self._config.total_steps
             if last or due(self._config.eval.every, number):
-                closed.costs.eval_s = self._evaluate(before, closed.participants)
+                numbers = closed.after.node_rounds
+                closed.costs.eval_s = self._evaluate(before, closed.participants, numbers)
             after = replace(closed.after, clock=self._clock())
             ledger.close_round(replace(closed, after=after), self._federation.groups())
             ledger.prune_node_states(self._node_folder)
@@ -94,6 +95,12 @@ class Rounds:
             self._evaluate(ledger.state)
         return True
 
-    def _evaluate(self, before: RunState, participants: Collection[str] = ()) -> float:
-        scores = self._federation.evaluate(before, participants)
+    def _evaluate(
+        self,
+        before: RunState,
+        participants: Collection[str] = (),
+        node_rounds: Mapping[str, int] | None = None,
+    ) -> float:
+        numbers = before.node_rounds if node_rounds is None else node_rounds
+        scores = self._federation.evaluate(before, participants, numbers)
         return self._ledger.record_evaluation(self._federation.server.version.number, scores)

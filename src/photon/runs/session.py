@@ -36,6 +36,7 @@ from photon.federation import (
     sample_participants,
 )
 from photon.federation.checkpoint import require_room
+from photon.federation.layout import layout_of
 from photon.federation.node import empty_model, initial_model, open_stream
 from photon.federation.order import Order
 from photon.link import tensors_sha256, writing
@@ -291,7 +292,8 @@ class Session:
         assert model is not None
         self._model = None  # an aggregator with workers must not hold a model of its own
         if not tensors:
-            tensors = {"global": self._nodes.initial_state(model)}
+            once = layout_of(model).once_of(model)
+            tensors = {"global": self._nodes.initial_state(model), "once": once}
         settings = self._nodes.settings()
         engine = self._nodes.engine(model, on_event)
         guests, config = self._guests, self.config
@@ -505,6 +507,8 @@ def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     }
     compute = config.compute.model_copy(update=decided)
     resolved = {"compute": compute, "data": config.data.model_copy(update={"path": str(data.path)})}
+    if kind == "train":
+        resolved["parts"] = config.parts.pooled()
     if config.model.path is not None and Path(config.model.path).expanduser().exists():
         path = str(Path(config.model.path).expanduser().resolve())
         resolved["model"] = config.model.model_copy(update={"path": path})

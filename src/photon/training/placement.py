@@ -7,7 +7,7 @@ tensors whatever the strategy was.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from photon.errors import ModelMismatchError
-from photon.models import HeadLoss, trainable_parameters, transformer_blocks
+from photon.models import HeadLoss, carried_tensors, trainable_parameters, transformer_blocks
 from photon.training.device import ComputePlan
 from photon.training.local_tensors import copy_as
 from photon.training.ranks import Ranks
@@ -80,6 +80,8 @@ class PlacedModel:
                 model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
         self.parameters: dict[str, nn.Parameter] = trainable_parameters(model)
+        #: Those, and all else that a model's values are.
+        self.carried: dict[str, Tensor] = carried_tensors(model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
@@ -100,11 +102,11 @@ class PlacedModel:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def like(self, name: str, whole: Tensor) -> Tensor:
-        """`whole` (on every rank) as the parameter of that name is kept: moved, and cut if it is.
+        """`whole` (on every rank) as the tensor of that name is kept: moved, and cut if it is.
 
-        Scalars and tensors of another shape than the parameter's are only moved.
+        Scalars and tensors of another shape than that are only moved.
         """
-        parameter = self.parameters[name]
+        parameter = self.carried[name]
         if whole.shape == parameter.shape:
             return copy_as(whole, parameter)
         return whole.to(parameter.device, copy=True)
@@ -141,21 +143,25 @@ class PlacedModel:
         return self.like(parameter, buffer)
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor] | None) -> None:
-        """Copy whole weights in place; rank 0 gives them, the others None.
+    def load(self, weights: Mapping[str, Tensor] | None, names: Iterable[str]) -> None:
+        """Copy whole tensors in place; rank 0 gives them, the others None.
+
+        Args:
+            names: of those among `carried` that are to be given; others are left as they are.
 
         Raises:
             ModelMismatchError: names or shapes differ from the model's (on every rank).
         """
-        problem = difference(weights, self.parameters) if weights is not None else None
+        mine = {name: self.carried[name] for name in names}
+        problem = difference(weights, mine) if weights is not None else None
         problem = self._ranks.announce(problem)
         if problem is not None:
             raise ModelMismatchError(problem)
-        for name, parameter in self.parameters.items():
+        for name, tensor in mine.items():
             own = None if weights is None else weights[name]
             if self._ranks.size > 1 or own is None:
-                own = self._spread(name, own, parameter.shape, parameter.dtype)
-            parameter.copy_(own)
+                own = self._spread(name, own, tensor.shape, tensor.dtype)
+            tensor.copy_(own)
 
     def _shard(self, mesh: DeviceMesh) -> None:
         dtype = self._plan.autocast_dtype

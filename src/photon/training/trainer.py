@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -134,13 +134,18 @@ class Trainer:
         """Of forward passes; None in fp32, and where FSDP2 casts by itself."""
         return None if self.placed.strategy.shards else self.plan.autocast_dtype
 
-    def load_weights(self, weights: Mapping[str, Tensor] | None) -> None:
+    def load_weights(
+        self, weights: Mapping[str, Tensor] | None, names: Iterable[str] | None = None
+    ) -> None:
         """Copy whole weights in place; on ranks other than 0 the argument is None.
+
+        Args:
+            names: of the tensors that they are, all that is trained by default.
 
         Raises:
             ModelMismatchError: names or shapes differ from the model's.
         """
-        self.placed.load(weights)
+        self.placed.load(weights, self.placed.parameters if names is None else names)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:

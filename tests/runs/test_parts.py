@@ -1,0 +1,177 @@
+"""Runs whose tensors have other roles than merged: carried once, or each silo's own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, RoFormerConfig
+
+import photon
+from photon.errors import ModelError
+from photon.federation.kept import PERSONAL
+from photon.federation.node_state import read_node_state
+from photon.link import TensorFile
+from photon.runs import load_weights
+
+SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 32, "max_position_embeddings": 64}
+HEAD = "lm_head.weight"
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+POSITIONS = "roformer.encoder.embed_positions.weight"
+
+#: Two rounds of one step, and hardly any text to score.
+QUICK = ("federation.rounds=2", "local.steps=1", "local.batch_size=2", "eval.max_tokens=100")
+
+
+def saved(folder, config, edit=lambda model: None):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(4)
+        model = AutoModelForCausalLM.from_config(config)
+        edit(model)
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    config = LlamaConfig(**SMALL, num_hidden_layers=2)
+    return saved(tmp_path_factory.mktemp("llama") / "model", config)
+
+
+@pytest.fixture(scope="module")
+def run(three_silos, make_config):
+    """Runs a pretrained model; gives its summary."""
+
+    def run(source, folder, *overrides):
+        config = make_config(three_silos, *QUICK, *overrides)
+        model = config.model.model_validate({"path": str(source), "init": "pretrained"})
+        return photon.simulate(config.model_copy(update={"model": model}), run_dir=folder).summary
+
+    return run
+
+
+def deepseek(folder):
+    """With a routing bias of its own: a buffer that no optimizer sees."""
+
+    def bias(model):
+        model.get_buffer(BIAS).copy_(torch.tensor([5.0, 0, -5, 0]))
+
+    config = DeepseekV3Config(
+        **SMALL, num_hidden_layers=2, num_key_value_heads=2, n_routed_experts=4, n_group=1,
+        num_experts_per_tok=2, moe_intermediate_size=16, topk_group=1, q_lora_rank=8,
+        kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        first_k_dense_replace=1, n_shared_experts=1,
+    )  # fmt: skip
+    return saved(folder, config, bias)
+
+
+def roformer(folder):
+    """Its positions are a parameter that the architecture does not train; with values of ours."""
+
+    def positions(model):
+        model.get_parameter(POSITIONS).copy_(torch.linspace(-1, 1, 16))
+
+    config = RoFormerConfig(**SMALL, num_hidden_layers=1, is_decoder=True)
+    return saved(folder, config, positions)
+
+
+@pytest.mark.parametrize(("make", "name"), [(deepseek, BIAS), (roformer, POSITIONS)])
+def test_what_is_never_trained_is_trained_with_everywhere(make, name, run, tmp_path, three_silos):
+    source = make(tmp_path / "model")
+    here = run(source, tmp_path / "here")
+    worker = run(source, tmp_path / "worker", "federation.workers=1")
+    for key in ("weights_sha256", "global_loss"):
+        assert here[key] == worker[key]
+    first = AutoModelForCausalLM.from_pretrained(source).state_dict()[name]
+    ours, _ = load_weights(tmp_path / "worker")
+    assert torch.equal(ours.state_dict()[name], first)
+    scored = photon.evaluate(tmp_path / "here", three_silos, max_tokens=100, device="cpu").overall
+    assert scored.loss == pytest.approx(here["global_loss"], rel=1e-6)
+    photon.export(tmp_path / "here", tmp_path / "out")
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()[name]
+    assert torch.equal(out, first)
+
+
+def test_what_parts_freeze_never_changes_and_has_no_optimizer_state(llama, run, tmp_path):
+    run(
+        llama, tmp_path / "run", "parts.frozen=['model.embed*','first:0.4']",
+        "federation.optimizer_state=keep",
+    )  # fmt: skip
+    first = AutoModelForCausalLM.from_pretrained(llama).state_dict()
+    last = load_weights(tmp_path / "run")[0].state_dict()
+    checkpoint = tmp_path / "run/checkpoints/round-000002"
+    with TensorFile(checkpoint / "once.safetensors") as file:
+        frozen = file.names()
+    assert "model.embed_tokens.weight" in frozen
+    assert {name for name in first if torch.equal(first[name], last[name])} == set(frozen)
+    kept = read_node_state(tmp_path / "run/nodes", "red", 2)
+    assert {name.rpartition(".")[0] for name in kept} == set(first) - set(frozen)
+
+
+FEDPER = ("parts.personal=['lm_head*']",)
+
+
+@pytest.fixture(scope="module", params=["reset", "keep"])
+def fedper(request, llama, run, tmp_path_factory):
+    """A finished run with a personal head, and its summary."""
+    folder = tmp_path_factory.mktemp("fedper") / "run"
+    mode = f"federation.optimizer_state={request.param}"
+    return folder, run(llama, folder, *FEDPER, mode)
+
+
+def test_personal_parts_differ_and_never_leave(fedper):
+    folder, summary = fedper
+    heads = {
+        silo: read_node_state(folder / "nodes", silo, 2)[HEAD + PERSONAL]
+        for silo in ("blue", "green", "red")
+    }
+    assert not torch.equal(heads["blue"], heads["red"])
+    assert not torch.equal(heads["green"], heads["red"])
+    with TensorFile(folder / "checkpoints/round-000002/global.safetensors") as file:
+        assert not any(HEAD in name for name in file.names())
+    scores = summary["per_silo"]
+    assert set(scores) == {"blue", "green", "red"}
+    assert min(scores.values()) <= summary["global_perplexity"] <= max(scores.values())
+
+
+def test_a_resumed_run_has_the_same_personal_parts(fedper, tmp_path):
+    folder, summary = fedper
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/round-000002")
+    for path in (tmp_path / "run/nodes").glob("*/round-000002"):
+        shutil.rmtree(path)
+    (tmp_path / "run/summary.json").unlink()
+    again = photon.resume(tmp_path / "run", overrides=["federation.workers=1"]).summary
+    for key in ("weights_sha256", "global_loss", "per_silo"):
+        assert again[key] == summary[key]
+    one, other = (load_weights(at, "red")[0] for at in (folder, tmp_path / "run"))
+    assert torch.equal(one.get_parameter(HEAD), other.get_parameter(HEAD))
+
+
+def test_each_silos_model_comes_out_and_no_other(fedper, tmp_path, three_silos):
+    folder, summary = fedper
+    with pytest.raises(ModelError, match=r"personal are 'lm_head\.weight'\n.*blue, green, red"):
+        photon.export(folder, tmp_path / "none")
+    with pytest.raises(ModelError, match="no silo 'grey'"):
+        photon.export(folder, tmp_path / "none", silo="grey")
+    photon.export(folder, tmp_path / "out", silo="green")
+    ours, _ = load_weights(folder, "green")
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.arange(30)[None]
+    assert torch.equal(out(tokens).logits, ours.eval()(tokens).logits)
+    scores = photon.evaluate(folder, three_silos, max_tokens=100, device="cpu", silo="green")
+    assert scores.per_silo["green"].perplexity == pytest.approx(summary["per_silo"]["green"])
+
+
+def test_pooled_text_is_trained_whole(llama, three_silos, make_config, tmp_path):
+    config = make_config(three_silos, *QUICK, "federation.rounds=1", *FEDPER)
+    model = config.model.model_validate({"path": str(llama), "init": "pretrained"})
+    photon.train(config.model_copy(update={"model": model}), run_dir=tmp_path / "run")
+    ours = load_weights(tmp_path / "run")[0]
+    first = AutoModelForCausalLM.from_pretrained(llama)
+    assert not torch.equal(ours.state_dict()[HEAD], first.state_dict()[HEAD])
+    assert json.loads((tmp_path / "run/summary.json").read_text())["global_loss"] > 0
