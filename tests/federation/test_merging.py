@@ -201,3 +201,16 @@ def test_cores_are_left_to_those_that_hash():
         assert used(fp32_bytes) == {2}
         assert used(fp32_bytes * 100) == {1}
         assert used(fp32_bytes, ChunkCorruptError("another hash")) == {2}
+
+
+def test_key_tensors_have_a_rule_of_their_own():
+    """The norm that verdicts go by is the whole update's."""
+    merging = Merging(FederationConfig(), key_rule="median", key=["key"])
+    reference = {f"weights/{name}": torch.zeros(2) for name in ("key", "rest")}
+    for value in (1.0, 2.0, 30.0):
+        sent = {name: torch.full((2,), value) for name in reference}
+        verdict = merging.offer(Sent(sent).update, reference, 1.0)
+        assert verdict.norm == pytest.approx(2 * value)
+    merged = merging.result(reference).tensors
+    assert torch.equal(merged["weights/key"], torch.full((2,), 2.0))
+    torch.testing.assert_close(merged["weights/rest"], torch.full((2,), 11.0))

@@ -175,3 +175,12 @@ def test_pooled_text_is_trained_whole(llama, three_silos, make_config, tmp_path)
     first = AutoModelForCausalLM.from_pretrained(llama)
     assert not torch.equal(ours.state_dict()[HEAD], first.state_dict()[HEAD])
     assert json.loads((tmp_path / "run/summary.json").read_text())["global_loss"] > 0
+
+
+def test_key_tensors_are_merged_by_their_rule_and_others_as_ever(llama, run, tmp_path):
+    one = ("federation.rounds=1", "parts.key=['*norm*']")
+    run(llama, tmp_path / "mean", one[0])
+    run(llama, tmp_path / "key", *one, "parts.key_rule=median")
+    mean, key = (load_weights(tmp_path / name)[0].state_dict() for name in ("mean", "key"))
+    differ = {name for name in mean if not torch.equal(mean[name], key[name])}
+    assert differ == {name for name in mean if "norm" in name}

@@ -76,7 +76,9 @@ class PartsConfig(Section):
         return known_name(name, KEY_RULE_NAMES, MERGING_RULES)
 
     def require_compatible(self, optimizer_state: str, *, per_silo: bool) -> None:
-        """Raise ValueError where personal tensors can't be with the rest of the run file."""
+        """Raise ValueError where roles can't be with the rest of the run file."""
+        if self.key_rule != KEY_RULE_NAMES[0] and not self.key:
+            raise ValueError("parts.key_rule only means something with parts.key")
         if self.personal and optimizer_state == "average":
             raise ValueError(
                 'federation.optimizer_state = "average" would send inner optimizer state of '
@@ -94,4 +96,4 @@ class PartsConfig(Section):
         """
         every = [*self.shared, *self.key, *self.personal]
         shared = [pattern for pattern in every if pattern != REST]
-        return self.model_copy(update={"shared": shared, "key": [], "personal": []})
+        return PartsConfig(shared=shared, frozen=self.frozen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from photon.aggregation import MergingRule, build_merging_rule, check_update
 from photon.aggregation.check import require_weight, square_sum
+from photon.aggregation.keyed import KeyedRule
 from photon.config import FederationConfig
 from photon.errors import (
     AccessRefusedError,
@@ -23,7 +24,7 @@ from photon.errors import (
     TransferStalledError,
 )
 from photon.federation.norm_bound import NormBound
-from photon.federation.tasks import OPTIMIZER, GlobalState, Update
+from photon.federation.tasks import OPTIMIZER, WEIGHTS, GlobalState, Update
 from photon.torch_threads import torch_threads
 
 #: Where reading an update raises one of these, it is this side's trouble, and ends the round.
@@ -85,10 +86,22 @@ class Merging:
     Args:
         config: the [federation] table.
         folder: where updates wait, if the rule must see all of them together.
+        key_rule: name of the rule for key tensors.
+        key: names of those, without a prefix.
     """
 
-    def __init__(self, config: FederationConfig, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: FederationConfig,
+        folder: Path | None = None,
+        key_rule: str = "mean",
+        key: Collection[str] = (),
+    ) -> None:
         self._rule: MergingRule = build_merging_rule(config, folder)
+        if key:
+            own = config.model_copy(update={"merging_rule": key_rule})
+            names = [WEIGHTS + name for name in key]
+            self._rule = KeyedRule(self._rule, build_merging_rule(own, folder), names)
         self._adopts = config.merge == "adopt"
         self._norms: list[float] = []
         self._steps: list[tuple[float, float]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ class Server:
             to round, what the "broadcast" left out, and what travels "once"; fresh or from a
             checkpoint.
         before: the run so far.
+        key: names of the tensors that parts.key_rule merges.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class Server:
         folder: Path,
         groups: Mapping[str, Mapping[str, Tensor]],
         before: RunState,
+        key: Collection[str] = (),
     ) -> None:
         self._config = config
         self._state: dict[str, Tensor] = dict(groups["global"])
-        self._merging = Merging(config.federation, folder)
+        self._merging = Merging(config.federation, folder, config.parts.key_rule, key)
         self._bound = NormBound()
         self._before = before
         self._outer: OuterOptimizer = build_outer_optimizer(config.outer)

@@ -200,7 +200,8 @@ class Session:
         keepers = {"train": 1, "simulate": len(self.silos) if keeps else 0, "serve": 0}[self.kind]
         feeds_back = self.kind == "simulate" and config.link.feeds_back
         feedback_bytes = weights_bytes * len(self.silos) if feeds_back else 0
-        spools = self.kind != "train" and config.federation.merging_rule in SPOOLING
+        rules = {config.federation.merging_rule, config.parts.key_rule}
+        spools = self.kind != "train" and not rules.isdisjoint(SPOOLING)
         left_out_bytes = weights_bytes if config.link.lossy_broadcast else 0
         require_room(
             self.folder,
@@ -312,7 +313,8 @@ class Session:
             config, pooled = settings.config, self.silos
             tokens = sum(self._silo_tokens.values())
             fleet = FixedFleet({CENTRALISED: tokens}, scored=list(self.data.silos))
-        server = Server(config, self.folder, tensors, ledger.state)
+        key = layout_of(model).named("key")
+        server = Server(config, self.folder, tensors, ledger.state, key)
         in_order = config.federation.pace == "synchronous"
         order = Order(None if in_order else self.folder / "order.jsonl")
         federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
