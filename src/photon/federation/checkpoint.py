@@ -36,6 +36,7 @@ class RunState:
         merged_norm: how large updates usually are, by the newest round (norm_bound.usual_norm).
         merged_lr_sum: the learning rates of that round's steps, added up.
         speeds: local steps a second, by silo: a running mean of what was measured.
+        merged: silo -> round of the task whose update the newest round merged.
         quorum_s: after how long a quorum had answered: a running mean.
         in_flight: tasks that were handed in and not answered, as `Federation.in_flight` has them.
         clock: of an engine whose time is simulated.
@@ -59,6 +60,7 @@ class RunState:
     merged_norm: float = 0.0
     merged_lr_sum: float = 0.0
     speeds: dict[str, float] = field(default_factory=dict)
+    merged: dict[str, int] = field(default_factory=dict)
     quorum_s: float = 0.0
     in_flight: list[dict[str, Any]] = field(default_factory=list)
     clock: dict[str, Any] = field(default_factory=dict)

@@ -420,6 +420,7 @@ class Federation:
             node_rounds=before.node_rounds | {task.silo: task.round for task, _ in merged},
             # Whatever came of it: nothing in a silo's text can keep it out for longer than once.
             cursors=before.cursors | {one.silo: one.cursor + one.steps * batch for one in new},
+            merged={task.silo: task.round for task, _ in merged},
             speeds=speeds,
             good_s=before.good_s + sum(one.train_s for _, one in merged),
             exposed_s=before.exposed_s + sum(one.load_s + one.publish_s for _, one in merged),

@@ -79,6 +79,7 @@ class MergedUpdate(_Record):
     """One silo's part in a round.
 
     Attributes:
+        begun: round of the task that it answers, where that is an earlier one: it came late.
         reply: exactly the text that was signed.
         fingerprint: of the key that signed.
         update: sha256 of the update's manifest, as the answer's Ref has it; None leaves it to the
@@ -87,6 +88,7 @@ class MergedUpdate(_Record):
     """
 
     silo: _Name
+    begun: Annotated[int, Field(ge=1)] | None = None
     update: _Sha256 | None = None
     tokens: Annotated[int, Field(ge=0)] | None = None
     reply: str

@@ -149,7 +149,10 @@ class _Story:
         self._keys: dict[tuple[str, str], MemberRecord] = {}  # by name and fingerprint
         self._rounds: dict[str, dict[int, _Round]] = {}  # by run and number
         self._after: dict[str, int] = {}  # the round that a run stands after
-        self._state: dict[str, str | None] = {}  # the state that a run stands at, where told
+        #: By run and round: the state that it led to, where told.
+        self._states: dict[str, dict[int, str | None]] = {}
+        #: By run, silo and round of the task: the round that merged it.
+        self._counted: dict[tuple[str, str, int], int] = {}
         self._heads = {BEGINNING}
         self._signer: AggregatorRecord | None = None
 
@@ -254,22 +257,30 @@ class _Story:
         rounds[body.round] = _Round(body.state_sha256, body.checkpoint, len(body.merged))
         self._after[body.run] = body.round
         silos: set[str] = set()
-        states = {self._state.get(body.run)} - {None}
+        states = self._states.setdefault(body.run, {})
         for update in body.merged:
+            begun = update.begun or body.round
+            task = (body.run, update.silo, begun)
+            if begun > body.round or self._counted.get(task, body.round) != body.round:
+                self._problem(
+                    where, f"the update of {update.silo} to round {begun} can't count here"
+                )
+            self._counted[task] = body.round
             if update.silo in silos:
                 self._problem(
                     where, f"an update of {update.silo} counts twice in round {body.round}"
                 )
             silos.add(update.silo)
             state = self._update(where, body, update)
-            if state is not None and states and state not in states:
+            known = states.get(begun - 1)
+            if state is not None and known not in (None, state):
                 self._problem(
                     where,
                     f"{update.silo} signed that it trained from state {state[:12]}..., not from "
-                    f"{', '.join(f'{one[:12]}...' for one in states if one)} as the log has it",
+                    f"{known[:12]}... as the log has it",
                 )
-            states = states or {state}
-        self._state[body.run] = body.state_sha256
+            states[begun - 1] = known or state
+        states[body.round] = body.state_sha256
         for dropped in body.dropped:
             if dropped.silo in silos:
                 self._problem(where, f"{dropped.silo} is both merged and dropped")
@@ -337,7 +348,11 @@ class _Story:
             self._problem(
                 where, f"resumed from another state than the one after round {body.round}"
             )
-        self._state[body.run] = body.state_sha256 or (before.state_sha256 if before else None)
+        states = self._states.setdefault(body.run, {})
+        states[body.round] = body.state_sha256 or (before.state_sha256 if before else None)
+        for task in [task for task, at in self._counted.items() if at > body.round]:
+            if task[0] == body.run:
+                del self._counted[task]
         for later in [number for number in rounds if number > body.round]:
             del rounds[later]
             _add(self._report.remarks, f"{where}: round {later} was taken back by a restart")
@@ -369,7 +384,7 @@ def _counted(body: RoundRecord, update: MergedUpdate) -> dict[str, Any]:
     return {
         "kind": "fit",
         "run": body.run,
-        "round": body.round,
+        "round": update.begun or body.round,
         "silo": update.silo,
         "update": update.update,
         "tokens": update.tokens,

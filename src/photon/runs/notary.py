@@ -25,7 +25,6 @@ from photon.membership.roster import Roster, Signer
 from photon.telemetry import Event, read_history
 from photon.telemetry.events import (
     RoundFinished,
-    RoundMerged,
     RoundStarted,
     RunChanged,
     RunStarted,
@@ -50,7 +49,6 @@ class Notary:
         self._log = AuditLog(folder / "audit.jsonl", key)
         self._named: set[str] = set()
         self._asked: list[str] = []
-        self._merged: list[str] = []
         self._dropped: list[DroppedSilo] = []
 
     def head(self) -> str:
@@ -64,11 +62,9 @@ class Notary:
         elif isinstance(event, RunChanged):
             self._log.append("changed", {"run": self._run_id, **event.model_dump(mode="json")})
         elif isinstance(event, RoundStarted):
-            self._asked, self._merged, self._dropped = list(event.participants), [], []
+            self._asked, self._dropped = list(event.participants), []
         elif isinstance(event, UpdateDropped):
             self._dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
-        elif isinstance(event, RoundMerged):
-            self._merged = list(event.participants)
         elif isinstance(event, RoundFinished):
             self._close_round(event.round)
 
@@ -91,34 +87,34 @@ class Notary:
         """Nothing is open between two lines."""
 
     def _close_round(self, number: int) -> None:
-        replies = {
-            reply.task_id.rpartition("/")[2]: reply
-            for reply in self._roster.tasks.replies(self._run_id, number)
-            if f"/fit/{number}/" in reply.task_id
-        }
-        for name in self._merged:
-            if name not in replies:
+        state, merged = self._state(number), []
+        for name, begun in state["merged"].items():
+            reply = self._roster.tasks.reply(f"{self._run_id}/fit/{begun}/{name}")
+            if reply is None:
                 raise MembershipError(f"round {number} merged {name}, whose receipt is not there")
             # The key that signed: the member may have another by now.
-            self._name(self._roster.signer(replies[name].fingerprint))
+            self._name(self._roster.signer(reply.fingerprint))
+            merged.append(
+                MergedUpdate(
+                    silo=name,
+                    begun=None if begun == number else begun,
+                    reply=reply.text.decode(),
+                    signature=reply.signature,
+                    fingerprint=reply.fingerprint,
+                )
+            )
         record = RoundRecord(
             run=self._run_id,
             round=number,
             state_sha256=self._state_sha256(number),
             checkpoint=self._checkpoint(number),
-            merged=[
-                MergedUpdate(
-                    silo=name,
-                    reply=replies[name].text.decode(),
-                    signature=replies[name].signature,
-                    fingerprint=replies[name].fingerprint,
-                )
-                for name in self._merged
-            ],
+            merged=merged,
             dropped=self._dropped,
         )
         self._log.append("round", record)
-        self._roster.tasks.prune(self._run_id, before_round=number - 1)
+        # Who is still at work may be merged later.
+        going = [one["task"]["round"] for one in state["in_flight"]]
+        self._roster.tasks.prune(self._run_id, before_round=min([number - 1, *going]))
 
     def _settle(self, checkpoint: int) -> None:
         """Make the log end where the run goes on.
@@ -136,7 +132,6 @@ class Notary:
             )
             self._log.append("resumed", record)
         elif written == checkpoint - 1:
-            self._merged = self._merged_in(checkpoint)
             self._dropped = self._dropped_in(checkpoint)
             self._close_round(checkpoint)
 
@@ -149,11 +144,6 @@ class Notary:
                 if record["kind"] in (ROUND, RESUMED) and record["body"]["run"] == self._run_id:
                     after = record["body"]["round"]
         return after
-
-    def _merged_in(self, number: int) -> list[str]:
-        """Who was merged in a round of an earlier process: those whose node state it committed."""
-        rounds = self._state(number)["node_rounds"]
-        return sorted(silo for silo, last in rounds.items() if last == number)
 
     def _dropped_in(self, number: int) -> list[DroppedSilo]:
         """Who an earlier process's events say was dropped."""

@@ -303,12 +303,14 @@ class RemoteEngine:
     def _sweep(self, number: int) -> None:
         """Remove from the store what no round from now on needs."""
         members = [member.name for member in self._roster.members()]
-        oldest = number - self._config.serve.keep_rounds
-        for reply in self._roster.tasks.replies(self._run.id, number):
-            with contextlib.suppress(ProtocolError):  # of another version
-                fit = parse_reply(reply.text).fit
-                if fit is not None and fit.update is not None:
-                    self._accepted[fit.update.key] = number
+        going = [place.task.round for place in self._going]
+        oldest = min([number - self._config.serve.keep_rounds, *(begun - 1 for begun in going)])
+        for begun in {number, *going}:
+            for reply in self._roster.tasks.replies(self._run.id, begun):
+                with contextlib.suppress(ProtocolError):  # of another version
+                    fit = parse_reply(reply.text).fit
+                    if fit is not None and fit.update is not None:
+                        self._accepted[fit.update.key] = begun
         self._accepted = {key: at for key, at in self._accepted.items() if at >= oldest}
         try:
             self._depot.sweep(members, oldest=oldest, accepted=self._accepted)
