@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 import pytest
@@ -385,9 +386,12 @@ def test_a_sample_is_waited_for_too_and_given_up(fleet, roster):
 
 def test_a_merged_silo_without_a_receipt_is_never_written_down(roster, run_id, tmp_path):
     notary = Notary(tmp_path, roster, run_id, NodeKey.create(tmp_path / "aggregator.key"))
-    notary._merged = ["red"]
+    checkpoint = tmp_path / "checkpoints/round-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text('{"merged": {"red": 1}, "in_flight": []}')
     with pytest.raises(MembershipError, match="round 1 merged red, whose receipt is not there"):
         notary._close_round(1)
+    shutil.rmtree(checkpoint)
     assert verify_audit(tmp_path).rounds == 0
 
 
