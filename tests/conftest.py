@@ -142,18 +142,18 @@ def small_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_config():
+def make_config(small_model):
     """A small run over prepared data: three rounds of four steps; overrides as on the CLI.
 
-    The model is `tiny`, or the one in a folder, with weights of its own.
+    The model is `small_model`, one in another folder, or a preset.
     """
     from photon.config import parse_run_config
 
-    def make(data: Path, *overrides: str, model: Path | None = None):
+    def make(data: Path, *overrides: str, model: Path = small_model, preset: str | None = None):
         tree = {
             "run": {"name": "test", "seed": 11, "log_every": 2},
             "compute": {"threads": 1},
-            "model": {"path": str(model)} if model else {"preset": "tiny"},
+            "model": {"preset": preset} if preset else {"path": str(model)},
             "data": {"path": str(data), "sequence_length": 32},
             "federation": {"rounds": 3},
             "local": {"steps": 4, "batch_size": 4, "lr": 3e-3},

@@ -21,11 +21,9 @@ def photon(*words):
     return result
 
 
-def test_training_goes_on_from_a_model_folder_on_two_ranks(
-    three_silos, make_config, small_model, tmp_path
-):
+def test_training_goes_on_from_a_model_folder_on_two_ranks(three_silos, make_config, tmp_path):
     """Export, then continued pre-training under FSDP2: it starts where the export stood."""
-    config = make_config(three_silos, "federation.rounds=2", model=small_model)
+    config = make_config(three_silos, "federation.rounds=2")
     write_resolved(config, tmp_path / "run.toml")
     photon("simulate", tmp_path / "run.toml", "--run-dir", tmp_path / "first", "--quiet")
     photon("export", tmp_path / "first", "--out", tmp_path / "model")
@@ -58,7 +56,7 @@ def test_training_goes_on_from_a_model_folder_on_two_ranks(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_profile_tells_where_time_and_memory_go(three_silos, make_config, tmp_path, ranks):
-    write_resolved(make_config(three_silos), tmp_path / "run.toml")
+    write_resolved(make_config(three_silos, preset="tiny"), tmp_path / "run.toml")
     words = ["profile", tmp_path / "run.toml", "--steps", "3", "--json"]
     result = photon(*words, "--set", f"compute.processes={ranks}")
     told = json.loads(result.stdout)

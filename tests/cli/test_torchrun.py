@@ -82,10 +82,10 @@ RECIPE = ("local.optimizer=muon", "local.lr=1e-2", "federation.optimizer_state=k
 
 @pytest.mark.parametrize(("kind", "strategy"), [("simulate", "fsdp"), ("train", "ddp")])
 def test_a_run_under_torchrun_is_the_run_of_one_process(
-    torchrun, three_silos, make_config, small_model, tmp_path, kind, strategy
+    torchrun, three_silos, make_config, tmp_path, kind, strategy
 ):
     """Of `train` as a user starts it."""
-    config = make_config(three_silos, *RECIPE, model=small_model)
+    config = make_config(three_silos, *RECIPE)
     start = {"simulate": simulate, "train": train}[kind]
     alone = start(config, run_dir=tmp_path / "alone").summary
     write_resolved(config, tmp_path / "run.toml")
@@ -102,11 +102,11 @@ def test_a_run_under_torchrun_is_the_run_of_one_process(
 
 
 def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(
-    torchrun, three_silos, make_config, small_model, tmp_path
+    torchrun, three_silos, make_config, tmp_path
 ):
     """torchrun ends the others; the newest checkpoint stands, and two ranks or one go on."""
     more = ("federation.rounds=6", "run.log_every=1")
-    config = make_config(three_silos, *RECIPE, *more, model=small_model)
+    config = make_config(three_silos, *RECIPE, *more)
     alone = simulate(config, run_dir=tmp_path / "alone").summary
     write_resolved(config, tmp_path / "run.toml")
     folder = tmp_path / "pair"

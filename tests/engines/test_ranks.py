@@ -69,14 +69,12 @@ def assert_close(mine, theirs):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_answer_as_one_process_does(
-    three_silos, make_config, small_model, tmp_path, strategy
-):
+def test_two_ranks_answer_as_one_process_does(three_silos, make_config, tmp_path, strategy):
     """Fit from a kept state, another silo between, evaluation: the whole life of a node."""
     recipe = ["local.optimizer=muon", "local.lr=1e-2", "federation.optimizer_state=keep"]
-    alone = Bench(make_config(three_silos, *recipe, model=small_model), tmp_path / "alone")
+    alone = Bench(make_config(three_silos, *recipe), tmp_path / "alone")
     recipe += ["compute.processes=2", f"compute.strategy={strategy}"]
-    config = make_config(three_silos, *recipe, model=small_model)
+    config = make_config(three_silos, *recipe)
     pair = Bench(config, tmp_path / "pair", ranks=2)
     try:
         for bench in (alone, pair):
@@ -100,11 +98,11 @@ def test_two_ranks_answer_as_one_process_does(
     assert (chosen.ranks, chosen.strategy) == (2, strategy)
 
 
-def test_averaged_state_travels_through_cut_ranks(three_silos, make_config, small_model, tmp_path):
+def test_averaged_state_travels_through_cut_ranks(three_silos, make_config, tmp_path):
     recipe = ["local.optimizer=adamw", "federation.optimizer_state=average"]
-    alone = Bench(make_config(three_silos, *recipe, model=small_model), tmp_path / "alone")
+    alone = Bench(make_config(three_silos, *recipe), tmp_path / "alone")
     recipe += ["compute.processes=2", "compute.strategy=fsdp"]
-    config = make_config(three_silos, *recipe, model=small_model)
+    config = make_config(three_silos, *recipe)
     pair = Bench(config, tmp_path / "pair", ranks=2)
     try:
         for bench in (alone, pair):

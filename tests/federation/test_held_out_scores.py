@@ -25,6 +25,7 @@ def test_documents_are_masked_as_in_training_and_the_sample_is_one(
         "eval.max_tokens=1500",
         "federation.rounds=1",
         "local.steps=1",
+        preset="tiny",  # small_model's text is shorter
     )
     photon.simulate(config, run_dir=tmp_path / "run")
     events = photon.read_run(tmp_path / "run").events

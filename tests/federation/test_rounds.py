@@ -53,7 +53,7 @@ def poison(monkeypatch, silo: str, rounds: set[int]):
 
 
 def test_a_run_writes_what_it_promises(three_silos, make_config, tmp_path):
-    config = make_config(three_silos)
+    config = make_config(three_silos, preset="tiny")  # parcels that dwarf their manifests
     result = simulate(config, run_dir=tmp_path / "run")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary == json.loads(json.dumps(result.summary))

@@ -167,9 +167,9 @@ def test_what_would_void_the_promise_is_refused_with_the_run_file(overrides, wor
     assert words in caught.value.message
 
 
-def test_nodes_noise_what_they_trained(three_silos, make_config, small_model, tmp_path):
+def test_nodes_noise_what_they_trained(three_silos, make_config, tmp_path):
     """The same bits from a node that was started again, others from another node's folder."""
-    run = make_config(three_silos, *CLIENT, "local.steps=1", model=small_model)
+    run = make_config(three_silos, *CLIENT, "local.steps=1")
 
     def fit(folder):
         node = Node(NodeSettings(run, tmp_path / folder), lambda _: None)
@@ -185,13 +185,11 @@ def test_nodes_noise_what_they_trained(three_silos, make_config, small_model, tm
     assert not same(first, other)
 
 
-def test_a_clip_that_is_never_reached_changes_no_bit(
-    three_silos, make_config, small_model, tmp_path
-):
+def test_a_clip_that_is_never_reached_changes_no_bit(three_silos, make_config, tmp_path):
     short = ("federation.rounds=2", "local.steps=2", "eval.every=0", "eval.max_tokens=300")
 
     def weights(name, *overrides, run=simulate):
-        made = make_config(three_silos, *short, *overrides, model=small_model)
+        made = make_config(three_silos, *short, *overrides)
         return run(made, run_dir=tmp_path / name).summary["weights_sha256"]
 
     wide = ("privacy.clip_norm=1e9", "privacy.noise_multiplier=0")

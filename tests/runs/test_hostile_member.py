@@ -166,6 +166,7 @@ def attacked(four_silos, make_config, served_run, tmp_path_factory):
             "eval.max_tokens=500",
             "serve.min_silos=3",
             f"federation.deadline_s={_DEADLINE_S}",
+            preset="tiny",
         )
         served = served_run(config, tmp_path_factory.mktemp(kinds[0]), [*HONEST, HOSTILE])
         attack = Attack(kinds, _shapes(config, served))

@@ -51,7 +51,7 @@ def _weights(config, folder) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_short_run_ends_with_the_recorded_weights(name, three_silos, make_config, tmp_path):
-    config = make_config(three_silos, *SHORT, *RUNS[name])
+    config = make_config(three_silos, *SHORT, *RUNS[name], preset="tiny")
     found = _weights(config, tmp_path / "run")
     recorded = json.loads(RECORDED.read_text())
     if os.environ.get(RECORD):

@@ -54,6 +54,7 @@ class Silo:
         (self.home / "membership.json").write_text(json.dumps(record))
         (self.home / "node.toml").write_text(
             f'[data]\npath = "{data}"\n[compute]\nthreads = 1\n[disk]\nmin_free_gib = 0.0\n'
+            '[policy]\nmodel_paths = ["*"]\n'
         )
         self.start()
 

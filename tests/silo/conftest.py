@@ -199,7 +199,7 @@ def make_aggregator(three_silos, make_config, tmp_path):
         data: Path = three_silos,
         store: Store | None = None,
     ) -> Aggregator:
-        config = make_config(data, "run.log_every=1", *overrides)
+        config = make_config(data, "run.log_every=1", *overrides, preset="tiny")
         return Aggregator(config, store or FolderStore(tmp_path / "store"), run_id)
 
     return make
