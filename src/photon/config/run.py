@@ -230,7 +230,9 @@ class LocalConfig(Section):
     batch_size: Positive = Field(
         default=16, description="Sequences per optimizer step, per participant."
     )
-    lr: Annotated[float, Field(gt=0)] = Field(default=1e-3, description="Peak learning rate.")
+    lr: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=1e-3, description="Peak learning rate."
+    )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Last learning rate over the peak."
     )
@@ -317,7 +319,7 @@ class TrainConfig(Section):
         default=None,
         description="Sequences per step; local.batch_size x participants of a round by default.",
     )
-    lr: Annotated[float, Field(gt=0)] | None = Field(
+    lr: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         default=None, description="Peak learning rate; local.lr by default."
     )
 
