@@ -184,3 +184,19 @@ def test_tiny_is_judged_as_it_is_used(machine):
     assert tiny["parameters"] < 2e6
     text = " ".join(CliRunner().invoke(app, []).stdout.split())
     assert "50,368 tokens of vocabulary and sequences of 2,048 (tiny: 4,096 and 128);" in text
+
+
+def test_a_run_files_tensors_are_told_by_their_role(three_silos, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f"[model]\npreset = 'tiny'\n[data]\npath = '{three_silos}'\n"
+        "[parts]\npersonal = ['model.embed*']\nkey = ['*norm*']\n"
+    )
+    roles = {row["role"]: row for row in findings(str(file))}
+    assert roles["personal"]["tensors"] == ["model.embed_tokens.weight"]
+    assert roles["personal"]["bytes_a_round"] == 0 < roles["personal"]["bytes_once"]
+    assert roles["key"]["bytes_a_round"] == 8 * roles["key"]["parameters"] > 0
+    assert roles["frozen"]["tensors"] == []
+    shown = run(str(file)).stdout
+    assert "model.embed_tokens.weight" in shown
+    assert "bytes a round" in shown

@@ -101,8 +101,12 @@ def only_fails(answers, silo, kind, expected):
 # --- the contract ----------------------------------------------------------------------------
 
 
+#: Norms come to a node once; each silo's embedding (and so its head) never leaves it.
+PARTS = ('parts.frozen=["*norm*"]', 'parts.personal=["model.embed*"]')
+
+
 @pytest.mark.parametrize(
-    "link", [(), ('link.update_codec="int8"',), ('link.broadcast_codec="int8"',)]
+    "link", [(), ('link.update_codec="int8"',), ('link.broadcast_codec="int8"',), PARTS]
 )
 def test_the_same_bits_as_in_one_process(link, three_silos, make_config, tmp_path):
     config = make_config(three_silos, "local.steps=2", *link)
@@ -130,6 +134,18 @@ def test_the_same_bits_as_in_one_process(link, three_silos, make_config, tmp_pat
     first, second = (seen["red"][0].bytes_down for _, seen in expected)
     if link == ('link.broadcast_codec="int8"',):
         assert 0 < second < first / 3  # the outer update only
+    if link == PARTS:
+        embedding = 4 * federated.once["model.embed_tokens.weight"].numel()
+        assert 0 < second < first - embedding
+        tasks = [EvalTask(2, silo, 2) for silo in sorted(bench.silos)]
+        here, there = (
+            [score.loss for score in scored(engine, tasks, federated.version)]
+            for engine in (federated.local, bench.engine)
+        )
+        assert here == there
+        assert len(set(here)) == 3
+        begun = [replace(task, node_round=None) for task in tasks]
+        assert here != [one.loss for one in scored(federated.local, begun, federated.version)]
     assert not list((tmp_path / "arrivals").iterdir())
     assert bench.roster.tasks.open_for("red") == []
     bench.roster.close()

@@ -322,15 +322,15 @@ DEEP = 100_000
         b"[" * DEEP + b"]" * DEEP,
         b'{"protocol":' + b"[" * DEEP + b"]" * DEEP + b"}",
         b'{"protocol":' + b"[" * 900 + b"]" * 900 + b"}",
-        b'{"protocol":2,"round":' + b"9" * 10_000 + b"}",
+        b'{"protocol":3,"round":' + b"9" * 10_000 + b"}",
         b'{"protocol":' + b"9" * 4000 + b"}",
-        b'{"protocol":2,"round":1e99999}',
-        b'{"protocol":2,"silo":"\\ud800"}',
+        b'{"protocol":3,"round":1e99999}',
+        b'{"protocol":3,"silo":"\\ud800"}',
         b"\xef\xbb\xbf{}",
         b"\xff\xfe\x00",
-        b'{"protocol":2}' * 2,
+        b'{"protocol":3}' * 2,
         b"{" + b",".join(b'"k%d":1' % n for n in range(20_000)) + b',"protocol":1}',
-        b'{"protocol":2,"run":{"silos":[' + b",".join([b'"?"'] * 100_000) + b"]}}",
+        b'{"protocol":3,"run":{"silos":[' + b",".join([b'"?"'] * 100_000) + b"]}}",
     ],
     ids=range(18),
 )
@@ -355,14 +355,14 @@ def test_a_config_of_any_depth_is_taken_or_refused():
 
 
 def test_nothing_is_read_beyond_the_longest():
-    long = b'{"protocol":2,"x":"' + b"x" * MOST_BYTES + b'"}'
+    long = b'{"protocol":3,"x":"' + b"x" * MOST_BYTES + b'"}'
     started = time.process_time()
     with pytest.raises(ProtocolError, match=f"none has more than {MOST_BYTES}"):
         parse_ask(long)
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize("spoken", [0, 1, 3, "2", None, [1], {"1": 1}, 1.5])
+@pytest.mark.parametrize("spoken", [0, 1, 2, 4, "3", None, [1], {"1": 1}, 1.5])
 def test_another_protocol_is_named(spoken):
     tree = DOCUMENTS[0] | {"protocol": spoken}
     with pytest.raises(ProtocolError, match="the other side speaks protocol") as caught:

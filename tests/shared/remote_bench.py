@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from photon.engines.remote.errand import Errand
 from photon.federation import FitTask, Node, NodeSettings, Version, fitted
 from photon.federation.broadcast import Broadcast
 from photon.federation.envelopes import RunPart, dictated
+from photon.federation.layout import layout_of
 from photon.federation.node import initial_model
 from photon.federation.tasks import WEIGHTS
 from photon.link import tensors_sha256
 from photon.membership.chain import BEGINNING
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster
-from photon.models import model_fingerprint, trainable_parameters
+from photon.models import model_fingerprint
 
 RUN_ID = "0" * 31 + "7"
 
@@ -44,9 +46,10 @@ class Federated:
         self.config, self.folder = config, folder
         self.data = open_data(config.data.path)
         model = initial_model(config, self.data)
+        layout = layout_of(model)
+        self.once = layout.once_of(model)
         self.state = {
-            WEIGHTS + name: parameter.detach().clone()
-            for name, parameter in trainable_parameters(model).items()
+            WEIGHTS + name: model.get_parameter(name).detach().clone() for name in layout.merged
         }
         self.key = NodeKey.create(folder / "aggregator.key")
         self.silos = {
@@ -78,7 +81,8 @@ class Federated:
         def put(carrier, folder):
             found = self.broadcast.publish(carrier, folder, number, self.state, base=self.last)
             self.last = found.sha256
-            return found
+            once = self.broadcast.publish_once(carrier, folder, self.once) if self.once else None
+            return replace(found, once=once)
 
         return put
 
@@ -91,7 +95,8 @@ class Federated:
         self.version = self._version(number)
 
     def _version(self, number):
-        return Version(self.config.run.name, number, self.state, self.publish(number))
+        once = {"once": self.once, "once_sha256": tensors_sha256(self.once)}
+        return Version(self.config.run.name, number, self.state, self.publish(number), **once)
 
 
 class Bench:

@@ -167,7 +167,7 @@ def test_an_answer_larger_than_a_sockets_buffer_arrives(listener, path, aggregat
         frame({"ask": 3}),
         frame({"ask": "not base64!"}),
         frame({"ask": base64.b64encode(b"no ask").decode()}),
-        frame({"ask": base64.b64encode(b'{"protocol": 2}').decode()}),
+        frame({"ask": base64.b64encode(b'{"protocol": 3}').decode()}),
     ],
 )
 def test_what_is_no_question_is_told_so(sent, listener, path):

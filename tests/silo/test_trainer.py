@@ -468,7 +468,7 @@ def test_what_can_be_told_of_a_broken_ask_is_signed(bench, aggregator):
     record = json.loads(encoded(aggregator.fit()))
 
     def around(text) -> bytes:
-        return json.dumps({"protocol": 2, "ask": text, "signature": "none"}).encode()
+        return json.dumps({"protocol": 3, "ask": text, "signature": "none"}).encode()
 
     text = json.dumps(record | {"protocol": 3})
     reply = signed_refusal(bench, around(text))
@@ -540,7 +540,7 @@ def test_a_clock_that_is_years_off_changes_nothing(bench, aggregator, monkeypatc
 
 def test_an_older_protocol_is_refused_in_clear_words(bench, aggregator):
     record = json.loads(encoded(aggregator.fit())) | {"protocol": 1}
-    with pytest.raises(ProtocolError, match="speaks protocol '1', this Photon speaks 2") as caught:
+    with pytest.raises(ProtocolError, match="speaks protocol '1', this Photon speaks 3") as caught:
         bench.trainer.read(json.dumps(record).encode())
     assert "same version" in caught.value.hint
 

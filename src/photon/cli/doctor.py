@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from photon.cli.options import AsJson
 from photon.cli.screen import console, show, show_json, show_table
 from photon.dashboard.wording import count, size
+from photon.errors import some
 
 if TYPE_CHECKING:
     from photon.training.hardware import Device, Machine
@@ -27,6 +29,10 @@ _OPTIMIZERS = ("adamw", "muon", "adopt", "amsgrad", "sgd")
 
 
 def doctor(
+    run_file: Annotated[
+        Path | None,
+        typer.Argument(help="A run file: which role each of its model's tensors has."),
+    ] = None,
     as_json: AsJson = False,
     sequence_length: Annotated[
         int | None,
@@ -43,10 +49,15 @@ def doctor(
     """Look at this machine: what it is, which models it can train, what is missing.
 
     Takes some seconds and changes nothing. Memory is estimated for this optimizer, vocabulary and
-    sequence length; speed is stated as a share of peak, not measured.
+    sequence length; speed is stated as a share of peak, not measured. With a run file: its model's
+    tensors by their role ([parts]), and what of them travels.
 
-    Example: `photon doctor --sequence-length 1024 --json`
+    Example: `photon doctor run.toml`, or `photon doctor --sequence-length 1024 --json`
     """
+    if run_file is not None:
+        roles = roles_of(run_file)
+        show_json(roles) if as_json else _show_roles(roles)
+        return
     if optimizer not in _OPTIMIZERS:
         raise typer.BadParameter(
             f"{optimizer!r} is not one of {', '.join(_OPTIMIZERS)}", param_hint="--optimizer"
@@ -83,6 +94,58 @@ def examine(sequence_length: int | None, vocab_size: int | None, optimizer: str)
         "missing": _missing(machine),
         "warnings": _warnings(machine, torch.get_num_threads()),
     }
+
+
+def roles_of(run_file: Path) -> list[dict[str, Any]]:
+    """Each role's tensors and what of them travels; bytes are fp32's, before any codec.
+
+    Raises:
+        PhotonError: the run file, its data or its model can't be read, or don't suit each other.
+    """
+    from photon.config import load_run_config
+    from photon.config.parts import ROLES
+    from photon.data import open_data
+    from photon.federation.layout import layout_of
+    from photon.federation.node import empty_model
+    from photon.models import carried_tensors
+
+    config = load_run_config(run_file)
+    data = open_data(config.data.path)
+    model = empty_model(config, vocab_size=data.vocab_size, eos_id=data.eos_id)
+    layout, carried = layout_of(model), carried_tensors(model)
+    rows = []
+    for role in ROLES:
+        names = layout.named(role)
+        values = sum(carried[name].numel() for name in names)
+        merged = role in ("shared", "key")
+        rows.append(
+            {
+                "role": role,
+                "tensors": list(names),
+                "parameters": values,
+                "bytes_a_round": 8 * values if merged else 0,
+                "bytes_once": 0 if merged else 4 * values,
+            }
+        )
+    return rows
+
+
+def _show_roles(roles: list[dict[str, Any]]) -> None:
+    show_table(
+        ("role", "tensors", "parameters", "bytes a round", "bytes once"),
+        (
+            (
+                row["role"],
+                some(row["tensors"], 2),
+                count(row["parameters"]),
+                size(row["bytes_a_round"]),
+                size(row["bytes_once"]),
+            )
+            for row in roles
+        ),
+        right=(2, 3, 4),
+    )
+    show("Bytes are one participant's, down and up, in fp32; codecs make them fewer.")
 
 
 def _precision(device: Device) -> dict[str, Any]:

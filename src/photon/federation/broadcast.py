@@ -159,6 +159,17 @@ class Broadcast:
             complete = write_parcel(carrier, folder, header, self._whole(state), **sized)
         return StateRef(self._run, number, tensors_sha256(state), complete, update, base)
 
+    def publish_once(self, carrier: Carrier, folder: str, once: Mapping[str, Tensor]) -> Ref:
+        """Put what travels once into a store; raises as `publish`."""
+        header = parcel_header("once", self._run, 0, once)
+        entries = plain_entries(sorted(once.items()))
+        return write_parcel(carrier, folder, header, entries, chunk_bytes=self._chunk_bytes)
+
+    def once_bytes(self, once: Mapping[str, Tensor]) -> int:
+        """What that takes on the wire, to the byte."""
+        shapes = {name: once[name].shape for name in sorted(once)}
+        return plain_bytes(parcel_header("once", self._run, 0, once), shapes, self._chunk_bytes)
+
     def _whole(self, state: GlobalState) -> Iterator[Entry]:
         codec = build_codec(self._whole_spec)
         for name in sorted(state):
@@ -213,6 +224,14 @@ class Inbox:
             )
         self._held, self._sha256 = state, found
         return state
+
+    def receive_once(
+        self, run: str, ref: Ref, shapes: Mapping[str, torch.Size]
+    ) -> dict[str, Tensor]:
+        """What travels once, in this node's own shapes; raises ManifestError, LinkError."""
+        header = parcel_header("once", run, 0, shapes)
+        expected = Expected(header, shapes, frozenset({"fp32"}))
+        return dict(Parcel(self._carrier, ref, expected).tensors())
 
     def _updated(self, ref: StateRef, update: Ref) -> dict[str, Tensor]:
         """Weights get the decoded change added; the rest is sent as it is."""

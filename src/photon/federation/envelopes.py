@@ -37,7 +37,7 @@ from photon.membership.records import printable
 from photon.training import StepTimes
 
 #: Raised when an Ask or Reply changes its meaning; both sides must speak the same one.
-PROTOCOL = 2
+PROTOCOL = 3
 
 #: No Ask or Reply is longer. A run file takes some 4 KB of it.
 MOST_BYTES = 1 << 20
@@ -94,18 +94,30 @@ class RefPart(_Part):
 
 
 class StatePart(_Part):
-    """A global state in the store, as StateRef; whole, or an outer update on top of `base`."""
+    """A global state in the store, as StateRef; whole, or an outer update on top of `base`.
+
+    Attributes:
+        once: what no state changes, for who does not hold it yet.
+    """
 
     round: _Round
     sha256: _Sha256
     whole: RefPart | None = None
     update: RefPart | None = None
     base: _Sha256 | None = None
+    once: RefPart | None = None
+
+    @property
+    def parcels(self) -> list[RefPart]:
+        """All that may be fetched for it."""
+        return [part for part in (self.whole, self.update, self.once) if part is not None]
 
     def state_ref(self, run: str) -> StateRef:
-        whole = self.whole.ref() if self.whole is not None else None
-        update = self.update.ref() if self.update is not None else None
-        return StateRef(run, self.round, self.sha256, whole, update, self.base)
+        whole, update, once = (
+            part.ref() if part is not None else None
+            for part in (self.whole, self.update, self.once)
+        )
+        return StateRef(run, self.round, self.sha256, whole, update, self.base, once)
 
     @classmethod
     def of(cls, state: StateRef) -> StatePart:
@@ -157,13 +169,14 @@ class FitPart(_Part):
 
 
 class EvalPart(_Part):
-    """Score the state on the silo's own held-out text."""
+    """Score the state on the silo's own held-out text, with the personal part of `node_round`."""
 
     round: _Round
+    node_round: _Round | None = None
 
 
 class _Letter(_Part):
-    protocol: Literal[2] = PROTOCOL
+    protocol: Literal[3] = PROTOCOL
     photon_version: _Version
     kind: Literal["fit", "evaluate"]
     silo: _Name
@@ -232,6 +245,7 @@ class Ask(_Letter):
             "round": self.round,
             "state": self.state.sha256,
             "fit": self.fit.model_dump() if self.fit is not None else None,
+            "scored_with": self.evaluate.node_round if self.evaluate is not None else None,
         }
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 

@@ -16,7 +16,7 @@ class SealedAsk(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    protocol: Literal[2] = PROTOCOL
+    protocol: Literal[3] = PROTOCOL
     ask: str
     signature: Annotated[str, Field(max_length=200)]
 

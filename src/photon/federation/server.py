@@ -25,7 +25,7 @@ from photon.federation.tasks import (
     Update,
     section,
 )
-from photon.link import Carrier, tensors_sha256
+from photon.link import Carrier, Ref, tensors_sha256
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Server:
         self._broadcast = Broadcast(config.link, name, left_out, before.outer_update_bytes)
         self._published: StateRef | None = None
         self._once = dict(groups.get("once", {}))
+        self._once_at: Ref | None = None
+        self._once_bytes = self._broadcast.once_bytes(self._once) if self._once else 0
         self._once_sha256 = tensors_sha256(self._once) if self._once else ""
         if groups.get("outer"):
             self._outer.load_state_tensors(dict(groups["outer"]))
@@ -168,6 +170,9 @@ class Server:
         if before is not None and before.round == number - 1:
             base = before.sha256
         ref = self._broadcast.publish(carrier, folder, number, state, base=base)
+        if self._once and self._once_at is None:
+            self._once_at = self._broadcast.publish_once(carrier, folder, self._once)
+        ref = replace(ref, once=self._once_at)
         if number == self.version.number:
             self._published = ref
         return ref
@@ -175,4 +180,5 @@ class Server:
     def _bytes_down(self, number: int, held: int | None) -> int:
         if held == number:
             return 0
-        return self._broadcast.bytes_down(number + 1, self._state, holds_last=held == number - 1)
+        size = self._broadcast.bytes_down(number + 1, self._state, holds_last=held == number - 1)
+        return size + (self._once_bytes if held is None else 0)

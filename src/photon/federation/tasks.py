@@ -163,7 +163,7 @@ def parcel_header(
     """What a parcel says of itself; who writes it and who reads it both derive it.
 
     Args:
-        kind: "update" of a silo, "state", or "outer_update".
+        kind: "update" of a silo, "state", "outer_update", or "once" (frozen tensors and the like).
         number: the update's round; of a state, the last that was merged into it.
         state: names and tensors, or shapes, that the parcel has.
         silo: whose update it is.
@@ -193,6 +193,7 @@ class StateRef:
         whole: the parcel with all of it; None if it was not published, as nobody needs it.
         update: the parcel that makes it of the state before; None where states travel whole.
         base: sha256 of the state before.
+        once: the parcel with what no state changes; None where there is nothing such.
     """
 
     run: str
@@ -201,6 +202,7 @@ class StateRef:
     whole: Ref | None
     update: Ref | None = None
     base: str | None = None
+    once: Ref | None = None
 
 
 @dataclass(frozen=True)

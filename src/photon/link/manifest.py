@@ -31,7 +31,7 @@ _MOST_PER_TENSOR = 4096
 _DTYPE_BYTES = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8}
 _DTYPE_BYTES |= {"float16": 2, "bfloat16": 2, "float32": 4}
 
-Kind = Literal["update", "state", "outer_update"]
+Kind = Literal["update", "state", "outer_update", "once"]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Whole = Annotated[int, Field(ge=0, lt=2**48)]
 

@@ -7,22 +7,25 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from photon.config import RunConfig
 from photon.data import PreparedData
 from photon.errors import DiskFullError, ModelMismatchError, PhotonError, RankLostError
-from photon.federation import Node
+from photon.federation import Node, Version
 from photon.federation.broadcast import Inbox
 from photon.federation.envelopes import Ask, RunPart
+from photon.federation.layout import layout_of
 from photon.federation.node import empty_model
-from photon.federation.tasks import OPTIMIZER, WEIGHTS, GlobalState
+from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.link import Carrier
 from photon.membership.records import MOST_FIGURE
-from photon.models import model_fingerprint, trainable_parameters
+from photon.models import carried_tensors, model_fingerprint
 from photon.silo.policy import few_silos, least_merged, require_size
 from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
@@ -128,10 +131,12 @@ class HeldNode:
             reporter.note(f"warning: {few_silos(least)}; policy.min_participants can refuse it")
         if config.data.verify:
             site.verify(data)
-        #: Of the global state's tensors.
-        self._shapes = {
-            WEIGHTS + name: one.shape for name, one in trainable_parameters(skeleton).items()
-        }
+        layout, carried = layout_of(skeleton), carried_tensors(skeleton)
+        #: Of the global state's tensors, and of those that come once.
+        self._shapes = {WEIGHTS + name: carried[name].shape for name in layout.merged}
+        self._once_shapes = {name: carried[name].shape for name in layout.once}
+        self._personal_values = sum(carried[name].numel() for name in layout.personal)
+        self._once: tuple[str, Mapping[str, Tensor]] = "", {}
         if config.federation.optimizer_state == "average":
             inner = InnerOptimizer(skeleton, config.local).initial_state()
             self._shapes |= {OPTIMIZER + name: one.shape for name, one in inner.items()}
@@ -159,6 +164,7 @@ class HeldNode:
         config, free_gib = self.config, self._site.node.disk.min_free_gib
         values = {name: shape.numel() for name, shape in self._shapes.items()}
         weights = sum(count for name, count in values.items() if name.startswith(WEIGHTS))
+        weights += self._personal_values
         copies = 1 + config.link.feeds_back
         copies += _MOST_MOMENTS if config.federation.optimizer_state == "keep" else 0
         needed = 4 * (weights * copies + 2 * sum(values.values())) + int(free_gib * 2**30)
@@ -171,8 +177,8 @@ class HeldNode:
                 "or move the node's home.",
             )
 
-    def receive(self, ask: Ask, carrier: Carrier) -> GlobalState:
-        """The state that a task starts from, or is about.
+    def receive(self, ask: Ask, carrier: Carrier) -> Version:
+        """The version that a task starts from, or is about.
 
         Raises:
             ChunkCorruptError, ManifestError, LinkError: see Inbox.receive.
@@ -183,12 +189,18 @@ class HeldNode:
         for other in spools.glob("*"):
             if other != line.spool:
                 shutil.rmtree(other, ignore_errors=True)
-        state = self._inbox.receive(ask.state.state_ref(self.config.run.name))
+        name = self.config.run.name
+        ref = ask.state.state_ref(name)
+        if ref.once is not None and ref.once.sha256 != self._once[0]:
+            once = self._inbox.receive_once(name, ref.once, self._once_shapes)
+            self._once = ref.once.sha256, once
+        state = self._inbox.receive(ref)
         shutil.rmtree(spools, ignore_errors=True)
         log.info(
             "received %.1f MB: the state after round %d", line.received_bytes / 1e6, ask.state.round
         )
-        return state
+        once_sha256, once = self._once
+        return Version(ask.run.id, ref.round, state, once=once, once_sha256=once_sha256)
 
     @contextmanager
     def at_work(self) -> Iterator[Node]:

@@ -47,7 +47,7 @@ from photon.federation.envelopes import (
 )
 from photon.federation.node_state import prune_node_states
 from photon.federation.sealing import SealedAsk, open_ask, text_of
-from photon.federation.tasks import EvalTask, GlobalState, Receipt, Update, update_header
+from photon.federation.tasks import EvalTask, Receipt, Update, update_header
 from photon.link import Carrier, Header, Ref, write_parcel
 from photon.membership.keys import NodeKey
 from photon.membership.records import SignedReply
@@ -238,10 +238,10 @@ class SiloTrainer:
             note_scored(ask, site.node.policy, site.home / "nodes" / ask.run.id)
         held.require_room()
         self._answers.begin(ask)
-        state = self._persist("receiving the state", lambda: held.receive(ask, carrier), left_s)
+        version = self._persist("receiving the state", lambda: held.receive(ask, carrier), left_s)
         with self._answers.attempt(ask):
             work = self._fit if ask.kind == "fit" else self._evaluate
-            answer = work(ask, held, state)
+            answer = work(ask, held, version)
         return self._give(ask, answer, left_s)
 
     def _require_willing(self, ask: Ask, left_s: Callable[[], float]) -> None:
@@ -273,18 +273,18 @@ class SiloTrainer:
                 "tried again.",
             )
 
-    def _fit(self, ask: Ask, held: HeldNode, state: GlobalState) -> Answer:
+    def _fit(self, ask: Ask, held: HeldNode, version: Version) -> Answer:
         task = ask.fit_task(held.config.run.name)
         self._say(ask, "training", of=task.steps)
         started, ref = 0.0, None
         try:
             with held.at_work() as node:
-                update = node.fit(task, Version(ask.run.id, ask.state.round, state))
+                update = node.fit(task, version)
             receipt = update.receipt
             if receipt.failure is None:
                 self._say(ask, "publishing", step=task.steps, of=task.steps)
                 started = time.perf_counter()
-                ref = self._write(ask, held, update, update_header(task, state))
+                ref = self._write(ask, held, update, update_header(task, version.tensors))
         except NonFiniteError as error:  # an update that no codec takes; the node did its part
             held.sound = True
             receipt = Receipt.failed(task, error)
@@ -313,11 +313,11 @@ class SiloTrainer:
             self._answers.begin(ask)
             raise
 
-    def _evaluate(self, ask: Ask, held: HeldNode, state: GlobalState) -> Answer:
+    def _evaluate(self, ask: Ask, held: HeldNode, version: Version) -> Answer:
         self._say(ask, "training", detail="scoring held-out text")
+        task = EvalTask(ask.round, ask.silo, ask.evaluate and ask.evaluate.node_round)
         with held.at_work() as node:
-            version = Version(ask.run.id, ask.state.round, state)
-            receipt = node.evaluate(EvalTask(ask.round, ask.silo), version)
+            receipt = node.evaluate(task, version)
         if not math.isfinite(receipt.loss):
             raise NonFiniteError(
                 f"the loss on the held-out text of {ask.silo} is {receipt.loss}",

@@ -115,7 +115,7 @@ class Depot:
             LinkError, OSError: the store is away or refuses; the next sweep finds it again.
         """
         keeps: dict[str, Callable[[str], bool]] = {
-            global_folder(self._run_id): lambda key: _round_of(key) >= oldest
+            global_folder(self._run_id): lambda key: _round_of(key) >= oldest or "/once/" in key
         }
         keeps |= {silo_folder(self._run_id, silo): accepted.__contains__ for silo in silos}
         for folder, keep in keeps.items():

@@ -331,7 +331,8 @@ class RemoteEngine:
             "within_s": self._config.federation.deadline_s,
         }
         if isinstance(task, EvalTask):
-            return Ask(kind="evaluate", evaluate=EvalPart(round=task.round), **common)
+            part = EvalPart(round=task.round, node_round=task.node_round)
+            return Ask(kind="evaluate", evaluate=part, **common)
         part = FitPart(
             round=task.round,
             global_step=task.global_step,

@@ -71,7 +71,7 @@ class Errand:
             ProtocolError: names the figure, and the most that it can be.
         """
         ask, bounds = self.ask, []
-        down = sum(part.ref().wire_bytes for part in (ask.state.whole, ask.state.update) if part)
+        down = sum(part.ref().wire_bytes for part in ask.state.parcels)
         if reply.fit is not None and ask.fit is not None:
             batch = config.local.batch_size
             bounds = [

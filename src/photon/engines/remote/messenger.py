@@ -90,7 +90,7 @@ class Messenger:
     def open(self, errand: Errand) -> None:
         """Let the silo read the state and write its update."""
         ask = errand.ask
-        states = [ref.key for ref in (ask.state.whole, ask.state.update) if ref is not None]
+        states = [ref.key for ref in ask.state.parcels]
         chunks, manifest = update_keys(silo_folder(ask.run.id, ask.silo), ask.round, ask.silo)
         self._roster.tasks.open(
             OpenTask(
