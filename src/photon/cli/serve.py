@@ -80,6 +80,7 @@ def serve(
         data = checked("data", lambda: look_at_data(config.data.path))
         _show_checks([data, *preflight(config.serve)], as_json)
         return
+    from photon.config.children import refuse_children
     from photon.data import open_data
     from photon.deploy.serve import Aggregator
     from photon.deploy.served_run import reopen_run
@@ -90,6 +91,7 @@ def serve(
         assert run_file is not None
         config = load_run_config(run_file, overrides or [])
         folder = run_dir or Path("runs") / config.run.name
+    refuse_children(config, "`photon serve`")
     open_data(config.data.path)  # silos would be waited for first, and then sent away
     lines = _Lines(Path(config.serve.home) / "logs" / "serve.log", verbose=verbose)
     aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)

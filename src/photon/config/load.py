@@ -17,6 +17,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from photon.config.children import check_children
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 from photon.errors import (
@@ -64,7 +65,9 @@ def parse_run_config(
     tree: dict[str, Any], overrides: Sequence[str] = (), *, source: str = "run config"
 ) -> RunConfig:
     """Validate a run config given as nested dicts; raises as `load_run_config`."""
-    return _parsed(tree, RunConfig, overrides, source)
+    config = _parsed(tree, RunConfig, overrides, source)
+    check_children(config)
+    return config
 
 
 def _read(path: str | os.PathLike[str], kind: str, hint: str) -> dict[str, Any]:
@@ -178,9 +181,13 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 def _model_at(parts: Sequence[str], root: type[BaseModel]) -> type[BaseModel] | None:
     model: type[BaseModel] | None = root
-    for part in parts:
+    names = iter(parts)
+    for part in names:
         field = model.model_fields.get(part) if model is not None else None
-        model = _section_of(field.annotation) if field is not None else None
+        annotation = field.annotation if field is not None else None
+        if typing.get_origin(annotation) is dict:  # of tables, whatever the name of one
+            annotation = typing.get_args(annotation)[1] if next(names, None) else None
+        model = _section_of(annotation)
     return model
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel
 
+from photon.config.children import ChildConfig
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 
@@ -78,6 +79,10 @@ _BOUNDS = (
 def reference_page() -> str:
     """docs/configuration.md: a section for each table of both files, a row for each key."""
     run, node = _tables(RunConfig, "## [{}]"), _tables(NodeConfig, "### [{}]")
+    group = "federation.children.NAME"
+    child = RunConfig.model_json_schema()["$defs"][ChildConfig.__name__]
+    after = 1 + list(RunConfig.model_fields).index("federation")
+    run.insert(after, _section(group, f"## [{group}]", child))
     return "\n".join([_INTRODUCTION, *run, _NODE_INTRODUCTION, *node])
 
 
@@ -125,6 +130,8 @@ def _type_of(field: dict[str, Any]) -> str:
     if len(choices := _choices(field)) > 1:
         return " or ".join(_type_of(choice) for choice in choices)
     value = _value_schema(field)
+    if "$ref" in value:
+        return "table"
     if value["type"] == "array":
         return f"array of {value['items']['type']}s"
     if value["type"] != "object":
@@ -135,7 +142,7 @@ def _type_of(field: dict[str, Any]) -> str:
 
 def _default_of(field: dict[str, Any]) -> str:
     if "default" not in field:  # a schema leaves out the empty tables and arrays
-        return "`[]`" if field["type"] == "array" else "`{}`"
+        return "`[]`" if field.get("type") == "array" else "`{}`"
     if field["default"] is None:
         return "not set"
     if isinstance(field["default"], list):  # tomli_w would give each element a line

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from photon.config.children import Children
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
@@ -199,6 +200,11 @@ class FederationConfig(Section):
         default=False,
         description="Divide each update by its local steps, and multiply what they merge to by the "
         "mean of the steps (FedNova, arXiv 2007.07481): who takes fewer counts as much.",
+    )
+    children: Children = Field(
+        default_factory=dict,
+        description="Participants that are federations themselves, of silos or of nodes that split "
+        "a silo's text: see [federation.children.NAME].",
     )
 
     @model_validator(mode="after")

@@ -25,7 +25,8 @@ _MOST = 2**53
 class RoundCosts:
     """What a round took, in seconds, tokens and payload bytes.
 
-    tokens were merged; tokens_lost were trained, or were to be, and are not.
+    tokens were merged; tokens_lost were trained, or were to be, and are not. bytes_inside went both
+    ways inside groups, and over no link of the federation itself.
 
     local_train_s is wall time: with several training processes, their busy seconds shared out.
     """
@@ -38,6 +39,7 @@ class RoundCosts:
     tokens_lost: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_inside: int = 0
     dropped: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     diverged: int = 0

@@ -43,6 +43,7 @@ class RunState:
         tokens_lost: were trained, or were to be, and not merged.
         good_s, exposed_s: of all silos together, on updates that were merged: in local steps, and
             with the version and the update on their way while nothing was trained.
+        bytes_inside: that groups' members received and sent.
     """
 
     round: int = 0
@@ -67,6 +68,7 @@ class RunState:
     tokens_lost: int = 0
     good_s: float = 0.0
     exposed_s: float = 0.0
+    bytes_inside: int = 0
 
 
 class CheckpointStore:
@@ -123,15 +125,24 @@ class CheckpointStore:
             return []
         return sorted(int(path.name[6:]) for path in self.folder.glob("round-*") if path.is_dir())
 
-    def kept_states(self) -> list[RunState]:
-        """The states of all checkpoints that can be read, oldest first."""
+    def states(self, *numbers: int) -> list[RunState]:
+        """Of the checkpoints after these rounds, as far as they can be read."""
         found = []
-        for number in self.rounds():
+        for number in numbers:
             try:
                 found.append(self._read_state(number)[0])
             except CheckpointCorruptError:
                 continue
         return found
+
+    def load(self, number: int) -> tuple[RunState, dict[str, dict[str, Tensor]]]:
+        """The checkpoint after a round.
+
+        Raises:
+            CheckpointCorruptError: it is missing, or not what was written.
+        """
+        state, hashes = self._read_state(number)
+        return state, self._read_groups(number, hashes)
 
     def load_latest(self) -> tuple[RunState, dict[str, dict[str, Tensor]], list[str]]:
         """The newest checkpoint whose files pass their hashes.
@@ -146,8 +157,7 @@ class CheckpointStore:
         problems: list[str] = []
         for number in reversed(self.rounds()):
             try:
-                state, hashes = self._read_state(number)
-                return state, self._read_groups(number, hashes), problems
+                return *self.load(number), problems
             except CheckpointCorruptError as error:
                 problems.append(error.message)
         if not problems:

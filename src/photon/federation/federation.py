@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from photon.config import RunConfig
+from photon.config.children import LEAF, group_of
 from photon.errors import NonFiniteError, QuorumLostError, error_of
 from photon.federation.account import (
     WAY_OUT,
@@ -46,11 +47,13 @@ class Closed:
     Attributes:
         after: the numbers of a run that the round changed; its totals are its keeper's.
         participants: who was asked.
+        receipts: of what was merged.
     """
 
     after: RunState
     costs: RoundCosts
     participants: Collection[str]
+    receipts: Sequence[Receipt]
 
 
 @dataclass(frozen=True)
@@ -103,17 +106,20 @@ class Federation:
         self._order = order or Order()
         self._going: dict[FitTask, _Going] = {}
 
-    def round(self, before: RunState, candidates: Candidates) -> Closed:
+    def round(
+        self, before: RunState, candidates: Candidates, costs: RoundCosts | None = None
+    ) -> Closed:
         """Have participants train, merge what they send, and step.
 
         Args:
             before: the run so far.
             candidates: who may be drawn.
+            costs: what the round costs is added to these.
 
         Raises:
             QuorumLostError: too few good updates; the version is as it was.
         """
-        number, costs = before.round + 1, RoundCosts()
+        number, costs = before.round + 1, costs or RoundCosts()
         new = self._ask(before, candidates)
         asked = [task.silo for task in self._going]
         quorum, most = self._config.quorum_of(len(asked)), self._config.federation.sample
@@ -142,7 +148,8 @@ class Federation:
         step = self._step(number, merged, costs)
         after = self._after(before, new, merged, len(asked), step)
         usual_s = running_mean(before.quorum_s, book.quorum_s or 0.0)
-        return Closed(replace(after, quorum_s=usual_s), costs, asked)
+        receipts = [receipt for _, receipt in merged]
+        return Closed(replace(after, quorum_s=usual_s), costs, asked, receipts)
 
     def evaluate(
         self, before: RunState, participants: Collection[str], node_rounds: Mapping[str, int]
@@ -164,15 +171,19 @@ class Federation:
             tasks = [EvalTask(number, silo, node_rounds.get(silo)) for silo in silos]
         else:
             tasks = [EvalTask(number, silo) for silo in (None, *silos)]
+        children, scored = self._config.federation.children, set[str]()
         for receipt in self._mailbox.in_task_order(tasks, version):
             if not isinstance(receipt, EvalReceipt):
                 continue
             bytes_down = receipt.bytes_down
             if bytes_down is None:
                 bytes_down, held = 0, version.number - 1
-                if receipt.silo is not None and not self._pooled:
-                    if receipt.silo not in participants:
-                        held = self._held(receipt.silo, before, held)
+                # A group gets it once, and hands it on.
+                member = group_of(children, receipt.silo or "")
+                if member not in scored and receipt.silo is not None and not self._pooled:
+                    scored.add(member)
+                    if member not in participants:
+                        held = self._held(member, before, held)
                     bytes_down = version.bytes_down(held)
             own.append(receipt)
             yield replace(receipt, bytes_down=bytes_down)
@@ -226,7 +237,9 @@ class Federation:
         if config.federation.unequal_steps:
             steps = unequal_steps(config.local.steps, before.speeds)
         new = []
-        for silo, times in Counter(drawn).items():
+        # Silos before groups: an engine lets groups work when these are done.
+        children = config.federation.children
+        for silo, times in sorted(Counter(drawn).items(), key=lambda one: one[0] in children):
             task = FitTask(
                 run=config.run.name,
                 round=before.round + 1,
@@ -235,7 +248,7 @@ class Federation:
                 steps=steps.get(silo, config.local.steps),
                 node_round=before.node_rounds.get(silo),
                 cursor=before.cursors.get(silo, 0),
-                texts=self._pooled,
+                texts=tuple(candidates.texts) or self._pooled,
             )
             share = float(times * (tokens[silo] if by_data else 1))
             down = 0 if self._pooled else version.bytes_down(self._held(silo, before, before.round))
@@ -302,10 +315,13 @@ class Federation:
             raise error_of(receipt.failure_code)(receipt.failure, hint=hint)
         if receipt.state_lost:
             self._tell(state_lost(task))
-        step_tokens = config.local.batch_size * config.data.sequence_length
+        leaves = config.federation.children.get(task.silo, LEAF).leaves
+        step_tokens = leaves * config.local.batch_size * config.data.sequence_length
         if (reason := implausible(receipt, task.steps * step_tokens)) is not None:
             return reason
         costs.local_train_s += receipt.train_s
+        costs.bytes_inside += receipt.bytes_inside
+        costs.tokens_lost += receipt.tokens_lost
         costs.bytes_down += receipt.bytes_down or 0
         costs.bytes_up += receipt.bytes_up
         if receipt.failure is not None:
@@ -406,6 +422,11 @@ class Federation:
     ) -> RunState:
         """The run's numbers after a round."""
         tau, batch = self._config.local.steps, self._config.local.batch_size
+        children = self._config.federation.children
+
+        def read(task: FitTask) -> int:
+            return task.steps * batch * (children.get(task.silo, LEAF).nodes or 1)
+
         if self._config.federation.pace == "buffered":
             # The clock goes by what the whole fleet trained, of which a merge has a part.
             tau = max(1, round(sum(task.steps for task, _ in merged) / asked))
@@ -419,7 +440,7 @@ class Federation:
             global_step=before.global_step + tau,
             node_rounds=before.node_rounds | {task.silo: task.round for task, _ in merged},
             # Whatever came of it: nothing in a silo's text can keep it out for longer than once.
-            cursors=before.cursors | {one.silo: one.cursor + one.steps * batch for one in new},
+            cursors=before.cursors | {one.silo: one.cursor + read(one) for one in new},
             merged={task.silo: task.round for task, _ in merged},
             speeds=speeds,
             good_s=before.good_s + sum(one.train_s for _, one in merged),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from photon.errors import CheckpointCorruptError
+from photon.federation.outbox import feedback_path
 from photon.link import writing
 from photon.training import (
     Allocate,
@@ -160,6 +161,12 @@ def prune_node_states(folder: Path, needed: Mapping[str, Container[int]]) -> Non
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def drop_node_state(folder: Path, silo: str, number: int) -> None:
+    """Remove what a silo kept after a round, if it did."""
+    shutil.rmtree(_path(folder, silo, number), ignore_errors=True)
+    feedback_path(folder, silo, number).unlink(missing_ok=True)
 
 
 def _path(folder: Path, silo: str, round_number: int) -> Path:

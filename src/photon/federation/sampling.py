@@ -19,10 +19,12 @@ class Candidates:
         tokens: to train on, by silo.
         attempt: at the round, counted from 1. A round that lost its quorum is attempted again,
             with another draw.
+        texts: silos whose text all of them train on; each on its own by default.
     """
 
     tokens: Mapping[str, int]
     attempt: int = 1
+    texts: Sequence[str] = ()
 
 
 class Fleet(Protocol):

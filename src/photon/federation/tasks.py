@@ -79,6 +79,8 @@ class Receipt:
         left_out: what the codec left out of this update, as a share of its norm; None where
             nothing is fed back.
         state_lost: the kept state that the task names is gone; the silo started without one.
+        bytes_inside: of a group: what its members received and sent, both ways together.
+        tokens_lost: of a group: what its members trained on and it did not merge.
     """
 
     round: int
@@ -103,6 +105,8 @@ class Receipt:
     micro_batch_size: int = 0
     left_out: float | None = None
     state_lost: bool = False
+    bytes_inside: int = 0
+    tokens_lost: int = 0
 
     @classmethod
     def failed(cls, task: FitTask, error: PhotonError, **figures: Any) -> Receipt:

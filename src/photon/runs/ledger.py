@@ -11,6 +11,7 @@ from torch import Tensor
 
 from photon.federation.checkpoint import CheckpointStore, RunState
 from photon.federation.federation import Closed
+from photon.federation.group import needed_states
 from photon.federation.node_state import prune_node_states
 from photon.federation.tasks import EvalReceipt
 from photon.telemetry import Recorder
@@ -59,13 +60,8 @@ class Ledger:
         Args:
             folder: of the silos' kept states.
         """
-        needed: dict[str, set[int]] = {}
-        for state in self.checkpoints.kept_states():
-            for silo, number in state.node_rounds.items():
-                needed.setdefault(silo, set()).add(number)
-            for one in state.in_flight:  # it may be there already, and not be merged yet
-                needed.setdefault(one["task"]["silo"], set()).add(one["task"]["round"])
-        prune_node_states(folder, needed)
+        kept = self.checkpoints.states(*self.checkpoints.rounds())
+        prune_node_states(folder, needed_states(folder, kept))
 
     def close_round(self, closed: Closed, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Add a round's costs to the totals, checkpoint, and tell that it is over.
@@ -80,6 +76,7 @@ class Ledger:
             closed.after,
             total_tokens=old.total_tokens + costs.tokens,
             tokens_lost=old.tokens_lost + costs.tokens_lost,
+            bytes_inside=old.bytes_inside + costs.bytes_inside,
             bytes_up=old.bytes_up + costs.bytes_up,
             bytes_down=old.bytes_down + costs.bytes_down,
             local_train_s=old.local_train_s + costs.local_train_s,

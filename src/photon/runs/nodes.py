@@ -177,6 +177,7 @@ def central_config(config: RunConfig, batch_size: int) -> RunConfig:
         "max_update_norm": "none",
         "sample": None,
         "quorum": None,
+        "children": {},
         "weighting": "tokens",
     }
     return config.model_copy(

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from photon.aggregation.rules import SPOOLING
 from photon.config import RunConfig, write_resolved
+from photon.config.children import check_children, participants, refuse_children
 from photon.config.clock import ClockConfig, load_clock
 from photon.data import PreparedData, open_data
+from photon.engines.groups import in_the_round, with_groups
 from photon.engines.simulated import SimulatedEngine, SimulatedFleet
 from photon.errors import (
     EmptySiloError,
@@ -168,6 +170,10 @@ class Session:
             self.silos = sorted(tokens)
         self._silo_tokens = tokens
         self.config = _resolved(kind, config, self.data)
+        if kind == "simulate":
+            check_children(config, self.silos)
+        if self.clock is not None:
+            refuse_children(config, "--clock")
         elsewhere = guests.engine if guests is not None else None
         self._begun = begun
         built = with_own_model(self.config, folder) if begun else self.config
@@ -296,9 +302,13 @@ class Session:
             once = layout_of(model).once_of(model)
             tensors = {"global": self._nodes.initial_state(model), "once": once}
         settings = self._nodes.settings()
-        engine = self._nodes.engine(model, on_event)
         guests, config = self._guests, self.config
-        fleet: Fleet = guests.fleet if guests is not None else FixedFleet(self._silo_tokens)
+        if config.federation.children:
+            on_event = in_the_round(on_event)
+        engine = self._nodes.engine(model, on_event)
+        fleet: Fleet = FixedFleet(self._fleet_tokens, scored=self.silos)
+        if guests is not None:
+            fleet = guests.fleet
         pooled: Sequence[str] = ()
         options: dict[str, Any] = {"draining": guests.ending} if guests is not None else {}
         if self.clock is not None:
@@ -309,7 +319,9 @@ class Session:
             clocks = SimulatedFleet(self._silo_tokens, needed, clocked, self.clock)
             engine, fleet = clocked, clocks
             options = {"ended": clocks.ended, "clock": clocked.clock}
-        if self.kind == "train":
+        if self.kind == "simulate":
+            engine = with_groups(engine, config, self._silo_tokens, settings.folder, on_event)
+        elif self.kind == "train":
             config, pooled = settings.config, self.silos
             tokens = sum(self._silo_tokens.values())
             fleet = FixedFleet({CENTRALISED: tokens}, scored=list(self.data.silos))
@@ -322,10 +334,16 @@ class Session:
         rounds = Rounds(config, federation, fleet, ledger, settings.folder, **options)
         return rounds, engine.close
 
+    @property
+    def _fleet_tokens(self) -> dict[str, int]:
+        """To train on, by participant: of a simulation, groups are some."""
+        children = self.config.federation.children if self.kind == "simulate" else {}
+        return participants(children, self._silo_tokens)
+
     def _participants(self) -> int:
         return len(
             sample_participants(
-                self._silo_tokens,
+                self._fleet_tokens,
                 count=self.config.federation.sample if self.kind != "train" else None,
                 sampling="uniform",
                 seed=0,
@@ -460,6 +478,7 @@ class Session:
             },
             "bytes_up": state.bytes_up,
             "bytes_down": state.bytes_down,
+            **({"bytes_inside": state.bytes_inside} if state.bytes_inside else {}),
             **self._baselines(state, weights),
             "wall_s": elapsed_s,
             "local_train_s": state.local_train_s,

@@ -1,0 +1,166 @@
+"""[federation.children.NAME]: participants that are federations themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from photon.config.codecs import parse_codec
+from photon.config.link import LinkConfig
+from photon.config.outer import OuterConfig
+from photon.config.section import Positive, Section
+from photon.errors import IncompatibleConfigError, some
+
+if TYPE_CHECKING:
+    from photon.config.run import RunConfig
+
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class ChildConfig(Section):
+    """[federation.children.NAME]: a group that merges by itself and answers as one participant."""
+
+    nodes: Positive | None = Field(
+        default=None, description="NAME is a silo of the data; so many nodes split its text."
+    )
+    silos: list[str] = Field(
+        default_factory=list,
+        description="NAME is a new name; these silos of the data are its members.",
+    )
+    children: dict[_Name, ChildConfig] = Field(
+        default_factory=dict, description="Groups that are members of it, as this table."
+    )
+    rounds: Positive = Field(
+        default=1, description="Inner rounds for each round of the level above."
+    )
+    steps: Positive | None = Field(
+        default=None,
+        description="Local steps of an inner round; rounds x steps are the steps above, as they "
+        "are by default.",
+    )
+    weighting: Literal["tokens", "equal", "data"] = Field(
+        default="tokens", description="Weight of a member's update, as federation.weighting."
+    )
+    merging_rule: Literal["mean", "median", "trimmed_mean"] = Field(
+        default="mean", description="How members' updates become one, as federation.merging_rule."
+    )
+    outer: OuterConfig = Field(
+        default_factory=lambda: OuterConfig(), description="Its own outer optimizer, as [outer]."
+    )
+    update_codec: Annotated[str, AfterValidator(lambda spec: parse_codec(spec) and spec)] = Field(
+        default="fp32",
+        description="How its update is encoded, as link.update_codec, with feedback as [link] has "
+        "it. Silos encode theirs by [link], wherever they are.",
+    )
+
+    def silos_of(self, name: str) -> list[str]:
+        """The silos of the data below it, at any depth."""
+        below = [silo for key, one in self.children.items() for silo in one.silos_of(key)]
+        return [name] if self.nodes is not None else self.silos + below
+
+    @property
+    def leaves(self) -> int:
+        """How many train at the same time, at any depth."""
+        return self.nodes or len(self.silos) + sum(one.leaves for one in self.children.values())
+
+    @property
+    def within_recipe(self) -> bool:
+        """Whether its update lies no further away than a silo's of as many steps may."""
+        mean = self.outer.name == "fedavg" and self.outer.lr <= 1
+        exact = not LinkConfig(update_codec=self.update_codec).feeds_back
+        return exact and mean and all(one.within_recipe for one in self.children.values())
+
+
+Children = dict[_Name, ChildConfig]
+#: What a silo in no group is like.
+LEAF = ChildConfig(nodes=1)
+
+
+def participants(
+    children: Mapping[str, ChildConfig], silo_tokens: Mapping[str, int]
+) -> dict[str, int]:
+    """Training tokens by participant: silos, and in the place of those in groups, these."""
+    tokens = dict(silo_tokens)
+    for name, child in children.items():
+        tokens[name] = sum(tokens.pop(silo, 0) for silo in child.silos_of(name))
+    return tokens
+
+
+def group_of(children: Mapping[str, ChildConfig], silo: str) -> str:
+    """The participant that this silo is in, or is."""
+    return next((name for name, one in children.items() if silo in one.silos_of(name)), silo)
+
+
+def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
+    """The run file as a group's members have it: the clock is that of the whole run."""
+    federation: dict[str, Any] = {"sample": None, "quorum": None, "sampling": "uniform"}
+    federation["rounds"] = config.federation.rounds * child.rounds
+    for key in ("weighting", "merging_rule", "children"):
+        federation[key] = getattr(child, key)
+    tables = {
+        "federation": federation,
+        "local": {"steps": config.local.steps // child.rounds},
+        "link": {"broadcast_codec": "fp32"},
+        "eval": {"per_silo": False},
+    }
+    changed = {name: getattr(config, name).model_copy(update=new) for name, new in tables.items()}
+    return config.model_copy(update={**changed, "outer": child.outer})
+
+
+def refuse_children(config: RunConfig, where: str) -> None:
+    """Raise IncompatibleConfigError if there are groups, which `where` knows nothing of yet."""
+    if config.federation.children:
+        raise _refused(f"is for `photon simulate`, and {where} has no groups yet")
+
+
+def check_children(config: RunConfig, silos: Collection[str] | None = None) -> None:
+    """Raise IncompatibleConfigError for groups that can't be.
+
+    Args:
+        silos: of the data, where that is at hand.
+    """
+    federation = config.federation
+    if not federation.children:
+        return
+    needs = {"merge": "delta", "pace": "synchronous", "unequal_steps": False}
+    for key, value in needs.items():
+        if (found := getattr(federation, key)) != value:
+            raise _refused(f"needs federation.{key} = {value!r} (found {found!r})")
+    if config.parts.personal:
+        raise _refused("can't go with parts.personal yet: use one or the other")
+    names = list(_names(federation.children, config.local.steps, "federation"))
+    counts = Counter(name for name, _ in names)
+    if twice := [name for name, times in counts.items() if times > 1]:
+        raise _refused(f"has {some(twice)} in two places; a silo is in one group only")
+    for name, is_silo in [] if silos is None else names:
+        assert silos is not None
+        if is_silo and name not in silos:
+            raise _refused(f"names {name!r}; the data's silos are {some(sorted(silos), 8)}")
+        if not is_silo and name in silos:
+            raise _refused(f"needs another name for {name!r}: the data has a silo of that name")
+
+
+def _names(
+    children: Mapping[str, ChildConfig], steps: int, where: str
+) -> Iterator[tuple[str, bool]]:
+    """Whatever has a name at any depth, and whether it is a silo of the data; checks clocks."""
+    for name, child in children.items():
+        place = f"{where}.children.{name}"
+        if (child.nodes is None) == (not child.silos and not child.children):
+            raise _refused(f"needs members of one kind in [{place}]: nodes, or silos and children")
+        if (child.steps or steps // child.rounds) * child.rounds != steps:
+            raise _refused(
+                f"needs one clock, and rounds x steps of [{place}] are not the {steps} steps "
+                "of the level above it"
+            )
+        yield name, child.nodes is not None
+        yield from ((f"{name}.{index}", False) for index in range(child.nodes or 0))
+        yield from ((silo, True) for silo in child.silos)
+        yield from _names(child.children, steps // child.rounds, place)
+
+
+def _refused(why: str) -> IncompatibleConfigError:
+    return IncompatibleConfigError(f"federation.children {why}")

@@ -1,0 +1,192 @@
+"""A federation that is a participant: it merges by itself, and answers with one update."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from photon.config import RunConfig
+from photon.config.children import LEAF, inside, participants
+from photon.errors import CheckpointCorruptError, NonFiniteError, RunError
+from photon.federation.account import RoundCosts
+from photon.federation.checkpoint import CheckpointStore, RunState
+from photon.federation.engine import Engine, Version, scored
+from photon.federation.federation import Federation
+from photon.federation.node_state import drop_node_state
+from photon.federation.outbox import Outbox
+from photon.federation.sampling import Candidates, FixedFleet
+from photon.federation.server import Server
+from photon.federation.tasks import (
+    WEIGHTS,
+    EvalReceipt,
+    EvalTask,
+    FitTask,
+    GlobalState,
+    Receipt,
+    Update,
+    update_header,
+)
+from photon.link import entries_bytes
+from photon.telemetry import Event
+from photon.telemetry.events import RoundMerged, RoundStarted
+from photon.training import StepTimes
+
+
+class Group:
+    """A participant made of participants.
+
+    Of the n inner rounds of its task in round R, the r-th has the number (R - 1) n + r. What it
+    keeps between tasks is on disk beside what silos keep, and counts as theirs does, once a
+    checkpoint of the run names its round: FOLDER/NAME/round-R, a checkpoint of its outer optimizer
+    and of the inner rounds after which its members kept what they keep, and its codec's feedback.
+
+    Args:
+        config: the run file as the level above has it.
+        silo_tokens: to train on, by silo of the data.
+        engine: carries tasks to its members.
+        folder: of the silos' kept states.
+        on_event: told what happens inside, under the numbers of inner rounds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        silo_tokens: Mapping[str, int],
+        engine: Engine,
+        folder: Path,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self._child = child = config.federation.children[name]
+        self._config = inside(config, child)
+        self._engine, self._folder, self._tell = engine, folder, on_event
+        self._store = CheckpointStore(folder / name, sys.maxsize)
+        link = config.link.model_copy(update={"update_codec": child.update_codec})
+        self._outbox = Outbox(link, folder)
+        self.settle, self.close = engine.settle, engine.close
+        tokens = {silo: silo_tokens[silo] for silo in child.silos_of(name)}
+        self._candidates = Candidates(participants(child.children, tokens))
+        if child.nodes is not None:
+            shares = {f"{name}.{j}": tokens[name] // child.nodes for j in range(child.nodes)}
+            self._candidates = Candidates(shares, texts=(name,))
+
+    def fit(self, task: FitTask, version: Version) -> Update:
+        """The task's steps, in inner rounds; a failure where one of them comes to nothing."""
+        rounds, local = self._child.rounds, self._config.local
+        kept, tensors, state_lost = self._kept(task.node_round)
+        after = replace(kept, round=(task.round - 1) * rounds)
+        state = {name: tensor.clone() for name, tensor in version.tensors.items()}
+        self._store.folder.mkdir(parents=True, exist_ok=True)
+        server = Server(self._config, self._store.folder, {**tensors, "global": state}, after)
+        federation = Federation(self._config, FixedFleet({}), self._engine, server, self._above)
+        costs, receipts = RoundCosts(), list[Sequence[Receipt]]()
+        try:
+            for index in range(rounds):
+                clock, cursors = task.global_step + index * local.steps, self._cursors(task, index)
+                before = replace(after, global_step=clock, cursors=cursors)
+                closed = federation.round(before, self._candidates, costs)
+                after = closed.after
+                receipts.append(closed.receipts)
+                self._drop_inner(before, after, kept)
+            update = self._update(task, version.tensors, server.version.tensors)
+        except (RunError, NonFiniteError) as error:
+            lost = {"tokens_lost": costs.tokens + costs.tokens_lost}
+            lost["bytes_inside"] = costs.bytes_up + costs.bytes_down + costs.bytes_inside
+            return Update.none(Receipt.failed(task, error, **lost))
+        groups = {name: one for name, one in server.groups().items() if name in ("outer", "rule")}
+        self._store.save(replace(after, round=task.round), groups)
+        state_lost |= update.receipt.state_lost
+        receipt = replace(update.receipt, state_lost=state_lost)
+        return replace(update, receipt=_sum(receipts, costs, receipt))
+
+    def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
+        return next(scored(self._engine, [task], version))
+
+    def _above(self, event: Event) -> None:
+        if not isinstance(event, RoundStarted | RoundMerged):
+            self._tell(event)
+
+    def _kept(self, number: int | None) -> tuple[RunState, dict[str, dict[str, Tensor]], bool]:
+        """What it kept after its task of a round, and whether that is gone."""
+        if number is not None:
+            try:
+                return *self._store.load(number), False
+            except CheckpointCorruptError:
+                pass
+        return RunState(), {}, number is not None
+
+    def _cursors(self, task: FitTask, index: int) -> dict[str, int]:
+        """Where members read on. All take part in all inner rounds, so nobody has to keep it.
+
+        Nodes of one silo each read a contiguous block of an inner round's sequences.
+        """
+        block, nodes = self._config.local.steps * self._config.local.batch_size, self._child.nodes
+        members = self._candidates.tokens
+        if nodes is not None:
+            first = task.cursor + index * nodes * block
+            return {name: first + j * block for j, name in enumerate(members)}
+        at, children = task.cursor + index * block, self._config.federation.children
+        return {name: at * (children.get(name, LEAF).nodes or 1) for name in members}
+
+    def _drop_inner(self, before: RunState, after: RunState, kept: RunState) -> None:
+        """Remove what members kept after inner rounds of a task that it went on from."""
+        for name, number in before.node_rounds.items():
+            if number not in (kept.node_rounds.get(name), after.node_rounds[name]):
+                drop_node_state(self._folder, name, number)
+
+    def _update(self, task: FitTask, old: GlobalState, new: GlobalState) -> Update:
+        """What leaves the group: how far it came from the version it was given, encoded."""
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name in sorted(new):  # a state from a checkpoint has another order
+                yield name, old[name] - new[name] if name.startswith(WEIGHTS) else new[name]
+
+        update, chunk_bytes = self._outbox.pack(task, tensors), self._config.link.chunk_bytes
+        size = entries_bytes(update_header(task, old), [*update.entries()], chunk_bytes)
+        return replace(update, receipt=replace(update.receipt, bytes_up=size))
+
+
+def needed_states(folder: Path, states: Iterable[RunState]) -> dict[str, set[int]]:
+    """By silo and group, after which rounds it kept what these states name, or groups that they do.
+
+    Args:
+        folder: of the silos' kept states.
+    """
+    needed: dict[str, set[int]] = {}
+    todo = list(states)
+    for state in todo:
+        named = list(state.node_rounds.items())
+        # It may be there already, and not be merged yet.
+        named += [(one["task"]["silo"], one["task"]["round"]) for one in state.in_flight]
+        for name, number in named:
+            if number not in needed.setdefault(name, set()):
+                needed[name].add(number)
+                todo += CheckpointStore(folder / name, 1).states(number)
+    return needed
+
+
+def _sum(rounds: Sequence[Sequence[Receipt]], costs: RoundCosts, receipt: Receipt) -> Receipt:
+    """A group's receipt: times and tokens of all its members, losses weighted by tokens."""
+    every = [one for receipts in rounds for one in receipts]
+
+    def mean(of: Sequence[Receipt], name: str) -> float:
+        return sum(getattr(one, name) * one.tokens for one in of) / sum(one.tokens for one in of)
+
+    times = zip(*(vars(one.times).values() for one in every), strict=True)
+    sums = ("tokens", "train_s", "load_s", "publish_s")
+    return replace(
+        receipt,
+        **{name: sum(getattr(one, name) for one in every) for name in sums},
+        times=StepTimes(*map(sum, times)),
+        loss=mean(every, "loss"),
+        first_loss=mean(rounds[0], "first_loss"),
+        last_loss=mean(rounds[-1], "last_loss"),
+        peak_memory_bytes=max(one.peak_memory_bytes for one in every),
+        micro_batch_size=every[0].micro_batch_size,
+        bytes_inside=costs.bytes_up + costs.bytes_down + costs.bytes_inside,
+        tokens_lost=costs.tokens_lost,
+    )
