@@ -9,7 +9,7 @@ from photon.config import parse_run_config
 from photon.config.parts import ROLES, PartsConfig
 from photon.errors import ConfigError, IncompatibleConfigError, InvalidValueError
 from photon.federation.layout import lay_out, layout_of
-from photon.models import trained_names
+from photon.models import trainable_parameters
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -35,7 +35,7 @@ def test_each_tensor_has_one_role_and_is_shared_by_default():
     assert all("norm" in name for name in layout.named("key"))
     assert set(layout.merged) == set(layout.roles) - {HEAD, EMBEDDING}
     assert sum(len(layout.named(role)) for role in ROLES) == len(layout.roles)
-    assert set(trained_names(model)) == set(layout.roles) - {EMBEDDING}
+    assert set(trainable_parameters(model)) == set(layout.roles) - {EMBEDDING}
 
 
 def test_shares_take_whole_tensors_from_either_end_and_none_twice():
@@ -59,7 +59,7 @@ def test_a_star_takes_what_no_other_list_names():
         ({"personal": ["lm_head*"], "key": ["lm*"]}, r"parts\.key \('lm\*'\).*parts\.personal"),
         ({"personal": ["*"], "frozen": ["*"]}, r'parts\.personal and parts\.frozen both name "\*"'),
         ({"frozen": ["lm_hed*"]}, r"parts\.frozen names 'lm_hed\*'.*\n.*'?lm_head\.weight"),
-        ({"personal": ["last:0.01"]}, r"less than half of that end's one tensor"),
+        ({"personal": ["last:0.01"]}, r"which is less than half of that end's one tensor"),
         ({"personal": ["*"]}, r"leaves no tensor shared"),
     ],
 )

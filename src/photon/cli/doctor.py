@@ -115,36 +115,20 @@ def roles_of(run_file: Path) -> list[dict[str, Any]]:
     layout, carried = layout_of(model), carried_tensors(model)
     rows = []
     for role in ROLES:
-        names = layout.named(role)
-        values = sum(carried[name].numel() for name in names)
-        merged = role in ("shared", "key")
-        rows.append(
-            {
-                "role": role,
-                "tensors": list(names),
-                "parameters": values,
-                "bytes_a_round": 8 * values if merged else 0,
-                "bytes_once": 0 if merged else 4 * values,
-            }
-        )
+        values = sum(carried[name].numel() for name in layout.named(role))
+        rounds, once = (8, 0) if role in ("shared", "key") else (0, 4)
+        figures = {"bytes_a_round": rounds * values, "bytes_once": once * values}
+        names = list(layout.named(role))
+        rows.append({"role": role, "tensors": names, "parameters": values} | figures)
     return rows
 
 
 def _show_roles(roles: list[dict[str, Any]]) -> None:
-    show_table(
-        ("role", "tensors", "parameters", "bytes a round", "bytes once"),
-        (
-            (
-                row["role"],
-                some(row["tensors"], 2),
-                count(row["parameters"]),
-                size(row["bytes_a_round"]),
-                size(row["bytes_once"]),
-            )
-            for row in roles
-        ),
-        right=(2, 3, 4),
-    )
+    rows = []
+    for role, names, values, *figures in (row.values() for row in roles):
+        rows.append((role, f"{len(names)}", count(values), *map(size, figures), some(names, 2)))
+    headings = ("role", "tensors", "parameters", "bytes a round", "bytes once", "names")
+    show_table(headings, rows, right=(1, 2, 3, 4))
     show("Bytes are one participant's, down and up, in fp32; codecs make them fewer.")
 
 

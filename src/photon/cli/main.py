@@ -16,17 +16,7 @@ from photon.cli.demo import demo
 from photon.cli.doctor import doctor
 from photon.cli.init import init
 from photon.cli.members import audit, invite, members_app
-from photon.cli.options import (
-    AsJson,
-    Folder,
-    ModelFolder,
-    OfSilo,
-    Overwrite,
-    Quiet,
-    RunDir,
-    RunFile,
-    Sets,
-)
+from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, RunDir, RunFile, Sets
 from photon.cli.outcome import show_outcome, show_study
 from photon.cli.profile import profile
 from photon.cli.screen import console, guard_output, say, show, show_json, show_table, view_of_run
@@ -38,6 +28,10 @@ from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
 if TYPE_CHECKING:
     from photon.config import RunConfig
     from photon.runs import RunResult
+
+OfSilo = Annotated[
+    str | None, typer.Option("--silo", help="Whose model, where a run has personal [parts].")
+]
 
 
 class _Photon(TyperGroup):

@@ -26,9 +26,6 @@ ServedFolder = Annotated[
 ]
 Sets = Annotated[list[str] | None, set_option("local.steps=64")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-OfSilo = Annotated[
-    str | None, typer.Option("--silo", help="Whose model, where a run has personal [parts].")
-]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is there.")]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from photon.config.parts import REST, ROLES, PartsConfig, Role, share_of
 from photon.errors import IncompatibleConfigError, ModelError, some
-from photon.models import carried_tensors, trained_names
+from photon.models import carried_tensors, trainable_parameters
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,7 @@ _LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 def layout_of(model: nn.Module) -> Layout:
     """As `lay_out` made it; of another model, what is trained is shared."""
-    if model not in _LAYOUTS:
-        trained = set(trained_names(model))
-        roles: dict[str, Role] = {
-            name: "shared" if name in trained else "frozen" for name in carried_tensors(model)
-        }
-        _LAYOUTS[model] = Layout(roles)
-    return _LAYOUTS[model]
+    return _LAYOUTS[model] if model in _LAYOUTS else lay_out(model, PartsConfig())
 
 
 def lay_out(model: nn.Module, parts: PartsConfig) -> Layout:
@@ -85,7 +79,7 @@ def lay_out(model: nn.Module, parts: PartsConfig) -> Layout:
         IncompatibleConfigError: a pattern names no tensor, two lists name the same one, or nothing
             is left to merge.
     """
-    trained = {name: model.get_parameter(name) for name in trained_names(model)}
+    trained = trainable_parameters(model)
     named: dict[str, tuple[Role, str]] = {}
     rest: Role | None = None
     lists: list[tuple[Role, str]] = [(one, text) for one in ROLES for text in getattr(parts, one)]
@@ -122,22 +116,31 @@ def _matching(
     model: nn.Module, trained: Mapping[str, Tensor], role: Role, pattern: str
 ) -> Sequence[str]:
     """Names of trained tensors that a pattern or share means, at least one; of frozen, any."""
-    share = share_of(pattern)
-    if share is not None:
+    if share := share_of(pattern):
         found = list(_in_share(trained, *share))
-        if not found:
-            raise IncompatibleConfigError(
-                f"parts.{role} names {pattern!r}, which is less than half of that end's one tensor",
-                hint="Tensors are taken whole, where more than half of one is within the share. "
-                "`photon doctor RUN.toml` lists them.",
-            )
+        words, hint = "is less than half of that end's one tensor", "Tensors are taken whole."
+    else:
+        found = [name for name in trained if fnmatchcase(name, pattern)]
+        words, hint = "is the name of no trained tensor of this model", None
+    every = model.state_dict(keep_vars=True)
+    others = [name for name in every if fnmatchcase(name, pattern)]
+    names = {id(tensor): name for name, tensor in trained.items()}
+    tied = [name for name in others if id(every[name]) in names]
+    if found or (role == "frozen" and others and not tied):
         return found
-    found = [name for name in trained if fnmatchcase(name, pattern)]
-    by_nature = [name for name in carried_tensors(model) if fnmatchcase(name, pattern)]
-    if found or (role == "frozen" and by_nature):
-        return found
-    words, hint = _no_such(model, trained, role, pattern, by_nature)
-    raise IncompatibleConfigError(words, hint=hint)
+    if tied:
+        hint = (
+            f"{tied[0]!r} is the same tensor as {names[id(every[tied[0]])]!r} (tied embeddings): "
+            "name that, and the embedding of tokens goes with it; or untie them "
+            "(tie_word_embeddings = false in the model's config.json)."
+        )
+    elif others:
+        hint = f"{some(map(repr, others))} is never trained, and so frozen."
+    near = difflib.get_close_matches(pattern.strip("*"), trained, 3, cutoff=0.3) or trained
+    raise IncompatibleConfigError(
+        f"parts.{role} names {pattern!r}, which {words}",
+        hint=hint or f"Its tensors are called {some(near)}.",
+    )
 
 
 def _in_share(trained: Mapping[str, Tensor], end: str, share: float) -> Iterator[str]:
@@ -151,26 +154,3 @@ def _in_share(trained: Mapping[str, Tensor], end: str, share: float) -> Iterator
         if (middle <= share) if end == "first" else (middle > 1 - share):
             yield name
         before += tensor.numel()
-
-
-def _no_such(
-    model: nn.Module,
-    trained: Mapping[str, Tensor],
-    role: Role,
-    pattern: str,
-    by_nature: Sequence[str],
-) -> tuple[str, str]:
-    """Why a pattern means no trained tensor, and what may be meant."""
-    words = f"parts.{role} names {pattern!r}, but no trained tensor of this model is called so"
-    if by_nature:
-        return words, f"{some(map(repr, by_nature), 3)} is never trained, and so frozen."
-    first = {id(one): name for name, one in trained.items()}
-    for alias, tensor in model.state_dict(keep_vars=True).items():
-        if fnmatchcase(alias, pattern) and id(tensor) in first:
-            return words, (
-                f"{alias!r} is the same tensor as {first[id(tensor)]!r} (tied embeddings): name "
-                "that, and the embedding of tokens goes with it; or untie them "
-                "(tie_word_embeddings = false in the model's config.json)."
-            )
-    near = difflib.get_close_matches(pattern.strip("*"), trained, 3, cutoff=0.3)
-    return words, f"Its tensors are called {some(near or trained, 3)}."

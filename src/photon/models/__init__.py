@@ -20,7 +20,6 @@ from photon.models.parameters import (
     hidden_matrices,
     model_fingerprint,
     trainable_parameters,
-    trained_names,
     transformer_blocks,
 )
 from photon.models.presets import SHAPES, Shape, preset_config
@@ -54,7 +53,6 @@ __all__ = [
     "sequences_at_once",
     "tokenizer_file_of",
     "trainable_parameters",
-    "trained_names",
     "training_loss",
     "transformer_blocks",
 ]

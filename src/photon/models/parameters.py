@@ -17,11 +17,6 @@ def trainable_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Paramete
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
-def trained_names(module: torch.nn.Module) -> list[str]:
-    """Names of `carried_tensors` that training changes: those of `trainable_parameters`."""
-    return list(trainable_parameters(module))
-
-
 def carried_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All that a model's values are, by name: parameters, frozen ones too, and persistent buffers.
 
