@@ -112,6 +112,14 @@ def test_what_parts_freeze_never_changes_and_has_no_optimizer_state(llama, run, 
     assert {name.rpartition(".")[0] for name in kept} == set(first) - set(frozen)
 
 
+def test_what_is_frozen_reaches_the_members_of_a_group(llama, run, tmp_path):
+    one, frozen = "federation.rounds=1", "parts.frozen=['model.embed*']"
+    run(llama, tmp_path / "run", one, frozen, "federation.children.west.silos=['blue','red']")
+    ours, first = load_weights(tmp_path / "run")[0], AutoModelForCausalLM.from_pretrained(llama)
+    ours, first = (model.get_input_embeddings().weight for model in (ours, first))
+    assert torch.equal(ours, first)
+
+
 FEDPER = ("parts.personal=['lm_head*']",)
 
 

@@ -81,7 +81,8 @@ class Group:
         after = replace(kept, round=(task.round - 1) * rounds)
         state = {name: tensor.clone() for name, tensor in version.tensors.items()}
         self._store.folder.mkdir(parents=True, exist_ok=True)
-        server = Server(self._config, self._store.folder, {**tensors, "global": state}, after)
+        tensors |= {"global": state, "once": dict(version.once)}
+        server = Server(self._config, self._store.folder, tensors, after)
         federation = Federation(self._config, FixedFleet({}), self._engine, server, self._above)
         costs, receipts = RoundCosts(), list[Sequence[Receipt]]()
         try:
