@@ -56,6 +56,7 @@ class Run:
     def __init__(self, config, clock, diverging, folder: Path) -> None:
         self.config, self.clock, self.diverging, self.folder = config, clock, diverging, folder
         self.told: list = []
+        self.tell = self.told.append
         self.saved = json.dumps(asdict(RunState()))
         self.groups = {"global": {"weights/w": torch.zeros(1)}}
         self.begin()
@@ -80,10 +81,10 @@ class Run:
             self.fleet,
             self.engine,
             server,
-            self.told.append,
+            lambda event: self.tell(event),
             order=Order(self.folder / "order.jsonl"),
         )
-        self.loop.go_on_with(state.in_flight, groups)
+        self.loop.outstanding.go_on_with(state.in_flight, groups, server)
         self.state = state
 
     def step(self) -> bool:
@@ -100,7 +101,9 @@ class Run:
         self.saved = json.dumps(record)
         self.groups = {
             group: {name: one.clone() for name, one in tensors.items()}
-            for group, tensors in self.loop.groups().items()
+            for group, tensors in (
+                self.loop.server.groups() | self.loop.outstanding.versions()
+            ).items()
         }
         self.state = RunState(**json.loads(self.saved))
         return True
@@ -232,7 +235,7 @@ def test_a_kill_between_two_updates_keeps_their_order(moment, tmp_path):
             if count == moment:
                 raise KilledError
 
-    run.loop._tell = tell
+    run.tell = tell
     with pytest.raises(KilledError):
         run.step()
     # Other silos are faster after the kill: the order is the one that was written down.
@@ -241,7 +244,7 @@ def test_a_kill_between_two_updates_keeps_their_order(moment, tmp_path):
     )
     run.begin()
     run.told = told = []
-    run.loop._tell = told.append
+    run.tell = told.append
     assert run.step()
     order = [event.silo for event in told if isinstance(event, LocalFinished)]
     assert order[:moment] == ["b", "d", "a", "c"][:moment]

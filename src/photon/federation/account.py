@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
+from photon.config import RunConfig
+from photon.config.children import LEAF
 from photon.evaluation.perplexity import perplexity
+from photon.federation.checkpoint import RunState
+from photon.federation.pace import running_mean
 from photon.federation.tasks import EvalReceipt, FitTask, Receipt
-from photon.telemetry.events import LocalFinished, Notice
+from photon.telemetry.events import LocalFinished, Notice, RoundMerged
 
 #: Where training diverged: the same rounds again would diverge again.
 WAY_OUT = (
@@ -43,6 +47,22 @@ class RoundCosts:
     dropped: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     diverged: int = 0
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A round that is over.
+
+    Attributes:
+        after: the numbers of a run that the round changed; its totals are its keeper's.
+        participants: who was asked.
+        receipts: of what was merged.
+    """
+
+    after: RunState
+    costs: RoundCosts
+    participants: Collection[str]
+    receipts: Sequence[Receipt]
 
 
 def mean_score(own: Sequence[EvalReceipt]) -> EvalReceipt:
@@ -97,4 +117,61 @@ def scaled_down(receipt: Receipt, norm: float, share: float) -> Notice:
         f"{norm:.4g} is far above the last round's median",
         round=receipt.round,
         silo=receipt.silo,
+    )
+
+
+def after_round(
+    config: RunConfig,
+    before: RunState,
+    new: Sequence[FitTask],
+    merged: Sequence[tuple[FitTask, Receipt]],
+    asked: int,
+) -> RunState:
+    """A run's numbers after a round, but for the server's and for who is still at work.
+
+    Args:
+        new: tasks that were handed in for it.
+        merged: and their receipts.
+        asked: how many were at work in it.
+    """
+    tau, batch = config.local.steps, config.local.batch_size
+    children = config.federation.children
+
+    def read(task: FitTask) -> int:
+        return task.steps * batch * (children.get(task.silo, LEAF).nodes or 1)
+
+    if config.federation.pace == "buffered":
+        # The clock goes by what the whole fleet trained, of which a merge has a part.
+        tau = max(1, round(sum(task.steps for task, _ in merged) / asked))
+    speeds = dict(before.speeds)
+    for task, receipt in merged:
+        speed = task.steps / max(receipt.train_s, 1e-9)
+        speeds[task.silo] = running_mean(speeds.get(task.silo, 0.0), speed)
+    return replace(
+        before,
+        round=before.round + 1,
+        global_step=before.global_step + tau,
+        node_rounds=before.node_rounds | {task.silo: task.round for task, _ in merged},
+        # Whatever came of it: nothing in a silo's text can keep it out for longer than once.
+        cursors=before.cursors | {one.silo: one.cursor + read(one) for one in new},
+        merged={task.silo: task.round for task, _ in merged},
+        speeds=speeds,
+        good_s=before.good_s + sum(one.train_s for _, one in merged),
+        exposed_s=before.exposed_s + sum(one.load_s + one.publish_s for _, one in merged),
+    )
+
+
+def round_merged(
+    number: int, merged: Sequence[tuple[FitTask, Receipt]], norm: float, merge_s: float
+) -> RoundMerged:
+    """What is told of a round that was merged."""
+    tokens = sum(receipt.tokens for _, receipt in merged)
+    loss = sum(receipt.loss * receipt.tokens for _, receipt in merged) / max(1, tokens)
+    return RoundMerged(
+        round=number,
+        participants=[receipt.silo for _, receipt in merged],
+        tokens=tokens,
+        train_loss=loss,
+        pseudo_gradient_norm=norm,
+        merge_s=merge_s,
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from photon.federation.account import Closed
 from photon.federation.checkpoint import CheckpointStore, RunState
-from photon.federation.federation import Closed
 from photon.federation.group import needed_states
 from photon.federation.node_state import prune_node_states
 from photon.federation.tasks import EvalReceipt

@@ -69,7 +69,7 @@ class Rounds:
         """
         ledger = self._ledger
         if ledger.state.round == 0:
-            ledger.save(self._federation.server.groups())
+            ledger.save(self._groups())
             if self._config.eval.every:
                 self._evaluate(ledger.state)
         while ledger.state.global_step < self._config.total_steps and not self._ended():
@@ -89,11 +89,15 @@ class Rounds:
                 numbers = closed.after.node_rounds
                 closed.costs.eval_s = self._evaluate(before, closed.participants, numbers)
             after = replace(closed.after, clock=self._clock())
-            ledger.close_round(replace(closed, after=after), self._federation.groups())
+            ledger.close_round(replace(closed, after=after), self._groups())
             ledger.prune_node_states(self._node_folder)
         if ledger.evaluated_round != ledger.state.round:
             self._evaluate(ledger.state)
         return True
+
+    def _groups(self) -> dict[str, Mapping[str, Tensor]]:
+        """All tensors that a checkpoint needs: the server's, and the versions still in use."""
+        return self._federation.server.groups() | self._federation.outstanding.versions()
 
     def _evaluate(
         self,

@@ -330,7 +330,7 @@ class Session:
         in_order = config.federation.pace == "synchronous"
         order = Order(None if in_order else self.folder / "order.jsonl")
         federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
-        federation.go_on_with(ledger.state.in_flight, tensors)
+        federation.outstanding.go_on_with(ledger.state.in_flight, tensors, server)
         rounds = Rounds(config, federation, fleet, ledger, settings.folder, **options)
         return rounds, engine.close
 

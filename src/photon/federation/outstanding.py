@@ -1,0 +1,214 @@
+"""Tasks that are not answered yet: whom to ask, and whom to go on waiting for."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from photon.config import RunConfig
+from photon.federation.checkpoint import RunState
+from photon.federation.engine import Engine, Mailbox, Version
+from photon.federation.order import Order
+from photon.federation.pace import Book, Pace, unequal_steps
+from photon.federation.sampling import Candidates, sample_participants
+from photon.federation.server import Server
+from photon.federation.tasks import FitTask, Update
+
+
+@dataclass(frozen=True)
+class Going:
+    """A task that was handed in and is not answered yet.
+
+    Attributes:
+        share: weight of its update before tokens count.
+        bytes_down: what its participant gets to start, on the wire.
+    """
+
+    version: Version
+    share: float
+    bytes_down: int
+
+
+class Outstanding:
+    """Asks participants, and takes their answers at the run's pace.
+
+    Args:
+        config: the run file.
+        mailbox: of the engine that carries tasks.
+        pace: whom to wait for.
+        order: in which updates were merged by a process before this one.
+        pooled: see Federation.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mailbox: Mailbox,
+        pace: Pace,
+        order: Order,
+        pooled: Sequence[str],
+    ) -> None:
+        self._config = config
+        self._mailbox = mailbox
+        self._engine: Engine = mailbox.engine
+        self._pace = pace
+        self._order = order
+        self._pooled = tuple(pooled)
+        self._going: dict[FitTask, Going] = {}
+
+    def __len__(self) -> int:
+        return len(self._going)
+
+    @property
+    def silos(self) -> list[str]:
+        """Who is at work, in the order of being asked."""
+        return [task.silo for task in self._going]
+
+    def book(self, before: RunState) -> Book:
+        """Of a round that begins now."""
+        asked = len(self._going)
+        most = min(self._config.federation.sample or asked, asked)
+        return Book(most, self._config.quorum_of(asked), self._engine.now_s, before.quorum_s)
+
+    def ask(self, before: RunState, candidates: Candidates, version: Version) -> list[FitTask]:
+        """Draw participants among those who are idle, and hand their tasks in."""
+        config, busy = self._config, set(self.silos)
+        tokens = {silo: count for silo, count in candidates.tokens.items() if silo not in busy}
+        count = config.federation.sample
+        if count is not None and config.federation.pace != "synchronous":
+            count = max(0, min(len(tokens), count - len(busy) + config.federation.over_sample))
+        drawn = sample_participants(
+            tokens,
+            count=count,
+            sampling=config.federation.sampling,
+            seed=config.run.seed,
+            round_number=before.round + 1,
+            attempt=candidates.attempt,
+        )
+        by_data = config.federation.weighting == "data"
+        steps: dict[str, int] = {}
+        if config.federation.unequal_steps:
+            steps = unequal_steps(config.local.steps, before.speeds)
+        new = []
+        # Silos before groups: an engine lets groups work when these are done.
+        children = config.federation.children
+        for silo, times in sorted(Counter(drawn).items(), key=lambda one: one[0] in children):
+            task = FitTask(
+                run=config.run.name,
+                round=before.round + 1,
+                silo=silo,
+                global_step=before.global_step,
+                steps=steps.get(silo, config.local.steps),
+                node_round=before.node_rounds.get(silo),
+                cursor=before.cursors.get(silo, 0),
+                texts=tuple(candidates.texts) or self._pooled,
+            )
+            share = float(times * (tokens[silo] if by_data else 1))
+            down = 0 if self._pooled else version.bytes_down(self.held(before, silo, before.round))
+            self._going[task] = Going(version, share, down)
+            self._engine.submit(task, version)
+            new.append(task)
+        return new
+
+    def held(self, before: RunState, silo: str, last: int) -> int | None:
+        """The newest version up to `last` that a silo has: it trained from it, or scored it."""
+        took_part = before.node_rounds.get(silo)
+        held = [] if took_part is None else [took_part - 1]
+        every = self._config.eval.every
+        if self._config.eval.per_silo and every and last >= 0:
+            held.append(last - last % every)
+        return max(held, default=None)
+
+    def arriving(self, number: int, book: Book) -> Iterator[tuple[FitTask, Going, Update]]:
+        """Updates, until the pace has the round closed.
+
+        First in the order in which a process before this one merged them, as far as it came.
+        """
+        turn, here = self._order.of(number, list(self._going)), dict[FitTask, Update]()
+        replayed = len(turn)
+        if self._pace.in_task_order:
+            turn += [task for task in self._going if task not in turn]
+        while True:
+            while (task := turn[0] if turn else next(iter(here), None)) in here:
+                assert task is not None
+                turn, replayed = turn[1:], replayed - 1
+                self._order.note(number, task)
+                yield task, self._going.pop(task), here.pop(task)
+            book.now_s = self._engine.now_s
+            left_s = math.inf if replayed > 0 else self._pace.left_s(book)
+            waiting = [one for one in self._going if one not in here]
+            if left_s <= 0 or not waiting:
+                break
+            for one, answer in self._mailbox.take(waiting, left_s):
+                assert isinstance(one, FitTask)
+                assert isinstance(answer, Update)
+                here[one] = answer
+        # Here in time, behind one that was not.
+        for task in sorted(here, key=[*turn, *here].index):
+            self._order.note(number, task)
+            yield task, self._going.pop(task), here[task]
+
+    def left_behind(self, number: int, book: Book) -> Iterator[tuple[FitTask, str]]:
+        """Who is late, if the pace does not go on listening to it, or for too long; and why."""
+        limits = self._config.federation
+        for task in list(self._going):
+            missed = number + 1 - task.round  # merges, when it answers next
+            if self._pace.keeps_late and missed <= limits.max_staleness:
+                continue
+            because = self._engine.cancel(task)
+            del self._going[task]
+            if self._pace.keeps_late:
+                most = limits.max_staleness
+                why = f"missed {missed} merges, more than federation.max_staleness = {most}"
+            elif book.now_s - book.began_s >= limits.deadline_s:
+                why = f"has not answered in the {limits.deadline_s:g} s of round {number}"
+            else:
+                why = f"had not answered when round {number} closed"
+            yield task, f"{task.silo} {why}{because}"
+
+    def give_up(self) -> None:
+        """Forget who is still at work."""
+        for task in self._going:
+            self._engine.cancel(task)
+        self._going.clear()
+
+    # --- across checkpoints --------------------------------------------------------------------
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        """For RunState.in_flight."""
+        return [
+            {"task": asdict(task), "share": going.share, "bytes_down": going.bytes_down}
+            for task, going in self._going.items()
+        ]
+
+    def versions(self) -> dict[str, Mapping[str, Tensor]]:
+        """The versions that tasks start from, as groups of a checkpoint."""
+        versions = {going.version for going in self._going.values()}
+        return {f"version-{one.number}": one.tensors for one in versions}
+
+    def go_on_with(
+        self,
+        in_flight: Sequence[Mapping[str, Any]],
+        groups: Mapping[str, Mapping[str, Tensor]],
+        server: Server,
+    ) -> None:
+        """Hand in again what was not answered when a checkpoint was written.
+
+        Args:
+            in_flight: RunState.in_flight.
+            groups: from the checkpoint, with the versions that the tasks start from.
+            server: makes versions of them.
+        """
+        versions: dict[int, Version] = {}
+        for one in in_flight:
+            task = FitTask(**{**one["task"], "texts": tuple(one["task"]["texts"])})
+            number = task.round - 1
+            if number not in versions:
+                versions[number] = server.version_of(number, groups[f"version-{number}"])
+            self._going[task] = Going(versions[number], one["share"], one["bytes_down"])
+            self._engine.submit(task, versions[number])
