@@ -4,13 +4,16 @@ import shutil
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from photon.config import parse_run_config
+from photon.cli.main import app
+from photon.config import parse_run_config, write_resolved
+from photon.config.clock import ClockConfig
 from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.errors import IncompatibleConfigError, UnknownKeyError
 from photon.federation import CheckpointStore, FitTask
-from photon.runs import load_weights, resume, simulate
+from photon.runs import load_weights, resume, simulate, train
 from photon.telemetry import read_history
 from photon.telemetry.events import Evaluated, LocalFinished, UpdateDropped
 
@@ -171,6 +174,7 @@ def test_nodes_read_every_sequence_of_their_silo_once(
     config = make_config(
         four_silos,
         *SHORT,
+        'parts.frozen=["*embed*"]',
         "federation.children.a={nodes=2, rounds=2}",
         'federation.children.rest={silos=["c"], children={b={nodes=3, rounds=2}}}',
         "federation.rounds=2",
@@ -251,8 +255,8 @@ def test_groups_that_can_not_be_are_refused_before_training(
 
 
 def test_groups_go_with_rounds_that_wait_for_all(four_silos, make_config):
-    for key in ("federation.merge=adopt", "federation.pace=buffered"):
-        with pytest.raises(IncompatibleConfigError, match=r"federation\.children needs"):
+    for key in ("federation.merge=adopt", "federation.pace=buffered", 'parts.personal=["lm*"]'):
+        with pytest.raises(IncompatibleConfigError, match=r"federation\.children (needs|can)"):
             make_config(four_silos, key, "federation.children.a.nodes=2")
     with pytest.raises(UnknownKeyError, match="node'") as caught:
         make_config(four_silos, "federation.children.a.node=2")
@@ -263,3 +267,23 @@ def test_a_resolved_run_file_has_its_groups(four_silos, make_config):
     config = make_config(four_silos, *DEEP)
     assert parse_run_config(config.model_dump(exclude_none=True)) == config
     assert set(open_data(four_silos).silos) == set(config.federation.children["west"].silos_of(""))
+
+
+def test_only_a_simulation_on_real_time_has_groups(four_silos, make_config, tmp_path):
+    config = make_config(four_silos, *SHORT, "federation.children.a.nodes=2")
+    with pytest.raises(IncompatibleConfigError, match="simulated time has no groups yet"):
+        simulate(config, run_dir=tmp_path / "run", clock=ClockConfig())
+    run_file = tmp_path / "run.toml"
+    write_resolved(config, run_file)
+    result = CliRunner().invoke(app, ["serve", str(run_file)])
+    assert result.exit_code == IncompatibleConfigError.exit_code
+    assert "`photon serve` has no groups yet" in " ".join(result.output.split())
+
+
+def test_the_baseline_reads_as_many_tokens_as_groups_do(
+    four_silos, make_config, small_model, tmp_path
+):
+    recipe = (*SHORT, "federation.rounds=1", "federation.children.a.nodes=2")
+    config = make_config(four_silos, *recipe, model=small_model)
+    (one, two) = (run(config, run_dir=tmp_path / run.__name__) for run in (simulate, train))
+    assert one.summary["tokens"] == two.summary["tokens"] == 5 * 4 * 4 * 32

@@ -62,6 +62,11 @@ class ChildConfig(Section):
         return [name] if self.nodes is not None else self.silos + below
 
     @property
+    def groups(self) -> int:
+        """Itself and those below."""
+        return 1 + sum(one.groups for one in self.children.values())
+
+    @property
     def leaves(self) -> int:
         """How many train at the same time, at any depth."""
         return self.nodes or len(self.silos) + sum(one.leaves for one in self.children.values())

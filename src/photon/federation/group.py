@@ -111,7 +111,7 @@ class Group:
         if not isinstance(event, RoundStarted | RoundMerged):
             self._tell(event)
 
-    def _kept(self, number: int | None) -> tuple[RunState, dict[str, dict[str, Tensor]], bool]:
+    def _kept(self, number: int | None) -> tuple[RunState, dict[str, Mapping[str, Tensor]], bool]:
         """What it kept after its task of a round, and whether that is gone."""
         if number is not None:
             try:

@@ -75,6 +75,9 @@ class Nodes:
         if config.train.batch_size is not None:
             return config.train.batch_size
         participants = min(len(self._silos), config.federation.sample or len(self._silos))
+        for name, one in config.federation.children.items():  # as many as read a text in groups
+            if (silos := one.silos_of(name)) and set(silos) <= set(self._silos):
+                participants += one.leaves - len(silos)
         return config.local.batch_size * participants
 
     def settings(self) -> NodeSettings:

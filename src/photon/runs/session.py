@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from photon.aggregation.rules import SPOOLING
 from photon.config import RunConfig, write_resolved
-from photon.config.children import check_children, participants, refuse_children
+from photon.config.children import LEAF, check_children, participants, refuse_children
 from photon.config.clock import ClockConfig, load_clock
 from photon.data import PreparedData, open_data
 from photon.engines.groups import in_the_round, with_groups
@@ -173,7 +173,7 @@ class Session:
         if kind == "simulate":
             check_children(config, self.silos)
         if self.clock is not None:
-            refuse_children(config, "--clock")
+            refuse_children(config, "simulated time")
         elsewhere = guests.engine if guests is not None else None
         self._begun = begun
         built = with_own_model(self.config, folder) if begun else self.config
@@ -203,9 +203,13 @@ class Session:
         moments = {"adamw": 2, "muon": 2, "adopt": 2, "amsgrad": 3, "sgd": 0}
         state_bytes = weights_bytes * moments[config.local.optimizer]
         keeps = config.federation.optimizer_state == "keep"
-        keepers = {"train": 1, "simulate": len(self.silos) if keeps else 0, "serve": 0}[self.kind]
+        children = config.federation.children
+        leaves = sum(children.get(name, LEAF).leaves for name in self._fleet_tokens)
+        keepers = {"train": 1, "simulate": leaves if keeps else 0, "serve": 0}[self.kind]
         feeds_back = self.kind == "simulate" and config.link.feeds_back
-        feedback_bytes = weights_bytes * len(self.silos) if feeds_back else 0
+        feedback_bytes = weights_bytes * leaves if feeds_back else 0
+        # Outer optimizers have two moments at most; feedback is one more.
+        feedback_bytes += 3 * weights_bytes * sum(one.groups for one in children.values())
         rules = {config.federation.merging_rule, config.parts.key_rule}
         spools = self.kind != "train" and not rules.isdisjoint(SPOOLING)
         left_out_bytes = weights_bytes if config.link.lossy_broadcast else 0
