@@ -12,9 +12,9 @@ from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
 from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version, fitted, scored
+from photon.federation.layout import layout_of
 from photon.federation.node import initial_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
-from photon.models import trainable_parameters
 from photon.telemetry.events import ComputeChosen, LocalProgress, WorkerLost
 from photon.training import InnerOptimizer
 
@@ -28,9 +28,10 @@ class Bench:
         self.config, self.told = config, []
         self.data = open_data(config.data.path)
         model = initial_model(config, self.data)
+        layout = layout_of(model)
+        self.once = layout.once_of(model)
         self.state = {
-            WEIGHTS + name: parameter.detach().clone()
-            for name, parameter in trainable_parameters(model).items()
+            WEIGHTS + name: model.get_parameter(name).detach().clone() for name in layout.merged
         }
         if config.federation.optimizer_state == "average":
             zeros = InnerOptimizer(model, config.local).initial_state()
@@ -44,7 +45,7 @@ class Bench:
 
     @property
     def version(self):
-        return Version("bench", 0, self.state)
+        return Version("bench", 0, self.state, once=self.once, once_sha256="of the bench")
 
     def fit(self, silos, number=1, node_round=None):
         steps = self.config.local.steps
@@ -70,8 +71,12 @@ def assert_close(mine, theirs):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_ranks_answer_as_one_process_does(three_silos, make_config, tmp_path, strategy):
-    """Fit from a kept state, another silo between, evaluation: the whole life of a node."""
+    """Fit from a kept state, another silo between, evaluation: the whole life of a node.
+
+    The embedding, and so the head, is each silo's own: what FSDP2 gathered of one must not stay.
+    """
     recipe = ["local.optimizer=muon", "local.lr=1e-2", "federation.optimizer_state=keep"]
+    recipe += ["parts.personal=['*embed*']", "parts.frozen=['*layers.0.*']"]
     alone = Bench(make_config(three_silos, *recipe), tmp_path / "alone")
     recipe += ["compute.processes=2", f"compute.strategy={strategy}"]
     config = make_config(three_silos, *recipe)
@@ -82,7 +87,7 @@ def test_two_ranks_answer_as_one_process_does(three_silos, make_config, tmp_path
                 *bench.fit(["red", "blue"]),
                 *bench.fit(["red"], number=2, node_round=1),
             ]
-            tasks = [EvalTask(2, None), EvalTask(2, "green")]
+            tasks = [EvalTask(2, None), EvalTask(2, "red", 2), EvalTask(2, "blue", 1)]
             bench.scores = list(scored(bench.engine, tasks, bench.version))
     finally:
         pair.engine.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from photon.config import RunConfig
@@ -99,7 +98,6 @@ class Kept:
             return None
         return kept if all(name + PERSONAL in kept for name in self._personal) else None
 
-    @torch.no_grad()
     def _place(self, kept: dict[str, Tensor] | None, version: Version | None) -> None:
         """Give personal tensors the silo's values, or those that every silo begins with."""
         if not self._personal:
@@ -108,5 +106,4 @@ class Kept:
             first = version and {name: version.once[name] for name in self._personal}
             self._trainer.load_weights(first, self._personal)
             return
-        for name in self._personal:
-            self._trainer.weights()[name].copy_(kept[name + PERSONAL])
+        self._trainer.placed.put({name: kept[name + PERSONAL] for name in self._personal})

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -157,11 +157,27 @@ class PlacedModel:
         problem = self._ranks.announce(problem)
         if problem is not None:
             raise ModelMismatchError(problem)
+        self._forget_gathered()
         for name, tensor in mine.items():
             own = None if weights is None else weights[name]
             if self._ranks.size > 1 or own is None:
                 own = self._spread(name, own, tensor.shape, tensor.dtype)
             tensor.copy_(own)
+
+    @torch.no_grad()
+    def put(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors, as this rank holds them, in place."""
+        self._forget_gathered()
+        for name, tensor in tensors.items():
+            self.carried[name].copy_(tensor)
+
+    def _forget_gathered(self) -> None:
+        """FSDP2 keeps what it gathered outside of blocks after a forward pass, for a backward pass.
+
+        After one that only scores, the next would go by it, whatever was loaded meanwhile.
+        """
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()
 
     def _shard(self, mesh: DeviceMesh) -> None:
         dtype = self._plan.autocast_dtype
