@@ -191,3 +191,23 @@ def central_config(config: RunConfig, batch_size: int) -> RunConfig:
             "privacy": PrivacyConfig(),
         }
     )
+
+
+def resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
+    """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
+    seat, workers = seat_of(kind), workers_of(kind, config)
+    here = seat.local_world_size if seat.world_size > 1 else ranks_of(kind, config)
+    plan = plan_compute(config.compute, processes=max(1, workers) * here)
+    decided = {
+        "threads": plan.threads,
+        "precision": plan.precision,
+        "device": plan.device.type,
+    }
+    compute = config.compute.model_copy(update=decided)
+    resolved = {"compute": compute, "data": config.data.model_copy(update={"path": str(data.path)})}
+    if kind == "train":
+        resolved["parts"] = config.parts.pooled()
+    if config.model.path is not None and Path(config.model.path).expanduser().exists():
+        path = str(Path(config.model.path).expanduser().resolve())
+        resolved["model"] = config.model.model_copy(update={"path": path})
+    return config.model_copy(update=resolved)

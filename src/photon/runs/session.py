@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +18,7 @@ from photon.config import RunConfig, write_resolved
 from photon.config.children import LEAF, check_children, participants, refuse_children
 from photon.config.clock import ClockConfig, load_clock
 from photon.data import PreparedData, open_data
-from photon.engines.groups import in_the_round, with_groups
-from photon.engines.simulated import SimulatedEngine, SimulatedFleet
+from photon.engines.groups import in_the_round
 from photon.errors import (
     EmptySiloError,
     IncompatibleConfigError,
@@ -31,7 +28,6 @@ from photon.errors import (
 from photon.federation import (
     CheckpointStore,
     Federation,
-    FixedFleet,
     Fleet,
     RunState,
     Server,
@@ -41,12 +37,13 @@ from photon.federation.checkpoint import require_room
 from photon.federation.layout import layout_of
 from photon.federation.node import empty_model, initial_model, open_stream
 from photon.federation.order import Order
-from photon.link import tensors_sha256, writing
+from photon.link import writing
 from photon.models import (
     model_fingerprint,
     tokenizer_file_of,
     trainable_parameters,
 )
+from photon.runs.builders import centralised, served, simulation
 from photon.runs.changes import changes, go_on_with
 from photon.runs.folder import (
     keep_model,
@@ -55,12 +52,12 @@ from photon.runs.folder import (
     with_own_model,
 )
 from photon.runs.ledger import Ledger
-from photon.runs.nodes import CENTRALISED, Elsewhere, Nodes, ranks_of, seat_of, workers_of
-from photon.runs.rounds import Rounds
+from photon.runs.nodes import Elsewhere, Nodes, resolved
+from photon.runs.rounds import Rounds, stopping_on_sigterm
+from photon.runs.summary import summary_of
 from photon.store.disk import write_json
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import Event, JsonlWriter, Listener, Recorder
-from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.telemetry.events import (
     Kind,
     Notice,
@@ -169,7 +166,7 @@ class Session:
             tokens = dict(guests.silo_tokens)
             self.silos = sorted(tokens)
         self._silo_tokens = tokens
-        self.config = _resolved(kind, config, self.data)
+        self.config = resolved(kind, config, self.data)
         if kind == "simulate":
             check_children(config, self.silos)
         if self.clock is not None:
@@ -279,12 +276,21 @@ class Session:
         loop, close = self._loop(ledger, recorder.emit, tensors)
         tensors.clear()
         try:
-            with _stopping_on_sigterm():
+            with stopping_on_sigterm():
                 over = loop.run()
             if not over:
                 recorder.emit(RunStopped(round=ledger.state.round, reason="drained"))
                 return RunResult(self.folder, {})
-            summary = finite(self._summary(ledger, loop.weights, recorder.elapsed_s))
+            summary = finite(
+                summary_of(
+                    ledger,
+                    self.config,
+                    loop.weights,
+                    elapsed_s=recorder.elapsed_s,
+                    at_once=self._at_once,
+                    alone=self.kind == "train",
+                )
+            )
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             with contextlib.suppress(OSError):
@@ -305,38 +311,42 @@ class Session:
         if not tensors:
             once = layout_of(model).once_of(model)
             tensors = {"global": self._nodes.initial_state(model), "once": once}
-        settings = self._nodes.settings()
-        guests, config = self._guests, self.config
-        if config.federation.children:
+        key, nodes = layout_of(model).named("key"), self._nodes.settings()
+        if self.config.federation.children:
             on_event = in_the_round(on_event)
-        engine = self._nodes.engine(model, on_event)
-        fleet: Fleet = FixedFleet(self._fleet_tokens, scored=self.silos)
-        if guests is not None:
-            fleet = guests.fleet
-        pooled: Sequence[str] = ()
-        options: dict[str, Any] = {"draining": guests.ending} if guests is not None else {}
-        if self.clock is not None:
-            clocked = SimulatedEngine(
-                engine, self.clock, self.silos, self.folder / "arrivals", ledger.state.clock
-            )
-            needed = config.federation.sample or config.quorum_of(self._participants())
-            clocks = SimulatedFleet(self._silo_tokens, needed, clocked, self.clock)
-            engine, fleet = clocked, clocks
-            options = {"ended": clocks.ended, "clock": clocked.clock}
-        if self.kind == "simulate":
-            engine = with_groups(engine, config, self._silo_tokens, settings.folder, on_event)
+        engine, tokens = self._nodes.engine(model, on_event), self._silo_tokens
+        if self._guests is not None:
+            built = served(self.config, engine, self._guests.fleet, self._guests.ending)
         elif self.kind == "train":
-            config, pooled = settings.config, self.silos
-            tokens = sum(self._silo_tokens.values())
-            fleet = FixedFleet({CENTRALISED: tokens}, scored=list(self.data.silos))
-        key = layout_of(model).named("key")
-        server = Server(config, self.folder, tensors, ledger.state, key)
-        in_order = config.federation.pace == "synchronous"
+            built = centralised(nodes.config, engine, tokens, scored=list(self.data.silos))
+        else:
+            built = simulation(
+                self.config, engine, tokens, self.folder, on_event, self.clock, ledger.state
+            )
+        server = Server(built.config, self.folder, tensors, ledger.state, key)
+        in_order = built.config.federation.pace == "synchronous"
         order = Order(None if in_order else self.folder / "order.jsonl")
-        federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
+        federation = Federation(
+            built.config,
+            built.fleet,
+            built.engine,
+            server,
+            on_event,
+            pooled=built.pooled,
+            order=order,
+        )
         federation.outstanding.go_on_with(ledger.state.in_flight, tensors, server)
-        rounds = Rounds(config, federation, fleet, ledger, settings.folder, **options)
-        return rounds, engine.close
+        rounds = Rounds(
+            built.config, federation, built.fleet, ledger, nodes.folder, **built.options
+        )
+        return rounds, built.engine.close
+
+    @property
+    def _at_once(self) -> int:
+        """Silos, or training processes, that trained at the same time."""
+        if self.kind == "serve" or self.clock is not None:
+            return len(self.silos)
+        return max(1, self._nodes.workers)
 
     @property
     def _fleet_tokens(self) -> dict[str, int]:
@@ -465,80 +475,6 @@ class Session:
             "had changed"
         ]
 
-    def _summary(
-        self, ledger: Ledger, weights: dict[str, Tensor], elapsed_s: float
-    ) -> dict[str, Any]:
-        state, overall = ledger.state, ledger.evaluation[None]
-        return {
-            "rounds": state.round,
-            "tokens": state.total_tokens,
-            "global_loss": overall.loss,
-            "global_perplexity": overall.perplexity,
-            "bits_per_byte": overall.bits_per_byte,
-            "per_silo": {
-                silo: receipt.perplexity
-                for silo, receipt in ledger.evaluation.items()
-                if silo is not None
-            },
-            "bytes_up": state.bytes_up,
-            "bytes_down": state.bytes_down,
-            **({"bytes_inside": state.bytes_inside} if state.bytes_inside else {}),
-            **self._baselines(state, weights),
-            "wall_s": elapsed_s,
-            "local_train_s": state.local_train_s,
-            **self._use_of_time(state, elapsed_s),
-            "weights_sha256": tensors_sha256(weights),
-            "photon_version": photon_version(),
-        }
-
-    def _use_of_time(self, state: RunState, elapsed_s: float) -> dict[str, Any]:
-        """Shares of time, by the definitions of docs/clock.md."""
-        simulated_s = state.clock.get("now_s")
-        time_s = elapsed_s if simulated_s is None else simulated_s
-        silos = 1 if self.kind == "train" else len(self.silos)
-        at_once = silos if simulated_s is not None else max(1, self._nodes.workers)
-        told = state.good_s + state.exposed_s
-        return {
-            "simulated_s": simulated_s,
-            "train_share": state.local_train_s / time_s if time_s > 0 else 0.0,
-            "utilisation": state.good_s / told if told > 0 else 0.0,
-            "goodput": state.good_s / (at_once * time_s) if time_s > 0 else 0.0,
-            "tokens_lost": state.tokens_lost,
-        }
-
-    def _baselines(self, state: RunState, weights: dict[str, Tensor]) -> dict[str, int]:
-        """What the run's bytes are held against; nothing for a run that exchanges none."""
-        if self.kind == "train":
-            return {}
-        local = self.config.local
-        task_tokens = local.steps * local.batch_size * self.config.data.sequence_length
-        tasks = state.total_tokens // task_tokens
-        parameters = sum(weight.numel() for weight in weights.values())
-        return {
-            "all_reduce_bytes": all_reduce_bytes(parameters, local.steps, tasks),
-            "bf16_exchange_bytes": bf16_exchange_bytes(parameters, tasks),
-        }
-
-
-def _resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
-    """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
-    seat, workers = seat_of(kind), workers_of(kind, config)
-    here = seat.local_world_size if seat.world_size > 1 else ranks_of(kind, config)
-    plan = plan_compute(config.compute, processes=max(1, workers) * here)
-    decided = {
-        "threads": plan.threads,
-        "precision": plan.precision,
-        "device": plan.device.type,
-    }
-    compute = config.compute.model_copy(update=decided)
-    resolved = {"compute": compute, "data": config.data.model_copy(update={"path": str(data.path)})}
-    if kind == "train":
-        resolved["parts"] = config.parts.pooled()
-    if config.model.path is not None and Path(config.model.path).expanduser().exists():
-        path = str(Path(config.model.path).expanduser().resolve())
-        resolved["model"] = config.model.model_copy(update={"path": path})
-    return config.model_copy(update=resolved)
-
 
 def _in_words(changed: dict[str, tuple[Any, Any]], number: int) -> str:
     said = ", ".join(f"{key} = {now} (was {was})" for key, (was, now) in changed.items())
@@ -560,20 +496,3 @@ def _chosen_silos(data: PreparedData, silos: Sequence[str] | None) -> list[str]:
             hint=f"Its silos: {', '.join(sorted(data.silos))}.",
         )
     return sorted(set(silos))
-
-
-@contextlib.contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end a run as Ctrl-C does (main thread only)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,81 @@
+"""What summary.json says of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from photon.config import RunConfig
+from photon.federation import RunState
+from photon.link import tensors_sha256
+from photon.runs.ledger import Ledger
+from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
+from photon.version import photon_version
+
+
+def summary_of(
+    ledger: Ledger,
+    config: RunConfig,
+    weights: Mapping[str, Tensor],
+    *,
+    elapsed_s: float,
+    at_once: int,
+    alone: bool,
+) -> dict[str, Any]:
+    """Of the run that the ledger has the books of.
+
+    Args:
+        weights: as they are now.
+        elapsed_s: over all processes of the run.
+        at_once: silos, or training processes, that trained at the same time.
+        alone: nothing was exchanged.
+    """
+    state, overall = ledger.state, ledger.evaluation[None]
+    return {
+        "rounds": state.round,
+        "tokens": state.total_tokens,
+        "global_loss": overall.loss,
+        "global_perplexity": overall.perplexity,
+        "bits_per_byte": overall.bits_per_byte,
+        "per_silo": {
+            silo: receipt.perplexity
+            for silo, receipt in ledger.evaluation.items()
+            if silo is not None
+        },
+        "bytes_up": state.bytes_up,
+        "bytes_down": state.bytes_down,
+        **({"bytes_inside": state.bytes_inside} if state.bytes_inside else {}),
+        **({} if alone else _baselines(state, config, weights)),
+        "wall_s": elapsed_s,
+        "local_train_s": state.local_train_s,
+        **_use_of_time(state, elapsed_s, at_once),
+        "weights_sha256": tensors_sha256(weights),
+        "photon_version": photon_version(),
+    }
+
+
+def _use_of_time(state: RunState, elapsed_s: float, at_once: int) -> dict[str, Any]:
+    """Shares of time, by the definitions of docs/clock.md."""
+    simulated_s = state.clock.get("now_s")
+    time_s = elapsed_s if simulated_s is None else simulated_s
+    told = state.good_s + state.exposed_s
+    return {
+        "simulated_s": simulated_s,
+        "train_share": state.local_train_s / time_s if time_s > 0 else 0.0,
+        "utilisation": state.good_s / told if told > 0 else 0.0,
+        "goodput": state.good_s / (at_once * time_s) if time_s > 0 else 0.0,
+        "tokens_lost": state.tokens_lost,
+    }
+
+
+def _baselines(state: RunState, config: RunConfig, weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the run's bytes are held against."""
+    local = config.local
+    tasks = state.total_tokens // (local.steps * local.batch_size * config.data.sequence_length)
+    parameters = sum(weight.numel() for weight in weights.values())
+    return {
+        "all_reduce_bytes": all_reduce_bytes(parameters, local.steps, tasks),
+        "bf16_exchange_bytes": bf16_exchange_bytes(parameters, tasks),
+    }
