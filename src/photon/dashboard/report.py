@@ -298,7 +298,7 @@ def _silo_row(digest: RunDigest, index: int, silo: SiloDigest) -> dict[str, Any]
         "text": wording.count(silo.text_tokens) if silo.text_tokens is not None else "–",
         "share": wording.percent(silo.share, 1) if silo.share is not None else "–",
         "width": f"{(silo.share or 0.0) * 100:.2f}",
-        "rounds": len(silo.tasks),
+        "rounds": len({task.round for task in silo.tasks}),
         "loss": wording.decimal(silo.tasks[-1].last_loss if silo.tasks else None),
         "first": _perplexity(first),
         "last": _perplexity(last),

@@ -115,7 +115,8 @@ class Group:
         """What it kept after its task of a round, and whether that is gone."""
         if number is not None:
             try:
-                return *self._store.load(number), False
+                state, tensors = self._store.load(number)
+                return state, {**tensors}, False
             except CheckpointCorruptError:
                 pass
         return RunState(), {}, number is not None
