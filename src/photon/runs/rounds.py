@@ -74,7 +74,7 @@ class Rounds:
         if ledger.state.round == 0:
             ledger.save(self._groups())
             if self._config.eval.every:
-                self._evaluate(ledger.state)
+                self._evaluate(ledger.state, ledger.state)
         while ledger.state.global_step < self._config.total_steps and not self._ended():
             number = ledger.state.round + 1
             candidates = None if self._draining() else self._fleet.drawn_from(number)
@@ -89,13 +89,13 @@ class Rounds:
                 continue
             last = closed.after.global_step >= self._config.total_steps
             if last or due(self._config.eval.every, number):
-                numbers = closed.after.node_rounds
-                closed.costs.eval_s = self._evaluate(before, closed.participants, numbers)
+                asked = closed.participants
+                closed.costs.eval_s = self._evaluate(before, closed.after, asked)
             after = replace(closed.after, clock=self._clock())
             ledger.close_round(replace(closed, after=after), self._groups())
             ledger.prune_node_states(self._node_folder)
         if ledger.evaluated_round != ledger.state.round:
-            self._evaluate(ledger.state)
+            self._evaluate(ledger.state, ledger.state)
         return True
 
     def _groups(self) -> dict[str, Mapping[str, Tensor]]:
@@ -103,13 +103,9 @@ class Rounds:
         return self._federation.server.groups() | self._federation.outstanding.versions()
 
     def _evaluate(
-        self,
-        before: RunState,
-        participants: Collection[str] = (),
-        node_rounds: Mapping[str, int] | None = None,
+        self, before: RunState, after: RunState, participants: Collection[str] = ()
     ) -> float:
-        numbers = before.node_rounds if node_rounds is None else node_rounds
-        scores = self._federation.evaluate(before, participants, numbers)
+        scores = self._federation.evaluate(before, participants, after.node_rounds)
         return self._ledger.record_evaluation(self._federation.server.version.number, scores)
 
 

@@ -199,7 +199,8 @@ class Session:
         weights_bytes = 4 * sum(parameter.numel() for parameter in shape.parameters())
         moments = {"adamw": 2, "muon": 2, "adopt": 2, "amsgrad": 3, "sgd": 0}
         state_bytes = weights_bytes * moments[config.local.optimizer]
-        keeps = config.federation.optimizer_state == "keep"
+        # Personal parts are kept too, and hardly ever without the state that trains them.
+        keeps = config.federation.optimizer_state == "keep" or bool(config.parts.personal)
         children = config.federation.children
         leaves = sum(children.get(name, LEAF).leaves for name in self._fleet_tokens)
         keepers = {"train": 1, "simulate": leaves if keeps else 0, "serve": 0}[self.kind]
