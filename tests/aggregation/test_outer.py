@@ -23,6 +23,7 @@ CONFIGS = {
     "fedavg": OuterConfig(name="fedavg", lr=0.7),
     "fedavgm": OuterConfig(name="fedavgm", lr=0.3, momentum=0.8),
     "nesterov": OuterConfig(name="nesterov", lr=0.7, momentum=0.7),
+    "delayed_nesterov": OuterConfig(name="delayed_nesterov", lr=0.7, momentum=0.5, delay=2),
     "fedadam": OuterConfig(name="fedadam", lr=0.1),
     "fedyogi": OuterConfig(name="fedyogi", lr=0.1),
     "fedadagrad": OuterConfig(name="fedadagrad", lr=0.5),
@@ -48,7 +49,7 @@ def trajectory(outer: OuterOptimizer, rounds: int = ROUNDS) -> list[dict[str, li
     theta = start()
     path = []
     for r in range(rounds):
-        outer.step(theta, gradient(r))
+        outer.step(theta, gradient(r), r + 1)
         path.append({n: [float(x) for x in t.flatten()] for n, t in theta.items()})
     return path
 
@@ -146,16 +147,16 @@ def test_state_round_trips_in_mid_trajectory(name: str) -> None:
     whole, first = build_outer_optimizer(CONFIGS[name]), build_outer_optimizer(CONFIGS[name])
     one, two = start(), start()
     for r in range(3):
-        whole.step(one, gradient(r))
-        first.step(two, gradient(r))
+        whole.step(one, gradient(r), r + 1)
+        first.step(two, gradient(r), r + 1)
     saved = {key: t.clone() for key, t in first.state_tensors().items()}
     second = build_outer_optimizer(CONFIGS[name])
     second.load_state_tensors(saved)
     for tensor in saved.values():
         tensor.fill_(torch.nan)  # the optimizer keeps its own copy
     for r in range(3, 6):
-        whole.step(one, gradient(r))
-        second.step(two, gradient(r))
+        whole.step(one, gradient(r), r + 1)
+        second.step(two, gradient(r), r + 1)
     assert all(one[n].equal(two[n]) for n in one)
     ends = second.state_tensors()
     assert all(t.equal(ends[key]) for key, t in whole.state_tensors().items())
