@@ -131,7 +131,15 @@ def test_a_stretch_that_nothing_can_cut_is_refused_by_name(tmp_path, monkeypatch
     assert sum(part.documents for part in data.sets()) == 13
 
 
-def test_ctrl_c_is_heard_while_native_code_works():
+@pytest.fixture
+def ctrl_c():
+    """Heard, also where a shell has what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_is_heard_while_native_code_works(ctrl_c):
     begun, gate = threading.Event(), threading.Event()
 
     def native():

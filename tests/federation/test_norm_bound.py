@@ -98,6 +98,13 @@ def test_it_follows_the_schedule_and_says_where_it_comes_from():
     assert 'federation.max_update_norm = "auto"' in refused
 
 
+def test_what_comes_late_may_be_as_large_as_when_it_was_trained():
+    last = replace(START, round=4, global_step=80)
+    first, now = bound().norm, bound(before=last).norm
+    late = bound('federation.pace="buffered"', before=last).norm
+    assert now < first <= late
+
+
 def test_after_a_round_its_median_bounds_the_next():
     run = config("local.warmup_steps=60")
     after = replace(START, round=1, global_step=20, merged_norm=0.1, merged_lr_sum=lr_sum(run, 0))

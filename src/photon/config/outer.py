@@ -37,7 +37,7 @@ class OuterConfig(Section):
     name: str = Field(
         default="fedavg", description=", ".join(OUTER_NAMES) + ", or one a plugin registered."
     )
-    lr: Annotated[float, Field(gt=0, le=1e6)] = Field(
+    lr: Annotated[float, Field(gt=0, le=1e38)] = Field(
         default=None,  # pyright: ignore[reportAssignmentType]  # `_lr_by_name` puts it in
         description="Outer learning rate; by default 1 for fedavg, 0.1 for fedavgm (lr / (1 - "
         "momentum) is then 1), 0.7 for nesterov (DiLoCo), 0.01 for fedadam and fedyogi, 0.03 for "

@@ -236,7 +236,7 @@ class LocalConfig(Section):
     batch_size: Positive = Field(
         default=16, description="Sequences per optimizer step, per participant."
     )
-    lr: Annotated[float, Field(gt=0, le=1e6)] = Field(
+    lr: Annotated[float, Field(gt=0, le=1e38)] = Field(
         default=1e-3, description="Peak learning rate."
     )
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -325,7 +325,7 @@ class TrainConfig(Section):
         default=None,
         description="Sequences per step; local.batch_size x participants of a round by default.",
     )
-    lr: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+    lr: Annotated[float, Field(gt=0, le=1e38)] | None = Field(
         default=None, description="Peak learning rate; local.lr by default."
     )
 

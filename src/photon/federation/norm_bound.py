@@ -142,8 +142,10 @@ def _reach(config: RunConfig, before: RunState, state: GlobalState) -> float:
     step = _step(config, before, parameters)
     weights_norm = norm_of(weights) if local.weight_decay else 0.0
     feeds_back, moved = config.link.feeds_back, 0.0
+    # What comes late was trained when the rate may have been higher.
+    peak = feeds_back or config.federation.keeps_late
     for index in range(before.global_step, before.global_step + local.steps):
-        lr = local.lr * (1.0 if feeds_back else schedule.factor(index))
+        lr = local.lr * (1.0 if peak else schedule.factor(index))
         decay = local.weight_decay * (weights_norm + moved) if local.weight_decay else 0.0
         moved += lr * (step + decay)
     moved = config.privacy.noised_norm(moved, parameters)
