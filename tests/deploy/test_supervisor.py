@@ -460,7 +460,8 @@ def test_sigterm_handled_by_asking_to_stop(home) -> None:
         "    it.wait()",
         "    import signal\n"
         "    signal.signal(signal.SIGTERM, lambda *_: it.ask_to_stop())\n"
-        "    print('ready', flush=True)\n"
+        # At once: what other threads print may come between a print and its end of line.
+        "    import os; os.write(1, b'\\nready\\n')\n"
         "    it.wait()\n"
         "print('done', flush=True)",
     )

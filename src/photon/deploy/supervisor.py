@@ -17,12 +17,14 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +38,9 @@ from photon.deploy.logs import BoundedLog, Herald, merged_line
 from photon.deploy.service import Service, ServiceEvent, ServiceStatus
 from photon.errors import DeployError, DiskFullError, PhotonError
 from photon.store.disk import write_json
+
+#: Longest part of a wait.
+_SLICE_S = 0.5
 
 
 class Supervisor:
@@ -142,14 +147,19 @@ class Supervisor:
         Raises:
             ServiceLostError: a service was given up.
         """
-        if self._stopping:
+        until_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        while not self._stopping:
+            left_s = max(0.0, until_s - time.monotonic())
+            try:
+                # In slices: a signal that comes just before a wait begins does not end it.
+                news = self._mail.get(timeout=min(left_s, _SLICE_S))
+            except Empty:
+                if left_s <= _SLICE_S:
+                    return False
+                continue
+            if news is not None:
+                raise news
             return True
-        try:
-            news = self._mail.get(timeout=timeout_s)
-        except Empty:
-            return False
-        if news is not None:
-            raise news
         return True
 
     def ask_to_stop(self) -> None:

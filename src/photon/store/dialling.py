@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import socket
 import ssl
 from collections.abc import Callable, Iterable, MutableMapping
@@ -24,6 +25,22 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 #: Where IPv6 addresses of the internet are; all others are a site's own, or nobody's (RFC 4291).
 _INTERNET = ipaddress.IPv6Network("2000::/3")
+
+
+class _WithoutQueries(logging.Filter):
+    """httpx logs each URL; presigned ones carry signatures in their queries."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                one.copy_with(query=None) if isinstance(one, httpx2.URL) else one
+                for one in record.args
+            )
+        return True
+
+
+# Whatever in this process makes a client: also one that Photon did not make.
+logging.getLogger("httpx2").addFilter(_WithoutQueries())
 
 
 def http_client(

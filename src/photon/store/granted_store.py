@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 import re
 import ssl
 import weakref
@@ -87,7 +86,6 @@ class GrantedStore(Store):
         self._through = proxy_to(origin)
         #: Closes connections; called by itself when nobody holds this store any more.
         self.close = weakref.finalize(self, self._client.close)
-        _keep_queries_out_of_logs()
 
     def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
         require_key(key)
@@ -297,23 +295,3 @@ def _origin(url: str) -> tuple[str, str, int]:
 def _shown(origin: tuple[str, str, int]) -> str:
     scheme, host, port = origin
     return f"{scheme}://{host}:{port}"
-
-
-class _WithoutQueries(logging.Filter):
-    """httpx logs each URL; ours carry signatures in their queries."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(
-                one.copy_with(query=None) if isinstance(one, httpx2.URL) else one
-                for one in record.args
-            )
-        return True
-
-
-_without_queries = _WithoutQueries()
-
-
-def _keep_queries_out_of_logs() -> None:
-    # Adding the same filter again changes nothing.
-    logging.getLogger("httpx2").addFilter(_without_queries)
