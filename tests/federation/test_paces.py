@@ -128,7 +128,6 @@ def test_unequal_steps_let_all_end_together(timed):
 
 def test_normalised_updates_are_fednova(three_silos, make_config, tmp_path):
     """With one silo at half the steps, sum p d_i / tau_i times tau_eff, by hand."""
-    from photon.aggregation.mean import WeightedMean  # noqa: F401  # the rule in the run
     from photon.federation import Receipt, Update
     from photon.federation.merging import Merging
 

@@ -67,8 +67,8 @@ class Synchronous:
     """Everybody who was asked is waited for, up to the deadline (Photon, algorithm 1)."""
 
     deadline_s: float
-    in_task_order: bool = True
-    keeps_late: bool = False
+    in_task_order: bool = field(default=True, init=False)
+    keeps_late: bool = field(default=False, init=False)
 
     def left_s(self, book: Book) -> float:
         return book.began_s + self.deadline_s - book.now_s

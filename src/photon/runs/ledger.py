@@ -94,8 +94,3 @@ class Ledger:
                 total_bytes_down=self.state.bytes_down,
             )
         )
-
-
-def due(every: int, number: int) -> bool:
-    """Whether round `number` ends with an evaluation; the last one always does."""
-    return every > 0 and number % every == 0

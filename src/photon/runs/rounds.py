@@ -16,7 +16,7 @@ from photon.config import RunConfig
 from photon.errors import QuorumLostError
 from photon.federation import Federation, Fleet
 from photon.federation.checkpoint import RunState
-from photon.runs.ledger import Ledger, due
+from photon.runs.ledger import Ledger
 
 
 class Rounds:
@@ -88,7 +88,8 @@ class Rounds:
                     raise
                 continue
             last = closed.after.global_step >= self._config.total_steps
-            if last or due(self._config.eval.every, number):
+            every = self._config.eval.every
+            if last or (every and number % every == 0):
                 asked = closed.participants
                 closed.costs.eval_s = self._evaluate(before, closed.after, asked)
             after = replace(closed.after, clock=self._clock())

@@ -25,7 +25,7 @@ from photon.federation import (
     Version,
 )
 from photon.federation.tasks import WEIGHTS
-from photon.telemetry.events import RoundMerged
+from photon.runs.summary import shares_of_time
 
 
 class _Idle:
@@ -92,15 +92,8 @@ def study_time(config: RunConfig, clock: ClockConfig) -> dict[str, Any]:
         engine = SimulatedEngine(inner, clock, silos, Path(folder) / "arrivals", {})
         needed = plain.federation.sample or plain.quorum_of(len(silos))
         fleet = SimulatedFleet(dict.fromkeys(silos, 1), needed, engine, clock)
-        told: list[RoundMerged] = []
-        loop = Federation(
-            plain,
-            fleet,
-            engine,
-            server,
-            lambda event: told.append(event) if isinstance(event, RoundMerged) else None,
-        )
-        tokens = lost = 0
+        loop = Federation(plain, fleet, engine, server, lambda event: None)
+        tokens = lost = updates = 0
         while state.global_step < plain.total_steps and not fleet.ended():
             candidates = fleet.drawn_from(state.round + 1)
             if candidates is None:
@@ -108,14 +101,15 @@ def study_time(config: RunConfig, clock: ClockConfig) -> dict[str, Any]:
             closed = loop.round(state, candidates)
             state, costs = closed.after, closed.costs
             tokens, lost = tokens + costs.tokens, lost + costs.tokens_lost
+            updates += len(closed.receipts)
+    time_s = max(engine.now_s, 1e-9)
     return {
         "rounds": state.round,
         "simulated_s": engine.now_s,
         "tokens": tokens,
         "tokens_lost": lost,
-        "utilisation": state.good_s / max(state.good_s + state.exposed_s, 1e-9),
-        "goodput": state.good_s / max(len(silos) * engine.now_s, 1e-9),
+        **shares_of_time(state, time_s, len(silos)),
         "up_share": engine.up_share(),
-        "lost_share": engine.lost_s / max(len(silos) * engine.now_s, 1e-9),
-        "updates": sum(len(event.participants) for event in told),
+        "lost_share": engine.lost_s / (len(silos) * time_s),
+        "updates": updates,
     }

@@ -57,16 +57,27 @@ def summary_of(
 
 
 def _use_of_time(state: RunState, elapsed_s: float, at_once: int) -> dict[str, Any]:
-    """Shares of time, by the definitions of docs/clock.md."""
     simulated_s = state.clock.get("now_s")
     time_s = elapsed_s if simulated_s is None else simulated_s
-    told = state.good_s + state.exposed_s
     return {
         "simulated_s": simulated_s,
         "train_share": state.local_train_s / time_s if time_s > 0 else 0.0,
+        **shares_of_time(state, time_s, at_once),
+        "tokens_lost": state.tokens_lost,
+    }
+
+
+def shares_of_time(state: RunState, time_s: float, at_once: int) -> dict[str, float]:
+    """Utilisation and goodput, by the definitions of docs/clock.md.
+
+    Args:
+        time_s: the run's, by the clock that its silos' times are of.
+        at_once: silos, or training processes, that trained at the same time.
+    """
+    told = state.good_s + state.exposed_s
+    return {
         "utilisation": state.good_s / told if told > 0 else 0.0,
         "goodput": state.good_s / (at_once * time_s) if time_s > 0 else 0.0,
-        "tokens_lost": state.tokens_lost,
     }
 
 
