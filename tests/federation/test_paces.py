@@ -15,7 +15,7 @@ from photon.federation.pace import Book, Quorum, staleness_weight, unequal_steps
 from photon.runs import resume, simulate
 from photon.runs.study import study_time
 from photon.telemetry import read_history
-from photon.telemetry.events import LocalFinished, RoundMerged, UpdateDropped
+from photon.telemetry.events import LocalFinished, RoundFinished, RoundMerged, UpdateDropped
 
 #: "green" is five times slower than the others.
 CLOCK = {"silos": {"*": {"step_s": 1.0}, "green": {"step_s": 5.0}}}
@@ -45,6 +45,9 @@ def test_everybody_is_waited_for_by_default(timed):
     sent_s = sum(event.load_s + event.publish_s for event in history.of(LocalFinished))
     # Three rounds of two steps of five seconds, and the slow one's own line.
     assert summary["simulated_s"] == pytest.approx(30 + sent_s / 3, rel=1e-6)
+    ends_s = [event.simulated_s for event in history.of(RoundFinished)]
+    assert ends_s[-1] == summary["simulated_s"]
+    assert ends_s[0] == pytest.approx(ends_s[1] - ends_s[0], rel=0.1)
     trained_s = 3 * (2 + 2 + 10)
     assert summary["goodput"] == pytest.approx(trained_s / (3 * summary["simulated_s"]))
     assert summary["utilisation"] == pytest.approx(trained_s / (trained_s + sent_s))
@@ -57,6 +60,7 @@ def test_a_clock_changes_no_bit_of_a_synchronous_run(timed, three_silos, make_co
     plain = simulate(config, run_dir=tmp_path / "plain").summary
     assert summary["weights_sha256"] == plain["weights_sha256"]
     assert plain["simulated_s"] is None
+    assert read_history(tmp_path / "plain").of(RoundFinished)[-1].simulated_s is None
 
 
 def test_a_quorum_closes_a_round_and_late_updates_are_lost(timed):

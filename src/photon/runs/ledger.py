@@ -89,6 +89,7 @@ class Ledger:
                 global_step=self.state.global_step,
                 round_s=time.perf_counter() - costs.started,
                 checkpoint_s=checkpoint_s,
+                simulated_s=self.state.clock.get("now_s"),
                 total_tokens=self.state.total_tokens,
                 total_bytes_up=self.state.bytes_up,
                 total_bytes_down=self.state.bytes_down,

@@ -205,7 +205,7 @@ class CheckpointSaved(Event):
 
 
 class RoundFinished(Event):
-    """Everything of a round is over. Totals count from the start of the run."""
+    """Everything of a round is over. Totals count from the start of the run, simulated time too."""
 
     round: int
     global_step: int
@@ -220,6 +220,7 @@ class RoundFinished(Event):
     bytes_down: int
     total_bytes_up: int
     total_bytes_down: int
+    simulated_s: Figure = None
     dropped: Annotated[list[str], Field(default_factory=list)]
 
 
