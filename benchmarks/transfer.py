@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import fcntl
 import http.client
 import json
 import os
-import random
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -40,13 +37,14 @@ import sys
 import tempfile
 import termios
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from deployment.links import child, inside, ip, relayed
 
 AGGREGATOR, SILO = "10.99.0.1", "10.99.0.2"
 #: Its sockets lie in /tmp by their ports, so another SeaweedFS here must have others.
@@ -61,8 +59,6 @@ ENOUGH = 0.8
 SINGLE_LIMIT_S = 40.0
 #: Of stock Flower's message, and for its start and three rounds.
 FLOWER_BYTES, FLOWER_LIMIT_S = 50_000_000, 900.0
-#: The relay moves what is due this often: a wake-up per packet would cost it a core.
-QUANTUM_S = 0.0002
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "sysctl": "procps", "iperf3": "iperf3"}
 
 
@@ -118,14 +114,6 @@ class Namespaces:
         return (self.aggregator, AGGREGATOR), (self.silo, SILO)
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-def inside(namespace: str, *command: str) -> list[str]:
-    return ["ip", "netns", "exec", namespace, *command]
-
-
 def this_script(*arguments: str) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), *arguments]
 
@@ -141,25 +129,6 @@ def namespaces() -> Iterator[Namespaces]:
         yield names
 
 
-@contextlib.contextmanager
-def child(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process that ends when the block does."""
-    process = subprocess.Popen(command, text=True, preexec_fn=die_with_parent, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
-
-
-def die_with_parent() -> None:
-    """Whatever ends this script, kill -9 included, ends the child too."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def has_netem() -> bool:
     with namespaces() as names:
         command = ["tc", "-n", names.silo, "qdisc", "add", "dev", "lo", "root", "netem"]
@@ -173,7 +142,10 @@ def link(cell: Cell, netem: bool) -> Iterator[Namespaces]:
         if netem or cell.only_rate:
             shaped_pair(cell, names)
         else:
-            names = replace(names, relay=stack.enter_context(relayed(cell, names)))
+            ends = (names.aggregator, DEVICE), (names.silo, DEVICE)
+            shape = {"bit_per_s": cell.mbit_per_s * 1e6, "delay_s": cell.rtt_s / 2}
+            way = relayed(ends, **shape, loss=cell.loss, queue_s=cell.queue_s)
+            names = replace(names, relay=stack.enter_context(way))
         for name, address in names.each():
             ip("-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
             ip("-n", name, "link", "set", DEVICE, "mtu", str(MTU), "txqueuelen", "20000", "up")
@@ -205,20 +177,6 @@ def shaper(cell: Cell) -> list[str]:
     return ["netem", *shape, "loss", f"{cell.loss * 100:g}%", *rate]
 
 
-@contextlib.contextmanager
-def relayed(cell: Cell, names: Namespaces) -> Iterator[int]:
-    """Two tun devices, and the process between them: it ends with its standard input."""
-    shape = [cell.mbit_per_s * 1e6, cell.rtt_s / 2, cell.loss, cell.queue_s]
-    command = this_script(
-        "--role", "relay", "--task", json.dumps([names.aggregator, names.silo, *shape])
-    )
-    with child(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as relay:
-        assert relay.stdout is not None
-        if relay.stdout.readline() != "ready\n":
-            raise SystemExit("The relay did not start.")
-        yield relay.pid
-
-
 def tune(name: str, cell: Cell) -> None:
     """Windows that hold the link's bandwidth times RTT; nothing remembered between connections."""
     window = max(16 * 2**20, round(4 * cell.bandwidth_delay_bytes))
@@ -232,131 +190,6 @@ def tune(name: str, cell: Cell) -> None:
 
 def congestion_control() -> str:
     return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text(encoding="utf-8").strip()
-
-
-# ---- the relay, a link in user space
-
-_VNET = struct.Struct("<BBHHHH")  # flags, gso type, header, gso size, checksum start and offset
-_TUNSETIFF, _TUNSETOFFLOAD = 0x400454CA, 0x400454D0
-_TUN, _NO_INFO, _VNET_HEADER = 0x0001, 0x1000, 0x4000
-_OFFLOAD_CHECKSUM, _OFFLOAD_TCP4 = 0x01, 0x02
-_GSO_TCP4, _FIN_PSH = 1, 0x09
-
-
-def open_tun(namespace: str) -> int:
-    """A tun device in a namespace. It takes and gives runs of TCP segments, as a real card does."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with Path("/run/netns", namespace).open("rb") as handle:
-        if libc.setns(handle.fileno(), 0x40000000):
-            raise OSError(ctypes.get_errno(), "setns")
-    tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
-    flags = _TUN | _NO_INFO | _VNET_HEADER
-    fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), flags))
-    fcntl.ioctl(tun, _TUNSETOFFLOAD, _OFFLOAD_CHECKSUM | _OFFLOAD_TCP4)
-    return tun
-
-
-class Way:
-    """One direction of the link: a queue before a bottleneck, a delay after it, loss."""
-
-    def __init__(self, rate: float, delay_s: float, loss: float, queue_s: float) -> None:
-        self._rate = rate
-        self._delay_s = delay_s
-        self._loss = loss
-        self._queue_s = queue_s
-        self._free_at = 0.0
-        self._passing = self._passes()
-        self.line: deque[tuple[float, bytes]] = deque()
-
-    def take(self, packet: bytes, now: float) -> None:
-        for piece, on_wire in self._survivors(packet):
-            start = max(now, self._free_at)
-            if start - now <= self._queue_s:
-                self._free_at = start + on_wire * 8 / self._rate
-                self.line.append((self._free_at + self._delay_s, piece))
-
-    def _passes(self) -> int:
-        """Segments until the next that is lost."""
-        return int(random.expovariate(1) / self._loss) if self._loss else 1 << 60
-
-    def _survivors(self, packet: bytes) -> Iterator[tuple[bytes, int]]:
-        """What is left of a packet, each piece with its bytes on the wire."""
-        flags, kind, _, gso_size, *checksum = _VNET.unpack_from(packet)
-        count, header, payload = 1, 0, 0
-        if kind & 0x7F == _GSO_TCP4:
-            tcp = 10 + (packet[10] & 15) * 4
-            header = tcp + (packet[tcp + 12] >> 4) * 4
-            payload = len(packet) - header
-            count = -(-payload // gso_size)
-        if count <= self._passing:
-            self._passing -= count
-            yield packet, (count - 1) * (header - 10) + len(packet) - 10
-            return
-        runs, first = [], 0
-        while first + self._passing < count:
-            runs.append((first, first + self._passing))
-            first += self._passing + 1
-            self._passing = self._passes()
-        runs.append((first, count))
-        self._passing -= count - first
-        for begin, end in runs:
-            if begin < end:
-                shape = (flags, kind, gso_size, checksum)
-                piece = part_of(packet, header, begin, end, shape)
-                yield piece, (end - begin - 1) * (header - 10) + len(piece) - 10
-
-
-def part_of(packet: bytes, header: int, begin: int, end: int, shape: Any) -> bytes:
-    """Segments [begin, end) of a run of them, itself a run.
-
-    The TCP checksum stays what the kernel left for a network card to finish: both ends are on this
-    machine, so nobody does.
-    """
-    flags, kind, gso_size, checksum = shape
-    payload = packet[header + begin * gso_size : header + end * gso_size]
-    head = bytearray(packet[:header])
-    alone = len(payload) <= gso_size
-    kind, size = (0, 0) if alone else (kind, gso_size)
-    _VNET.pack_into(head, 0, flags, kind, header - 10, size, *checksum)
-    tcp = 10 + (packet[10] & 15) * 4
-    struct.pack_into("!H", head, 12, header - 10 + len(payload))
-    number = struct.unpack_from("!I", head, tcp + 4)[0] + begin * gso_size
-    struct.pack_into("!I", head, tcp + 4, number & 0xFFFFFFFF)
-    if header + end * gso_size < len(packet):
-        head[tcp + 13] &= ~_FIN_PSH
-    struct.pack_into("!H", head, 20, 0)
-    total = sum(struct.unpack_from(f"!{(tcp - 10) // 2}H", head, 10))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    struct.pack_into("!H", head, 20, ~total & 0xFFFF)
-    return bytes(head) + payload
-
-
-def relay(task: list[Any]) -> None:
-    """Carry packets both ways until standard input closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    aggregator, silo, *shape = task
-    tuns = [open_tun(aggregator), open_tun(silo)]
-    ways = {tuns[0]: (Way(*shape), tuns[1]), tuns[1]: (Way(*shape), tuns[0])}
-    print("ready", flush=True)
-    while True:
-        now = time.monotonic()
-        for way, out in ways.values():
-            while way.line and way.line[0][0] <= now:
-                packet = way.line.popleft()[1]
-                with contextlib.suppress(OSError):  # that side is not up yet, or any more
-                    os.write(out, packet)
-        if any(way.line for way, _ in ways.values()):
-            time.sleep(QUANTUM_S)
-        elif 0 in select.select([*tuns, 0], [], [])[0]:
-            return
-        for tun in tuns:
-            for _ in range(256):
-                try:
-                    packet = os.read(tun, 70_000)
-                except BlockingIOError:
-                    break
-                ways[tun][0].take(packet, time.monotonic())
 
 
 # ---- the store and the contestants
@@ -706,7 +539,7 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
-ROLES = {"relay": relay, "bucket": make_bucket, "photon": run_photon, "single": run_single}
+ROLES = {"bucket": make_bucket, "photon": run_photon, "single": run_single}
 
 
 def main() -> None:
