@@ -22,6 +22,7 @@ from photon.errors import (
     StoreUnavailableError,
 )
 from photon.federation import Node
+from photon.federation.broadcast import Inbox
 from photon.federation.envelopes import encoded, parse_reply
 from photon.federation.sealing import sealed
 from photon.membership.keys import NodeKey
@@ -78,6 +79,17 @@ def test_an_answer_is_what_a_node_in_this_process_gives(bench, aggregator, tmp_p
     assert ref.key in own_keys(bench.store)
     assert all(key.startswith(f"{ask.run.id}/silos/red/") for key in own_keys(bench.store))
     assert bench.reporter.now.state == "idle"
+
+
+def test_the_wait_for_the_state_is_part_of_loading(bench, aggregator, monkeypatch):
+    receive = Inbox.receive
+
+    def slowly(self, ref):
+        time.sleep(0.5)
+        return receive(self, ref)
+
+    monkeypatch.setattr(Inbox, "receive", slowly)
+    assert bench.answer(aggregator.fit()).fit.load_s >= 0.5
 
 
 @pytest.mark.parametrize("recipe", [WHOLE_LIFE, ("federation.optimizer_state=average",)])

@@ -97,7 +97,7 @@ class HeldNode:
     Attributes:
         key: `question_key`.
         sound: False once something was raised in it that leaves it as nobody knows.
-        received_bytes: for the state of the task at hand.
+        received_bytes, received_s: for the state of the task at hand.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class HeldNode:
         self._site = site
         self._reporter = reporter
         self._line = _Line()
+        self.received_s = 0.0
         skeleton = empty_model(config, vocab_size=data.vocab_size, eos_id=data.eos_id)
         parameters = sum(parameter.numel() for parameter in skeleton.parameters())
         require_size(parameters, site.node.policy)
@@ -183,6 +184,7 @@ class HeldNode:
         Raises:
             ChunkCorruptError, ManifestError, LinkError: see Inbox.receive.
         """
+        started = time.perf_counter()
         line, spools = self._line, self._site.home / "incoming"
         line.carrier, line.spool = carrier, spools / ask.state.sha256
         line.received_bytes = 0  # what an attempt before this one got comes out of the spool
@@ -199,6 +201,7 @@ class HeldNode:
         log.info(
             "received %.1f MB: the state after round %d", line.received_bytes / 1e6, ask.state.round
         )
+        self.received_s = time.perf_counter() - started
         once_sha256, once = self._once
         return Version(ask.run.id, ref.round, state, once=once, once_sha256=once_sha256)
 

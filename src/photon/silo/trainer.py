@@ -288,7 +288,8 @@ class SiloTrainer:
         except NonFiniteError as error:  # an update that no codec takes; the node did its part
             held.sound = True
             receipt = Receipt.failed(task, error)
-        receipt = replace(receipt, bytes_down=held.received_bytes)
+        load_s = receipt.load_s + held.received_s
+        receipt = replace(receipt, bytes_down=held.received_bytes, load_s=load_s)
         if ref is None:
             log.warning("%s: %s", ask.task_id, receipt.failure)
             self._answers.begin(ask)
