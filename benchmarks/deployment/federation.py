@@ -12,11 +12,12 @@ import string
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deployment.links import inside
 from deployment.processes import children
 from photon.data import PrepareOptions, open_data, prepare
 from photon.deploy import tether
@@ -47,7 +48,7 @@ silence_s = {silence_s}
 
 [local]
 steps = {steps}
-batch_size = 1
+batch_size = {batch_size}
 optimizer = "{optimizer}"
 lr = 1e-3
 
@@ -64,12 +65,14 @@ max_tokens = {eval_tokens}
 per_silo = false
 
 [serve]
-listen = "127.0.0.1:{port}"
-host = "127.0.0.1"
+listen = "{address}:{port}"
+host = "{address}"
 home = "{home}"
 min_silos = {silos}
 min_free_gib = 1.0
 keep_rounds = 1
+
+{more}
 """
 
 NODE_FILE = """
@@ -96,6 +99,7 @@ class Plan:
         threads: of the aggregator; a silo has one.
         silence_s: a silo that was not heard of for so long is left out of its round.
         optimizer: of local steps.
+        more: sections of the run file.
     """
 
     preset: str
@@ -105,6 +109,8 @@ class Plan:
     threads: int = 1
     silence_s: float = 120.0
     optimizer: str = "sgd"
+    batch_size: int = 1
+    more: str = ""
 
 
 def write_text(folder: Path, *, words: int, documents: int) -> Path:
@@ -149,17 +155,32 @@ class Federation:
 
     Attributes:
         folder: of everything.
-        home, run: of the aggregator, of its run.
+        home, run, run_file: of the aggregator, of its run.
         silos: their names.
+
+    Args:
+        address: of the aggregator, on its host.
+        spaces: network namespaces of silos by name, and of the aggregator as "server"; here by
+            default.
     """
 
-    def __init__(self, folder: Path, data: Path, silos: Sequence[str], plan: Plan) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        data: Path,
+        silos: Sequence[str],
+        plan: Plan,
+        *,
+        address: str = "127.0.0.1",
+        spaces: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.silos = list(silos)
         self.home = folder / "server"
         self.run = folder / "run"
         self._data = data
-        self._run_file = folder / "run.toml"
+        self.run_file = folder / "run.toml"
+        self._spaces = spaces or {}
         self.serving: subprocess.Popen[bytes] | None = None
         self.joined: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,11 +189,12 @@ class Federation:
             data=data,
             home=self.home,
             port=port,
+            address=address,
             silos=len(self.silos),
             eval_tokens=4 * plan.sequence_length,
             **vars(plan),
         )
-        self._run_file.write_text(text, encoding="utf-8")
+        self.run_file.write_text(text, encoding="utf-8")
         for silo in self.silos:
             text = NODE_FILE.format(data=data, silo=silo)
             (folder / f"{silo}.toml").write_text(text, encoding="utf-8")
@@ -201,16 +223,19 @@ class Federation:
             SystemExit: it ended, or did not come up.
         """
         begun = (self.run / "serve.json").exists()
-        words = ["--resume", self.run] if begun else [self._run_file, "--run-dir", self.run]
-        self.serving = self._start(self.folder / "serve.log", "serve", *words, "--quiet")
+        words = ["--resume", self.run] if begun else [self.run_file, "--run-dir", self.run]
+        self.serving = self._start(
+            self.folder / "serve.log", "serve", *words, "--quiet", host="server"
+        )
         self.wait("the aggregator is up", lambda: self.pid("superexec") is not None, within_s=300)
 
     def invite(self, silo: str) -> Path:
         """An invitation file for a silo."""
         file = self.folder / f"{silo}.invitation.toml"
         file.unlink(missing_ok=True)
+        words = ["invite", silo, "--run-file", str(self.run_file), "--out", str(file)]
         subprocess.run(
-            [*_PHOTON, "invite", silo, "--run-file", str(self._run_file), "--out", str(file)],
+            [*self._at("server"), *_PHOTON, *words],
             check=True,
             stdout=subprocess.DEVNULL,
             timeout=120,
@@ -221,7 +246,7 @@ class Federation:
         """Start a silo's node; with its invitation the first time."""
         words = ["--invite", invitation] if invitation is not None else []
         words += ["--node", self.folder / f"{silo}.toml", "--home", self.node_home(silo)]
-        self.joined[silo] = self._start(self.folder / f"{silo}.log", "join", *words)
+        self.joined[silo] = self._start(self.folder / f"{silo}.log", "join", *words, host=silo)
 
     def stop(self, silo: str) -> None:
         """End a silo's node in good order."""
@@ -255,10 +280,14 @@ class Federation:
     def node_home(self, silo: str) -> Path:
         return self.folder / "nodes" / silo
 
-    def _start(self, log: Path, *words: str | Path) -> subprocess.Popen[bytes]:
+    def _at(self, host: str) -> list[str]:
+        space = self._spaces.get(host)
+        return inside(space) if space is not None else []
+
+    def _start(self, log: Path, *words: str | Path, host: str) -> subprocess.Popen[bytes]:
         # Its threads sleep while they wait, as the command line's do: silos share these cores.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        command = [*_PHOTON, *map(str, words)]
+        command = [*self._at(host), *_PHOTON, *map(str, words)]
         tied = [sys.executable, "-I", "-S", str(Path(tether.__file__))]
         with log.open("ab") as file:
             return subprocess.Popen(
