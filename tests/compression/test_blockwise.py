@@ -19,7 +19,7 @@ def test_a_large_value_costs_only_its_block():
 def test_integers_are_the_nearest_ones():
     steps = torch.arange(-7.0, 8.0)
     tensor = torch.cat([steps, steps + 0.4 * (steps < 6), torch.tensor([7.0, -7.0])])
-    found = Int4(32).decode(Int4(32).encode(tensor), tensor.shape)
+    found = Int4(block=32).decode(Int4(block=32).encode(tensor), tensor.shape)
     torch.testing.assert_close(found, tensor.round())
 
 
@@ -27,7 +27,7 @@ def test_fp4_takes_the_nearest_of_its_fifteen_values():
     levels = torch.tensor([0.0, *(2.0**power for power in range(-6, 1))])
     levels = torch.cat([-levels.flip(0), levels])
     tensor = torch.linspace(-1, 1, 4096)
-    found = Fp4(4096).decode(Fp4(4096).encode(tensor), tensor.shape)
+    found = Fp4(block=4096).decode(Fp4(block=4096).encode(tensor), tensor.shape)
     nearest = (tensor[:, None] - levels).abs().min(dim=1).values
     torch.testing.assert_close((tensor - found).abs(), nearest, rtol=0, atol=1e-7)
 
@@ -50,14 +50,14 @@ def test_a_short_last_block_has_the_mean_of_its_own_values():
 
 @pytest.mark.parametrize("block", [0, 8, 100, 8192])
 def test_odd_blocks_are_refused(block):
-    with pytest.raises(ValueError, match=f"a block of {block} values"):
-        Int8(block)
+    with pytest.raises(ValueError, match=f"block = {block}: a power of two from 16 to 4096"):
+        Int8(block=block)
 
 
 @pytest.mark.parametrize("codec", [Int8, Int4, Fp4, Sign])
 @pytest.mark.parametrize("block", [16, 4096])
 def test_any_block_gives_back_what_it_can(codec, block):
     tensor = torch.randn(3 * 2**17 + 5, generator=torch.Generator().manual_seed(1))
-    found = codec(block).decode(codec(block).encode(tensor), tensor.shape)
+    found = codec(block=block).decode(codec(block=block).encode(tensor), tensor.shape)
     angle = torch.nn.functional.cosine_similarity(found, tensor, dim=0)
     assert angle > {"int8": 0.999, "int4": 0.97, "fp4": 0.97, "sign": 0.79}[codec.name]

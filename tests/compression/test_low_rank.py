@@ -30,7 +30,7 @@ def lost(found, tensor):
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e25])
 def test_a_matrix_of_rank_three_comes_back(shape, scale):
     tensor = of_rank(3, *shape) * scale
-    codec = LowRank(0.9999)
+    codec = LowRank(energy=0.9999)
     parts = codec.encode(tensor)
     m, n = shape
     assert {name: part.nbytes for name, part in parts.items()} == {
@@ -48,7 +48,7 @@ def test_the_energy_is_reached_and_by_no_rank_less(shape, energy):
     one, other = torch.linalg.qr(drawn(200, 90)).Q, torch.linalg.qr(drawn(90, 90, seed=1)).Q
     tensor = (one * spectrum) @ other.T
     tensor = tensor if shape == (200, 90) else tensor.T
-    parts = LowRank(energy).encode(tensor)
+    parts = LowRank(energy=energy).encode(tensor)
     rank = parts["left.values"].numel() // shape[0]
     share = spectrum.pow(2).cumsum(0) / spectrum.pow(2).sum()
     assert rank == int((share < energy).sum()) + 1
@@ -59,11 +59,11 @@ def test_the_energy_is_reached_and_by_no_rank_less(shape, energy):
 
 def test_dims_after_the_first_are_one():
     tensor = of_rank(2, 60, 7 * 5 * 3).view(60, 7, 5, 3)
-    assert lost(there_and_back(LowRank(0.999), tensor), tensor) < 1e-3
-    assert bytes_of(LowRank(0.999).encode(tensor)) == 4 + 4 * 2 * (60 + 105)
+    assert lost(there_and_back(LowRank(energy=0.999), tensor), tensor) < 1e-3
+    assert bytes_of(LowRank(energy=0.999).encode(tensor)) == 4 + 4 * 2 * (60 + 105)
 
 
-@pytest.mark.parametrize("codec", [LowRank(), LowRank(1.0), PowerSGD(50)])
+@pytest.mark.parametrize("codec", [LowRank(), LowRank(energy=1.0), PowerSGD(rank=50)])
 def test_what_does_not_pay_is_sent_whole(codec):
     tensor = drawn(100, 90)
     parts = codec.encode(tensor)
@@ -71,7 +71,7 @@ def test_what_does_not_pay_is_sent_whole(codec):
     assert torch.equal(codec.decode(parts, tensor.shape), tensor)
 
 
-@pytest.mark.parametrize("codec", [LowRank(0.5, Int8()), PowerSGD(1, Int8())])
+@pytest.mark.parametrize("codec", [LowRank(Int8(), energy=0.5), PowerSGD(Int8(), rank=1)])
 @pytest.mark.parametrize("shape", [(), (700,), (1, 700), (700, 1), (700, 1, 1), (0, 5)], ids=str)
 def test_vectors_are_sent_whole(codec, shape):
     tensor = drawn(*shape)
@@ -89,7 +89,7 @@ def test_zeros_stay_zeros(codec):
     assert bytes_of(LowRank().encode(torch.zeros(50, 60))) == 4
 
 
-@pytest.mark.parametrize("codec", [LowRank(0.99, Int8()), PowerSGD(3, Int8())])
+@pytest.mark.parametrize("codec", [LowRank(Int8(), energy=0.99), PowerSGD(Int8(), rank=3)])
 def test_factors_go_through_the_inner_codec(codec):
     tensor = of_rank(3, 256, 512)
     parts = codec.encode(tensor)
@@ -98,7 +98,7 @@ def test_factors_go_through_the_inner_codec(codec):
 
 
 def test_directions_of_the_power_iteration_are_orthonormal():
-    parts = PowerSGD(5).encode(drawn(80, 70))
+    parts = PowerSGD(rank=5).encode(drawn(80, 70))
     left = parts["left.values"].view(5, 80)
     torch.testing.assert_close(left @ left.T, torch.eye(5), rtol=0, atol=1e-5)
 
@@ -108,7 +108,7 @@ def test_a_warm_basis_improves_over_rounds():
     one, other = torch.linalg.qr(drawn(100, 60)).Q, torch.linalg.qr(drawn(60, 60, seed=1)).Q
     tensor = (one * spectrum) @ other.T
     best = 1 - float(spectrum[:4].pow(2).sum() / spectrum.pow(2).sum())
-    codec, memory = PowerSGD(4), {}
+    codec, memory = PowerSGD(rank=4), {}
     losses = [lost(there_and_back(codec, tensor, memory), tensor) for _ in range(12)]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > 1.2 * best
@@ -119,7 +119,7 @@ def test_a_warm_basis_improves_over_rounds():
 
 
 def test_a_silo_that_sent_nothing_keeps_its_basis():
-    codec, memory = PowerSGD(2), {}
+    codec, memory = PowerSGD(rank=2), {}
     codec.encode(drawn(30, 40), memory)
     before = memory["basis"].clone()
     codec.encode(torch.zeros(30, 40), memory)
@@ -128,15 +128,15 @@ def test_a_silo_that_sent_nothing_keeps_its_basis():
 
 def test_a_basis_of_another_shape_is_not_used():
     memory = {"basis": torch.full((40, 3), torch.nan)}
-    one = PowerSGD(2).encode(drawn(30, 40), memory)
-    other = PowerSGD(2).encode(drawn(30, 40))
+    one = PowerSGD(rank=2).encode(drawn(30, 40), memory)
+    other = PowerSGD(rank=2).encode(drawn(30, 40))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert memory["basis"].shape == (40, 2)
 
 
 def test_factors_must_not_be_averaged_but_products_may():
     tensors = [of_rank(1, 20, 30, seed=seed) for seed in (0, 5)]
-    codec = PowerSGD(1, Bf16())
+    codec = PowerSGD(Bf16(), rank=1)
     products = [there_and_back(codec, tensor) for tensor in tensors]
     together = sum(products) / 2
     assert lost(together, sum(tensors) / 2) < 1e-3
@@ -145,7 +145,7 @@ def test_factors_must_not_be_averaged_but_products_may():
 
 @pytest.mark.parametrize("rank", [4, 200, 2**32 - 1])
 def test_a_rank_that_can_not_be_is_refused(rank):
-    parts = LowRank(0.99).encode(of_rank(3, 50, 60))
+    parts = LowRank(energy=0.99).encode(of_rank(3, 50, 60))
     wrong = torch.tensor([rank], dtype=torch.int64).view(torch.uint8)[:4]
     told = "left: part 'values' is 150 x" if rank == 4 else f"part 'rank' is {rank}, expected"
     with pytest.raises(ValueError, match=told):
@@ -157,10 +157,10 @@ def test_a_rank_that_can_not_be_is_refused(rank):
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda: LowRank(0), "an energy of 0"),
-        (lambda: LowRank(1.5), "an energy of 1.5"),
-        (lambda: PowerSGD(0), "a rank of 0"),
-        (lambda: PowerSGD(2000), "a rank of 2000"),
+        (lambda: LowRank(energy=0), "energy = 0: a number above 0 to 1"),
+        (lambda: LowRank(energy=1.5), "energy = 1.5: a number above 0 to 1"),
+        (lambda: PowerSGD(rank=0), "rank = 0: a whole number from 1 to 1024"),
+        (lambda: PowerSGD(rank=2000), "rank = 2000: a whole number from 1 to 1024"),
     ],
 )
 def test_parameters_have_bounds(make, told):

@@ -76,7 +76,7 @@ def _halves(magnitude, middle):
 @pytest.mark.parametrize("k", [64, 128])
 def test_each_chunk_is_as_a_plain_loop_has_it(shape, k):
     tensor = drawn(*shape)
-    found, expected = there_and_back(SparseLoco(k), tensor), plain(tensor, k)
+    found, expected = there_and_back(SparseLoco(k=k), tensor), plain(tensor, k)
     # Two magnitudes whose first 12 bits agree may be taken in another order.
     differing = (found != 0) != (expected != 0)
     assert int(differing.sum()) <= 2 + 2e-2 * int((expected != 0).sum())
@@ -95,7 +95,7 @@ def test_places_are_twelve_bits():
     tensor = torch.zeros(4096)
     places = torch.tensor([0, 1, 255, 256, 4095, 2048, 15, 16])
     tensor[places] = torch.tensor([2.0, -2.0, 4.0, -4.0, 2.0, -2.0, 4.0, -4.0])
-    parts = SparseLoco(8).encode(tensor)
+    parts = SparseLoco(k=8).encode(tensor)
     assert {name: part.nbytes for name, part in parts.items()} == {
         "index": 12,
         "codes": 2,
@@ -105,7 +105,7 @@ def test_places_are_twelve_bits():
     low, mixed, high = parts["index"].view(3, 4).int()
     first, second = low | (mixed & 15) << 8, mixed >> 4 | high << 4
     assert [*first.tolist(), *second.tolist()] == sorted(places.tolist())
-    assert torch.equal(SparseLoco(8).decode(parts, (4096,)), tensor)
+    assert torch.equal(SparseLoco(k=8).decode(parts, (4096,)), tensor)
 
 
 def test_the_two_levels_are_no_worse_than_means_on_both_sides_of_the_mean():
@@ -181,4 +181,4 @@ def test_places_out_of_order_are_refused():
 @pytest.mark.parametrize("k", [0, 2, 6, 1028])
 def test_odd_counts_are_refused(k):
     with pytest.raises(ValueError, match=f"k = {k}: a multiple of 4"):
-        SparseLoco(k)
+        SparseLoco(k=k)

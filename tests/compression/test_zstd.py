@@ -58,7 +58,7 @@ def test_large_parts_do_not_depend_on_threads():
 
 @pytest.mark.parametrize("levels", [0, 20])
 def test_levels(levels):
-    with pytest.raises(ValueError, match=f"zstd level {levels}: 1 to 19"):
+    with pytest.raises(ValueError, match=f"level = {levels}: a whole number from 1 to 19"):
         Zstd(level=levels)
 
 
@@ -171,5 +171,5 @@ def test_parts_of_no_number_type():
 
 def test_memory_reaches_the_inner_codec():
     memory = {}
-    Zstd(PowerSGD(2)).encode(weights().view(200, 250), memory)
+    Zstd(PowerSGD(rank=2)).encode(weights().view(200, 250), memory)
     assert memory["basis"].shape == (250, 2)

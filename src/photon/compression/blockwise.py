@@ -17,15 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from photon.compression.codec import (
-    Codec,
-    Empty,
-    Memory,
-    Parts,
-    flat,
-    require_finite,
-    require_part,
-)
+from photon.compression.codec import Codec, Empty, Memory, Parts, flat, require_finite, require_part
 
 #: Values taken at a time.
 _PIECE = 2**17
@@ -36,17 +28,13 @@ class Blockwise(Codec):
 
     The last block may be short; it is encoded as if zeros followed.
 
-    Args:
-        block: values that share a scale; a power of two from 16 to 4096.
+    Attributes:
+        block: values that share a scale.
     """
 
     #: Of a code; divides 8.
     bits: ClassVar[int]
-
-    def __init__(self, block: int = 128) -> None:
-        if not 16 <= block <= 4096 or block & (block - 1):
-            raise ValueError(f"a block of {block} values: a power of two from 16 to 4096 is needed")
-        self.block = block
+    block: int
 
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
         values = flat(tensor)

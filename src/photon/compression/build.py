@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-
 from photon.compression.blockwise import Fp4, Int4, Int8, Sign
 from photon.compression.casts import Bf16, Fp16, Fp32
 from photon.compression.codec import Codec
 from photon.compression.low_rank import LowRank, PowerSGD
+from photon.compression.nested import Nesting
 from photon.compression.sparseloco import SparseLoco
 from photon.compression.topk import TopK
 from photon.compression.zstd import Zstd
-from photon.config.codecs import STAGES, CodecSpec, Stage, StageSpec, parse_codec, stage_text
+from photon.config.codecs import CodecSpec, StageSpec, parse_codec, stage_text
 from photon.errors import PluginError
 from photon.plugins import CODECS as GROUP
 from photon.plugins import load_plugin
@@ -61,13 +59,10 @@ def spec_of(codec: Codec | str) -> str:
     if isinstance(codec, str):
         return spec_of(build_codec(codec))
     own = stage_text(codec.name, codec.parameters())
-    match codec:
-        case Zstd(inner=inner):
-            return f"{spec_of(inner)}+{own}"
-        case TopK(inner=inner) | LowRank(inner=inner) | PowerSGD(inner=inner):
-            return f"{own}+{spec_of(inner)}"
-        case _:
-            return own
+    if not isinstance(codec, Nesting):
+        return own
+    inner = spec_of(codec.inner)
+    return f"{inner}+{own}" if isinstance(codec, Zstd) else f"{own}+{inner}"
 
 
 def _values(stage: StageSpec) -> Codec:
@@ -83,31 +78,3 @@ def _values(stage: StageSpec) -> Codec:
         return kind(**stage.parameters)
     except TypeError as error:
         raise ValueError(f"codec {stage.name}: {error}") from error
-
-
-def require_agreement(classes: Mapping[str, type[Codec]], stages: Mapping[str, Stage]) -> None:
-    """Refuse to go on where the grammar and the classes differ: names, parameters or defaults.
-
-    Raises:
-        RuntimeError: saying where.
-    """
-    if set(classes) != set(stages):
-        raise RuntimeError(
-            "photon.config.codecs.STAGES and photon.compression.CODECS differ in "
-            f"{', '.join(sorted(set(classes) ^ set(stages)))}"
-        )
-    for name, kind in classes.items():
-        taken = {key: one.default for key, one in inspect.signature(kind).parameters.items()}
-        stated: dict[str, object] = {
-            key: one.default for key, one in stages[name].parameters.items()
-        }
-        if stages[name].role in ("structure", "entropy"):
-            stated["inner"] = None
-        if taken != stated:
-            raise RuntimeError(
-                f"codec {name}: {kind.__name__} takes {taken}, photon.config.codecs.STAGES "
-                f"says {stated}"
-            )
-
-
-require_agreement(CODECS, STAGES)

@@ -9,15 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from photon.compression.codec import (
-    Codec,
-    Empty,
-    Memory,
-    Parts,
-    flat,
-    require_finite,
-    require_part,
-)
+from photon.compression.codec import Codec, Empty, Memory, Parts, flat, require_finite, require_part
 
 
 class _Cast(Codec):

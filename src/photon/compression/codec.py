@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from photon.config.codecs import STAGES, Number
 from photon.errors import NonFiniteError
 
 #: Parts of an encoded tensor by name: contiguous, on the CPU, uint8 but for scales.
@@ -34,6 +35,10 @@ class Codec(ABC):
 
     Decoding is exact arithmetic on the parts, so two decoders agree bit for bit. Names, shapes and
     which codec it was are the caller's to keep.
+
+    Args:
+        given: parameters that `photon.config.codecs.STAGES` states, in its bounds, or ValueError;
+            its defaults for the others. Plugins have constructors of their own.
     """
 
     #: In run files and manifests.
@@ -42,6 +47,16 @@ class Codec(ABC):
     lossless: bool = False
     #: Whether it uses `memory`.
     learns: bool = False
+
+    def __init__(self, **given: Number) -> None:
+        stated = STAGES[self.name].parameters if self.name in STAGES else {}
+        if unknown := given.keys() - stated.keys():
+            raise TypeError(f"codec {self.name} takes no {', '.join(sorted(unknown))}")
+        for key, parameter in stated.items():
+            value = given.get(key, parameter.default)
+            if not parameter.allows(value):
+                raise ValueError(f"codec {self.name}: {key} = {value}: {parameter} is needed")
+            setattr(self, key, value)
 
     @abstractmethod
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
@@ -65,10 +80,11 @@ class Codec(ABC):
             ValueError: the parts are not those of such a tensor, in names, dtypes, sizes or values.
         """
 
-    def parameters(self) -> dict[str, int | float]:
+    def parameters(self) -> dict[str, Number]:
         """What its constructor was given, by keyword; kept under the same names."""
-        names = inspect.signature(type(self)).parameters
-        return {name: getattr(self, name) for name in names if name != "inner"}
+        known = self.name in STAGES
+        names = STAGES[self.name].parameters if known else inspect.signature(type(self)).parameters
+        return {name: getattr(self, name) for name in names}
 
     def fitted(self, update: Update) -> Codec:
         """This codec with what it must know of a whole update before its first tensor.

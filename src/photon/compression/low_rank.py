@@ -18,24 +18,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from photon.compression.casts import Fp32
-from photon.compression.codec import (
-    Codec,
-    Empty,
-    Memory,
-    Parts,
-    flat,
-    require_finite,
-    require_part,
-)
-from photon.compression.nested import decode_nested, encode_nested, has_nested
+from photon.compression.codec import Empty, Memory, Parts, flat, require_finite, require_part
+from photon.compression.nested import Nesting
 from photon.torch_threads import torch_threads
 
 #: Of PowerSGD's first basis, the same on all nodes.
 _SEED = 1905_13727
 
 
-class _Factors(Codec):
+class _Factors(Nesting):
     """Left [m, r] and right [r, n], or the tensor itself where they would take as many values.
 
     Both go through the inner codec, left as its transpose, so that a block of neighbours is of one
@@ -43,12 +34,10 @@ class _Factors(Codec):
     as they are: parts `whole.*`.
     """
 
-    inner: Codec
-
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
         sides = _sides(tensor.shape)
         if sides is None or not self._may_pay(*sides):
-            return encode_nested(self.inner, tensor, "whole")
+            return self._encode_inner(tensor, "whole")
         matrix = flat(tensor).view(sides)
         largest = matrix.abs().amax()
         require_finite(largest, self.name)
@@ -56,17 +45,17 @@ class _Factors(Codec):
         unit = largest if float(largest) else torch.ones(())
         factors = self._factors(matrix / unit, memory)
         if factors is None:
-            return encode_nested(self.inner, tensor, "whole")
+            return self._encode_inner(tensor, "whole")
         left, right = factors
         return (
             self._rank_part(left.shape[1])
-            | encode_nested(self.inner, left.T.contiguous(), "left")
-            | encode_nested(self.inner, right * unit, "right")
+            | self._encode_inner(left.T.contiguous(), "left")
+            | self._encode_inner(right * unit, "right")
         )
 
     def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
-        if has_nested(parts, "whole"):
-            return decode_nested(self.inner, parts, "whole", shape, empty)
+        if any(name.startswith("whole.") for name in parts):
+            return self._decode_inner(parts, "whole", shape, empty)
         sides = _sides(shape)
         if sides is None:
             raise ValueError(f"no part 'whole' (there are: {', '.join(sorted(parts)) or 'none'})")
@@ -74,8 +63,8 @@ class _Factors(Codec):
         rank = self._rank(parts)
         if not 0 <= rank * (m + n) < m * n:
             raise ValueError(f"part 'rank' is {rank}, expected r x ({m} + {n}) below {m} x {n}")
-        left = decode_nested(self.inner, parts, "left", (rank, m))
-        right = decode_nested(self.inner, parts, "right", (rank, n))
+        left = self._decode_inner(parts, "left", (rank, m))
+        right = self._decode_inner(parts, "right", (rank, n))
         with torch_threads(1):  # others add up in another order
             product = torch.mm(left.T, right, out=empty(m * n).view(m, n))
         return product.view(tuple(shape))
@@ -108,18 +97,12 @@ class LowRank(_Factors):
     A tensor with r (m + n) >= m n is sent whole. The vectors are the eigenvectors of the Gram
     matrix of the smaller side, which costs that side cubed: half a second for 768.
 
-    Args:
-        energy: share of the squared norm that is kept, above 0 and up to 1.
-        inner: encodes the factors; fp32 if None.
+    Attributes:
+        energy: share of the squared norm that is kept.
     """
 
     name = "lowrank"
-
-    def __init__(self, energy: float = 0.95, inner: Codec | None = None) -> None:
-        if not 0 < energy <= 1:
-            raise ValueError(f"an energy of {energy}: above 0 to 1 is needed")
-        self.energy = energy
-        self.inner = inner or Fp32()
+    energy: float
 
     def _may_pay(self, m: int, n: int) -> bool:
         return m + n < m * n
@@ -157,19 +140,13 @@ class PowerSGD(_Factors):
 
     A tensor with r (m + n) >= m n is sent whole.
 
-    Args:
-        rank: r, 1 to 1024.
-        inner: encodes the factors; fp32 if None.
+    Attributes:
+        rank: r.
     """
 
     name = "powersgd"
     learns = True
-
-    def __init__(self, rank: int = 4, inner: Codec | None = None) -> None:
-        if not 1 <= rank <= 1024:
-            raise ValueError(f"a rank of {rank}: 1 to 1024 is needed")
-        self.rank = rank
-        self.inner = inner or Fp32()
+    rank: int
 
     def _may_pay(self, m: int, n: int) -> bool:
         return self.rank * (m + n) < m * n

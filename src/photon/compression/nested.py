@@ -7,33 +7,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from photon.compression.codec import Codec, Empty, Parts
+from photon.compression.casts import Fp32
+from photon.compression.codec import Codec, Empty, Number, Parts
 
 
-def encode_nested(inner: Codec, tensor: Tensor, prefix: str) -> dict[str, Tensor]:
-    """The inner codec's parts under names `prefix.part`.
+class Nesting(Codec):
+    """A codec around another.
 
-    Without memory: what a structure sends is of another tensor in every round.
+    Args:
+        inner: encodes what this one makes of a tensor; fp32 if None.
+        given: as of Codec.
     """
-    return {f"{prefix}.{name}": part for name, part in inner.encode(tensor).items()}
 
+    def __init__(self, inner: Codec | None = None, **given: Number) -> None:
+        super().__init__(**given)
+        self.inner = inner or Fp32()
 
-def decode_nested(
-    inner: Codec, parts: Parts, prefix: str, shape: Sequence[int], empty: Empty = torch.empty
-) -> Tensor:
-    """What `encode_nested` was given.
+    def _encode_inner(self, tensor: Tensor, prefix: str) -> dict[str, Tensor]:
+        """The inner codec's parts under names `prefix.part`.
 
-    Raises:
-        ValueError: the parts under that prefix are not those of such a tensor.
-    """
-    start = f"{prefix}."
-    own = {name.removeprefix(start): part for name, part in parts.items() if name.startswith(start)}
-    try:
-        return inner.decode(own, shape, empty)
-    except ValueError as error:
-        raise ValueError(f"{prefix}: {error}") from error
+        Without memory: what a structure sends is of another tensor in every round.
+        """
+        return {f"{prefix}.{name}": part for name, part in self.inner.encode(tensor).items()}
 
+    def _decode_inner(
+        self, parts: Parts, prefix: str, shape: Sequence[int], empty: Empty = torch.empty
+    ) -> Tensor:
+        """What `_encode_inner` was given.
 
-def has_nested(parts: Parts, prefix: str) -> bool:
-    """Whether there are parts under that prefix."""
-    return any(name.startswith(f"{prefix}.") for name in parts)
+        Raises:
+            ValueError: the parts under that prefix are not those of such a tensor.
+        """
+        start = f"{prefix}."
+        own = {name[len(start) :]: part for name, part in parts.items() if name.startswith(start)}
+        try:
+            return self.inner.decode(own, shape, empty)
+        except ValueError as error:
+            raise ValueError(f"{prefix}: {error}") from error

@@ -10,14 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from photon.compression.codec import (
-    Codec,
-    Empty,
-    Memory,
-    Parts,
-    require_finite,
-    require_part,
-)
+from photon.compression.codec import Codec, Empty, Memory, Parts, require_finite, require_part
 
 #: Side of a tile of a matrix, and its values: a chunk, whose places take 12 bits.
 _SIDE = 64
@@ -44,16 +37,12 @@ class SparseLoco(Codec):
     magnitudes are the means of two groups of the kept ones, split where their squared error is
     smallest (Lloyd's algorithm on a line, from the split at their mean).
 
-    Args:
-        k: values kept of each chunk; a multiple of 4 from 4 to 1024.
+    Attributes:
+        k: values kept of each chunk.
     """
 
     name = "sparseloco"
-
-    def __init__(self, k: int = 64) -> None:
-        if not 4 <= k <= 1024 or k % 4:
-            raise ValueError(f"k = {k}: a multiple of 4 from 4 to 1024 is needed")
-        self.k = k
+    k: int
 
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
         values = tensor.detach().to(device="cpu", dtype=torch.float32)

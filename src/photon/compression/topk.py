@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 
@@ -9,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from photon.compression.casts import Fp32
 from photon.compression.codec import (
-    Codec,
     Empty,
     Memory,
     Parts,
@@ -20,7 +19,7 @@ from photon.compression.codec import (
     require_finite,
     require_part,
 )
-from photon.compression.nested import decode_nested, encode_nested
+from photon.compression.nested import Nesting
 
 #: Values whose places share 16 bits.
 _BLOCK = 2**16
@@ -28,7 +27,7 @@ _BLOCK = 2**16
 _INFINITY = 0x7F800000
 
 
-class TopK(Codec):
+class TopK(Nesting):
     """The share `density` of an update's values that are largest in magnitude; the rest is 0.
 
     One threshold holds for all tensors of an update that the codec was `fitted` to, so that
@@ -41,27 +40,21 @@ class TopK(Codec):
     1/16 (part `bitmap`). Kept values, in their order in the tensor, go through the inner codec
     (parts `values.*`), which is given them without memory and is not fitted itself.
 
-    Args:
-        density: share of values to send, above 0 and up to 1.
-        inner: encodes the kept values; fp32 if None.
+    Attributes:
+        density: share of values to send.
     """
 
     name = "topk"
+    density: float
+    _threshold: int | None = None
 
-    def __init__(self, density: float = 0.01, inner: Codec | None = None) -> None:
-        if not 0 < density <= 1:
-            raise ValueError(f"a density of {density}: above 0 to 1 is needed")
-        self.density = density
-        self.inner = inner or Fp32()
-        self._threshold: int | None = None
-
-    def fitted(self, update: Update) -> Codec:
+    def fitted(self, update: Update) -> TopK:
         """This codec with one threshold for all tensors of the update, which is walked twice.
 
         Raises:
             NonFiniteError: the update holds NaN or infinity.
         """
-        codec = TopK(self.density, self.inner)
+        codec = copy.copy(self)
         codec._threshold = _threshold(update, self.density)
         return codec
 
@@ -87,7 +80,7 @@ class TopK(Codec):
             }
         else:
             places = {"bitmap": _bitmap(values, threshold)}
-        return places | encode_nested(self.inner, torch.cat(kept), "values")
+        return places | self._encode_inner(torch.cat(kept), "values")
 
     def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         count = math.prod(shape)
@@ -98,7 +91,7 @@ class TopK(Codec):
         else:
             raise ValueError(f"no part 'index' or 'bitmap' (there are: {', '.join(sorted(parts))})")
         values = empty(count).zero_()
-        values[places] = decode_nested(self.inner, parts, "values", (len(places),))
+        values[places] = self._decode_inner(parts, "values", (len(places),))
         return values.view(tuple(shape))
 
 

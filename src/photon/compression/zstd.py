@@ -11,8 +11,8 @@ import torch
 import zstandard
 from torch import Tensor
 
-from photon.compression.casts import Fp32
-from photon.compression.codec import Codec, Empty, Memory, Parts, Update
+from photon.compression.codec import Codec, Empty, Memory, Number, Parts, Update
+from photon.compression.nested import Nesting
 
 #: Before the frame: what kind of number the bytes are, and how many bytes they are.
 _HEADER = struct.Struct("<BQ")
@@ -28,7 +28,7 @@ _PIECE = 2**16
 _BYTES_PER_VALUE, _BYTES_BESIDE = 8, 4096
 
 
-class Zstd(Codec):
+class Zstd(Nesting):
     """Another codec, and each of its parts compressed.
 
     Of numbers of several bytes, all first bytes go together, then all second ones: exponents are
@@ -38,22 +38,19 @@ class Zstd(Codec):
     The parts of large tensors depend on the version of the zstd library, never on the number of
     threads.
 
-    Args:
-        inner: what encodes; fp32, and so no loss at all, if None.
+    Attributes:
         level: 1 (fast) to 19 (small).
     """
 
     name = "zstd"
+    level: int
 
-    def __init__(self, inner: Codec | None = None, level: int = 3) -> None:
-        if not 1 <= level <= 19:
-            raise ValueError(f"zstd level {level}: 1 to 19 is needed")
-        self.inner = inner or Fp32()
-        self.level = level
+    def __init__(self, inner: Codec | None = None, **given: Number) -> None:
+        super().__init__(inner, **given)
         self.lossless, self.learns = self.inner.lossless, self.inner.learns
 
     def fitted(self, update: Update) -> Codec:
-        return Zstd(self.inner.fitted(update), self.level)
+        return Zstd(self.inner.fitted(update), level=self.level)
 
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
         parts = self.inner.encode(tensor, memory)

@@ -4,8 +4,7 @@
 
 A spec is up to three stages joined by `+`: a structure (which values, or which factors, are sent),
 the values codec of what is left (fp32 where none is named) and zstd. No torch in here, so that a
-run file is checked without it; `photon.compression.build_codec` builds what a spec says, and
-refuses to be imported where its classes and these tables differ.
+run file is checked without it; `photon.compression.build_codec` builds what a spec says.
 """
 
 from __future__ import annotations
