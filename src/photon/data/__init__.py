@@ -7,12 +7,7 @@ from photon.data.partition import DocumentInfo, Partitioner
 from photon.data.prepare import prepare
 from photon.data.prepared import PreparedData, SiloData, open_data
 from photon.data.stream import TokenStream, token_stream
-from photon.data.tokenizer import (
-    TextTokenizer,
-    load_tokenizer,
-    tokenizer_identity,
-    train_tokenizer,
-)
+from photon.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_identity, train_tokenizer
 
 __all__ = [
     "Document",

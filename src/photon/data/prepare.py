@@ -22,15 +22,7 @@ from photon.data.pieces import batches, pieces
 from photon.data.plan import Plan, Reporter, make_plan
 from photon.data.prepared import PreparedData, open_data
 from photon.data.scratch import scratch_folder
-from photon.data.shards import (
-    FORMAT,
-    HELD_OUT,
-    TRAIN,
-    Shard,
-    ShardWriter,
-    Splits,
-    write_manifest,
-)
+from photon.data.shards import FORMAT, HELD_OUT, TRAIN, Shard, ShardWriter, Splits, write_manifest
 from photon.data.splits import GLOBAL, LOCAL
 from photon.data.tokenizer import (
     TextTokenizer,

@@ -12,14 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from photon.data.shards import (
-    HELD_OUT,
-    TRAIN,
-    Shard,
-    Splits,
-    read_manifest,
-    read_splits,
-)
+from photon.data.shards import HELD_OUT, TRAIN, Shard, Splits, read_manifest, read_splits
 from photon.errors import (
     DataNotFoundError,
     EmptySiloError,

@@ -24,12 +24,7 @@ import numpy as np
 from photon.data.prepared import PreparedData
 from photon.data.shards import TRAIN
 from photon.data.tokens import TokenRun
-from photon.errors import (
-    DataError,
-    EmptySiloError,
-    IncompatibleConfigError,
-    SequenceTooLongError,
-)
+from photon.errors import DataError, EmptySiloError, IncompatibleConfigError, SequenceTooLongError
 
 #: grain permutes 32-bit indices.
 _MOST_WINDOWS = 2**32
