@@ -59,7 +59,7 @@ from peers.turns import Work
 from photon.config import RunConfig, parse_run_config
 from photon.data import open_data
 from photon.federation.node import initial_model, open_stream
-from photon.models import next_token_loss
+from photon.models import training_loss
 from photon.models.presets import preset_config
 from photon.models.quiet import quiet_transformers
 from photon.runs import simulate
@@ -153,7 +153,7 @@ def bare_loop(config: RunConfig, model: nn.Module, optimizer: InnerOptimizer, st
         with torch.autocast(
             device.type, torch.bfloat16, enabled=config.compute.precision == "bf16"
         ):
-            loss = next_token_loss(model, batch)
+            loss, _ = training_loss(model, batch)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step(1.0)

@@ -297,10 +297,7 @@ def error_of(exit_code: int) -> type[PhotonError]:
 
 def all_errors() -> list[type[PhotonError]]:
     """Every class of the tree, root first, by exit code."""
-    found: list[type[PhotonError]] = []
-    todo: list[type[PhotonError]] = [PhotonError]
-    while todo:
-        kind = todo.pop()
-        found.append(kind)
-        todo.extend(kind.__subclasses__())
+    found: list[type[PhotonError]] = [PhotonError]
+    for kind in found:  # which grows meanwhile
+        found.extend(kind.__subclasses__())
     return sorted(found, key=lambda kind: kind.exit_code)

@@ -92,7 +92,7 @@ def test_k_participants_with_one_sgd_step_are_one_large_batch(three_silos, make_
     simulate(config, run_dir=tmp_path / "federated")
     from photon.data import open_data
     from photon.federation.node import initial_model, open_stream
-    from photon.models import next_token_loss
+    from photon.models import training_loss
 
     data = open_data(config.data.path)
     model = initial_model(config, data)
@@ -100,7 +100,7 @@ def test_k_participants_with_one_sgd_step_are_one_large_batch(three_silos, make_
     for silo in sorted(data.silos):
         with open_stream(config, data, [silo]) as stream:
             batches.append(torch.from_numpy(stream.batch(0, config.local.batch_size)))
-    next_token_loss(model, torch.cat(batches)).backward()
+    training_loss(model, torch.cat(batches))[0].backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.5 * parameter.grad

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from photon.training import adopt
-from photon.training.adopt import Adopt
+from photon.training import elementwise
+from photon.training.elementwise import Adopt
 
 SHAPES = [(6, 5), (7,), (3, 2, 4)]
 
@@ -118,7 +118,7 @@ def test_descends_where_adam_with_a_small_beta2_does_not():
 def test_batches_bound_memory_and_change_nothing(monkeypatch):
     results = []
     for elements in (2**26, 10):
-        monkeypatch.setattr(adopt, "STEP_ELEMENTS", elements)
+        monkeypatch.setattr(elementwise, "STEP_ELEMENTS", elements)
         mine = parameters()
         optimizer = Adopt(mine, lr=1e-2)
         for step in gradients(3):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from photon.config import LocalConfig
 from photon.training import InnerOptimizer
-from photon.training.amsgrad import Amsgrad
+from photon.training.elementwise import Amsgrad
 
 
 def reference(theta: Tensor, m: Tensor, v_hat: Tensor, gs: list[Tensor], *, lr, b1, b2, decay):

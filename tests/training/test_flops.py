@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from photon.config import ModelConfig
-from photon.models import build_skeleton, next_token_loss
+from photon.models import build_skeleton, training_loss
 from photon.training.flops import FlopCount, count_flops
 
 VOCABULARY, LENGTH = 512, 256
@@ -27,7 +27,7 @@ def measured_per_token(model, batch=2):
     model = model.to_empty(device="cpu")
     tokens = torch.zeros(batch, LENGTH + 1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        next_token_loss(model, tokens).backward()
+        training_loss(model, tokens)[0].backward()
     return counter.get_total_flops() / (batch * LENGTH)
 
 

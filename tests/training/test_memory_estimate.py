@@ -235,7 +235,9 @@ def test_ddp_and_accumulation_keep_all_gradients(tiny):
 
 def test_parts_add_up(tiny):
     estimate = estimate_with(tiny, PLAIN)
-    assert sum(estimate.parts.values()) == estimate.total_bytes
+    parts = {name: size for name, size in vars(estimate).items() if name != "settings"}
+    assert all(name.endswith("_bytes") for name in parts)
+    assert sum(parts.values()) == estimate.total_bytes
     assert estimate.allocator_bytes == pytest.approx(
         live_bytes(estimate) * ALLOCATOR_SHARE["cpu"], rel=1e-6
     )

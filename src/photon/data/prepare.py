@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,7 @@ from photon.data.tokenizer import (
     train_tokenizer,
 )
 from photon.errors import DiskFullError, MachineError
-from photon.store.disk import file_sha256, put_in_place, sync_to_disk
+from photon.store.disk import file_sha256, put_in_place, require_disk, sync_to_disk
 from photon.version import photon_version
 
 _COUNTED = ("documents", "tokens", "bytes")
@@ -68,7 +67,9 @@ def prepare(options: PrepareOptions, progress: Reporter | None = None) -> Prepar
         source = options.source()
         with scratch_folder(out) as scratch:  # first: what can't be written is told before the work
             plan = make_plan(source, options, partitioner, report)
-            _require_room(scratch, sum(plan.sizes))
+            # A token takes 2 to 4 bytes and stands for about as much text: on the safe side.
+            needed, hint = sum(plan.sizes), "Free space or choose another --out."
+            require_disk(scratch, needed, "the text as tokens", hint)
             with parallel():
                 tokenizer = given or _train(source, plan, options, report)
                 shards, in_global = _write(source, plan, tokenizer, options, scratch, report)
@@ -232,17 +233,6 @@ def _summary(splits: Splits) -> dict[str, dict[str, int]]:
         }
         for split, sources in splits.items()
     }
-
-
-def _require_room(folder: Path, text_bytes: int) -> None:
-    # A token takes 2 to 4 bytes and stands for about as much text, so this is on the safe side.
-    free = shutil.disk_usage(folder).free
-    if free < text_bytes:
-        raise DiskFullError(
-            f"{text_bytes / 1e9:.2f} GB of text need about as much room in {folder}; "
-            f"{free / 1e9:.2f} GB are free",
-            hint="Free space or choose another --out.",
-        )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from photon.models.build import (
 from photon.models.export import ModelCard, export_model, license_of
 from photon.models.generate import generate_tokens
 from photon.models.head_loss import HeadLoss, head_loss, rows_at_once, sequences_at_once
-from photon.models.loss import held_out_loss, next_token_loss, training_loss
+from photon.models.loss import held_out_loss, training_loss
 from photon.models.parameters import (
     carried_tensors,
     hidden_matrices,
@@ -45,7 +45,6 @@ __all__ = [
     "load_config",
     "load_pretrained",
     "model_fingerprint",
-    "next_token_loss",
     "preset_config",
     "quiet_transformers",
     "require_document_masks",

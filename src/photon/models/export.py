@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from photon.errors import DiskFullError, ModelError
 from photon.models.quiet import quiet_transformers
-from photon.store.disk import put_in_place
+from photon.store.disk import put_in_place, require_disk
 
 # Patterns, not everything: a tokenizer folder may be a model folder with weights of its own.
 _TOKENIZER_FILES = (
@@ -32,11 +32,6 @@ _TOKENIZER_FILES = (
     "chat_template*",
 )
 
-# Without tokenizer_config.json, transformers 5 picks a class by model type, and its LlamaTokenizer
-# rebuilds the pre-tokenizer: other tokens than the model was trained on. This class reads
-# tokenizer.json as it is.
-_TOKENIZER_CONFIG: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-
 _HOW = {
     "serve": "A language model trained with Photon across organisations that kept their data:\n"
     "they shared model updates only.",
@@ -44,8 +39,6 @@ _HOW = {
     "trained\nfor each silo in turn.",
     "train": "A language model trained with Photon on one pooled text, without a federation.",
 }
-
-_BYTES_OF = {torch.float32: 4, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,6 @@ class ModelCard:
         base_model: folder or hub name of the model that training started from.
         license: identifier of the weights' license, as the hub spells it.
         languages: codes of the text's languages, as the hub spells them.
-        notes: paragraphs of Markdown added at the end.
     """
 
     run: str
@@ -83,7 +75,6 @@ class ModelCard:
     base_model: str | None = None
     license: str | None = None
     languages: tuple[str, ...] = ()
-    notes: str | None = None
 
 
 def export_model(
@@ -129,7 +120,9 @@ def export_model(
         raise ModelError(f"{tokenizer_folder} has no tokenizer.json to export with the model")
     out.parent.mkdir(parents=True, exist_ok=True)
     torch_dtype = getattr(torch, dtype)
-    _require_room(model, out.parent, _BYTES_OF[torch_dtype])
+    values = sum(p.numel() for p in model.parameters())
+    needed = values * torch_dtype.itemsize + (16 << 20)
+    require_disk(out.parent, needed, "exporting", "Free space or name another --out.")
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         with _exporting(out):
@@ -172,7 +165,6 @@ def render_card(card: ModelCard, model: Any) -> str:
     # JSON strings and lists are YAML.
     yaml = "".join(f"{k}: {json.dumps(v)}\n" for k, v in front.items() if v is not None)
     table = "".join(f"| {name} | {_show(v)} |\n" for name, v in facts if v is not None)
-    notes = f"\n{card.notes.strip()}\n" if card.notes else ""
     return (
         f"---\n{yaml}---\n\n# {card.run}\n\n"
         f"{_HOW[card.how]}\n\n"
@@ -181,7 +173,7 @@ def render_card(card: ModelCard, model: Any) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
-        f"```\n{notes}"
+        "```\n"
     )
 
 
@@ -244,7 +236,10 @@ def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
         record = json.loads(file.read_text(encoding="utf-8")) | {"post_processor": None}
         file.write_text(json.dumps(record, ensure_ascii=False, indent=2), encoding="utf-8")
     file = folder / "tokenizer_config.json"
-    settings = dict(_TOKENIZER_CONFIG)
+    # Without that file, transformers 5 picks a class by model type, and its LlamaTokenizer rebuilds
+    # the pre-tokenizer: other tokens than the model was trained on. This class reads tokenizer.json
+    # as it is.
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if file.exists():
         settings = json.loads(file.read_text(encoding="utf-8"))
     if settings.get("eos_token") is not None:  # batches can be filled up, before the prompts
@@ -258,13 +253,6 @@ def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
         if number is not None:
             ids[f"{name}_id"] = number
     return ids
-
-
-def _require_room(model: torch.nn.Module, folder: Path, bytes_each: int) -> None:
-    needed = sum(p.numel() for p in model.parameters()) * bytes_each + (16 << 20)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise DiskFullError(f"exporting needs {needed:,} bytes in {folder}, {free:,} are free")
 
 
 @contextmanager

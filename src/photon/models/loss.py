@@ -3,36 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from photon.models.head_loss import HeadLoss, rows_at_once
-
-
-def next_token_loss(
-    model: Callable[..., Any],
-    tokens: Tensor,
-    reduction: Literal["mean", "sum", "none"] = "mean",
-    *,
-    document_ids: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy of predicting tokens[:, 1:] from tokens[:, :-1], in nats.
-
-    Args:
-        model: a Hugging Face causal LM, or what stands for it (DDP): called with input_ids [B, L],
-            gives logits [B, L, V].
-        tokens: int64 [B, L + 1], L >= 1.
-        reduction: over the B x L predictions; none gives them one by one, [B x L].
-        document_ids: [B, L + 1], rising from 0 along a row: attention then stays inside a document.
-
-    Returns:
-        fp32, 0-d unless reduction is none. Logits are upcast before the softmax, autocast or not.
-    """
-    logits, targets = _predictions(model, tokens, document_ids)
-    return functional.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
 def training_loss(
@@ -43,26 +20,31 @@ def training_loss(
     z_loss: float = 0.0,
     head: HeadLoss | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What is minimised, and the cross-entropy that is reported; the same without a z-loss.
+    """What is minimised, and the cross-entropy of predicting tokens[:, 1:] from tokens[:, :-1].
 
-    z-loss: z_loss * mean(log(Z)^2), Z the softmax's denominator (PaLM, arXiv 2204.02311).
+    They are the same without a z-loss: z_loss * mean(log(Z)^2), Z the softmax's denominator (PaLM,
+    arXiv 2204.02311).
 
     Args:
-        model, tokens, document_ids: as in `next_token_loss`.
+        model: a Hugging Face causal LM, or what stands for it (DDP): called with input_ids [B, L],
+            gives logits [B, L, V].
+        tokens: int64 [B, L + 1], L >= 1.
+        document_ids: [B, L + 1], rising from 0 along a row: attention then stays inside a document.
         z_loss: weight; 0 leaves it out.
         head: takes the loss inside the model, without whole logits.
 
     Returns:
-        fp32 0-d objective and fp32 0-d cross-entropy in nats per token.
+        fp32 0-d objective and fp32 0-d cross-entropy in nats per token. Logits are upcast before
+        the softmax, autocast or not.
     """
     if head is not None:
         targets = tokens[:, 1:].flatten()
         return head(model, targets, z_loss, **_inputs(tokens, document_ids))
-    if not z_loss:
-        loss = next_token_loss(model, tokens, document_ids=document_ids)
-        return loss, loss
     logits, targets = _predictions(model, tokens, document_ids)
     logits = logits.float()
+    if not z_loss:
+        loss = functional.cross_entropy(logits, targets)
+        return loss, loss
     log_z = torch.logsumexp(logits, dim=-1)
     loss = (log_z - logits.gather(-1, targets[:, None]).squeeze(-1)).mean()
     return loss + z_loss * log_z.square().mean(), loss
@@ -78,7 +60,7 @@ def held_out_loss(
     """Summed cross-entropy of predicting tokens[:, 1:], in nats; no gradient.
 
     Args:
-        model, tokens, document_ids: as in `next_token_loss`.
+        model, tokens, document_ids: as in `training_loss`.
         head: takes the loss inside the model, without whole logits. Without one the model makes
             them; they are upcast some rows at a time.
     """

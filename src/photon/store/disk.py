@@ -151,7 +151,13 @@ def _remove_left_behind(path: Path) -> None:
                     found.unlink()
 
 
-def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
+def require_disk(
+    folder: Path,
+    needed_bytes: int,
+    what: str,
+    hint: str = "Free space, choose another folder with --run-dir, or keep fewer checkpoints "
+    "(run.keep_checkpoints).",
+) -> None:
     """Check room before work starts.
 
     Args:
@@ -169,8 +175,7 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
     if free < needed_bytes:
         raise DiskFullError(
             f"{what} needs {needed_bytes / 1e9:.2f} GB at {folder}, {free / 1e9:.2f} GB are free",
-            hint="Free space, choose another folder with --run-dir, or keep fewer checkpoints "
-            "(run.keep_checkpoints).",
+            hint=hint,
         )
 
 

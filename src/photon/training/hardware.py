@@ -21,65 +21,55 @@ from photon.version import photon_version
 
 @dataclass(frozen=True)
 class StatedPeak:
-    """Dense FLOP/s of a device as its data sheet states them (no sparsity, fp32 accumulation).
+    """Dense TFLOP/s of a device as its data sheet states them (no sparsity, fp32 accumulation).
 
     Attributes:
         name: the product, as matched.
-        bf16_flops, fp16_flops: tensor cores; None where there are none of that type.
-        tf32_flops: None before Ampere.
-        fp32_flops: outside tensor cores.
+        half: tensor cores, in fp16; in bf16 too from Ampere on.
+        tf32: None before Ampere.
+        fp32: outside tensor cores.
     """
 
     name: str
-    bf16_flops: float | None
-    fp16_flops: float | None
-    tf32_flops: float | None
-    fp32_flops: float
+    half: float
+    tf32: float | None
+    fp32: float
 
     def flops(self, precision: str) -> float | None:
-        """FLOP/s in "bf16", "fp16", "tf32" or "fp32"."""
-        return getattr(self, f"{precision}_flops")
-
-
-def _tera(
-    name: str, half: float, tf32: float | None, fp32: float, *, has_bf16: bool = True
-) -> StatedPeak:
-    return StatedPeak(
-        name,
-        half * 1e12 if has_bf16 else None,
-        half * 1e12,
-        tf32 * 1e12 if tf32 else None,
-        fp32 * 1e12,
-    )
+        """FLOP/s in "bf16", "fp16", "tf32" or "fp32"; None where it has no such tensor cores."""
+        bf16 = self.half if self.tf32 else None
+        known = {"bf16": bf16, "fp16": self.half, "tf32": self.tf32, "fp32": self.fp32}
+        tera = known[precision]
+        return tera and tera * 1e12
 
 
 #: NVIDIA's data sheets, half of the figure "with sparsity" where only that is printed. GeForce:
 #: the architecture white papers' figures with fp32 accumulation.
 STATED_PEAKS: tuple[StatedPeak, ...] = (
-    _tera("B200", 2250, 1125, 75),
-    _tera("GH200", 989.4, 494.7, 66.9),
-    _tera("H200 NVL", 835.5, 417.5, 60),
-    _tera("H200", 989.4, 494.7, 66.9),
-    _tera("H100 PCIe", 756, 378, 51),
-    _tera("H100 NVL", 835.5, 417.5, 60),
-    _tera("H100", 989.4, 494.7, 66.9),
-    _tera("H800 PCIe", 756, 378, 51),
-    _tera("H800", 989.4, 494.7, 66.9),
-    _tera("A100", 312, 156, 19.5),
-    _tera("A800", 312, 156, 19.5),
-    _tera("L40S", 362, 183, 91.6),
-    _tera("L40", 181, 90.5, 90.5),
-    _tera("L4", 121, 60, 30.3),
-    _tera("RTX 6000 Ada", 364.2, 182.1, 91.1),
-    _tera("RTX A6000", 154.8, 77.4, 38.7),
-    _tera("A10G", 70, 35, 31.5),
-    _tera("A10", 125, 62.5, 31.2),
-    _tera("RTX 5090", 209.5, 104.8, 104.8),
-    _tera("RTX 4090", 165.2, 82.6, 82.6),
-    _tera("RTX 3090", 71, 35.6, 35.6),
-    _tera("V100-PCIE", 112, None, 14, has_bf16=False),
-    _tera("V100", 125, None, 15.7, has_bf16=False),
-    _tera("T4", 65, None, 8.1, has_bf16=False),
+    StatedPeak("B200", 2250, 1125, 75),
+    StatedPeak("GH200", 989.4, 494.7, 66.9),
+    StatedPeak("H200 NVL", 835.5, 417.5, 60),
+    StatedPeak("H200", 989.4, 494.7, 66.9),
+    StatedPeak("H100 PCIe", 756, 378, 51),
+    StatedPeak("H100 NVL", 835.5, 417.5, 60),
+    StatedPeak("H100", 989.4, 494.7, 66.9),
+    StatedPeak("H800 PCIe", 756, 378, 51),
+    StatedPeak("H800", 989.4, 494.7, 66.9),
+    StatedPeak("A100", 312, 156, 19.5),
+    StatedPeak("A800", 312, 156, 19.5),
+    StatedPeak("L40S", 362, 183, 91.6),
+    StatedPeak("L40", 181, 90.5, 90.5),
+    StatedPeak("L4", 121, 60, 30.3),
+    StatedPeak("RTX 6000 Ada", 364.2, 182.1, 91.1),
+    StatedPeak("RTX A6000", 154.8, 77.4, 38.7),
+    StatedPeak("A10G", 70, 35, 31.5),
+    StatedPeak("A10", 125, 62.5, 31.2),
+    StatedPeak("RTX 5090", 209.5, 104.8, 104.8),
+    StatedPeak("RTX 4090", 165.2, 82.6, 82.6),
+    StatedPeak("RTX 3090", 71, 35.6, 35.6),
+    StatedPeak("V100-PCIE", 112, None, 14),
+    StatedPeak("V100", 125, None, 15.7),
+    StatedPeak("T4", 65, None, 8.1),
 )
 
 # Products of the same number on another chip, and slices of one.

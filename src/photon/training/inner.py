@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from photon.config import LocalConfig
 from photon.errors import IncompatibleConfigError, ModelMismatchError
 from photon.models import hidden_matrices, trainable_parameters
-from photon.training.adopt import Adopt
-from photon.training.amsgrad import Amsgrad
 from photon.training.eight_bit import EightBitAdamW
+from photon.training.elementwise import Adopt, Amsgrad
 from photon.training.local_tensors import copy_as
 from photon.training.muon import Muon
 

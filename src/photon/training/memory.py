@@ -115,15 +115,9 @@ class MemoryEstimate:
     runtime_bytes: int
 
     @property
-    def parts(self) -> dict[str, int]:
-        """Bytes by part, in the order of the fields."""
-        names = [field.name for field in fields(self) if field.name != "settings"]
-        return {name.removesuffix("_bytes"): getattr(self, name) for name in names}
-
-    @property
     def total_bytes(self) -> int:
         """Bytes a device needs."""
-        return sum(self.parts.values())
+        return sum(getattr(self, part.name) for part in fields(self) if part.name != "settings")
 
 
 def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
