@@ -1,5 +1,6 @@
 """Invariant 3: kill -9 at any moment, resume, identical weights. Real processes, real signals."""
 
+import hashlib
 import json
 import os
 import random
@@ -132,6 +133,48 @@ def test_kill_at_chosen_and_random_moments(photon, run_file, undisturbed, tmp_pa
     rounds = [event.round for event in history.of(RoundFinished)]
     assert rounds == sorted(set(rounds))
     assert not (folder / "exchange").exists()
+
+
+def test_kill_at_random_moments_of_nested_rounds(photon, run_file, tmp_path):
+    """A group in a group: kills fall into rounds of any level."""
+    nested = tmp_path / "nested.toml"
+    groups = """
+[federation.children.west]
+silos = ["red"]
+rounds = 2
+outer = {name = "nesterov"}
+update_codec = "int8"
+[federation.children.west.children.coast]
+silos = ["blue", "green"]
+rounds = 2
+"""
+    nested.write_text(run_file.read_text() + groups)
+    words = ["simulate", nested, "--quiet", "--run-dir"]
+    assert photon(*words, tmp_path / "whole").wait() == 0
+    whole = summary_of(tmp_path / "whole")
+    rounds = read_history(tmp_path / "whole").of(RoundFinished)
+    folder = tmp_path / "run"
+    draw = random.Random(5)
+    words.append(folder)
+    for number in (2, 4, 5, 7):
+        delay_s = draw.uniform(0.0, rounds[number - 1].round_s)
+        code = kill_after(photon(*words), folder, "round_started", number, delay_s)
+        assert code == -signal.SIGKILL
+        words = ["resume", folder, "--quiet"]
+    assert photon(*words).wait() == 0
+    resumed = summary_of(folder)
+    for key in ("weights_sha256", "tokens", "bytes_up", "bytes_down", "bytes_inside"):
+        assert resumed[key] == whole[key], key
+    kept = kept_by_nodes(tmp_path / "whole")
+    assert {path.split("/")[1] for path in kept} >= {"red", "blue", "west"}
+    assert kept_by_nodes(folder) == kept
+
+
+def kept_by_nodes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder / "nodes").rglob("*.safetensors")
+    }
 
 
 def test_killed_workers_are_replaced_and_change_nothing(photon, run_file, undisturbed, tmp_path):
