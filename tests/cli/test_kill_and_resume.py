@@ -171,10 +171,11 @@ rounds = 2
 
 
 def kept_by_nodes(folder):
+    """Hashes of tensors; what lies beside them has times in it."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in (folder / "nodes").rglob("*")
-        if path.is_file()
+        if path.suffix in (".safetensors", ".distcp")
     }
 
 
