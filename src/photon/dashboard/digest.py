@@ -30,6 +30,8 @@ Measure = Literal["loss", "perplexity", "bits_per_byte"]
 
 #: What a round's time goes into; "other" is what nothing accounts for.
 PHASES = ("local training", "evaluation", "merging", "checkpoint", "other")
+#: What a step does, in its order; the rest of the training time is the last one.
+STEP_PARTS = ("data", "forward", "backward", "optimizer", "other")
 #: Bytes per token may differ by so much between runs that score the same text with one tokenizer.
 SAME_TOKENIZER = 0.01
 #: The incident that counts against a silo.
@@ -78,6 +80,17 @@ class SiloDigest:
     training: list[tuple[float, float]] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
     scoring_bytes: int = 0
+
+    def sum(self, figure: str) -> float:
+        """Of a figure of all its tasks; what is not known counts as none."""
+        return sum(getattr(task, figure) or 0 for task in self.tasks)
+
+    @property
+    def step_shares(self) -> list[float]:
+        """Of each of STEP_PARTS in its training time; none where its times were not told."""
+        spent_s = [self.sum(f"{part}_s") for part in STEP_PARTS[:-1]]
+        rest_s = max(0.0, self.sum("train_s") - sum(spent_s))
+        return [each / (sum(spent_s) + rest_s) for each in (*spent_s, rest_s) if sum(spent_s) > 0]
 
     @property
     def throughput(self) -> list[float]:

@@ -2,56 +2,32 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from photon.dashboard import palette, wording
 from photon.dashboard.comparison import ComparisonRow, compared_by, in_words
-from photon.dashboard.digest import EvaluationPoint, RunDigest, SiloDigest, read_digest
-from photon.dashboard.effort import STEP_PARTS, effort_rows, step_legend
+from photon.dashboard.digest import STEP_PARTS, EvaluationPoint, RunDigest, read_digest
 from photon.errors import DiskFullError, MachineError, RunError
 from photon.store.disk import write_whole
 
 _TEMPLATE = "report.html.j2"
 _MEASURES = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
-
-GLOSSARY = (
-    ("Silo", "An organisation that takes part with its own text and machines. Its text stays."),
-    ("Round", "Silos train on their own, then their updates are merged into one model."),
-    ("Local steps (tau)", "Optimizer steps a silo takes between two exchanges."),
-    (
-        "Perplexity",
-        "How many tokens the model hesitates between, on average, when it predicts the next one. "
-        "Lower is better.",
-    ),
-    (
-        "Bits per byte",
-        "The same quality per byte of text, so that models with other tokenizers compare. "
-        "Lower is better.",
-    ),
-    (
-        "Pseudo-gradient",
-        "Global weights minus a silo's weights after its local steps: what is averaged.",
-    ),
-    ("Outer optimizer", "The rule by which the averaged pseudo-gradient moves the global model."),
-    (
-        "MFU",
-        "Model FLOPs utilisation: the arithmetic that the model's steps need, over what the device "
-        "could do in that time.",
-    ),
-    ("Utilisation", "Share of the wall clock in which nodes trained, not waited, sent or saved."),
+#: How the template words what the digest holds.
+_FILTERS = (
+    wording.clock,
+    wording.count,
+    wording.decimal,
+    wording.duration,
+    wording.one_line,
+    wording.percent,
+    wording.perplexity,
+    wording.several,
+    wording.size,
+    statistics.median,
 )
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One figure in large type, what it is, and one line of context."""
-
-    name: str
-    value: str
-    note: str = ""
 
 
 def write_report(
@@ -113,29 +89,26 @@ def render(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    started = digest.started
-    template = environment.get_template(_TEMPLATE)
-    return template.render(
-        title=wording.one_line(started.run),
+    environment.filters |= {word.__name__: word for word in _FILTERS}
+    rows = [ComparisonRow.of("this run", digest, federated=True)]
+    rows += [ComparisonRow.of(label, other) for label, other in others.items()]
+    return environment.get_template(_TEMPLATE).render(
+        run=digest,
+        started=digest.started,
         headline=headline(digest),
         notice=notice(digest),
-        tiles=tiles(digest),
+        ratio=_ratio_note(digest),
         drawings=all_drawings(digest, others),
-        evaluated=bool(digest.evaluations),
-        phases=_phases(digest),
-        silos=[_silo_row(digest, i, silo) for i, silo in enumerate(digest.silos.values())],
-        shares=any(silo.share is not None for silo in digest.silos.values()),
-        effort=effort_rows(digest),
+        phases=digest.phases_s,
+        silo_colour=partial(palette.silo_variable, silos=len(digest.silos)),
         step_parts=STEP_PARTS,
-        step_legend=step_legend(),
-        incidents=[_incident_row(incident) for incident in digest.incidents],
-        comparison=_comparison_rows(digest, others),
-        measure=_MEASURES[compared_by(_comparison(digest, others))],
+        comparison=[
+            (in_words(row, rows), row.federated, one.state != "finished")
+            for row, one in zip(rows, [digest, *others.values()], strict=True)
+        ],
+        measure=_MEASURES[compared_by(rows)],
         config=_config(digest.folder),
-        glossary=GLOSSARY,
-        facts=_facts(digest),
         formula=baseline_formula(digest),
-        superseded=digest.superseded,
         light=palette.variables(dark=False),
         dark=palette.variables(dark=True),
     )
@@ -200,46 +173,10 @@ def notice(digest: RunDigest) -> str | None:
     return None
 
 
-def tiles(digest: RunDigest) -> list[Tile]:
-    """The figures a manager asks for."""
-    started, first, last = digest.started, digest.first, digest.last
-    was = ""
-    if first is not None and last is not None and first is not last:
-        when = "before training" if first.round == 0 else f"after round {first.round}"
-        was = f"{wording.perplexity(first.perplexity, 'diverged')} {when}"
-    moved = digest.bytes_up + digest.bytes_down
-    speed = digest.tokens / digest.wall_s if digest.wall_s > 0 else 0.0
-    train_share = digest.train_share
-    return [
-        Tile("perplexity", _perplexity(last), was),
-        Tile(
-            "bits per byte",
-            wording.decimal(last.bits_per_byte if last else None, 2),
-            "of held-out text",
-        ),
-        Tile(
-            "rounds",
-            f"{digest.rounds_done} of {started.rounds}",
-            f"{started.local_steps} local steps each",
-        ),
-        Tile("tokens trained on", wording.count(digest.tokens), f"{wording.count(speed)} a second"),
-        Tile("bytes exchanged", wording.size(moved), _ratio_note(digest, moved)),
-        Tile("wall-clock time", wording.duration(digest.wall_s), f"on {started.device}"),
-        Tile(
-            "training",
-            wording.percent(train_share) if train_share is not None else "–",
-            "of the time, nodes trained",
-        ),
-    ]
-
-
-def _perplexity(point: EvaluationPoint | None) -> str:
-    return "–" if point is None else wording.perplexity(point.perplexity, "diverged")
-
-
-def _ratio_note(digest: RunDigest, moved: int) -> str:
+def _ratio_note(digest: RunDigest) -> str:
     if digest.started.kind == "train":
         return "a central run exchanges nothing"
+    moved = digest.bytes_up + digest.bytes_down
     if not moved or not digest.baseline_bytes:
         return ""
     return f"{wording.times_less(digest.baseline_bytes, moved)} an exchange every step"
@@ -249,7 +186,12 @@ def baseline_formula(digest: RunDigest) -> str | None:
     """The per-step baseline, with its numbers in."""
     if not digest.baseline_bytes or not digest.rounds:
         return None
-    started = digest.started
+    started, left_out = digest.started, ""
+    if digest.left_out is not None:
+        left_out = (
+            f" Of a silo's update the codec left {wording.percent(digest.left_out, 1)} of its norm "
+            "for later ones (mean of the last round)."
+        )
     return (
         "An exchange every step, for the same local steps, in fp32: "
         f"4 bytes × {started.parameters:,} parameters × 2 directions × "
@@ -258,97 +200,8 @@ def baseline_formula(digest: RunDigest) -> str | None:
         f"Whole models every round, in bf16: 2 bytes × 2 directions × the same = "
         f"{wording.size(digest.whole_model_bytes)}. "
         f"This run: {wording.size(digest.bytes_up)} up ({started.update_codec}) + "
-        f"{wording.size(digest.bytes_down)} down ({started.broadcast_codec})."
-        + _left_out(digest.left_out)
+        f"{wording.size(digest.bytes_down)} down ({started.broadcast_codec}).{left_out}"
     )
-
-
-def _left_out(share: float | None) -> str:
-    if share is None:
-        return ""
-    return (
-        f" Of a silo's update the codec left {wording.percent(share, 1)} of its norm for later "
-        "ones (mean of the last round)."
-    )
-
-
-def _phases(digest: RunDigest) -> list[dict[str, Any]]:
-    phases = digest.phases_s
-    total_s = sum(seconds for _, seconds in phases)
-    if not digest.rounds or total_s <= 0:
-        return []
-    return [
-        {
-            "name": name,
-            "width": f"{seconds / total_s * 100:.2f}",
-            "share": wording.percent(seconds / total_s, 0 if seconds / total_s >= 0.0995 else 1),
-            "time": wording.duration(seconds),
-            "colour": f"var(--phase-{i})",
-        }
-        for i, (name, seconds) in enumerate(phases)
-    ]
-
-
-def _silo_row(digest: RunDigest, index: int, silo: SiloDigest) -> dict[str, Any]:
-    first = silo.evaluations[0] if silo.evaluations else None
-    last = silo.evaluations[-1] if silo.evaluations else None
-    return {
-        "name": wording.one_line(silo.name),
-        "colour": palette.silo_variable(index, len(digest.silos)),
-        "text": wording.count(silo.text_tokens) if silo.text_tokens is not None else "–",
-        "share": wording.percent(silo.share, 1) if silo.share is not None else "–",
-        "width": f"{(silo.share or 0.0) * 100:.2f}",
-        "rounds": len({task.round for task in silo.tasks}),
-        "loss": wording.decimal(silo.tasks[-1].last_loss if silo.tasks else None),
-        "first": _perplexity(first),
-        "last": _perplexity(last),
-        "bits": wording.decimal(last.bits_per_byte if last else None),
-        "dropped": silo.dropped or "–",
-    }
-
-
-def _incident_row(incident: Any) -> dict[str, Any]:
-    return {
-        "time": wording.clock(incident.time_s),
-        "round": "–" if incident.round is None else incident.round,
-        "kind": incident.kind,
-        "silo": wording.one_line(incident.silo) if incident.silo else "–",
-        "text": wording.one_line(incident.text),
-        "undone": incident.undone,
-    }
-
-
-def _comparison(digest: RunDigest, others: Mapping[str, RunDigest]) -> list[ComparisonRow]:
-    this = ComparisonRow.of("this run", digest, federated=True)
-    return [this, *(ComparisonRow.of(label, other) for label, other in others.items())]
-
-
-def _comparison_rows(digest: RunDigest, others: Mapping[str, RunDigest]) -> list[dict[str, Any]]:
-    if not others:
-        return []
-    rows = _comparison(digest, others)
-    return [
-        in_words(row, rows) | {"this": row.federated, "unfinished": other.state != "finished"}
-        for row, other in zip(rows, [digest, *others.values()], strict=True)
-    ]
-
-
-def _facts(digest: RunDigest) -> list[tuple[str, str]]:
-    started = digest.started
-    facts = [
-        ("Run", f"{wording.one_line(started.run)} ({started.kind})"),
-        ("Started", wording.one_line(digest.sessions[0].started_at)),
-        ("Photon", wording.one_line(started.photon_version)),
-        ("Model", f"{started.parameters:,} parameters"),
-        ("Participants of a round", f"{started.participants_per_round} of {len(started.silos)}"),
-        ("Batch", f"{started.batch_size} sequences of {started.sequence_length} tokens"),
-        ("Device", f"{started.device}, {started.precision}"),
-        ("Processes", f"{max(1, started.workers)}, {started.threads} threads each"),
-    ]
-    if len(digest.sessions) > 1:
-        again = wording.several(len(digest.sessions) - 1, "time")
-        facts.insert(2, ("Resumed", f"{again}, last {wording.one_line(started.started_at)}"))
-    return facts
 
 
 def _config(folder: Path) -> str | None:
