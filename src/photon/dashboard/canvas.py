@@ -187,7 +187,10 @@ def to_svg(figure: Figure, prefix: str, description: str) -> str:
     head = f'<svg viewBox="{box}" role="img" aria-label="{label}" class="figure">'
     svg = head + svg[svg.index(">") + 1 :]
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # The page's own font.
-    return themed(svg).strip()
+    # Light colours become variables, which follow the reader's colour scheme.
+    for name, colour in palette.variables(dark=False).items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg.strip()
 
 
 def standalone(svg: str) -> str:
@@ -203,10 +206,3 @@ def standalone(svg: str) -> str:
     )
     head, rest = svg.split(">", 1)
     return f'{head} xmlns="http://www.w3.org/2000/svg">\n{style}{rest.lstrip()}\n'
-
-
-def themed(svg: str) -> str:
-    """Light palette colours become CSS variables, which follow the reader's colour scheme."""
-    for name, colour in palette.variables(dark=False).items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg

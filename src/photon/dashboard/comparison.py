@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from photon.dashboard import wording
-from photon.dashboard.digest import SAME_TOKENIZER, RunDigest, read_digest
+from photon.dashboard.digest import SAME_TOKENIZER, RunDigest, cut_alike, read_digest
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,8 @@ class ComparisonRow:
     def of(cls, label: str, digest: RunDigest, *, federated: bool = False) -> ComparisonRow:
         """The row of a run that was read already."""
         last = digest.last
-        return cls(
-            label=label,
-            tokens=digest.tokens,
-            perplexity=last.perplexity if last else None,
-            bits_per_byte=last.bits_per_byte if last else None,
-            seconds=digest.wall_s,
-            federated=federated,
-        )
+        scores = last.score if last else (None, None)
+        return cls(label, digest.tokens, *scores, digest.wall_s, federated)
 
     @classmethod
     def read(cls, label: str, run_folder: Path, *, federated: bool = False) -> ComparisonRow:
@@ -56,12 +49,7 @@ class ComparisonRow:
 
 def compared_by(rows: Sequence[ComparisonRow]) -> Literal["perplexity", "bits_per_byte"]:
     """Perplexity, or bits per byte where the runs' tokenizers cut the same text differently."""
-    sizes = [
-        math.log2(row.perplexity) / row.bits_per_byte
-        for row in rows
-        if row.perplexity and row.bits_per_byte
-    ]
-    alike = not sizes or max(sizes) <= min(sizes) * (1 + SAME_TOKENIZER)
+    alike = cut_alike([(row.perplexity, row.bits_per_byte) for row in rows], SAME_TOKENIZER)
     return "perplexity" if alike else "bits_per_byte"
 
 

@@ -53,11 +53,8 @@ class EvaluationPoint:
     bits_per_byte: float | None
 
     @property
-    def bytes_per_token(self) -> float | None:
-        """Of the text, as the tokenizer cuts it: perplexity compares only where these agree."""
-        if not self.loss or not self.bits_per_byte:
-            return None
-        return self.loss / math.log(2) / self.bits_per_byte
+    def score(self) -> tuple[float | None, float | None]:
+        return self.perplexity, self.bits_per_byte
 
 
 @dataclass
@@ -248,10 +245,15 @@ def curve(
     return [(x, y) for x, y in both if y is not None]
 
 
-def cut_alike(points: Iterable[EvaluationPoint | None], tolerance: float) -> bool:
-    """Whether these texts have as many bytes per token as each other, so far as it is known."""
-    known = [point.bytes_per_token for point in points if point is not None]
-    sizes = [size for size in known if size is not None]
+def cut_alike(scores: Iterable[tuple[float | None, float | None]], tolerance: float) -> bool:
+    """Whether texts have as many bytes per token as each other, so far as it is known.
+
+    Perplexity compares only where they have.
+
+    Args:
+        scores: perplexity and bits per byte of each.
+    """
+    sizes = [math.log2(perplexity) / bits for perplexity, bits in scores if perplexity and bits]
     return not sizes or max(sizes) <= min(sizes) * (1 + tolerance)
 
 

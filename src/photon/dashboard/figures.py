@@ -41,6 +41,14 @@ _GLOBAL = "shared held-out"
 _MOST_COLUMNS = 64
 #: Bytes per token may differ by so much from one silo's text to another's.
 _SAME_TEXT = 0.2
+#: What must be reached for a unit, what it divides by, and its name.
+_TIMES = ((3 * 3600, 3600.0, "hours"), (180, 60.0, "minutes"), (0, 1.0, "seconds"))
+_BYTES = (
+    (1e9, 1e9, "gigabytes"),
+    (1e6, 1e6, "megabytes"),
+    (1e3, 1e3, "kilobytes"),
+    (0, 1, "bytes"),
+)
 _SCORES: dict[Measure, tuple[str, str]] = {
     "perplexity": ("Perplexity", "silos"),
     "bits_per_byte": ("Bits per byte", "bytes-of-silos"),
@@ -61,6 +69,19 @@ class Drawing:
     caption: str
     narrow: str = ""
     legend: Sequence[tuple[str, str]] = ()
+
+    @classmethod
+    def of(
+        cls,
+        figure: Figure,
+        prefix: str,
+        title: str,
+        kind: str,
+        caption: str,
+        legend: Sequence[tuple[str, str]] = (),
+    ) -> Drawing:
+        """A figure whose ids begin with `prefix`; a screen reader says its kind and caption."""
+        return cls(title, to_svg(figure, prefix, f"{kind}. {caption}"), caption, legend=legend)
 
 
 def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Drawing]:
@@ -88,8 +109,8 @@ def wide_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> Iterat
 def loss_against_tokens(digest: RunDigest, *, narrow: bool = False) -> Drawing | None:
     """Training loss of each silo, thin, and the global model's held-out loss, thick."""
     most = 120 if narrow else 400
-    curves = {name: _thin_out(silo.training, most) for name, silo in digest.silos.items()}
-    curves = {name: line for name, line in curves.items() if line}
+    thin = {name: _thin_out(silo.training, most) for name, silo in digest.silos.items()}
+    curves = {name: line for name, line in thin.items() if line}
     points = curve(digest.evaluations, "loss", "tokens")
     if not curves and not points:
         return None
@@ -124,7 +145,7 @@ def loss_against_tokens(digest: RunDigest, *, narrow: bool = False) -> Drawing |
     )
     caption += _left_out(digest.evaluations)
     prefix = "loss-narrow" if narrow else "loss"
-    return Drawing("Loss", to_svg(figure, prefix, f"Line plot. {caption}"), caption)
+    return Drawing.of(figure, prefix, "Loss", "Line plot", caption)
 
 
 def comparison(
@@ -135,7 +156,7 @@ def comparison(
     Bits per byte in its place where tokenizers differ, as nats are per token.
     """
     runs = [digest, *compare.values()]
-    alike = cut_alike((run.last for run in runs), SAME_TOKENIZER)
+    alike = cut_alike([run.last.score for run in runs if run.last], SAME_TOKENIZER)
     measure: Measure = "loss" if alike else "bits_per_byte"
     others = {label: curve(run.evaluations, measure, "tokens") for label, run in compare.items()}
     others = {label: points for label, points in others.items() if points}
@@ -169,8 +190,7 @@ def comparison(
     if cut:
         caption += f" Before training, above the plot: {wording.decimal(points[0][1], 2)}."
     prefix = "comparison-narrow" if narrow else "comparison"
-    svg = to_svg(figure, prefix, f"Line plot. {caption}")
-    return Drawing("Against other runs", svg, caption)
+    return Drawing.of(figure, prefix, "Against other runs", "Line plot", caption)
 
 
 def silo_scores(digest: RunDigest, measure: Measure = "perplexity") -> Drawing | None:
@@ -196,13 +216,12 @@ def silo_scores(digest: RunDigest, measure: Measure = "perplexity") -> Drawing |
     name_axes(axes, "round", title.lower() + (" (logarithmic)" if logarithmic else ""))
     label_ends(axes, ends, longest=longest)
     caption = f"{title} of the merged model on each silo's own held-out text."
-    svg = to_svg(figure, prefix, f"Line plot. {caption}")
-    return Drawing(f"{title} in each silo", svg, caption)
+    return Drawing.of(figure, prefix, f"{title} in each silo", "Line plot", caption)
 
 
 def silo_bits_per_byte(digest: RunDigest) -> Drawing | None:
     """Where silos' texts differ so much, in language for one, that perplexities don't compare."""
-    newest = [silo.evaluations[-1] for silo in digest.silos.values() if silo.evaluations]
+    newest = [silo.evaluations[-1].score for silo in digest.silos.values() if silo.evaluations]
     drawn = None if cut_alike(newest, _SAME_TEXT) else silo_scores(digest, "bits_per_byte")
     if drawn is None:
         return None
@@ -259,8 +278,7 @@ def _heat_strip(lines: Mapping[str, list[tuple[float, float]]], title: str, pref
         f"Last round: {wording.one_line(best[0])} {wording.perplexity(best[1][-1][1])} (best), "
         f"{wording.one_line(worst[0])} {wording.perplexity(worst[1][-1][1])} (worst)."
     )
-    svg = to_svg(figure, prefix, f"Heat strip. {caption}")
-    return Drawing(f"{title} in each silo", svg, caption)
+    return Drawing.of(figure, prefix, f"{title} in each silo", "Heat strip", caption)
 
 
 def time_per_round(digest: RunDigest) -> Drawing | None:
@@ -268,22 +286,16 @@ def time_per_round(digest: RunDigest) -> Drawing | None:
     if not digest.rounds:
         return None
     longest = max(cost.round_s for cost in digest.rounds)
-    unit, scale = ("seconds", 1.0) if longest < 180 else ("minutes", 60.0)
-    unit, scale = (unit, scale) if longest < 3 * 3600 else ("hours", 3600.0)
-    figure, axes = new_axes(HALF)
-    xs = [cost.round for cost in digest.rounds]
+    figure, axes, xs, scale = _axes_of_rounds(digest, longest, _TIMES)
     bottom = [0.0] * len(xs)
     for phase, colour in zip(PHASES, palette.PHASES_LIGHT, strict=True):
         heights = [phases_of(cost)[phase] / scale for cost in digest.rounds]
         axes.bar(xs, heights, bottom=bottom, width=_bar_width(xs), color=colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    round_ticks(axes, xs)
-    axes.set_xlim(min(xs) - 0.7, max(xs) + 0.7)
-    name_axes(axes, "round", f"{unit} per round")
+    title = "Where the time went, round by round"
     legend = [(phase, f"var(--phase-{i})") for i, phase in enumerate(PHASES)]
     caption = "Wall-clock time of each round and what it was spent on."
-    svg = to_svg(figure, "time", f"Stacked bars. {caption}")
-    return Drawing("Where the time went, round by round", svg, caption, legend=legend)
+    return Drawing.of(figure, "time", title, "Stacked bars", caption, legend)
 
 
 def bytes_per_round(digest: RunDigest) -> Drawing | None:
@@ -291,26 +303,15 @@ def bytes_per_round(digest: RunDigest) -> Drawing | None:
     most = max((max(c.bytes_up, c.bytes_down) for c in digest.rounds), default=0)
     if not most:
         return None
-    unit, scale = next(
-        (name, size)
-        for name, size in (("gigabytes", 1e9), ("megabytes", 1e6), ("kilobytes", 1e3), ("bytes", 1))
-        if most >= size
-    )
-    figure, axes = new_axes(HALF)
-    xs = [cost.round for cost in digest.rounds]
-    width = _bar_width(xs)
-    up, down = palette.PHASES_LIGHT[0], palette.PHASES_LIGHT[2]
+    figure, axes, xs, scale = _axes_of_rounds(digest, most, _BYTES)
+    width, (up, _, down, *_) = _bar_width(xs), palette.PHASES_LIGHT
     axes.bar(xs, [cost.bytes_up / scale for cost in digest.rounds], width=width, color=up)
     axes.bar(xs, [-cost.bytes_down / scale for cost in digest.rounds], width=width, color=down)
     axes.axhline(0, color=palette.MUTED, linewidth=0.8)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):,g}"))
-    round_ticks(axes, xs)
-    axes.set_xlim(min(xs) - 0.7, max(xs) + 0.7)
-    name_axes(axes, "round", f"{unit} per round")
     legend = [("up, to the aggregator", "var(--phase-0)"), ("down, to nodes", "var(--phase-2)")]
     caption = "What moved between nodes and aggregator: model state and updates, never text."
-    svg = to_svg(figure, "bytes", f"Mirrored bars. {caption}")
-    return Drawing("Bytes exchanged", svg, caption, legend=legend)
+    return Drawing.of(figure, "bytes", "Bytes exchanged", "Mirrored bars", caption, legend)
 
 
 def throughput(digest: RunDigest) -> Drawing | None:
@@ -351,8 +352,7 @@ def throughput(digest: RunDigest) -> Drawing | None:
     if not named:
         slowest, fastest = wording.one_line(rows[0].name), wording.one_line(rows[-1].name)
         caption += f" Slowest: {slowest}. Fastest: {fastest}."
-    svg = to_svg(figure, "throughput", f"Dot plot. {caption}")
-    return Drawing("Training speed of each silo", svg, caption)
+    return Drawing.of(figure, "throughput", "Training speed of each silo", "Dot plot", caption)
 
 
 def _axes_for(
@@ -398,6 +398,19 @@ def _left_out(points: Sequence[EvaluationPoint]) -> str:
         return ""
     word = wording.several(missing, "evaluation")
     return f" {wording.sentence(word)} gave no finite number and can't be drawn."
+
+
+def _axes_of_rounds(
+    digest: RunDigest, most: float, units: Sequence[tuple[float, float, str]]
+) -> tuple[Figure, Axes, list[int], float]:
+    """Axes for bars of each round, the rounds, and what the unit that suits `most` divides by."""
+    scale, unit = next((scale, unit) for least, scale, unit in units if most >= least)
+    figure, axes = new_axes(HALF)
+    rounds = [cost.round for cost in digest.rounds]
+    round_ticks(axes, rounds)
+    axes.set_xlim(min(rounds) - 0.7, max(rounds) + 0.7)
+    name_axes(axes, "round", f"{unit} per round")
+    return figure, axes, rounds, scale
 
 
 def _bar_width(xs: Sequence[int]) -> float:
