@@ -28,9 +28,6 @@ from photon.telemetry.events import (
 
 BY_TOKENS = "by_tokens"
 
-#: Flushed to the operating system after so many scalars, and at the end of each round.
-_FLUSH_EVERY = 256
-
 
 class TensorBoardWriter:
     """A listener that writes scalars as events come in.
@@ -40,7 +37,7 @@ class TensorBoardWriter:
     total/*. In `by_tokens`, x axis tokens: eval_by_tokens/*.
 
     Args:
-        folder: made at the first event; RUN/tensorboard by convention.
+        folder: made at the first figure; RUN/tensorboard by convention.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,17 +45,18 @@ class TensorBoardWriter:
         importlib.import_module("tensorboard.compat.proto.event_pb2")
         importlib.import_module("tensorboard.summary.writer.record_writer")
         self._folder = Path(folder)
-        self._by_step: _EventFile | None = None
-        self._by_tokens: _EventFile | None = None
+        self._files: dict[str, _EventFile] = {}
         self._local_steps = 1
-        self._resumed = False
+        self._resumed_from: int | None = None
         self._lr_step = -1
         self._evaluations: list[Evaluated] = []
 
     def on_event(self, event: Event) -> None:
         match event:
             case RunStarted():
-                self._run_started(event)
+                self.close()
+                self._local_steps = event.local_steps
+                self._resumed_from = event.resumed_from_round
             case RoundStarted():
                 self._step(event.global_step, {"round/participants": len(event.participants)})
             case LocalProgress(silo=silo):
@@ -83,25 +81,14 @@ class TensorBoardWriter:
                 self._evaluations.append(event)
                 self._step(event.round * self._local_steps, _scores(event, "eval"))
                 if event.round == 0:
-                    self._write_evaluations_by_tokens(0)
+                    self._write_evaluations_by_tokens(0, purge_from=None)
             case RoundFinished():
                 self._round_finished(event)
 
     def close(self) -> None:
-        self._write_evaluations_by_tokens(None)
-        for file in (self._by_step, self._by_tokens):
-            if file is not None:
-                file.close()
-        self._by_step = self._by_tokens = None
-
-    def _run_started(self, event: RunStarted) -> None:
-        self._local_steps = event.local_steps
-        resumed = event.resumed_from_round
-        if self._by_step is not None:
-            self.close()
-        self._resumed = resumed is not None
-        purge = None if resumed is None else resumed * event.local_steps + 1
-        self._by_step = _EventFile(self._folder, purge_from=purge)
+        for file in self._files.values():
+            file.close()
+        self._files, self._evaluations = {}, []
 
     def _round_finished(self, event: RoundFinished) -> None:
         scalars = _tagged(event, "round/{}", "bytes_up", "bytes_down", "tokens")
@@ -111,34 +98,26 @@ class TensorBoardWriter:
         seconds = ("round_s", "local_train_s", "eval_s", "merge_s", "checkpoint_s")
         scalars |= _tagged(event, "time/{}", *seconds)
         self._step(event.global_step, scalars)
-        if self._by_tokens is None:
-            # Only now are the tokens before this round known, and so where a resume takes back.
-            before = event.total_tokens - event.tokens
-            self._open_by_tokens(before + 1 if self._resumed else None)
-        self._write_evaluations_by_tokens(event.total_tokens)
-        for file in (self._by_step, self._by_tokens):
-            if file is not None:
-                file.flush()
-
-    # --- files ----------------------------------------------------------------------------------
+        # Only now are the tokens before this round known, and so where a resume takes back.
+        before = event.total_tokens - event.tokens
+        purge_from = None if self._resumed_from is None else before + 1
+        self._write_evaluations_by_tokens(event.total_tokens, purge_from)
 
     def _step(self, global_step: int, scalars: Mapping[str, float | None]) -> None:
-        if self._by_step is None:  # A stream without its run_started event.
-            self._by_step = _EventFile(self._folder, purge_from=None)
-        self._by_step.write(global_step, scalars)
+        resumed = self._resumed_from
+        purge_from = None if resumed is None else resumed * self._local_steps + 1
+        self._file(".", purge_from).write(global_step, scalars)
 
-    def _open_by_tokens(self, purge_from: int | None) -> None:
-        self._by_tokens = _EventFile(self._folder / BY_TOKENS, purge_from=purge_from)
+    def _write_evaluations_by_tokens(self, tokens: int, purge_from: int | None) -> None:
+        file = self._file(BY_TOKENS, purge_from)
+        for event in self._evaluations:
+            file.write(tokens, _scores(event, "eval_by_tokens"))
+        self._evaluations = []
 
-    def _write_evaluations_by_tokens(self, tokens: int | None) -> None:
-        waiting, self._evaluations = self._evaluations, []
-        if tokens is None or not waiting:
-            return
-        if self._by_tokens is None:
-            self._open_by_tokens(None)
-        assert self._by_tokens is not None
-        for event in waiting:
-            self._by_tokens.write(tokens, _scores(event, "eval_by_tokens"))
+    def _file(self, name: str, purge_from: int | None) -> _EventFile:
+        if name not in self._files:
+            self._files[name] = _EventFile(self._folder / name, purge_from)
+        return self._files[name]
 
 
 def _tagged(event: Event, tag: str, *figures: str) -> dict[str, float | None]:
@@ -160,44 +139,34 @@ class _EventFile:
         purge_from: first step of earlier files that readers must forget; None forgets nothing.
     """
 
-    def __init__(self, folder: Path, *, purge_from: int | None) -> None:
+    def __init__(self, folder: Path, purge_from: int | None) -> None:
         # Not everybody writes TensorBoard files, so not at the top.
-        from tensorboard.compat.proto import event_pb2 as event_module
-        from tensorboard.compat.proto import summary_pb2 as summary_module
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         # protobuf makes its classes at import, where a type checker does not look.
-        event_pb2: Any = event_module
-        summary_pb2: Any = summary_module
-        self._event = event_pb2.Event
-        self._summary = summary_pb2.Summary
+        self._events: Any = event_pb2
+        self._summaries: Any = summary_pb2
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / _next_name(folder)).open("xb", buffering=1 << 16)
-        self._records = RecordWriter(self._file)
-        self._unflushed = 0
-        version = self._event(wall_time=time.time(), file_version="brain.Event:2")
-        self._records.write(version.SerializeToString())
+        self._records = RecordWriter((folder / _next_name(folder)).open("xb"))
+        self._add(file_version="brain.Event:2")
         if purge_from is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            mark = self._event(wall_time=time.time(), step=purge_from, session_log=start)
-            self._records.write(mark.SerializeToString())
-        self.flush()
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._add(step=purge_from, session_log=start)
 
     def write(self, step: int, scalars: Mapping[str, float | None]) -> None:
         told = {tag: value for tag, value in scalars.items() if value is not None}
-        values = [self._summary.Value(tag=tag, simple_value=v) for tag, v in told.items()]
-        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
-        self._records.write(event.SerializeToString())
-        self._unflushed += len(values)
-        if self._unflushed >= _FLUSH_EVERY:
-            self.flush()
-
-    def flush(self) -> None:
-        self._records.flush()
-        self._unflushed = 0
+        value = self._summaries.Summary.Value
+        values = [value(tag=tag, simple_value=figure) for tag, figure in told.items()]
+        self._add(step=step, summary=self._summaries.Summary(value=values))
 
     def close(self) -> None:
         self._records.close()
+
+    def _add(self, **fields: Any) -> None:
+        event = self._events.Event(wall_time=time.time(), **fields)
+        self._records.write(event.SerializeToString())
+        self._records.flush()  # a killed run keeps what it told
 
 
 def _next_name(folder: Path) -> str:
