@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 from typing import TypeVar
 
 from photon.errors import LinkError, StoreUnavailableError, TransferStalledError
@@ -30,6 +31,40 @@ class Leaving(BaseException):
     """The call is over: its threads stop where they are."""
 
 
+class BandwidthCap:
+    """A token bucket shared by streams: who takes more than there is sleeps until it is there."""
+
+    #: Saved up when nothing moves, for a smooth start.
+    _BURST_S = 0.25
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        # When all that was taken has been paid for.
+        self._paid_at = time.monotonic()
+
+    def keep(self, count: int, pause: Callable[[float], None]) -> None:
+        """Take `count` bytes, which moved just now; `pause` sleeps for seconds."""
+        if self._bytes_per_s is None:
+            pause(0.0)
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._paid_at = max(self._paid_at, now - self._BURST_S) + count / self._bytes_per_s
+            ahead_s = self._paid_at - now
+        pause(ahead_s)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How fast a transfer may go, and when it gives up; as `Transfer` says."""
+
+    cap: BandwidthCap
+    silence_s: float
+    attempts: int
+    on_progress: Callable[[int], None] | None
+
+
 class Crew:
     """The threads of one call, what they have moved, and when a byte moved last.
 
@@ -37,25 +72,13 @@ class Crew:
     """
 
     def __init__(
-        self,
-        store: str,
-        purpose: str,
-        total_bytes: int | None,
-        *,
-        threads: int,
-        cap: BandwidthCap,
-        silence_s: float,
-        attempts: int,
-        on_progress: Callable[[int], None] | None,
+        self, patience: Patience, store: str, purpose: str, total_bytes: int | None, threads: int
     ) -> None:
+        self._patience = patience
         self._store = store
         self._purpose = purpose
         self._total_bytes = total_bytes
         self._most = threads
-        self._cap = cap
-        self._silence_s = silence_s
-        self._attempts = attempts
-        self._on_progress = on_progress
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._leaving = threading.Event()
@@ -91,26 +114,15 @@ class Crew:
             if self._leaving.is_set():
                 raise Leaving
 
-    def one(self, future: Future[_T]) -> _T:
-        """What a job returns, or raises.
-
-        Raises:
-            TransferStalledError: no byte moved for too long.
-        """
-        while not wait([future], timeout=_TICK_S).done:
-            self._watch()
-        self.tell()
-        return future.result()
-
     def some(self, pending: set[Future[_T]]) -> list[_T]:
         """Wait for any of some jobs, and take those that are done out of them.
 
         Returns what they returned; raises what one raised.
+
+        Raises:
+            TransferStalledError: no byte moved for too long.
         """
-        while True:
-            done, _ = wait(pending, timeout=_TICK_S, return_when=FIRST_COMPLETED)
-            if done:
-                break
+        while not (done := wait(pending, _TICK_S, FIRST_COMPLETED).done):
             self._watch()
         pending -= done
         results = [future.result() for future in done]
@@ -125,14 +137,15 @@ class Crew:
             count: bytes of it, done when an attempt succeeds.
             attempt: given the pace to keep.
         """
-        for number in range(1, self._attempts + 1):
+        attempts = self._patience.attempts
+        for number in range(1, attempts + 1):
             moved = 0
 
             def pace(some: int) -> None:
                 nonlocal moved
                 moved += some
                 self.add_done(some)
-                self._cap.keep(some, self._pause)
+                self._patience.cap.keep(some, self._pause)
 
             self._say(doing)
             try:
@@ -140,13 +153,13 @@ class Crew:
             except StoreUnavailableError as error:
                 self.add_done(-moved)
                 self._last_error = error
-                if number == self._attempts:
+                if number == attempts:
                     raise StoreUnavailableError(
-                        f"{error.message} (attempt {number} of {self._attempts}; {self._so_far()})",
+                        f"{error.message} (attempt {number} of {attempts}; {self._so_far()})",
                         hint=error.hint or "Nothing that arrived is lost: try again later.",
                     ) from error
                 self.count_retry()
-                most_s = min(2.0 ** (number - 1), _LONGEST_PAUSE_S, self._silence_s / 3)
+                most_s = min(2.0 ** (number - 1), _LONGEST_PAUSE_S, self._patience.silence_s / 3)
                 pause_s = random.uniform(0, most_s)
                 self._say(f"{doing}, to be tried again")
                 if self._leaving.wait(pause_s):
@@ -173,8 +186,8 @@ class Crew:
             self.retries += 1
 
     def tell(self) -> None:
-        if self._on_progress is not None:
-            self._on_progress(self._done_bytes)
+        if self._patience.on_progress is not None:
+            self._patience.on_progress(self._done_bytes)
 
     def leave(self) -> None:
         """End the threads: at once when they are idle, at the next byte when they are not."""
@@ -219,7 +232,7 @@ class Crew:
         """Tell the caller, and look whether anything moves."""
         self.tell()
         silent_s = time.monotonic() - self._moved_at
-        if silent_s < self._silence_s:
+        if silent_s < self._patience.silence_s:
             return
         with self._lock:
             doing = list(self._doing.values())
@@ -236,27 +249,3 @@ class Crew:
     def _so_far(self) -> str:
         of = f" of {self._total_bytes}" if self._total_bytes is not None else ""
         return f"{self._done_bytes}{of} bytes done"
-
-
-class BandwidthCap:
-    """A token bucket shared by streams: who takes more than there is sleeps until it is there."""
-
-    #: Saved up when nothing moves, for a smooth start.
-    _BURST_S = 0.25
-
-    def __init__(self, bytes_per_s: float | None) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._lock = threading.Lock()
-        # When all that was taken has been paid for.
-        self._paid_at = time.monotonic()
-
-    def keep(self, count: int, pause: Callable[[float], None]) -> None:
-        """Take `count` bytes, which moved just now; `pause` sleeps for seconds."""
-        if self._bytes_per_s is None:
-            pause(0.0)
-            return
-        with self._lock:
-            now = time.monotonic()
-            self._paid_at = max(self._paid_at, now - self._BURST_S) + count / self._bytes_per_s
-            ahead_s = self._paid_at - now
-        pause(ahead_s)

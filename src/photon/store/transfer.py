@@ -17,7 +17,7 @@ from pathlib import Path
 
 from photon.errors import ChunkCorruptError, LinkError, ObjectMissingError
 from photon.store.contract import Buffer, FolderStore, Pace, Store
-from photon.store.streams import BandwidthCap, Crew
+from photon.store.streams import BandwidthCap, Crew, Patience
 
 #: Objects asked for, and held in memory, beyond those on their way.
 _ASKING_AHEAD = 2
@@ -87,10 +87,7 @@ class Transfer:
             )
         self._store = store
         self._streams = streams
-        self._cap = BandwidthCap(bytes_per_s)
-        self._silence_s = silence_s
-        self._attempts = attempts
-        self._on_progress = on_progress
+        self._patience = Patience(BandwidthCap(bytes_per_s), silence_s, attempts, on_progress)
         #: Attempts beyond the first of each object, since this was made.
         self.retries = 0
 
@@ -164,7 +161,7 @@ class Transfer:
             fill()
             while window:
                 # No name for it here: it is the caller's, and may be let go there.
-                arrived = [crew.one(window.popleft())]
+                arrived = crew.some({window.popleft()})
                 fill()
                 yield arrived.pop()
 
@@ -222,16 +219,8 @@ class Transfer:
     def _crew(
         self, purpose: str, total_bytes: int | None = None, *, ahead: int = 0
     ) -> Iterator[Crew]:
-        crew = Crew(
-            str(self._store),
-            purpose,
-            total_bytes,
-            threads=self._streams + ahead,
-            cap=self._cap,
-            silence_s=self._silence_s,
-            attempts=self._attempts,
-            on_progress=self._on_progress,
-        )
+        threads = self._streams + ahead
+        crew = Crew(self._patience, str(self._store), purpose, total_bytes, threads)
         try:
             yield crew
             crew.tell()
