@@ -51,7 +51,7 @@ from photon.errors import (
 from photon.membership.bulletin import told
 from photon.membership.keys import canonical_pem, fingerprint_of
 from photon.membership.records import OpenTask, printable
-from photon.membership.roster import Facts, Member, Presence, Roster
+from photon.membership.roster import Member, Presence, Roster
 from photon.membership.signing import KEY_HEADER, RequestVerifier
 from photon.store.presign import Presigner
 from photon.version import photon_version
@@ -240,9 +240,9 @@ class Desk:
             raise _too_many(f"requests of {member.name}")
         return member
 
-    def _require_own_key(self, caller: Caller, name: str, pem: str) -> None:
+    def _require_own_key(self, caller: Caller, body: JoinBody, pem: str) -> None:
         """Refuse to register a key that the caller does not hold: it may be another node's."""
-        claimed = Member(name, pem, fingerprint_of(pem), "active", Facts("", "", 0, ""), 0.0, None)
+        claimed = Member(body.name, pem, fingerprint_of(pem), "active", body.facts, 0.0, None)
 
         def joiner(fingerprint: str) -> Member:
             if fingerprint != claimed.fingerprint:
@@ -281,19 +281,18 @@ class Desk:
 
     def _redeemed(self, caller: Caller, body: JoinBody) -> Member:
         """The member that an invitation makes of the caller, or made of it before."""
-        facts = body.facts.facts()
         pem = canonical_pem(body.public_key)
-        self._require_own_key(caller, body.name, pem)
+        self._require_own_key(caller, body, pem)
         known = [
             one
             for one in self._roster.members()
-            if (one.name, one.public_key, one.facts) == (body.name, pem, facts)
+            if (one.name, one.public_key, one.facts) == (body.name, pem, body.facts)
             and one.status == "active"
         ]
         # The same node again, whose answer was lost or whose registration failed: it is in.
         if known:
             return known[0]
-        member = self._roster.redeem(body.token, body.name, pem, facts)
+        member = self._roster.redeem(body.token, body.name, pem, body.facts)
         self._tell("joined", {"name": member.name, "fingerprint": member.fingerprint})
         return member
 

@@ -42,7 +42,6 @@ _PROBE_S = 60
 _REGISTRATIONS_PER_MINUTE = 6
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 _Name = Annotated[
     str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")
 ]
@@ -89,25 +88,13 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class FactsPart(_Part):
-    """photon.membership.roster.Facts."""
-
-    data_sha256: _Sha256
-    tokenizer_sha256: _Sha256
-    train_tokens: _Whole
-    photon_version: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9.+!_-]*\z")]
-
-    def facts(self) -> Facts:
-        return Facts(**dict(self))
-
-
 class JoinBody(_Part):
     """Redeem an invitation. The request is signed with the key that it brings."""
 
     token: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[!-~]+\z")]
     name: _Name
     public_key: Annotated[str, Field(max_length=2000)]
-    facts: FactsPart
+    facts: Facts
 
 
 class PresenceBody(_Part):

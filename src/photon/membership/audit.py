@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from photon.errors import AuditError, DiskFullError
 from photon.membership.chain import Chain, raw_lines
 from photon.membership.keys import NodeKey
-from photon.membership.records import SignedReply
+from photon.membership.records import Sha256, SignedReply
 from photon.membership.roster import Member, Signer
 from photon.store.disk import sync_to_disk
 
@@ -41,7 +41,6 @@ DAMAGE_HINT = (
     "Compare it with a copy that a silo or a backup holds; do not trust what comes after that line."
 )
 
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
@@ -62,7 +61,7 @@ class MemberRecord(_Record):
     name: _Name
     fingerprint: str
     public_key: str
-    data_sha256: _Sha256 | None = None
+    data_sha256: Sha256 | None = None
 
     @classmethod
     def of(cls, member: Member | Signer) -> MemberRecord:
@@ -89,7 +88,7 @@ class MergedUpdate(_Record):
 
     silo: _Name
     begun: Annotated[int, Field(ge=1)] | None = None
-    update: _Sha256 | None = None
+    update: Sha256 | None = None
     tokens: Annotated[int, Field(ge=0)] | None = None
     reply: str
     signature: str
@@ -125,7 +124,7 @@ class RoundRecord(_Record):
     run: str
     round: Annotated[int, Field(ge=1)]
     merged: list[MergedUpdate]
-    state_sha256: _Sha256 | None = None
+    state_sha256: Sha256 | None = None
     checkpoint: dict[str, str] | None = None
     dropped: list[DroppedSilo] = []
 
@@ -151,7 +150,7 @@ class ResumedRecord(_Record):
 
     run: str
     round: Annotated[int, Field(ge=0)]
-    state_sha256: _Sha256 | None = None
+    state_sha256: Sha256 | None = None
     checkpoint: dict[str, str] | None = None
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Literal
 
-from photon.errors import ProtocolError
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as checked_dataclass
 
 #: No figure that a node tells of its training is larger.
 MOST_FIGURE = 1e15
@@ -18,21 +19,22 @@ Status = Literal["active", "suspended", "expelled"]
 MEMBER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 
 
-@dataclass(frozen=True)
+@checked_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
 class Facts:
-    """What a node says about itself when it joins.
+    """What a node says about itself when it joins. Another one can't be made.
 
     Attributes:
         data_sha256: of its data's manifest.
         tokenizer_sha256: of the tokenizer that cut the data.
     """
 
-    data_sha256: str
-    tokenizer_sha256: str
-    train_tokens: int
-    photon_version: str
+    data_sha256: Sha256
+    tokenizer_sha256: Sha256
+    train_tokens: Annotated[int, Field(ge=0, lt=2**53)]
+    photon_version: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9.+!_-]+\z")]
 
 
 @dataclass(frozen=True)
@@ -160,24 +162,6 @@ class Event:
     what: str
     detail: str
     times: int = 1
-
-
-def require_sensible(facts: Facts) -> None:
-    """Refuse facts that can't be true: they come from outside, and are shown to the operator.
-
-    Raises:
-        ProtocolError: names the first one.
-    """
-    for name in ("data_sha256", "tokenizer_sha256"):
-        value = getattr(facts, name)
-        if not (isinstance(value, str) and SHA256.fullmatch(value)):
-            raise ProtocolError(f"facts.{name} {str(value)[:80]!r} is no sha256 in hexadecimal")
-    tokens = facts.train_tokens
-    if not (isinstance(tokens, int) and 0 <= tokens < 2**53):
-        raise ProtocolError(f"facts.train_tokens {str(tokens)[:40]!r} is no number of tokens")
-    version = facts.photon_version
-    if not (isinstance(version, str) and 0 < len(version) <= 100 and version.isprintable()):
-        raise ProtocolError(f"facts.photon_version {str(version)[:100]!r} is no version")
 
 
 def utc(at: float) -> str:

@@ -37,7 +37,6 @@ from photon.membership.records import (
     Presence,
     Signer,
     Status,
-    require_sensible,
     utc,
 )
 from photon.membership.roster_file import RosterFile
@@ -163,10 +162,8 @@ class Roster:
         Raises:
             InvitationError: no such token, or it expired, was used, replaced, or is another name's.
             MembershipError: no P-384 public key, or one that is or was somebody's.
-            ProtocolError: facts that make no sense.
         """
         now = _now(now)
-        require_sensible(facts)
         pem = canonical_pem(public_key_pem)
         fingerprint = fingerprint_of(pem)
         shown = name if MEMBER_NAME.fullmatch(name) else repr(name[:100])
