@@ -21,13 +21,12 @@ from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.desk_requests import (
     GrantsBody,
     JoinBody,
-    PresenceBody,
     caller_address,
     parse_body,
 )
 from photon.errors import ProtocolError
 from photon.membership.keys import NodeKey
-from photon.membership.records import OpenTask, printable
+from photon.membership.records import OpenTask, Presence, printable
 from photon.membership.roster import Facts, Roster
 from photon.membership.signing import sign_request
 from photon.store.presign import S3Presigner
@@ -300,7 +299,7 @@ def test_it_is_there_still(target: Target) -> None:
 @settings(max_examples=400)
 @given(content=st.binary(max_size=200) | JSON.map(encoded))
 def test_parsing(content: bytes) -> None:
-    for kind in (JoinBody, PresenceBody, GrantsBody):
+    for kind in (JoinBody, Presence, GrantsBody):
         with pytest.raises(ProtocolError) as caught:
             parse_body(kind, content)
         assert len(caught.value.message) < 600

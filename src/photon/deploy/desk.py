@@ -25,7 +25,6 @@ from photon.deploy.desk_requests import (
     Granting,
     GrantsBody,
     JoinBody,
-    PresenceBody,
     error_record,
     parse_body,
 )
@@ -332,7 +331,7 @@ class Desk:
 
     def _presence(self, caller: Caller) -> dict[str, Any]:
         member = self._member(caller)
-        presence = parse_body(PresenceBody, caller.body).presence()
+        presence = parse_body(Presence, caller.body)
         now = time.time()
         self._roster.seen(member.name, presence, now=now)
         doing = _doing(presence)

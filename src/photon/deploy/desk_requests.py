@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from photon.errors import (
     AccessRefusedError,
@@ -19,7 +19,7 @@ from photon.errors import (
     ProtocolError,
     StoreUnavailableError,
 )
-from photon.membership.records import MOST_FIGURE, OpenTask, printable
+from photon.membership.records import OpenTask, printable
 from photon.membership.roster import Facts, Member, Presence, Roster
 from photon.store.contract import require_key
 from photon.store.presign import Presigner
@@ -46,8 +46,6 @@ _Name = Annotated[
     str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")
 ]
 _Whole = Annotated[int, Field(ge=0, lt=2**53)]
-_Small = Annotated[int, Field(ge=0, lt=2**31)]
-_Figure = Annotated[float, Field(ge=0, le=MOST_FIGURE, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -97,29 +95,6 @@ class JoinBody(_Part):
     facts: Facts
 
 
-class PresenceBody(_Part):
-    """photon.membership.roster.Presence: what a node is doing now."""
-
-    state: Annotated[str, Field(pattern=r"^[a-z][a-z_-]{0,31}\z")]
-    run: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9._-]*\z")] = ""
-    round: _Small = 0
-    step: _Whole = 0
-    of: _Whole = 0
-    task: Annotated[str, Field(max_length=300, pattern=r"^[A-Za-z0-9._/-]*\z")] = ""
-    detail: Annotated[str, Field(max_length=2000)] = ""
-    boot: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]*\z")] = ""
-    loss: _Figure | None = None
-    lr: _Figure | None = None
-    gradient_norm: _Figure | None = None
-    tokens_per_s: _Figure | None = None
-
-    def presence(self) -> Presence:
-        fields = dict(self)
-        # An operator's terminal shows it.
-        fields["detail"] = printable(self.detail)
-        return Presence(**fields)
-
-
 class Want(_Part):
     """Leave asked for one object. Keys are judged one by one (`Granting`): each gets its words."""
 
@@ -140,7 +115,7 @@ class CheckBody(_Part):
     """What a member may ask without being here for it: nothing to say."""
 
 
-Body = TypeVar("Body", JoinBody, PresenceBody, GrantsBody, CheckBody)
+Body = TypeVar("Body", JoinBody, Presence, GrantsBody, CheckBody)
 
 
 def parse_body(kind: type[Body], data: bytes) -> Body:
@@ -151,7 +126,7 @@ def parse_body(kind: type[Body], data: bytes) -> Body:
             value may be a secret.
     """
     try:
-        return kind.model_validate_json(data)
+        return TypeAdapter(kind).validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part)[:40] for part in first["loc"][:6])

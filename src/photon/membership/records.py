@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 #: No figure that a node tells of its training is larger.
@@ -22,7 +22,17 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+_Whole = Annotated[int, Field(ge=0, lt=2**53)]
+_Figure = Annotated[float, Field(ge=0, le=MOST_FIGURE, allow_inf_nan=False)]
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def printable(text: str) -> str:
+    """Text of strangers for a terminal or log: one line, nothing that moves a cursor."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
 class Facts:
     """What a node says about itself when it joins. Another one can't be made.
 
@@ -33,7 +43,7 @@ class Facts:
 
     data_sha256: Sha256
     tokenizer_sha256: Sha256
-    train_tokens: Annotated[int, Field(ge=0, lt=2**53)]
+    train_tokens: _Whole
     photon_version: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9.+!_-]+\z")]
 
 
@@ -96,18 +106,21 @@ class Presence:
         boot: random; a node draws it anew each time it starts.
     """
 
-    state: str
-    run: str = ""
-    round: int = 0
-    step: int = 0
-    of: int = 0
-    task: str = ""
-    detail: str = ""
-    boot: str = ""
-    loss: float | None = None
-    lr: float | None = None
-    gradient_norm: float | None = None
-    tokens_per_s: float | None = None
+    state: Annotated[str, Field(pattern=r"^[a-z][a-z_-]{0,31}\z")]
+    run: Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9._-]*\z")] = ""
+    round: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    step: _Whole = 0
+    of: _Whole = 0
+    task: Annotated[str, Field(max_length=300, pattern=r"^[A-Za-z0-9._/-]*\z")] = ""
+    detail: Annotated[str, Field(max_length=2000), AfterValidator(printable)] = ""
+    boot: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]*\z")] = ""
+    loss: _Figure | None = None
+    lr: _Figure | None = None
+    gradient_norm: _Figure | None = None
+    tokens_per_s: _Figure | None = None
+
+    #: Of what comes from outside: the desk reads it with pydantic.
+    __pydantic_config__: ClassVar = _STRICT
 
 
 @dataclass(frozen=True)
@@ -167,8 +180,3 @@ class Event:
 def utc(at: float) -> str:
     """A time in seconds since the epoch, to the minute."""
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def printable(text: str) -> str:
-    """Text of strangers for a terminal or log: one line, nothing that moves a cursor."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
