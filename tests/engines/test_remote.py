@@ -27,7 +27,6 @@ from photon.errors import (
 )
 from photon.federation import EvalTask, fitted, scored
 from photon.federation.envelopes import (
-    RefPart,
     encoded,
     parse_ask,
     parse_reply,
@@ -634,7 +633,7 @@ def test_an_update_of_another_shape_is_never_read(lie, bench):
             Transfer(bench.store), f"{RUN_ID}/silos/red", header, plain_entries(other.items())
         )
         reply = parse_reply(silo.answer(ask).text)
-        fit = reply.fit.model_copy(update={"update": RefPart.of(ref)})
+        fit = replace(reply.fit, update=ref)
         return silo.sign(reply.model_copy(update={"fit": fit}))
 
     bench.on("red", wrong)

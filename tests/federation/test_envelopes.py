@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from photon.config import load_run_config
 from photon.errors import ConfigError, ProtocolError
@@ -23,11 +24,9 @@ from photon.federation.envelopes import (
     EvalPart,
     FitAnswer,
     FitPart,
-    RefPart,
     Refusal,
     Reply,
     RunPart,
-    StatePart,
     dictated,
     encoded,
     node_config,
@@ -44,7 +43,7 @@ SITE = {"data": {"path": "/its/own"}, "compute": {"threads": 3}}
 
 WHOLE = Ref("run/global/state/round-000003/x.json", 500, "1" * 64, 4_000)
 UPDATE = Ref("run/global/outer_update/round-000003/x.json", 400, "2" * 64, 1_000)
-STATE = StateRef("a run", 3, "3" * 64, WHOLE, UPDATE, "4" * 64)
+STATE = StateRef(3, "3" * 64, WHOLE, UPDATE, "4" * 64)
 TASK = FitTask("a run", 4, "red", 12, 4, 2)
 RECEIPT = Receipt(
     4,
@@ -65,7 +64,9 @@ RECEIPT = Receipt(
     micro_batch_size=4,
     left_out=0.01,
 )
-SCORE = EvalReceipt("red", 5.5, perplexity(5.5), 2.25, 1_990, 0.75, bytes_down=4_500)
+SCORE = EvalReceipt(
+    "red", loss=5.5, bits_per_byte=2.25, tokens=1_990, eval_s=0.75, bytes_down=4_500
+)
 
 
 def run_part(config=None, **fields):
@@ -91,7 +92,7 @@ def ask(kind="fit", **fields):
         "kind": kind,
         "silo": "red",
         "run": run_part(),
-        "state": StatePart.of(STATE),
+        "state": STATE,
         "log_head": "8" * 64,
         "within_s": 3600.5,
         kind: part,
@@ -147,7 +148,7 @@ def test_a_reply_arrives_as_it_was(document):
 def test_nothing_of_a_task_is_lost():
     found = parse_ask(encoded(ask("fit")))
     assert found.fit_task("a run") == TASK
-    assert found.state.state_ref("a run") == STATE
+    assert found.state == STATE
     scored = parse_ask(encoded(ask("evaluate")))
     assert (scored.round, scored.silo) == (3, "red")
 
@@ -169,19 +170,20 @@ def test_nothing_of_a_receipt_is_lost():
     assert found.fit is not None
     assert found.fit.receipt(4, "red") == RECEIPT
     assert found.fit.update is not None
-    assert found.fit.update.ref() == WHOLE
+    assert found.fit.update == WHOLE
     scored = parse_reply(encoded(reply("evaluate")))
     assert scored.evaluate is not None
     assert scored.evaluate.receipt("red") == SCORE
+    assert SCORE.perplexity == perplexity(5.5)
 
 
 def test_a_state_without_an_update_and_one_without_a_whole_arrive():
     for state in (
-        StateRef("a run", 0, "3" * 64, WHOLE),
-        StateRef("a run", 3, "3" * 64, None, UPDATE, "4" * 64),
+        StateRef(0, "3" * 64, WHOLE),
+        StateRef(3, "3" * 64, None, UPDATE, "4" * 64),
     ):
-        found = parse_ask(encoded(ask(state=StatePart.of(state))))
-        assert found.state.state_ref("a run") == state
+        found = parse_ask(encoded(ask(state=state)))
+        assert found.state == state
 
 
 def test_a_refusal_of_any_length_can_be_sent():
@@ -404,7 +406,7 @@ def test_text_is_utf8_and_nothing_else(encoding):
         (2, ("fit", "tokens"), 0, "no weight"),
         (2, ("fit", "train_s"), float("nan"), "fit.train_s"),
         (2, ("fit", "train_s"), 1.7e308, "fit.train_s"),
-        (2, ("fit", "times"), [0.0, 0.0, 0.0, 1e300], "fit.times"),
+        (2, ("fit", "times", "data_s"), 1e300, "fit.times.data_s"),
         (2, ("fit", "communication_s"), 1e9, "fit.communication_s"),
         (2, ("fit", "loss"), float("nan"), "fit.loss"),
         (2, ("fit", "first_loss"), float("inf"), "fit.first_loss"),
@@ -427,7 +429,12 @@ def test_text_is_utf8_and_nothing_else(encoding):
         (2, ("task",), "[/x]", "task"),
         (2, ("fit", "update", "key"), "a/../b", "fit.update.key"),
         (2, ("fit", "update", "payload_bytes"), 2**52, "fit.update.payload_bytes"),
-        (2, ("fit", "times"), [0.0] * 5, "fit.times"),
+        (2, ("fit", "times"), [0.0] * 4, "fit.times"),
+        (2, ("fit", "times", "data_s"), "1", "fit.times.data_s"),
+        (2, ("fit", "times", "idle_s"), 1.0, "fit.times.idle_s"),
+        (2, ("fit", "idle"), 1.0, "fit.idle"),
+        (0, ("state", "idle"), 1.0, "state.idle"),
+        (2, ("fit", "state_lost"), 1, "fit.state_lost"),
         (2, ("fit", "update"), None, "fit"),
         (2, ("fit", "failure"), "and an update", "fit"),
         (2, ("refused",), {"code": 1, "message": ""}, "answer of its kind"),
@@ -446,7 +453,7 @@ def test_what_is_wrong_is_named(tree, path, value, where):
 def test_a_ref_is_bounded():
     for fields in ({"key": ""}, {"key": "k" * 513}, {"bytes": -1}, {"payload_bytes": 1.0}):
         with pytest.raises(ValueError, match="validation error"):
-            RefPart.model_validate(
+            TypeAdapter(Ref).validate_python(
                 {"key": "k", "bytes": 1, "sha256": "1" * 64, "payload_bytes": 1} | fields
             )
 

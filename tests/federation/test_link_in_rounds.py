@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_nodes_hold_the_aggregators_state_to_the_bit(codec, tmp_path):
     carrier = Transfer(FolderStore(tmp_path), streams=2)
     state = {name: tensor * 30 for name, tensor in update(0).items()}
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    always, sometimes, late = (Inbox(carrier, shapes, config.specs) for _ in range(3))
+    always, sometimes, late = (Inbox(carrier, "a", shapes, config.specs) for _ in range(3))
     ref = broadcast.publish(carrier, "s", 0, state, base=None)
     assert ref.update is None
     for node in (always, sometimes):
@@ -196,22 +197,21 @@ def test_a_node_refuses_a_state_that_is_not_the_promised_one(tmp_path):
     carrier = Transfer(FolderStore(tmp_path))
     state = update(0)
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    node = Inbox(carrier, shapes, config.specs)
+    node = Inbox(carrier, "a", shapes, config.specs)
     first = broadcast.publish(carrier, "s", 0, state, base=None)
     node.receive(first)
     before = broadcast.keep(state)
     for tensor in state.values():
         tensor += 1e-3
     broadcast.encode(1, state, before)
-    second = broadcast.publish(carrier, "s", 1, state, base=first.sha256, whole=False)
-    assert second.whole is None
-    newcomer = Inbox(carrier, shapes, config.specs)
+    whole = broadcast.publish(carrier, "s", 1, state, base=first.sha256)
+    second = replace(whole, whole=None)
+    newcomer = Inbox(carrier, "a", shapes, config.specs)
     with pytest.raises(ChunkCorruptError, match="this node holds none"):
         newcomer.receive(second)
     node._held[WEIGHTS + "vector"][3] += 1  # a bit flipped in its memory
     with pytest.raises(ChunkCorruptError, match="was promised"):
         node.receive(second)
-    whole = broadcast.publish(carrier, "s", 1, state, base=first.sha256)
     assert_same(node.receive(whole), state)
 
 

@@ -31,10 +31,8 @@ from photon.federation.envelopes import (
     Ask,
     FitAnswer,
     FitPart,
-    RefPart,
     Reply,
     RunPart,
-    StatePart,
     dictated,
     encoded,
     node_config,
@@ -42,6 +40,8 @@ from photon.federation.envelopes import (
     parse_reply,
 )
 from photon.federation.norm_bound import lr_sum
+from photon.federation.tasks import StateRef
+from photon.link import Ref
 from photon.membership.invitation import (
     Invitation,
     SharedTokenizer,
@@ -54,7 +54,7 @@ from photon.membership.records import Presence
 from photon.silo.policy import check
 
 SHA256, RUN_ID = "a" * 64, "0" * 32
-REF = RefPart(key="run/silos/red/a.json", bytes=10, sha256=SHA256, payload_bytes=10)
+REF = Ref(key="run/silos/red/a.json", bytes=10, sha256=SHA256, payload_bytes=10)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def ask(make_config, three_silos) -> Ask:
         kind="fit",
         silo="red",
         run=run,
-        state=StatePart(round=0, sha256=SHA256, whole=REF),
+        state=StateRef(round=0, sha256=SHA256, whole=REF),
         fit=FitPart(round=1, global_step=0, steps=4),
         log_head=SHA256,
         within_s=60.0,

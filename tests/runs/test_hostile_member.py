@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from remote_bench import ask_again_at_once
 from photon.dashboard.report import write_report
 from photon.engines.remote.messenger import Messenger
 from photon.errors import PolicyError
-from photon.federation.envelopes import RefPart, Refusal, Reply, parse_reply
+from photon.federation.envelopes import Refusal, Reply, parse_reply
 from photon.federation.tasks import update_header
 from photon.link import plain_entries, write_parcel
 from photon.runs import load_weights
@@ -133,8 +133,8 @@ class Attack:
             entries = self._spoiled(entries)
         ref = write_parcel(Transfer(silo.store), place, header, entries)
         fit = parse_reply(silo.answer(ask).text).fit
-        lie = {"update": RefPart.of(ref), "failure": None, "tokens": fit.tokens or 1}
-        return self._say(silo, ask, fit=fit.model_copy(update=lie))
+        lie = {"update": ref, "failure": None, "tokens": fit.tokens or 1}
+        return self._say(silo, ask, fit=replace(fit, **lie))
 
     def _spoiled(self, entries):
         """No codec takes what is not a number: it is put in afterwards."""

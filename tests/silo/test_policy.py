@@ -10,7 +10,8 @@ import pytest
 
 from photon.config.node import PolicyConfig
 from photon.errors import MembershipError, PolicyError, ProtocolError
-from photon.federation.envelopes import StatePart, node_config
+from photon.federation.envelopes import node_config
+from photon.federation.tasks import StateRef
 from photon.silo.policy import (
     check,
     few_silos,
@@ -110,7 +111,7 @@ def test_one_state_a_round_is_scored(aggregator, tmp_path):
     once, always = PolicyConfig(), PolicyConfig(evaluate="always")
 
     def asked(number, state):
-        part = StatePart(round=number, sha256=state * 64)
+        part = StateRef(round=number, sha256=state * 64)
         return aggregator.evaluation(number=number, state=part)
 
     note_scored(asked(2, "a"), once, tmp_path)

@@ -301,7 +301,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_update(
     trainer.start()
     reply = reply_of(world, "red", asking.result())
     assert "step 1:" not in trainer.log  # it was trained; only sent again
-    assert reply.fit.update.ref() == expected
+    assert reply.fit.update == expected
     assert aggregator.store.size(expected.key) == expected.bytes
     assert world.roster.presences()["red"][0].task in ("", ask.task_id)
 
@@ -315,7 +315,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_update(
     trainer.kill()
     assert presence.task in ("", second.task_id)  # "": its word was still on its way
     trainer.start()
-    assert reply_of(world, "red", asking.result()).fit.update.ref() == expected
+    assert reply_of(world, "red", asking.result()).fit.update == expected
 
     # And the first answer is still the first answer, to the byte.
     again = Asking(trainer, ask).result()

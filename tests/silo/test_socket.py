@@ -112,8 +112,8 @@ def test_the_same_question_in_another_ask_is_waited_for_as_long_and_answered_nex
     first = Asking(path, encoded(ask))
     question = listener.next()
     assert 900 < question.left_s() <= 1000
-    whole = ask.state.whole.model_copy(update={"key": "elsewhere/state.json"})
-    state = ask.state.model_copy(update={"whole": whole})
+    whole = replace(ask.state.whole, key="elsewhere/state.json")
+    state = replace(ask.state, whole=whole)
     second = Asking(path, encoded(ask.model_copy(update={"within_s": 9000.0, "state": state})))
     eventually(lambda: question.left_s() > 8000)
     listener.settle(question, answer_of(REPLY))

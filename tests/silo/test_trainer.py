@@ -69,12 +69,12 @@ def test_an_answer_is_what_a_node_in_this_process_gives(bench, aggregator, tmp_p
     ask = aggregator.fit()
     receipt, ref = aggregator.expected(aggregator.node(tmp_path / "alone"), ask)
     reply = bench.answer(ask)
-    assert reply.fit.update.ref() == ref
+    assert reply.fit.update == ref
     for field in ("tokens", "loss", "first_loss", "last_loss"):
         assert getattr(reply.fit, field) == getattr(receipt, field), field
     assert reply.fit.receipt(1, "red").bytes_up == ref.wire_bytes == receipt.bytes_up
     # As received, whatever the aggregator reckons with.
-    assert reply.fit.bytes_down == ask.state.whole.ref().wire_bytes
+    assert reply.fit.bytes_down == ask.state.whole.wire_bytes
     assert reply.data == aggregator.data.sha256
     assert ref.key in own_keys(bench.store)
     assert all(key.startswith(f"{ask.run.id}/silos/red/") for key in own_keys(bench.store))
@@ -104,12 +104,11 @@ def test_rounds_go_on_from_what_the_silo_keeps(recipe, make_aggregator, make_ben
         receipt, ref = aggregator.expected(alone, ask)
         if number == 3:
             # Restarted, it holds no state that an outer update could go on top of.
-            whole = aggregator.publish(whole=True)
+            aggregator.ref = aggregator.publish()
             bench.start()
             ask = aggregator.fit(number=number, node_round=node_round)
-            ask = ask.model_copy(update={"state": type(ask.state).of(whole)})
         reply = bench.answer(ask)
-        assert reply.fit.update.ref() == ref, number
+        assert reply.fit.update == ref, number
         assert reply.fit.left_out == receipt.left_out
         received.append(reply.fit.bytes_down)
         node_round = number
@@ -262,7 +261,7 @@ def test_a_new_run_gets_a_new_node(make_aggregator, make_bench, tmp_path):
         folder = tmp_path / f"alone-{aggregator.run.id}-{number}"
         ask = aggregator.fit(number=number)
         _, ref = aggregator.expected(aggregator.node(folder), ask)
-        assert bench.answer(ask).fit.update.ref() == ref
+        assert bench.answer(ask).fit.update == ref
     told = json.loads((bench.home / "run.json").read_text())
     assert (told["id"], told["silos"]) == (one.run.id, ["blue", "green", "red"])
 
@@ -425,7 +424,7 @@ def test_a_site_that_lost_its_kept_state_goes_on_and_says_so(make_aggregator, ma
     assert answer.state_lost
     # Its text goes on where the aggregator says it was, its optimizer and feedback start afresh.
     fresh = ask.model_copy(update={"fit": ask.fit.model_copy(update={"node_round": None})})
-    assert answer.update.ref() == aggregator.expected(aggregator.node(tmp_path), fresh)[1]
+    assert answer.update == aggregator.expected(aggregator.node(tmp_path), fresh)[1]
     assert not bench.answer(aggregator.fit(number=3, node_round=2)).fit.state_lost
 
 
@@ -642,7 +641,7 @@ def test_what_arrived_before_an_outage_is_not_fetched_again(
     assert len(chunks) > 1
     store = unsteady(bench, monkeypatch, streams=1)
     ask = aggregator.fit()
-    whole = ask.state.whole.ref()
+    whole = ask.state.whole
     manifest = json.loads(bytes(store.get(whole.key, max_bytes=whole.bytes)))
     last = manifest["chunks"][-1]["sha256"]
     store.breaks_at, store.got = next(key for key in chunks if key.endswith(last)), []

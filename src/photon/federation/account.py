@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 from photon.config import RunConfig
 from photon.config.children import LEAF
-from photon.evaluation.perplexity import perplexity
 from photon.federation.checkpoint import RunState
 from photon.federation.pace import running_mean
 from photon.federation.tasks import EvalReceipt, FitTask, Receipt
@@ -75,7 +74,8 @@ def mean_score(own: Sequence[EvalReceipt]) -> EvalReceipt:
     if own and all(one.bits_per_byte for one in own):
         sizes = [part / (one.bits_per_byte or 1) for part, one in zip(nats, own, strict=True)]
         bits_per_byte = math.fsum(nats) / math.fsum(sizes)
-    return EvalReceipt(None, loss, perplexity(loss), bits_per_byte, tokens, 0.0, 0)
+    figures = {"loss": loss, "bits_per_byte": bits_per_byte, "tokens": tokens}
+    return EvalReceipt(None, **figures, eval_s=0.0, bytes_down=0)
 
 
 def implausible(receipt: Receipt, most_tokens: int) -> str | None:

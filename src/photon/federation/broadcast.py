@@ -135,7 +135,6 @@ class Broadcast:
         state: GlobalState,
         *,
         base: str | None,
-        whole: bool = True,
     ) -> StateRef:
         """Put the state after round `number` into a store.
 
@@ -143,7 +142,6 @@ class Broadcast:
             carrier: to the store.
             folder: in the store.
             base: sha256 of the state before; None: there is none, or nobody holds it.
-            whole: whether somebody needs all of it.
 
         Raises:
             LinkError: the store can't be reached, refuses, or stalls.
@@ -153,11 +151,9 @@ class Broadcast:
         if self._update and base is not None:
             header = parcel_header("outer_update", self._run, number, state, base=base)
             update = write_parcel(carrier, folder, header, self._update, **sized)
-        complete = None
-        if whole or update is None:
-            header = parcel_header("state", self._run, number, state)
-            complete = write_parcel(carrier, folder, header, self._whole(state), **sized)
-        return StateRef(self._run, number, tensors_sha256(state), complete, update, base)
+        header = parcel_header("state", self._run, number, state)
+        whole = write_parcel(carrier, folder, header, self._whole(state), **sized)
+        return StateRef(number, tensors_sha256(state), whole, update, base)
 
     def publish_once(self, carrier: Carrier, folder: str, once: Mapping[str, Tensor]) -> Ref:
         """Put what travels once into a store; raises as `publish`."""
@@ -181,14 +177,20 @@ class Inbox:
 
     Args:
         carrier: to the store.
+        run: name of the run.
         shapes: of the state's tensors, from the node's own model.
         codecs: specs that the run's parcels may name.
     """
 
     def __init__(
-        self, carrier: Carrier, shapes: Mapping[str, torch.Size], codecs: frozenset[str]
+        self,
+        carrier: Carrier,
+        run: str,
+        shapes: Mapping[str, torch.Size],
+        codecs: frozenset[str],
     ) -> None:
         self._carrier = carrier
+        self._run = run
         self._shapes = dict(shapes)
         self._codecs = codecs
         self._held: dict[str, Tensor] = {}
@@ -210,7 +212,7 @@ class Inbox:
             state = dict(self._open(ref, ref.whole, "state").tensors())
         else:
             raise ChunkCorruptError(
-                f"the state after round {ref.round} of {ref.run} is offered as an update of "
+                f"the state after round {ref.round} of {self._run} is offered as an update of "
                 f"{ref.base}, this node holds {self._sha256 or 'none'}",
                 hint="The aggregator must publish the whole state for this node.",
             )
@@ -218,18 +220,16 @@ class Inbox:
         if found != ref.sha256:
             self._held, self._sha256 = {}, None
             raise ChunkCorruptError(
-                f"the state after round {ref.round} of {ref.run} came out with sha256 "
+                f"the state after round {ref.round} of {self._run} came out with sha256 "
                 f"{found[:12]}..., {ref.sha256[:12]}... was promised",
                 hint="Ask for the whole state; this node trains from none that it can't verify.",
             )
         self._held, self._sha256 = state, found
         return state
 
-    def receive_once(
-        self, run: str, ref: Ref, shapes: Mapping[str, torch.Size]
-    ) -> dict[str, Tensor]:
+    def receive_once(self, ref: Ref, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
         """What travels once, in this node's own shapes; raises ManifestError, LinkError."""
-        header = parcel_header("once", run, 0, shapes)
+        header = parcel_header("once", self._run, 0, shapes)
         expected = Expected(header, shapes, frozenset({"fp32"}))
         return dict(Parcel(self._carrier, ref, expected).tensors())
 
@@ -242,5 +242,5 @@ class Inbox:
 
     def _open(self, ref: StateRef, parcel: Ref, kind: Kind) -> Parcel:
         base = ref.base if kind == "outer_update" else None
-        header = parcel_header(kind, ref.run, ref.round, self._shapes, base=base)
+        header = parcel_header(kind, self._run, ref.round, self._shapes, base=base)
         return Parcel(self._carrier, parcel, Expected(header, self._shapes, self._codecs))

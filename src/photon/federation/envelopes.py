@@ -15,11 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -27,14 +26,27 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.dataclasses import dataclass as checked
 
 from photon.config import RunConfig, parse_run_config
 from photon.errors import PhotonError, ProtocolError
-from photon.evaluation.perplexity import perplexity
-from photon.federation.tasks import EvalReceipt, FitTask, Receipt, StateRef
+from photon.federation.tasks import (
+    MOST_TEXT,
+    Code,
+    EvalReceipt,
+    FitTask,
+    Measures,
+    Receipt,
+    Round,
+    Score,
+    StateRef,
+    Text,
+    Whole,
+)
 from photon.link import Ref
+from photon.link.manifest import CLOSED, SEGMENT, Bytes, Sha256
 from photon.membership.records import printable
-from photon.training import StepTimes
+from photon.training.timing import Seconds
 
 #: Raised when an Ask or Reply changes its meaning; both sides must speak the same one.
 PROTOCOL = 3
@@ -45,85 +57,14 @@ MOST_BYTES = 1 << 20
 #: A run file is three deep: tables, keys, lists.
 _MOST_DEPTH = 16
 
-#: No task takes longer, s, and no text is longer, characters.
-LONGEST_S = 30 * 86_400.0
-_MOST_TEXT = 4000
-
-
-def _one_line(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("it holds what can't be printed: a line break or a control character")
-    return text
-
-
-_SEGMENT = "[A-Za-z0-9][A-Za-z0-9._-]*"
 _RUN_ID = "[0-9a-f]{32}"
-
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _RunId = Annotated[str, Field(pattern=f"^{_RUN_ID}$")]
-_Name = Annotated[str, Field(min_length=1, max_length=100, pattern=f"^{_SEGMENT}$")]
+_Name = Annotated[str, Field(min_length=1, max_length=100, pattern=f"^{SEGMENT}$")]
 _Version = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9.+!_-]*$")]
-_Text = Annotated[str, Field(max_length=_MOST_TEXT), AfterValidator(_one_line)]
-_Whole = Annotated[int, Field(ge=0, lt=2**53)]
-_Round = Annotated[int, Field(ge=0, lt=2**31)]
-_Bytes = Annotated[int, Field(ge=0, le=2**50)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Seconds = Annotated[_Finite, Field(ge=0, le=LONGEST_S)]
-_Loss = Annotated[_Finite, Field(ge=0, lt=1e6)]
-_Ratio = Annotated[_Finite, Field(ge=0, le=1000)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class RefPart(_Part):
-    """A parcel, as photon.link.Ref."""
-
-    key: Annotated[str, Field(max_length=512, pattern=f"^{_SEGMENT}(/{_SEGMENT})*$")]
-    bytes: _Bytes
-    sha256: _Sha256
-    payload_bytes: _Bytes
-
-    def ref(self) -> Ref:
-        return Ref(self.key, self.bytes, self.sha256, self.payload_bytes)
-
-    @classmethod
-    def of(cls, ref: Ref) -> RefPart:
-        return cls(**asdict(ref))
-
-
-class StatePart(_Part):
-    """A global state in the store, as StateRef; whole, or an outer update on top of `base`.
-
-    Attributes:
-        once: what no state changes, for who does not hold it yet.
-    """
-
-    round: _Round
-    sha256: _Sha256
-    whole: RefPart | None = None
-    update: RefPart | None = None
-    base: _Sha256 | None = None
-    once: RefPart | None = None
-
-    @property
-    def parcels(self) -> list[RefPart]:
-        """All that may be fetched for it."""
-        return [part for part in (self.whole, self.update, self.once) if part is not None]
-
-    def state_ref(self, run: str) -> StateRef:
-        whole, update, once = (
-            part.ref() if part is not None else None
-            for part in (self.whole, self.update, self.once)
-        )
-        return StateRef(run, self.round, self.sha256, whole, update, self.base, once)
-
-    @classmethod
-    def of(cls, state: StateRef) -> StatePart:
-        record = asdict(state)
-        del record["run"]  # which the Ask says
-        return cls(**record)
 
 
 class RunPart(_Part):
@@ -141,10 +82,10 @@ class RunPart(_Part):
     id: _RunId
     silos: Annotated[list[_Name], Field(min_length=1, max_length=10_000)]
     config: dict[str, Any]
-    model: _Sha256
-    tokenizer: _Sha256
+    model: Sha256
+    tokenizer: Sha256
     vocab_size: Annotated[int, Field(gt=0, le=2**31)]
-    eos_id: _Whole
+    eos_id: Whole
 
     @field_validator("config")
     @classmethod
@@ -162,17 +103,17 @@ class FitPart(_Part):
     """photon.federation.FitTask without the names of run and silo."""
 
     round: Annotated[int, Field(ge=1, lt=2**31)]
-    global_step: _Whole
+    global_step: Whole
     steps: Annotated[int, Field(ge=1, lt=2**31)]
-    node_round: _Round | None = None
-    cursor: _Whole = 0
+    node_round: Round | None = None
+    cursor: Whole = 0
 
 
 class EvalPart(_Part):
     """Score the state on the silo's own held-out text, with the personal part of `node_round`."""
 
-    round: _Round
-    node_round: _Round | None = None
+    round: Round
+    node_round: Round | None = None
 
 
 class _Letter(_Part):
@@ -180,7 +121,7 @@ class _Letter(_Part):
     photon_version: _Version
     kind: Literal["fit", "evaluate"]
     silo: _Name
-    log_head: _Sha256
+    log_head: Sha256
 
 
 class Ask(_Letter):
@@ -194,10 +135,10 @@ class Ask(_Letter):
     """
 
     run: RunPart
-    state: StatePart
+    state: StateRef
     fit: FitPart | None = None
     evaluate: EvalPart | None = None
-    within_s: Annotated[_Seconds, Field(gt=0)]
+    within_s: Annotated[Seconds, Field(gt=0)]
 
     #: sha256 of the text that it was read from, where that is not how this Photon would write it.
     _came_as: str | None = None
@@ -259,32 +200,15 @@ class Ask(_Letter):
         return FitTask(run=run, silo=self.silo, **dict(self.fit))
 
 
-class FitAnswer(_Part):
-    """photon.federation.Receipt without round and silo, and where the update lies.
+@checked(frozen=True, kw_only=True, config=CLOSED)
+class FitAnswer(Measures):
+    """Measures, and where the update lies; a failure (a loss that is not finite) has none.
 
-    A failure (a loss that is not finite) has no update. What went up is what the update's
-    reference says, and stands nowhere else.
+    What went up is what the update's reference says, and stands nowhere else.
     """
 
-    update: RefPart | None = None
-    tokens: _Whole = 0
-    loss: _Loss = 0.0
-    first_loss: _Loss = 0.0
-    last_loss: _Loss = 0.0
-    bytes_down: _Bytes = 0
-    train_s: _Seconds = 0.0
-    load_s: _Seconds = 0.0
-    publish_s: _Seconds = 0.0
-    failure: _Text | None = None
-    failure_code: Annotated[int, Field(ge=1, le=255)] = 60
-    failure_hint: _Text | None = None
-    times: Annotated[list[_Seconds], Field(min_length=4, max_length=4)] = [0.0, 0.0, 0.0, 0.0]
-    communication_s: _Seconds | None = None
-    mfu: _Ratio | None = None
-    peak_memory_bytes: _Bytes = 0
-    micro_batch_size: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    left_out: _Ratio | None = None
-    state_lost: bool = False
+    bytes_down: Bytes = 0
+    update: Ref | None = None
 
     @model_validator(mode="after")
     def _update_or_failure(self) -> FitAnswer:
@@ -295,47 +219,37 @@ class FitAnswer(_Part):
         return self
 
     def receipt(self, round_number: int, silo: str) -> Receipt:
-        fields: dict[str, Any] = dict(self)
-        update = fields.pop("update")
-        fields["bytes_up"] = update.ref().wire_bytes if update is not None else 0
-        fields["times"] = StepTimes(*self.times)
-        return Receipt(round_number, silo, **fields)
+        bytes_up = self.update.wire_bytes if self.update is not None else 0
+        return Receipt(round_number, silo, bytes_up=bytes_up, **_figures(Measures, self))
 
     @classmethod
     def of(cls, receipt: Receipt, update: Ref | None) -> FitAnswer:
-        fields: dict[str, Any] = {
-            name: getattr(receipt, name) for name in cls.model_fields if name != "update"
-        }
-        fields["times"] = [float(second) for second in vars(receipt.times).values()]
+        figures = _figures(Measures, receipt)
         for words in ("failure", "failure_hint"):
-            fields[words] = _fitting(fields[words])
-        part = RefPart.of(update) if update is not None else None
-        return cls(update=part, **fields)
+            figures[words] = _fitting(figures[words])
+        return cls(update=update, **figures)
 
 
-class EvalAnswer(_Part):
-    """photon.federation.EvalReceipt without the silo, and without the perplexity of its loss."""
+@checked(frozen=True, kw_only=True, config=CLOSED)
+class EvalAnswer(Score):
+    """The score of the silo that was asked."""
 
-    loss: _Loss
-    bits_per_byte: Annotated[_Finite, Field(ge=0, lt=1e7)] | None = None
-    tokens: Annotated[int, Field(ge=1, lt=2**53)]
-    eval_s: _Seconds
-    bytes_down: _Bytes = 0
+    bytes_down: Bytes = 0
 
     def receipt(self, silo: str) -> EvalReceipt:
-        return EvalReceipt(silo, perplexity=perplexity(self.loss), **dict(self))
+        return EvalReceipt(silo, **vars(self))
 
     @classmethod
     def of(cls, receipt: EvalReceipt) -> EvalAnswer:
-        return cls(**{name: getattr(receipt, name) for name in cls.model_fields})
+        return cls(**_figures(Score, receipt))
 
 
 class Refusal(_Part):
     """A silo will not, or can't, and says why in words that reach the aggregator's operator."""
 
-    code: Annotated[int, Field(ge=1, le=255)]
-    message: _Text
-    hint: _Text | None = None
+    code: Code
+    message: Text
+    hint: Text | None = None
 
     @classmethod
     def of(cls, error: PhotonError) -> Refusal:
@@ -354,14 +268,14 @@ class Reply(_Letter):
         data: sha256 of the manifest of the text that was trained on, as registered.
     """
 
-    ask: _Sha256
+    ask: Sha256
     run: _RunId
-    round: _Round
+    round: Round
     task: Annotated[
-        str, Field(max_length=200, pattern=f"^{_RUN_ID}/(fit|evaluate)/[0-9]+/{_SEGMENT}$")
+        str, Field(max_length=200, pattern=f"^{_RUN_ID}/(fit|evaluate)/[0-9]+/{SEGMENT}$")
     ]
-    state: _Sha256
-    data: _Sha256 | None = None
+    state: Sha256
+    data: Sha256 | None = None
     fit: FitAnswer | None = None
     evaluate: EvalAnswer | None = None
     refused: Refusal | None = None
@@ -425,9 +339,14 @@ def encoded(document: BaseModel) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
 
 
+def _figures(kind: type, source: object) -> dict[str, Any]:
+    """The fields of a dataclass, from one that has them too."""
+    return {one.name: getattr(source, one.name) for one in fields(kind)}
+
+
 def _fitting(text: str | None) -> str | None:
     """Words as a document takes them."""
-    return printable(text)[:_MOST_TEXT] if text else None
+    return printable(text)[:MOST_TEXT] if text else None
 
 
 def _inside(value: Any) -> Iterable[Any]:

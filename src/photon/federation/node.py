@@ -343,11 +343,10 @@ class Node:
         one = score(LossSum(nats, *map(int, counts)))
         return EvalReceipt(
             task.silo,
-            one.loss,
-            one.perplexity,
-            one.bits_per_byte,
-            one.tokens,
-            time.perf_counter() - started,
+            loss=one.loss,
+            bits_per_byte=one.bits_per_byte,
+            tokens=one.tokens,
+            eval_s=time.perf_counter() - started,
         )
 
     def _update(self, task: FitTask, state: GlobalState | None) -> Update:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field, Strict
 from torch import Size, Tensor
 
 from photon.errors import NodeError, PhotonError
+from photon.evaluation.perplexity import perplexity
 from photon.link import Entry, Header, Ref, plain_entries, shapes_fingerprint
-from photon.link.manifest import Kind
+from photon.link.manifest import CLOSED, Bytes, Kind, Sha256
 from photon.training import StepTimes
+from photon.training.timing import Seconds
 
 #: The global state: "weights/<parameter>" and, where inner state is averaged,
 #: "optimizer/<parameter>.<key>".
@@ -62,16 +65,35 @@ class FitTask:
         return self.texts or (self.silo,)
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """A participant's answer. Losses are nats per token; bytes are payload bytes.
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("it holds what can't be printed: a line break or a control character")
+    return text
+
+
+#: No text of a document is longer, characters.
+MOST_TEXT = 4000
+
+# What a figure may be in a document from outside. Dataclasses made here are not held to it.
+Text = Annotated[str, Field(max_length=MOST_TEXT, strict=True), AfterValidator(_one_line)]
+Round = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Whole = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
+Tokens = Annotated[int, Field(ge=1, lt=2**53, strict=True)]
+Code = Annotated[int, Field(ge=1, le=255, strict=True)]
+Loss = Annotated[float, Field(ge=0, lt=1e6, allow_inf_nan=False, strict=True)]
+BitsPerByte = Annotated[float, Field(ge=0, lt=1e7, allow_inf_nan=False, strict=True)]
+Ratio = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What a participant says of a task, here or from its site. Losses are nats per token.
 
     Attributes:
         bytes_down: that it received before it could start; None where nothing was carried, and
             what a wire would have carried is counted.
         failure: why there is no update; None when there is one.
         failure_code, failure_hint: of the error that it was.
-        worker: which training process did it.
         times: where train_s went.
         communication_s: exchange of gradients among ranks, where the task asked for it.
         mfu: model FLOPs per second over the stated peak of the ranks' devices; None if unknown.
@@ -79,32 +101,43 @@ class Receipt:
         left_out: what the codec left out of this update, as a share of its norm; None where
             nothing is fed back.
         state_lost: the kept state that the task names is gone; the silo started without one.
+    """
+
+    tokens: Whole = 0
+    loss: Loss = 0.0
+    first_loss: Loss = 0.0
+    last_loss: Loss = 0.0
+    bytes_down: Bytes | None = None
+    train_s: Seconds = 0.0
+    load_s: Seconds = 0.0
+    publish_s: Seconds = 0.0
+    failure: Text | None = None
+    failure_code: Code = NodeError.exit_code
+    failure_hint: Text | None = None
+    times: StepTimes = field(default_factory=StepTimes)
+    communication_s: Seconds | None = None
+    mfu: Ratio | None = None
+    peak_memory_bytes: Bytes = 0
+    micro_batch_size: Round = 0
+    left_out: Ratio | None = None
+    state_lost: Annotated[bool, Strict()] = False
+
+
+@dataclass(frozen=True)
+class Receipt(Measures):
+    """A participant's answer.
+
+    Attributes:
+        bytes_up: of its update on the wire.
+        worker: which training process did it.
         bytes_inside: of a group: what its members received and sent, both ways together.
         tokens_lost: of a group: what its members trained on and it did not merge.
     """
 
     round: int
     silo: str
-    tokens: int = 0
-    loss: float = 0.0
-    first_loss: float = 0.0
-    last_loss: float = 0.0
-    bytes_down: int | None = None
     bytes_up: int = 0
-    train_s: float = 0.0
-    load_s: float = 0.0
-    publish_s: float = 0.0
     worker: int = 0
-    failure: str | None = None
-    failure_code: int = NodeError.exit_code
-    failure_hint: str | None = None
-    times: StepTimes = field(default_factory=StepTimes)
-    communication_s: float | None = None
-    mfu: float | None = None
-    peak_memory_bytes: int = 0
-    micro_batch_size: int = 0
-    left_out: float | None = None
-    state_lost: bool = False
     bytes_inside: int = 0
     tokens_lost: int = 0
 
@@ -192,7 +225,7 @@ class StateRef:
     """A global state in a store.
 
     Attributes:
-        run, round: it is the state after so many rounds of this run.
+        round: it is the state after so many rounds of its run.
         sha256: of its tensors.
         whole: the parcel with all of it; None if it was not published, as nobody needs it.
         update: the parcel that makes it of the state before; None where states travel whole.
@@ -200,13 +233,19 @@ class StateRef:
         once: the parcel with what no state changes; None where there is nothing such.
     """
 
-    run: str
-    round: int
-    sha256: str
-    whole: Ref | None
+    __pydantic_config__ = CLOSED
+
+    round: Round
+    sha256: Sha256
+    whole: Ref | None = None
     update: Ref | None = None
-    base: str | None = None
+    base: Sha256 | None = None
     once: Ref | None = None
+
+    @property
+    def parcels(self) -> list[Ref]:
+        """All that may be fetched for it."""
+        return [ref for ref in (self.whole, self.update, self.once) if ref is not None]
 
 
 @dataclass(frozen=True)
@@ -222,9 +261,9 @@ class EvalTask:
     node_round: int | None = None
 
 
-@dataclass(frozen=True)
-class EvalReceipt:
-    """Held-out loss in nats per token, and what follows from it.
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Held-out loss in nats per token, as a participant says it.
 
     Attributes:
         bits_per_byte: None where the text is mostly unknown to its tokenizer.
@@ -232,13 +271,22 @@ class EvalReceipt:
             where nothing was carried, as in a Receipt.
     """
 
+    loss: Loss
+    bits_per_byte: BitsPerByte | None = None
+    tokens: Tokens
+    eval_s: Seconds
+    bytes_down: Bytes | None = None
+
+
+@dataclass(frozen=True)
+class EvalReceipt(Score):
+    """The score on a silo's held-out text, or on the global set (silo None)."""
+
     silo: str | None
-    loss: float
-    perplexity: float
-    bits_per_byte: float | None
-    tokens: int
-    eval_s: float
-    bytes_down: int | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity(self.loss)
 
 
 Task = FitTask | EvalTask

@@ -32,8 +32,16 @@ _DTYPE_BYTES = {"uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8}
 _DTYPE_BYTES |= {"float16": 2, "bfloat16": 2, "float32": 4}
 
 Kind = Literal["update", "state", "outer_update", "once"]
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", strict=True)]
+Bytes = Annotated[int, Field(ge=0, le=2**50, strict=True)]
 _Whole = Annotated[int, Field(ge=0, lt=2**48)]
+
+#: Of a key in a store, between its slashes.
+SEGMENT = "[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+#: Of a dataclass that is read from outside, as a field of a model; its numbers are strict by type.
+CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class _Row(BaseModel):
@@ -65,7 +73,7 @@ class TensorRow(_Row):
 class Chunk(_Row):
     """A run of payload bytes, an object of its own."""
 
-    sha256: _Sha256
+    sha256: Sha256
     bytes: Annotated[int, Field(gt=0, le=LARGEST_CHUNK)]
 
 
@@ -109,7 +117,7 @@ class Manifest(_Row):
 
 @dataclass(frozen=True)
 class Ref:
-    """What travels in a task or receipt in place of tensors.
+    """What travels in a task or receipt in place of tensors; bounds hold where it comes from there.
 
     Attributes:
         key: of the manifest, in the store.
@@ -118,10 +126,12 @@ class Ref:
         payload_bytes: of the chunks.
     """
 
-    key: str
-    bytes: int
-    sha256: str
-    payload_bytes: int
+    __pydantic_config__ = CLOSED
+
+    key: Annotated[str, Field(max_length=512, pattern=f"^{SEGMENT}(/{SEGMENT})*$")]
+    bytes: Bytes
+    sha256: Sha256
+    payload_bytes: Bytes
 
     @property
     def wire_bytes(self) -> int:

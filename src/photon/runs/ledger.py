@@ -51,7 +51,9 @@ class Ledger:
         for receipt in receipts:
             self.evaluation[receipt.silo] = receipt
             self._evaluation_bytes += receipt.bytes_down or 0
-            self.recorder.emit(Evaluated(round=number, **vars(receipt)))
+            self.recorder.emit(
+                Evaluated(round=number, perplexity=receipt.perplexity, **vars(receipt))
+            )
         return time.perf_counter() - started
 
     def prune_node_states(self, folder: Path) -> None:

@@ -145,7 +145,7 @@ class HeldNode:
         settings.folder.mkdir(parents=True, exist_ok=True)
         team.begin(ask.run.model_dump(mode="json"))
         self._node = Node(settings, self._heard, data=data, model=skeleton)
-        self._inbox = Inbox(self._line, self._shapes, config.link.specs)
+        self._inbox = Inbox(self._line, config.run.name, self._shapes, config.link.specs)
         # What is being trained here, for who looks into the home.
         record = {
             "id": ask.run.id,
@@ -191,10 +191,9 @@ class HeldNode:
         for other in spools.glob("*"):
             if other != line.spool:
                 shutil.rmtree(other, ignore_errors=True)
-        name = self.config.run.name
-        ref = ask.state.state_ref(name)
+        ref = ask.state
         if ref.once is not None and ref.once.sha256 != self._once[0]:
-            once = self._inbox.receive_once(name, ref.once, self._once_shapes)
+            once = self._inbox.receive_once(ref.once, self._once_shapes)
             self._once = ref.once.sha256, once
         state = self._inbox.receive(ref)
         shutil.rmtree(spools, ignore_errors=True)

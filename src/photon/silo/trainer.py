@@ -348,7 +348,7 @@ class SiloTrainer:
             self._persist("sending the update", lambda: self._send(ask), left_s)
             if not answer.sent:
                 publish_s = reply.fit.publish_s + time.perf_counter() - started
-                fit = reply.fit.model_copy(update={"publish_s": publish_s})
+                fit = replace(reply.fit, publish_s=publish_s)
                 signed = self._sign(reply.model_copy(update={"fit": fit}))
                 answer = replace(answer, reply=signed, sent=True)
                 self._answers.finish(ask, answer)

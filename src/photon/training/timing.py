@@ -11,11 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field
 
 T = TypeVar("T")
+
+#: No task takes longer, s.
+LONGEST_S = 30 * 86_400.0
+Seconds = Annotated[float, Field(ge=0, le=LONGEST_S, allow_inf_nan=False, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,10 @@ class StepTimes:
         optimizer_s: clipping and the optimizer's step.
     """
 
-    data_s: float = 0.0
-    forward_s: float = 0.0
-    backward_s: float = 0.0
-    optimizer_s: float = 0.0
+    data_s: Seconds = 0.0
+    forward_s: Seconds = 0.0
+    backward_s: Seconds = 0.0
+    optimizer_s: Seconds = 0.0
 
 
 class PhaseClock:

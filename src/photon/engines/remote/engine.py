@@ -35,8 +35,9 @@ from photon.federation import (
     Update,
     Version,
 )
-from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, StatePart, parse_reply
+from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, parse_reply
 from photon.federation.sealing import sealed
+from photon.federation.tasks import StateRef
 from photon.freed_memory import share_freed_memory
 from photon.link import Parcel, Ref
 from photon.membership.keys import NodeKey
@@ -198,7 +199,7 @@ class RemoteEngine:
         silos = {place.task.silo for place in self._going} | {task.silo for task, _ in new}
         self._run = self._run.model_copy(update={"silos": sorted(silo for silo in silos if silo)})
         for task, version in new:
-            ref = StatePart.of(self._depot.published(version))
+            ref = self._depot.published(version)
             most_bytes = 0
             if isinstance(task, FitTask):
                 values = sum(tensor.numel() for tensor in version.tensors.values())
@@ -320,7 +321,7 @@ class RemoteEngine:
                 Notice(text=f"old rounds stay in the store: {error}", round=number, silo="")
             )
 
-    def _ask(self, task: Task, ref: StatePart) -> Ask:
+    def _ask(self, task: Task, ref: StateRef) -> Ask:
         assert task.silo is not None
         common = {
             "photon_version": photon_version(),

@@ -71,7 +71,7 @@ class Errand:
             ProtocolError: names the figure, and the most that it can be.
         """
         ask, bounds = self.ask, []
-        down = sum(part.ref().wire_bytes for part in ask.state.parcels)
+        down = sum(ref.wire_bytes for ref in ask.state.parcels)
         if reply.fit is not None and ask.fit is not None:
             batch = config.local.batch_size
             bounds = [
@@ -80,7 +80,7 @@ class Errand:
                 ("bytes_down", reply.fit.bytes_down, down),
             ]
             if (update := reply.fit.update) is not None:
-                bounds.append(("bytes of its update", update.ref().wire_bytes, self.most_bytes))
+                bounds.append(("bytes of its update", update.wire_bytes, self.most_bytes))
                 own = f"{silo_folder(ask.run.id, ask.silo)}/"
                 if not update.key.startswith(own):
                     raise ProtocolError(
@@ -101,9 +101,8 @@ class Errand:
     @property
     def update(self) -> Ref | None:
         """Where the update lies that the reply names."""
-        if self.reply is None or self.reply.fit is None or self.reply.fit.update is None:
-            return None
-        return self.reply.fit.update.ref()
+        fit = self.reply.fit if self.reply is not None else None
+        return fit.update if fit is not None else None
 
     @property
     def because(self) -> str:
