@@ -11,7 +11,7 @@ import torch
 from photon.aggregation.outer import build_outer_optimizer
 from photon.config import FederationConfig, OuterConfig
 from photon.config.clock import ClockConfig
-from photon.federation.pace import Book, Quorum, staleness_weight, unequal_steps
+from photon.federation.pace import Book, left_s, staleness_weight, unequal_steps
 from photon.runs import resume, simulate
 from photon.runs.study import study_time
 from photon.telemetry import read_history
@@ -192,14 +192,14 @@ def test_who_is_down_is_not_asked(timed, tmp_path):
 
 
 def test_a_window_of_grace_goes_by_how_long_quorums_took():
-    pace = Quorum(1000.0, 0.5, keeps_late=False)
+    config = FederationConfig(pace="quorum", deadline_s=1000.0, grace=0.5)
     book = Book(asked=3, quorum=2, began_s=100.0, now_s=100.0)
-    assert pace.left_s(book) == 1000.0
+    assert left_s(config, book) == 1000.0
     book.note_good(110.0)
     book.note_good(120.0)
-    assert pace.left_s(book) == pytest.approx(0.5 * 20)
+    assert left_s(config, book) == pytest.approx(0.5 * 20)
     book.now_s = 131.0
-    assert pace.left_s(book) < 0
+    assert left_s(config, book) < 0
 
 
 def test_delayed_nesterov_by_hand():

@@ -219,6 +219,11 @@ class FederationConfig(Section):
         return self
 
     @property
+    def in_task_order(self) -> bool:
+        """Whether updates are merged in the order of tasks: whoever was faster changes no bit."""
+        return self.pace == "synchronous"
+
+    @property
     def keeps_late(self) -> bool:
         """Whether a merge may take updates that began before the merge before it."""
         return self.pace == "buffered" or (self.pace == "quorum" and self.late == "merge")

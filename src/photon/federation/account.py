@@ -1,8 +1,7 @@
-"""What a round costs, and what is told of its answers."""
+"""What a round costs, and what it leaves a run with."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,17 +10,7 @@ from photon.config import RunConfig
 from photon.config.children import LEAF
 from photon.federation.checkpoint import RunState
 from photon.federation.pace import running_mean
-from photon.federation.tasks import EvalReceipt, FitTask, Receipt
-from photon.telemetry.events import LocalFinished, Notice, RoundMerged
-
-#: Where training diverged: the same rounds again would diverge again.
-WAY_OUT = (
-    "Where the loss diverged, go on with another recipe: `photon resume DIR --set local.lr=...`, "
-    "or local.clip_norm, local.warmup_steps."
-)
-
-#: No figure of a receipt is larger: sums of them stay finite and exact.
-_MOST = 2**53
+from photon.federation.tasks import FitTask, Receipt
 
 
 @dataclass
@@ -64,62 +53,6 @@ class Closed:
     receipts: Sequence[Receipt]
 
 
-def mean_score(own: Sequence[EvalReceipt]) -> EvalReceipt:
-    """The silos' own scores as one, weighted by tokens; its loss is NaN where there are none."""
-    tokens = sum(one.tokens for one in own)
-    nats = [one.loss * one.tokens for one in own]
-    loss = math.fsum(nats) / tokens if tokens else math.nan
-    bits_per_byte = None
-    # Nats over bits a byte are bytes, but for a factor that is the same for all.
-    if own and all(one.bits_per_byte for one in own):
-        sizes = [part / (one.bits_per_byte or 1) for part, one in zip(nats, own, strict=True)]
-        bits_per_byte = math.fsum(nats) / math.fsum(sizes)
-    figures = {"loss": loss, "bits_per_byte": bits_per_byte, "tokens": tokens}
-    return EvalReceipt(None, **figures, eval_s=0.0, bytes_down=0)
-
-
-def implausible(receipt: Receipt, most_tokens: int) -> str | None:
-    """What is wrong with a receipt's figures, which are summed, kept and shown; None: nothing.
-
-    Args:
-        most_tokens: that its task has.
-    """
-    for name, value in (vars(receipt) | vars(receipt.times)).items():
-        if isinstance(value, int | float) and not (
-            (-_MOST if "loss" in name else 0) <= value <= _MOST
-        ):
-            return f"its receipt says {name} = {value}"
-    if receipt.failure is None and not 0 < receipt.tokens <= most_tokens:
-        return f"its receipt says {receipt.tokens} tokens; its task has {most_tokens}"
-    return None
-
-
-def local_finished(receipt: Receipt, *, update_norm: float) -> LocalFinished:
-    """A good receipt as an event."""
-    # What else a receipt says is passed over.
-    return LocalFinished(**vars(receipt), **vars(receipt.times), update_norm=update_norm)
-
-
-def state_lost(task: FitTask) -> Notice:
-    """What is told of a silo that lost the state its task names."""
-    return Notice(
-        text=f"{task.silo} has lost what it kept after round {task.node_round}: its inner "
-        "optimizer and error feedback started afresh, its text went on where it was",
-        round=task.round,
-        silo=task.silo,
-    )
-
-
-def scaled_down(receipt: Receipt, norm: float, share: float) -> Notice:
-    """What is told of an update that is merged as if it were smaller."""
-    return Notice(
-        text=f"the update of {receipt.silo} is merged {1 / share:.3g} times smaller: its norm "
-        f"{norm:.4g} is far above the last round's median",
-        round=receipt.round,
-        silo=receipt.silo,
-    )
-
-
 def after_round(
     config: RunConfig,
     before: RunState,
@@ -158,20 +91,4 @@ def after_round(
         speeds=speeds,
         good_s=before.good_s + sum(one.train_s for _, one in merged),
         exposed_s=before.exposed_s + sum(one.load_s + one.publish_s for _, one in merged),
-    )
-
-
-def round_merged(
-    number: int, merged: Sequence[tuple[FitTask, Receipt]], norm: float, merge_s: float
-) -> RoundMerged:
-    """What is told of a round that was merged."""
-    tokens = sum(receipt.tokens for _, receipt in merged)
-    loss = sum(receipt.loss * receipt.tokens for _, receipt in merged) / max(1, tokens)
-    return RoundMerged(
-        round=number,
-        participants=[receipt.silo for _, receipt in merged],
-        tokens=tokens,
-        train_loss=loss,
-        pseudo_gradient_norm=norm,
-        merge_s=merge_s,
     )

@@ -9,20 +9,22 @@ from dataclasses import replace
 from photon.config import RunConfig
 from photon.config.children import LEAF
 from photon.errors import NonFiniteError, QuorumLostError, error_of
-from photon.federation.account import (
-    WAY_OUT,
-    RoundCosts,
-    implausible,
-    local_finished,
-    scaled_down,
-    state_lost,
-)
+from photon.federation.account import RoundCosts
 from photon.federation.outstanding import Going
 from photon.federation.pace import staleness_weight
 from photon.federation.server import Server
 from photon.federation.tasks import FitTask, Receipt, Update
 from photon.telemetry import Event
-from photon.telemetry.events import UpdateDropped
+from photon.telemetry.events import LocalFinished, Notice, UpdateDropped
+
+#: Where training diverged: the same rounds again would diverge again.
+WAY_OUT = (
+    "Where the loss diverged, go on with another recipe: `photon resume DIR --set local.lr=...`, "
+    "or local.clip_norm, local.warmup_steps."
+)
+
+#: No figure of a receipt is larger: sums of them stay finite and exact.
+_MOST = 2**53
 
 
 class Admission:
@@ -103,10 +105,14 @@ class Admission:
             hint = f"{receipt.failure_hint or ''} {WAY_OUT}".lstrip()
             raise error_of(receipt.failure_code)(receipt.failure, hint=hint)
         if receipt.state_lost:
-            self._tell(state_lost(task))
+            self._notice(
+                receipt,
+                f"{task.silo} has lost what it kept after round {task.node_round}: its inner "
+                "optimizer and error feedback started afresh, its text went on where it was",
+            )
         leaves = config.federation.children.get(task.silo, LEAF).leaves
         step_tokens = leaves * config.local.batch_size * config.data.sequence_length
-        if (reason := implausible(receipt, task.steps * step_tokens)) is not None:
+        if (reason := _implausible(receipt, task.steps * step_tokens)) is not None:
             return reason
         costs.local_train_s += receipt.train_s
         costs.bytes_inside += receipt.bytes_inside
@@ -128,7 +134,31 @@ class Admission:
                 raise NonFiniteError(verdict.refused, hint=WAY_OUT)
             return verdict.refused
         costs.tokens += receipt.tokens
-        self._tell(local_finished(receipt, update_norm=verdict.norm))
+        figures = vars(receipt) | vars(receipt.times)  # what else there is is passed over
+        self._tell(LocalFinished(**figures, update_norm=verdict.norm))
         if verdict.share < 1:
-            self._tell(scaled_down(receipt, verdict.norm, verdict.share))
+            self._notice(
+                receipt,
+                f"the update of {receipt.silo} is merged {1 / verdict.share:.3g} times smaller: "
+                f"its norm {verdict.norm:.4g} is far above the last round's median",
+            )
         return None
+
+    def _notice(self, receipt: Receipt, text: str) -> None:
+        self._tell(Notice(text=text, round=receipt.round, silo=receipt.silo))
+
+
+def _implausible(receipt: Receipt, most_tokens: int) -> str | None:
+    """What is wrong with a receipt's figures, which are summed, kept and shown; None: nothing.
+
+    Args:
+        most_tokens: that its task has.
+    """
+    for name, value in (vars(receipt) | vars(receipt.times)).items():
+        if isinstance(value, int | float) and not (
+            (-_MOST if "loss" in name else 0) <= value <= _MOST
+        ):
+            return f"its receipt says {name} = {value}"
+    if receipt.failure is None and not 0 < receipt.tokens <= most_tokens:
+        return f"its receipt says {receipt.tokens} tokens; its task has {most_tokens}"
+    return None

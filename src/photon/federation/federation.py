@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from photon.config import RunConfig
-from photon.federation.account import Closed, RoundCosts, after_round, round_merged
+from photon.config.children import group_of
+from photon.federation.account import Closed, RoundCosts, after_round
 from photon.federation.admission import Admission
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Engine, Mailbox
 from photon.federation.order import Order
 from photon.federation.outstanding import Outstanding
-from photon.federation.pace import build_pace, running_mean
+from photon.federation.pace import running_mean
 from photon.federation.sampling import Candidates, Fleet
-from photon.federation.scoring import scores
 from photon.federation.server import Server
-from photon.federation.tasks import EvalReceipt, FitTask, Receipt
+from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt
 from photon.telemetry import Event
-from photon.telemetry.events import RoundStarted
+from photon.telemetry.events import RoundMerged, RoundStarted
 
 
 class Federation:
@@ -50,8 +50,8 @@ class Federation:
     ) -> None:
         self._config, self._fleet, self._engine = config, fleet, engine
         self.server, self._tell, self._pooled = server, on_event, pooled
-        self._mailbox, pace = Mailbox(engine), build_pace(config.federation)
-        self.outstanding = Outstanding(config, self._mailbox, pace, order or Order(), pooled)
+        self._mailbox = Mailbox(engine)
+        self.outstanding = Outstanding(config, self._mailbox, order or Order(), pooled)
         self._admission = Admission(config, server, on_event, pooled)
 
     def round(
@@ -92,7 +92,17 @@ class Federation:
         started = time.perf_counter()
         step = self.server.step(keep_version=len(self.outstanding) > 0)
         costs.merge_s += time.perf_counter() - started
-        self._tell(round_merged(number, merged, step.norm, costs.merge_s))
+        tokens = sum(receipt.tokens for _, receipt in merged)
+        self._tell(
+            RoundMerged(
+                round=number,
+                participants=[receipt.silo for _, receipt in merged],
+                tokens=tokens,
+                train_loss=sum(one.loss * one.tokens for _, one in merged) / max(1, tokens),
+                pseudo_gradient_norm=step.norm,
+                merge_s=costs.merge_s,
+            )
+        )
         after = replace(
             after_round(self._config, before, new, merged, len(asked)),
             quorum_s=running_mean(before.quorum_s, book.quorum_s or 0.0),
@@ -104,12 +114,50 @@ class Federation:
     def evaluate(
         self, before: RunState, participants: Collection[str], node_rounds: Mapping[str, int]
     ) -> Iterator[EvalReceipt]:
-        """Score the version of now; see `scores`.
+        """Score the version of now, on the global held-out set and on each silo's own.
+
+        Where silos have personal parts nobody has a whole model but for their own text, and the
+        global score, which then comes last, is the mean of theirs.
 
         Args:
             before: the run before the round that led to that version, as far as that is known.
+            participants: of that round, who hold the version before.
+            node_rounds: RunState.node_rounds of now: which personal part each silo scores with.
         """
-        silos = sorted(self._fleet.present()) if self._config.eval.per_silo else []
-        held = None if self._pooled else partial(self.outstanding.held, before)
-        version = self.server.version
-        return scores(self._config, self._mailbox, version, silos, participants, node_rounds, held)
+        config, version = self._config, self.server.version
+        own, told, last = list[EvalReceipt](), set[str](), version.number - 1
+        personal = bool(config.parts.personal)
+        silos = sorted(self._fleet.present()) if config.eval.per_silo else []
+        tasks = [] if personal else [EvalTask(version.number, None)]
+        for silo in silos:
+            number = node_rounds.get(silo) if personal else None
+            tasks.append(EvalTask(version.number, silo, number))
+        for receipt in self._mailbox.in_task_order(tasks, version):
+            if not isinstance(receipt, EvalReceipt):
+                continue
+            bytes_down = receipt.bytes_down or 0
+            # A group gets it once, and hands it on.
+            member = group_of(config.federation.children, receipt.silo or "")
+            unknown = receipt.bytes_down is None and receipt.silo is not None
+            if unknown and not self._pooled and member not in told:
+                told.add(member)
+                held = self.outstanding.held(before, member, last)
+                bytes_down = version.bytes_down(last if member in participants else held)
+            own.append(receipt)
+            yield replace(receipt, bytes_down=bytes_down)
+        if personal:
+            yield _mean_score(own)
+
+
+def _mean_score(own: Sequence[EvalReceipt]) -> EvalReceipt:
+    """The silos' own scores as one, weighted by tokens; its loss is NaN where there are none."""
+    tokens = sum(one.tokens for one in own)
+    nats = [one.loss * one.tokens for one in own]
+    loss = math.fsum(nats) / tokens if tokens else math.nan
+    bits_per_byte = None
+    # Nats over bits a byte are bytes, but for a factor that is the same for all.
+    if own and all(one.bits_per_byte for one in own):
+        sizes = [part / (one.bits_per_byte or 1) for part, one in zip(nats, own, strict=True)]
+        bits_per_byte = math.fsum(nats) / math.fsum(sizes)
+    figures = {"loss": loss, "bits_per_byte": bits_per_byte, "tokens": tokens}
+    return EvalReceipt(None, **figures, eval_s=0.0, bytes_down=0)

@@ -14,7 +14,7 @@ from photon.config import RunConfig
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Engine, Mailbox, Version
 from photon.federation.order import Order
-from photon.federation.pace import Book, Pace, unequal_steps
+from photon.federation.pace import Book, left_s, unequal_steps
 from photon.federation.sampling import Candidates, sample_participants
 from photon.federation.server import Server
 from photon.federation.tasks import FitTask, Update
@@ -40,7 +40,6 @@ class Outstanding:
     Args:
         config: the run file.
         mailbox: of the engine that carries tasks.
-        pace: whom to wait for.
         order: in which updates were merged by a process before this one.
         pooled: see Federation.
     """
@@ -49,14 +48,12 @@ class Outstanding:
         self,
         config: RunConfig,
         mailbox: Mailbox,
-        pace: Pace,
         order: Order,
         pooled: Sequence[str],
     ) -> None:
         self._config = config
         self._mailbox = mailbox
         self._engine: Engine = mailbox.engine
-        self._pace = pace
         self._order = order
         self._pooled = tuple(pooled)
         self._going: dict[FitTask, Going] = {}
@@ -131,7 +128,7 @@ class Outstanding:
         """
         turn, here = self._order.of(number, list(self._going)), dict[FitTask, Update]()
         replayed = len(turn)
-        if self._pace.in_task_order:
+        if self._config.federation.in_task_order:
             turn += [task for task in self._going if task not in turn]
         while True:
             while (task := turn[0] if turn else next(iter(here), None)) in here:
@@ -140,11 +137,11 @@ class Outstanding:
                 self._order.note(number, task)
                 yield task, self._going.pop(task), here.pop(task)
             book.now_s = self._engine.now_s
-            left_s = math.inf if replayed > 0 else self._pace.left_s(book)
+            wait_s = math.inf if replayed > 0 else left_s(self._config.federation, book)
             waiting = [one for one in self._going if one not in here]
-            if left_s <= 0 or not waiting:
+            if wait_s <= 0 or not waiting:
                 break
-            for one, answer in self._mailbox.take(waiting, left_s):
+            for one, answer in self._mailbox.take(waiting, wait_s):
                 assert isinstance(one, FitTask)
                 assert isinstance(answer, Update)
                 here[one] = answer
@@ -158,11 +155,11 @@ class Outstanding:
         limits = self._config.federation
         for task in list(self._going):
             missed = number + 1 - task.round  # merges, when it answers next
-            if self._pace.keeps_late and missed <= limits.max_staleness:
+            if limits.keeps_late and missed <= limits.max_staleness:
                 continue
             because = self._engine.cancel(task)
             del self._going[task]
-            if self._pace.keeps_late:
+            if limits.keeps_late:
                 most = limits.max_staleness
                 why = f"missed {missed} merges, more than federation.max_staleness = {most}"
             elif book.now_s - book.began_s >= limits.deadline_s:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 from photon.config import FederationConfig
 
@@ -42,87 +41,26 @@ class Book:
             self.quorum_s = now_s - self.began_s
 
 
-class Pace(Protocol):
-    """Decides from what has arrived whether to wait on.
+def left_s(config: FederationConfig, book: Book) -> float:
+    """How much longer to wait for the next update; 0 or less: the round closes.
 
-    Attributes:
-        in_task_order: whether updates are merged in the order of tasks, so that whoever was faster
-            changes no bit; as they come otherwise.
-        keeps_late: whether who has not answered when the round closes is still listened to.
+    synchronous: everybody who was asked is waited for, up to the deadline (Photon, algorithm 1).
+    quorum: a quorum starts a window of grace that goes by how long quorums took, as in Decoupled
+    DiLoCo (arXiv 2604.21428), whose window goes by a round's own slack. buffered: a quorum is
+    merged as soon as it is there, and nobody waits for the others (FedBuff, Nguyen et al. 2022,
+    arXiv 2106.06639, whose buffer of K updates is the quorum).
     """
-
-    @property
-    def in_task_order(self) -> bool: ...
-
-    @property
-    def keeps_late(self) -> bool: ...
-
-    def left_s(self, book: Book) -> float:
-        """How much longer to wait for the next update; 0 or less: the round closes."""
-        ...
-
-
-@dataclass(frozen=True)
-class Synchronous:
-    """Everybody who was asked is waited for, up to the deadline (Photon, algorithm 1)."""
-
-    deadline_s: float
-    in_task_order: bool = field(default=True, init=False)
-    keeps_late: bool = field(default=False, init=False)
-
-    def left_s(self, book: Book) -> float:
-        return book.began_s + self.deadline_s - book.now_s
-
-
-@dataclass(frozen=True)
-class Quorum:
-    """A quorum starts a window of grace that goes by how long quorums took.
-
-    As in Decoupled DiLoCo (arXiv 2604.21428), whose window goes by a round's own slack.
-
-    Attributes:
-        grace: length of the window over the running mean of times to quorum.
-    """
-
-    deadline_s: float
-    grace: float
-    keeps_late: bool
-    in_task_order: bool = field(default=False, init=False)
-
-    def left_s(self, book: Book) -> float:
-        left_s = book.began_s + self.deadline_s - book.now_s
-        if book.good >= book.asked:
-            return 0.0
-        if book.quorum_s is None:
-            return left_s
-        window_s = self.grace * running_mean(book.usual_s, book.quorum_s)
-        return min(left_s, book.began_s + book.quorum_s + window_s - book.now_s)
-
-
-@dataclass(frozen=True)
-class Buffered:
-    """A quorum is merged as soon as it is there; nobody waits for the others (FedBuff).
-
-    Nguyen et al. 2022 (arXiv 2106.06639), whose buffer of K updates is the quorum.
-    """
-
-    deadline_s: float
-    in_task_order: bool = field(default=False, init=False)
-    keeps_late: bool = field(default=True, init=False)
-
-    def left_s(self, book: Book) -> float:
-        if book.quorum_s is not None:
-            return 0.0
-        return book.began_s + self.deadline_s - book.now_s
-
-
-def build_pace(config: FederationConfig) -> Pace:
-    """The pace that a run file asks for."""
-    if config.pace == "quorum":
-        return Quorum(config.deadline_s, config.grace, config.late == "merge")
+    left_s = book.began_s + config.deadline_s - book.now_s
+    if config.pace == "synchronous":
+        return left_s
+    if book.good >= book.asked:
+        return 0.0
+    if book.quorum_s is None:
+        return left_s
     if config.pace == "buffered":
-        return Buffered(config.deadline_s)
-    return Synchronous(config.deadline_s)
+        return 0.0
+    window_s = config.grace * running_mean(book.usual_s, book.quorum_s)
+    return min(left_s, book.began_s + book.quorum_s + window_s - book.now_s)
 
 
 def running_mean(before: float, now: float) -> float:

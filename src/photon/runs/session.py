@@ -325,7 +325,7 @@ class Session:
                 self.config, engine, tokens, self.folder, on_event, self.clock, ledger.state
             )
         server = Server(built.config, self.folder, tensors, ledger.state, key)
-        in_order = built.config.federation.pace == "synchronous"
+        in_order = built.config.federation.in_task_order
         order = Order(None if in_order else self.folder / "order.jsonl")
         federation = Federation(
             built.config,
