@@ -24,7 +24,6 @@ from photon.federation.checkpoint import RunState
 from photon.federation.envelopes import Reply
 from photon.federation.sampling import FixedFleet
 from photon.link.manifest import Manifest
-from photon.runs.ledger import Ledger
 from photon.runs.rounds import Rounds
 from photon.telemetry import Recorder
 from photon.telemetry.events import RoundMerged, UpdateDropped
@@ -83,7 +82,6 @@ class Round:
             federated.state[name].copy_(tensor)
         recorder = Recorder([SimpleNamespace(on_event=events.append)])
         begun, fleet = RunState(0, 0, "model", "data"), FixedFleet(dict.fromkeys(bench.silos, 1))
-        ledger = Ledger(begun, recorder, checkpoints)
         federation = Federation(
             self.config,
             fleet,
@@ -91,7 +89,8 @@ class Round:
             Server(self.config, self.folder, {"global": federated.state}, begun),
             events.append,
         )
-        Rounds(self.config, federation, fleet, ledger, self.folder / "nodes").run()
+        nodes = self.folder / "nodes"
+        Rounds(self.config, federation, fleet, begun, recorder, checkpoints, nodes).run()
         (merged,) = [one for one in events if isinstance(one, RoundMerged)]
         assert set(HONEST) <= set(merged.participants)
         weights = federation.server.weights

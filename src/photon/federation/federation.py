@@ -48,7 +48,7 @@ class Federation:
         pooled: Sequence[str] = (),
         order: Order | None = None,
     ) -> None:
-        self._config, self._fleet, self._engine = config, fleet, engine
+        self._config, self._fleet, self.engine = config, fleet, engine
         self.server, self._tell, self._pooled = server, on_event, pooled
         self._mailbox = Mailbox(engine)
         self.outstanding = Outstanding(config, self._mailbox, order or Order(), pooled)
@@ -79,16 +79,16 @@ class Federation:
                 receipt = self._admission.admit(number, task, going, update, costs)
                 if receipt is not None:
                     merged.append((task, receipt))
-                    book.note_good(self._engine.now_s)
+                    book.note_good(self.engine.now_s)
             for task, reason in self.outstanding.left_behind(number, book):
                 self._admission.leave(number, task, reason, costs)
-            self._engine.settle()
+            self.engine.settle()
             self._admission.require_quorum(number, len(merged), len(asked), costs)
         except BaseException:
             self.server.discard()
             self.outstanding.give_up()
             raise
-        costs.local_train_s /= self._engine.processes
+        costs.local_train_s /= self.engine.processes
         started = time.perf_counter()
         step = self.server.step(keep_version=len(self.outstanding) > 0)
         costs.merge_s += time.perf_counter() - started

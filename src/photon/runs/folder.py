@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,31 @@ from photon.training import difference, materialise
 
 #: Where a run keeps its model's config.json.
 MODEL = "model"
+
+
+@dataclass(frozen=True, repr=False)
+class RunResult:
+    """A finished run; can be given wherever a run folder can.
+
+    Attributes:
+        folder: events.jsonl, summary.json, config.resolved.toml, checkpoints/.
+        summary: what summary.json holds.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        told = {name: self.summary.get(name) for name in ("rounds", "tokens", "global_perplexity")}
+        figures = ", ".join(
+            f"{name}={value:,.2f}" if isinstance(value, float) else f"{name}={value:,}"
+            for name, value in told.items()
+            if value is not None
+        )
+        return f"RunResult({str(self.folder)!r}: {figures or 'not finished'})"
 
 
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""A served run's record: who sent what, signed, and what became of it."""
+"""A served run's record: who sent what, signed, and what became of it; the silos are told too."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from photon.membership.audit import (
     ResumedRecord,
     RoundRecord,
 )
+from photon.membership.bulletin import tell_silos
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster, Signer
 from photon.telemetry import Event, read_history
 from photon.telemetry.events import (
     RoundFinished,
+    RoundMerged,
     RoundStarted,
     RunChanged,
     RunStarted,
@@ -34,6 +36,8 @@ from photon.telemetry.events import (
 
 class Notary:
     """Writes RUN/audit.jsonl: who sent what, signed, and what became of it, once it is on disk.
+
+    Silos are told in words what became of their updates (photon.membership.bulletin).
 
     Args:
         folder: of the run.
@@ -65,6 +69,11 @@ class Notary:
             self._asked, self._dropped = list(event.participants), []
         elif isinstance(event, UpdateDropped):
             self._dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
+            words = f"round {event.round}: this silo's update was dropped: {event.reason}"
+            tell_silos(self._roster, [event.silo], words)
+        elif isinstance(event, RoundMerged):
+            words = f"round {event.round}: this silo's update was merged"
+            tell_silos(self._roster, event.participants, words)
         elif isinstance(event, RoundFinished):
             self._close_round(event.round)
 

@@ -18,13 +18,12 @@ from photon.federation.node import empty_model
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, Roster
 from photon.models import model_fingerprint
-from photon.runs.bulletin import Bulletin
 from photon.runs.changes import config_to_go_on_with
 from photon.runs.draws import Draws
 from photon.runs.fleet import JoinedFleet
-from photon.runs.folder import finished_summary, read_record, with_own_model
+from photon.runs.folder import RunResult, finished_summary, read_record, with_own_model
 from photon.runs.notary import Notary
-from photon.runs.session import Guests, RunResult, Session
+from photon.runs.session import Guests, Session
 from photon.store.served import RUN_FILE, Serving
 from photon.telemetry import Event
 
@@ -80,8 +79,7 @@ def continue_run(folder: Path, post: Post) -> RunResult:
                 on_event,
             )
 
-        listeners = (notary, Bulletin(roster))
-        guests = Guests(fleet, silo_tokens, engine, listeners, ending)
+        guests = Guests(fleet, silo_tokens, engine, notary, ending)
         session = Session("serve", config, None, folder, None, guests=guests, begun=begun)
         return session.execute(read_record(folder) if begun else None)
 

@@ -18,7 +18,8 @@ from photon.config import RunConfig, write_resolved
 from photon.config.children import LEAF, check_children, participants, refuse_children
 from photon.config.clock import ClockConfig, load_clock
 from photon.data import PreparedData, open_data
-from photon.engines.groups import in_the_round
+from photon.engines.groups import in_the_round, with_groups
+from photon.engines.simulated import SimulatedEngine, SimulatedFleet
 from photon.errors import (
     EmptySiloError,
     IncompatibleConfigError,
@@ -28,6 +29,7 @@ from photon.errors import (
 from photon.federation import (
     CheckpointStore,
     Federation,
+    FixedFleet,
     Fleet,
     RunState,
     Server,
@@ -43,21 +45,20 @@ from photon.models import (
     tokenizer_file_of,
     trainable_parameters,
 )
-from photon.runs.builders import centralised, served, simulation
 from photon.runs.changes import changes, go_on_with
 from photon.runs.folder import (
+    RunResult,
     keep_model,
     only_process,
     require_same_tokenizer,
     with_own_model,
 )
-from photon.runs.ledger import Ledger
-from photon.runs.nodes import Elsewhere, Nodes, resolved
+from photon.runs.nodes import CENTRALISED, Elsewhere, Nodes, resolved
 from photon.runs.rounds import Rounds, stopping_on_sigterm
 from photon.runs.summary import summary_of
 from photon.store.disk import write_json
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
-from photon.telemetry import Event, JsonlWriter, Listener, Recorder
+from photon.telemetry import JsonlWriter, Listener, Recorder
 from photon.telemetry.events import (
     Kind,
     Notice,
@@ -86,31 +87,6 @@ Groups = dict[str, dict[str, Tensor]]
 KEPT = (*LOCKS, SERVE_FILE, RUN_FILE, "audit.jsonl")
 
 
-@dataclass(frozen=True, repr=False)
-class RunResult:
-    """A finished run; can be given wherever a run folder can.
-
-    Attributes:
-        folder: events.jsonl, summary.json, config.resolved.toml, checkpoints/.
-        summary: what summary.json holds.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
-
-    def __fspath__(self) -> str:
-        return str(self.folder)
-
-    def __repr__(self) -> str:
-        told = {name: self.summary.get(name) for name in ("rounds", "tokens", "global_perplexity")}
-        figures = ", ".join(
-            f"{name}={value:,.2f}" if isinstance(value, float) else f"{name}={value:,}"
-            for name, value in told.items()
-            if value is not None
-        )
-        return f"RunResult({str(self.folder)!r}: {figures or 'not finished'})"
-
-
 @dataclass(frozen=True)
 class Guests:
     """Silos that are not on this machine.
@@ -119,14 +95,14 @@ class Guests:
         fleet: who they are.
         silo_tokens: to train on, by silo, of those that the next round will be drawn from.
         engine: makes the engine that reaches them.
-        listeners: told every event first, checkpoints included.
+        notary: told every event first, checkpoints included.
         ending: whether no further round is to begin.
     """
 
     fleet: Fleet
     silo_tokens: Mapping[str, int]
     engine: Elsewhere
-    listeners: Sequence[Listener]
+    notary: Listener
     ending: Callable[[], bool]
 
 
@@ -259,7 +235,6 @@ class Session:
             recorder = self._recorder(state)
             try:
                 recorder.emit(self._started(state.round if record is not None else None))
-                ledger = Ledger(state, recorder, checkpoints)
                 if changed:
                     recorder.emit(RunChanged(round=state.round, changes=changed))
                     notices.append(_in_words(changed, state.round))
@@ -269,24 +244,25 @@ class Session:
                     recorder.emit(Notice(text=text, round=state.round, silo=""))
                 for problem in problems:
                     recorder.emit(RunStopped(round=state.round, reason=f"skipped: {problem}"))
-                return self._run_loop(ledger, recorder, tensors)
+                loop, federation = self._loop(state, recorder, checkpoints, tensors)
+                tensors.clear()
+                return self._run_loop(loop, federation, recorder)
             finally:
                 recorder.close()
 
-    def _run_loop(self, ledger: Ledger, recorder: Recorder, tensors: Groups) -> RunResult:
-        loop, close = self._loop(ledger, recorder.emit, tensors)
-        tensors.clear()
+    def _run_loop(self, loop: Rounds, federation: Federation, recorder: Recorder) -> RunResult:
         try:
             with stopping_on_sigterm():
                 over = loop.run()
             if not over:
-                recorder.emit(RunStopped(round=ledger.state.round, reason="drained"))
+                recorder.emit(RunStopped(round=loop.state.round, reason="drained"))
                 return RunResult(self.folder, {})
             summary = finite(
                 summary_of(
-                    ledger,
+                    loop.state,
+                    loop.evaluation,
                     self.config,
-                    loop.weights,
+                    federation.server.weights,
                     elapsed_s=recorder.elapsed_s,
                     at_once=self._at_once,
                     alone=self.kind == "train",
@@ -295,18 +271,18 @@ class Session:
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             with contextlib.suppress(OSError):
-                recorder.emit(RunStopped(round=ledger.state.round, reason=reason))
+                recorder.emit(RunStopped(round=loop.state.round, reason=reason))
             raise
         finally:
-            close()
+            federation.engine.close()
         recorder.emit(RunFinished(summary=summary))
         write_json(self.folder / "summary.json", summary)
         return RunResult(self.folder, summary)
 
     def _loop(
-        self, ledger: Ledger, on_event: Callable[[Event], None], tensors: Groups
-    ) -> tuple[Rounds, Callable[[], None]]:
-        model = self._model
+        self, state: RunState, recorder: Recorder, checkpoints: CheckpointStore, tensors: Groups
+    ) -> tuple[Rounds, Federation]:
+        model, on_event = self._model, recorder.emit
         assert model is not None
         self._model = None  # an aggregator with workers must not hold a model of its own
         if not tensors:
@@ -316,31 +292,29 @@ class Session:
         if self.config.federation.children:
             on_event = in_the_round(on_event)
         engine, tokens = self._nodes.engine(model, on_event), self._silo_tokens
+        config, pooled, options = self.config, (), dict[str, Any]()
         if self._guests is not None:
-            built = served(self.config, engine, self._guests.fleet, self._guests.ending)
+            fleet, options["draining"] = self._guests.fleet, self._guests.ending
         elif self.kind == "train":
-            built = centralised(nodes.config, engine, tokens, scored=list(self.data.silos))
+            config, pooled = nodes.config, sorted(tokens)
+            fleet = FixedFleet({CENTRALISED: sum(tokens.values())}, scored=list(self.data.silos))
+        elif self.clock is None:
+            engine = with_groups(engine, config, tokens, nodes.folder, on_event)
+            fleet = FixedFleet(self._fleet_tokens, scored=sorted(tokens))
         else:
-            built = simulation(
-                self.config, engine, tokens, self.folder, on_event, self.clock, ledger.state
-            )
-        server = Server(built.config, self.folder, tensors, ledger.state, key)
-        in_order = built.config.federation.in_task_order
-        order = Order(None if in_order else self.folder / "order.jsonl")
-        federation = Federation(
-            built.config,
-            built.fleet,
-            built.engine,
-            server,
-            on_event,
-            pooled=built.pooled,
-            order=order,
-        )
-        federation.outstanding.go_on_with(ledger.state.in_flight, tensors, server)
+            spool = self.folder / "arrivals"
+            engine = SimulatedEngine(engine, self.clock, sorted(tokens), spool, state.clock)
+            needed = config.federation.sample or config.quorum_of(len(tokens))
+            fleet = SimulatedFleet(dict(tokens), needed, engine, self.clock)
+            options |= {"ended": fleet.ended, "clock": engine.clock}
+        server = Server(config, self.folder, tensors, state, key)
+        order = Order(None if config.federation.in_task_order else self.folder / "order.jsonl")
+        federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
+        federation.outstanding.go_on_with(state.in_flight, tensors, server)
         rounds = Rounds(
-            built.config, federation, built.fleet, ledger, nodes.folder, **built.options
+            config, federation, fleet, state, recorder, checkpoints, nodes.folder, **options
         )
-        return rounds, built.engine.close
+        return rounds, federation
 
     @property
     def _at_once(self) -> int:
@@ -400,7 +374,7 @@ class Session:
             TensorBoardWriter(self.folder / "tensorboard"),
         ]
         if self._guests is not None:
-            listeners.extend(self._guests.listeners)
+            listeners.append(self._guests.notary)
         if self.listener is not None:
             listeners.append(self.listener)
         return Recorder(listeners, elapsed_s=state.elapsed_s)

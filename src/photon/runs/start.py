@@ -12,8 +12,8 @@ from photon.errors import ConfigError, ResumeMismatchError
 from photon.federation import CheckpointStore
 from photon.openmp import warn_of_spinning
 from photon.runs.changes import check_overrides, config_to_go_on_with, leave_for_next
-from photon.runs.folder import finished_summary, only_process, read_record
-from photon.runs.session import RunResult, Session
+from photon.runs.folder import RunResult, finished_summary, only_process, read_record
+from photon.runs.session import Session
 from photon.store.run_folder import require_unused
 from photon.telemetry import Listener
 from photon.telemetry.events import Kind

@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from photon.config import RunConfig
-from photon.federation import RunState
+from photon.federation import EvalReceipt, RunState
 from photon.link import tensors_sha256
-from photon.runs.ledger import Ledger
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.version import photon_version
 
 
 def summary_of(
-    ledger: Ledger,
+    state: RunState,
+    evaluation: Mapping[str | None, EvalReceipt],
     config: RunConfig,
     weights: Mapping[str, Tensor],
     *,
@@ -24,15 +24,16 @@ def summary_of(
     at_once: int,
     alone: bool,
 ) -> dict[str, Any]:
-    """Of the run that the ledger has the books of.
+    """Of a run.
 
     Args:
+        evaluation: its newest scores, by silo (None: the global set).
         weights: as they are now.
         elapsed_s: over all processes of the run.
         at_once: silos, or training processes, that trained at the same time.
         alone: nothing was exchanged.
     """
-    state, overall = ledger.state, ledger.evaluation[None]
+    overall = evaluation[None]
     return {
         "rounds": state.round,
         "tokens": state.total_tokens,
@@ -40,9 +41,7 @@ def summary_of(
         "global_perplexity": overall.perplexity,
         "bits_per_byte": overall.bits_per_byte,
         "per_silo": {
-            silo: receipt.perplexity
-            for silo, receipt in ledger.evaluation.items()
-            if silo is not None
+            silo: receipt.perplexity for silo, receipt in evaluation.items() if silo is not None
         },
         "bytes_up": state.bytes_up,
         "bytes_down": state.bytes_down,
