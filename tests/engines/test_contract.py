@@ -38,7 +38,7 @@ class Bench:
 
     @property
     def version(self):
-        return Version("bench", 0, self.state)
+        return Version(0, self.state)
 
     def tasks(self, number=1):
         return [

@@ -45,7 +45,7 @@ class Bench:
 
     @property
     def version(self):
-        return Version("bench", 0, self.state, once=self.once, once_sha256="of the bench")
+        return Version(0, self.state, once=self.once, once_sha256="of the bench")
 
     def fit(self, silos, number=1, node_round=None):
         steps = self.config.local.steps

@@ -72,7 +72,7 @@ def test_scoring_backs_off_where_memory_is_short(
             tmp_path / "nodes",
         )
         node = Node(settings, told.append)
-        scores = [node.evaluate(EvalTask(1, None), Version("run", 1, state)) for _ in range(tasks)]
+        scores = [node.evaluate(EvalTask(1, None), Version(1, state)) for _ in range(tasks)]
         node.close()
         return scores
 

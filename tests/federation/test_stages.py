@@ -175,7 +175,7 @@ def test_nodes_noise_what_they_trained(three_silos, make_config, tmp_path):
         node = Node(NodeSettings(run, tmp_path / folder), lambda _: None)
         model = initial_model(run, node._data)
         state = {WEIGHTS + name: one.detach() for name, one in trainable_parameters(model).items()}
-        update = node.fit(FitTask("run", 1, "red", 0, 1, None), Version("run", 0, state))
+        update = node.fit(FitTask("run", 1, "red", 0, 1, None), Version(0, state))
         found = {name: tensor.clone() for name, tensor in update.tensors()}
         node.close()
         return found

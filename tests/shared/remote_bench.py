@@ -96,7 +96,7 @@ class Federated:
 
     def _version(self, number):
         once = {"once": self.once, "once_sha256": tensors_sha256(self.once)}
-        return Version(self.config.run.name, number, self.state, self.publish(number), **once)
+        return Version(number, self.state, self.publish(number), **once)
 
 
 class Bench:

@@ -121,7 +121,7 @@ class Aggregator:
     def expected(self, node: Node, ask: Ask):
         """Receipt of the same task in this process, and the update as a parcel's Ref."""
         task = ask.fit_task(self.config.run.name)
-        update = node.fit(task, Version("run", 0, self.state))
+        update = node.fit(task, Version(0, self.state))
         ref = write_parcel(
             Transfer(MemoryStore(), streams=1),
             f"{self.run.id}/silos/{ask.silo}",
@@ -133,7 +133,7 @@ class Aggregator:
         return update.receipt, ref
 
     def score(self, node: Node, silo: str):
-        return node.evaluate(EvalTask(1, silo), Version("run", 1, self.state))
+        return node.evaluate(EvalTask(1, silo), Version(1, self.state))
 
 
 class Bench:

@@ -9,12 +9,6 @@ from photon.aggregation.edit import EditMean
 from photon.aggregation.mean import ClippedMean, WeightedMean
 from photon.aggregation.outer import (
     BUILTIN_OUTER,
-    FedAdagrad,
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedYogi,
-    Nesterov,
     OuterOptimizer,
     build_outer_optimizer,
 )
@@ -26,14 +20,8 @@ __all__ = [
     "BUILTIN_RULES",
     "ClippedMean",
     "EditMean",
-    "FedAdagrad",
-    "FedAdam",
-    "FedAvg",
-    "FedAvgM",
-    "FedYogi",
     "Median",
     "MergingRule",
-    "Nesterov",
     "OuterOptimizer",
     "TrimmedMean",
     "WeightedMean",

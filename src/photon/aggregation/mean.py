@@ -42,7 +42,7 @@ class WeightedMean(MergingRule):
         self._weight = 0.0
 
 
-class ClippedMean(MergingRule):
+class ClippedMean(WeightedMean):
     """sum_k w_k x_k min(1, c / |x_k|) / sum_k w_k, with |x_k| the L2 norm of the whole update.
 
     The norm clipping of Sun et al. 2019 (arXiv 1911.07963): whatever a participant sends, its part
@@ -58,23 +58,19 @@ class ClippedMean(MergingRule):
     """
 
     def __init__(self, bound: float | None) -> None:
+        super().__init__()
         if bound is None:
             raise IncompatibleConfigError(
                 'federation.merging_rule = "clipped_mean" needs federation.clip_update_norm'
             )
         self._bound = bound
-        self._mean = WeightedMean()
 
-    def add(self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float) -> None:
+    def add(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float = 0.0
+    ) -> None:
         if norm > self._bound:
             tensors = _scaled(tensors, self._bound / norm)
-        self._mean.add(tensors, weight)
-
-    def result(self) -> dict[str, torch.Tensor]:
-        return self._mean.result()
-
-    def discard(self) -> None:
-        self._mean.discard()
+        super().add(tensors, weight)
 
 
 def _scaled(

@@ -21,7 +21,7 @@ from photon.cli.outcome import show_outcome, show_study
 from photon.cli.profile import profile
 from photon.cli.screen import console, guard_output, say, show, show_json, show_table, view_of_run
 from photon.cli.serve import join, serve, status, stop
-from photon.config.clock import load_clock
+from photon.config.load import load_clock
 from photon.dashboard import wording
 from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from photon.config.section import LocalPath, Section
-from photon.errors import ConfigError
 
 Seconds = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -67,23 +64,3 @@ class ClockConfig(Section):
     def of(self, silo: str) -> SiloClock:
         """A silo's own, or that of all others."""
         return self.silos.get(silo) or self.silos.get("*") or SiloClock()
-
-
-def load_clock(path: Path) -> ClockConfig:
-    """Read a clock file.
-
-    Raises:
-        ConfigError: it can't be read, or holds what it may not; names file, key and value.
-    """
-    try:
-        return ClockConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        said = str(error)
-        if isinstance(error, ValidationError):
-            said = "; ".join(
-                f"{'.'.join(map(str, one['loc']))} = {one['input']!r}: {one['msg']}"
-                for one in error.errors()
-            )
-        raise ConfigError(
-            f"{path}: {said}", hint="See docs/clock.md for the keys of a clock."
-        ) from error

@@ -1,4 +1,4 @@
-"""Reading run.toml and node.toml: overrides, errors that name the nearest valid key, the copy."""
+"""Reading run.toml, node.toml and clock.toml: overrides, errors that name the nearest valid key."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from photon.config.children import check_children
+from photon.config.clock import ClockConfig
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 from photon.errors import (
@@ -27,7 +28,9 @@ from photon.errors import (
     UnknownKeyError,
 )
 
-_File = TypeVar("_File", RunConfig, NodeConfig)
+_File = TypeVar("_File", RunConfig, NodeConfig, ClockConfig)
+
+_WHOLE = {RunConfig: "a run file", NodeConfig: "a node file", ClockConfig: "a clock"}
 
 #: What is quoted of a value: it may be another organisation's, and end on a screen.
 _MOST_QUOTED = 200
@@ -59,6 +62,12 @@ def load_node_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()
         '"the folder that `photon data prepare` made".'
     )
     return _parsed(_read(path, "node file", hint), NodeConfig, overrides, str(path))
+
+
+def load_clock(path: str | os.PathLike[str]) -> ClockConfig:
+    """Read a clock file; as `load_run_config`."""
+    hint = "See docs/clock.md for the keys of a clock."
+    return _parsed(_read(path, "clock", hint), ClockConfig, (), str(path))
 
 
 def parse_run_config(
@@ -159,8 +168,7 @@ def _suggestion(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
     if near:
         return f"Did you mean {'.'.join([*tables, near[0]])}?"
-    whole = "a run file" if root is RunConfig else "a node file"
-    place = f"[{'.'.join(tables)}]" if tables else whole
+    place = f"[{'.'.join(tables)}]" if tables else _WHOLE[root]
     return f"Valid keys of {place}: {', '.join(sorted(here))}."
 
 

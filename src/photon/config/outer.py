@@ -9,15 +9,6 @@ from pydantic import Field, field_validator, model_validator
 from photon.config.section import Positive, Section
 from photon.plugins import OUTER_OPTIMIZERS, plugin_names
 
-OUTER_NAMES = (
-    "fedavg",
-    "fedavgm",
-    "nesterov",
-    "delayed_nesterov",
-    "fedadam",
-    "fedyogi",
-    "fedadagrad",
-)
 #: outer.lr where a run file leaves it out. Adaptive ones move a coordinate by about lr a round,
 #: whatever the pseudo-gradient's size; 1 would wreck a model in its first round.
 _OUTER_LR = {
@@ -29,6 +20,7 @@ _OUTER_LR = {
     "fedyogi": 0.01,
     "fedadagrad": 0.03,
 }
+OUTER_NAMES = tuple(_OUTER_LR)
 
 
 class OuterConfig(Section):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from photon.config import RunConfig
 from photon.config.children import inside
-from photon.federation import Answer, Engine, FitTask, Participant, Task, Version
+from photon.federation import Answer, Engine, FitTask, Task, Version
 from photon.federation.group import Group
 from photon.telemetry import Event
 from photon.telemetry.events import RoundStarted
@@ -20,7 +20,7 @@ class GroupEngine:
     A group works when nobody else does: its members are behind the same engine.
     """
 
-    def __init__(self, engine: Engine, groups: Mapping[str, Participant]) -> None:
+    def __init__(self, engine: Engine, groups: Mapping[str, Group]) -> None:
         self._engine, self._groups = engine, groups
         self.processes, self.settle, self.close = engine.processes, engine.settle, engine.close
         self._waiting: deque[tuple[FitTask, Version]] = deque()
@@ -59,7 +59,7 @@ def with_groups(
     on_event: Callable[[Event], None],
 ) -> Engine:
     """An engine that reaches groups too, at any depth; see `Group` for the arguments."""
-    groups: dict[str, Participant] = {}
+    groups: dict[str, Group] = {}
     for name, child in config.federation.children.items():
         below = with_groups(engine, inside(config, child), silo_tokens, folder, on_event)
         groups[name] = Group(name, config, silo_tokens, below, folder, on_event)

@@ -414,7 +414,7 @@ def _version(
         dict(opened.enter_context(TensorFile(path)).named_tensors()) if path is not None else {}
         for path in (state, once)
     )
-    return Version("", number, tensors, once=first, once_sha256=once_sha256)
+    return Version(number, tensors, once=first, once_sha256=once_sha256)
 
 
 def _answered(node: Node, task: Task, version: Version, exchange: Path, chunk_bytes: int) -> Any:

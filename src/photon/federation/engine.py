@@ -36,7 +36,6 @@ class Version:
         once_sha256: of those; who holds them by it need not be given them again.
     """
 
-    run: str
     number: int
     tensors: GlobalState
     publish: Callable[[Carrier, str], StateRef] | None = None

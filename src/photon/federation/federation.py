@@ -90,7 +90,7 @@ class Federation:
             raise
         costs.local_train_s /= self.engine.processes
         started = time.perf_counter()
-        step = self.server.step(keep_version=len(self.outstanding) > 0)
+        norm, changes = self.server.step(keep_version=len(self.outstanding) > 0)
         costs.merge_s += time.perf_counter() - started
         tokens = sum(receipt.tokens for _, receipt in merged)
         self._tell(
@@ -99,7 +99,7 @@ class Federation:
                 participants=[receipt.silo for _, receipt in merged],
                 tokens=tokens,
                 train_loss=sum(one.loss * one.tokens for _, one in merged) / max(1, tokens),
-                pseudo_gradient_norm=step.norm,
+                pseudo_gradient_norm=norm,
                 merge_s=costs.merge_s,
             )
         )
@@ -107,7 +107,7 @@ class Federation:
             after_round(self._config, before, new, merged, len(asked)),
             quorum_s=running_mean(before.quorum_s, book.quorum_s or 0.0),
             in_flight=self.outstanding.in_flight(),
-            **step.changes,
+            **changes,
         )
         return Closed(after, costs, asked, [receipt for _, receipt in merged])
 

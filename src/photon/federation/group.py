@@ -14,7 +14,7 @@ from photon.config.children import LEAF, inside, participants
 from photon.errors import CheckpointCorruptError, NonFiniteError, RunError
 from photon.federation.account import RoundCosts
 from photon.federation.checkpoint import CheckpointStore, RunState
-from photon.federation.engine import Engine, Version, scored
+from photon.federation.engine import Engine, Version
 from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
 from photon.federation.outbox import Outbox
@@ -22,8 +22,6 @@ from photon.federation.sampling import Candidates, FixedFleet
 from photon.federation.server import Server
 from photon.federation.tasks import (
     WEIGHTS,
-    EvalReceipt,
-    EvalTask,
     FitTask,
     GlobalState,
     Receipt,
@@ -37,7 +35,7 @@ from photon.training import StepTimes
 
 
 class Group:
-    """A participant made of participants.
+    """A participant made of participants; their held-out text is scored without it.
 
     Of the n inner rounds of its task in round R, the r-th has the number (R - 1) n + r. What it
     keeps between tasks is on disk beside what silos keep, and counts as theirs does, once a
@@ -67,7 +65,6 @@ class Group:
         self._store = CheckpointStore(folder / name, sys.maxsize)
         link = config.link.model_copy(update={"update_codec": child.update_codec})
         self._outbox = Outbox(link, folder)
-        self.settle, self.close = engine.settle, engine.close
         tokens = {silo: silo_tokens[silo] for silo in child.silos_of(name)}
         self._candidates = Candidates(participants(child.children, tokens))
         if child.nodes is not None:
@@ -103,9 +100,6 @@ class Group:
         state_lost |= update.receipt.state_lost
         receipt = replace(update.receipt, state_lost=state_lost)
         return replace(update, receipt=_sum(receipts, costs, receipt))
-
-    def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
-        return next(scored(self._engine, [task], version))
 
     def _above(self, event: Event) -> None:
         if not isinstance(event, RoundStarted | RoundMerged):

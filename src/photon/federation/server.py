@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,19 +26,6 @@ from photon.federation.tasks import (
     section,
 )
 from photon.link import Carrier, Ref, tensors_sha256
-
-
-@dataclass(frozen=True)
-class Step:
-    """From one version to the next.
-
-    Attributes:
-        norm: how far what was merged lies from the version before (L2, weights only).
-        changes: of a run's state: what the next round goes by.
-    """
-
-    norm: float
-    changes: dict[str, float]
 
 
 class Server:
@@ -109,12 +96,16 @@ class Server:
         self._merging.discard()
 
     @torch.no_grad()
-    def step(self, *, keep_version: bool = False) -> Step:
+    def step(self, *, keep_version: bool = False) -> tuple[float, dict[str, float]]:
         """Turn what was merged into the next version, as nodes will have it.
 
         Args:
             keep_version: leave the version of before as it is, as somebody still works from it;
                 its tensors are changed in place otherwise.
+
+        Returns:
+            how far what was merged lies from the version before (L2, weights only), and changes of
+            a run's state: what the next round goes by.
 
         Raises:
             RunError: what was merged is not fit for that; the version is as it was.
@@ -139,7 +130,7 @@ class Server:
             "merged_lr_sum": lr_sum(self._config, self._before.global_step),
             "outer_update_bytes": self._broadcast.update_bytes,
         }
-        return Step(result.norm, changes)
+        return result.norm, changes
 
     def groups(self) -> dict[str, Mapping[str, Tensor]]:
         """All tensors that a checkpoint needs, by group."""
@@ -158,8 +149,7 @@ class Server:
     def version_of(self, number: int, tensors: GlobalState) -> Version:
         """A version of before, from a checkpoint."""
         publish, held = partial(self._publish, number, tensors), self._once_sha256
-        name = self._config.run.name
-        return Version(name, number, tensors, publish, once=self._once, once_sha256=held)
+        return Version(number, tensors, publish, once=self._once, once_sha256=held)
 
     def _version(self, number: int) -> Version:
         bytes_down = partial(self._bytes_down, number)

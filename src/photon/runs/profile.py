@@ -73,7 +73,7 @@ def _measure(
     fit = nodes.fit(skeleton)
     model = initial_model(config, session.data)
     once = layout_of(model).once_of(model)
-    version = Version("profile", 0, nodes.initial_state(model), once=once, once_sha256="profile")
+    version = Version(0, nodes.initial_state(model), once=once, once_sha256="profile")
     engine = nodes.engine(model, hear)
     task = FitTask("profile", 1, session.silos[0], 0, WARM_UP_STEPS, None)
     try:

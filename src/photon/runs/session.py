@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from photon.aggregation.rules import SPOOLING
 from photon.config import RunConfig, write_resolved
 from photon.config.children import LEAF, check_children, participants, refuse_children
-from photon.config.clock import ClockConfig, load_clock
+from photon.config.clock import ClockConfig
+from photon.config.load import load_clock
 from photon.data import PreparedData, open_data
 from photon.engines.groups import in_the_round, with_groups
 from photon.engines.simulated import SimulatedEngine, SimulatedFleet

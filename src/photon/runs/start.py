@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from photon.config import RunConfig
-from photon.config.clock import ClockConfig, load_clock
+from photon.config.clock import ClockConfig
+from photon.config.load import load_clock
 from photon.errors import ConfigError, ResumeMismatchError
 from photon.federation import CheckpointStore
 from photon.openmp import warn_of_spinning
@@ -41,7 +42,7 @@ def simulate(
         PhotonError: see docs/errors.md; all checks that can be made are made before training.
     """
     if clock is not None and not isinstance(clock, ClockConfig):
-        clock = load_clock(Path(clock))
+        clock = load_clock(clock)
     return _start("simulate", config, None, run_dir, listener, overwrite, clock)
 
 

@@ -202,7 +202,7 @@ class HeldNode:
         )
         self.received_s = time.perf_counter() - started
         once_sha256, once = self._once
-        return Version(ask.run.id, ref.round, state, once=once, once_sha256=once_sha256)
+        return Version(ref.round, state, once=once, once_sha256=once_sha256)
 
     @contextmanager
     def at_work(self) -> Iterator[Node]:
