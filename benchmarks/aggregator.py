@@ -42,8 +42,10 @@ from photon.config.codecs import parse_codec
 from photon.federation.merging import Merging
 from photon.federation.tasks import Receipt, Update
 from photon.freed_memory import share_freed_memory
-from photon.link import Entry, Expected, FolderStore, Header, Parcel, Ref, Transfer, write_parcel
+from photon.link import Entry, Expected, Header, Parcel, Ref, write_parcel
+from photon.store.contract import FolderStore
 from photon.store.memory import ReusedMemory
+from photon.store.transfer import Transfer
 
 DISTINCT = 4
 #: As an engine's.

@@ -240,7 +240,7 @@ def store(names: Namespaces) -> Iterator[tuple[dict[str, Any], int]]:
 
 def first_requests(place: dict[str, Any]) -> dict[str, Any]:
     """URL, headers and body of two PUTs: of the bucket, of an object."""
-    from photon.link import S3Presigner
+    from photon.store.presign import S3Presigner
 
     presigner = S3Presigner(**place)
     bucket = presigner.bucket_request("PUT", 600)
@@ -291,7 +291,9 @@ def random_chunks(count: int, chunk_bytes: int) -> list[memoryview]:
 
 def run_photon(task: dict[str, Any]) -> dict[str, float]:
     """Send chunks with Photon's transfer, then fetch them over new connections."""
-    from photon.link import GrantedStore, S3Presigner, Transfer, Wanted
+    from photon.store.granted_store import GrantedStore
+    from photon.store.presign import S3Presigner
+    from photon.store.transfer import Transfer, Wanted
 
     chunks = random_chunks(task["bytes"], task["chunk_bytes"])
     wanted = [Wanted(hexes(chunk), len(chunk), hexes(chunk)) for chunk in chunks]
@@ -334,7 +336,7 @@ def hexes(chunk: memoryview) -> str:
 
 def run_single(task: dict[str, Any]) -> dict[str, float]:
     """One PUT over one connection, cut off after a while."""
-    from photon.link import S3Presigner
+    from photon.store.presign import S3Presigner
 
     (data,) = random_chunks(task["bytes"], task["bytes"])
     key = f"single-{secrets.token_hex(8)}"

@@ -14,8 +14,10 @@ from photon.errors import ChunkCorruptError, PhotonError
 from photon.federation.broadcast import Broadcast, Inbox
 from photon.federation.outbox import Outbox, feedback_path
 from photon.federation.tasks import WEIGHTS, FitTask
-from photon.link import FolderStore, TensorFile, Transfer
+from photon.link import TensorFile
 from photon.runs import resume, simulate
+from photon.store.contract import FolderStore
+from photon.store.transfer import Transfer
 from photon.telemetry import read_history
 from photon.telemetry.events import Evaluated, LocalFinished, RoundFinished
 

@@ -15,9 +15,10 @@ from memory_store import MemoryStore
 
 from photon.errors import ManifestError, StoreUnavailableError
 from photon.federation.broadcast import parcel_header
-from photon.link import FolderStore, Store, plain_entries, write_parcel
+from photon.link import plain_entries, write_parcel
 from photon.link.manifest import Kind
 from photon.store import garbage
+from photon.store.contract import FolderStore, Store
 from photon.store.garbage import free_run
 from photon.store.transfer import Transfer
 

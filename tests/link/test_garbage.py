@@ -9,8 +9,8 @@ import pytest
 from memory_store import MemoryStore
 
 from photon.errors import ObjectMissingError, StoreUnavailableError
-from photon.link import FolderStore, Store, collect
-from photon.store.contract import require_key
+from photon.store.contract import FolderStore, Store, require_key
+from photon.store.garbage import collect
 
 
 def fill(store: Store) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from photon.link import FolderStore
+from photon.store.contract import FolderStore
 from photon.store.memory import ReusedMemory
 
 

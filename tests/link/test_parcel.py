@@ -22,18 +22,17 @@ from photon.errors import ChunkCorruptError, ManifestError, ObjectMissingError
 from photon.link import (
     Entry,
     Expected,
-    FolderStore,
     Header,
     Parcel,
-    Transfer,
     entries_bytes,
     plain_bytes,
     plain_entries,
-    shapes_fingerprint,
     write_parcel,
 )
-from photon.link.manifest import LARGEST_CHUNK, SMALLEST_CHUNK, Cutter
+from photon.link.manifest import LARGEST_CHUNK, SMALLEST_CHUNK, Cutter, shapes_fingerprint
+from photon.store.contract import FolderStore
 from photon.store.memory import ReusedMemory
+from photon.store.transfer import Transfer
 
 MIB = 1 << 20
 SHAPES = {"wide": (1000, 3000), "tall": (5000, 700), "vector": (700,), "one": (), "none": (0, 3)}

@@ -22,8 +22,10 @@ import httpx2
 import pytest
 
 from photon.errors import AccessRefusedError, LinkError, StoreUnavailableError, UnreachableError
-from photon.link import Grant, GrantedStore, S3Presigner, open_store, presigner_for
 from photon.store.dialling import proxy_to
+from photon.store.granted_store import GrantedStore
+from photon.store.object_store import open_store, presigner_for
+from photon.store.presign import Grant, S3Presigner
 
 #: Where this site lets a store be, in these tests.
 HERE = ["127.0.0.1"]

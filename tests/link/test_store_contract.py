@@ -20,14 +20,9 @@ from photon.errors import (
     ObjectMissingError,
     StoreUnavailableError,
 )
-from photon.link import (
-    FolderStore,
-    GrantedStore,
-    ObjectStore,
-    Store,
-    open_store,
-    presigner_for,
-)
+from photon.store.contract import FolderStore, Store
+from photon.store.granted_store import GrantedStore
+from photon.store.object_store import ObjectStore, open_store, presigner_for
 
 LISTED = ["memory", "folder", "obstore memory", "seaweed"]
 ALL = [*LISTED, "granted"]

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from photon.errors import ChunkCorruptError, LinkError, TransferStalledError
-from photon.link import GrantedStore, ObjectStore, Transfer, Wanted, open_store
+from photon.store.granted_store import GrantedStore
+from photon.store.object_store import ObjectStore, open_store
+from photon.store.transfer import Transfer, Wanted
 
 CHUNK_BYTES = 1 << 20
 

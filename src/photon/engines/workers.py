@@ -41,17 +41,10 @@ from photon.federation import (
 )
 from photon.federation.tasks import update_header
 from photon.freed_memory import share_freed_memory
-from photon.link import (
-    Expected,
-    FolderStore,
-    Parcel,
-    Ref,
-    TensorFile,
-    Transfer,
-    write_parcel,
-    write_tensors,
-)
+from photon.link import Expected, Parcel, Ref, TensorFile, write_parcel, write_tensors
+from photon.store.contract import FolderStore
 from photon.store.memory import ReusedMemory
+from photon.store.transfer import Transfer
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, WorkerLost
 from photon.training import Seat

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from photon.errors import CheckpointCorruptError, RunNotFoundError
-from photon.link import TensorFile, file_sha256, require_disk, sync_to_disk, write_tensors, writing
+from photon.link import TensorFile, write_tensors
+from photon.store.disk import file_sha256, require_disk, sync_to_disk, writing
 
 FORMAT = 1
 

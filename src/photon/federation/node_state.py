@@ -12,7 +12,7 @@ from torch import Tensor
 
 from photon.errors import CheckpointCorruptError
 from photon.federation.outbox import feedback_path
-from photon.link import writing
+from photon.store.disk import writing
 from photon.training import (
     Allocate,
     PendingSnapshot,

@@ -11,8 +11,8 @@ from torch import Size, Tensor
 
 from photon.errors import NodeError, PhotonError
 from photon.evaluation.perplexity import perplexity
-from photon.link import Entry, Header, Ref, plain_entries, shapes_fingerprint
-from photon.link.manifest import CLOSED, Bytes, Kind, Sha256
+from photon.link import Entry, Header, Ref, plain_entries
+from photon.link.manifest import CLOSED, Bytes, Kind, Sha256, shapes_fingerprint
 from photon.training import StepTimes
 from photon.training.timing import Seconds
 

@@ -57,7 +57,7 @@ class Entry:
 
 
 class Carrier(Protocol):
-    """Moves objects to and from a store; photon.link.Transfer is one."""
+    """Moves objects to and from a store; photon.store.transfer.Transfer is one."""
 
     def send(self, objects: Iterable[tuple[str, Buffer]]) -> object: ...
 

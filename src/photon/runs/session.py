@@ -40,7 +40,6 @@ from photon.federation.checkpoint import require_room
 from photon.federation.layout import layout_of
 from photon.federation.node import empty_model, initial_model, open_stream
 from photon.federation.order import Order
-from photon.link import writing
 from photon.models import (
     model_fingerprint,
     tokenizer_file_of,
@@ -57,7 +56,7 @@ from photon.runs.folder import (
 from photon.runs.nodes import CENTRALISED, Elsewhere, Nodes, resolved
 from photon.runs.rounds import Rounds, stopping_on_sigterm
 from photon.runs.summary import summary_of
-from photon.store.disk import write_json
+from photon.store.disk import write_json, writing
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import JsonlWriter, Listener, Recorder
 from photon.telemetry.events import (

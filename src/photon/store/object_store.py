@@ -54,7 +54,7 @@ _LATER = {408, 409, 425, 429}
 _SCHEMES = ("s3", "gs", "az")
 
 #: Two quick attempts for what a dropped connection explains. Longer patience is with
-#: photon.link.Transfer, which has a deadline and says what it waits for.
+#: photon.store.transfer.Transfer, which has a deadline and says what it waits for.
 _RETRIES: Any = {
     "max_retries": 2,
     "retry_timeout": timedelta(seconds=10),

@@ -7,15 +7,9 @@ from pathlib import Path
 import torch
 
 from photon.freed_memory import share_freed_memory
-from photon.link import (
-    Expected,
-    FolderStore,
-    Header,
-    Parcel,
-    Transfer,
-    plain_entries,
-    write_parcel,
-)
+from photon.link import Expected, Header, Parcel, plain_entries, write_parcel
+from photon.store.contract import FolderStore
+from photon.store.transfer import Transfer
 
 
 def peak_mb():
