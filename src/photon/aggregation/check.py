@@ -41,27 +41,12 @@ def check_update(
         NonFiniteError: a value is NaN or infinite.
     """
     square = 0.0
-    missing = dict.fromkeys(reference)
-    for name, tensor in tensors:
-        if name not in missing:
-            what = "comes twice in" if name in reference else "is not part of"
-            raise ModelMismatchError(
-                f"tensor {name!r} {what} the update",
-                hint=None if name in reference else f"Expected {some(map(repr, reference))}.",
-            )
-        del missing[name]
-        require_shape(name, tensor, reference[name])
+    for name, tensor in matching(tensors, reference):
         counted = measured(name, tensor)
         if counted is None:
             square_sum(name, tensor)
         else:
             square += square_sum(name, counted)
-    if missing:
-        raise ModelMismatchError(
-            f"the update lacks {len(missing)} of {len(reference)} tensors: "
-            f"{some(map(repr, missing))}",
-            hint="The node trains another model, or its upload was cut.",
-        )
     return math.sqrt(square)
 
 
@@ -96,15 +81,23 @@ def matching(
     Raises:
         ModelMismatchError: it is not so; what came before has already passed.
     """
-    seen: set[str] = set()
+    missing = dict.fromkeys(expected)
     for name, tensor in tensors:
-        if name not in expected or name in seen:
-            require_same_names("the update", [*seen, name], expected)
-            raise ModelMismatchError(f"tensor {name!r} comes twice in the update")
-        seen.add(name)
+        if name not in missing:
+            what = "comes twice in" if name in expected else "is not part of"
+            raise ModelMismatchError(
+                f"tensor {name!r} {what} the update",
+                hint=None if name in expected else f"Expected {some(map(repr, expected))}.",
+            )
+        del missing[name]
         require_shape(name, tensor, expected[name])
         yield name, tensor
-    require_same_names("the update", seen, expected)
+    if missing:
+        raise ModelMismatchError(
+            f"the update lacks {len(missing)} of {len(expected)} tensors: "
+            f"{some(map(repr, missing))}",
+            hint="The node trains another model, or its upload was cut.",
+        )
 
 
 def require_weight(weight: float) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from photon.errors import MembershipError
 from photon.link import TensorFile
@@ -96,7 +95,8 @@ class Notary:
         """Nothing is open between two lines."""
 
     def _close_round(self, number: int) -> None:
-        state, merged = self._state(number), []
+        folder, merged = self._checkpoint(number), []
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for name, begun in state["merged"].items():
             reply = self._roster.tasks.reply(f"{self._run_id}/fit/{begun}/{name}")
             if reply is None:
@@ -116,7 +116,7 @@ class Notary:
             run=self._run_id,
             round=number,
             state_sha256=self._state_sha256(number),
-            checkpoint=self._checkpoint(number),
+            checkpoint=state["files"],
             merged=merged,
             dropped=self._dropped,
         )
@@ -172,15 +172,8 @@ class Notary:
 
     def _state_sha256(self, number: int) -> str:
         """Of the global state in a checkpoint: what Asks and Replies call it by."""
-        with TensorFile(self._folder_of(number) / "global.safetensors") as file:
+        with TensorFile(self._checkpoint(number) / "global.safetensors") as file:
             return file.sha256()
 
-    def _checkpoint(self, number: int) -> dict[str, Any]:
-        """The hashes of the state that the round led to, as its checkpoint has them."""
-        return self._state(number)["files"]
-
-    def _state(self, number: int) -> dict[str, Any]:
-        return json.loads((self._folder_of(number) / "state.json").read_text(encoding="utf-8"))
-
-    def _folder_of(self, number: int) -> Path:
+    def _checkpoint(self, number: int) -> Path:
         return self._folder / "checkpoints" / f"round-{number:06d}"
