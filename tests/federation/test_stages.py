@@ -10,14 +10,14 @@ import torch
 
 from photon.config import parse_run_config
 from photon.errors import CheckpointCorruptError, ConfigError, NonFiniteError
-from photon.federation import Node, NodeSettings
+from photon.federation import Node, NodeSettings, stages
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Version
 from photon.federation.merging import Merging
 from photon.federation.node import initial_model
 from photon.federation.norm_bound import norm_bound, norm_of
 from photon.federation.outbox import Outbox, feedback_path
-from photon.federation.stages import SECRET_FILE, WayOut, gaussian
+from photon.federation.stages import SECRET_FILE, gaussian
 from photon.federation.tasks import WEIGHTS, FitTask
 from photon.link import TensorFile
 from photon.models import trainable_parameters
@@ -38,8 +38,8 @@ def config(*overrides):
 
 
 def leaving(folder, *overrides, task=TASK, delta=DELTA):
-    way_out = WayOut(config(*(overrides or CLIENT)), folder)
-    return dict(way_out.update(task, lambda: iter(delta.items())).tensors())
+    run = config(*(overrides or CLIENT))
+    return dict(stages.leaving(run, folder, task, lambda: iter(delta.items())).tensors())
 
 
 def same(one, other):
@@ -113,7 +113,7 @@ def test_two_answers_under_one_name_have_no_noise_in_common(tmp_path):
 def test_feedback_sees_noised_updates_only(tmp_path):
     noised = leaving(tmp_path)
     coded = config(*CLIENT, "link.update_codec=int4")
-    sent = WayOut(coded, tmp_path).update(TASK, lambda: iter(DELTA.items()))
+    sent = stages.leaving(coded, tmp_path, TASK, lambda: iter(DELTA.items()))
     outbox = Outbox(coded.link, tmp_path / "plain")
     outbox.pack(TASK, lambda: iter(noised.items()))
     with (
@@ -138,7 +138,7 @@ def test_the_aggregator_s_own_bound_takes_noised_updates(codec, tmp_path):
     state = {name: torch.zeros_like(tensor) for name, tensor in DELTA.items()}
     before = RunState(0, 0, "model", "data")
     bound = norm_bound(run, before, state)
-    update = WayOut(run, tmp_path).update(TASK, lambda: iter(DELTA.items()))
+    update = stages.leaving(run, tmp_path, TASK, lambda: iter(DELTA.items()))
     verdict = Merging(run.federation).offer(update, state, 1.0, bound)
     assert verdict.refused is None
     noise = 0.05 * math.sqrt(PARAMETERS)

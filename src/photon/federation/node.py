@@ -23,7 +23,7 @@ from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
 from photon.federation.kept import Kept
 from photon.federation.layout import lay_out, layout_of
-from photon.federation.stages import WayOut
+from photon.federation.stages import leaving
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -115,6 +115,7 @@ class Node:
         self._data = data or open_data(config.data.path)
         self._on_event = on_event
         self._worker = settings.worker
+        self._folder = settings.folder
         self._fault = fault
         self._loaded: Version | None = None
         self._once_sha256: str | None = None
@@ -160,7 +161,6 @@ class Node:
             )
             self._scored_at_once.limit(self._ranks.least(self._scored_at_once.size))
             self._kept = Kept(settings.folder, self._trainer, self._layout, config)
-            self._way_out = WayOut(config, settings.folder)
             if self._ranks.leader:
                 on_event(
                     ComputeChosen(
@@ -354,7 +354,7 @@ class Node:
         delta = self._published(state)
         if state is None:
             return Update.none(Receipt(task.round, task.silo))
-        return self._way_out.update(task, delta)
+        return leaving(self._config, self._folder, task, delta)
 
     def _bytes_up(self, task: FitTask, state: GlobalState | None, update: Update) -> int:
         """Of the update on the wire, to the byte."""

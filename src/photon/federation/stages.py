@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Size, Tensor
 
 from photon.aggregation import square_sum
-from photon.config import RunConfig
+from photon.config import PrivacyConfig, RunConfig
 from photon.errors import CheckpointCorruptError
 from photon.federation.outbox import Outbox, Tensors
 from photon.federation.tasks import FitTask, Update
@@ -44,60 +44,50 @@ _SECRET_BYTES = 32
 _PIECE = 1 << 18
 
 
-class WayOut:
-    """All that happens to an update between a node's trainer and the wire.
+def leaving(config: RunConfig, folder: Path, task: FitTask, delta: Tensors) -> Update:
+    """What leaves a node as the answer to this task; the same for the same delta.
 
     Args:
         config: the run's.
         folder: of the silos' kept states; the node's secret is made there when it is first needed.
+        delta: walked more than once.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity, and is clipped or encoded.
+        CheckpointCorruptError: the node's secret is not what was written.
+        DiskFullError: no room for the secret, or for what a codec left out.
     """
+    if config.privacy.mechanism == "client":
+        delta = _noised(config.privacy, folder, task, delta)
+    return Outbox(config.link, folder).pack(task, delta)
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self._privacy = config.privacy
-        self._outbox = Outbox(config.link, folder)
-        self._folder = folder
 
-    def update(self, task: FitTask, delta: Tensors) -> Update:
-        """What leaves as the answer to this task; the same for the same delta.
+def _noised(privacy: PrivacyConfig, folder: Path, task: FitTask, delta: Tensors) -> Tensors:
+    clip, deviation = privacy.clip_norm, privacy.deviation
+    assert clip is not None
+    squares: list[float] = []
 
-        Args:
-            delta: walked more than once.
+    def measured() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in delta():
+            squares.append(square_sum(name, tensor))
+            yield name, tensor
 
-        Raises:
-            NonFiniteError: it holds NaN or infinity, and is clipped or encoded.
-            CheckpointCorruptError: the node's secret is not what was written.
-            DiskFullError: no room for the secret, or for what a codec left out.
-        """
-        if self._privacy.mechanism == "client":
-            delta = self._noised(task, delta)
-        return self._outbox.pack(task, delta)
+    digest = stream_sha256(measured())
+    share = clip / max(clip, math.sqrt(math.fsum(squares)))
+    secret = node_secret(folder) if deviation else b""
+    # An aggregator may ask twice under one name, of another state or with another clip. All that
+    # decides what leaves is hashed, or the difference of two answers were without noise.
+    release = [task.run, task.round, task.silo, digest, share, deviation]
 
-    def _noised(self, task: FitTask, delta: Tensors) -> Tensors:
-        clip, deviation = self._privacy.clip_norm, self._privacy.deviation
-        assert clip is not None
-        squares: list[float] = []
+    def noised() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in delta():
+            clipped = tensor if share == 1 else tensor * share
+            if deviation:
+                key = hmac.digest(secret, json.dumps([*release, name]).encode(), "sha256")
+                clipped = clipped + gaussian(key, tensor.shape, deviation)
+            yield name, clipped
 
-        def measured() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in delta():
-                squares.append(square_sum(name, tensor))
-                yield name, tensor
-
-        digest = stream_sha256(measured())
-        share = clip / max(clip, math.sqrt(math.fsum(squares)))
-        secret = node_secret(self._folder) if deviation else b""
-        # An aggregator may ask twice under one name, of another state or with another clip. All
-        # that decides what leaves is hashed, or the difference of two answers were without noise.
-        release = [task.run, task.round, task.silo, digest, share, deviation]
-
-        def noised() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in delta():
-                clipped = tensor if share == 1 else tensor * share
-                if deviation:
-                    key = hmac.digest(secret, json.dumps([*release, name]).encode(), "sha256")
-                    clipped = clipped + gaussian(key, tensor.shape, deviation)
-                yield name, clipped
-
-        return noised
+    return noised
 
 
 def node_secret(folder: Path) -> bytes:
