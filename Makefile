@@ -86,7 +86,7 @@ budgets: $(STAMP) ## print what outgrew its size budget (a warning to think, nev
 	@$(BIN)/python tests/house/budgets.py
 
 docs: $(STAMP) ## rewrite docs/configuration.md from the code
-	$(BIN)/python -m photon.config.reference --write docs/configuration.md
+	$(BIN)/python docs/reference.py --write docs/configuration.md
 
 lock: ## resolve requirements.lock again; ARGS=--upgrade takes the newest versions
 	$(PYTHON) -m pip install --quiet --upgrade --target build/lock uv==$(UV_VERSION)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from pydantic import BaseModel
 
 from photon.config import NodeConfig, RunConfig, parse_run_config
-from photon.config.reference import main, reference_page
 
-PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "configuration.md"
+REFERENCE = runpy.run_path(str(DOCS / "reference.py"))
+main, reference_page = REFERENCE["main"], REFERENCE["reference_page"]
 
 
 def test_page_is_up_to_date() -> None:

@@ -89,8 +89,7 @@ class Round:
             Server(self.config, self.folder, {"global": federated.state}, begun),
             events.append,
         )
-        nodes = self.folder / "nodes"
-        Rounds(self.config, federation, fleet, begun, recorder, checkpoints, nodes).run()
+        Rounds(federation, begun, recorder, checkpoints).run()
         (merged,) = [one for one in events if isinstance(one, RoundMerged)]
         assert set(HONEST) <= set(merged.participants)
         weights = federation.server.weights

@@ -63,7 +63,7 @@ class Federation:
         pooled: Sequence[str] = (),
         order: Order | None = None,
     ) -> None:
-        self._config, self._fleet, self.engine = config, fleet, engine
+        self.config, self.fleet, self.engine = config, fleet, engine
         self.server, self._tell, self._pooled = server, on_event, pooled
         self._mailbox = Mailbox(engine)
         self.outstanding = Outstanding(config, self._mailbox, order or Order(), pooled)
@@ -118,7 +118,7 @@ class Federation:
             )
         )
         after = replace(
-            after_round(self._config, before, new, merged, len(asked)),
+            after_round(self.config, before, new, merged, len(asked)),
             quorum_s=running_mean(before.quorum_s, book.quorum_s or 0.0),
             in_flight=self.outstanding.in_flight(),
             **changes,
@@ -138,10 +138,10 @@ class Federation:
             participants: of that round, who hold the version before.
             node_rounds: RunState.node_rounds of now: which personal part each silo scores with.
         """
-        config, version = self._config, self.server.version
+        config, version = self.config, self.server.version
         own, told, last = list[EvalReceipt](), set[str](), version.number - 1
         personal = bool(config.parts.personal)
-        silos = sorted(self._fleet.present()) if config.eval.per_silo else []
+        silos = sorted(self.fleet.present()) if config.eval.per_silo else []
         tasks = [] if personal else [EvalTask(version.number, None)]
         for silo in silos:
             number = node_rounds.get(silo) if personal else None
@@ -178,7 +178,7 @@ class Federation:
 
     def _leave(self, number: int, task: FitTask, reason: str, costs: RoundCosts) -> None:
         """Drop a task whose answer is not waited for any more."""
-        step_tokens = self._config.local.batch_size * self._config.data.sequence_length
+        step_tokens = self.config.local.batch_size * self.config.data.sequence_length
         costs.tokens_lost += task.steps * step_tokens
         self._drop(number, Receipt(task.round, task.silo, failure=reason), reason, costs)
 
@@ -192,7 +192,7 @@ class Federation:
 
     def _require_quorum(self, number: int, good: int, asked: int, costs: RoundCosts) -> None:
         """Raise QuorumLostError unless enough of those asked gave good updates."""
-        quorum = self._config.quorum_of(asked)
+        quorum = self.config.quorum_of(asked)
         if good >= quorum:
             return
         raise QuorumLostError(
@@ -215,7 +215,7 @@ class Federation:
         self, task: FitTask, going: Going, update: Update, number: int, costs: RoundCosts
     ) -> str | None:
         """Check and add one update; the reason if it is refused."""
-        receipt, config = update.receipt, self._config
+        receipt, config = update.receipt, self.config
         if receipt.failure is not None and self._pooled:
             hint = f"{receipt.failure_hint or ''} {WAY_OUT}".lstrip()
             raise error_of(receipt.failure_code)(receipt.failure, hint=hint)

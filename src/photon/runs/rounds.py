@@ -8,12 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from photon.config import RunConfig
 from photon.errors import QuorumLostError
-from photon.federation import CheckpointStore, Closed, EvalReceipt, Federation, Fleet, RunState
+from photon.federation import CheckpointStore, Closed, EvalReceipt, Federation, RunState
 from photon.federation.group import needed_states
 from photon.federation.node_state import prune_node_states
 from photon.telemetry import Recorder
@@ -24,10 +22,8 @@ class Rounds:
     """Drives a federation from the last checkpoint to the end, and keeps the books.
 
     Args:
-        config: the run file.
         federation: what trains.
-        fleet: its silos.
-        node_folder: of the silos' kept states, pruned as checkpoints are.
+        checkpoints: of the run; what silos keep lies beside them, and is pruned as they are.
         draining: asked before each round; where it is true, the round before was the last for now.
         ended: asked before each round; where it is true, the round before was the last of all.
         clock: what a resume needs of the engine's time, where that is simulated.
@@ -39,13 +35,10 @@ class Rounds:
 
     def __init__(
         self,
-        config: RunConfig,
         federation: Federation,
-        fleet: Fleet,
         state: RunState,
         recorder: Recorder,
         checkpoints: CheckpointStore,
-        node_folder: Path,
         *,
         draining: Callable[[], bool] = lambda: False,
         ended: Callable[[], bool] = lambda: False,
@@ -55,12 +48,10 @@ class Rounds:
         self.evaluation: dict[str | None, EvalReceipt] = {}
         self._evaluated_round: int | None = None
         self._evaluation_bytes = 0
-        self._config = config
+        self._config = federation.config
         self._federation = federation
-        self._fleet = fleet
         self._recorder = recorder
         self._checkpoints = checkpoints
-        self._node_folder = node_folder
         self._draining = draining
         self._ended = ended
         self._clock = clock
@@ -83,13 +74,13 @@ class Rounds:
                 self._evaluate(self.state, self.state)
         while self.state.global_step < self._config.total_steps and not self._ended():
             number = self.state.round + 1
-            candidates = None if self._draining() else self._fleet.drawn_from(number)
+            candidates = None if self._draining() else self._federation.fleet.drawn_from(number)
             if candidates is None:
                 return False
             try:
                 closed = self._federation.round(self.state, candidates)
             except QuorumLostError:
-                if not self._fleet.lost(number):
+                if not self._federation.fleet.lost(number):
                     raise
                 continue
             last = closed.after.global_step >= self._config.total_steps
@@ -159,7 +150,8 @@ class Rounds:
             )
         )
         kept = self._checkpoints.states(*self._checkpoints.rounds())
-        prune_node_states(self._node_folder, needed_states(self._node_folder, kept))
+        folder = self._checkpoints.folder.parent / "nodes"
+        prune_node_states(folder, needed_states(folder, kept))
 
 
 @contextlib.contextmanager

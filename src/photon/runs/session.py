@@ -311,10 +311,7 @@ class Session:
         order = Order(None if config.federation.in_task_order else self.folder / "order.jsonl")
         federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
         federation.outstanding.go_on_with(state.in_flight, tensors, server)
-        rounds = Rounds(
-            config, federation, fleet, state, recorder, checkpoints, nodes.folder, **options
-        )
-        return rounds, federation
+        return Rounds(federation, state, recorder, checkpoints, **options), federation
 
     @property
     def _at_once(self) -> int:

@@ -171,7 +171,7 @@ def main(arguments: Sequence[str]) -> int:
         case ["--write", path]:
             Path(path).write_text(reference_page(), encoding="utf-8")
         case _:
-            sys.stderr.write("usage: python -m photon.config.reference [--write PATH]\n")
+            sys.stderr.write("usage: python docs/reference.py [--write PATH]\n")
             return 2
     return 0
 
