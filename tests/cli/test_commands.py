@@ -367,7 +367,7 @@ def test_time_is_simulated_as_a_clock_says(run_file, tmp_path):
     assert 3 * 7.0 < summary["simulated_s"] < 3 * 7.0 + 1
     clock.write_text('time_only = true\n[silos.a]\n[silos.b]\nstep_s = "fast"\n')
     refused = photon("simulate", run_file, "--clock", clock)
-    assert refused.exit_code == 10
+    assert refused.exit_code == 12
     assert "silos.b.step_s" in refused.output
     clock.write_text("time_only = true\nparameters = 1000\n[silos.a]\n[silos.b]\n")
     told = photon("simulate", run_file, "--clock", clock, "--json")
