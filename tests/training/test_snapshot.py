@@ -19,8 +19,8 @@ def plainly(_, shape, dtype):
     return torch.empty(shape, dtype=dtype)
 
 
-def keep(folder: Path, tensors, **numbers):
-    write_snapshot(folder, tensors, numbers, Ranks.alone()).finish()
+def keep(folder: Path, tensors):
+    write_snapshot(folder, tensors, Ranks.alone()).finish()
 
 
 @pytest.mark.slow
@@ -45,28 +45,27 @@ def test_what_is_read_is_what_was_kept_bit_for_bit(tmp_path):
         "empty": torch.zeros(0, 2),
     }
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    pending = write_snapshot(tmp_path / "kept", tensors, {"cursor": 12}, Ranks.alone())
+    pending = write_snapshot(tmp_path / "kept", tensors, Ranks.alone())
     for tensor in tensors.values():
         tensor.zero_()  # training goes on meanwhile
     pending.finish()
-    read, numbers = read_snapshot(tmp_path / "kept", plainly, Ranks.alone())
-    assert numbers == {"cursor": 12}
+    read = read_snapshot(tmp_path / "kept", plainly, Ranks.alone())
     assert read.keys() == before.keys()
     assert all(torch.equal(read[name], before[name]) for name in before)
 
 
 def test_no_tensors_are_a_snapshot_too(tmp_path):
-    keep(tmp_path / "kept", {}, cursor=5)
-    assert read_snapshot(tmp_path / "kept", plainly, Ranks.alone()) == ({}, {"cursor": 5})
+    keep(tmp_path / "kept", {})
+    assert read_snapshot(tmp_path / "kept", plainly, Ranks.alone()) == {}
 
 
 def test_it_is_there_whole_or_not_at_all(tmp_path):
-    pending = write_snapshot(tmp_path / "kept", {"a": torch.ones(3)}, {}, Ranks.alone())
+    pending = write_snapshot(tmp_path / "kept", {"a": torch.ones(3)}, Ranks.alone())
     assert not (tmp_path / "kept").exists()
     pending.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     keep(tmp_path / "kept", {"a": torch.zeros(3)})  # a task run again
-    assert float(read_snapshot(tmp_path / "kept", plainly, Ranks.alone())[0]["a"].sum()) == 0
+    assert float(read_snapshot(tmp_path / "kept", plainly, Ranks.alone())["a"].sum()) == 0
 
 
 def cut(folder: Path) -> None:
@@ -83,12 +82,12 @@ def lose_the_list(folder: Path) -> None:
 
 
 def forge_numbers(folder: Path) -> None:
-    (folder / "numbers.json").write_text(json.dumps({"numbers": {}, "tensors": 7}))
+    (folder / "numbers.json").write_text(json.dumps({"tensors": 7}))
 
 
 @pytest.mark.parametrize("damage", [cut, lose_a_part, lose_the_list, forge_numbers])
 def test_a_damaged_snapshot_is_an_error_not_a_guess(tmp_path, damage):
-    keep(tmp_path / "kept", {"a": torch.randn(400)}, cursor=1)
+    keep(tmp_path / "kept", {"a": torch.randn(400)})
     damage(tmp_path / "kept")
     with pytest.raises((OSError, ValueError)):
         read_snapshot(tmp_path / "kept", plainly, Ranks.alone())
@@ -103,7 +102,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 folder = Path(sys.argv[1])
 try:
-    write_snapshot(folder / "kept", {"a": torch.randn(1_000_000)}, {}, Ranks.alone()).finish()
+    write_snapshot(folder / "kept", {"a": torch.randn(1_000_000)}, Ranks.alone()).finish()
 except OSError as error:
     print(error.errno, sorted(path.name for path in folder.iterdir()))
 """

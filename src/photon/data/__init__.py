@@ -1,25 +1,22 @@
 """Text to tokenised shards, and shards to an endless seekable stream; no torch."""
 
-from photon.data.held_out import HeldOut, Window, held_out_text
-from photon.data.ingest import Document, Source
+from photon.data.held_out import Window, held_out_text
+from photon.data.ingest import Source
 from photon.data.options import PrepareOptions
 from photon.data.partition import DocumentInfo, Partitioner
 from photon.data.prepare import prepare
 from photon.data.prepared import PreparedData, SiloData, open_data
-from photon.data.stream import TokenStream, token_stream
+from photon.data.stream import token_stream
 from photon.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_identity, train_tokenizer
 
 __all__ = [
-    "Document",
     "DocumentInfo",
-    "HeldOut",
     "Partitioner",
     "PrepareOptions",
     "PreparedData",
     "SiloData",
     "Source",
     "TextTokenizer",
-    "TokenStream",
     "Window",
     "held_out_text",
     "load_tokenizer",

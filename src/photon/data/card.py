@@ -63,6 +63,7 @@ def _inputs(options: Mapping[str, Any]) -> str:
 
 
 def _cut(data: PreparedData, options: Mapping[str, Any]) -> list[str]:
+    sources = sorted({source for silo in data.silos.values() for source in silo.sources})
     return [
         f"Held out by document, by a hash of its text (seed {options['seed']}): "
         f"{options['global_fraction']:.1%} for the global set, {options['silo_fraction']:.1%} for "
@@ -70,7 +71,7 @@ def _cut(data: PreparedData, options: Mapping[str, Any]) -> list[str]:
         "does not depend on how documents were cut into silos, unless a remark below says that a "
         "set was empty and had to be helped, or that the input had splits of its own.",
         "",
-        f"Sources inside silos: {_sources(data)}.",
+        f"Sources inside silos: {', '.join(f'`{name}`' for name in sources)}.",
     ]
 
 
@@ -104,11 +105,6 @@ def _cell(name: str) -> str:
 def _row(name: str, split: str, documents: int, tokens: int, size: int) -> str:
     ratio = f"{size / tokens:.2f}" if tokens else "-"
     return f"| {name} | {split} | {documents:,} | {tokens:,} | {size:,} | {ratio} |"
-
-
-def _sources(data: PreparedData) -> str:
-    names = sorted({source for silo in data.silos.values() for source in silo.sources})
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def _origin(options: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ class NodeStates:
         self.settle()
         path = _path(self._folder, silo, round_number)
         with writing("a silo's state", path):
-            self._pending = write_snapshot(path, state, {}, self._trainer.ranks)
+            self._pending = write_snapshot(path, state, self._trainer.ranks)
         self._remember(path, state)
 
     def settle(self) -> None:
@@ -140,7 +140,7 @@ def read_node_state(
         CheckpointCorruptError: that snapshot is missing or unreadable.
     """
     try:
-        return read_snapshot(_path(folder, silo, node_round), allocate, ranks or Ranks.alone())[0]
+        return read_snapshot(_path(folder, silo, node_round), allocate, ranks or Ranks.alone())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointCorruptError(
             f"the state of silo {silo} after round {node_round} can't be read: {error}"

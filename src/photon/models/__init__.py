@@ -6,7 +6,6 @@ from photon.models.build import (
     build_model,
     build_skeleton,
     context_length,
-    load_config,
     load_pretrained,
     require_document_masks,
     tokenizer_file_of,
@@ -22,7 +21,7 @@ from photon.models.parameters import (
     trainable_parameters,
     transformer_blocks,
 )
-from photon.models.presets import SHAPES, Shape, preset_config
+from photon.models.presets import SHAPES
 from photon.models.quiet import quiet_transformers
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "SHAPES",
     "HeadLoss",
     "ModelCard",
-    "Shape",
     "attend_without_masks",
     "build_model",
     "build_skeleton",
@@ -42,10 +40,8 @@ __all__ = [
     "held_out_loss",
     "hidden_matrices",
     "license_of",
-    "load_config",
     "load_pretrained",
     "model_fingerprint",
-    "preset_config",
     "quiet_transformers",
     "require_document_masks",
     "rows_at_once",

@@ -233,7 +233,9 @@ def _devices(ram_total: int, ram_available: int) -> tuple[Device, ...]:
         return tuple(_cuda_device(index) for index in range(torch.cuda.device_count()))
     if torch.backends.mps.is_available():
         return (Device("mps", "Apple GPU", ram_total, ram_available, has_bf16=False),)
-    return (Device("cpu", _cpu_name(), ram_total, ram_available, has_bf16=_cpu_has_bf16()),)
+    # Without AMX or AVX512-BF16 it is emulated, many times slower than fp32.
+    has_bf16 = re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", _cpuinfo()) is not None
+    return (Device("cpu", _cpu_name(), ram_total, ram_available, has_bf16=has_bf16),)
 
 
 def _cuda_device(index: int) -> Device:
@@ -248,11 +250,6 @@ def _cuda_device(index: int) -> Device:
 def _cpu_name() -> str:
     found = re.search(r"^model name\s*:\s*(.*\S)", _cpuinfo(), re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
-
-
-def _cpu_has_bf16() -> bool:
-    """AMX or AVX512-BF16, without which bf16 is emulated, many times slower than fp32."""
-    return re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", _cpuinfo()) is not None
 
 
 def _cpuinfo() -> str:

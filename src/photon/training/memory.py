@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -87,37 +88,31 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device at the fullest moment of a step; the parts add up to the total.
+    """Bytes on each device at the fullest moment of a step.
 
     Attributes:
         settings: what was asked.
-        weights_bytes: fp32, what the optimizer steps; buffers too.
-        copies_bytes: bf16 copies that autocast holds, or what fsdp gathers: all that belongs to no
-            block and two blocks (one computing, one on its way), with their gradients on the way.
-        gradients_bytes: of weights, fp32, as many as there are at that moment.
-        optimizer_bytes: state between steps.
-        activations_bytes: all else that forward and backward hold, the work of attention included.
-        logits_bytes: logits, their fp32 copy and their gradients.
-        scratch_bytes: of the optimizer's step, where that is the fullest moment.
-        allocator_bytes: a stated share of all of the above (ALLOCATOR_SHARE).
-        runtime_bytes: a stated constant for the process.
+        parts: what they are for; they add up to the total.
+            weights: fp32, what the optimizer steps; buffers too.
+            copies: bf16 copies that autocast holds, or what fsdp gathers: all that belongs to no
+                block and two blocks (one computing, one on its way), with their gradients on the
+                way.
+            gradients: of weights, fp32, as many as there are at that moment.
+            optimizer: state between steps.
+            activations: all else that forward and backward hold, the work of attention included.
+            logits: logits, their fp32 copy and their gradients.
+            scratch: of the optimizer's step, where that is the fullest moment.
+            allocator: a stated share of all of the above (ALLOCATOR_SHARE).
+            runtime: a stated constant for the process.
     """
 
     settings: MemorySettings
-    weights_bytes: int
-    copies_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    activations_bytes: int
-    logits_bytes: int
-    scratch_bytes: int
-    allocator_bytes: int
-    runtime_bytes: int
+    parts: Mapping[str, int]
 
     @property
     def total_bytes(self) -> int:
         """Bytes a device needs."""
-        return sum(getattr(self, part.name) for part in fields(self) if part.name != "settings")
+        return sum(self.parts.values())
 
 
 def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
@@ -150,19 +145,18 @@ def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
         # In the order of step_trace's columns.
         casts, held, activations, logits = (round(float(value)) for value in fullest)
         scratch = 0
-    alive = weights + casts + copies + held + state + activations + logits + scratch
-    return MemoryEstimate(
-        settings=settings,
-        weights_bytes=weights,
-        copies_bytes=casts + copies,
-        gradients_bytes=held,
-        optimizer_bytes=state,
-        activations_bytes=activations,
-        logits_bytes=logits,
-        scratch_bytes=scratch,
-        allocator_bytes=round(alive * ALLOCATOR_SHARE[settings.device_type]),
-        runtime_bytes=runtime,
-    )
+    parts = {
+        "weights": weights,
+        "copies": casts + copies,
+        "gradients": held,
+        "optimizer": state,
+        "activations": activations,
+        "logits": logits,
+        "scratch": scratch,
+    }
+    parts["allocator"] = round(sum(parts.values()) * ALLOCATOR_SHARE[settings.device_type])
+    parts["runtime"] = runtime
+    return MemoryEstimate(settings, parts)
 
 
 def standing_bytes(model: nn.Module, settings: MemorySettings) -> int:
@@ -240,8 +234,8 @@ def describe_shortfall(
 ) -> tuple[str, str]:
     """Message and hint of an error, for an estimate that does not fit.
 
-    The hint names what saves something, each estimated on its own, the fewest devices that make it
-    fit when it is cut among them, and the largest preset that fits.
+    The hint names what saves something, each estimated on its own, the fewest devices (a power of
+    two, up to 1024) that make it fit when it is cut among them, and the largest preset that fits.
     """
     settings, needs = estimate.settings, estimate.total_bytes
     message = (
@@ -255,12 +249,12 @@ def describe_shortfall(
             continue
         enough = ", which fits" if other <= available_bytes else ""
         told.append(f"{words} needs {gigabytes(other)}{enough}")
-    cut = _fewest_devices(model, settings, available_bytes)
-    if cut is not None:
-        told.append(
-            f'compute.strategy = "fsdp" on {cut.settings.shards} devices needs '
-            f"{gigabytes(cut.total_bytes)} each, which fits"
-        )
+    for count in (n for n in (1 << power for power in range(1, 11)) if n > settings.cuts):
+        cut = estimate_with(model, replace(settings, strategy="fsdp", shards=count)).total_bytes
+        if cut <= available_bytes:
+            words = f'compute.strategy = "fsdp" on {count} devices needs {gigabytes(cut)} each'
+            told.append(f"{words}, which fits")
+            break
     vocabulary = _vocabulary(model)
     smaller = largest_preset(settings, available_bytes, vocab_size=vocabulary)
     if smaller is not None:
@@ -294,18 +288,6 @@ def _remedies(settings: MemorySettings) -> list[tuple[str, dict[str, Any]]]:
         (adaptive, 'local.optimizer = "muon"', {"optimizer": "muon"}),
     ]
     return [(words, change) for applies, words, change in known if applies]
-
-
-def _fewest_devices(
-    model: nn.Module, settings: MemorySettings, available_bytes: int
-) -> MemoryEstimate | None:
-    """Cut among the fewest devices (a power of two, up to 1024) that make it fit."""
-    for count in (1 << power for power in range(1, 11)):
-        if count > settings.cuts:
-            found = estimate_with(model, replace(settings, strategy="fsdp", shards=count))
-            if found.total_bytes <= available_bytes:
-                return found
-    return None
 
 
 def _standing(model: nn.Module, settings: MemorySettings) -> tuple[int, int, int, int]:
@@ -363,7 +345,7 @@ def _step_scratch(model: nn.Module, settings: MemorySettings) -> int:
 
 
 def _gathered(model: nn.Module, settings: MemorySettings) -> int:
-    """What fully_shard holds uncut: see MemoryEstimate.copies_bytes."""
+    """What fully_shard holds uncut: see MemoryEstimate.parts."""
     if settings.strategy not in ("fsdp", "hybrid"):
         return 0
     width = 2 if settings.bf16 else 4

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from photon.store.disk import sync_to_disk
 from photon.training.ranks import Ranks
 
-_NUMBERS = "numbers.json"
+#: How many tensors there are.
+_COUNT = "numbers.json"
 
 # torch warns, also from its own threads, that a process alone saves alone. It is meant to.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -68,15 +69,12 @@ class PendingSnapshot:
             raise
 
 
-def write_snapshot(
-    path: Path, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], ranks: Ranks
-) -> PendingSnapshot:
+def write_snapshot(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> PendingSnapshot:
     """Copy tensors to host memory and begin to write them; every rank calls this alike.
 
     Args:
         path: the folder to be; it lies on storage that all ranks of the node see.
         tensors: as this rank holds them, whole or cut; they may change as soon as this returns.
-        numbers: cursor and the like.
         ranks: of the node.
 
     Raises:
@@ -86,8 +84,8 @@ def write_snapshot(
     if ranks.leader:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        with (partial / _NUMBERS).open("w", encoding="utf-8") as file:
-            json.dump({"numbers": dict(numbers), "tensors": len(tensors)}, file)
+        with (partial / _COUNT).open("w", encoding="utf-8") as file:
+            json.dump({"tensors": len(tensors)}, file)
             file.flush()
             os.fsync(file.fileno())
     if not tensors:
@@ -105,10 +103,8 @@ def write_snapshot(
     return PendingSnapshot(path, ranks, writing)
 
 
-def read_snapshot(
-    path: Path, allocate: Allocate, ranks: Ranks
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """A snapshot's tensors as this rank holds them, and its numbers; every rank calls this alike.
+def read_snapshot(path: Path, allocate: Allocate, ranks: Ranks) -> dict[str, Tensor]:
+    """A snapshot's tensors as this rank holds them; every rank calls this alike.
 
     Args:
         path: a finished snapshot, written by any number of ranks.
@@ -118,10 +114,9 @@ def read_snapshot(
     Raises:
         OSError, ValueError: it is missing, or can't be read.
     """
-    record = json.loads((path / _NUMBERS).read_text(encoding="utf-8"))
-    numbers = {name: int(number) for name, number in record["numbers"].items()}
-    if not record["tensors"]:
-        return {}, numbers
+    count = json.loads((path / _COUNT).read_text(encoding="utf-8"))["tensors"]
+    if not count:
+        return {}
     reader = FileSystemReader(path)
     with _as_read(path):
         wanted = {
@@ -129,15 +124,15 @@ def read_snapshot(
             for name, entry in reader.read_metadata().state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        if len(wanted) != record["tensors"]:
-            raise ValueError(f"{path} lists {len(wanted)} tensors, not {record['tensors']}")
+        if len(wanted) != count:
+            raise ValueError(f"{path} lists {len(wanted)} tensors, not {count}")
         load(
             wanted,
             storage_reader=reader,
             process_group=None if ranks.size == 1 else ranks.checkpoints,
             no_dist=ranks.size == 1,
         )
-    return wanted, numbers
+    return wanted
 
 
 def _partial(path: Path) -> Path:
@@ -150,8 +145,11 @@ def _as_written() -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:  # derives from BaseException
-        cause = _cause(error)
-        raise _system_error(cause) or OSError(str(cause)) from None
+        cause = behind = _cause(error)
+        # torch's serialiser only says "failed": the operating system's error lies behind its own.
+        while behind is not None and not isinstance(behind, OSError):
+            behind = behind.__cause__ or behind.__context__
+        raise behind or OSError(str(cause)) from None
 
 
 def _cause(gathered: CheckpointException) -> BaseException:
@@ -160,13 +158,6 @@ def _cause(gathered: CheckpointException) -> BaseException:
     if not isinstance(cause, Exception):
         raise cause from None
     return cause
-
-
-def _system_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind one of torch's serialiser, which only says "failed"."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 @contextmanager

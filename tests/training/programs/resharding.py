@@ -50,10 +50,9 @@ def main() -> None:
         log_every=1,
         placement=(ranks, strategy),
     )
-    cursor = 0
+    cursor = options["from"] * 8
     if not fresh:
-        kept, numbers = read_snapshot(folder, allocate_for(trainer), ranks)
-        cursor = numbers["cursor"]
+        kept = read_snapshot(folder, allocate_for(trainer), ranks)
         groups: dict[str, dict[str, torch.Tensor]] = {"weights": {}, "optimizer": {}}
         for name, tensor in kept.items():
             group, _, rest = name.partition("/")
@@ -83,7 +82,7 @@ def main() -> None:
             for name, weight in weights.items():
                 tensors[f"residual/{name}"] = torch.full_like(weight, 0.25)
             # Training goes on while it is written; what is written must not see that.
-            pending = write_snapshot(folder, tensors, {"cursor": cursor}, ranks)
+            pending = write_snapshot(folder, tensors, ranks)
     if pending is not None:
         pending.finish()
     print(json.dumps({"losses": losses, "cursor": cursor}))
