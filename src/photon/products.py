@@ -79,6 +79,7 @@ def export(
     silos, kind = record["silos"], record["kind"]
     begun = [event.started_at for event in read_history(run_folder).of(RunStarted)]
     base = config.model.path if config.model.init == "pretrained" else None
+    on_hub = base is not None and base.startswith(HUB_PREFIX)
     card = ModelCard(
         run=config.run.name,
         photon_version=record["photon_version"],
@@ -92,7 +93,7 @@ def export(
         bits_per_byte=summary.get("bits_per_byte"),
         weights_sha256=summary.get("weights_sha256"),
         # A path of this machine is nobody else's business.
-        base_model=base and (base.removeprefix(HUB_PREFIX) if _on_hub(base) else Path(base).name),
+        base_model=base and (base.removeprefix(HUB_PREFIX) if on_hub else Path(base).name),
         license=license or (base and license_of(Path(base))),
         languages=tuple(languages),
     )
@@ -225,12 +226,8 @@ def generate(
     return whole[len(before) :] if whole.startswith(before) else decode(ids[len(start) :])
 
 
-def _on_hub(name: str) -> bool:
-    return name.startswith(HUB_PREFIX)
-
-
 def _require_model(folder: str | os.PathLike[str]) -> None:
-    if not Path(folder).exists() and not _on_hub(str(folder)):
+    if not Path(folder).exists() and not str(folder).startswith(HUB_PREFIX):
         raise ModelError(
             f"no run or model in {folder}: there is no such folder",
             hint="Name the folder of a run or of a Hugging Face model. A model on the hub is named "

@@ -14,6 +14,7 @@ import math
 import struct
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from photon.compression.codec import Empty, Memory, Parts, flat, require_finite,
 from photon.compression.nested import Nesting
 from photon.torch_threads import torch_threads
 
+_RANK = struct.Struct("<I")
 #: Of PowerSGD's first basis, the same on all nodes.
 _SEED = 1905_13727
 
@@ -34,9 +36,13 @@ class _Factors(Nesting):
     as they are: parts `whole.*`.
     """
 
+    #: r, or the least that there may be where each tensor has its own, which part `rank` tells.
+    rank: int = 1
+    _sends_rank: ClassVar[bool]
+
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:
         sides = _sides(tensor.shape)
-        if sides is None or not self._may_pay(*sides):
+        if sides is None or self.rank * sum(sides) >= math.prod(sides):
             return self._encode_inner(tensor, "whole")
         matrix = flat(tensor).view(sides)
         largest = matrix.abs().amax()
@@ -47,8 +53,9 @@ class _Factors(Nesting):
         if factors is None:
             return self._encode_inner(tensor, "whole")
         left, right = factors
+        rank = bytearray(_RANK.pack(left.shape[1]) if self._sends_rank else b"")
         return (
-            self._rank_part(left.shape[1])
+            ({"rank": torch.frombuffer(rank, dtype=torch.uint8)} if rank else {})
             | self._encode_inner(left.T.contiguous(), "left")
             | self._encode_inner(right * unit, "right")
         )
@@ -60,7 +67,10 @@ class _Factors(Nesting):
         if sides is None:
             raise ValueError(f"no part 'whole' (there are: {', '.join(sorted(parts)) or 'none'})")
         m, n = sides
-        rank = self._rank(parts)
+        rank = self.rank
+        if self._sends_rank:
+            part = require_part(parts, "rank", torch.uint8, _RANK.size)
+            (rank,) = _RANK.unpack(part.numpy().tobytes())
         if not 0 <= rank * (m + n) < m * n:
             raise ValueError(f"part 'rank' is {rank}, expected r x ({m} + {n}) below {m} x {n}")
         left = self._decode_inner(parts, "left", (rank, m))
@@ -70,23 +80,11 @@ class _Factors(Nesting):
         return product.view(tuple(shape))
 
     @abstractmethod
-    def _may_pay(self, m: int, n: int) -> bool:
-        """Whether factors of [m, n] can take fewer values."""
-
-    @abstractmethod
     def _factors(self, matrix: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor] | None:
         """Left [m, r] and right [r, n] of a matrix whose largest magnitude is 1, or 0.
 
         None if they don't take fewer values.
         """
-
-    @abstractmethod
-    def _rank_part(self, rank: int) -> dict[str, Tensor]:
-        """What tells a decoder the rank."""
-
-    @abstractmethod
-    def _rank(self, parts: Parts) -> int:
-        """The rank, of which nothing is known yet but that the parts say so."""
 
 
 class LowRank(_Factors):
@@ -102,10 +100,8 @@ class LowRank(_Factors):
     """
 
     name = "lowrank"
+    _sends_rank = True
     energy: float
-
-    def _may_pay(self, m: int, n: int) -> bool:
-        return m + n < m * n
 
     def _factors(self, matrix: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor] | None:
         m, n = matrix.shape
@@ -118,16 +114,6 @@ class LowRank(_Factors):
             return None
         kept = vectors[:, len(squares) - rank :].flip(1)
         return (matrix @ kept, kept.T) if tall else (kept, kept.T @ matrix)
-
-    def _rank_part(self, rank: int) -> dict[str, Tensor]:
-        return {"rank": torch.frombuffer(bytearray(_RANK.pack(rank)), dtype=torch.uint8)}
-
-    def _rank(self, parts: Parts) -> int:
-        part = require_part(parts, "rank", torch.uint8, _RANK.size)
-        return _RANK.unpack(part.numpy().tobytes())[0]
-
-
-_RANK = struct.Struct("<I")
 
 
 class PowerSGD(_Factors):
@@ -146,10 +132,7 @@ class PowerSGD(_Factors):
 
     name = "powersgd"
     learns = True
-    rank: int
-
-    def _may_pay(self, m: int, n: int) -> bool:
-        return self.rank * (m + n) < m * n
+    _sends_rank = False
 
     def _factors(self, matrix: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor]:
         shape = (matrix.shape[1], self.rank)
@@ -162,12 +145,6 @@ class PowerSGD(_Factors):
         if memory is not None and bool(basis.any()):
             memory["basis"] = basis
         return left, basis.T
-
-    def _rank_part(self, rank: int) -> dict[str, Tensor]:
-        return {}
-
-    def _rank(self, parts: Parts) -> int:
-        return self.rank
 
 
 def _sides(shape: Sequence[int]) -> tuple[int, int] | None:

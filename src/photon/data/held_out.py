@@ -35,13 +35,7 @@ class Window:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One held-out set.
-
-    Attributes:
-        part: whose.
-        dtype: of its token files.
-        sizes: bytes of each token.
-    """
+    """One held-out set, the type of its token files, and the bytes of each token."""
 
     part: SiloData
     dtype: np.dtype

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from photon.data.own_splits import own_splits, splits_of_files
 from photon.data.readers import (
     HUB_PREFIX,
     Columns,
@@ -24,6 +23,7 @@ from photon.data.readers import (
     saved_splits,
     text_parts,
 )
+from photon.data.splits import own_splits, splits_of_files
 from photon.errors import DataError, DataNotFoundError
 
 TEXT_ENDINGS = (".txt", ".text", ".md")
@@ -105,12 +105,7 @@ class Source:
     """What to read and how.
 
     Attributes:
-        input: a file, a folder, or "hf:OWNER/NAME[/CONFIG][:SPLIT]"; or several, which are read as
-            if they lay side by side in one folder.
-        text_key: column of the text in JSONL, parquet and datasets.
-        metadata: a CSV whose rows are joined to text files by file name or stem.
-        metadata_key: its column that holds it; the first by default.
-        separator: parts the documents of a text file; a file is one document without it.
+        input, text_key, metadata, metadata_key, separator: as of PrepareOptions.
         fields: columns that are needed beside the text, and the options that ask for them; None
             for all that hold plain values.
     """

@@ -25,7 +25,6 @@ def pieces(text: str, tokenizer: Tokenizer, most_bytes: int, place: str) -> Iter
     tokens agree, is checked at each cut: both sides by themselves give what they give together.
 
     Args:
-        text: a document.
         tokenizer: with a pre-tokenizer, or nothing is cut.
         most_bytes: of a stretch without a place to cut, if it is longer than a piece.
         place: of the document, for the error.
@@ -55,11 +54,9 @@ def pieces(text: str, tokenizer: Tokenizer, most_bytes: int, place: str) -> Iter
 def batches(
     documents: Iterable[tuple[int, str, str]], tokenizer: Tokenizer, most_bytes: int
 ) -> Iterator[list[tuple[int, str, bool]]]:
-    """(document, piece, whether it ends there), as many as are tokenised at a time.
+    """(document, piece, whether it ends there) of (document, text, place): runs for the tokenizer.
 
-    Args:
-        documents: (number, text, place) of each.
-        tokenizer, most_bytes: as of `pieces`.
+    `most_bytes` is as of `pieces`.
     """
     batch: list[tuple[int, str, bool]] = []
     size = 0

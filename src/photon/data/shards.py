@@ -59,15 +59,9 @@ Splits = dict[str, dict[str, list[Shard]]]
 
 
 class ShardWriter:
-    """Writes one source of one split, rolling over at `shard_tokens`.
+    """Writes one source of one split into an existing folder, rolling over at `shard_tokens`.
 
     No file stays open between calls, so a thousand silos don't need a thousand descriptors.
-
-    Args:
-        folder: where shards go; exists.
-        stem: file names start with it.
-        dtype: uint16 or uint32, little-endian.
-        shard_tokens: a shard is closed once it holds as many.
     """
 
     def __init__(self, folder: Path, stem: str, dtype: np.dtype, shard_tokens: int) -> None:

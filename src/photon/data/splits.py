@@ -1,8 +1,12 @@
-"""Train or held out: decided by a hash of the text, so the same whatever the partition."""
+"""Train or held out: decided by a hash of the text, so the same whatever the partition.
+
+An input's own names may say what is there to validate and test with.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -10,6 +14,13 @@ from photon.errors import EmptySiloError
 
 #: Different texts that a source has before the global held-out set asks one of it.
 STRATUM = 8
+
+# As Hugging Face's `datasets` reads names of files: a word between anything but letters.
+_WORD = r"(?:^|[^a-z])({})(?:[^a-z]|$)"
+_HELD_OUT = re.compile(
+    _WORD.format("validation|valid|val|dev|tests?|testing|eval|evaluation|held[-_ ]?out")
+)
+_TRAIN = re.compile(_WORD.format("train|training"))
 
 #: The global held-out set, a silo's own held-out set, or training text.
 GLOBAL, LOCAL, TRAIN = "global", "local", "train"
@@ -33,16 +44,15 @@ def split_documents(
 ) -> tuple[list[str], list[str]]:
     """Split documents by their positions.
 
-    Below global_fraction: the global held-out set. Below global_fraction + silo_fraction: the
-    held-out set of their silo. A set that would be empty takes its lowest training text, with all
-    its copies in all silos, or one silo would train on what another holds out: the only place
-    where the partition has a say. The global set takes the lowest of each stratum, too, that it
-    holds nothing of.
+    Below global_fraction, an expected share of different texts: the global held-out set. Below
+    global_fraction + silo_fraction: the held-out set of their silo. A set that would be empty takes
+    its lowest training text, with all its copies in all silos, or one silo would train on what
+    another holds out: the only place where the partition has a say. The global set takes the lowest
+    of each stratum, too, that it holds nothing of.
 
     Args:
         positions: `position_of` each text.
         silos: of each document.
-        global_fraction, silo_fraction: expected shares of different texts.
         own: positions of texts that the input itself holds out: they are the global set then.
         strata: labels of all documents, in one or more ways (source, folder): the global set is to
             hold something of each label that has at least `STRATUM` different texts.
@@ -154,3 +164,36 @@ def _require_two(silo: str, documents: int, different: int) -> None:
             hint="Give it more documents, fold small silos with --min-documents, or part the "
             "documents of a single text file with --separator.",
         )
+
+
+def own_splits(names: Iterable[str]) -> set[str]:
+    """Those of a dataset's splits that are there to validate or test; none if all of them are."""
+    every = set(names)
+    held = {name for name in every if _HELD_OUT.search(name.lower())}
+    return held if held != every else set()
+
+
+def splits_of_files(
+    paths: Sequence[tuple[str, ...]],
+) -> dict[tuple[str, ...], tuple[str, bool]]:
+    """(split, whether it is to validate or test with) of each file that lies in one, by its parts.
+
+    A name counts where one beside it says "train": train.jsonl and test.jsonl, or train/ and
+    valid/; a lone folder "dev" is a folder.
+    """
+    beside: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for parts in paths:
+        for depth, name in enumerate(parts):
+            beside[parts[:depth]].add(name)
+    parted = {
+        above for above, names in beside.items() if any(_TRAIN.search(n.lower()) for n in names)
+    }
+    found: dict[tuple[str, ...], tuple[str, bool]] = {}
+    for parts in paths:
+        for depth, name in enumerate(parts):
+            held, train = _HELD_OUT.search(name.lower()), _TRAIN.search(name.lower())
+            if parts[:depth] in parted and (word := held or train):
+                # "train-test.jsonl" is anybody's guess: it is trained on, as it was.
+                found[parts] = (word[1], held is not None and train is None)
+                break
+    return found

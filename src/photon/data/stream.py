@@ -53,38 +53,27 @@ class TokenStream:
         return self._firsts[-1]
 
     def batch(self, start: int, count: int) -> np.ndarray:
-        """Samples start .. start + count - 1.
+        """Samples start .. start + count - 1, int64 [count, sequence_length + 1].
 
         Args:
             start: the cursor, from 0; it may lie many epochs ahead.
-            count: of samples.
-
-        Returns:
-            int64 [count, sequence_length + 1].
 
         Raises:
             ValueError: start or count is negative.
         """
-        found = self._found(start, count)
-        out = np.empty((count, self.sequence_length + 1), dtype=np.int64)
-        for row, (run, first) in zip(out, found, strict=True):
+        out = np.empty((max(0, count), self.sequence_length + 1), dtype=np.int64)
+        for row, (run, first) in zip(out, self._found(start, count), strict=True):
             run.read(first, row)
         return out
 
     def document_ids(self, start: int, count: int) -> np.ndarray:
-        """Which document each token of samples start .. start + count - 1 belongs to.
+        """Which document each token of `batch` belongs to, int32 of its shape.
 
-        For attention masks that keep documents apart. A document's end-of-text token belongs to it.
-
-        Returns:
-            int32 [count, sequence_length + 1]: 0 for a window's first document, then 1, 2, ...
-
-        Raises:
-            ValueError: start or count is negative.
+        For attention masks that keep documents apart: 0 for a window's first document, then 1, 2,
+        ... A document's end-of-text token belongs to it.
         """
-        found = self._found(start, count)
-        out = np.empty((count, self.sequence_length + 1), dtype=np.int32)
-        for row, (run, first) in zip(out, found, strict=True):
+        out = np.empty((max(0, count), self.sequence_length + 1), dtype=np.int32)
+        for row, (run, first) in zip(out, self._found(start, count), strict=True):
             ids = run.document_of(first, self.sequence_length + 1)
             row[:] = ids - ids[0]
         return out
@@ -122,7 +111,6 @@ def token_stream(
     """The training text of some silos.
 
     Args:
-        data: from `open_data`.
         silos: whose text; pooled. Order and repetition of names don't matter.
         sequence_length: predictions per sample; samples hold one token more.
         seed: of the shuffle. A stream over one silo does not depend on the others.

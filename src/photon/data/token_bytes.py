@@ -38,9 +38,7 @@ def token_bytes(file: Path, sha256: str, vocab_size: int, eos_id: int) -> TokenB
     from those of the text that was cut.
 
     Args:
-        file: tokenizer.json.
         sha256: its hash, so that another file under its name is read anew.
-        vocab_size: every id is below it.
         eos_id: ends documents; no part of any text.
 
     Raises:

@@ -80,7 +80,6 @@ class TextTokenizer:
     """A tokenizer and the token that ends a document.
 
     Attributes:
-        tokenizer: of the `tokenizers` library.
         eos_token, eos_id: the end-of-text token.
         vocab_size: largest token id + 1, which a model's embedding must hold.
         settings: of a given tokenizer_config.json; empty without one.
@@ -93,10 +92,9 @@ class TextTokenizer:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> str:
-        """Write tokenizer.json and tokenizer_config.json, which `AutoTokenizer` reads.
+        """Write tokenizer.json, whose sha256 this returns, and tokenizer_config.json.
 
-        Returns:
-            sha256 of tokenizer.json, hexadecimal.
+        `AutoTokenizer` reads them.
         """
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "tokenizer.json"
@@ -134,11 +132,9 @@ def byte_level(model: BPE) -> Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """Train a byte-level BPE; the same texts give the same tokenizer.
+    """Train a byte-level BPE of at most `vocab_size` tokens; little text gives fewer.
 
-    Args:
-        texts: to learn merges from.
-        vocab_size: upper bound of its tokens; little text gives fewer.
+    The same texts give the same tokenizer.
 
     Raises:
         DataError: vocab_size does not hold the 256 bytes and the end-of-text token.

@@ -13,13 +13,7 @@ from photon.data.shards import Shard
 
 
 class TokenRun:
-    """The tokens of some shards, end to end; nothing is opened before it is read.
-
-    Args:
-        folder: where the shards lie.
-        shards: in order.
-        dtype: of the token files.
-    """
+    """The tokens of some shards of a folder, end to end; nothing is opened before it is read."""
 
     def __init__(self, folder: Path, shards: Sequence[Shard], dtype: np.dtype) -> None:
         self._folder, self._shards, self._dtype = folder, list(shards), dtype

@@ -40,11 +40,9 @@ def build_model(
     network is used only if `config.path` is "hf:OWNER/NAME".
 
     Args:
-        config: [model] of run.toml.
         vocab_size: tokens of the data's tokenizer. A preset takes it as its own.
         sequence_length: tokens a training sequence predicts.
         eos_id: the data's token between documents. A pretrained model keeps its own.
-        seed: of the initial weights.
         attention: kernels, as compute.attention names them; auto leaves it to transformers.
 
     Raises:
@@ -170,7 +168,7 @@ def load_pretrained(path: str, *, attention: str = "auto") -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **place,
             dtype=torch.float32,
-            attn_implementation=_kernels(attention),
+            attn_implementation=None if attention == "auto" else attention,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
@@ -304,13 +302,9 @@ def _from_config(config: PretrainedConfig, name: str, attention: str) -> Any:
         return AutoModelForCausalLM.from_config(
             config,
             dtype=torch.float32,
-            attn_implementation=_kernels(attention),
+            attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=False,
         )
-
-
-def _kernels(attention: str) -> str | None:
-    return None if attention == "auto" else attention
 
 
 def _require_known_type(folder: Path) -> None:
@@ -344,12 +338,7 @@ def _require_causal(model: Any, path: str) -> None:
 
 
 def require_document_masks(model: Any, name: str) -> None:
-    """Raise ModelError if the model can't keep packed documents apart.
-
-    Args:
-        model: a Hugging Face causal LM with weights.
-        name: for the message.
-    """
+    """Raise ModelError, by that name, if a causal LM can't keep packed documents apart."""
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(2, 6)
     one, other = [0, 0, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]
     if not _sees_no_difference(model, name, one, other, slice(3, 6), position_ids=positions):

@@ -46,8 +46,6 @@ class ModelCard:
     """What README.md says of a model; a field left None is left out.
 
     Args:
-        run: name of the run.
-        photon_version: of the package that trained it.
         how: "serve" for organisations that kept their text, "simulate" for silos on one machine,
             "train" for one text pooled.
         date: when the run began.
@@ -96,10 +94,8 @@ def export_model(
         model: a Hugging Face causal LM, fp32.
         out: folder to make; its parents are made too.
         tokenizer_folder: holds tokenizer.json and whatever else belongs to the tokenizer.
-        card: what README.md says.
         max_shard_size: of one safetensors file, a number with unit.
         dtype: of the weights written; bfloat16 rounds them and halves the size.
-        overwrite: replace what is at `out`.
 
     Raises:
         ModelError: `out` exists, tokenizer.json is missing, or the model can't be saved.

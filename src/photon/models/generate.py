@@ -32,7 +32,6 @@ def generate_tokens(
         model: a Hugging Face causal LM, on the device to run on.
         start: at least one token.
         ends: tokens after which it stops.
-        max_new_tokens: at most so many are added.
         temperature: 0 always takes the likeliest token.
         top_k: sample among the k likeliest; None or 0 among all.
         top_p: sample among the likeliest that together reach this probability.

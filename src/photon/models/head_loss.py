@@ -69,8 +69,6 @@ class HeadLoss:
         Args:
             model: the one this was made of, or what stands for it (DDP).
             targets: int64 [B x L].
-            z_loss: as in `training_loss`.
-            inputs: of the model.
         """
         self._targets, self._z_loss = targets, z_loss
         try:

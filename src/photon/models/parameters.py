@@ -60,9 +60,6 @@ def hidden_matrices(module: Any) -> list[str]:
 
     These are what Muon orthogonalises; GPT-2's transposed Conv1D weights count, position
     embeddings don't, nor do experts stacked into 3-D weights.
-
-    Args:
-        module: a Hugging Face causal LM.
     """
     excluded = {
         id(parameter)
@@ -81,11 +78,7 @@ def hidden_matrices(module: Any) -> list[str]:
 
 
 def transformer_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """The model's repeated layers, in order: what is sharded, recomputed and compiled one by one.
-
-    Args:
-        module: a Hugging Face causal LM.
-    """
+    """A model's repeated layers, in order: what is sharded, recomputed and compiled one by one."""
     stacks = [part for part in module.modules() if isinstance(part, torch.nn.ModuleList)]
     sizes = [sum(parameter.numel() for parameter in stack.parameters()) for stack in stacks]
     return list(stacks[sizes.index(max(sizes))]) if stacks else []

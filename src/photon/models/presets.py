@@ -58,10 +58,7 @@ def preset_config(
     """A preset as a Hugging Face configuration, embeddings tied, for sequences of that length.
 
     Args:
-        preset: a name in SHAPES.
         family: "llama" (RoPE, SwiGLU, RMSNorm) or "mpt" (ALiBi, GELU at expansion 4, no biases).
-        vocab_size: tokens of the data's tokenizer.
-        sequence_length: tokens a training sequence predicts.
         eos_id: the token between documents; it starts a text as well as it ends one.
         qk_norm: RMSNorm on each head's queries and keys (llama only): what Qwen3 is to Llama.
     """

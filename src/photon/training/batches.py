@@ -56,9 +56,7 @@ def read_ahead(
     Args:
         stream: touched by that thread alone until the iterator is closed.
         cursor: this rank's first sequence of the first step.
-        stride: sequences of a step over all ranks.
-        share: sequences of this rank.
-        steps: how many batches.
+        stride: sequences of a step over all ranks; `share` are this rank's.
         device: where they end up; on CUDA through pinned memory, without waiting.
         documents: whether document_ids are wanted.
     """

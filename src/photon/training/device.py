@@ -52,7 +52,6 @@ def plan_compute(
     """Resolve [compute] on this machine.
 
     Args:
-        section: the [compute] table.
         processes: training processes that share the machine's cores.
         seat: this process's place among a node's ranks; on CUDA it picks the device.
 
@@ -63,7 +62,7 @@ def plan_compute(
     device = _device(section.device)
     threads = section.threads or max(1, cores() // max(1, processes))
     if device.type == "cuda":
-        device = torch.device("cuda", _cuda_index(seat or Seat()))
+        device = _cuda_device(seat or Seat())
     return ComputePlan(device, _autocast_dtype(section.precision, device), threads, section)
 
 
@@ -71,7 +70,6 @@ def ranks_of_a_node(section: ComputeConfig, *, workers: int) -> int:
     """Processes that each node trains with: compute.processes, or one for each CUDA device left.
 
     Args:
-        section: the [compute] table.
         workers: nodes on this machine; 0 and 1 alike have it to themselves.
 
     Raises:
@@ -106,14 +104,14 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _cuda_index(seat: Seat) -> int:
+def _cuda_device(seat: Seat) -> torch.device:
     count = torch.cuda.device_count()
     if seat.local_rank >= count:
         raise DeviceError(
             f"rank {seat.rank} wants CUDA device {seat.local_rank}, {count} are visible",
             hint="Lower compute.processes or federation.workers, or look at CUDA_VISIBLE_DEVICES.",
         )
-    return seat.local_rank
+    return torch.device("cuda", seat.local_rank)
 
 
 def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

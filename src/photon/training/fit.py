@@ -56,9 +56,6 @@ def plan_fit(
 
     Args:
         model: on the CPU or the meta device.
-        config: batch, optimizer, sequence length and what [compute] asks for.
-        plan: device and arithmetic.
-        seat: how many ranks, on how many machines.
         share_of: nodes that share this machine's main memory.
         memo: file of micro-batches found before; see MicroBatch.
         ranks: that must come to the same choice, and so go by the least memory among them.

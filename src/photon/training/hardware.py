@@ -99,8 +99,6 @@ def measure_peak(
     On a CPU it uses the threads that torch is set to, and other processes' load lowers it.
 
     Args:
-        device: where.
-        dtype: of the factors.
         seconds: roughly how long. Products grow as far as that allows.
     """
     device = torch.device(device)
@@ -132,7 +130,6 @@ def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float
 
     Args:
         tokens_per_s: trained, of all the devices that `peak_flops` adds up.
-        flops_per_token: FlopCount.per_token.
         peak_flops: FLOP/s in the arithmetic that is used.
     """
     return tokens_per_s * flops_per_token / peak_flops
@@ -143,8 +140,6 @@ class Device:
     """One accelerator, or the CPU as the place where training runs.
 
     Attributes:
-        type: cuda, mps or cpu.
-        name: what it calls itself.
         memory_total_bytes, memory_free_bytes: its own memory; the machine's for cpu and mps.
         has_bf16: whether bf16 arithmetic is in hardware and pays.
         capability: of CUDA, e.g. "9.0"; None elsewhere.
@@ -163,8 +158,6 @@ class Machine:
     """What `inspect_machine` found.
 
     Attributes:
-        python, torch, photon: versions.
-        system: operating system and processor architecture.
         cores: that this process may use.
         ram_total_bytes, ram_available_bytes: of the machine, or of the cgroup where it is less.
         disk_free_bytes: where runs are written, the current folder.

@@ -50,15 +50,11 @@ class MemorySettings:
     """What memory depends on, beside the model.
 
     Attributes:
-        optimizer: adamw, muon, adopt, amsgrad or sgd.
-        optimizer_bits: 32, or 8 for AdamW's moments.
+        optimizer, optimizer_bits, activation_checkpointing: as in a run file.
         strategy: single, ddp, fsdp or hybrid.
         shards: devices that a model is cut among under fsdp and hybrid.
         micro_batch_size: sequences of a forward pass.
-        sequence_length: tokens of a sequence.
         bf16: arithmetic of forward and backward; weights and state are fp32 either way.
-        activation_checkpointing: none, selective or full.
-        device_type: cpu, cuda or mps.
         accumulates: whether a step has several micro-batches, so that gradients outlive each.
     """
 
@@ -123,7 +119,6 @@ def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
 
     Args:
         model: a Hugging Face causal LM. Frozen parameters have no gradient and no state.
-        settings: what memory depends on beside it.
     """
     weights, gradients, state, runtime = _standing(model, settings)
     copies = _gathered(model, settings)

@@ -120,7 +120,6 @@ def orthogonalise(
     Args:
         matrices: [n, rows, columns], fp32 or bf16.
         coefficients: a, b, c of x -> a x + (b g + c g g) x with g = x x^T.
-        steps: iterations.
         epsilon: least Frobenius norm that is divided by.
 
     Returns:
@@ -148,9 +147,7 @@ def _orthogonalised(
 
     Args:
         directions: this rank's parts, of matrices of one shape.
-        newton_schulz: what to do to whole matrices.
         model: any of the parameters; says whether they are cut.
-        ranks: who shares the work; None is this process alone.
         turn: matrix i is done by rank (turn + i) % world.
     """
     # bf16 where there are matrix units for it, which also halves the bytes to send.

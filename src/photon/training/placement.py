@@ -45,9 +45,6 @@ class PlacedModel:
 
     Args:
         model: fp32 weights, or parameters on the meta device (then given memory, not values).
-        plan: device, arithmetic, recomputation, compilation.
-        ranks: of this node.
-        strategy: how they share the model.
     """
 
     def __init__(

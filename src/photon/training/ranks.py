@@ -81,7 +81,6 @@ class Ranks:
         """Meet the other ranks; alone if there is one.
 
         Args:
-            seat: this process's.
             device: on CUDA gradients move by NCCL, on CPU by gloo; announcements always by gloo.
             collective_s: a collective of the training step that takes longer fails.
 

@@ -75,7 +75,6 @@ def write_snapshot(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> P
     Args:
         path: the folder to be; it lies on storage that all ranks of the node see.
         tensors: as this rank holds them, whole or cut; they may change as soon as this returns.
-        ranks: of the node.
 
     Raises:
         OSError: the folder can't be made.
@@ -106,10 +105,7 @@ def write_snapshot(path: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> P
 def read_snapshot(path: Path, allocate: Allocate, ranks: Ranks) -> dict[str, Tensor]:
     """A snapshot's tensors as this rank holds them; every rank calls this alike.
 
-    Args:
-        path: a finished snapshot, written by any number of ranks.
-        allocate: makes the tensors that are read into.
-        ranks: of the node.
+    It may have been written by any number of ranks.
 
     Raises:
         OSError, ValueError: it is missing, or can't be read.

@@ -82,10 +82,8 @@ def trace_step(
 
     Args:
         model: a Hugging Face causal LM. Its blocks are the longest ModuleList of like modules.
-        sequence_length: tokens a sequence predicts.
         arithmetic: fp32; autocast to bf16 from fp32 weights; bf16, weights and all, as FSDP's
             blocks compute (gradients are then of 2 bytes each).
-        activation_checkpointing: none, selective or full.
     """
     shorten = len(_uniform_blocks(model)) > _RUN_BLOCKS
     deltas = [

@@ -35,18 +35,16 @@ def choose_strategy(asked: str, seat: Seat, *, state_bytes: int, device_bytes: i
 
     Args:
         asked: compute.strategy.
-        seat: how many ranks there are, and on how many machines.
         state_bytes: weights, gradients and optimizer state of a whole copy.
         device_bytes: memory of one device.
 
     Raises:
         IncompatibleConfigError: what was asked can't work with so many ranks or machines.
     """
-    many = seat.world_size > 1
     if asked != "auto":
         _require_possible(asked, seat)
         return Strategy(asked, f"compute.strategy asks for it, on {seat.world_size} rank(s)")
-    if not many:
+    if seat.world_size == 1:
         return Strategy("single", "there is one rank")
     needs, has = f"{state_bytes / 1e9:.1f} GB", f"{device_bytes / 1e9:.1f} GB"
     if state_bytes <= _ROOM_FOR_STATE * device_bytes:
@@ -62,9 +60,7 @@ def choose_strategy(asked: str, seat: Seat, *, state_bytes: int, device_bytes: i
 def cut_strategy(seat: Seat, why: str) -> Strategy:
     """Cut among all ranks; where machines have several ranks each, among a machine's.
 
-    Args:
-        seat: how many ranks, on how many machines.
-        why: a copy on each rank won't do, in words.
+    `why` a copy on each rank won't do is in words.
     """
     if seat.machines > 1 and seat.local_world_size > 1:
         return Strategy(

@@ -78,9 +78,6 @@ class Trainer:
 
     Args:
         model: fp32 weights, or parameters on the meta device that `load_weights` will fill.
-        config: the [local] table.
-        schedule: learning-rate factor by global step.
-        plan: device, arithmetic, threads.
         log_every: steps between progress calls and checks for a non-finite loss.
         placement: this node's ranks, and how they share the model; one rank by default.
         micro_batch: for this rank; by default what the plan asks for, or the whole share.
@@ -117,7 +114,7 @@ class Trainer:
 
     @property
     def model(self) -> nn.Module:
-        """The model itself, for evaluation and export; cut among ranks where the strategy cuts."""
+        """The model itself, cut among ranks where the strategy cuts."""
         return self.placed.module
 
     def weights(self) -> dict[str, Tensor]:
@@ -261,10 +258,10 @@ class Trainer:
         """Forward and backward in micro-batches; the mean loss over this rank's sequences."""
         total = torch.zeros((), device=self.plan.device)
         micro_batches = batch.split(self.micro_batch.size)
-        share = 1 / len(micro_batches)
+        share, kind, dtype = 1 / len(micro_batches), self.plan.device.type, self.autocast_dtype
         for number, micro in enumerate(micro_batches, start=1):
             with self.placed.accumulating(last=number == len(micro_batches)):
-                with clock.phase("forward"), self._arithmetic():
+                with clock.phase("forward"), torch.autocast(kind, dtype, enabled=dtype is not None):
                     objective, loss = training_loss(
                         self.placed,
                         micro.tokens,
@@ -300,10 +297,6 @@ class Trainer:
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             norm = nn.utils.get_total_norm(gradients, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _arithmetic(self) -> contextlib.AbstractContextManager:
-        dtype = self.autocast_dtype
-        return torch.autocast(self.plan.device.type, dtype, enabled=dtype is not None)
 
     def _seed(self, seed: int) -> None:
         # torch.manual_seed formats a stack trace at each call where CUDA is not in use: 2% of a
