@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from photon.config import load_run_config
 from photon.errors import NonFiniteError, QuorumLostError, ResumeMismatchError
-from photon.runs import resume, simulate, train
+from photon.runs import load_weights, resume, simulate, train
 from photon.runs.changes import (
     CHANGEABLE_KEYS,
     RESUMABLE_KEYS,
@@ -132,3 +133,13 @@ def test_a_diverged_run_is_told_the_way_out_and_takes_it(
     with pytest.raises(error):
         resume(tmp_path / "run")  # the same bits diverge again
     assert resume(tmp_path / "run", overrides=["local.lr=0.1"]).summary["rounds"] == 1
+
+
+def test_a_run_of_another_format_is_refused_before_its_run_file_is_read(short, tmp_path):
+    shutil.copytree(short[0], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "format": 2}))
+    (tmp_path / "run" / "config.resolved.toml").write_text("[serve]\nround_deadline_s = 1\n")
+    for use in (resume, load_weights):
+        with pytest.raises(ResumeMismatchError, match=r"format 2, begun by Photon .* reads format"):
+            use(tmp_path / "run")

@@ -47,6 +47,7 @@ from photon.models import (
 )
 from photon.runs.changes import changes, go_on_with
 from photon.runs.folder import (
+    RUN_FORMAT,
     RunResult,
     keep_model,
     only_process,
@@ -74,9 +75,6 @@ from photon.training import (
     plan_compute,
 )
 from photon.version import photon_version
-
-#: Of run.json. 2: checkpoints say where each silo's data cursor stands.
-FORMAT = 2
 
 #: A run folder's copy of the clock that its time is simulated by.
 CLOCK_FILE = "clock.toml"
@@ -390,7 +388,7 @@ class Session:
         write_json(
             self.folder / "run.json",
             {
-                "format": FORMAT,
+                "format": RUN_FORMAT,
                 "kind": self.kind,
                 "silos": self.silos,
                 "vocab_size": self.data.vocab_size,
@@ -402,14 +400,6 @@ class Session:
         )
 
     def _check_same(self, record: dict[str, Any], fingerprint: str) -> None:
-        if record.get("format") != FORMAT:
-            found, begun = record.get("format"), record.get("photon_version", "another version")
-            raise ResumeMismatchError(
-                f"{self.folder} is a run of format {found}, begun by Photon {begun}; "
-                f"this is Photon {photon_version()}, which goes on with format {FORMAT}",
-                hint=f"Finish it with Photon {begun}, or start a new run from its model: `photon "
-                'export`, then model.path with model.init = "pretrained".',
-            )
         if record["data_sha256"] != self.data.sha256:
             raise ResumeMismatchError(
                 f"the data at {self.config.data.path} is not what this run started with "
