@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,9 +78,10 @@ def examine(sequence_length: int | None, vocab_size: int | None, optimizer: str)
 
     machine = inspect_machine()
     precision = _precision(machine.devices[0])
+    devices = [_device(device, precision) for device in machine.devices]
     return {
         "machine": {key: value for key, value in asdict(machine).items() if key != "devices"},
-        "devices": [_device(device, precision) for device in machine.devices],
+        "devices": devices,
         "precision": precision,
         "compile": _compile(machine),
         "strategies": _strategies(machine),
@@ -90,7 +91,7 @@ def examine(sequence_length: int | None, vocab_size: int | None, optimizer: str)
             "vocab_size": vocab_size or _USUAL[1],
             "share_of_peak": ASSUMED_MFU,
         },
-        "presets": _presets(machine, precision, sequence_length, vocab_size, optimizer),
+        "presets": _presets(devices, sequence_length, vocab_size, optimizer),
         "missing": _missing(machine),
         "warnings": _warnings(machine, torch.get_num_threads()),
     }
@@ -171,13 +172,11 @@ def _compile(machine: Machine) -> dict[str, Any]:
     if machine.devices[0].type == "cuda":
         found = machine.packages["triton"]
         why = "on CUDA, with triton" if found else "triton is not installed"
-        return {"available": found, "why": why}
-    if machine.compiler:
-        return {
-            "available": True,
-            "why": f'with {machine.compiler}; only compute.compile = "on" asks for it here',
-        }
-    return {"available": False, "why": "no C++ compiler (g++ or clang++, or name one in CXX)"}
+    elif found := bool(machine.compiler):
+        why = f'with {machine.compiler}; only compute.compile = "on" asks for it here'
+    else:
+        why = "no C++ compiler (g++ or clang++, or name one in CXX)"
+    return {"available": found, "why": why}
 
 
 def _strategies(machine: Machine) -> dict[str, Any]:
@@ -192,19 +191,17 @@ def _strategies(machine: Machine) -> dict[str, Any]:
     else:
         possible = ["single"]
         reason = "there is one device"
-    # Between machines the same ranks can be a hybrid, which one machine can't tell.
-    more = ["hybrid"] if devices > 1 else []
     return {
         "devices": devices,
         "possible": possible,
-        "possible_with_more_machines": [*(["ddp", "fsdp"] if devices == 1 else []), *more],
+        # Between machines the same ranks can be a hybrid, which one machine can't tell.
+        "possible_with_more_machines": ["hybrid"] if devices > 1 else ["ddp", "fsdp"],
         "reason": reason,
     }
 
 
 def _presets(
-    machine: Machine,
-    precision: dict[str, Any],
+    devices: list[dict[str, Any]],
     asked_length: int | None,
     asked_vocabulary: int | None,
     optimizer: str,
@@ -218,10 +215,12 @@ def _presets(
         preset_skeleton,
         standing_bytes,
     )
+    from photon.training.ranks import Seat
+    from photon.training.strategy import choose_strategy
 
-    devices = machine.devices
-    room = min(device.memory_free_bytes for device in devices)
-    peak = _device(devices[0], precision)["peak_flops"] * len(devices)
+    room = min(device["memory_free_bytes"] for device in devices)
+    first, ranks = devices[0], len(devices)
+    seat = Seat(world_size=ranks, local_world_size=ranks)
     rows = []
     for preset in SHAPES:
         usual = _TINY if preset == "tiny" else _USUAL
@@ -234,13 +233,16 @@ def _presets(
             shards=1,
             micro_batch_size=1,
             sequence_length=sequence_length,
-            bf16=precision["auto_takes"] == "bf16",
+            bf16=first["peak_precision"] == "bf16",
             activation_checkpointing="none",
-            device_type=devices[0].type,
+            device_type=first["type"],
             accumulates=True,
         )
         standing = standing_bytes(model, settings)
-        settings = _placed(settings, len(devices), standing, room)
+        # What "auto" takes with a rank on each device.
+        chosen = choose_strategy("auto", seat, state_bytes=standing, device_bytes=room)
+        shards = ranks if chosen.shards else 1
+        settings = replace(settings, strategy=chosen.name, shards=shards)
         found = largest_fitting(model, settings, room)
         flops = count_flops(model, sequence_length).per_token
         row: dict[str, Any] = {
@@ -258,22 +260,10 @@ def _presets(
                 "micro_batch_size": found.settings.micro_batch_size,
                 "activation_checkpointing": found.settings.activation_checkpointing,
                 "memory_bytes": found.total_bytes,
-                "estimated_tokens_per_s": ASSUMED_MFU * peak / flops,
+                "estimated_tokens_per_s": ASSUMED_MFU * first["peak_flops"] * ranks / flops,
             }
         rows.append(row)
     return rows
-
-
-def _placed(settings: Any, devices: int, state_bytes: int, room: int) -> Any:
-    """The strategy that "auto" takes with a rank on each device."""
-    from dataclasses import replace
-
-    from photon.training.ranks import Seat
-    from photon.training.strategy import choose_strategy
-
-    seat = Seat(world_size=devices, local_world_size=devices)
-    chosen = choose_strategy("auto", seat, state_bytes=state_bytes, device_bytes=room)
-    return replace(settings, strategy=chosen.name, shards=devices if chosen.shards else 1)
 
 
 def _missing(machine: Machine) -> list[str]:
@@ -394,19 +384,12 @@ def _show_presets(findings: dict[str, Any]) -> None:
     rows: list[tuple[str, ...]] = []
     for row in findings["presets"]:
         if row["fits"]:
-            rows.append(
-                (
-                    row["preset"],
-                    count(row["parameters"]),
-                    f"{row['strategy']}, micro-batch {row['micro_batch_size']}",
-                    row["activation_checkpointing"],
-                    size(row["memory_bytes"]),
-                    count(row["estimated_tokens_per_s"]),
-                )
-            )
+            how = f"{row['strategy']}, micro-batch {row['micro_batch_size']}"
+            cost = (size(row["memory_bytes"]), count(row["estimated_tokens_per_s"]))
+            figures = (how, row["activation_checkpointing"], *cost)
         else:
-            why = f"no: {size(row['state_bytes'])} without activations"
-            rows.append((row["preset"], count(row["parameters"]), why, "", "", ""))
+            figures = (f"no: {size(row['state_bytes'])} without activations", "", "", "")
+        rows.append((row["preset"], count(row["parameters"]), *figures))
     headings = ("preset", "parameters", "trains here", "recomputation", "memory", "tokens/s")
     show_table(headings, rows, right=(1, 4, 5))
 

@@ -156,16 +156,9 @@ def list_command(run_file: RunFile = None, home: Home = None, as_json: AsJson = 
     for member in members:
         presence, seen_at = presences.get(member.name, (None, 0.0))
         seen = f"{coarse(time.time() - seen_at)} ago, {presence.state}" if presence else "never"
-        rows.append(
-            (
-                member.name,
-                member.status,
-                utc(member.joined_at),
-                f"{member.facts.train_tokens:,}",
-                member.facts.photon_version,
-                seen,
-            )
-        )
+        joined, tokens = utc(member.joined_at), f"{member.facts.train_tokens:,}"
+        version = member.facts.photon_version
+        rows.append((member.name, member.status, joined, tokens, version, seen))
     for invitation in invitations:
         what = "invited, new key" if invitation.rotate else "invited"
         rows.append((invitation.name, what, "", "", "", f"until {utc(invitation.expires_at)}"))
@@ -319,7 +312,7 @@ def _aggregator_key(place: _Place) -> NodeKey:
 
 def _invite(asked: _Asked, place: _Place, *, rotate: bool) -> None:
     serve, name, bound = place.serve, asked.name, asked.key
-    host, port = _host_and_port(asked.address) if asked.address else _public_address(serve)
+    host, port = _address(asked.address, serve)
     tokenizer = _tokenizer(place)
     ca_pem = _authority(serve, host)
     key = _aggregator_key(place)
@@ -436,17 +429,15 @@ def _require_enough_left(roster: Roster, place: _Place, name: str, what: str, ye
         raise MembershipError(f"{name} was not {what}", hint="With --yes it is, unasked.")
 
 
-def _public_address(serve: ServeConfig) -> tuple[str, int]:
+def _address(typed: str | None, serve: ServeConfig) -> tuple[str, int]:
+    """Host and port that silos dial."""
+    from photon.config.addresses import host_and_port
     from photon.deploy.front_door import public_host
 
-    return public_host(serve), serve.public_port or serve.port
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    from photon.config.addresses import host_and_port
-
+    if not typed:
+        return public_host(serve), serve.public_port or serve.port
     try:
-        return host_and_port(address)
+        return host_and_port(typed)
     except ValueError as error:
         raise InvalidValueError(f"--address {error}") from None
 

@@ -29,7 +29,7 @@ from photon.errors import (
 )
 
 if TYPE_CHECKING:
-    from photon.config import NodeConfig
+    from photon.config import NodeConfig, RunConfig
     from photon.deploy.checks import Check
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what each service says, too.")]
@@ -74,9 +74,9 @@ def serve(
         raise typer.BadParameter("name a run file, or a run folder with --resume")
     keep_to_this_machine(os.environ)
     if check:
-        config = load_run_config(run_file or Path(resume or "") / RUN_FILE, overrides or [])
         from photon.deploy.checks import checked, look_at_data, preflight
 
+        config = load_run_config(run_file or Path(resume or "") / RUN_FILE, overrides or [])
         data = checked("data", lambda: look_at_data(config.data.path))
         _show_checks([data, *preflight(config.serve)], as_json)
         return
@@ -95,30 +95,32 @@ def serve(
     open_data(config.data.path)  # silos would be waited for first, and then sent away
     lines = _Lines(Path(config.serve.home) / "logs" / "serve.log", verbose=verbose)
     aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)
-
-    def ready() -> None:
-        from photon.deploy.front_door import public_url
-        from photon.silo.policy import few_silos
-
-        # Not before: an events.jsonl may be there that is replaced.
-        shown = view_of_run(quiet=quiet or verbose, label=_clock_now)
-        look = functools.partial(_operator, folder, *_STATUS)
-        view.enter_context(following(folder, shown, look, lines.event))
-        lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
-        least = config.quorum_of(config.silos_needed)
-        if least < 3:
-            lines.event(
-                f"warning: {few_silos(least)}; serve.min_silos = 3 and "
-                "federation.quorum = 3 prevent it"
-            )
-
     with contextlib.ExitStack() as view:
+
+        def ready() -> None:
+            # Not before: an events.jsonl may be there that is replaced.
+            shown = view_of_run(quiet=quiet or verbose, label=_clock_now)
+            look = functools.partial(_operator, folder, *_STATUS)
+            view.enter_context(following(folder, shown, look, lines.event))
+            _welcome(config, folder, lines)
+
         outcome = aggregator.run(fresh=resume is None, overwrite=overwrite, on_ready=ready)
     if not outcome.finished:
         say(f"Stopped. `photon serve --resume {folder}` goes on.")
         return
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     show_outcome(folder, summary, as_json=as_json)
+
+
+def _welcome(config: RunConfig, folder: Path, lines: _Lines) -> None:
+    from photon.deploy.front_door import public_url
+    from photon.silo.policy import few_silos
+
+    lines.event(f"silos can join at {public_url(config.serve)}; run folder {folder}")
+    least = config.quorum_of(config.silos_needed)
+    if least < 3:
+        prevent = "serve.min_silos = 3 and federation.quorum = 3 prevent it"
+        lines.event(f"warning: {few_silos(least)}; {prevent}")
 
 
 def join(
@@ -221,14 +223,12 @@ def status(
 
     Example: `photon status runs/med --watch`
     """
+    show_status = show_json if as_json else _show_status
     while True:
         found = _operator(folder, *_STATUS)
         if watch and not as_json:
             console(stderr=False).clear()  # of a terminal; a log gets one after the other
-        if as_json:
-            show_json(found)
-        else:
-            _show_status(found)
+        show_status(found)
         if not watch:
             return
         time.sleep(2.0)
@@ -351,38 +351,23 @@ def _show_status(found: dict[str, Any]) -> None:
     show(f"{run.get('name', '?')}: {at}")
     if what := waits_for(run):
         show(f"waits {what}")
-    warning = (run.get("certificate") or {}).get("warning")
-    if warning:
+    if warning := (run.get("certificate") or {}).get("warning"):
         say(f"warning: {warning}", style="yellow")
-    rows = []
+    rows, now = [], found["server_time"]
     for member in found["members"]:
         doing = member.get("presence") or {}
-        rows.append(
-            (
-                member["name"],
-                member["status"],
-                doing.get("state", "never seen") if member["here"] else "away",
-                str(doing.get("round") or ""),
-                f"{doing['step']}/{doing['of']}" if doing.get("of") else "",
-                _ago(doing.get("since"), found["server_time"]),
-                _ago(doing.get("seen_at"), found["server_time"]),
-                _clock(doing.get("until")),
-                doing.get("detail", ""),
-            )
-        )
+        state = doing.get("state", "never seen") if member["here"] else "away"
+        step = f"{doing['step']}/{doing['of']}" if doing.get("of") else ""
+        spans = (_ago(doing.get(name), now) for name in ("since", "seen_at"))
+        end, detail = _clock(doing.get("until")), doing.get("detail", "")
+        round_ = str(doing.get("round") or "")
+        rows.append((member["name"], member["status"], state, round_, step, *spans, end, detail))
     headings = ("member", "key", "doing", "round", "step", "since", "seen", "until", "")
     show_table(headings, rows, frame=False)
-    services = [
-        (
-            one["name"],
-            one["state"],
-            str(one["pid"] or ""),
-            _ago(one["since"], found["server_time"]),
-            str(one["restarts"]),
-            one["detail"],
-        )
-        for one in found["services"]
-    ]
+    services = []
+    for one in found["services"]:
+        pid, since, restarts = str(one["pid"] or ""), _ago(one["since"], now), str(one["restarts"])
+        services.append((one["name"], one["state"], pid, since, restarts, one["detail"]))
     show_table(("service", "state", "pid", "since", "restarts", ""), services, frame=False)
 
 
