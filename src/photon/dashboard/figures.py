@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
@@ -36,6 +37,8 @@ from photon.dashboard.digest import (
     cut_alike,
     phases_of,
 )
+
+Points = Sequence[tuple[float, float]]
 
 _GLOBAL = "shared held-out"
 _MOST_COLUMNS = 64
@@ -116,24 +119,14 @@ def loss_against_tokens(digest: RunDigest, *, narrow: bool = False) -> Drawing |
         return None
     named = len(curves) <= palette.MOST_NAMED
     figure, axes, longest = _axes_for([_GLOBAL, *(curves if named else ())], narrow)
-    ends: list[tuple[float, float, str, str]] = []
-    order = list(digest.silos)
+    order, (width, alpha) = list(digest.silos), (1.0, 0.75) if named else (0.5, 0.35)
+    ends = []
     for name, line in curves.items():
-        colour, dash = palette.silo_style(order.index(name))
-        xs, ys = zip(*line, strict=True)
-        axes.plot(
-            xs,
-            ys,
-            color=colour if named else palette.MUTED,
-            linestyle=dash if named else "-",
-            linewidth=1.0 if named else 0.5,
-            alpha=0.75 if named else 0.35,
-        )
-        if named:
-            ends.append((xs[-1], ys[-1], name, colour))
+        style = palette.silo_style(order.index(name)) if named else (palette.MUTED, "-")
+        ends.append(_plot(axes, name, line, *style, width, alpha=alpha))
+    ends = ends if named else []
     if points:
-        _plot_evaluations(axes, points, palette.INK, width=2.4)
-        ends.append((*points[-1], _GLOBAL, palette.INK))
+        ends.append(_plot(axes, _GLOBAL, points, palette.INK, "-", 2.4, **_marks(points, 3.6)))
     count_ticks(axes)
     name_axes(axes, "tokens trained on, all silos together", "loss (nats per token)")
     axes.margins(x=0.01)
@@ -166,11 +159,9 @@ def comparison(
     figure, axes, longest = _axes_for([*others, "this run"], narrow)
     ends = []
     styles = _comparison_styles(list(others), list(digest.silos))
-    for (label, line), (colour, dash) in zip(others.items(), styles, strict=True):
-        _plot_evaluations(axes, line, colour, width=1.4, dash=dash)
-        ends.append((*line[-1], label, colour))
-    _plot_evaluations(axes, points, palette.INK, width=2.4)
-    ends.append((*points[-1], "this run", palette.INK))
+    for (label, line), style in zip(others.items(), styles, strict=True):
+        ends.append(_plot(axes, label, line, *style, 1.4, **_marks(line, 2.6)))
+    ends.append(_plot(axes, "this run", points, palette.INK, "-", 2.4, **_marks(points, 3.6)))
     count_ticks(axes)
     what = "Loss" if alike else "Bits per byte"
     unit = "held-out loss (nats per token)" if alike else "held-out bits per byte"
@@ -206,10 +197,8 @@ def silo_scores(digest: RunDigest, measure: Measure = "perplexity") -> Drawing |
     figure, axes, longest = _axes_for(lines, narrow=True, most=22)
     ends = []
     for name, points in lines.items():
-        colour, dash = palette.silo_style(order.index(name))
-        xs, ys = zip(*points, strict=True)
-        axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=1.5, marker="o", markersize=2.5)
-        ends.append((xs[-1], ys[-1], name, colour))
+        style = palette.silo_style(order.index(name))
+        ends.append(_plot(axes, name, points, *style, 1.5, marker="o", markersize=2.5))
     flat = [point for points in lines.values() for point in points]
     logarithmic = scale_perplexity(axes, [y for _, y in flat])
     round_ticks(axes, [int(x) for x, _ in flat])
@@ -365,18 +354,17 @@ def _axes_for(
     return *new_axes(size, right=max(0.6, 0.32 + 0.062 * longest) / size[0]), most
 
 
-def _plot_evaluations(
-    axes: Axes, points: Sequence[tuple[float, float]], colour: str, *, width: float, dash: str = "-"
-) -> None:
-    marker = "o" if len(points) <= 40 else ""
-    axes.plot(
-        *zip(*points, strict=True),
-        color=colour,
-        linewidth=width,
-        linestyle=dash,
-        marker=marker,
-        markersize=width + 1.2,
-    )
+def _plot(
+    axes: Axes, name: str, points: Points, colour: str, dash: str, width: float, **more: Any
+) -> tuple[float, float, str, str]:
+    """Draws a line; returns its end as `label_ends` takes it."""
+    axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=width, **more)
+    return *points[-1], name, colour
+
+
+def _marks(points: Points, size: float) -> dict[str, Any]:
+    """Dots on a line that has few points."""
+    return {"marker": "o" if len(points) <= 40 else "", "markersize": size}
 
 
 def _comparison_styles(labels: list[str], silos: list[str]) -> Iterator[tuple[str, str]]:
@@ -417,7 +405,7 @@ def _bar_width(xs: Sequence[int]) -> float:
     return 0.45 if len(xs) == 1 else 0.74 if len(xs) <= 60 else 1.0
 
 
-def _thin_out(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+def _thin_out(points: Points, most: int) -> list[tuple[float, float]]:
     """At most so many points, as means of neighbours: a page stays small after a long run."""
     points = [point for point in points if math.isfinite(point[1])]
     group = max(1, -(-len(points) // most))
