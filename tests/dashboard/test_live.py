@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from photon.dashboard import LiveView, PlainView, progress_view
-from photon.dashboard.frame import Frame, change, fit
+from photon.dashboard.frame import Frame, change
 from photon.dashboard.progress import RunProgress
 from photon.telemetry.events import (
     ComputeChosen,
@@ -176,9 +176,13 @@ def test_a_diverged_perplexity_is_words(stream):
     assert change(3.0, 3.0) == "= 0.00"
 
 
-def test_fit_cuts_by_cells_and_marks_the_cut():
-    assert fit([("東京", ""), ("abc", "dim")], 6) == [("東京", ""), ("a…", "dim")]
-    assert fit([("abc", "")], 3) == [("abc", "")]
+def test_a_line_is_cut_by_cells_and_the_cut_is_marked(stream):
+    title = "photon simulate 東京"
+    for width, shown in ((20, "photon simulate 東 …"), (21, "photon simulate 東京…")):
+        assert draw([stream(run="東京").started()], width=width)[0] == shown
+    told = draw([stream(run="東京").started()], width=120)[0]
+    assert told.startswith(title)
+    assert "…" not in told
 
 
 class Clock:

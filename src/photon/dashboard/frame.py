@@ -1,6 +1,6 @@
-"""One frame of the live view, drawn straight as styled segments: a few hundred microseconds.
+"""One frame of the live view, drawn as styled lines: about a millisecond.
 
-rich's tables and progress bars measure and wrap every cell; at this frame's size that costs ten
+rich's tables and progress bars measure and wrap every cell; at this frame's size that costs several
 times as much, in the process that trains.
 """
 
@@ -11,33 +11,22 @@ from collections.abc import Iterable, Iterator
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.segment import Segment
-from rich.style import Style
+from rich.text import Text
 
 from photon.dashboard import wording
 from photon.dashboard.progress import RoundRow, RunProgress, SiloProgress
 
-#: A line: texts with the name of their style.
+#: A line: texts with their styles.
 Line = list[tuple[str, str]]
 
-_STYLES = {
-    "": Style(),
-    "title": Style(bold=True),
-    "dim": Style(dim=True),
-    "bar": Style(color="cyan"),
-    "rail": Style(color="bright_black"),
-    "training": Style(color="cyan"),
-    "done": Style(color="green"),
-    "dropped": Style(color="yellow"),
-    "away": Style(color="yellow"),
-    "waiting": Style(dim=True),
-    "better": Style(color="green"),
-    "worse": Style(color="yellow"),
-    "value": Style(bold=True),
+#: Of a silo's state: its mark, its style, and its place where there is no room for all.
+_STATES = {
+    "waiting": ("·", "dim", 3),
+    "training": ("▸", "cyan", 1),
+    "done": ("✓", "green", 2),
+    "dropped": ("✗", "yellow", 0),
+    "away": ("?", "yellow", 0),
 }
-_MARKS = {"waiting": "·", "training": "▸", "done": "✓", "dropped": "✗", "away": "?"}
-#: Shown first when there is no room for all.
-_ORDER = {"dropped": 0, "away": 0, "training": 1, "done": 2, "waiting": 3}
 _HISTORY_ROWS = 5
 _WIDEST = 120
 
@@ -50,12 +39,11 @@ class Frame:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(20, min(options.max_width, _WIDEST))
-        newline = Segment.line()
         # One row stays free: a full screen would scroll the frame's top out of reach.
         for line in frame_lines(self._progress, width, max(8, console.size.height - 1)):
-            for text, style in fit(line, min(width, options.max_width)):
-                yield Segment(text, _STYLES[style])
-            yield newline
+            text = Text.assemble(*line)
+            text.truncate(min(width, options.max_width), overflow="ellipsis")
+            yield from text.render(console, "\n")
 
 
 def frame_lines(progress: RunProgress, width: int, height: int) -> list[Line]:
@@ -78,33 +66,16 @@ def frame_lines(progress: RunProgress, width: int, height: int) -> list[Line]:
     return lines[:height]
 
 
-def fit(line: Line, width: int) -> Line:
-    """The line cut to a width in cells, with an ellipsis where something is lost."""
-    total = sum(cell_len(text) for text, _ in line)
-    if total <= width:
-        return line
-    kept: Line = []
-    left = width - 1
-    for text, style in line:
-        cells = cell_len(text)
-        if cells > left:
-            kept.append((set_cell_size(text, left) + "…", style))
-            break
-        kept.append((text, style))
-        left -= cells
-    return kept
-
-
 def bar(share: float, cells: int) -> Line:
     """A progress bar of so many cells."""
     full = round(min(1.0, max(0.0, share)) * cells)
-    return [("━" * full, "bar"), ("─" * (cells - full), "rail")]
+    return [("━" * full, "cyan"), ("─" * (cells - full), "bright_black")]
 
 
 def _header(progress: RunProgress, width: int) -> Iterator[Line]:
     started = progress.started
     if started is None:
-        yield [("Photon ", "title"), ("starting", "dim")]
+        yield [("Photon ", "bold"), ("starting", "dim")]
         return
     facts = [
         f"{wording.count(started.parameters)} parameters",
@@ -115,7 +86,7 @@ def _header(progress: RunProgress, width: int) -> Iterator[Line]:
         facts.append(f"resumed after round {started.resumed_from_round}")
     yield [
         (f"photon {started.kind} ", "dim"),
-        (wording.one_line(started.run), "title"),
+        (wording.one_line(started.run), "bold"),
         ("  " + " · ".join(facts), "dim"),
     ]
     done = f" {progress.rounds_done}/{progress.rounds} "
@@ -123,7 +94,7 @@ def _header(progress: RunProgress, width: int) -> Iterator[Line]:
     label = "Rounds "
     cells = max(8, width - len(label) - len(done) - len(times))
     share = 1.0 if progress.finished else progress.share_done
-    yield [(label, "title"), *bar(share, cells), (done, "value"), (times, "dim")]
+    yield [(label, "bold"), *bar(share, cells), (done, "bold"), (times, "dim")]
 
 
 def _left(progress: RunProgress) -> str:
@@ -139,21 +110,21 @@ def _left(progress: RunProgress) -> str:
 
 def _silos(progress: RunProgress, width: int, room: int) -> Iterator[Line]:
     if progress.waits_for is not None:
-        yield [("Waits ", "title"), (wording.one_line(progress.waits_for), "")]
+        yield [("Waits ", "bold"), (wording.one_line(progress.waits_for), "")]
         return
     if progress.stopped is not None:
         yield [
-            (f"Stopped in round {progress.stopped.round} ", "worse"),
+            (f"Stopped in round {progress.stopped.round} ", "yellow"),
             (wording.one_line(progress.stopped.reason), ""),
         ]
         return
     if progress.finished or not progress.silos:
         return
-    yield [(f"Round {progress.round} ", "title"), (progress.phase, "dim")]
+    yield [(f"Round {progress.round} ", "bold"), (progress.phase, "dim")]
     silos = list(progress.silos.values())
     shown = silos
     if len(silos) > room - 1:
-        chosen = sorted(silos, key=lambda s: _ORDER[_state(s, progress)])[: max(1, room - 2)]
+        chosen = sorted(silos, key=lambda s: _STATES[_state(s, progress)][2])[: max(1, room - 2)]
         shown = [silo for silo in silos if silo in chosen]
     names = wording.distinct((silo.name for silo in silos), max(10, width // 4))
     widest = max(cell_len(name) for name in names.values())
@@ -170,11 +141,9 @@ def _state(silo: SiloProgress, progress: RunProgress) -> str:
 
 
 def _silo_line(silo: SiloProgress, name: str, state: str, local_steps: int, width: int) -> Line:
-    line: Line = [
-        (f"  {_MARKS[state]} ", state),
-        (name, "" if state != "waiting" else "dim"),
-        (f"  {state:<8}  ", state),
-    ]
+    mark, style, _ = _STATES[state]
+    shown = (name, "" if state != "waiting" else "dim")
+    line: Line = [(f"  {mark} ", style), shown, (f"  {state:<8}  ", style)]
     if silo.note and state in ("dropped", "waiting"):
         return [*line, (wording.one_line(silo.note), "dim")]
     digits = len(str(local_steps))
@@ -198,12 +167,12 @@ def _evaluation(progress: RunProgress) -> Iterator[Line]:
     if last is None:
         return
     line: Line = [
-        ("Held-out  ", "title"),
+        ("Held-out  ", "bold"),
         ("perplexity ", "dim"),
-        (wording.perplexity(last.perplexity, "diverged"), "value"),
+        (wording.perplexity(last.perplexity, "diverged"), "bold"),
     ]
     if before is not None and last.perplexity is not None and before.perplexity is not None:
-        side = "better" if last.perplexity < before.perplexity else "worse"
+        side = "green" if last.perplexity < before.perplexity else "yellow"
         line.append((" " + change(last.perplexity, before.perplexity), side))
     line += [
         ("   loss ", "dim"),
@@ -235,7 +204,7 @@ def _totals(progress: RunProgress) -> Iterator[Line]:
         parts.append(f"{progress.updates_dropped} dropped")
     if progress.workers_lost:
         parts.append(f"{progress.workers_lost} workers lost")
-    yield [("Totals    ", "title"), (" · ".join(parts), "")]
+    yield [("Totals    ", "bold"), (" · ".join(parts), "")]
 
 
 def _history(rows: list[RoundRow], progress: RunProgress, width: int) -> Iterator[Line]:
@@ -256,4 +225,4 @@ def _history(rows: list[RoundRow], progress: RunProgress, width: int) -> Iterato
         up, down = wording.size(done.bytes_up), wording.size(done.bytes_down)
         text += f"  {up:>9}  {down:>9}  {wording.duration(done.round_s):>12}"
         dropped = f"  {len(done.dropped) or '–':>7}"
-        yield [(text, ""), (dropped, "dropped" if done.dropped else "dim")]
+        yield [(text, ""), (dropped, "yellow" if done.dropped else "dim")]
