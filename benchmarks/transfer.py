@@ -244,7 +244,7 @@ def first_requests(place: dict[str, Any]) -> dict[str, Any]:
 
     presigner = S3Presigner(**place)
     bucket = presigner.bucket_request("PUT", 600)
-    one = presigner.put("first", 1, sha256(b"1").hexdigest(), 600)
+    one = presigner.grant("PUT", "first", 600, 1, sha256(b"1").hexdigest())
     return {"bucket": [bucket.url, {}, ""], "object": [one.url, dict(one.headers), "1"]}
 
 
@@ -301,7 +301,7 @@ def run_photon(task: dict[str, Any]) -> dict[str, float]:
 
     def transfer() -> Transfer:
         granted = GrantedStore(
-            lambda *asked: presigner.grant(*asked, valid_s=3600),
+            lambda verb, key, *what: presigner.grant(verb, key, 3600, *what),
             task["store"]["endpoint"],
             allowed=["127.0.0.1"],
         )
@@ -340,7 +340,7 @@ def run_single(task: dict[str, Any]) -> dict[str, float]:
 
     (data,) = random_chunks(task["bytes"], task["bytes"])
     key = f"single-{secrets.token_hex(8)}"
-    grant = S3Presigner(**task["store"]).put(key, len(data), hexes(data), 3600)
+    grant = S3Presigner(**task["store"]).grant("PUT", key, 3600, len(data), hexes(data))
     parts = urlsplit(grant.url)
     started = time.perf_counter()
     connection = http.client.HTTPConnection(parts.netloc, timeout=120)

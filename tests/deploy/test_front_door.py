@@ -104,14 +104,16 @@ def test_presigned_requests_reach_the_store_under_every_name_of_the_door(
     sha256 = hashlib.sha256(data).hexdigest()
     url = f"https://{name}:{running_door.settings.port}"
     signer = running_store.store.presigner(url, f"door-{name}")
-    put = signer.put("chunk", len(data), sha256, 60)
+    put = signer.grant("PUT", "chunk", 60, len(data), sha256)
     assert client.put(put.url, content=data, headers=dict(put.headers)).status_code == 200
     again = client.put(put.url, content=data, headers=dict(put.headers))
     assert again.status_code == 412, "write once"
-    assert client.head(signer.head("chunk", 60).url).headers["content-length"] == str(len(data))
-    got = client.get(signer.get("chunk", 60).url)
+    assert client.head(signer.grant("HEAD", "chunk", 60).url).headers["content-length"] == str(
+        len(data)
+    )
+    got = client.get(signer.grant("GET", "chunk", 60).url)
     assert got.content == data
-    part = client.get(signer.get("chunk", 60).url, headers={"range": "bytes=10-19"})
+    part = client.get(signer.grant("GET", "chunk", 60).url, headers={"range": "bytes=10-19"})
     assert part.content == data[10:20]
     inside = running_store.store.open(f"door-{name}")
     assert dict(inside.keys()) == {"chunk": len(data)}
@@ -120,7 +122,7 @@ def test_presigned_requests_reach_the_store_under_every_name_of_the_door(
 def test_what_is_signed_is_what_may_be_written(running_door, running_store, client) -> None:
     data = b"x" * 1000
     signer = running_store.store.presigner(running_door.url, "signed")
-    put = signer.put("one", 1000, hashlib.sha256(data).hexdigest(), 60)
+    put = signer.grant("PUT", "one", 60, 1000, hashlib.sha256(data).hexdigest())
 
     def status(content: bytes, **headers: str) -> int:
         given = {**put.headers, **headers}
@@ -128,7 +130,7 @@ def test_what_is_signed_is_what_may_be_written(running_door, running_store, clie
 
     assert status(b"y" * 1000) == 400
     assert status(b"x" * 1001, **{"content-length": "1001"}) == 403
-    get = signer.get("one", 60)
+    get = signer.grant("GET", "one", 60)
     assert client.get(get.url.replace("/one?", "/two?")).status_code == 403
     assert client.put(get.url, content=data).status_code == 403
     assert client.get(f"{running_door.url}/photon/signed/one").status_code == 404
@@ -319,7 +321,7 @@ def test_nothing_secret_is_in_its_log(running_door, running_store, client) -> No
         replace(front_door(settings, watched.home / "door2"), name="lonely-door")
     )
     url = f"https://127.0.0.1:{settings.port}"
-    grant = running_store.store.presigner(url, "s").get("secret-key", 60)
+    grant = running_store.store.presigner(url, "s").grant("GET", "secret-key", 60)
     assert client.get(grant.url, headers={"x-token": "hush"}).status_code == 502, "it did fail"
     watched.supervisor._keeper("lonely-door").stop()
     said = (watched.home / "logs" / "lonely-door.log").read_text()

@@ -289,7 +289,7 @@ def test_a_client_sees_the_new_certificate_and_a_transfer_goes_on(serving, runni
     presigner = running_store.store.presigner(f"https://127.0.0.1:{found.port}", "renewal")
     data = secrets.token_bytes(400_000)
     sha256 = hashlib.sha256(data).hexdigest()
-    grant = presigner.put("slow", len(data), sha256, 600)
+    grant = presigner.grant("PUT", "slow", 600, len(data), sha256)
     began, renewed = threading.Event(), threading.Event()
 
     def body() -> Iterator[bytes]:

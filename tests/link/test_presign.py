@@ -56,7 +56,9 @@ def test_the_reference_s_example() -> None:
 
 
 def test_what_a_grant_says() -> None:
-    grant = example("https://door.example:443/s3", prefix="runs").put("a/b=1", 17, SHA256, 60)
+    grant = example("https://door.example:443/s3", prefix="runs").grant(
+        "PUT", "a/b=1", 60, 17, SHA256
+    )
     url = httpx2.URL(grant.url)
     assert (url.host, url.path) == ("door.example", "/s3/examplebucket/runs/a/b=1")
     assert "b%3D1?" in grant.url
@@ -64,23 +66,23 @@ def test_what_a_grant_says() -> None:
     assert signed == "content-length;host;if-none-match;x-amz-checksum-sha256"
     assert 58 <= grant.expires_at - time.time() <= 60
     assert "Signature" not in repr(grant)
-    token = example(session_token="to/ken").get("a", 60)
+    token = example(session_token="to/ken").grant("GET", "a", 60)
     assert "X-Amz-Security-Token=to%2Fken" in token.url
 
 
 @pytest.mark.parametrize("valid_s", [0, -1, 604801])
 def test_valid_for_a_while_only(valid_s: int) -> None:
     with pytest.raises(LinkError, match="1 to 604800 seconds"):
-        example().get("a", valid_s)
+        example().grant("GET", "a", valid_s)
 
 
 def test_what_can_not_be_signed() -> None:
     with pytest.raises(LinkError, match="not a sha256"):
-        example().put("a", 1, "abc", 60)
+        example().grant("PUT", "a", 60, 1, "abc")
     with pytest.raises(LinkError, match="can't name an object"):
-        example().get("../a", 60)
+        example().grant("GET", "../a", 60)
     with pytest.raises(LinkError, match="length and sha256"):
-        example().grant("PUT", "a", None, None, 60)
+        example().grant("PUT", "a", 60, None, None)
     with pytest.raises(LinkError, match="ftp://host") as caught:
         example("ftp://user:hush@host")
     assert "hush" not in str(caught.value)
@@ -88,7 +90,7 @@ def test_what_can_not_be_signed() -> None:
 
 def test_others_sign_the_host_only() -> None:
     store = open_store("az://box/folder", {"account_name": "us", "account_key": "aHVzaA=="})
-    grant = presigner_for(store).put("a", 17, SHA256, 60)
+    grant = presigner_for(store).grant("PUT", "a", 60, 17, SHA256)
     assert grant.headers["x-ms-blob-type"] == "BlockBlob"
     assert "folder/a?" in grant.url
 
@@ -111,18 +113,18 @@ def ask(grant: Grant, data: bytes | None = None, **changed: Any) -> int:
 
 def test_allowed(seaweed: Any, prefix: str) -> None:
     sign = seaweed.presigner(prefix)
-    assert ask(sign.head("a", 60)) == 404
-    assert ask(sign.put("a", len(DATA), SHA256, 60), DATA) == 200
-    assert ask(sign.head("a", 60)) == 200
-    assert ask(sign.get("a", 60)) == 200
+    assert ask(sign.grant("HEAD", "a", 60)) == 404
+    assert ask(sign.grant("PUT", "a", 60, len(DATA), SHA256), DATA) == 200
+    assert ask(sign.grant("HEAD", "a", 60)) == 200
+    assert ask(sign.grant("GET", "a", 60)) == 200
     assert seaweed.store(prefix).get("a", max_bytes=100) == DATA
 
 
 def test_overwriting(seaweed: Any, prefix: str) -> None:
     sign = seaweed.presigner(prefix)
-    ask(sign.put("a", len(DATA), SHA256, 60), DATA)
+    ask(sign.grant("PUT", "a", 60, len(DATA), SHA256), DATA)
     other = b"something else entirely"
-    put = sign.put("a", len(other), hashlib.sha256(other).hexdigest(), 60)
+    put = sign.grant("PUT", "a", 60, len(other), hashlib.sha256(other).hexdigest())
     assert ask(put, other) == 412
     assert seaweed.store(prefix).get("a", max_bytes=100) == DATA
     # Leaving the condition out, as who wants to overwrite would.
@@ -133,7 +135,7 @@ def test_overwriting(seaweed: Any, prefix: str) -> None:
 
 def test_other_content(seaweed: Any, prefix: str) -> None:
     sign = seaweed.presigner(prefix)
-    put = sign.put("a", len(DATA), SHA256, 60)
+    put = sign.grant("PUT", "a", 60, len(DATA), SHA256)
     assert ask(put, DATA[:-1] + b"!") == 400
     longer = DATA + b"!"
     assert ask(put, longer, headers={"content-length": str(len(longer))}) == 403
@@ -146,8 +148,8 @@ def test_other_verb_or_key(seaweed: Any, prefix: str) -> None:
     store, sign = seaweed.store(prefix), seaweed.presigner(prefix)
     store.put("a", DATA)
     store.put("b", DATA)
-    read = sign.get("a", 60)
-    write = sign.put("c", len(DATA), SHA256, 60)
+    read = sign.grant("GET", "a", 60)
+    write = sign.grant("PUT", "c", 60, len(DATA), SHA256)
     assert ask(read, verb="DELETE") == 403
     assert ask(read, DATA, verb="PUT") == 403
     assert ask(read, url=read.url.replace("/a?", "/b?")) == 403
@@ -160,7 +162,7 @@ def test_other_verb_or_key(seaweed: Any, prefix: str) -> None:
 def test_expired(seaweed: Any, prefix: str) -> None:
     store, sign = seaweed.store(prefix), seaweed.presigner(prefix)
     store.put("a", DATA)
-    read, write = sign.get("a", 1), sign.put("b", len(DATA), SHA256, 1)
+    read, write = sign.grant("GET", "a", 1), sign.grant("PUT", "b", 1, len(DATA), SHA256)
     time.sleep(2.2)
     assert ask(read) == 403
     assert ask(read, url=read.url.replace("Expires=1&", "Expires=100&")) == 403
@@ -174,7 +176,7 @@ def test_expired(seaweed: Any, prefix: str) -> None:
 def test_a_fresh_grant_when_the_first_is_refused(seaweed: Any, prefix: str) -> None:
     sign = seaweed.presigner(prefix)
     seaweed.store(prefix).put("a", DATA)
-    good = sign.get("a", 60)
+    good = sign.grant("GET", "a", 60)
     bad = Grant("GET", good.url[:-4] + "0000", good.headers, good.expires_at)
     given = [bad, good]
     assert (
@@ -200,7 +202,7 @@ def test_nothing_secret_is_logged(
 ) -> None:
     sign = seaweed.presigner(prefix).grant
     store = GrantedStore(
-        lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60),
+        lambda verb, key, count, sha256: sign(verb, key, 60, count, sha256),
         seaweed.endpoint,
         allowed=HERE,
     )
@@ -409,7 +411,7 @@ def test_this_machine_is_reached_past_every_proxy(
     }
     open_store(f"s3://{seaweed.bucket}/{prefix}", options).put("a", DATA)
     sign = seaweed.presigner(prefix)
-    granted = GrantedStore(lambda *_: sign.get("a", 60), seaweed.endpoint, allowed=HERE)
+    granted = GrantedStore(lambda *_: sign.grant("GET", "a", 60), seaweed.endpoint, allowed=HERE)
     assert granted.get("a", max_bytes=100) == DATA
     assert proxy_to("https://[::1]:8443") is None
 

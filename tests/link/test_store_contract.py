@@ -40,7 +40,7 @@ def make_store(kind: str, request: pytest.FixtureRequest, tmp_path: Path, prefix
         return weed.store(prefix)
     sign = weed.presigner(prefix).grant
     return GrantedStore(
-        lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60),
+        lambda verb, key, count, sha256: sign(verb, key, 60, count, sha256),
         weed.endpoint,
         allowed=["127.0.0.1"],
     )
@@ -203,7 +203,7 @@ def test_open_store(seaweed: Any, prefix: str, tmp_path: Path) -> None:
     assert str(store) == f"s3://{seaweed.bucket}/{prefix}"
     for secret in (seaweed.secret, seaweed.access_key_id):
         assert secret not in str(store)
-    grant = presigner_for(store).get("a", 60)
+    grant = presigner_for(store).grant("GET", "a", 60)
     granted = GrantedStore(lambda *_: grant, seaweed.endpoint, allowed=["127.0.0.1"])
     assert granted.get("a", max_bytes=1) == b"x"
 

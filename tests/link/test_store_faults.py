@@ -39,7 +39,7 @@ def wanted_of(chunks: list[tuple[str, bytes]]) -> list[Wanted]:
 
 def granted(presigner: Any, **options: Any) -> GrantedStore:
     return GrantedStore(
-        lambda verb, key, count, sha256: presigner.grant(verb, key, count, sha256, 300),
+        lambda verb, key, count, sha256: presigner.grant(verb, key, 300, count, sha256),
         presigner._origin,
         allowed=["127.0.0.1"],
         **options,
@@ -331,7 +331,7 @@ def test_fetch_of_grants_goes_on_where_it_was(seaweed: Any, prefix: str, tmp_pat
             asked.append(key)
             if len(asked) > most:
                 raise LinkError("the aggregator is gone")
-            return seaweed.presigner(prefix).grant(verb, key, count, sha256, 60)
+            return seaweed.presigner(prefix).grant(verb, key, 60, count, sha256)
 
         transfer = Transfer(
             GrantedStore(grants, seaweed.endpoint, allowed=["127.0.0.1"]), streams=2

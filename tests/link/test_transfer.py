@@ -287,7 +287,7 @@ def test_bandwidth_cap_over_all_streams() -> None:
 def test_bandwidth_cap_within_an_object(seaweed: Any, prefix: str) -> None:
     sign = seaweed.presigner(prefix).grant
     store = GrantedStore(
-        lambda verb, key, count, sha256: sign(verb, key, count, sha256, 60),
+        lambda verb, key, count, sha256: sign(verb, key, 60, count, sha256),
         seaweed.endpoint,
         allowed=["127.0.0.1"],
     )

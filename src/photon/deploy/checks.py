@@ -327,7 +327,7 @@ def _own_store(url: str) -> list[Check]:
         opened.append(store)
         seconds = _probe(store)
         signer = presigner_for(store)
-        require_origin(signer.head(f"{_PROBE}/none", 60).url)
+        require_origin(signer.grant("HEAD", f"{_PROBE}/none", 60).url)
         found = f"{store} took, gave back and removed an object in {seconds:.1f} s"
         if isinstance(signer, ObstorePresigner):
             return Doubt(
@@ -358,7 +358,7 @@ def _probe(store: Store) -> float:
 
 
 def _store_clock(store: Store) -> str | Doubt:
-    grant = presigner_for(store).head(f"{_PROBE}/none", 60)
+    grant = presigner_for(store).grant("HEAD", f"{_PROBE}/none", 60)
     try:
         with http_client(grant.url, None, httpx2.Timeout(_STORE_SILENCE_S)) as client:
             answer = client.head(grant.url, headers=dict(grant.headers))

@@ -296,7 +296,7 @@ class Granting:
 
     def _signed(self, want: Want, valid_s: int) -> dict[str, Any]:
         try:
-            grant = self._presigner.grant(want.verb, want.key, want.bytes, want.sha256, valid_s)
+            grant = self._presigner.grant(want.verb, want.key, valid_s, want.bytes, want.sha256)
         except PhotonError:
             raise
         except Exception as error:

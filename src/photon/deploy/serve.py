@@ -482,7 +482,7 @@ class Aggregator:
 
 def _origin_of(presigner: Presigner) -> str:
     """Scheme, host and port that grants of this presigner name; such as silos speak to."""
-    url = presigner.head("origin", 60).url
+    url = presigner.grant("HEAD", "origin", 60).url
     require_origin(url)
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc}"

@@ -49,23 +49,25 @@ class Grant:
 class Presigner(ABC):
     """Makes grants for the objects of one store."""
 
-    def put(self, key: str, bytes: int, sha256: str, valid_s: int) -> Grant:
-        """Leave to write an object.
+    def grant(
+        self,
+        verb: Verb,
+        key: str,
+        valid_s: int,
+        bytes: int | None = None,
+        sha256: str | None = None,
+    ) -> Grant:
+        """Leave to read an object, to ask whether it is there and how long it is, or to write it.
 
         Args:
-            bytes: how long it is.
-            sha256: of its bytes, hexadecimal.
             valid_s: seconds from now; 7 days at most.
+            bytes, sha256: how long what is written is, and its hash, hexadecimal; for PUT only.
         """
-        return self._sign("PUT", key, self._written(bytes, sha256), valid_s)
-
-    def get(self, key: str, valid_s: int) -> Grant:
-        """Leave to read an object."""
-        return self._sign("GET", key, {}, valid_s)
-
-    def head(self, key: str, valid_s: int) -> Grant:
-        """Leave to ask whether an object is there, and how long it is."""
-        return self._sign("HEAD", key, {}, valid_s)
+        if verb != "PUT":
+            return self._sign(verb, key, {}, valid_s)
+        if bytes is None or sha256 is None:
+            raise LinkError(f"leave to write {key} needs its length and sha256")
+        return self._sign(verb, key, self._written(bytes, sha256), valid_s)
 
     @abstractmethod
     def _written(self, bytes: int, sha256: str) -> dict[str, str]:
@@ -74,18 +76,6 @@ class Presigner(ABC):
     @abstractmethod
     def _sign(self, verb: Verb, key: str, headers: Mapping[str, str], valid_s: int) -> Grant:
         """A request about an object, signed."""
-
-    def grant(
-        self, verb: Verb, key: str, bytes: int | None, sha256: str | None, valid_s: int
-    ) -> Grant:
-        """Any of the three; `bytes` and `sha256` matter for PUT only."""
-        if verb == "GET":
-            return self.get(key, valid_s)
-        if verb == "HEAD":
-            return self.head(key, valid_s)
-        if bytes is None or sha256 is None:
-            raise LinkError(f"leave to write {key} needs its length and sha256")
-        return self.put(key, bytes, sha256, valid_s)
 
 
 class S3Presigner(Presigner):
