@@ -333,61 +333,40 @@ def test_the_time_of_a_round_ends(make_bench):
     assert bench.roster.tasks.open_for("red") == []
 
 
-def test_one_that_takes_far_longer_than_a_quorum_is_left_behind(make_bench, monkeypatch):
-    """Also where it says all the time that it works."""
-    monkeypatch.setattr(messenger, "_LEAST_PATIENCE_S", 0.5)
-    bench = make_bench("serve.straggler_factor=2")
+def test_a_silo_that_takes_no_step_is_left_out(make_bench):
+    """Though it says all the time that it trains."""
+    bench = make_bench("federation.stall_s=1.5")
 
-    def never(silo, ask, times):
+    def stuck(silo, ask, times):
         bench.wire.quiet.add("red")
-        bench.wire.be_here("red", state="training", task=ask.task_id)
+        bench.wire.be_here("red", state="training", task=ask.task_id, step=1, of=2)
 
-    bench.on("red", never)
+    bench.on("red", stuck)
     words = only_fails(bench.answers(), "red", UnreachableError, bench.federated.expected)
-    assert "serve.straggler_factor = 2" in words
-    assert "2 silos did in" in words
+    assert "red has been at local step 1 of 2 for 1.5 s" in words
     assert bench.wire.fired == ["red"]
 
 
-def test_who_answered_once_is_not_left_behind(make_bench, monkeypatch):
-    """That its update has to be sent again is no slowness of its."""
-    monkeypatch.setattr(messenger, "_LEAST_PATIENCE_S", 0.0)
-    bench = make_bench("serve.straggler_factor=1")
-    answers = bench.wire.fault
+def test_a_slow_silo_that_moves_on_is_waited_for(make_bench):
+    bench = make_bench("federation.stall_s=1.5")
+    begun, pull = [], bench.wire.pull
 
-    def lost_first(silo, ask, times):
-        answer = silo.answer(ask)
-        if silo.name == "red" and times == 1:
-            bench.wire.fired.append("red")
-            for key in chunks_of(bench, "red"):
-                del bench.store._objects[key]
-        return answer
+    def slow(silo, ask, times):
+        begun.append((time.monotonic(), ask))
+        bench.wire.quiet.add("red")
 
-    bench.wire.fault = lost_first
-    found = {name: digest for name, (_, digest) in bench.answers().items()}
-    assert found["red"] == bench.federated.expected["red"]
-    assert bench.wire.fired == ["red"]
-    assert bench.wire.times("red") > 1
-    bench.wire.fault = answers
+    def moving(ids):
+        if begun:
+            (began_s, ask), now_s = begun[0], time.monotonic()
+            if now_s - began_s > 4:
+                return {one: bench.silos["red"].answer(ask) for one in ids}
+            step = int(now_s - began_s)
+            bench.wire.be_here("red", state="training", step=step, of=9, task=ask.task_id)
+        return pull(ids)
 
-
-def test_answers_that_waited_for_an_aggregator_make_nobody_else_slow(make_bench, monkeypatch):
-    """After a restart the quorum's come at once, from disk; the others still train."""
-    monkeypatch.setattr(messenger, "_LEAST_PATIENCE_S", 0.0)
-    monkeypatch.setattr(messenger, "_IDLE_S", 0.3)
-    bench = make_bench("serve.straggler_factor=1")
-
-    def waited(silo, ask, times):
-        if silo.name == "red":
-            return None if times == 1 else silo.answer(ask)
-        reply = parse_reply(silo.answer(ask).text)
-        fit = replace(reply.fit, train_s=3600.0)
-        return silo.sign(reply.model_copy(update={"fit": fit}))
-
-    bench.wire.fault = waited
-    found = {name: digest for name, (_, digest) in bench.answers().items()}
-    assert found == bench.federated.expected
-    assert bench.wire.times("red") == 2
+    bench.on("red", slow)
+    bench.wire.pull = moving
+    assert bench.answers()["red"][1] == bench.federated.expected["red"]
 
 
 def test_nobody_is_waited_for_in_a_hot_loop(make_bench):

@@ -158,6 +158,11 @@ class FederationConfig(Section):
         default=600.0,
         description="Seconds a worker may go without a step or an answer before it is replaced.",
     )
+    stall_s: Annotated[float, Field(gt=0)] = Field(
+        default=3600.0,
+        description="Seconds after which a silo that is there and training, but whose local step "
+        "is still the same, is left out of its round. Silos tell every run.log_every steps.",
+    )
     quorum: Positive | None = Field(
         default=None,
         description="Fewest good updates of any merge; half of the participants by default.",

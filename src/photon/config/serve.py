@@ -67,11 +67,6 @@ class ServeConfig(Section):
         description="Seconds that serve waits for min_silos, or draws a round again that loses its "
         "quorum, before it gives up.",
     )
-    straggler_factor: Annotated[float, Field(ge=1)] | None = Field(
-        default=10.0,
-        description="Once a quorum has answered, a silo that takes so many times as long as they "
-        "did, and more than ten minutes, is left out of the round.",
-    )
     grant_s: Annotated[int, Field(ge=60, le=604_800)] = Field(
         default=300,
         description="Seconds that a presigned URL is valid. A transfer that began goes on, and "

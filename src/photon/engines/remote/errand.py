@@ -28,7 +28,7 @@ class Errand:
         ids: of its messages that may still be answered.
         asked_s, next_s: when it was sent last, and before when it is not sent again (epoch, s).
         pause_s: before it is sent once more.
-        took_s: until its first answer came to this process, or that it says it trained; 0 before.
+        doing, moved_s: what its silo said last that it does, and since when (epoch, s).
         troubles: that count against the silo; ATTEMPTS are the end.
         last_trouble: in words, for the message that says why there is no answer.
         reply: verified.
@@ -43,7 +43,8 @@ class Errand:
     asked_s: float = 0.0
     next_s: float = 0.0
     pause_s: float = _FIRST_PAUSE_S
-    took_s: float = 0.0
+    doing: tuple[str, int] = ("", 0)
+    moved_s: float = 0.0
     troubles: int = 0
     last_trouble: str = ""
     reply: Reply | None = None

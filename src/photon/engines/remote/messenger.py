@@ -3,8 +3,9 @@
 A task is named by (run, round, silo) and may be asked any number of times: a silo that finished it
 answers from its disk. So whatever dies here or there, the remedy is to ask again. Asked again is
 where the post says there will be no answer, where the silo is idle although it was asked, and where
-its update can't be had. Given up is a silo that was not heard of for federation.silence_s, or that
-has not answered when the round's time is over.
+its update can't be had. Given up is a silo that was not heard of for federation.silence_s, that
+trains and has taken no step for federation.stall_s, or that has not answered when the round's time
+is over.
 """
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ _SOON_S, _LATE_S, _SHARE = 0.2, 2.0, 0.02
 #: A silo that says it is idle so long after it was asked did not get the task, or lost it.
 #: (Delivery takes seconds, and ten where a machine is overloaded.)
 _IDLE_S = 10.0
-#: Who takes no longer is never left behind, however fast the others are.
-_LEAST_PATIENCE_S = 600.0
 
 
 class Post(Protocol):
@@ -129,7 +128,6 @@ class Messenger:
         for errand in open_ones:
             if not errand.over:
                 self._watch(errand, presences.get(errand.ask.silo), now_s)
-        self._leave_behind(errands, now_s)
         return any(errand.over for errand in open_ones)
 
     def pause_s(self, errands: Collection[Errand]) -> float:
@@ -169,7 +167,7 @@ class Messenger:
             errand.again(now_s, error.message)
 
     def _watch(self, errand: Errand, seen: tuple[Presence, float] | None, now_s: float) -> None:
-        """Ask again a silo that lost its task; give up one that is silent, or too late."""
+        """Ask again a silo that lost its task; give up one that is silent, stalled or too late."""
         ask, silence_s = errand.ask, self._config.federation.silence_s
         presence, seen_s = seen if seen is not None else (None, 0.0)
         if (error := self.barred(ask.silo)) is not None:
@@ -187,6 +185,7 @@ class Messenger:
             return
         elif presence.task == ask.task_id:
             self._progress(ask, presence)
+            self._require_movement(errand, presence, now_s)
         elif (
             errand.ids
             and not presence.task
@@ -196,24 +195,20 @@ class Messenger:
             errand.again(now_s, "it was idle although it had been asked")
             self._push(errand, now_s)
 
-    def _leave_behind(self, errands: Collection[Errand], now_s: float) -> None:
-        """Give up who takes far longer than a quorum did: one silo must not hold a round for a day.
+    def _require_movement(self, errand: Errand, presence: Presence, now_s: float) -> None:
+        """Give up a silo that is there, trains, and takes no step.
 
-        Not who has answered once: that its update can't be had may be the store's fault.
+        Transfers have a watch of their own, at the node: network.silence_s.
         """
-        factor = self._config.serve.straggler_factor
-        took_s = sorted(errand.took_s for errand in errands if errand.took_s)
-        quorum = self._config.quorum_of(len(errands)) if errands else 0
-        if factor is None or not 0 < quorum <= len(took_s):
-            return
-        patience_s = max(_LEAST_PATIENCE_S, factor * took_s[quorum - 1])
-        for errand in errands:
-            if not (errand.over or errand.took_s) and now_s - errand.begun_s > patience_s:
-                errand.failure = UnreachableError(
-                    f"{errand.ask.silo} has not answered in {patience_s:.0f} s; {quorum} silos "
-                    f"did in {took_s[quorum - 1]:.0f} s (serve.straggler_factor = {factor:g})"
-                    f"{errand.because}"
-                )
+        doing, stall_s = (presence.state, presence.step), self._config.federation.stall_s
+        if presence.state != "training" or doing != errand.doing:
+            errand.doing, errand.moved_s = doing, now_s
+        elif now_s - errand.moved_s > stall_s:
+            errand.failure = UnreachableError(
+                f"{errand.ask.silo} has been at local step {presence.step} of {presence.of} for "
+                f"{stall_s:g} s{errand.because}",
+                hint="Its trainer hangs, or its steps take longer than federation.stall_s.",
+            )
 
     def _progress(self, ask: Ask, presence: Presence) -> None:
         """Tell of a silo's steps, as far as they are new and it said how they went.
@@ -287,9 +282,6 @@ class Messenger:
             return
         if reply.refused is None:
             errand.reply = reply
-            # It may have trained while no aggregator was there to hear of it.
-            trained_s = reply.fit.train_s if reply.fit is not None else 0.0
-            errand.took_s = errand.took_s or max(now_s - errand.begun_s, trained_s)
             kept = replace(answer, ask=encoded(errand.ask))
             self._roster.tasks.close(errand.ask.task_id, kept)
             return
