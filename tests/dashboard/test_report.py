@@ -154,6 +154,19 @@ MOVES = "\x1b[2J\x07\x9b\u202egood\ud800"
 HOSTILE = "<script>alert(1)</script>\"'&$x_1$ {{7*7}}"
 
 
+def test_shares_of_time_are_shown_once_the_run_says_them(folder, stream):
+    events = list(stream(rounds=2).whole())
+    assert "goodput" not in report(folder, events).text
+    told = {"goodput": 0.891, "utilisation": 0.987, "tokens_lost": 4_096, "simulated_s": 7_325.0}
+    events[-1] = events[-1].model_copy(update={"summary": told})
+    page = report(folder, events)
+    assert "simulated time 2 h 02 min by the run's clock" in page.text
+    assert "goodput 89% of silos' time is in the model; 4.1k tokens lost" in page.text
+    assert "utilisation 99% the rest are transfers that nothing hid" in page.text
+    events[-1] = events[-1].model_copy(update={"summary": {**told, "simulated_s": None}})
+    assert "simulated time" not in report(folder, events).text
+
+
 def test_hostile_names_stay_text(folder, stream):
     silos = [HOSTILE, "</svg><b>", "$\\frac{", "東京大学", MOVES]
     made = stream(silos=silos, run=HOSTILE + MOVES, dropped={2: HOSTILE}, lost={3: MOVES})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from photon.telemetry import Event, RunHistory, read_events
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
@@ -131,6 +131,8 @@ class RunDigest:
     setup_eval_s: float
     superseded: int
     left_out: float | None = None
+    #: summary.json's, where the run is finished.
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def rounds_done(self) -> int:
@@ -227,6 +229,7 @@ def read_digest(folder: Path) -> RunDigest:
         setup_eval_s=sum(event.eval_s for event in history.of(Evaluated) if event.round == 0),
         superseded=history.superseded,
         left_out=_left_out(history),
+        summary=history.of(RunFinished)[-1].summary if state == "finished" else {},
     )
 
 
