@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import ClassVar
 
 #: An option of the command line; or a whole command, which stays as it is.
@@ -40,12 +41,8 @@ class PhotonError(Exception):
         return _OPTION.sub(lambda found: (found[1] or "").replace("-", "_") or found[0], text)
 
     def __reduce__(self) -> tuple:
-        return (_rebuild, (type(self), self.message, self.hint))
-
-
-def _rebuild(kind: type[PhotonError], message: str, hint: str | None) -> PhotonError:
-    # Errors cross process boundaries (workers); keyword-only arguments do not pickle by default.
-    return kind(message, hint=hint)
+        # Errors cross process boundaries (workers); keyword-only arguments don't pickle by default.
+        return (partial(type(self), hint=self.hint), (self.message,))
 
 
 # --- 10-19: what the user wrote -----------------------------------------------------------------

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
 
 from photon.data import PrepareOptions, held_out_text, load_tokenizer, open_data, prepare
-from photon.data.token_bytes import token_bytes
+from photon.data.held_out import token_bytes
 
 LENGTH = 16
 #: Two sources without a word in common.

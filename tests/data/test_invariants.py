@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from photon.data import PrepareOptions, open_data, prepare, token_stream
+from photon.data.shards import TokenRun
 from photon.data.stream import _require_window
-from photon.data.tokens import TokenRun
 from photon.errors import (
     EmptySiloError,
     SequenceTooLongError,

@@ -51,11 +51,7 @@ def build_codec(spec: str | CodecSpec) -> Codec:
 
 
 def spec_of(codec: Codec | str) -> str:
-    """The canonical spec, every parameter written out; two codecs with the same are equal.
-
-    Args:
-        codec: or a spec in any other form.
-    """
+    """The canonical spec, every parameter written out; two codecs with the same are equal."""
     if isinstance(codec, str):
         return spec_of(build_codec(codec))
     own = stage_text(codec.name, codec.parameters())

@@ -105,11 +105,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def require_finite(extremes: Tensor, codec: str) -> None:
-    """Refuse NaN and infinity, given values among which any of them would show.
-
-    Raises:
-        NonFiniteError: naming the codec.
-    """
+    """Raise NonFiniteError, given values among which any NaN or infinity would show."""
     if not bool(torch.isfinite(extremes).all()):
         raise NonFiniteError(
             f"codec {codec} can't encode a tensor with NaN or infinite values",
@@ -118,11 +114,7 @@ def require_finite(extremes: Tensor, codec: str) -> None:
 
 
 def require_part(parts: Parts, name: str, dtype: torch.dtype, size: int) -> Tensor:
-    """A part, if it is what it must be.
-
-    Raises:
-        ValueError: it is missing, or of another dtype or size.
-    """
+    """A part; raises ValueError if it is missing, or of another dtype or size."""
     part = parts.get(name)
     if part is None:
         raise ValueError(f"no part {name!r} (there are: {', '.join(sorted(parts)) or 'none'})")

@@ -33,11 +33,7 @@ class Nesting(Codec):
     def _decode_inner(
         self, parts: Parts, prefix: str, shape: Sequence[int], empty: Empty = torch.empty
     ) -> Tensor:
-        """What `_encode_inner` was given.
-
-        Raises:
-            ValueError: the parts under that prefix are not those of such a tensor.
-        """
+        """What `_encode_inner` was given; ValueError if the parts are not such a tensor's."""
         start = f"{prefix}."
         own = {name[len(start) :]: part for name, part in parts.items() if name.startswith(start)}
         try:

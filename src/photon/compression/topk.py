@@ -51,8 +51,7 @@ class TopK(Nesting):
     def fitted(self, update: Update) -> TopK:
         """This codec with one threshold for all tensors of the update, which is walked twice.
 
-        Raises:
-            NonFiniteError: the update holds NaN or infinity.
+        Raises NonFiniteError if it holds NaN or infinity.
         """
         codec = copy.copy(self)
         codec._threshold = _threshold(update, self.density)
@@ -102,11 +101,7 @@ def _magnitude(values: Tensor) -> np.ndarray:
 
 
 def _require_numbers(bits: np.ndarray) -> None:
-    """Refuse NaN and infinity among magnitudes.
-
-    Raises:
-        NonFiniteError: there are any.
-    """
+    """Raise NonFiniteError if there is NaN or infinity among magnitudes."""
     if bits.max() >= _INFINITY:
         require_finite(torch.tensor(torch.inf), TopK.name)
 
@@ -171,11 +166,7 @@ def _bitmap(values: Tensor, threshold: int) -> Tensor:
 
 
 def _places_of_bitmap(parts: Parts, count: int) -> Tensor:
-    """int64 [k], ascending, below `count`.
-
-    Raises:
-        ValueError: of the part's size, or a bit is set where there is no value.
-    """
+    """int64 [k], ascending, below `count`; ValueError if a bit is set where there is no value."""
     bitmap = require_part(parts, "bitmap", torch.uint8, -(-count // 8))
     places = [torch.empty(0, dtype=torch.int64)]
     for number, packed in enumerate(bitmap.split(_BLOCK // 8) if count else ()):
@@ -190,11 +181,7 @@ def _places_of_bitmap(parts: Parts, count: int) -> Tensor:
 
 
 def _places_of_index(parts: Parts, count: int) -> Tensor:
-    """int64 [k], ascending, below `count`.
-
-    Raises:
-        ValueError: of the parts' sizes, or places are not ascending or beyond the tensor.
-    """
+    """int64 [k], ascending, below `count`; raises ValueError if the parts say otherwise."""
     blocks = -(-count // _BLOCK)
     # Copies, as what came over a wire need not lie at whole numbers of 4 bytes.
     counts = require_part(parts, "counts", torch.uint8, 4 * blocks).clone().view(torch.int32)

@@ -59,15 +59,16 @@ class Zstd(Nesting):
     def decode(self, parts: Parts, shape: Sequence[int], empty: Empty = torch.empty) -> Tensor:
         # All sizes are known to be right before the first is believed.
         left = _BYTES_PER_VALUE * math.prod(shape) + _BYTES_BESIDE
-        for name, part in parts.items():
-            left -= _raw_bytes(name, part)
+        frames = {name: _frame(name, part) for name, part in parts.items() if part.numel()}
+        for name, (_, raw, _) in frames.items():
+            left -= raw
             if left < 0:
                 raise ValueError(
                     f"part {name!r} unpacks to more bytes than a tensor of {math.prod(shape)} "
                     f"values can need (expected {_BYTES_PER_VALUE} x values + {_BYTES_BESIDE})"
                 )
-        raw = {name: _decompressed(name, part) for name, part in parts.items()}
-        return self.inner.decode(raw, shape, empty)
+        opened = {name: _decompressed(name, *frame) for name, frame in frames.items()}
+        return self.inner.decode({**parts, **opened}, shape, empty)
 
     def _compressed(self, part: Tensor) -> Tensor:
         if not part.numel():
@@ -102,14 +103,11 @@ def _by_significance(part: Tensor) -> np.ndarray:
     return planes
 
 
-def _raw_bytes(name: str, part: Tensor) -> int:
-    """Bytes that a part says it unpacks to, in its header and in its frame.
+def _frame(name: str, part: Tensor) -> tuple[torch.dtype, int, memoryview]:
+    """dtype, bytes that it says it unpacks to, and frame of a part that is not empty.
 
-    Raises:
-        ValueError: they differ, or it is not a part of this codec.
+    Raises ValueError if its header and its frame don't agree, or it is no part of this codec.
     """
-    if not part.numel():
-        return 0
     if part.dtype != torch.uint8 or part.numel() <= _HEADER.size:
         raise ValueError(
             f"part {name!r} is {part.numel()} x {part.dtype}, expected {_HEADER.size + 1} x "
@@ -117,34 +115,26 @@ def _raw_bytes(name: str, part: Tensor) -> int:
         )
     packed = part.contiguous().flatten().numpy()
     code, raw = _HEADER.unpack(packed[: _HEADER.size].tobytes())
+    frame = packed[_HEADER.size :].data
     if code >= len(_DTYPES) or raw % _DTYPES[code].itemsize:
         raise ValueError(f"part {name!r} has no zstd header: dtype {code}, {raw} bytes")
     try:
-        frame = zstandard.get_frame_parameters(packed[_HEADER.size :].data)
+        said = zstandard.get_frame_parameters(frame).content_size
     except zstandard.ZstdError as error:
         raise ValueError(f"part {name!r} is no zstd frame: {error}") from error
-    if frame.content_size != raw:
-        raise ValueError(
-            f"part {name!r} unpacks to {frame.content_size} bytes, expected {raw} x torch.uint8"
-        )
-    return raw
+    if said != raw:
+        raise ValueError(f"part {name!r} unpacks to {said} bytes, expected {raw} x torch.uint8")
+    return _DTYPES[code], raw, frame
 
 
-def _decompressed(name: str, part: Tensor) -> Tensor:
-    """The part as the inner codec made it; `_raw_bytes` has found its sizes right."""
-    if not part.numel():
-        return part
-    packed = part.contiguous().flatten().numpy()
-    code, raw = _HEADER.unpack(packed[: _HEADER.size].tobytes())
+def _decompressed(name: str, dtype: torch.dtype, raw: int, frame: memoryview) -> Tensor:
+    """The part as the inner codec made it; `_frame` has found its sizes right."""
     try:
-        found = zstandard.ZstdDecompressor().decompress(
-            packed[_HEADER.size :].data, allow_extra_data=False
-        )
+        found = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"part {name!r} is a broken zstd frame: {error}") from error
     if len(found) != raw:
         raise ValueError(f"part {name!r} unpacks to {len(found)} x torch.uint8, expected {raw} x")
-    dtype = _DTYPES[code]
     part = torch.empty(raw // dtype.itemsize, dtype=dtype)
     planes = np.frombuffer(found, np.uint8).reshape(dtype.itemsize, -1)
     numbers = _bytes_of(part)

@@ -6,7 +6,7 @@ from photon.data.options import PrepareOptions
 from photon.data.partition import DocumentInfo, Partitioner
 from photon.data.prepare import prepare
 from photon.data.prepared import PreparedData, SiloData, open_data
-from photon.data.stream import token_stream
+from photon.data.stream import TokenStream, token_stream
 from photon.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_identity, train_tokenizer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SiloData",
     "Source",
     "TextTokenizer",
+    "TokenStream",
     "Window",
     "held_out_text",
     "load_tokenizer",

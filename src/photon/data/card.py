@@ -12,12 +12,7 @@ _HEADINGS = ("silo", "split", "documents", "tokens", "text bytes", "bytes per to
 
 
 def data_card(data: PreparedData, manifest: Mapping[str, Any]) -> str:
-    """README.md of a prepared folder, Markdown.
-
-    Args:
-        data: the folder, opened.
-        manifest: its top manifest.
-    """
+    """README.md of a prepared folder, Markdown, by its top manifest."""
     options = manifest["options"]
     skipped = [name for name in ("text_key", "metadata") if options.get(name) not in (None, "text")]
     lines = [

@@ -106,8 +106,7 @@ class Source:
 
     Attributes:
         input, text_key, metadata, metadata_key, separator: as of PrepareOptions.
-        fields: columns that are needed beside the text, and the options that ask for them; None
-            for all that hold plain values.
+        fields: as of Columns.
     """
 
     input: str | Sequence[str]

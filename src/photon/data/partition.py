@@ -167,8 +167,7 @@ def fold_small(names: Sequence[str], least: int, into: str = "other") -> list[st
 def folder_names(names: Sequence[str], kind: str = "silos") -> list[str]:
     """Names of silos or sources as safe folder names.
 
-    Raises:
-        DataError: two would share a folder, or a name is too long for one, or can't be written.
+    Raises DataError if two would share a folder, or a name is too long for one or can't be written.
     """
     safe: dict[str, str] = {}
     taken: dict[str, str] = {}

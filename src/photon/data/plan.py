@@ -18,7 +18,7 @@ from photon.data.partition import (
     folder_names,
 )
 from photon.data.splits import GLOBAL, LOCAL, position_of, split_documents
-from photon.errors import DataError, DataNotFoundError, EmptySiloError
+from photon.errors import DataError, DataNotFoundError, EmptySiloError, some
 
 #: Told (stage, done, total); total is 0 where it is not known yet.
 Reporter = Callable[[str, int, int], None]
@@ -49,11 +49,7 @@ class Plan:
     remarks: list[str]
 
     def replay(self, source: Source) -> Iterator[tuple[int, Document]]:
-        """Read the input again: (number, document), checked to be what was planned.
-
-        Raises:
-            DataError: the input changed in between.
-        """
+        """Read the input again: (number, document); raises DataError if it changed in between."""
         number = -1
         for number, document in enumerate(source.documents()):
             if (
@@ -175,9 +171,8 @@ def _unheard(silos: list[str], splits: list[str], sizes: list[int]) -> list[str]
     if not unheard or "" in heard:
         return []
     own = sum(size for silo, size in zip(silos, sizes, strict=True) if silo in unheard)
-    shown = ", ".join(unheard[:8]) + (", ..." if len(unheard) > 8 else "")
     return [
-        f"the global held-out set holds nothing of {len(unheard)} silos ({shown}; "
+        f"the global held-out set holds nothing of {len(unheard)} silos ({some(unheard, 8)}; "
         f"{own / sum(sizes):.0%} of all text): --stratify-field NAME takes some of each value of a "
         "field, a larger --global-fraction more of everything"
     ]
@@ -199,9 +194,8 @@ def _silos(
         )
     small = sorted(name for name, count in Counter(names).items() if count < options.min_documents)
     if small:
-        shown = ", ".join(small[:8]) + (", ..." if len(small) > 8 else "")
         remarks.append(
             f"{len(small)} silos with fewer than {options.min_documents} documents were folded "
-            f"into 'other': {shown}"
+            f"into 'other': {some(small, 8)}"
         )
     return folder_names(fold_small(names, options.min_documents))

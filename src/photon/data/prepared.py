@@ -172,7 +172,40 @@ def open_data(path: str | os.PathLike[str], *, only_to_score: bool = False) -> P
         MachineError: it may not be read.
     """
     with _in_words(path):
-        return _open(Path(os.path.realpath(Path(path).expanduser())), path, only_to_score)
+        root = Path(os.path.realpath(Path(path).expanduser()))
+        if not root.exists():
+            raise DataNotFoundError(
+                f"no prepared data at {path}",
+                hint="Make it with `photon data prepare --input TEXT --out DIR`, or correct the "
+                "path.",
+            )
+        manifest = root / "manifest.json"
+        record = read_manifest(manifest)
+        try:
+            tokenizer: Mapping[str, Any] = record["tokenizer"]
+            made_with = tokenizer["sha256"]
+            names: Mapping[str, Any] = record["silos"]
+            if record["dtype"] not in _DTYPES:
+                raise ValueError(f"dtype = {record['dtype']!r}, not one of {', '.join(_DTYPES)}")
+            opened = PreparedData(
+                path=root,
+                silos={
+                    name: _open_set(name, root / "silos", names[name], made_with)
+                    for name in sorted(names)
+                },
+                held_out=_open_set(HELD_OUT, root, record["held_out"], made_with),
+                tokenizer_file=root / "tokenizer" / "tokenizer.json",
+                tokenizer_sha256=made_with,
+                vocab_size=int(tokenizer["vocab_size"]),
+                eos_id=int(tokenizer["eos_id"]),
+                dtype=np.dtype(record["dtype"]),
+                sha256=file_sha256(manifest),
+                remarks=tuple(record.get("remarks", ())),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ShardCorruptError(f"{manifest} is damaged: {error!r}", hint=_AGAIN) from error
+        _require_whole(opened, only_to_score)
+        return opened
 
 
 @contextmanager
@@ -185,41 +218,6 @@ def _in_words(path: str | os.PathLike[str]) -> Iterator[None]:
             f"can't read the prepared data at {path}: {error.strerror}: {error.filename}",
             hint="Correct the path, or make it readable.",
         ) from error
-
-
-def _open(root: Path, path: str | os.PathLike[str], only_to_score: bool) -> PreparedData:
-    if not root.exists():
-        raise DataNotFoundError(
-            f"no prepared data at {path}",
-            hint="Make it with `photon data prepare --input TEXT --out DIR`, or correct the path.",
-        )
-    manifest = root / "manifest.json"
-    record = read_manifest(manifest)
-    try:
-        tokenizer: Mapping[str, Any] = record["tokenizer"]
-        made_with = tokenizer["sha256"]
-        names: Mapping[str, Any] = record["silos"]
-        if record["dtype"] not in _DTYPES:
-            raise ValueError(f"dtype = {record['dtype']!r}, not one of {', '.join(_DTYPES)}")
-        opened = PreparedData(
-            path=root,
-            silos={
-                name: _open_set(name, root / "silos", names[name], made_with)
-                for name in sorted(names)
-            },
-            held_out=_open_set(HELD_OUT, root, record["held_out"], made_with),
-            tokenizer_file=root / "tokenizer" / "tokenizer.json",
-            tokenizer_sha256=made_with,
-            vocab_size=int(tokenizer["vocab_size"]),
-            eos_id=int(tokenizer["eos_id"]),
-            dtype=np.dtype(record["dtype"]),
-            sha256=file_sha256(manifest),
-            remarks=tuple(record.get("remarks", ())),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ShardCorruptError(f"{manifest} is damaged: {error!r}", hint=_AGAIN) from error
-    _require_whole(opened, only_to_score)
-    return opened
 
 
 def _open_set(name: str, parent: Path, entry: Any, tokenizer_sha256: str) -> SiloData:

@@ -39,21 +39,15 @@ Row = dict[str, Any]
 class Columns:
     """What is read of a row; a column that nobody asked for can't stop the text.
 
-    Attributes:
-        text: the key of the text.
-        fields: others that are needed, and the options that ask for them; None for all that hold
-            plain values.
+    `fields` are others that are needed, and the options that ask for them; None for all that hold
+    plain values.
     """
 
     text: str = "text"
     fields: Mapping[str, str] | None = None
 
     def among(self, schema: Any, place: str) -> list[str]:
-        """Those of an Arrow schema that are needed.
-
-        Raises:
-            DataError: it has no text, or lacks a field.
-        """
+        """Those of an Arrow schema that are needed; raises DataError if it lacks one."""
         import pyarrow
 
         kinds = dict(zip(schema.names, schema.types, strict=True))
@@ -69,8 +63,7 @@ class Columns:
     def split(self, row: Row, place: str) -> tuple[str, dict[str, str]]:
         """The text ("" for null), and the other plain values as strings.
 
-        Raises:
-            DataError: no text there, or a needed field that is no plain value.
+        Raises DataError without a text, or if a needed field is no plain value.
         """
         text = row.get(self.text)
         if text is None and self.text in row:
@@ -93,11 +86,7 @@ class Columns:
 
 
 def decoded(raw: bytes, place: str) -> str:
-    """UTF-8 text, without a byte-order mark; `place` begins the message of an error.
-
-    Raises:
-        DataError: it is not UTF-8.
-    """
+    """UTF-8 text, without a byte-order mark; else DataError, whose message `place` begins."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -134,8 +123,7 @@ def _parted(chunks: Iterable[bytes], mark: bytes) -> Iterator[bytes]:
 def json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """(place, object) of each line of a JSONL file; blank lines are passed over.
 
-    Raises:
-        DataError: broken compression, encoding or JSON; names file and line.
+    Raises DataError, naming file and line, for broken compression, encoding or JSON.
     """
     number = 0
     try:
@@ -209,11 +197,7 @@ def _zstandard_chunks(file: BinaryIO) -> Iterator[bytes]:
 
 
 def parquet_rows(path: Path, columns: Columns) -> Iterator[tuple[str, Row]]:
-    """(place, row) of a parquet file, a batch of rows in memory at a time.
-
-    Raises:
-        DataError: it can't be read, or has no text column.
-    """
+    """(place, row) of a parquet file, a batch of rows in memory at a time; else DataError."""
     import pyarrow
     import pyarrow.parquet
 
@@ -254,11 +238,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def saved_splits(folder: Path) -> dict[str, Any]:
-    """The datasets in a folder made with `save_to_disk`, by split; "" where it holds only one.
-
-    Raises:
-        DataError: it can't be read.
-    """
+    """Datasets of a folder that `save_to_disk` made, by split ("" of one alone); or DataError."""
     import datasets
 
     try:
@@ -273,11 +253,7 @@ def saved_splits(folder: Path) -> dict[str, Any]:
 
 
 def saved_rows(dataset: Any, place: str, columns: Columns) -> Iterator[tuple[str, Row]]:
-    """(place, row) of one saved dataset; memory-mapped by the library.
-
-    Raises:
-        DataError: it can't be read, or has no text column.
-    """
+    """(place, row) of one saved dataset, memory-mapped by the library; else DataError."""
     import pyarrow
 
     names = columns.among(dataset.features.arrow_schema, place)
@@ -292,9 +268,7 @@ def saved_rows(dataset: Any, place: str, columns: Columns) -> Iterator[tuple[str
 def hub_rows(name: str, columns: Columns) -> Iterator[tuple[str, Row]]:
     """(place, row) of OWNER/NAME[/CONFIG][:SPLIT], streamed from the hub.
 
-    Raises:
-        DataNotFoundError: no such dataset, or no connection.
-        DataError: it has no text column.
+    Raises DataNotFoundError without such a dataset or connection, DataError without a text column.
     """
     import datasets
 
@@ -345,9 +319,7 @@ def no_field(option: str, name: str, place: str, names: Iterable[Any]) -> DataEr
 def read_metadata(path: Path, key: str | None) -> dict[str, dict[str, str]]:
     """Rows of a CSV by the file name (or stem) in column `key`, the first by default.
 
-    Raises:
-        DataNotFoundError: it does not exist.
-        DataError: not a CSV, no such column, or two rows for one file.
+    Raises DataNotFoundError without it; DataError for no CSV or column, or two rows for one file.
     """
     limit = csv.field_size_limit(2**31 - 1)  # a long column that nobody asked for is no error
     try:

@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from photon.errors import EmptySiloError
+from photon.errors import EmptySiloError, some
 
 #: Different texts that a source has before the global held-out set asks one of it.
 STRATUM = 8
@@ -83,7 +83,14 @@ def split_documents(
     documents = Counter(silos)
     for silo, different in texts.items():
         different -= overall
-        _require_two(silo, documents[silo], len(different))
+        if len(different) < 2:
+            raise EmptySiloError(
+                f"silo {silo!r} has {documents[silo]} documents, of which {len(different)} "
+                "different texts are left after the global held-out set took its share; at least "
+                "2 are needed, one to train on and one to hold out",
+                hint="Give it more documents, fold small silos with --min-documents, or part the "
+                "documents of a single text file with --separator.",
+            )
     remarks += _help(decided, texts)
     return [decided.get(position, GLOBAL) for position in positions], remarks
 
@@ -111,7 +118,7 @@ def _spread(
                 helped.append(label)
     if not helped:
         return []
-    shown = ", ".join(map(repr, helped[:8])) + (", ..." if len(helped) > 8 else "")
+    shown = some(map(repr, helped), 8)
     return [f"the global held-out set had nothing of {shown}: it takes the text of lowest hash"]
 
 
@@ -153,17 +160,6 @@ def _spare(
     """The lowest position that leaves two different texts to each silo that has it."""
     can = (at for at in sorted(candidates) if all(left[silo] > 2 for silo in homes[at]))
     return next(can, None)
-
-
-def _require_two(silo: str, documents: int, different: int) -> None:
-    if different < 2:
-        raise EmptySiloError(
-            f"silo {silo!r} has {documents} documents, of which {different} different texts are "
-            "left after the global held-out set took its share; at least 2 are needed, one to "
-            "train on and one to hold out",
-            hint="Give it more documents, fold small silos with --min-documents, or part the "
-            "documents of a single text file with --separator.",
-        )
 
 
 def own_splits(names: Iterable[str]) -> set[str]:

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 from photon.data.prepared import PreparedData
-from photon.data.shards import TRAIN
-from photon.data.tokens import TokenRun
+from photon.data.shards import TRAIN, TokenRun
 from photon.errors import DataError, EmptySiloError, IncompatibleConfigError, SequenceTooLongError
 
 #: grain permutes 32-bit indices.

@@ -145,10 +145,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
             hint="4096 suits a few megabytes of text, 32768 a few gigabytes.",
         )
     tokenizer, stopped = byte_level(BPE()), threading.Event()
-
-    def heard() -> Iterator[str]:
-        yield from itertools.takewhile(lambda text: not stopped.is_set(), texts)
-
+    heard = itertools.takewhile(lambda _: not stopped.is_set(), texts)
     trainer = BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -156,7 +153,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         show_progress=False,
     )
     try:
-        interruptible(lambda: tokenizer.train_from_iterator(heard(), trainer=trainer))
+        interruptible(lambda: tokenizer.train_from_iterator(heard, trainer=trainer))
     finally:
         stopped.set()
     return _finished(tokenizer, END_OF_TEXT, {})

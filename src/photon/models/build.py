@@ -63,8 +63,13 @@ def build_model(
         else:
             model = _from_config(hf_config, _name(config), attention)
     model.config.use_cache = False
-    if config.path is not None:
-        _require_causal(model, config.path)
+    # Bidirectional models (BERT) load as causal LMs, then learn by reading the answer.
+    path, one, other = config.path, [0, 0, 0, 0], [0, 0, 0, 1]
+    if path is not None and not _sees_no_difference(model, path, one, other, slice(3)):
+        raise ModelError(
+            f"model {path!r} looks at later tokens, so it is not a causal language model",
+            hint="Encoders such as BERT can't be trained to predict the next token.",
+        )
     return model.train()
 
 
@@ -119,8 +124,7 @@ def _parameters_on_meta() -> Iterator[None]:
 def tokenizer_file_of(path: str) -> Path | None:
     """tokenizer.json of a model, to compare with the data's; None where it has none.
 
-    Raises:
-        ModelError: there is no such folder, or no such model on the hub.
+    Raises ModelError without such a folder, or such a model on the hub.
     """
     folder = local_folder(path)
     if folder is not None:
@@ -137,8 +141,7 @@ def tokenizer_file_of(path: str) -> Path | None:
 def local_folder(path: str) -> Path | None:
     """A model's name as a folder that exists here, or None if it is "hf:OWNER/NAME".
 
-    Raises:
-        ModelError: it is a file, a folder that isn't there, or no name the hub could have.
+    Raises ModelError for a file, a folder that isn't there, or no name the hub could have.
     """
     if path.startswith(HUB_PREFIX):
         if not _HUB_NAME.fullmatch(path):
@@ -326,15 +329,6 @@ def _require_known_type(folder: Path) -> None:
         )
     if not isinstance(kind, str):
         raise ModelError(f"{file} names no model_type")
-
-
-def _require_causal(model: Any, path: str) -> None:
-    """Bidirectional models (BERT) load as causal LMs, then learn by reading the answer."""
-    if not _sees_no_difference(model, path, [0, 0, 0, 0], [0, 0, 0, 1], slice(3)):
-        raise ModelError(
-            f"model {path!r} looks at later tokens, so it is not a causal language model",
-            hint="Encoders such as BERT can't be trained to predict the next token.",
-        )
 
 
 def require_document_masks(model: Any, name: str) -> None:

@@ -18,9 +18,7 @@ class Shape:
     """A decoder-only transformer's size.
 
     Args:
-        layers: transformer blocks.
-        d_model: width of the residual stream.
-        heads: attention heads; d_model / heads is a head's width.
+        d_model: width of the residual stream; d_model / heads is a head's.
         width_multiple: the SwiGLU width is rounded to a multiple of this.
     """
 

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-
-class Stream(Protocol):
-    """Endless training text that seeks: sample i is the same whenever it is asked for."""
-
-    def batch(self, start: int, count: int) -> np.ndarray: ...
-
-    def document_ids(self, start: int, count: int) -> np.ndarray: ...
+from photon.data import TokenStream
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Batch:
 
 
 def read_ahead(
-    stream: Stream,
+    stream: TokenStream,
     *,
     cursor: int,
     stride: int,

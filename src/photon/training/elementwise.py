@@ -19,10 +19,7 @@ from photon.training.local_tensors import STEP_ELEMENTS, gradients_of, in_batche
 class Elementwise(torch.optim.Optimizer):
     """An optimizer of parameters that may be DTensors; nothing is sent.
 
-    Args:
-        params: parameters or groups of them.
-        lr, weight_decay: of every group that says nothing else.
-        betas, eps: likewise; the class's own by default.
+    What a group says of itself goes before the options; betas and eps are the class's by default.
     """
 
     betas: ClassVar[tuple[float, float]]

@@ -60,15 +60,10 @@ class FlopCount:
 def count_flops(model: Any, sequence_length: int) -> FlopCount:
     """The count of a Hugging Face causal LM, on any device, meta too.
 
-    The input embedding is left out and the output head counted, tied or not: a look-up multiplies
-    nothing, while the head is a product with every token. (PaLM's N and nanoGPT's leave out
-    position embeddings; their one embedding matrix is tied, and counted as the head.) Of stacked
-    experts only those count that a token is sent to. A frozen weight counts 4: it still hands the
-    gradient on; where nothing below it is trained that is 2 too many.
-
-    Args:
-        model: its config names layers and heads, by whatever names transformers maps.
-        sequence_length: tokens of a training sequence.
+    What counts is in `FlopCount.explain`. (PaLM's N and nanoGPT's leave out position embeddings;
+    their one embedding matrix is tied, and counted as the head.) Of stacked experts those count
+    that a token is sent to. A frozen weight counts 4: it still hands the gradient on; where nothing
+    below it is trained that is 2 too many.
     """
     config = model.config.get_text_config()
     trained = frozen = 0.0

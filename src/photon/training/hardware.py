@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from photon.main_memory import main_memory
 from photon.training.device import cores
@@ -205,7 +206,7 @@ def inspect_machine() -> Machine:
         disk_free_bytes=shutil.disk_usage(Path.cwd()).free,
         devices=_devices(total, available),
         interconnect=_interconnect(),
-        backends=_backends(),
+        backends=tuple(filter(dist.is_backend_available, ("gloo", "nccl", "mpi"))),
         compiler=_compiler(),
         packages={name: find_spec(name) is not None for name in _OPTIONAL_PACKAGES},
     )
@@ -273,13 +274,6 @@ def _nvlinks(program: str | None) -> bool:
         return False
     # A cell NV18 means eighteen links; the legend says NV#.
     return re.search(r"\bNV\d+\b", done.stdout) is not None
-
-
-def _backends() -> tuple[str, ...]:
-    if not torch.distributed.is_available():
-        return ()
-    known = ("gloo", "nccl", "mpi")
-    return tuple(name for name in known if torch.distributed.is_backend_available(name))
 
 
 def _compiler() -> str | None:

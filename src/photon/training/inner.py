@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from photon.config import LocalConfig
-from photon.errors import IncompatibleConfigError, ModelMismatchError
+from photon.errors import IncompatibleConfigError, ModelMismatchError, some
 from photon.models import hidden_matrices, trainable_parameters
 from photon.training.eight_bit import EightBitAdamW
 from photon.training.elementwise import Adopt, Amsgrad
@@ -307,10 +307,9 @@ def decayed_names(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str
     for pattern in patterns:
         matching = {name for name in parameters if fnmatchcase(name, pattern)}
         if not matching:
-            some = ", ".join(list(parameters)[:3])
             raise IncompatibleConfigError(
                 f"local.no_decay names {pattern!r}, but no parameter of this model is called so",
-                hint=f"Its parameters are called {some}, ...",
+                hint=f"Its parameters are called {some(parameters)}.",
             )
         spared |= matching
     return {name for name, p in parameters.items() if p.ndim >= 2 and name not in spared}

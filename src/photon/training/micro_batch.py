@@ -61,8 +61,7 @@ class MicroBatch:
     def back_off(self, doing: str, hint: str) -> str:
         """`shrink` after a failed allocation, whose memory is given back; says so in words.
 
-        Raises:
-            DoesNotFitError: one sequence was too many.
+        Raises DoesNotFitError if one sequence was too many.
         """
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -56,11 +56,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step.
-
-        Raises:
-            IncompatibleConfigError: a DTensor is cut otherwise than along its rows.
-        """
+        """One step; IncompatibleConfigError if a DTensor is cut otherwise than along its rows."""
         if closure is not None:
             raise ValueError("Muon takes no closure")
         turn = 0

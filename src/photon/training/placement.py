@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -66,7 +66,7 @@ class PlacedModel:
             for part in [model] if whole else transformer_blocks(model):
                 part.compile(backend=plan.config.compile_backend, dynamic=False)
         if strategy.shards:
-            self._shard(_mesh(plan.device.type, ranks, strategy))
+            self._shard()
         else:
             materialise(model, plan.device)
         self._forward: nn.Module = model
@@ -118,8 +118,7 @@ class PlacedModel:
     def spread(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Whole tensors of rank 0 as each rank holds them, one at a time on the way.
 
-        Args:
-            tensors: by "<parameter>.<key>" on rank 0; None on the others.
+        They are by "<parameter>.<key>" on rank 0; None on the others.
         """
         own = tensors or {}
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
@@ -176,7 +175,11 @@ class PlacedModel:
         if isinstance(self.module, FSDPModule):
             self.module.reshard()
 
-    def _shard(self, mesh: DeviceMesh) -> None:
+    def _shard(self) -> None:
+        seat, names, sides = self._ranks.seat, ("shard",), (self._ranks.seat.world_size,)
+        if self.strategy.name == "hybrid":
+            names, sides = ("replicate", "shard"), (seat.machines, seat.local_world_size)
+        mesh = init_device_mesh(self._plan.device.type, sides, mesh_dim_names=names)
         dtype = self._plan.autocast_dtype
         precision = MixedPrecisionPolicy()
         if dtype is not None:
@@ -189,13 +192,6 @@ class PlacedModel:
             fully_shard(block, mesh=mesh, mp_policy=precision)
         materialise(self.module, self._plan.device)
         fully_shard(self.module, mesh=mesh, mp_policy=precision)
-
-
-def _mesh(device_type: str, ranks: Ranks, strategy: Strategy) -> DeviceMesh:
-    seat, names, sides = ranks.seat, ("shard",), (ranks.seat.world_size,)
-    if strategy.name == "hybrid":
-        names, sides = ("replicate", "shard"), (seat.machines, seat.local_world_size)
-    return init_device_mesh(device_type, sides, mesh_dim_names=names)
 
 
 def recomputation(kind: str) -> dict[str, Any] | None:

@@ -51,8 +51,7 @@ class PendingSnapshot:
     def finish(self) -> None:
         """Wait until every rank's part is on disk, then give the folder its name (rank 0).
 
-        Raises:
-            OSError: it could not be written; nothing of that name is left.
+        Raises OSError if it could not be written; nothing of that name is left.
         """
         partial = _partial(self.path)
         try:

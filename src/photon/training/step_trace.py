@@ -62,8 +62,7 @@ class StepTrace:
     def live_bytes(self, micro_batch_size: int, *, logits_of: float = math.inf) -> np.ndarray:
         """[moments, 4] for so many sequences a forward pass.
 
-        Args:
-            logits_of: sequences whose logits are there at once, where the loss is taken by rows.
+        Where the loss is taken by rows, there are logits of at most `logits_of` at once.
         """
         live = self.fixed + micro_batch_size * self.per_sequence
         if self.by_rows:

@@ -14,12 +14,7 @@ _ROOM_FOR_STATE = 0.7
 
 @dataclass(frozen=True)
 class Strategy:
-    """A choice and the sentence that explains it.
-
-    Attributes:
-        name: "single", "ddp", "fsdp" or "hybrid".
-        reason: in words, for the person who starts the run.
-    """
+    """A choice, "single", "ddp", "fsdp" or "hybrid", and why, for whoever starts the run."""
 
     name: str
     reason: str

@@ -76,15 +76,9 @@ class PhaseClock:
         return StepTimes(**{f"{name}_s": seconds for name, seconds in self._seconds.items()})
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Start measuring peak memory anew, where the device can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held at once: on CUDA by tensors since `forget_peak_memory`, elsewhere by this
-    process since it began."""
+    """Most memory held at once: on CUDA by tensors since its statistics were reset, elsewhere by
+    this process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from photon.config import LocalConfig
+from photon.data import TokenStream
 from photon.errors import IncompatibleConfigError, NonFiniteError, RankLostError
 from photon.models import training_loss
-from photon.training.batches import Batch, Stream, read_ahead
+from photon.training.batches import Batch, read_ahead
 from photon.training.device import ComputePlan
 from photon.training.inner import InnerOptimizer
 from photon.training.micro_batch import MicroBatch, if_it_fits
@@ -27,7 +28,6 @@ from photon.training.strategy import Strategy
 from photon.training.timing import (
     PhaseClock,
     StepTimes,
-    forget_peak_memory,
     peak_memory_bytes,
     with_communication_s,
 )
@@ -155,7 +155,7 @@ class Trainer:
 
     def fit(
         self,
-        stream: Stream,
+        stream: TokenStream,
         *,
         cursor: int,
         global_step: int,
@@ -185,7 +185,9 @@ class Trainer:
         """
         clock = PhaseClock(self.plan.device)
         meter = _Meter(self.ranks, self.plan.device, steps, global_step)
-        forget_peak_memory(self.plan.device)
+        cuda = self.plan.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.plan.device)
         self.placed.module.train()
         batches = read_ahead(
             stream,
@@ -197,7 +199,6 @@ class Trainer:
             documents=self._config.document_mask,
         )
         collectives_s: float | None = None
-        cuda = self.plan.device.type == "cuda"
         with (
             contextlib.closing(batches),
             torch.random.fork_rng(devices=[torch.cuda.current_device()] if cuda else []),
@@ -353,11 +354,7 @@ class _Meter:
 
 
 def rank_share(batch_size: int, ranks: int) -> int:
-    """Sequences of a step for each rank.
-
-    Raises:
-        IncompatibleConfigError: they can't be shared out evenly.
-    """
+    """Sequences of a step for each rank; IncompatibleConfigError if they are not the same."""
     if batch_size % ranks:
         raise IncompatibleConfigError(
             f"a batch of {batch_size} sequences can't be shared out evenly among {ranks} ranks",
