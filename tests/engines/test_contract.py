@@ -6,11 +6,12 @@ import time
 
 import pytest
 import torch
+from scores import scored
 
 from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
-from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version, fitted, scored
+from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version, fitted
 from photon.federation.node import initial_model
 from photon.federation.tasks import WEIGHTS, update_header
 from photon.link import plain_bytes, tensors_sha256

@@ -7,11 +7,12 @@ import signal
 
 import pytest
 import torch
+from scores import scored
 
 from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
-from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version, fitted, scored
+from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version, fitted
 from photon.federation.layout import layout_of
 from photon.federation.node import initial_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS

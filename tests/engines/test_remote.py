@@ -11,6 +11,7 @@ import pytest
 import torch
 from remote_bench import RUN_ID, Bench, Federated
 from rotation import rotate
+from scores import scored
 
 from photon.engines.remote import Depot, errand, messenger
 from photon.engines.remote.errand import Errand
@@ -26,7 +27,7 @@ from photon.errors import (
     UnknownMemberError,
     UnreachableError,
 )
-from photon.federation import EvalTask, fitted, scored
+from photon.federation import EvalTask, fitted
 from photon.federation.envelopes import (
     encoded,
     parse_ask,

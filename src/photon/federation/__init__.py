@@ -1,11 +1,9 @@
 """The federation: versions, tasks and receipts, participants, and the round."""
 
-from photon.federation.account import Closed
 from photon.federation.checkpoint import CheckpointStore, RunState
-from photon.federation.engine import Answer, Engine, Mailbox, Version, fitted, scored
-from photon.federation.federation import Federation
+from photon.federation.engine import Answer, Engine, Mailbox, Participant, Version, fitted
+from photon.federation.federation import Closed, Federation
 from photon.federation.node import Node, NodeSettings
-from photon.federation.participant import Participant
 from photon.federation.sampling import Candidates, FixedFleet, Fleet, sample_participants
 from photon.federation.server import Server
 from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, Task, Update
@@ -34,5 +32,4 @@ __all__ = [
     "Version",
     "fitted",
     "sample_participants",
-    "scored",
 ]

@@ -48,6 +48,34 @@ class Version:
 Answer = Update | EvalReceipt | None
 
 
+class Participant(Protocol):
+    """Who answers tasks, a node most often: a version goes down, an update comes back."""
+
+    def fit(self, task: FitTask, version: Version) -> Update:
+        """Take the task's local steps from the version.
+
+        A loss or an update that is not finite is a receipt with a failure, not an exception: the
+        round goes on. What is kept may still be on its way to disk; `settle` waits for it.
+        """
+        ...
+
+    def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
+        """Score the version on held-out text."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until all that was kept is on disk.
+
+        Raises:
+            DiskFullError: no room for it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+        ...
+
+
 class Engine(Protocol):
     """Carries tasks to participants and answers back. Every engine passes one contract suite."""
 
@@ -150,10 +178,3 @@ def fitted(engine: Engine, tasks: Sequence[FitTask], version: Version) -> Iterat
         finally:
             answer.let_go()
     engine.settle()
-
-
-def scored(engine: Engine, tasks: Sequence[EvalTask], version: Version) -> Iterator[EvalReceipt]:
-    """Scores in the order of tasks, of those that were answered."""
-    for answer in Mailbox(engine).in_task_order(tasks, version):
-        if isinstance(answer, EvalReceipt):
-            yield answer

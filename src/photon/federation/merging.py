@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,11 +97,11 @@ class Merging:
         key_rule: str = "mean",
         key: Collection[str] = (),
     ) -> None:
-        self._rule: MergingRule = build_merging_rule(config, folder)
+        self.rule: MergingRule = build_merging_rule(config, folder)
         if key:
             own = config.model_copy(update={"merging_rule": key_rule})
             names = [WEIGHTS + name for name in key]
-            self._rule = KeyedRule(self._rule, build_merging_rule(own, folder), names)
+            self.rule = KeyedRule(self.rule, build_merging_rule(own, folder), names)
         self._adopts = config.merge == "adopt"
         self._norms: list[float] = []
         self._steps: list[tuple[float, float]] = []
@@ -134,12 +134,12 @@ class Merging:
                 words = error.message if isinstance(error, PhotonError) else repr(error)[:300]
                 return Verdict(refused=words)
             bound = bound or NormBound()
-            refused = bound.refuse(norm, inner) or self._rule.refuse(norm)
+            refused = bound.refuse(norm, inner) or self.rule.refuse(norm)
             if refused is not None:
                 return Verdict(norm, refused)
             # Adopted weights are no deltas: they are merged as they are, or refused.
             share = 1.0 if self._adopts else bound.share(norm)
-            self._rule.add(_scaled(update.tensors(), share * scale), weight, norm * share)
+            self.rule.add(_scaled(update.tensors(), share * scale), weight, norm * share)
             self._steps.append((weight, weight / scale))
             self._norms.append(norm * share)
             return Verdict(norm, None, share)
@@ -150,7 +150,7 @@ class Merging:
         Raises:
             RunError: it is not finite, or lies beyond the bound of each of its updates.
         """
-        tensors = self._rule.result()
+        tensors = self.rule.result()
         norms, self._norms = self._norms, []
         steps, self._steps = self._steps, []
         weight = math.fsum(one for one, _ in steps)
@@ -176,15 +176,7 @@ class Merging:
     def discard(self) -> None:
         """Forget the round's updates."""
         self._norms, self._steps = [], []
-        self._rule.discard()
-
-    def state_tensors(self) -> Mapping[str, Tensor]:
-        """What the rule keeps from round to round."""
-        return self._rule.state_tensors()
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave."""
-        self._rule.load_state_tensors(tensors)
+        self.rule.discard()
 
     def _measure(self, tensors: Named, reference: GlobalState) -> tuple[float, float]:
         """The norms of an update's weights, as a delta, and of its inner-optimizer state."""

@@ -69,7 +69,7 @@ class Server:
         if groups.get("outer"):
             self._outer.load_state_tensors(dict(groups["outer"]))
         if groups.get("rule"):
-            self._merging.load_state_tensors(dict(groups["rule"]))
+            self._merging.rule.load_state_tensors(dict(groups["rule"]))
         self.version = self._version(before.round)
 
     @property
@@ -140,7 +140,7 @@ class Server:
         }
         if self._broadcast.lossy:
             groups["broadcast"] = self._broadcast.left_out
-        if rule := self._merging.state_tensors():
+        if rule := self._merging.rule.state_tensors():
             groups["rule"] = rule
         if self._once:
             groups["once"] = self._once
