@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from photon.config.codecs import parse_codec
-from photon.config.link import LinkConfig
+from photon.config.link import CodecText, LinkConfig
 from photon.config.outer import OuterConfig
 from photon.config.section import Positive, Section
 from photon.errors import IncompatibleConfigError, some
@@ -50,7 +49,7 @@ class ChildConfig(Section):
     outer: OuterConfig = Field(
         default_factory=lambda: OuterConfig(), description="Its own outer optimizer, as [outer]."
     )
-    update_codec: Annotated[str, AfterValidator(lambda spec: parse_codec(spec) and spec)] = Field(
+    update_codec: CodecText = Field(
         default="fp32",
         description="How its update is encoded, as link.update_codec, with feedback as [link] has "
         "it. Silos encode theirs by [link], wherever they are.",

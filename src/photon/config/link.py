@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from photon.config.codecs import parse_codec
 from photon.config.section import Section
@@ -14,17 +14,19 @@ _ROUNDING = {"fp32", "bf16", "fp16", "zstd"}
 #: Stages that make sense of weights themselves, not only of deltas.
 _OF_WEIGHTS = {*_ROUNDING, "lowrank"}
 
+CodecText = Annotated[str, AfterValidator(lambda spec: parse_codec(spec) and spec)]
+
 
 class LinkConfig(Section):
     """[link]: bytes between nodes and aggregator."""
 
-    update_codec: str = Field(
+    update_codec: CodecText = Field(
         default="fp32",
         description="How updates are encoded: one codec, or stages joined by +, for instance "
         '"int8", "bf16+zstd", "topk(density=0.02)+int8+zstd", "sparseloco". docs/codecs.md lists '
         "them.",
     )
-    broadcast_codec: str = Field(
+    broadcast_codec: CodecText = Field(
         default="fp32",
         description="How the aggregator's states are encoded. Lossless ones carry the whole state; "
         "with a lossy one, nodes that took part in the round before get the encoded outer update "
@@ -43,12 +45,6 @@ class LinkConfig(Section):
     chunk_mib: Annotated[int, Field(ge=4, le=64)] = Field(
         default=16, description="Size of the objects that an update or state is cut into, in MiB."
     )
-
-    @field_validator("update_codec", "broadcast_codec")
-    @classmethod
-    def _known_codec(cls, spec: str) -> str:
-        parse_codec(spec)
-        return spec
 
     @field_validator("broadcast_codec")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from photon.config.section import Positive, Section
 from photon.plugins import OUTER_OPTIMIZERS, plugin_names
@@ -23,10 +23,22 @@ _OUTER_LR = {
 OUTER_NAMES = tuple(_OUTER_LR)
 
 
+def known_name(builtin: tuple[str, ...], group: str) -> AfterValidator:
+    """Of a name: one of Photon's own, or a plugin registered it in this group."""
+
+    def known(name: str) -> str:
+        # Asked last: plugins are looked for among all packages that are installed.
+        if name not in builtin and name not in (plugins := plugin_names(group)):
+            raise ValueError(f"{name!r} is not one of {', '.join([*builtin, *plugins])}")
+        return name
+
+    return AfterValidator(known)
+
+
 class OuterConfig(Section):
     """[outer]: the aggregator's optimizer."""
 
-    name: str = Field(
+    name: Annotated[str, known_name(OUTER_NAMES, OUTER_OPTIMIZERS)] = Field(
         default="fedavg", description=", ".join(OUTER_NAMES) + ", or one a plugin registered."
     )
     lr: Annotated[float, Field(gt=0, le=1e38)] = Field(
@@ -63,17 +75,3 @@ class OuterConfig(Section):
             name = table.get("name", OUTER_NAMES[0])
             return {**table, "lr": _OUTER_LR.get(name, 1.0) if isinstance(name, str) else 1.0}
         return table
-
-    @field_validator("name")
-    @classmethod
-    def _known_name(cls, name: str) -> str:
-        return known_name(name, OUTER_NAMES, OUTER_OPTIMIZERS)
-
-
-def known_name(name: str, builtin: tuple[str, ...], group: str) -> str:
-    """The name, if it is one of Photon's own or a plugin registered it in this group."""
-    # Asked last: plugins are looked for among all packages that are installed.
-    if name not in builtin and name not in (plugins := plugin_names(group)):
-        known = [*builtin, *plugins]
-        raise ValueError(f"{name!r} is not one of {', '.join(known)}")
-    return name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field
 
 from photon.config.outer import known_name
 from photon.config.section import Section
@@ -64,16 +64,11 @@ class PartsConfig(Section):
         description="Never trained: sent once, and kept by its hash. Buffers, and parameters that "
         "the architecture itself does not train, always are.",
     )
-    key_rule: str = Field(
+    key_rule: Annotated[str, known_name(KEY_RULE_NAMES, MERGING_RULES)] = Field(
         default="mean",
         description="How tensors of the key list are merged: mean, median, trimmed_mean (with "
         "federation.trim), or a rule a plugin registered.",
     )
-
-    @field_validator("key_rule")
-    @classmethod
-    def _known_rule(cls, name: str) -> str:
-        return known_name(name, KEY_RULE_NAMES, MERGING_RULES)
 
     def require_compatible(self, optimizer_state: str, *, per_silo: bool) -> None:
         """Raise ValueError where roles can't be with the rest of the run file."""

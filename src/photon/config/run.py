@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from photon.config.children import Children
 from photon.config.compute import ComputeConfig
@@ -116,7 +116,7 @@ class FederationConfig(Section):
         description="Weight of an update. tokens: those it was trained on this round, the same for "
         "all while tau and batch are; data: all training tokens of its silo; equal: one each.",
     )
-    merging_rule: str = Field(
+    merging_rule: Annotated[str, known_name(MERGING_RULE_NAMES, MERGING_RULES)] = Field(
         default="mean",
         description="How updates become one. mean: weighted. clipped_mean: weighted, of updates "
         "scaled down to clip_update_norm. median, trimmed_mean: coordinate by coordinate and "
@@ -232,11 +232,6 @@ class FederationConfig(Section):
     def keeps_late(self) -> bool:
         """Whether a merge may take updates that began before the merge before it."""
         return self.pace == "buffered" or (self.pace == "quorum" and self.late == "merge")
-
-    @field_validator("merging_rule")
-    @classmethod
-    def _known_rule(cls, name: str) -> str:
-        return known_name(name, MERGING_RULE_NAMES, MERGING_RULES)
 
 
 class LocalConfig(Section):

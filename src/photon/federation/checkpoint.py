@@ -14,7 +14,7 @@ from torch import Tensor
 
 from photon.errors import CheckpointCorruptError, RunNotFoundError
 from photon.link import TensorFile, write_tensors
-from photon.store.disk import file_sha256, require_disk, sync_to_disk, writing
+from photon.store.disk import file_sha256, sync_to_disk, writing
 
 FORMAT = 1
 
@@ -193,14 +193,6 @@ class CheckpointStore:
             with TensorFile(path) as file:
                 groups[path.stem] = file.read()
         return groups
-
-
-def require_room(
-    folder: Path, *, checkpoint_bytes: int, node_bytes: int, keep: int, spool_bytes: int = 0
-) -> None:
-    """Raise DiskFullError unless checkpoints, node states and waiting updates fit on the disk."""
-    needed = (keep + 1) * (checkpoint_bytes + node_bytes) + spool_bytes
-    require_disk(folder, needed, "this run")
 
 
 def _name(number: int) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from photon.compression import Codec, Parts, build_codec
+from photon.compression import Parts, build_codec
 from photon.errors import ManifestError
 from photon.link.manifest import (
     Chunk,
@@ -240,15 +240,6 @@ class Parcel:
             pass
         self._kept = FolderStore(folder, durable=False, memory=self._memory)
 
-    def entries(self) -> Iterator[Entry]:
-        """As they were written, each verified.
-
-        Raises:
-            ChunkCorruptError: bytes are not those promised.
-        """
-        for row, parts in self._rows():
-            yield Entry(row.name, row.shape, self.manifest.codecs[row.codec], parts)
-
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Decoded, fp32, one at a time.
 
@@ -256,12 +247,17 @@ class Parcel:
             ChunkCorruptError: bytes are not those promised.
             ManifestError: a codec can't read its parts.
         """
-        for row, parts in self._rows():
-            yield row.name, self._decoded(row, parts, self._codecs[row.codec])
+        stream = _Stream(self._chunks(), self._memory)
+        for row in self.manifest.tensors:
+            parts = {}
+            for part in row.parts:
+                raw = stream.read(part.bytes)
+                parts[part.name] = raw.view(getattr(torch, part.dtype))
+            yield row.name, self._decoded(row, parts)
 
-    def _decoded(self, row: TensorRow, parts: Parts, codec: Codec) -> Tensor:
+    def _decoded(self, row: TensorRow, parts: Parts) -> Tensor:
         try:
-            return codec.decode(parts, row.shape, self._empty)
+            return self._codecs[row.codec].decode(parts, row.shape, self._empty)
         except ValueError as error:
             spec = self.manifest.codecs[row.codec]
             raise ManifestError(
@@ -284,15 +280,6 @@ class Parcel:
                 yield self._kept.get(chunk.sha256, max_bytes=chunk.bytes)
         else:
             yield from self._carrier.fetch(self._wanted())
-
-    def _rows(self) -> Iterator[tuple[TensorRow, dict[str, Tensor]]]:
-        stream = _Stream(self._chunks(), self._memory)
-        for row in self.manifest.tensors:
-            parts = {}
-            for part in row.parts:
-                raw = stream.read(part.bytes)
-                parts[part.name] = raw.view(getattr(torch, part.dtype))
-            yield row, parts
 
 
 class _Stream:

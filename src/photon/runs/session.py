@@ -36,7 +36,6 @@ from photon.federation import (
     Server,
     sample_participants,
 )
-from photon.federation.checkpoint import require_room
 from photon.federation.layout import layout_of
 from photon.federation.node import empty_model, initial_model, open_stream
 from photon.federation.order import Order
@@ -57,7 +56,7 @@ from photon.runs.folder import (
 from photon.runs.nodes import CENTRALISED, Elsewhere, Nodes, resolved
 from photon.runs.rounds import Rounds, stopping_on_sigterm
 from photon.runs.summary import summary_of
-from photon.store.disk import write_json, writing
+from photon.store.disk import require_disk, write_json, writing
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import JsonlWriter, Listener, Recorder
 from photon.telemetry.events import (
@@ -185,13 +184,10 @@ class Session:
         rules = {config.federation.merging_rule, config.parts.key_rule}
         spools = self.kind != "train" and not rules.isdisjoint(SPOOLING)
         left_out_bytes = weights_bytes if config.link.lossy_broadcast else 0
-        require_room(
-            self.folder,
-            checkpoint_bytes=weights_bytes + state_bytes + left_out_bytes,
-            node_bytes=state_bytes * keepers + feedback_bytes,
-            keep=config.run.keep_checkpoints,
-            spool_bytes=weights_bytes * participants * spools,
-        )
+        checkpoint_bytes = weights_bytes + state_bytes + left_out_bytes
+        node_bytes = state_bytes * keepers + feedback_bytes
+        needed = (config.run.keep_checkpoints + 1) * (checkpoint_bytes + node_bytes)
+        require_disk(self.folder, needed + weights_bytes * participants * spools, "this run")
 
     def follow(self) -> None:
         """Train with rank 0, which keeps the run; for the other ranks under torchrun."""
