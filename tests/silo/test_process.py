@@ -29,8 +29,7 @@ from photon.deploy.front_door import DoorSettings, front_door
 from photon.deploy.ports import free_ports
 from photon.deploy.supervisor import Supervisor
 from photon.errors import RunBusyError, WorkerLostError
-from photon.federation.envelopes import Ask, parse_reply
-from photon.federation.sealing import sealed
+from photon.federation.envelopes import Ask, parse_reply, sealed
 from photon.link.parcel import update_keys
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey

@@ -23,8 +23,7 @@ from photon.errors import (
 )
 from photon.federation import Node
 from photon.federation.broadcast import Inbox
-from photon.federation.envelopes import encoded, parse_reply
-from photon.federation.sealing import sealed
+from photon.federation.envelopes import encoded, parse_reply, sealed
 from photon.membership.keys import NodeKey
 from photon.membership.signing import RECEIPT, sign_document, verify_document
 from photon.silo.policy import read_membership

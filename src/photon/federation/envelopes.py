@@ -2,11 +2,11 @@
 
 A silo is asked with an Ask, which carries everything it needs to start from nothing: a trainer that
 was just restarted answers as one that has been here for a hundred rounds. The aggregator's key has
-signed it (photon.federation.sealing), so that whoever carries it changes nothing. The silo answers
+signed it, so that whoever carries it changes nothing. The silo answers
 with a Reply that its own key has signed (photon.membership.signing), and that names the Ask by its
 sha256. Tensors never travel in these: a Ref says where they lie, and what they must be.
 
-Whatever comes from outside is read by `open_ask` there and `parse_reply` here only. Every number is
+Whatever comes from outside is read by `open_ask` and `parse_reply` only. Every number is
 finite and has a bound, every text is one printable line.
 """
 
@@ -45,7 +45,9 @@ from photon.federation.tasks import (
 )
 from photon.link import Ref
 from photon.link.manifest import CLOSED, SEGMENT, Bytes, Sha256
+from photon.membership.keys import NodeKey
 from photon.membership.records import printable
+from photon.membership.signing import ASK, sign_document, verify_document
 from photon.training.timing import Seconds
 
 #: Raised when an Ask or Reply changes its meaning; both sides must speak the same one.
@@ -312,7 +314,7 @@ class Reply(_Letter):
 
 
 def parse_ask(text: bytes) -> Ask:
-    """An Ask's own text; that the aggregator signed it is sealing.open_ask's to know.
+    """An Ask's own text; that the aggregator signed it is open_ask's to know.
 
     Raises:
         ProtocolError: it is none, or of another protocol; says the first thing that is wrong.
@@ -382,6 +384,47 @@ def parsed(data: bytes, kind: Any) -> Any:
         raise ProtocolError(f"no {kind.__name__}: {where}: {first['msg'][:200]}") from error
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"no {kind.__name__}: {str(error)[:200]}") from error
+
+
+class SealedAsk(_Part):
+    """An Ask as it travels, the same bytes all the way: the text that was signed, and the
+    signature over it (base64)."""
+
+    protocol: Literal[3] = PROTOCOL
+    ask: str
+    signature: Annotated[str, Field(max_length=200)]
+
+
+def sealed(ask: Ask, key: NodeKey) -> bytes:
+    """An Ask as it travels.
+
+    Args:
+        key: the aggregator's.
+    """
+    text = encoded(ask)
+    signature = sign_document(key, ASK, text)
+    return encoded(SealedAsk(ask=text.decode(), signature=signature))
+
+
+def open_ask(data: bytes, public_pem: str) -> Ask:
+    """An Ask from outside, once it is sure that the aggregator asks it.
+
+    Args:
+        public_pem: the aggregator's key, as it was pinned at joining.
+
+    Raises:
+        SignatureError: another key signed it, or it was changed on its way.
+        ProtocolError: it is none, or of another protocol; says the first thing that is wrong.
+    """
+    found: SealedAsk = parsed(data, SealedAsk)
+    text = text_of(found)
+    verify_document(public_pem, ASK, text, found.signature)
+    return parse_ask(text)
+
+
+def text_of(found: SealedAsk) -> bytes:
+    """What was signed; lone surrogates among it are no UTF-8 later, and refused as such."""
+    return found.ask.encode("utf-8", "surrogatepass")
 
 
 #: Tables of a run file that are the aggregator's own, or the site's: never sent.

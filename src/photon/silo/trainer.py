@@ -42,11 +42,13 @@ from photon.federation.envelopes import (
     FitAnswer,
     Refusal,
     Reply,
+    SealedAsk,
     encoded,
+    open_ask,
     parse_reply,
+    text_of,
 )
 from photon.federation.node_state import prune_node_states
-from photon.federation.sealing import SealedAsk, open_ask, text_of
 from photon.federation.tasks import EvalTask, Receipt, Update, update_header
 from photon.link import Carrier, Header, Ref, write_parcel
 from photon.membership.keys import NodeKey

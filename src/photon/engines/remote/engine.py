@@ -35,8 +35,7 @@ from photon.federation import (
     Update,
     Version,
 )
-from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, parse_reply
-from photon.federation.sealing import sealed
+from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, parse_reply, sealed
 from photon.federation.tasks import StateRef
 from photon.freed_memory import share_freed_memory
 from photon.link import Parcel, Ref
