@@ -22,7 +22,7 @@ from photon.engines.local import LocalEngine
 from photon.engines.simulated import SimulatedEngine, SimulatedFleet
 from photon.errors import QuorumLostError
 from photon.federation import Federation, Receipt, RunState, Server, Update
-from photon.federation.order import Order
+from photon.federation.outstanding import Order
 from photon.telemetry.events import LocalFinished, RoundMerged, RoundStarted, UpdateDropped
 
 SILOS = ("a", "b", "c", "d")

@@ -16,8 +16,7 @@ from photon.membership.roster import ROSTER_FILE, Facts, Presence, Roster
 from photon.membership.verification import verify_audit
 from photon.runs import fleet as fleet_module
 from photon.runs import simulate
-from photon.runs.draws import Draws
-from photon.runs.fleet import JoinedFleet
+from photon.runs.fleet import Draws, JoinedFleet
 from photon.runs.serving import continue_run
 from photon.store.contract import FolderStore
 from photon.store.served import Serving

@@ -12,7 +12,7 @@ from photon.federation import sample_participants
 from photon.membership.records import OpenTask
 from photon.membership.refusals import refusing
 from photon.membership.roster import Presence
-from photon.runs.draws import Drawn, Draws
+from photon.runs.fleet import Drawn, Draws
 from photon.silo.trainer import SiloTrainer
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundMerged, RoundStarted, UpdateDropped

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Ro
 
 import photon
 from photon.errors import ModelError
-from photon.federation.kept import PERSONAL
-from photon.federation.node_state import read_node_state
+from photon.federation.node_state import PERSONAL, read_node_state
 from photon.link import TensorFile
 from photon.runs import load_weights
 

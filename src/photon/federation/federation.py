@@ -12,8 +12,7 @@ from photon.config.children import LEAF, group_of
 from photon.errors import NonFiniteError, QuorumLostError, error_of
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Engine, Mailbox
-from photon.federation.order import Order
-from photon.federation.outstanding import Going, Outstanding
+from photon.federation.outstanding import Going, Order, Outstanding
 from photon.federation.pace import running_mean, staleness_weight
 from photon.federation.sampling import Candidates, Fleet
 from photon.federation.server import Server

@@ -21,8 +21,8 @@ from photon.data import PreparedData, held_out_text, open_data, token_stream
 from photon.errors import NonFiniteError, RankLostError
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
-from photon.federation.kept import Kept
 from photon.federation.layout import lay_out, layout_of
+from photon.federation.node_state import Kept
 from photon.federation.stages import leaving
 from photon.federation.tasks import (
     OPTIMIZER,

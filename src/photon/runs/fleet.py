@@ -1,21 +1,100 @@
-"""Who takes part in a served run's rounds: the members that are here, or those already drawn."""
+"""Who takes part in a served run's rounds: the members that are here, or those already drawn.
+
+RUN/draws.json says from whom, on disk before any of them is asked:
+
+    {"rounds": {"12": {"attempt": 2, "tokens": {"clinic": 100, "bank": 300}, "lost": false}}}
+
+Invariant: a round that was begun has the same silos for every process that goes on with it, until
+it is lost. It breaks if a silo is asked before the draw is written.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from photon.config import RunConfig
-from photon.errors import QuorumLostError
+from photon.errors import CheckpointCorruptError, QuorumLostError
 from photon.federation import Candidates
 from photon.membership.refusals import refusing
 from photon.membership.roster import Roster
-from photon.runs.draws import Drawn, Draws
+from photon.store.disk import write_json
 
+DRAWS_FILE = "draws.json"
+#: Rounds before the newest that a run may go back to, where its newest checkpoint is damaged.
+_KEPT = 2
 #: Between two looks at who is here.
 _LOOK_S = 0.5
 #: How long a run whose rounds are done waits for silos, for the scores of their own text.
 _SCORES_S = 60.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """From whom a round's silos were drawn.
+
+    Attributes:
+        attempt: at the round, counted from 1.
+        tokens: of each silo that was here.
+        lost: too few of them gave good updates: the next attempt has another draw.
+    """
+
+    attempt: int
+    tokens: Mapping[str, int]
+    lost: bool = False
+
+
+class Draws:
+    """The newest rounds' draws.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / DRAWS_FILE
+
+    def of(self, number: int) -> Drawn | None:
+        """The newest draw of a round; None before the first.
+
+        Raises:
+            CheckpointCorruptError: the file can't be read.
+        """
+        return self._read().get(number)
+
+    def keep(self, number: int, drawn: Drawn) -> None:
+        """Write a round's draw down; it is on disk when this returns.
+
+        Raises:
+            CheckpointCorruptError: the file can't be read.
+            DiskFullError: no room; the draws are as they were.
+        """
+        rounds = {old: one for old, one in self._read().items() if old >= number - _KEPT}
+        rounds[number] = drawn
+        record = {str(each): asdict(rounds[each]) for each in sorted(rounds)}
+        write_json(self._path, {"rounds": record}, "a round's draw")
+
+    def lose(self, number: int) -> None:
+        """A round's newest draw came to nothing; raises as `keep` does."""
+        drawn = self.of(number)
+        assert drawn is not None
+        self.keep(number, replace(drawn, lost=True))
+
+    def _read(self) -> dict[int, Drawn]:
+        try:
+            record = json.loads(self._path.read_text(encoding="utf-8"))
+            return {int(number): Drawn(**one) for number, one in record["rounds"].items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise CheckpointCorruptError(
+                f"can't read {self._path}: {str(error)[:200]}",
+                hint="Remove it: the silos of the round under way are then drawn again, from "
+                "those who are here.",
+            ) from error
 
 
 class JoinedFleet:

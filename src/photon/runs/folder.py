@@ -25,10 +25,9 @@ from photon.errors import (
     some,
 )
 from photon.federation import CheckpointStore, RunState
-from photon.federation.kept import PERSONAL
 from photon.federation.layout import layout_of
 from photon.federation.node import empty_model
-from photon.federation.node_state import read_node_state
+from photon.federation.node_state import PERSONAL, read_node_state
 from photon.federation.tasks import WEIGHTS, section
 from photon.models import carried_tensors
 from photon.store.disk import held_alone, writing

@@ -19,8 +19,7 @@ from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, Roster
 from photon.models import model_fingerprint
 from photon.runs.changes import config_to_go_on_with
-from photon.runs.draws import Draws
-from photon.runs.fleet import JoinedFleet
+from photon.runs.fleet import Draws, JoinedFleet
 from photon.runs.folder import RunResult, finished_summary, read_record, with_own_model
 from photon.runs.notary import Notary
 from photon.runs.session import Guests, Session

@@ -38,7 +38,7 @@ from photon.federation import (
 )
 from photon.federation.layout import layout_of
 from photon.federation.node import empty_model, initial_model, open_stream
-from photon.federation.order import Order
+from photon.federation.outstanding import Order
 from photon.models import (
     model_fingerprint,
     tokenizer_file_of,
