@@ -99,20 +99,21 @@ def test_an_oversize_update_is_dropped_by_name(
 def test_updates_that_wait_lie_in_the_run_folder_and_room_for_them_is_looked_for(
     three_silos, make_config, tmp_path, monkeypatch
 ):
-    asked = []
-    require = session.require_room
+    asked, require = [], session.require_disk
     monkeypatch.setattr(
         session,
-        "require_room",
-        lambda *given, **sizes: asked.append(sizes) or require(*given, **sizes),
+        "require_disk",
+        lambda folder, needed, what: asked.append(needed) or require(folder, needed, what),
     )
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
-    config = make_config(
-        three_silos, "federation.merging_rule=median", "federation.rounds=1", "eval.every=0"
-    )
-    simulate(config, run_dir=tmp_path / "run")
-    parameters = read_history(tmp_path / "run").started.parameters
-    assert asked[0]["spool_bytes"] == 4 * 3 * parameters
+    for rule in ("mean", "median"):
+        config = make_config(
+            three_silos, f"federation.merging_rule={rule}", "federation.rounds=1", "eval.every=0"
+        )
+        simulate(config, run_dir=tmp_path / rule)
+    parameters = read_history(tmp_path / "median").started.parameters
+    mean_bytes, median_bytes = asked
+    assert median_bytes - mean_bytes == 4 * 3 * parameters
 
 
 def test_one_participant_adopted_through_the_median_is_itself(one_silo, make_config, tmp_path):
