@@ -97,10 +97,11 @@ class Draws:
             ) from error
 
 
+@dataclass(frozen=True)
 class JoinedFleet:
     """The members that are here.
 
-    Args:
+    Attributes:
         roster: members, and when each was heard of.
         config: which members may take part, how many must, how long silence may last.
         run_id: of the run.
@@ -110,22 +111,12 @@ class JoinedFleet:
             draw may follow.
     """
 
-    def __init__(
-        self,
-        roster: Roster,
-        config: RunConfig,
-        run_id: str,
-        draws: Draws,
-        *,
-        ending: Callable[[], bool] = lambda: False,
-        on_lost: Callable[[int, int], None] = lambda number, attempt: None,
-    ) -> None:
-        self._roster = roster
-        self._config = config
-        self._run_id = run_id
-        self._draws = draws
-        self._ending = ending
-        self._on_lost = on_lost
+    roster: Roster
+    config: RunConfig
+    run_id: str
+    draws: Draws
+    ending: Callable[[], bool] = lambda: False
+    on_lost: Callable[[int, int], None] = lambda number, attempt: None
 
     def expected(self, round_number: int) -> Mapping[str, int] | None:
         """Tokens of those that a round will be drawn from, as far as can be known before it.
@@ -135,7 +126,7 @@ class JoinedFleet:
         """
         if (begun := self._begun(round_number)) is not None:
             return begun.tokens
-        over = round_number > self._config.federation.rounds
+        over = round_number > self.config.federation.rounds
         return self._scored() if over else self._gathered(round_number)
 
     def drawn_from(self, round_number: int) -> Candidates | None:
@@ -158,38 +149,38 @@ class JoinedFleet:
             here = self._gathered(round_number)
             if here is None:
                 return None
-            before = self._draws.of(round_number)
-            if self._roster.tasks.asked(self._run_id, round_number):
+            before = self.draws.of(round_number)
+            if self.roster.tasks.asked(self.run_id, round_number):
                 # Answers to an earlier attempt, before the draw that they are no answers to.
-                self._roster.tasks.prune(self._run_id, before_round=round_number + 1)
+                self.roster.tasks.prune(self.run_id, before_round=round_number + 1)
             begun = Drawn(1 + (before.attempt if before is not None else 0), dict(here))
-            self._draws.keep(round_number, begun)
+            self.draws.keep(round_number, begun)
         return Candidates(begun.tokens, begun.attempt)
 
     def lost(self, round_number: int) -> bool:
         drawn = self._begun(round_number)
         if drawn is None:
             return False
-        self._on_lost(round_number, drawn.attempt)
-        self._draws.lose(round_number)
+        self.on_lost(round_number, drawn.attempt)
+        self.draws.lose(round_number)
         # Without those who will not, another draw is another round; else it would end as this one.
-        return bool(refusing(self._roster, self._run_id).keys() & drawn.tokens.keys())
+        return bool(refusing(self.roster, self.run_id).keys() & drawn.tokens.keys())
 
     def present(self) -> list[str]:
         return sorted(self._here())
 
     def _begun(self, round_number: int) -> Drawn | None:
         """The draw that a round goes on with, if there is one."""
-        drawn = self._draws.of(round_number)
+        drawn = self.draws.of(round_number)
         return drawn if drawn is not None and not drawn.lost else None
 
     def _gathered(self, round_number: int) -> dict[str, int] | None:
         """Those who are here, once they are enough; None where the run is to end before that."""
-        needed, gather_s = self._config.silos_needed, self._config.serve.gather_s
+        needed, gather_s = self.config.silos_needed, self.config.serve.gather_s
         here = self._awaited(round_number, needed, gather_s, self._here)
         if len(here) >= needed:
             return here
-        if self._ending():
+        if self.ending():
             return None
         raise QuorumLostError(
             f"{len(here)} silos are here ({', '.join(sorted(here)) or 'none'}), round "
@@ -199,10 +190,10 @@ class JoinedFleet:
 
     def _scored(self) -> Mapping[str, int]:
         """Those whom the last round was drawn from, after a short wait for the ones still here."""
-        config, members = self._config, self._tokens()
-        last = self._draws.of(config.federation.rounds)
+        config, members = self.config, self._tokens()
+        last = self.draws.of(config.federation.rounds)
         tokens = last.tokens if last is not None else members
-        wanted = tokens.keys() & members.keys() - refusing(self._roster, self._run_id).keys()
+        wanted = tokens.keys() & members.keys() - refusing(self.roster, self.run_id).keys()
         if config.eval.per_silo:
             self._awaited(
                 None,
@@ -226,33 +217,33 @@ class JoinedFleet:
         """
         until, told = time.time() + wait_s, None
         try:
-            while len(here := look()) < needed and not self._ending() and time.time() <= until:
+            while len(here := look()) < needed and not self.ending() and time.time() <= until:
                 waiting = {
                     "for_silos": needed,
                     "round": round_number,
                     "here": sorted(here),
-                    "refusing": refusing(self._roster, self._run_id),
+                    "refusing": refusing(self.roster, self.run_id),
                     "until": until,
                 }
                 if waiting != told:
-                    self._roster.set_setting("waiting", told := waiting)
+                    self.roster.set_setting("waiting", told := waiting)
                 time.sleep(_LOOK_S)
             return here
         finally:
-            self._roster.set_setting("waiting", None)  # also what a killed process left there
+            self.roster.set_setting("waiting", None)  # also what a killed process left there
 
     def _tokens(self) -> dict[str, int]:
-        wanted = self._config.serve.silos
+        wanted = self.config.serve.silos
         return {
             member.name: member.facts.train_tokens
-            for member in self._roster.members()
+            for member in self.roster.members()
             if member.status == "active" and (not wanted or member.name in wanted)
         }
 
     def _here(self) -> dict[str, int]:
-        seen, now = self._roster.presences(), time.time()
-        silence_s = self._config.federation.silence_s
-        out = refusing(self._roster, self._run_id)
+        seen, now = self.roster.presences(), time.time()
+        silence_s = self.config.federation.silence_s
+        out = refusing(self.roster, self.run_id)
         return {
             name: tokens
             for name, tokens in self._tokens().items()

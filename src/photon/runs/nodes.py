@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ CENTRALISED = "centralised"
 Elsewhere = Callable[[Engine, Callable[[Event], None]], Engine]
 
 
+@dataclass(frozen=True)
 class Nodes:
     """What trains, or at least scores, on this machine in a run.
 
-    Args:
+    Attributes:
         kind: "simulate"; "train" for one node on pooled text; "serve" where silos train elsewhere
             and one process here scores the global held-out set, whatever [compute] says.
         config: the run file.
@@ -40,66 +42,57 @@ class Nodes:
             scores the global held-out set here.
     """
 
-    def __init__(
-        self,
-        kind: Kind,
-        config: RunConfig,
-        data: PreparedData,
-        silos: Sequence[str],
-        folder: Path,
-        elsewhere: Elsewhere | None = None,
-    ) -> None:
-        self._kind: Kind = kind
-        self._config = config
-        self._data = data
-        self._silos = silos
-        self._folder = folder
-        self._elsewhere = elsewhere
+    kind: Kind
+    config: RunConfig
+    data: PreparedData
+    silos: Sequence[str]
+    folder: Path
+    elsewhere: Elsewhere | None = None
 
     @property
     def workers(self) -> int:
         """Nodes in processes of their own; 0: one node in this process."""
-        return workers_of(self._kind, self._config)
+        return workers_of(self.kind, self.config)
 
     @property
     def ranks(self) -> int:
         """Processes of each node."""
-        return ranks_of(self._kind, self._config)
+        return ranks_of(self.kind, self.config)
 
     @property
     def batch_size(self) -> int:
         """Sequences of a step; where text is pooled, as many as all participants of a round."""
-        config = self._config
-        if self._kind != "train":
+        config = self.config
+        if self.kind != "train":
             return config.local.batch_size
         if config.train.batch_size is not None:
             return config.train.batch_size
-        participants = min(len(self._silos), config.federation.sample or len(self._silos))
+        participants = min(len(self.silos), config.federation.sample or len(self.silos))
         for name, one in config.federation.children.items():  # as many as read a text in groups
-            if (silos := one.silos_of(name)) and set(silos) <= set(self._silos):
+            if (silos := one.silos_of(name)) and set(silos) <= set(self.silos):
                 participants += one.leaves - len(silos)
         return config.local.batch_size * participants
 
     def settings(self) -> NodeSettings:
         """Of each node; under torchrun with this process's seat."""
-        config = self._config
-        if self._kind == "train":
+        config = self.config
+        if self.kind == "train":
             config = central_config(config, self.batch_size)
-        elif self._kind == "serve":
+        elif self.kind == "serve":
             alone = config.compute.model_copy(update={"processes": 1, "strategy": "auto"})
             config = config.model_copy(update={"compute": alone})
         return NodeSettings(
             config,
-            self._folder / "nodes",
+            self.folder / "nodes",
             processes=max(1, self.workers),
-            seat=seat_of(self._kind),
-            scores_only=self._kind == "serve",
+            seat=seat_of(self.kind),
+            scores_only=self.kind == "serve",
         )
 
     def skeleton(self) -> nn.Module:
         """The model without weights."""
-        data = self._data
-        return empty_model(self._config, vocab_size=data.vocab_size, eos_id=data.eos_id)
+        data = self.data
+        return empty_model(self.config, vocab_size=data.vocab_size, eos_id=data.eos_id)
 
     def fit(self, model: nn.Module) -> Fit:
         """How a node would spread this model; see `plan_fit` for what it raises."""
@@ -107,7 +100,7 @@ class Nodes:
         seat = settings.seat
         if seat.world_size == 1:
             seat = Seat(0, 0, self.ranks, self.ranks)
-        plan = plan_compute(self._config.compute, seat=seat)
+        plan = plan_compute(self.config.compute, seat=seat)
         return plan_fit(
             model,
             settings.config,
@@ -119,12 +112,12 @@ class Nodes:
 
     def initial_state(self, model: nn.Module) -> dict[str, Tensor]:
         """The global state before the first round."""
-        config = self._config
+        config = self.config
         state = {
             WEIGHTS + name: model.get_parameter(name).detach().clone()
             for name in layout_of(model).merged
         }
-        if self._kind != "train" and config.federation.optimizer_state == "average":
+        if self.kind != "train" and config.federation.optimizer_state == "average":
             zeros = InnerOptimizer(model, config.local).initial_state()
             state |= {OPTIMIZER + name: tensor for name, tensor in zeros.items()}
         return state
@@ -134,14 +127,14 @@ class Nodes:
         settings = self.settings()
         alone = settings.seat.world_size == 1
         if alone and (self.ranks > 1 or self.workers):
-            exchange = self._folder / "exchange"
+            exchange = self.folder / "exchange"
             return WorkerEngine(settings, exchange, on_event, ranks=self.ranks)
-        local = LocalEngine(Node(settings, on_event, data=self._data, model=model))
-        return local if self._elsewhere is None else self._elsewhere(local, on_event)
+        local = LocalEngine(Node(settings, on_event, data=self.data, model=model))
+        return local if self.elsewhere is None else self.elsewhere(local, on_event)
 
     def follow(self) -> None:
         """Train with rank 0, which keeps the run; for the other ranks under torchrun."""
-        Node(self.settings(), lambda _: None, data=self._data).follow()
+        Node(self.settings(), lambda _: None, data=self.data).follow()
 
 
 def seat_of(kind: Kind) -> Seat:

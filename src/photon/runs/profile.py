@@ -13,7 +13,6 @@ from photon.errors import error_of
 from photon.federation import FitTask, Receipt, Version, fitted
 from photon.federation.layout import layout_of
 from photon.federation.node import initial_model
-from photon.runs.nodes import Nodes
 from photon.runs.session import Session
 from photon.telemetry import Event, Listener
 from photon.telemetry.events import ComputeChosen, Notice
@@ -51,17 +50,14 @@ def profile(
     config = config.model_copy(update={"federation": nodes_only})
     with tempfile.TemporaryDirectory(prefix="photon-profile-") as folder:
         session = Session("simulate", config, [silo] if silo else None, Path(folder), None)
-        nodes = Nodes("simulate", session.config, session.data, session.silos, Path(folder))
         if Seat.from_environment().rank:
-            nodes.follow()
+            session.follow()
             return {}
-        return _measure(session, nodes, steps, listener)
+        return _measure(session, steps, listener)
 
 
-def _measure(
-    session: Session, nodes: Nodes, steps: int, listener: Listener | None
-) -> dict[str, Any]:
-    config = session.config
+def _measure(session: Session, steps: int, listener: Listener | None) -> dict[str, Any]:
+    config, nodes = session.config, session.nodes
     told: list[Event] = []
 
     def hear(event: Event) -> None:

@@ -49,7 +49,7 @@ class Rounds:
         self._evaluated_round: int | None = None
         self._evaluation_bytes = 0
         self._config = federation.config
-        self._federation = federation
+        self.federation = federation
         self._recorder = recorder
         self._checkpoints = checkpoints
         self._draining = draining
@@ -74,13 +74,13 @@ class Rounds:
                 self._evaluate(self.state, self.state)
         while self.state.global_step < self._config.total_steps and not self._ended():
             number = self.state.round + 1
-            candidates = None if self._draining() else self._federation.fleet.drawn_from(number)
+            candidates = None if self._draining() else self.federation.fleet.drawn_from(number)
             if candidates is None:
                 return False
             try:
-                closed = self._federation.round(self.state, candidates)
+                closed = self.federation.round(self.state, candidates)
             except QuorumLostError:
-                if not self._federation.fleet.lost(number):
+                if not self.federation.fleet.lost(number):
                     raise
                 continue
             last = closed.after.global_step >= self._config.total_steps
@@ -96,7 +96,7 @@ class Rounds:
         """Checkpoint the current state; returns the seconds it took."""
         started = time.perf_counter()
         self.state = replace(self.state, elapsed_s=self._recorder.elapsed_s)
-        server, outstanding = self._federation.server, self._federation.outstanding
+        server, outstanding = self.federation.server, self.federation.outstanding
         # The server's tensors, and the versions that somebody still works from.
         size = self._checkpoints.save(self.state, server.groups() | outstanding.versions())
         save_s = time.perf_counter() - started
@@ -107,9 +107,9 @@ class Rounds:
         self, before: RunState, after: RunState, participants: Collection[str] = ()
     ) -> float:
         """Note and tell scores as they arrive; returns the seconds all of them took."""
-        started, number = time.perf_counter(), self._federation.server.version.number
+        started, number = time.perf_counter(), self.federation.server.version.number
         self.evaluation, self._evaluated_round = {}, number
-        for receipt in self._federation.evaluate(before, participants, after.node_rounds):
+        for receipt in self.federation.evaluate(before, participants, after.node_rounds):
             self.evaluation[receipt.silo] = receipt
             self._evaluation_bytes += receipt.bytes_down or 0
             scores = Evaluated(round=number, perplexity=receipt.perplexity, **vars(receipt))

@@ -61,7 +61,8 @@ def continue_run(folder: Path, post: Post) -> RunResult:
             ending=ending,
             on_lost=notary.write_lost,
         )
-        silo_tokens = fleet.expected(_next_round(folder, config) if begun else 1)
+        rounds = CheckpointStore(folder / "checkpoints", 1).rounds() if begun else []
+        silo_tokens = fleet.expected(1 + max(rounds, default=0))
         if silo_tokens is None:
             return RunResult(folder, {})
         data = open_data(config.data.path)
@@ -81,12 +82,6 @@ def continue_run(folder: Path, post: Post) -> RunResult:
         guests = Guests(fleet, silo_tokens, engine, notary, ending)
         session = Session("serve", config, None, folder, None, guests=guests, begun=begun)
         return session.execute(read_record(folder) if begun else None)
-
-
-def _next_round(folder: Path, config: RunConfig) -> int:
-    """The round that the run goes on with, as its checkpoints say."""
-    checkpoints = CheckpointStore(folder / "checkpoints", config.run.keep_checkpoints)
-    return max(checkpoints.rounds(), default=0) + 1
 
 
 def _run_part(

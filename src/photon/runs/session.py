@@ -147,7 +147,7 @@ class Session:
         elsewhere = guests.engine if guests is not None else None
         self._begun = begun
         built = with_own_model(self.config, folder) if begun else self.config
-        self._nodes = Nodes(kind, built, self.data, self.silos, folder, elsewhere)
+        self.nodes = Nodes(kind, built, self.data, self.silos, folder, elsewhere)
         self._model: nn.Module | None = None
 
     def _check(self) -> None:
@@ -166,8 +166,8 @@ class Session:
         # Pretrained weights mean something with their own tokens only.
         if config.model.init == "pretrained" and not self._begun:
             require_same_tokenizer(tokenizer_file_of(str(config.model.path)), data)
-        shape = self._nodes.skeleton()
-        self._nodes.fit(shape)
+        shape = self.nodes.skeleton()
+        self.nodes.fit(shape)
         decayed_names(trainable_parameters(shape), config.local.no_decay)
         weights_bytes = 4 * sum(parameter.numel() for parameter in shape.parameters())
         moments = {"adamw": 2, "muon": 2, "adopt": 2, "amsgrad": 3, "sgd": 0}
@@ -191,7 +191,7 @@ class Session:
 
     def follow(self) -> None:
         """Train with rank 0, which keeps the run; for the other ranks under torchrun."""
-        self._nodes.follow()
+        self.nodes.follow()
 
     def execute(self, record: dict[str, Any] | None) -> RunResult:
         """Run to the end; `record` is run.json when the run is resumed.
@@ -210,7 +210,7 @@ class Session:
             # A run that has a checkpoint needs no folder of a pretrained model any more.
             under_way = self._begun and bool(checkpoints.rounds())
             self._model = (
-                self._nodes.skeleton() if under_way else initial_model(self.config, self.data)
+                self.nodes.skeleton() if under_way else initial_model(self.config, self.data)
             )
             fingerprint = model_fingerprint(self._model)
             notices: list[str] = []
@@ -238,13 +238,13 @@ class Session:
                     recorder.emit(Notice(text=text, round=state.round, silo=""))
                 for problem in problems:
                     recorder.emit(RunStopped(round=state.round, reason=f"skipped: {problem}"))
-                loop, federation = self._loop(state, recorder, checkpoints, tensors)
+                loop = self._loop(state, recorder, checkpoints, tensors)
                 tensors.clear()
-                return self._run_loop(loop, federation, recorder)
+                return self._run_loop(loop, recorder)
             finally:
                 recorder.close()
 
-    def _run_loop(self, loop: Rounds, federation: Federation, recorder: Recorder) -> RunResult:
+    def _run_loop(self, loop: Rounds, recorder: Recorder) -> RunResult:
         try:
             with stopping_on_sigterm():
                 over = loop.run()
@@ -256,7 +256,7 @@ class Session:
                     loop.state,
                     loop.evaluation,
                     self.config,
-                    federation.server.weights,
+                    loop.federation.server.weights,
                     elapsed_s=recorder.elapsed_s,
                     at_once=self._at_once,
                     alone=self.kind == "train",
@@ -268,24 +268,24 @@ class Session:
                 recorder.emit(RunStopped(round=loop.state.round, reason=reason))
             raise
         finally:
-            federation.engine.close()
+            loop.federation.engine.close()
         recorder.emit(RunFinished(summary=summary))
         write_json(self.folder / "summary.json", summary)
         return RunResult(self.folder, summary)
 
     def _loop(
         self, state: RunState, recorder: Recorder, checkpoints: CheckpointStore, tensors: Groups
-    ) -> tuple[Rounds, Federation]:
+    ) -> Rounds:
         model, on_event = self._model, recorder.emit
         assert model is not None
         self._model = None  # an aggregator with workers must not hold a model of its own
         if not tensors:
             once = layout_of(model).once_of(model)
-            tensors = {"global": self._nodes.initial_state(model), "once": once}
-        key, nodes = layout_of(model).named("key"), self._nodes.settings()
+            tensors = {"global": self.nodes.initial_state(model), "once": once}
+        key, nodes = layout_of(model).named("key"), self.nodes.settings()
         if self.config.federation.children:
             on_event = in_the_round(on_event)
-        engine, tokens = self._nodes.engine(model, on_event), self._silo_tokens
+        engine, tokens = self.nodes.engine(model, on_event), self._silo_tokens
         config, pooled, options = self.config, (), dict[str, Any]()
         if self._guests is not None:
             fleet, options["draining"] = self._guests.fleet, self._guests.ending
@@ -305,14 +305,14 @@ class Session:
         order = Order(None if config.federation.in_task_order else self.folder / "order.jsonl")
         federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
         federation.outstanding.go_on_with(state.in_flight, tensors, server)
-        return Rounds(federation, state, recorder, checkpoints, **options), federation
+        return Rounds(federation, state, recorder, checkpoints, **options)
 
     @property
     def _at_once(self) -> int:
         """Silos, or training processes, that trained at the same time."""
         if self.kind == "serve" or self.clock is not None:
             return len(self.silos)
-        return max(1, self._nodes.workers)
+        return max(1, self.nodes.workers)
 
     @property
     def _fleet_tokens(self) -> dict[str, int]:
@@ -334,8 +334,8 @@ class Session:
     def _started(self, resumed_from: int | None) -> RunStarted:
         config, model = self.config, self._model
         assert model is not None
-        workers = self._nodes.workers
-        plan = plan_compute(config.compute, processes=max(1, workers) * self._nodes.ranks)
+        workers = self.nodes.workers
+        plan = plan_compute(config.compute, processes=max(1, workers) * self.nodes.ranks)
         central = self.kind == "train"
         return RunStarted(
             kind=self.kind,
@@ -346,7 +346,7 @@ class Session:
             rounds=config.federation.rounds,
             local_steps=config.local.steps,
             participants_per_round=1 if central else self._participants(),
-            batch_size=self._nodes.batch_size,
+            batch_size=self.nodes.batch_size,
             sequence_length=config.data.sequence_length,
             parameters=sum(parameter.numel() for parameter in trainable_parameters(model).values()),
             silo_tokens=self._silo_tokens,

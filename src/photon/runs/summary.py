@@ -33,7 +33,8 @@ def summary_of(
         at_once: silos, or training processes, that trained at the same time.
         alone: nothing was exchanged.
     """
-    overall = evaluation[None]
+    overall, simulated_s = evaluation[None], state.clock.get("now_s")
+    time_s = elapsed_s if simulated_s is None else simulated_s
     return {
         "rounds": state.round,
         "tokens": state.total_tokens,
@@ -49,20 +50,12 @@ def summary_of(
         **({} if alone else _baselines(state, config, weights)),
         "wall_s": elapsed_s,
         "local_train_s": state.local_train_s,
-        **_use_of_time(state, elapsed_s, at_once),
-        "weights_sha256": tensors_sha256(weights),
-        "photon_version": photon_version(),
-    }
-
-
-def _use_of_time(state: RunState, elapsed_s: float, at_once: int) -> dict[str, Any]:
-    simulated_s = state.clock.get("now_s")
-    time_s = elapsed_s if simulated_s is None else simulated_s
-    return {
         "simulated_s": simulated_s,
         "train_share": state.local_train_s / time_s if time_s > 0 else 0.0,
         **shares_of_time(state, time_s, at_once),
         "tokens_lost": state.tokens_lost,
+        "weights_sha256": tensors_sha256(weights),
+        "photon_version": photon_version(),
     }
 
 
