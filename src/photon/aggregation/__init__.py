@@ -7,11 +7,7 @@ from photon.aggregation.check import check_update, square_sum
 from photon.aggregation.coordinatewise import Median, TrimmedMean
 from photon.aggregation.edit import EditMean
 from photon.aggregation.mean import ClippedMean, WeightedMean
-from photon.aggregation.outer import (
-    BUILTIN_OUTER,
-    OuterOptimizer,
-    build_outer_optimizer,
-)
+from photon.aggregation.outer import BUILTIN_OUTER, OuterOptimizer, build_outer_optimizer
 from photon.aggregation.rule import MergingRule
 from photon.aggregation.rules import BUILTIN_RULES, build_merging_rule
 

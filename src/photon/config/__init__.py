@@ -15,12 +15,7 @@ from photon.config.load import (
 from photon.config.node import NetworkConfig, NodeConfig, PolicyConfig
 from photon.config.outer import OuterConfig
 from photon.config.privacy import PrivacyConfig
-from photon.config.run import (
-    FederationConfig,
-    LocalConfig,
-    ModelConfig,
-    RunConfig,
-)
+from photon.config.run import FederationConfig, LocalConfig, ModelConfig, RunConfig
 from photon.config.serve import ServeConfig
 
 __all__ = [

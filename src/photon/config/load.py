@@ -21,12 +21,7 @@ from photon.config.children import check_children
 from photon.config.clock import ClockConfig
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
-from photon.errors import (
-    ConfigError,
-    IncompatibleConfigError,
-    InvalidValueError,
-    UnknownKeyError,
-)
+from photon.errors import ConfigError, IncompatibleConfigError, InvalidValueError, UnknownKeyError
 
 _File = TypeVar("_File", RunConfig, NodeConfig, ClockConfig)
 

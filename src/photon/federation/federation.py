@@ -18,13 +18,7 @@ from photon.federation.sampling import Candidates, Fleet
 from photon.federation.server import Server
 from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, Update
 from photon.telemetry import Event
-from photon.telemetry.events import (
-    LocalFinished,
-    Notice,
-    RoundMerged,
-    RoundStarted,
-    UpdateDropped,
-)
+from photon.telemetry.events import LocalFinished, Notice, RoundMerged, RoundStarted, UpdateDropped
 
 #: Where training diverged: the same rounds again would diverge again.
 WAY_OUT = (

@@ -19,14 +19,7 @@ from photon.federation.node_state import drop_node_state
 from photon.federation.outbox import Outbox
 from photon.federation.sampling import Candidates, FixedFleet
 from photon.federation.server import Server
-from photon.federation.tasks import (
-    WEIGHTS,
-    FitTask,
-    GlobalState,
-    Receipt,
-    Update,
-    update_header,
-)
+from photon.federation.tasks import WEIGHTS, FitTask, GlobalState, Receipt, Update, update_header
 from photon.link import entries_bytes
 from photon.telemetry import Event
 from photon.telemetry.events import RoundMerged, RoundStarted

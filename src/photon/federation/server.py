@@ -17,14 +17,7 @@ from photon.federation.checkpoint import RunState
 from photon.federation.engine import Version
 from photon.federation.merging import Merging, Verdict
 from photon.federation.norm_bound import NormBound, lr_sum, norm_bound, usual_norm
-from photon.federation.tasks import (
-    OPTIMIZER,
-    WEIGHTS,
-    GlobalState,
-    StateRef,
-    Update,
-    section,
-)
+from photon.federation.tasks import OPTIMIZER, WEIGHTS, GlobalState, StateRef, Update, section
 from photon.link import Carrier, Ref, tensors_sha256
 
 

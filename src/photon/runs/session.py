@@ -39,11 +39,7 @@ from photon.federation import (
 from photon.federation.layout import layout_of
 from photon.federation.node import empty_model, initial_model, open_stream
 from photon.federation.outstanding import Order
-from photon.models import (
-    model_fingerprint,
-    tokenizer_file_of,
-    trainable_parameters,
-)
+from photon.models import model_fingerprint, tokenizer_file_of, trainable_parameters
 from photon.runs.changes import changes, go_on_with
 from photon.runs.folder import (
     RUN_FORMAT,
@@ -69,10 +65,7 @@ from photon.telemetry.events import (
     finite,
 )
 from photon.telemetry.tensorboard import TensorBoardWriter
-from photon.training import (
-    decayed_names,
-    plan_compute,
-)
+from photon.training import decayed_names, plan_compute
 from photon.version import photon_version
 
 #: A run folder's copy of the clock that its time is simulated by.
