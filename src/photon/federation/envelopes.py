@@ -26,11 +26,11 @@ from photon.errors import PhotonError, ProtocolError
 from photon.federation.tasks import (
     MOST_TEXT,
     Code,
+    Count,
     EvalReceipt,
     FitTask,
     Measures,
     Receipt,
-    Round,
     Score,
     StateRef,
     Text,
@@ -100,15 +100,15 @@ class FitPart(_Part):
     round: Annotated[int, Field(ge=1, lt=2**31)]
     global_step: Whole
     steps: Annotated[int, Field(ge=1, lt=2**31)]
-    node_round: Round | None = None
+    node_round: Count | None = None
     cursor: Whole = 0
 
 
 class EvalPart(_Part):
     """Score the state on the silo's own held-out text, with the personal part of `node_round`."""
 
-    round: Round
-    node_round: Round | None = None
+    round: Count
+    node_round: Count | None = None
 
 
 class _Letter(_Part):
@@ -265,7 +265,7 @@ class Reply(_Letter):
 
     ask: Sha256
     run: _RunId
-    round: Round
+    round: Count
     task: Annotated[
         str, Field(max_length=200, pattern=f"^{_RUN_ID}/(fit|evaluate)/[0-9]+/{SEGMENT}$")
     ]

@@ -76,7 +76,7 @@ MOST_TEXT = 4000
 
 # What a figure may be in a document from outside. Dataclasses made here are not held to it.
 Text = Annotated[str, Field(max_length=MOST_TEXT, strict=True), AfterValidator(_one_line)]
-Round = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+Count = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 Whole = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
 Tokens = Annotated[int, Field(ge=1, lt=2**53, strict=True)]
 Code = Annotated[int, Field(ge=1, le=255, strict=True)]
@@ -118,7 +118,7 @@ class Measures:
     communication_s: Seconds | None = None
     mfu: Ratio | None = None
     peak_memory_bytes: Bytes = 0
-    micro_batch_size: Round = 0
+    micro_batch_size: Count = 0
     left_out: Ratio | None = None
     state_lost: Annotated[bool, Strict()] = False
 
@@ -235,7 +235,7 @@ class StateRef:
 
     __pydantic_config__ = CLOSED
 
-    round: Round
+    round: Count
     sha256: Sha256
     whole: Ref | None = None
     update: Ref | None = None
