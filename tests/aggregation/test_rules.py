@@ -187,8 +187,8 @@ def test_a_weight_must_be_above_zero_and_finite(name: str, weight: float) -> Non
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ([("w", torch.ones(2))], "missing 'b'"),
-        ([("w", torch.ones(2)), ("c", torch.ones(1))], "unknown 'c'"),
+        ([("w", torch.ones(2))], "lacks 1 of 2 tensors: 'b'"),
+        ([("w", torch.ones(2)), ("c", torch.ones(1))], "'c' is not part of"),
         ([("w", torch.ones(2)), ("b", torch.ones(1)), ("b", torch.ones(1))], "twice"),
         ([("w", torch.ones(2)), ("b", torch.ones(2))], "shape"),
         ([("w", torch.ones(2)), ("b", torch.ones(1, dtype=torch.int64))], "expected floating"),
