@@ -27,13 +27,11 @@ class Blockwise(Codec):
     """Codes of `bits` bits for each value, and a bf16 scale for each block.
 
     The last block may be short; it is encoded as if zeros followed.
-
-    Attributes:
-        block: values that share a scale.
     """
 
     #: Of a code; divides 8.
     bits: ClassVar[int]
+    #: Values that share a scale.
     block: int
 
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:

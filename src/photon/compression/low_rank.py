@@ -94,13 +94,11 @@ class LowRank(_Factors):
     so that the squared error is at most 1 - energy of the squared norm (before the inner codec's).
     A tensor with r (m + n) >= m n is sent whole. The vectors are the eigenvectors of the Gram
     matrix of the smaller side, which costs that side cubed: half a second for 768.
-
-    Attributes:
-        energy: share of the squared norm that is kept.
     """
 
     name = "lowrank"
     _sends_rank = True
+    #: Share of the squared norm that is kept.
     energy: float
 
     def _factors(self, matrix: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor] | None:
@@ -125,9 +123,6 @@ class PowerSGD(_Factors):
     Without memory, or with a basis of another shape, Q is drawn from a fixed seed.
 
     A tensor with r (m + n) >= m n is sent whole.
-
-    Attributes:
-        rank: r.
     """
 
     name = "powersgd"

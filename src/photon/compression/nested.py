@@ -12,12 +12,7 @@ from photon.compression.codec import Codec, Empty, Number, Parts
 
 
 class Nesting(Codec):
-    """A codec around another.
-
-    Args:
-        inner: encodes what this one makes of a tensor; fp32 if None.
-        given: as of Codec.
-    """
+    """A codec around another, which encodes what this one makes of a tensor; fp32 if None."""
 
     def __init__(self, inner: Codec | None = None, **given: Number) -> None:
         super().__init__(**given)

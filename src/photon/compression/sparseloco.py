@@ -36,12 +36,10 @@ class SparseLoco(Codec):
     Values are compared by 20 bits (12 of precision); those that tie are taken in order. The
     magnitudes are the means of two groups of the kept ones, split where their squared error is
     smallest (Lloyd's algorithm on a line, from the split at their mean).
-
-    Attributes:
-        k: values kept of each chunk.
     """
 
     name = "sparseloco"
+    #: Values kept of each chunk.
     k: int
 
     def encode(self, tensor: Tensor, memory: Memory | None = None) -> dict[str, Tensor]:

@@ -39,9 +39,6 @@ class TopK(Nesting):
     `index` and `counts`), or one bit for every value where that takes less, beyond a density of
     1/16 (part `bitmap`). Kept values, in their order in the tensor, go through the inner codec
     (parts `values.*`), which is given them without memory and is not fitted itself.
-
-    Attributes:
-        density: share of values to send.
     """
 
     name = "topk"

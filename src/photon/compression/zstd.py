@@ -37,12 +37,10 @@ class Zstd(Nesting):
 
     The parts of large tensors depend on the version of the zstd library, never on the number of
     threads.
-
-    Attributes:
-        level: 1 (fast) to 19 (small).
     """
 
     name = "zstd"
+    #: 1 (fast) to 19 (small).
     level: int
 
     def __init__(self, inner: Codec | None = None, **given: Number) -> None:

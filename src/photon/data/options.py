@@ -154,11 +154,6 @@ class PrepareOptions:
             ways["--partitioner"] = partial(_plugin, name, self.partitioner_options), words
         return ways
 
-    @property
-    def silos_mean_something(self) -> bool:
-        """Silos are of a kind of text each; not drawn at random, or cut by size."""
-        return self.iid is None and self.dirichlet is None and self.contiguous is None
-
     def partition_in_words(self) -> str:
         """How documents became silos, for the data card."""
         if self.held_out_only:

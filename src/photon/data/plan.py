@@ -149,7 +149,8 @@ def _parted(
     )
     for n, silo, split in zip(rest, named, found, strict=True):
         silos[n], splits[n] = silo, split
-    if options.silos_mean_something:
+    # Silos are of a kind of text each: not drawn at random, or cut by size.
+    if options.iid is None and options.dirichlet is None and options.contiguous is None:
         remarks += _unheard(silos, splits, [info.bytes for info in infos])
     if own:
         names = sorted({infos[n].origin.split for n, is_own in enumerate(held) if is_own})

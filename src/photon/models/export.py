@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,15 +119,21 @@ def export_model(
     require_disk(out.parent, needed, "exporting", "Free space or name another --out.")
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        with _exporting(out):
-            ids = _write_tokenizer(tokenizer_folder, part)
-            _save_weights(model, part, max_shard_size, torch_dtype, ids)
-            (part / "README.md").write_text(render_card(card, model), encoding="utf-8")
-            # What writes safetensors lets nobody else read them.
-            for file in part.iterdir():
-                file.chmod(0o666 & ~_umask())
-            part.chmod(0o777 & ~_umask())
-            put_in_place(part, out)
+        ids = _write_tokenizer(tokenizer_folder, part)
+        _save_weights(model, part, max_shard_size, torch_dtype, ids)
+        (part / "README.md").write_text(render_card(card, model), encoding="utf-8")
+        # What writes safetensors lets nobody else read them.
+        for file in part.iterdir():
+            file.chmod(0o666 & ~_umask())
+        part.chmod(0o777 & ~_umask())
+        put_in_place(part, out)
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:
+        # safetensors has an error of its own around the operating system's.
+        if "No space left" in str(error):
+            raise DiskFullError(f"no room left while exporting to {out}") from error
+        raise ModelError(f"the model can't be exported to {out}: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -249,19 +253,6 @@ def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
         if number is not None:
             ids[f"{name}_id"] = number
     return ids
-
-
-@contextmanager
-def _exporting(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ModelError, MemoryError):
-        raise
-    except Exception as error:
-        # safetensors has an error of its own around the operating system's.
-        if "No space left" in str(error):
-            raise DiskFullError(f"no room left while exporting to {out}") from error
-        raise ModelError(f"the model can't be exported to {out}: {error}") from error
 
 
 def _umask() -> int:

@@ -14,11 +14,9 @@ from photon.data import TokenStream
 
 @dataclass(frozen=True)
 class Batch:
-    """What one rank trains on in one step.
+    """What one rank trains on in one step: int64 and int32 [share, L + 1].
 
-    Attributes:
-        tokens: int64 [share, L + 1].
-        document_ids: int32 [share, L + 1]; None where documents may see each other.
+    There are no document_ids where documents may see each other.
     """
 
     tokens: Tensor

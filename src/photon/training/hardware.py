@@ -97,10 +97,8 @@ def measure_peak(
 ) -> float:
     """FLOP/s of the fastest of some square matrix products: measured, not stated.
 
-    On a CPU it uses the threads that torch is set to, and other processes' load lowers it.
-
-    Args:
-        seconds: roughly how long. Products grow as far as that allows.
+    On a CPU it uses the threads that torch is set to, and other processes' load lowers it. It takes
+    roughly so many seconds; products grow as far as they allow.
     """
     device = torch.device(device)
     size = 1024 if device.type == "cuda" else 128
@@ -208,11 +206,8 @@ def inspect_machine() -> Machine:
         interconnect=_interconnect(),
         backends=tuple(filter(dist.is_backend_available, ("gloo", "nccl", "mpi"))),
         compiler=_compiler(),
-        packages={name: find_spec(name) is not None for name in _OPTIONAL_PACKAGES},
+        packages={name: find_spec(name) is not None for name in ("flash_attn", "triton")},
     )
-
-
-_OPTIONAL_PACKAGES = ("flash_attn", "triton")
 
 
 def _wait(device: torch.device) -> None:

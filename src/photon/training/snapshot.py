@@ -113,7 +113,7 @@ def read_snapshot(path: Path, allocate: Allocate, ranks: Ranks) -> dict[str, Ten
     if not count:
         return {}
     reader = FileSystemReader(path)
-    with _as_read(path):
+    try:
         wanted = {
             name: allocate(name, entry.size, entry.properties.dtype)
             for name, entry in reader.read_metadata().state_dict_metadata.items()
@@ -127,6 +127,10 @@ def read_snapshot(path: Path, allocate: Allocate, ranks: Ranks) -> dict[str, Ten
             process_group=None if ranks.size == 1 else ranks.checkpoints,
             no_dist=ranks.size == 1,
         )
+    except CheckpointException as error:
+        raise ValueError(f"{path} can't be read: {_cause(error)}") from None
+    except (RuntimeError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
     return wanted
 
 
@@ -153,13 +157,3 @@ def _cause(gathered: CheckpointException) -> BaseException:
     if not isinstance(cause, Exception):
         raise cause from None
     return cause
-
-
-@contextmanager
-def _as_read(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointException as error:
-        raise ValueError(f"{path} can't be read: {_cause(error)}") from None
-    except (RuntimeError, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
