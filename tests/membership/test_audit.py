@@ -18,7 +18,6 @@ from photon.membership.audit import (
     ROUND,
     AuditLog,
     DroppedSilo,
-    MemberRecord,
     MergedUpdate,
     ResumedRecord,
     RoundRecord,
@@ -38,11 +37,11 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def log(path, join, keys):
+def log(path, roster, join, keys):
     """A log in which lab and bank are members."""
     log = AuditLog(path)
     for name, key in (("lab", keys[0]), ("bank", keys[1])):
-        log.append(MEMBER, MemberRecord.of(join(name, key)))
+        log.append(MEMBER, roster.signer(join(name, key).fingerprint))
     return log
 
 
@@ -388,9 +387,9 @@ def test_two_runs_in_one_log_do_not_disturb_each_other(three_rounds, path, merge
 def test_a_member_with_a_new_key(log, path, roster, join, keys, merged):
     rotate(roster, "lab", keys[2].public_pem)
     # An answer given before the key was replaced counts; whose key it was is known still.
-    assert MemberRecord.of(roster.signer(keys[0].fingerprint)).name == "lab"
+    assert roster.signer(keys[0].fingerprint).name == "lab"
     log.append(ROUND, finished(1, merged("lab"), merged("bank")))
-    log.append(MEMBER, MemberRecord.of(roster.member("lab")))
+    log.append(MEMBER, roster.signer(keys[2].fingerprint))
     log.append(ROUND, finished(2, merged("lab", 2, key=keys[2]), merged("bank", 2)))
     report = verify_audit(path)
     assert report.problems == []
@@ -458,9 +457,9 @@ def test_a_head_that_was_never_the_logs_is_found(log, path, merged):
     assert "never was" in found
 
 
-def test_a_log_is_signed_line_by_line(path, keys, merged, join):
+def test_a_log_is_signed_line_by_line(path, keys, merged, roster, join):
     log = AuditLog(path, keys[4])
-    log.append(MEMBER, MemberRecord.of(join("lab", keys[0])))
+    log.append(MEMBER, roster.signer(join("lab", keys[0]).fingerprint))
     AuditLog(path, keys[4]).append(ROUND, finished(1, merged("lab")))
     report = verify_audit(path)
     assert (report.problems, report.lines) == ([], 3)
@@ -509,7 +508,7 @@ def test_words_of_ones_own_are_welcome(log, path):
 def good_log(tmp_path_factory):
     """Bytes of a log of two rounds, made once."""
     from photon.membership.keys import NodeKey
-    from photon.membership.records import SignedReply
+    from photon.membership.records import SignedReply, Signer
     from photon.membership.signing import RECEIPT, sign_document
 
     folder = tmp_path_factory.mktemp("good")
@@ -517,7 +516,7 @@ def good_log(tmp_path_factory):
     log = AuditLog(folder / "audit.jsonl")
     log.append(
         MEMBER,
-        MemberRecord(name="lab", fingerprint=key.fingerprint, public_key=key.public_pem),
+        Signer("lab", key.fingerprint, key.public_pem),
     )
     for number in (1, 2):
         reply = {"kind": "fit", "run": RUN, "round": number, "silo": "lab"}

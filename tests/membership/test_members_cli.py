@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from photon.cli.main import app
 from photon.errors import InvitationError
-from photon.membership.audit import MEMBER, AuditLog, MemberRecord
+from photon.membership.audit import MEMBER, AuditLog
 from photon.membership.invitation import read_invitation
 from photon.membership.roster import Presence, Roster
 
@@ -240,7 +240,7 @@ def test_audit(joined, tmp_path, keys):
     run.mkdir(parents=True)
     assert "there is no" in photon("audit", run, code=42).output
     log = AuditLog(run / "audit.jsonl")
-    log.append(MEMBER, MemberRecord.of(joined.member("hospital-a")))
+    log.append(MEMBER, joined.signer(keys[0].fingerprint))
     result = photon("audit", run)
     assert "1 lines, 0 rounds" in result.stdout
     assert keys[0].fingerprint in result.stdout

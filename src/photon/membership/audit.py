@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_jsonable_python
 
 from photon.errors import AuditError, DiskFullError
 from photon.membership.chain import Chain, raw_lines
 from photon.membership.keys import NodeKey
-from photon.membership.records import Sha256, SignedReply
-from photon.membership.roster import Member, Signer
+from photon.membership.records import MemberName, Sha256, SignedReply, Signer
 from photon.store.disk import sync_to_disk
 
 #: The log's name in a run folder.
@@ -41,8 +41,6 @@ DAMAGE_HINT = (
     "Compare it with a copy that a silo or a backup holds; do not trust what comes after that line."
 )
 
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -53,25 +51,6 @@ class AggregatorRecord(_Record):
 
     fingerprint: str
     public_key: str
-
-
-class MemberRecord(_Record):
-    """A member's key, written before the first round in which it may answer with it."""
-
-    name: _Name
-    fingerprint: str
-    public_key: str
-    data_sha256: Sha256 | None = None
-
-    @classmethod
-    def of(cls, member: Member | Signer) -> MemberRecord:
-        facts = member.facts if isinstance(member, Member) else member
-        return cls(
-            name=member.name,
-            fingerprint=member.fingerprint,
-            public_key=member.public_key,
-            data_sha256=facts.data_sha256,
-        )
 
 
 class MergedUpdate(_Record):
@@ -86,7 +65,7 @@ class MergedUpdate(_Record):
         tokens: that it was weighed by; None leaves it to the reply.
     """
 
-    silo: _Name
+    silo: MemberName
     begun: Annotated[int, Field(ge=1)] | None = None
     update: Sha256 | None = None
     tokens: Annotated[int, Field(ge=0)] | None = None
@@ -109,7 +88,7 @@ class MergedUpdate(_Record):
 class DroppedSilo(_Record):
     """A silo that was asked and is not part of the round, and why."""
 
-    silo: _Name
+    silo: MemberName
     reason: str
 
 
@@ -141,7 +120,7 @@ class LostRecord(_Record):
     run: str
     round: Annotated[int, Field(ge=1)]
     attempt: Annotated[int, Field(ge=1)]
-    asked: list[_Name]
+    asked: list[MemberName]
     dropped: list[DroppedSilo] = []
 
 
@@ -181,21 +160,20 @@ class AuditLog:
                 if self._last.get(AGGREGATOR) != its:
                     self._write(file, AGGREGATOR, its)
 
-    def append(self, kind: str, body: dict[str, Any] | BaseModel) -> None:
+    def append(self, kind: str, body: dict[str, Any] | BaseModel | Signer) -> None:
         """Write a line.
 
         Args:
             kind: MEMBER, ROUND, RESUMED or a word of your own.
-            body: for those kinds, the record of that name, or a dict like it.
+            body: for those kinds, a Signer and the record of that name, or a dict like it.
 
         Raises:
             AuditError: somebody changed the file meanwhile.
             DiskFullError: no room; the log is as it was.
         """
-        plain = body.model_dump(mode="json") if isinstance(body, BaseModel) else body
         with self._held() as file:
             self._catch_up(file)
-            self._write(file, kind, plain)
+            self._write(file, kind, to_jsonable_python(body))
 
     def last(self, kind: str) -> dict[str, Any] | None:
         """The body of the newest line of that kind."""

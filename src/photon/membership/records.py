@@ -17,6 +17,7 @@ Status = Literal["active", "suspended", "expelled"]
 
 #: Names of members are names of folders in the store.
 MEMBER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\z")]
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
@@ -70,16 +71,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Signer:
-    """Whose key that is or was; as `Member`.
+    """Whose key that is or was; as `Member`. So it stands in the audit log.
 
     Attributes:
         data_sha256: that the member had registered with that key.
     """
 
-    name: str
+    name: MemberName
     fingerprint: str
     public_key: str
-    data_sha256: str
+    data_sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True)

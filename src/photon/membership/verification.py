@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from photon.errors import AuditError, MembershipError, RunNotFoundError
 from photon.membership.audit import (
@@ -23,13 +23,13 @@ from photon.membership.audit import (
     TORN,
     AggregatorRecord,
     LostRecord,
-    MemberRecord,
     MergedUpdate,
     ResumedRecord,
     RoundRecord,
 )
 from photon.membership.chain import BEGINNING, Chain, raw_lines, signature_of
 from photon.membership.keys import fingerprint_of
+from photon.membership.records import Signer
 from photon.membership.signing import LOG, RECEIPT, verify_document
 
 _MOST_PROBLEMS = 100
@@ -146,7 +146,7 @@ class _Story:
 
     def __init__(self, report: AuditReport) -> None:
         self._report = report
-        self._keys: dict[tuple[str, str], MemberRecord] = {}  # by name and fingerprint
+        self._keys: dict[tuple[str, str], Signer] = {}  # by name and fingerprint
         self._rounds: dict[str, dict[int, _Round]] = {}  # by run and number
         self._after: dict[str, int] = {}  # the round that a run stands after
         #: By run and round: the state that it led to, where told.
@@ -162,9 +162,9 @@ class _Story:
         self._heads.add(record["sha256"])
 
     def _tell(self, where: str, record: dict[str, Any]) -> None:
-        kinds: dict[str, tuple[type[BaseModel], Callable[[str, Any], None]]] = {
+        kinds: dict[str, tuple[type[BaseModel] | type[Signer], Callable[[str, Any], None]]] = {
             AGGREGATOR: (AggregatorRecord, self._aggregator),
-            MEMBER: (MemberRecord, self._member),
+            MEMBER: (Signer, self._member),
             ROUND: (RoundRecord, self._round),
             LOST: (LostRecord, self._lost),
             RESUMED: (ResumedRecord, self._resumed),
@@ -175,7 +175,7 @@ class _Story:
             return
         kind, told = kinds[record["kind"]]
         try:
-            body = kind.model_validate(record["body"])
+            body = TypeAdapter(kind).validate_python(record["body"])
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part)[:60] for part in first["loc"])
@@ -231,7 +231,7 @@ class _Story:
         except MembershipError:
             self._problem(where, "the aggregator's signature does not hold")
 
-    def _is_key_of(self, where: str, name: str, body: AggregatorRecord | MemberRecord) -> bool:
+    def _is_key_of(self, where: str, name: str, body: AggregatorRecord | Signer) -> bool:
         try:
             found = fingerprint_of(body.public_key)
         except MembershipError as error:
@@ -241,7 +241,7 @@ class _Story:
             self._problem(where, f"the key of {name} has another fingerprint: {found}")
         return found == body.fingerprint
 
-    def _member(self, where: str, body: MemberRecord) -> None:
+    def _member(self, where: str, body: Signer) -> None:
         if not self._is_key_of(where, body.name, body):
             return
         self._keys[body.name, body.fingerprint] = body

@@ -14,7 +14,6 @@ from photon.membership.audit import (
     AuditLog,
     DroppedSilo,
     LostRecord,
-    MemberRecord,
     MergedUpdate,
     ResumedRecord,
     RoundRecord,
@@ -168,7 +167,7 @@ class Notary:
         """A member's key, once for each process and key, before the first use of it."""
         if signer.fingerprint not in self._named:
             self._named.add(signer.fingerprint)
-            self._log.append("member", MemberRecord.of(signer))
+            self._log.append("member", signer)
 
     def _state_sha256(self, number: int) -> str:
         """Of the global state in a checkpoint: what Asks and Replies call it by."""
