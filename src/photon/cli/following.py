@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ _FOLLOW_S = 0.3
 _STATUS_EVERY = 5
 
 
-@contextmanager
+@contextlib.contextmanager
 def following(
     folder: Path,
     listener: Listener | None,
@@ -92,19 +92,11 @@ def _follow(
             return
         if looks == 0 and lines:  # of earlier processes: what they ended with is over
             tell(Standing(waits_for="for the federation's loop to start", away=[]))
-        elif looks % _STATUS_EVERY == 0 and (standing := _standing(status)) is not None:
-            tell(Standing(waits_for=standing[0], away=standing[1]))
-
-
-def _standing(status: Callable[[], dict[str, Any]]) -> tuple[str | None, list[str]] | None:
-    """What the run waits for, and which silos are away; None where nobody can say."""
-    try:
-        found = status()
-    except (PhotonError, OSError):
-        return None
-    run = found.get("run", {})
-    away = [one["name"] for one in found["members"] if not one["here"]]
-    return waits_for(run), away
+        elif looks % _STATUS_EVERY == 0:
+            with contextlib.suppress(PhotonError, OSError):  # nobody can say
+                found = status()
+                away = [one["name"] for one in found["members"] if not one["here"]]
+                tell(Standing(waits_for=waits_for(found.get("run", {})), away=away))
 
 
 def waits_for(run: dict[str, Any]) -> str | None:

@@ -199,7 +199,8 @@ def read_digest(folder: Path) -> RunDigest:
             silos.setdefault(incident.silo, SiloDigest(incident.silo)).dropped += 1
     points: list[EvaluationPoint] = []
     for event in history.of(Evaluated):
-        point = _point(event, before)
+        tokens, bits = before.get(event.round + 1, max(before.values())), event.bits_per_byte
+        point = EvaluationPoint(event.round, tokens, event.loss, event.perplexity, bits)
         target = silos[event.silo].evaluations if event.silo else points
         if event.silo:
             silos[event.silo].scoring_bytes += event.bytes_down
@@ -289,11 +290,6 @@ def _tokens_before(history: RunHistory) -> dict[int, int]:
         total = totals.get(number, total + per_round.get(number, 0))
         before[number + 1] = total
     return before
-
-
-def _point(event: Evaluated, before: dict[int, int]) -> EvaluationPoint:
-    tokens = before.get(event.round + 1, max(before.values()))
-    return EvaluationPoint(event.round, tokens, event.loss, event.perplexity, event.bits_per_byte)
 
 
 def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]:
