@@ -1,6 +1,6 @@
-"""A deployed round on loopback: where its seconds go, the aggregator's memory, and stock Flower.
+"""A deployed round on loopback: where its seconds go, and the aggregator's memory.
 
-    python benchmarks/deployed.py [--parameters 125] [--rounds 6] [--flower] [--out FILE.md]
+    python benchmarks/deployed.py [--parameters 125] [--rounds 6] [--out FILE.md]
 
 Starts a real `photon serve` and some `photon join`, TLS and all, first with the tiny model, then
 with the one asked for: one local step of plain SGD on one short sequence, so that rounds are made
@@ -18,8 +18,6 @@ A round is told along the silo whose answer came last:
     collected   the aggregator reads the updates that are not here yet, and merges; the outer step
     checkpoint  the aggregator's
     rest        everything else of the round (control)
-
-With --flower, stock Flower 1.41 carries the same number of bytes (deployment/stock_flower.py).
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from deployment import stock_flower
 from deployment.federation import EventFile, Federation, Plan, prepare_text, read_tasks
 from deployment.processes import PeakWatch, Sample, sample
 
@@ -443,42 +440,6 @@ def _growth(one: Measured, service: str) -> str:
     return f"{(after - before) / (last - first) / 1e6:+,.1f}"
 
 
-def beside_flower(name: str, ours: Measured, theirs: stock_flower.Carried) -> str:
-    from trainer import table
-
-    head = ("who", "MB of model", "rounds", "s a round", "s a round and MB")
-    head += ("server's processes, peak MB", "one client's processes, peak MB", "")
-    mb = theirs.payload_bytes / 1e6
-    ours_mb = 4 * ours.parameters / 1e6
-
-    def cell(value: float, spec: str = ",.2f") -> str:
-        return "-" if math.isnan(value) else f"{value:{spec}}"
-
-    rows = [
-        (
-            *(f"Photon, {name}", f"{ours_mb:,.1f}", str(len(ours.rounds))),
-            *(cell(ours.median("round_s")), cell(ours.median("round_s") / ours_mb, ".4f")),
-            *(f"{ours.peaks[who] / 1e6:,.0f}" for who in ("server", "client")),
-            "TLS, signed, checkpointed, trains a step",
-        ),
-        (
-            *("Flower 1.41 FedAvg", f"{mb:,.1f}", str(theirs.rounds)),
-            *(cell(theirs.round_s), cell(theirs.round_s / mb, ".4f")),
-            *(
-                f"{peak / 1e6:,.0f}" if peak else "-"
-                for peak in (theirs.server_bytes, theirs.client_bytes)
-            ),
-            theirs.note or "in the clear, in memory, trains nothing",
-        ),
-    ]
-    return (
-        f"## Beside stock Flower, {ours.silos} nodes\n\nPeaks: the most that all processes of a "
-        "side held together; pages that they share count for each of them. Photon's server is its "
-        "store, its door and its supervisor as well.\n\n"
-        f"{table(head, rows)}\n"
-    )
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -492,11 +453,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny-rounds", type=int, default=12, help="of the tiny model before it")
     parser.add_argument("--silos", type=int, default=4)
     parser.add_argument("--text", type=Path, help="a file or folder; made up by default")
-    parser.add_argument("--flower", action="store_true", help="stock Flower with as many bytes")
-    parser.add_argument(
-        "--flower-mb", type=float, help="with so many MB instead, where memory is scarce"
-    )
-    parser.add_argument("--flower-rounds", type=int, default=3)
     parser.add_argument("--timeout-s", type=float, default=3600, help="of each part")
     parser.add_argument("--quick", action="store_true", help="tiny, 2 silos, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the tables here too")
@@ -504,7 +460,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
-        options.parameters, options.silos, options.tiny_rounds, options.flower_rounds = 0, 2, 2, 2
+        options.parameters, options.silos, options.tiny_rounds = 0, 2, 2
         options.timeout_s = 300
     return options
 
@@ -542,24 +498,10 @@ def main() -> None:
                 f"{found.median('control'):.2f} s",
                 file=sys.stderr,
             )
-        parts = []
-        if options.flower:
-            name, ours = measured[-1]
-            payload = 4 * ours.parameters
-            if options.flower_mb:
-                payload = 4 * round(options.flower_mb * 1e6 / 4)
-            carried = stock_flower.carry(
-                Path(scratch) / "flower",
-                payload,
-                options.silos,
-                options.flower_rounds,
-                timeout_s=options.timeout_s,
-            )
-            parts.append(beside_flower(name, ours, carried))
     from trainer import machine
 
-    about = __doc__[__doc__.index("A round is told") : __doc__.index("With --flower")].strip()
-    parts = [*tables(measured), *parts]
+    about = __doc__[__doc__.index("A round is told") :].strip()
+    parts = [*tables(measured)]
     text = f"# Deployed rounds on loopback, {machine()}\n\n{about}\n\n" + "\n".join(parts)
     print(text)
     if options.out:

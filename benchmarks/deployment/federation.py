@@ -227,7 +227,7 @@ class Federation:
         self.serving = self._start(
             self.folder / "serve.log", "serve", *words, "--quiet", host="server"
         )
-        self.wait("the aggregator is up", lambda: self.pid("superexec") is not None, within_s=300)
+        self.wait("the aggregator is up", lambda: self.pid("loop") is not None, within_s=300)
 
     def invite(self, silo: str) -> Path:
         """An invitation file for a silo."""
@@ -310,20 +310,12 @@ class Federation:
                 return int(one["pid"])
         return None
 
-    def server_app(self) -> int | None:
-        """The process of the federation's loop."""
-        superexec = self.pid("superexec")
-        found = children(superexec) if superexec is not None else []
-        return found[0] if found else None
-
     def services(self) -> dict[str, int | None]:
         """Processes of the aggregator that matter, by name."""
         serving = self.serving.pid if self.serving and self.serving.poll() is None else None
         return {
-            "ServerApp": self.server_app(),
+            "loop": self.pid("loop"),
             "serve": serving,
-            "superlink": self.pid("superlink"),
-            "superexec": self.pid("superexec"),
             "weed": self.pid("store"),
             "caddy": self.pid("door"),
         }
@@ -333,9 +325,7 @@ class Federation:
         joined = self.joined.get(silo)
         running = joined.pid if joined is not None and joined.poll() is None else None
         home = self.node_home(silo)
-        return {"join": running} | {
-            name: self.pid(name, home) for name in ("trainer", "supernode", "shim")
-        }
+        return {"join": running} | {"trainer": self.pid("trainer", home)}
 
     @property
     def over(self) -> bool:

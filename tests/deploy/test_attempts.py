@@ -8,6 +8,7 @@ import types
 
 import httpx2
 import pytest
+from photon.engines.flower.control import RunState
 
 from photon.config import parse_run_config
 from photon.deploy import attempts as attempts_module
@@ -16,7 +17,6 @@ from photon.deploy.attempts import Attempts
 from photon.deploy.desk import Desk
 from photon.deploy.serve import Aggregator
 from photon.deploy.supervisor import Supervisor
-from photon.engines.flower.control import RunState
 from photon.errors import InvalidValueError, QuorumLostError, ServiceLostError
 from photon.membership.bulletin import told
 from photon.membership.keys import NodeKey
@@ -143,7 +143,7 @@ def test_a_key_that_was_lost_is_not_replaced_in_silence(home) -> None:
 
 
 def healthy(desk: Desk) -> bool:
-    return httpx2.get(f"http://127.0.0.1:{desk.port}/photon/v1/health").json()["ok"]
+    return httpx2.get(f"http://127.0.0.1:{desk.port}/photon/v2/health").json()["ok"]
 
 
 def kill(desk: Desk) -> None:

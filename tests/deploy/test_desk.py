@@ -137,7 +137,7 @@ class Place:
         headers: dict[str, str] | None = None,
     ) -> httpx2.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        path = f"/photon/v1/{what}"
+        path = f"/photon/v2/{what}"
         signed = {}
         if key is not None:
             at = time.time() if now is None else now
@@ -190,7 +190,7 @@ def own(name: str, key: str) -> str:
 
 
 def test_health_is_for_everybody(place: Place) -> None:
-    answer = httpx2.get(place.url + "/photon/v1/health", trust_env=False)
+    answer = httpx2.get(place.url + "/photon/v2/health", trust_env=False)
     assert answer.json()["ok"] is True
     assert set(answer.json()) == {"ok", "version", "server_time"}
     assert "server" not in answer.headers
@@ -201,18 +201,18 @@ NOT_ASKED_HERE = [
     ("GET", "/operator/status", 404),
     ("POST", "/operator/drain", 404),
     ("POST", "/operator/stop", 404),
-    ("POST", "/photon/v1/../../operator/stop", 404),
-    ("GET", "/photon/v1/%2e%2e/%2e%2e/operator/status", 404),
-    ("POST", "/photon/v1/join/", 404),
-    ("POST", "//photon/v1/join", 404),
+    ("POST", "/photon/v2/../../operator/stop", 404),
+    ("GET", "/photon/v2/%2e%2e/%2e%2e/operator/status", 404),
+    ("POST", "/photon/v2/join/", 404),
+    ("POST", "//photon/v2/join", 404),
     ("POST", "/PHOTON/v1/join", 404),
-    ("GET", "/photon/v1/join", 405),
-    ("PUT", "/photon/v1/grants", 405),
-    ("DELETE", "/photon/v1/presence", 405),
+    ("GET", "/photon/v2/join", 405),
+    ("PUT", "/photon/v2/grants", 405),
+    ("DELETE", "/photon/v2/presence", 405),
     ("GET", "/docs", 404),
     ("GET", "/openapi.json", 404),
-    ("GET", "/photon/v1/health?x=1", 400),
-    ("POST", "/photon/v1/presence?name=blue", 400),
+    ("GET", "/photon/v2/health?x=1", 400),
+    ("POST", "/photon/v2/presence?name=blue", 400),
 ]
 
 
@@ -623,7 +623,7 @@ def test_a_member_s_name_on_another_key_s_signature(place: Place) -> None:
 def test_a_request_counts_once(place: Place) -> None:
     key = place.member("blue")
     body = json.dumps({"state": "training", "step": 4}).encode()
-    captured = sign_request(key, "POST", "/photon/v1/presence", body, now=time.time())
+    captured = sign_request(key, "POST", "/photon/v2/presence", body, now=time.time())
     assert place.post("presence", body, None, headers=captured).status_code == 200
     words = refused(place.post("presence", body, None, headers=captured), 401, 83)
     assert "was here before" in words
@@ -633,11 +633,11 @@ def test_a_request_counts_once(place: Place) -> None:
 def test_captured_headers_carry_nothing_else(place: Place) -> None:
     key = place.member("blue")
     body = json.dumps({"state": "idle"}).encode()
-    captured = sign_request(key, "POST", "/photon/v1/presence", body, now=time.time())
+    captured = sign_request(key, "POST", "/photon/v2/presence", body, now=time.time())
     other = json.dumps({"state": "training"}).encode()
     refused(place.post("presence", other, None, headers=captured), 401, 83)
     grants = {"task_id": "t", "wants": [{"verb": "GET", "key": "k"}]}
-    refused(place.post("grants", grants, key, signed_path="/photon/v1/presence"), 401, 83)
+    refused(place.post("grants", grants, key, signed_path="/photon/v2/presence"), 401, 83)
     assert place.post("presence", body, None, headers=captured).status_code == 200
 
 
@@ -981,7 +981,7 @@ def test_a_body_without_end(place: Place) -> None:
     sent = 0
     with socket.create_connection(("127.0.0.1", place.desks[0].port), timeout=20) as line:
         line.sendall(
-            b"POST /photon/v1/join HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"POST /photon/v2/join HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
         )
         piece = b"10000\r\n" + b"x" * 65536 + b"\r\n"
         try:
@@ -991,14 +991,14 @@ def test_a_body_without_end(place: Place) -> None:
         except OSError:  # reset or broken pipe, as it happens
             pass
     assert 4 << 20 < sent < 32 << 20
-    assert httpx2.get(place.url + "/photon/v1/health", trust_env=False).status_code == 200
+    assert httpx2.get(place.url + "/photon/v2/health", trust_env=False).status_code == 200
 
 
 def test_a_body_that_does_not_come(place: Place) -> None:
     place.open(limits=DeskLimits(body_s=0.3))
     host = ("127.0.0.1", place.desks[-1].port)
     with socket.create_connection(host, timeout=20) as line:
-        line.sendall(b"POST /photon/v1/grants HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+        line.sendall(b"POST /photon/v2/grants HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
         answer = line.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408 ")
 
@@ -1008,9 +1008,9 @@ def test_connections_that_say_nothing_keep_nobody_out(place: Place) -> None:
     idle = [socket.create_connection(host, timeout=20) for _ in range(100)]
     try:
         for line in idle[:50]:
-            line.sendall(b"POST /photon/v1/grants HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n")
+            line.sendall(b"POST /photon/v2/grants HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n")
         start = time.monotonic()
-        health = httpx2.get(place.url + "/photon/v1/health", trust_env=False, timeout=60)
+        health = httpx2.get(place.url + "/photon/v2/health", trust_env=False, timeout=60)
         assert health.status_code == 200
         assert time.monotonic() - start < 15
     finally:
@@ -1146,7 +1146,7 @@ def test_the_operator_s_socket_is_its_owner_s_alone(place: Place) -> None:
     assert stat.S_IMODE(place.socket.stat().st_mode) == 0o600
     assert sorted(path.name for path in place.socket.parent.glob(".s*")) == []
     with pytest.raises(ProtocolError, match="not asked here"):
-        ask_operator(place.socket, "POST", "/photon/v1/join", {})
+        ask_operator(place.socket, "POST", "/photon/v2/join", {})
     place.desks[0].stop()
     assert not place.socket.exists()
     with pytest.raises(UnreachableError, match=r"no `photon serve` answers on .*operator\.sock"):
@@ -1191,7 +1191,7 @@ def test_started_once_and_stopped_twice(place: Place) -> None:
     desk.stop()
     assert not desk.alive
     with pytest.raises(httpx2.ConnectError):
-        httpx2.get(place.url + "/photon/v1/health", trust_env=False)
+        httpx2.get(place.url + "/photon/v2/health", trust_env=False)
     # The port is free at once, for the next serve.
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

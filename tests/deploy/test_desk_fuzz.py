@@ -78,7 +78,7 @@ class Target:
         self.roster.close()
 
     def send(self, what: str, content: bytes) -> httpx2.Response:
-        path = f"/photon/v1/{what}"
+        path = f"/photon/v2/{what}"
         headers = sign_request(self.key, "POST", path, content, now=time.time())
         return self.client.post(path, content=content, headers=headers)
 
@@ -245,7 +245,7 @@ HEADER_NAMES = ["photon-key", "photon-time", "photon-nonce", "photon-signature"]
 @given(data=st.data())
 def test_headers_of_a_signature_changed(target: Target, data: Any) -> None:
     body = encoded({"state": "idle"})
-    path = "/photon/v1/presence"
+    path = "/photon/v2/presence"
     made = sign_request(target.key, "POST", path, body, now=time.time())
     signed = {name.lower(): value for name, value in made.items()}
     assert set(signed) == set(HEADER_NAMES)
@@ -274,7 +274,7 @@ def test_headers_without_end(target: Target) -> None:
     with socket.create_connection(("127.0.0.1", target.desk.port), timeout=10) as line:
         sent, answer = 0, b""
         try:
-            line.sendall(b"GET /photon/v1/health HTTP/1.1\r\n")
+            line.sendall(b"GET /photon/v2/health HTTP/1.1\r\n")
             while sent < 8 << 20:
                 line.sendall(b"x-a: " + b"a" * 8000 + b"\r\n")
                 sent += 8007
@@ -286,7 +286,7 @@ def test_headers_without_end(target: Target) -> None:
 
 def test_it_is_there_still(target: Target) -> None:
     """After all of the above: and nothing of it was the desk's own fault."""
-    assert target.client.get("/photon/v1/health").status_code == 200
+    assert target.client.get("/photon/v2/health").status_code == 200
     assert target.send("presence", encoded({"state": "idle"})).status_code == 200
     assert target.desk.alive
     assert not any("log says why" in one.detail for one in target.roster.journal.events(20_000))

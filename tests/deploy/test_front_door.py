@@ -88,11 +88,11 @@ def test_flower_goes_to_the_superlink_over_tls(running_door, client) -> None:
 
 def test_the_desk_learns_who_asks_and_can_not_be_lied_to_about_it(running_door, client) -> None:
     lie = {"x-forwarded-for": "8.8.8.8"}
-    answer = client.post(f"{running_door.url}/photon/v1/join", content=b"{}", headers=lie)
-    assert answer.json() == {"path": "/photon/v1/join", "bytes": 2}
+    answer = client.post(f"{running_door.url}/photon/v2/join", content=b"{}", headers=lie)
+    assert answer.json() == {"path": "/photon/v2/join", "bytes": 2}
     asked = running_door.desk.asked[-1]
     assert asked["headers"]["x-forwarded-for"] == "127.0.0.1"
-    assert client.get(f"{running_door.url}/photon/v1/health").status_code == 200
+    assert client.get(f"{running_door.url}/photon/v2/health").status_code == 200
     assert "server" not in client.get(f"{running_door.url}/nothing").headers
 
 
@@ -164,11 +164,11 @@ CLOSED = [
     ("POST", "/v1/fleet\\pull-messages"),
     ("GET", "/operator/status"),
     ("POST", "/operator/drain"),
-    ("GET", "/photon/v1/join"),
-    ("POST", "/photon/v1/"),
-    ("POST", "/photon/v1/../../operator/drain"),
-    ("PUT", "/photon/v1/join"),
-    ("DELETE", "/photon/v1/presence"),
+    ("GET", "/photon/v2/join"),
+    ("POST", "/photon/v2/"),
+    ("POST", "/photon/v2/../../operator/drain"),
+    ("PUT", "/photon/v2/join"),
+    ("DELETE", "/photon/v2/presence"),
     ("GET", "/photon/"),
     ("GET", "/photon/?list-type=2&X-Amz-Signature=0"),
     ("GET", "/?X-Amz-Signature=0"),
@@ -199,12 +199,12 @@ def test_credentials_and_copies_are_not_let_through_to_the_store(running_door) -
 
 def test_bodies_and_headers_are_bounded(running_door, client) -> None:
     before = reached(running_door)
-    assert ask(running_door, "GET", "/photon/v1/health", "x: " + "y" * 40_000) == 431
+    assert ask(running_door, "GET", "/photon/v2/health", "x: " + "y" * 40_000) == 431
     assert reached(running_door) == before
     for path, most in (
-        ("/photon/v1/join", MOST_SMALL_BYTES),
-        ("/photon/v1/presence", MOST_SMALL_BYTES),
-        ("/photon/v1/grants", MOST_GRANTS_BYTES),
+        ("/photon/v2/join", MOST_SMALL_BYTES),
+        ("/photon/v2/presence", MOST_SMALL_BYTES),
+        ("/photon/v2/grants", MOST_GRANTS_BYTES),
         ("/v1/fleet/activate-node", MOST_SMALL_BYTES),
         ("/v1/fleet/push-messages", MOST_REPLY_BYTES),
         ("/v1/fleet/push-object", MOST_REPLY_BYTES),
@@ -218,7 +218,7 @@ def test_bodies_and_headers_are_bounded(running_door, client) -> None:
         assert all(len(one["body"]) <= most for one in behind.asked if one["path"] == path)
 
 
-@pytest.mark.parametrize("path", ["/photon/v1/join", "/v1/fleet/push-object"])
+@pytest.mark.parametrize("path", ["/photon/v2/join", "/v1/fleet/push-object"])
 def test_what_strangers_begin_costs_the_services_behind_nothing(running_door, client, path) -> None:
     behind = running_door.fleet if "fleet" in path else running_door.desk
     context = ssl.create_default_context(cafile=str(running_door.files.ca))
@@ -237,7 +237,7 @@ def test_what_strangers_begin_costs_the_services_behind_nothing(running_door, cl
 
 def test_a_body_that_does_not_come_is_cut_off(running_door) -> None:
     """body_silence_s is 3 here; one that comes in drops, faster than that, is let through."""
-    head = b"POST /photon/v1/join HTTP/1.1\r\nhost: x\r\ncontent-length: 17\r\n"
+    head = b"POST /photon/v2/join HTTP/1.1\r\nhost: x\r\ncontent-length: 17\r\n"
     head += b"connection: close\r\n\r\n"
     began = time.monotonic()
     raw(running_door, head + b"x", wait_s=60)
@@ -263,12 +263,12 @@ def test_a_body_that_does_not_come_is_cut_off(running_door) -> None:
 def test_noise_is_answered_or_cut_and_the_door_stays_open(running_door, client, noise) -> None:
     with contextlib.suppress(OSError):
         raw(running_door, noise, wait_s=15)
-    assert client.get(f"{running_door.url}/photon/v1/health").status_code == 200
+    assert client.get(f"{running_door.url}/photon/v2/health").status_code == 200
 
 
 def test_plain_http_and_old_tls_are_refused(running_door) -> None:
     with socket.create_connection(("127.0.0.1", running_door.settings.port)) as plain:
-        plain.sendall(b"GET /photon/v1/health HTTP/1.1\r\nhost: x\r\n\r\n")
+        plain.sendall(b"GET /photon/v2/health HTTP/1.1\r\nhost: x\r\n\r\n")
         assert b"200" not in plain.recv(100)
     context = ssl.create_default_context(cafile=str(running_door.files.ca))
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -310,7 +310,7 @@ def test_kill_9_of_the_door(running_door, client) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert watched.deaths("door")[-1].exit_code == -signal.SIGKILL
-    assert client.get(f"{running_door.url}/photon/v1/health").status_code == 200
+    assert client.get(f"{running_door.url}/photon/v2/health").status_code == 200
 
 
 def test_nothing_secret_is_in_its_log(running_door, running_store, client) -> None:

@@ -18,7 +18,7 @@ from photon.membership.signing import (
 )
 
 NOW = 1_800_000_000.0
-PATH = "/photon/v1/grants"
+PATH = "/photon/v2/grants"
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_request_says_whom_it_asks(roster_of_one, keys):
     ("method", "path", "body"),
     [
         ("GET", PATH, b"{}"),
-        ("POST", "/photon/v1/presence", b"{}"),
+        ("POST", "/photon/v2/presence", b"{}"),
         ("POST", PATH + "?more", b"{}"),
         ("POST", PATH, b"{ }"),
     ],

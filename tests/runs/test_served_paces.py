@@ -16,7 +16,6 @@ LATE = ("federation.rounds=4", 'federation.optimizer_state="keep"', "eval.every=
 
 @pytest.fixture(autouse=True)
 def prompt(monkeypatch):
-    monkeypatch.setattr(messenger, "_SOON_S", 0.05)
     monkeypatch.setattr(messenger, "_IDLE_S", 0.3)  # who lost its task is asked again
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -107,11 +108,11 @@ class Wire:
         """That a silo was asked."""
         return sum(ask.silo == silo for ask in self.asked)
 
-    def push(self, silo: str, ask: bytes, *, ttl_s: float) -> str:
-        assert ttl_s > 0
+    def push(self, task: str, message: bytes) -> str:
+        silo = task.rpartition("/")[2]
         if silo not in self.silos:
             raise UnknownMemberError(f"{silo} is not connected")
-        self.asked.append(self.silos[silo].trainer.read(ask))
+        self.asked.append(self.silos[silo].trainer.read(message))
         one = f"message-{len(self.asked)}"
         self._waiting[one] = self.asked[-1]
         return one
@@ -125,6 +126,9 @@ class Wire:
             if answer is not None:
                 return {one: answer}
         return {}
+
+    def wait(self, timeout_s: float) -> None:
+        time.sleep(0.0 if self._waiting else min(timeout_s, 0.2))
 
     def be_here(self, name: str, **what) -> None:
         """What a silo tells the desk."""

@@ -510,7 +510,7 @@ def test_each_request_is_signed_anew_and_nothing_else_is_sent(tmp_path: Path) ->
         client.presence(Presence("idle"))
         client.close()
     (path, first), (_, second) = asked
-    assert path == "/photon/v1/presence"
+    assert path == "/photon/v2/presence"
     names = {name.lower() for name in first}
     assert names == {
         *("host", "accept", "accept-encoding", "connection", "user-agent"),

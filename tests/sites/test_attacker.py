@@ -114,7 +114,7 @@ def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data
         *("/v1/runtime/acquire-task", "/v1/runtime/pull-messages", "/v1/responses", "/health"),
         *("/docs", "/openapi.json", "/v1/fleet/../control/list-runs", "/v1//control/list-runs"),
         *("/v1/fleet/%2e%2e/control/list-runs", "/V1/CONTROL/list-runs", "/operator/status"),
-        *("/photon/v1/../../operator/status", "/photon/v1/%2e%2e/operator/drain", "/metrics"),
+        *("/photon/v2/../../operator/status", "/photon/v2/%2e%2e/operator/drain", "/metrics"),
         *("/dir/status", "/cluster/status", "/vol/vacuum", "/photon?list-type=2", "/photon"),
     ]
     key = f"/photon/{run_id}/global/state"
@@ -131,9 +131,9 @@ def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data
         [
             ["GET", forged, "", {}],
             ["PUT", forged, "evil", {}],
-            ["POST", "/photon/v1/grants", "{}", {}],
-            ["POST", "/photon/v1/presence", "{}", {}],
-            ["POST", "/photon/v1/join", json.dumps({"token": "x" * 43, "name": "mallory"}), {}],
+            ["POST", "/photon/v2/grants", "{}", {}],
+            ["POST", "/photon/v2/presence", "{}", {}],
+            ["POST", "/photon/v2/join", json.dumps({"token": "x" * 43, "name": "mallory"}), {}],
             ["POST", "/v1/fleet/activate-node", "", {}],
         ],
     )

@@ -6,13 +6,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from photon.engines.flower.control import RunState
 from photon.errors import QuorumLostError, ServiceLostError, error_of
 
 #: A loop that dies so often within so many seconds, without a round finished, is given up.
 _MOST_DEATHS, _WITHIN_S = 10, 900.0
 #: Before a round that lost its quorum is drawn again; doubled each time, up to the last.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 1800.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the loop ended, not in order.
+
+    Attributes:
+        exit_code: of the PhotonError that ended it; None: it died otherwise, by being killed, say.
+        words: why.
+    """
+
+    exit_code: int | None
+    words: str
 
 
 @dataclass(frozen=True)
@@ -51,11 +63,11 @@ class Attempts:
         self._lost_since_s: float | None = None
         self._pause_s = _FIRST_PAUSE_S
 
-    def after(self, state: RunState, progress: Mapping[str, Any], now_s: float) -> Again:
+    def after(self, ended: Ended, progress: Mapping[str, Any], now_s: float) -> Again:
         """What follows an end that was not in order.
 
         Args:
-            state: of the loop, as Flower has it.
+            ended: how it ended.
             progress: as `progress_of` says.
             now_s: of a clock that never goes back.
 
@@ -68,8 +80,7 @@ class Attempts:
         if reached > self._last_round:
             self._last_round, self._deaths = reached, []
             self._lost_since_s, self._pause_s = None, _FIRST_PAUSE_S
-        code = state.exit_code
-        words = state.details.partition(f"photon-exit-{code}: ")[2].strip() or state.details
+        code, words = ended.exit_code, ended.words
         if code == QuorumLostError.exit_code and progress.get("in_round") is not None:
             return self._after_loss(words, now_s)
         # Killed; or the link and services, whose trouble may pass.
@@ -81,10 +92,10 @@ class Attempts:
         if len(self._deaths) >= _MOST_DEATHS:
             raise ServiceLostError(
                 f"the federation's loop died {len(self._deaths)} times in round {reached + 1}: "
-                f"{state.details[-500:]}",
+                f"{words[-500:]}",
                 hint=f"See {self._log}; then `photon serve --resume {self._folder}`.",
             )
-        return Again(0.0, f"the federation's loop died ({state.details[-200:]}); it goes on")
+        return Again(0.0, f"the federation's loop died ({words[-200:]}); it goes on")
 
     def _after_loss(self, words: str, now_s: float) -> Again:
         if self._lost_since_s is None:

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
-import importlib.util
 import os
 import re
 import secrets
@@ -273,33 +271,6 @@ def _weed() -> str:
     return found[0] if found else said
 
 
-def flower() -> str:
-    """Flower is here, in the version that this Photon speaks with."""
-    # Not imported: that takes seconds, and only photon.engines.flower may.
-    if importlib.util.find_spec("flwr") is None:
-        raise DeployError(
-            "Flower (the Python package flwr) is not installed here",
-            hint="Install Photon with its dependencies into this environment.",
-        )
-    found = importlib.metadata.version("flwr")
-    pinned = _pinned("flwr")
-    if pinned is not None and found != pinned:
-        raise DeployError(
-            f"Flower is {found} here; this Photon speaks with {pinned}",
-            hint=f"pip install flwr=={pinned}",
-        )
-    return found
-
-
-def _pinned(package: str) -> str | None:
-    try:
-        needs = importlib.metadata.requires("photon-federated") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    found = (re.fullmatch(rf"{package}(?:\[.*\])?==([\w.]+)", need) for need in needs)
-    return next((one[1] for one in found if one), None)
-
-
 def _said(command: list[str]) -> str:
     try:
         done = subprocess.run(
@@ -312,7 +283,7 @@ def _said(command: list[str]) -> str:
     return done.stdout.strip().partition("\n")[0]
 
 
-_PROGRAMS = {"caddy": _caddy, "seaweedfs": _weed, "flower": flower}
+_PROGRAMS = {"caddy": _caddy, "seaweedfs": _weed}
 
 
 # --- the store ------------------------------------------------------------------------------------

@@ -1,21 +1,23 @@
-"""The desk of `photon serve`: invitations, presence, and leave to read or write the store.
+"""The desk of `photon serve`: invitations, presence, questions and answers, leave for the store.
 
-It listens on loopback, and the front door forwards /photon/v1/* to it. What an operator may ask is
+It listens on loopback, and the front door forwards /photon/v2/* to it. What an operator may ask is
 on a unix socket that only the user who runs serve can open, and never behind the door.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from starlette.concurrency import run_in_threadpool
 
 from photon.deploy.desk_requests import (
     DESK_PATH,
@@ -25,6 +27,8 @@ from photon.deploy.desk_requests import (
     Granting,
     GrantsBody,
     JoinBody,
+    ReplyBody,
+    TaskBody,
     error_record,
     parse_body,
 )
@@ -37,7 +41,9 @@ from photon.deploy.desk_server import (
     loopback_socket,
     private_socket,
 )
+from photon.deploy.polls import Polls
 from photon.errors import (
+    AccessRefusedError,
     DeployError,
     InvitationError,
     KeyInUseError,
@@ -59,14 +65,8 @@ __all__ = ["Desk", "DeskLimits", "ask_operator"]
 
 logger = logging.getLogger("photon.desk")
 
-#: Registers a member's key with the control engine, again if need be; the engine's number for it.
-Register = Callable[[Member], int]
-
-#: Told what happened: "joined", "registered", "refused", "drain" or "stop", and about it.
+#: Told what happened: "joined", "refused", "drain" or "stop", and about it.
 OnEvent = Callable[[str, dict[str, Any]], None]
-
-#: Wait for the registrations before this one.
-_TURN_S = 30.0
 
 #: Of an open task, for the operator.
 _TASK_SHOWN = ("id", "run", "round", "silo", "kind", "opened_at", "until", "most_bytes")
@@ -82,8 +82,6 @@ class Desk:
     Args:
         roster: members, tasks, settings; other processes change it at the same time.
         presigner: makes grants, with URLs as silos see the store.
-        register: called when somebody joined, after the roster has the key, one call at a time;
-            words that it raises reach the node, which asks again.
         limits: see there.
         about: what `photon status` shows besides: of the "run", and of its "services".
         on_event: told of what happens, from several threads; it must not block.
@@ -98,7 +96,6 @@ class Desk:
         roster: Roster,
         presigner: Presigner,
         *,
-        register: Register,
         limits: DeskLimits | None = None,
         about: Callable[[], Mapping[str, Any]] = dict,
         on_event: OnEvent | None = None,
@@ -107,7 +104,6 @@ class Desk:
     ) -> None:
         self._roster = roster
         self._store_origin = store_origin
-        self._register = register
         self._operator_socket: Path | None = None
         self._limits = limits or DeskLimits()
         self._about = about
@@ -117,8 +113,8 @@ class Desk:
         #: By member: what it does, and since when (seconds since the epoch).
         self._since: dict[str, tuple[tuple[str, str, int, str], float]] = {}
         self._verifier = RequestVerifier(roster.by_fingerprint, audience=audience)
-        self._registering = threading.Lock()
         self._server: ServerThread | None = None
+        self._polls = Polls(roster, self._limits.polls_each)
         self._started_at = 0.0
         self.port = 0
 
@@ -138,6 +134,7 @@ class Desk:
         if self._server is not None:
             raise DeployError("this desk was started already")
         self._started_at = time.time()
+        self._polls = Polls(self._roster, self._limits.polls_each)
         listener = loopback_socket(port)
         self.port = listener.getsockname()[1]
         served = [(self._for_silos().application(), listener)]
@@ -160,6 +157,7 @@ class Desk:
         if self._operator_socket is not None:
             with contextlib.suppress(OSError):
                 self._operator_socket.unlink()
+        self._polls.close()
         server.stop()
 
     @property
@@ -173,6 +171,8 @@ class Desk:
         routes.add("POST", f"{DESK_PATH}/presence", self._presence, self._limits.body_bytes)
         routes.add("POST", f"{DESK_PATH}/grants", self._grants, self._limits.grants_body_bytes)
         routes.add("POST", f"{DESK_PATH}/check", self._check, 1024)
+        routes.add("POST", f"{DESK_PATH}/task", self._task, self._limits.body_bytes)
+        routes.add("POST", f"{DESK_PATH}/reply", self._reply, self._limits.reply_body_bytes)
         routes.add("GET", f"{DESK_PATH}/health", self._health, 0)
         return routes
 
@@ -241,7 +241,7 @@ class Desk:
 
     def _require_own_key(self, caller: Caller, body: JoinBody, pem: str) -> None:
         """Refuse to register a key that the caller does not hold: it may be another node's."""
-        claimed = Member(body.name, pem, fingerprint_of(pem), "active", body.facts, 0.0, None)
+        claimed = Member(body.name, pem, fingerprint_of(pem), "active", body.facts, 0.0)
 
         def joiner(fingerprint: str) -> Member:
             if fingerprint != claimed.fingerprint:
@@ -268,7 +268,6 @@ class Desk:
         except PhotonError:
             self._counters.failed_joins.take(counted)
             raise
-        member = self._registered(member, wait_s=_TURN_S)
         return {
             "name": member.name,
             "fingerprint": member.fingerprint,
@@ -295,40 +294,6 @@ class Desk:
         self._tell("joined", {"name": member.name, "fingerprint": member.fingerprint})
         return member
 
-    def _registered(self, member: Member, *, wait_s: float) -> Member:
-        """The member with its number at the control engine; registered now if it has none.
-
-        Args:
-            wait_s: for registrations before this one.
-        """
-        if member.flower_node_id is not None or member.status != "active":
-            return member
-        if not self._registering.acquire(timeout=wait_s):
-            raise UnreachableError("others register just now", hint="Try again in some seconds.")
-        try:
-            member = self._roster.active(member.fingerprint)
-            if member.flower_node_id is None:
-                node_id = self._register_now(member)
-                # Had its key been replaced meanwhile, this would raise and the number not be noted.
-                self._roster.active(member.fingerprint)
-                self._roster.set_flower_node(member.name, node_id, fingerprint=member.fingerprint)
-                self._tell("registered", {"name": member.name, "node_id": node_id})
-            return self._roster.active(member.fingerprint)
-        finally:
-            self._registering.release()
-
-    def _register_now(self, member: Member) -> int:
-        try:
-            return self._register(member)
-        except PhotonError:
-            raise
-        except Exception as error:
-            logger.error("registering %s", member.name, exc_info=error)
-            raise DeployError(
-                f"{member.name} is a member, but could not be registered for tasks",
-                hint="Try again; the aggregator's log says why.",
-            ) from None
-
     def _presence(self, caller: Caller) -> dict[str, Any]:
         member = self._member(caller)
         presence = parse_body(Presence, caller.body)
@@ -337,18 +302,10 @@ class Desk:
         doing = _doing(presence)
         if self._since.get(member.name, (None,))[0] != doing:
             self._since[member.name] = (doing, now)
-        if member.flower_node_id is None and self._counters.registrations.take(member.name):
-            # It has a new key, or the engine was away when it joined. The presence is fine all the
-            # same; the node is told in its answer.
-            try:
-                member = self._registered(member, wait_s=0)
-            except PhotonError as error:
-                self._note(member.name, "registration", error)
         return {
             "ok": True,
             "server_time": now,
             "member_status": member.status,
-            "registered": member.flower_node_id is not None,
             "draining": bool(self._roster.setting("draining", False)),
             "told": told(self._roster, member.name),
         }
@@ -375,9 +332,39 @@ class Desk:
             "server_time": time.time(),
             "name": member.name,
             "member_status": member.status,
-            "registered": member.flower_node_id is not None,
             "store": store,
         }
+
+    async def _task(self, caller: Caller) -> dict[str, Any]:
+        """A question for a member, once there is one."""
+        polls = self._polls
+
+        def asks() -> tuple[Member, TaskBody]:
+            member = self._member(caller)
+            body = parse_body(TaskBody, caller.body)
+            self._roster.require_alone(member.name, body.boot)
+            return member, body
+
+        member, body = await run_in_threadpool(asks)
+        letter = await polls.next(member, body.have, self._limits.poll_s)
+        if letter is None:
+            return {"letter": None}
+        # By how long and not until when: a node's clock is another.
+        left_s = letter.until - time.time()
+        message = base64.b64encode(letter.message).decode()
+        return {"letter": {"id": letter.id, "left_s": left_s, "message": message}}
+
+    def _reply(self, caller: Caller) -> dict[str, Any]:
+        """What a member says to a letter; that it is its answer the federation's loop finds."""
+        member = self._member(caller)
+        body = parse_body(ReplyBody, caller.body)
+        self._roster.require_alone(member.name, body.boot)
+        if not self._roster.letters.answer(member.name, body.letter, body.reply()):
+            raise AccessRefusedError(
+                f"{member.name} is not asked {body.letter} (any more)",
+                hint="It was answered, or asked anew, or its round is over.",
+            )
+        return {"ok": True}
 
     def _health(self, _: Caller) -> dict[str, Any]:
         return {"ok": True, "version": photon_version(), "server_time": time.time()}
@@ -403,7 +390,6 @@ class Desk:
                     "joined_at": member.joined_at,
                     "photon_version": member.facts.photon_version,
                     "train_tokens": member.facts.train_tokens,
-                    "registered": member.flower_node_id is not None,
                     **self._shown(member.name, presences.get(member.name), own, now),
                 }
             )

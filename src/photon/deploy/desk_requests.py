@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from photon.errors import (
     AccessRefusedError,
@@ -19,13 +19,13 @@ from photon.errors import (
     ProtocolError,
     StoreUnavailableError,
 )
-from photon.membership.records import OpenTask, printable
+from photon.membership.records import OpenTask, SignedReply, printable
 from photon.membership.roster import Facts, Member, Presence, Roster
 from photon.store.contract import require_key
 from photon.store.presign import Presigner
 
 #: Under which the front door forwards to the desk.
-DESK_PATH = "/photon/v1"
+DESK_PATH = "/photon/v2"
 
 #: No object that a silo writes is longer: photon.link.manifest's largest chunk.
 MOST_OBJECT_BYTES = 64 << 20
@@ -38,14 +38,16 @@ PROBE_KEY = "photon-probe/none"
 #: For how long leave to ask for it is valid.
 _PROBE_S = 60
 
-#: Of one member that says it is here while the engine does not know it.
-_REGISTRATIONS_PER_MINUTE = 6
+#: Letters that a node says it holds.
+_MOST_LETTERS = 64
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _Name = Annotated[
     str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")
 ]
 _Whole = Annotated[int, Field(ge=0, lt=2**53)]
+_Boot = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]*\z")]
+_LetterId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\z")]
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,11 @@ class DeskLimits:
         requests_per_minute: of one member. (RequestVerifier remembers 20 000 within four minutes.)
         notes_per_minute: refusals noted in the roster's events for one name or address; how many
             more there were is noted once.
-        body_bytes, grants_body_bytes: of one request; the latter for /grants.
+        body_bytes, grants_body_bytes, reply_body_bytes: of one request; the latter two for /grants
+            and /reply: a Reply of the greatest length fits, in base64.
         body_s: for a request's body to arrive.
+        poll_s: that a silo waits for a question, before it asks again.
+        polls_each: of one member, that wait at once.
         most_connections: at once.
         most_objects: that one task may write.
         grant_s: for how long a presigned URL is valid, unless its task ends before.
@@ -75,7 +80,10 @@ class DeskLimits:
     notes_per_minute: int = 30
     body_bytes: int = 32 << 10
     grants_body_bytes: int = 256 << 10
+    reply_body_bytes: int = 1408 << 10
     body_s: float = 20.0
+    poll_s: float = 20.0
+    polls_each: int = 2
     most_connections: int = 512
     most_objects: int = 65_536
     grant_s: int = 300
@@ -115,7 +123,44 @@ class CheckBody(_Part):
     """What a member may ask without being here for it: nothing to say."""
 
 
-Body = TypeVar("Body", JoinBody, Presence, GrantsBody, CheckBody)
+class TaskBody(_Part):
+    """Wait for a question.
+
+    Attributes:
+        boot: photon.membership.roster.Presence.boot.
+        have: ids of letters that the node holds: those are not given again.
+    """
+
+    boot: _Boot
+    have: Annotated[list[_LetterId], Field(max_length=_MOST_LETTERS)] = []
+
+
+class AnswerPart(_Part):
+    """photon.membership.records.SignedReply, as the trainer gave it."""
+
+    text: Base64Bytes
+    signature: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9+/=]+\z")]
+    fingerprint: Annotated[str, Field(max_length=100, pattern=r"^sha256:[0-9a-f]{64}\z")]
+
+
+class ReplyBody(_Part):
+    """The answer to a letter, or why there is none."""
+
+    boot: _Boot
+    letter: _LetterId
+    answer: AnswerPart | None = None
+    words: Annotated[str, Field(max_length=1000)] | None = None
+
+    def reply(self) -> SignedReply | str:
+        """Raises ProtocolError where it is neither, or both."""
+        if (self.answer is None) == (self.words is None):
+            raise ProtocolError("a reply is an answer, or words why there is none")
+        if self.answer is None:
+            return printable(self.words or "")
+        return SignedReply("", **dict(self.answer))
+
+
+Body = TypeVar("Body", JoinBody, Presence, GrantsBody, CheckBody, TaskBody, ReplyBody)
 
 
 def parse_body(kind: type[Body], data: bytes) -> Body:
@@ -181,7 +226,6 @@ class Counters:
         self.forged = Allowance(limits.strangers_per_minute)
         self.strangers = Allowance(limits.strangers_per_minute)
         self.requests = Allowance(limits.requests_per_minute)
-        self.registrations = Allowance(_REGISTRATIONS_PER_MINUTE)
         self._notes = Allowance(limits.notes_per_minute)
         self._all_notes = Allowance(10 * limits.notes_per_minute)
         self._unnoted = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import inspect
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,9 @@ class RefusedError(Exception):
         self.noted = noted
 
 
-#: Answers a request, in a thread; what it raises becomes an answer too.
-Handler = Callable[[Caller], dict[str, Any]]
+#: Answers a request, in a thread or (a coroutine) in the event loop; what it raises becomes an
+#: answer too.
+Handler = Callable[[Caller], dict[str, Any]] | Callable[[Caller], Awaitable[dict[str, Any]]]
 
 #: Told of every refusal that is to be noted.
 Noter = Callable[[Caller, PhotonError], None]
@@ -143,6 +145,8 @@ class Routes:
                 await self._read(request, caller, most_bytes)
                 if request.url.query:
                     raise ProtocolError(f"{path} takes no query")
+                if inspect.iscoroutinefunction(handle):
+                    return JSONResponse(await handle(caller))
                 return JSONResponse(await run_in_threadpool(handle, caller))
             except ClientDisconnect:
                 return Response(status_code=400)
@@ -170,10 +174,13 @@ class Routes:
     async def _read(self, request: Request, caller: Caller, most_bytes: int) -> None:
         """Read the body into `caller`.
 
-        Also one that is too long is read, up to a point: who writes to a closed connection often
-        doesn't get to read why.
+        Also one that is a little too long is read: who writes to a closed connection often doesn't
+        get to read why. One that is announced as longer is refused before it is read.
         """
         pieces: list[bytes] = []
+        announced = request.headers.get("content-length", "")
+        if announced[:20].isdecimal() and int(announced[:20]) > _READ_AND_FORGOTTEN_BYTES:
+            raise _too_long(int(announced[:20]), most_bytes)
         size = 0
         try:
             async with asyncio.timeout(self._body_s):
@@ -190,9 +197,7 @@ class Routes:
                 408, ProtocolError(f"no whole request arrived within {self._body_s:g} s")
             ) from None
         if size > most_bytes:
-            raise RefusedError(
-                413, ProtocolError(f"a request of {size} bytes or more; {most_bytes} are allowed")
-            )
+            raise _too_long(size, most_bytes)
         caller.body = b"".join(pieces)
 
     def _refuse(self, caller: Caller, error: Exception) -> Response:
@@ -213,6 +218,11 @@ class Routes:
         if noted:
             self._note(caller, told)
         return _refusal(status, told, close=not caller.whole)
+
+
+def _too_long(size: int, most_bytes: int) -> RefusedError:
+    words = f"a request of {size} bytes or more; {most_bytes} are allowed"
+    return RefusedError(413, ProtocolError(words))
 
 
 def _refusal(status: int, error: PhotonError, *, close: bool) -> JSONResponse:

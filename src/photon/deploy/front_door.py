@@ -1,11 +1,10 @@
-"""The one public port of an aggregator: Caddy, which ends TLS and forwards three kinds of requests.
+"""The one public port of an aggregator: Caddy, which ends TLS and forwards two kinds of requests.
 
-    POST            /v1/fleet/NAME       to Flower's superlink, over TLS that is verified
-    POST            /photon/v1/NAME      to the desk; GET for health
+    POST            /photon/v2/NAME      to the desk; GET for health
     GET, HEAD, PUT  /BUCKET/KEY?...      with a signature in the query, to the embedded store
 
-Everything else is 404 and reaches nobody: Flower's Control and Runtime APIs, its documentation,
-the store's listing and admin ports. Security-critical code is Caddy's; this writes its
+Everything else is 404 and reaches nobody: the operator's part of the desk, the store's listing and
+admin ports. Security-critical code is Caddy's; this writes its
 configuration and says how it is kept running.
 """
 
@@ -38,9 +37,9 @@ SERVICE = "door"
 #: a transfer that is under way goes on with what it began with.
 READ_AGAIN = signal.SIGUSR1
 
-#: What is said to Flower and to the desk, most bytes of it: a Reply (photon.federation.envelopes)
-#: with Flower's wrapping, leave for 256 objects, and all the rest.
-MOST_REPLY_BYTES = (1 << 20) + (64 << 10)
+#: What is said to the desk, most bytes of it: a Reply (photon.federation.envelopes) in base64,
+#: leave for 256 objects, and all the rest.
+MOST_REPLY_BYTES = 1408 << 10
 MOST_GRANTS_BYTES = 256 << 10
 MOST_SMALL_BYTES = 32 << 10
 #: One object of the store: a chunk or a manifest. The signature names the exact length.
@@ -60,8 +59,6 @@ class DoorSettings:
         address: to listen on, without brackets; "0.0.0.0" is every address of the machine.
         port: public, TLS.
         certificate, key: PEM; silos check them against the authority of their invitation.
-        superlink_port: on loopback, TLS.
-        superlink_ca: who signed the superlink's own certificate, PEM.
         desk_port: on loopback, plain HTTP.
         store_port: the embedded store's, on loopback, plain HTTP; None: silos use another store.
         bucket: of the embedded store.
@@ -72,8 +69,6 @@ class DoorSettings:
     port: int
     certificate: Path
     key: Path
-    superlink_port: int
-    superlink_ca: Path
     desk_port: int
     store_port: int | None = None
     bucket: str = "photon"
@@ -173,7 +168,6 @@ https://:{settings.port} {{
 		respond 404
 	}}
 
-{_fleet(settings)}
 {_desk(settings)}
 {store}
 	respond 404
@@ -265,33 +259,19 @@ def _require_valid(command: tuple[str, ...], environment: dict[str, str]) -> Non
         )
 
 
-def _fleet(settings: DoorSettings) -> str:
-    upstream = f"https://127.0.0.1:{settings.superlink_port}"
-    tls = (
-        f"tls_trust_pool file {_quoted(settings.superlink_ca)}",
-        "tls_server_name localhost",
-    )
-    replies = "^/v1/fleet/push-(messages|object)$"
-    return _buffered("replies", "POST", replies, MOST_REPLY_BYTES, upstream, *tls) + _buffered(
-        "fleet", "POST", "^/v1/fleet/[a-z-]+$", MOST_SMALL_BYTES, upstream, *tls
-    )
-
-
 def _desk(settings: DoorSettings) -> str:
     upstream = f"127.0.0.1:{settings.desk_port}"
     return (
-        _buffered("grants", "POST", "^/photon/v1/grants$", MOST_GRANTS_BYTES, upstream)
-        + _buffered("desk", "POST", "^/photon/v1/[a-z]+$", MOST_SMALL_BYTES, upstream)
-        + _buffered("health", "GET HEAD", "^/photon/v1/health$", 1024, upstream)
+        _buffered("replies", "POST", "^/photon/v2/reply$", MOST_REPLY_BYTES, upstream)
+        + _buffered("grants", "POST", "^/photon/v2/grants$", MOST_GRANTS_BYTES, upstream)
+        + _buffered("desk", "POST", "^/photon/v2/[a-z]+$", MOST_SMALL_BYTES, upstream)
+        + _buffered("health", "GET HEAD", "^/photon/v2/health$", 1024, upstream)
     )
 
 
-def _buffered(
-    name: str, methods: str, paths: str, most_bytes: int, upstream: str, *transport: str
-) -> str:
+def _buffered(name: str, methods: str, paths: str, most_bytes: int, upstream: str) -> str:
     # A body is here as a whole before the service behind hears of it: what a stranger begins and
     # does not end costs a buffer here, and nobody a place there.
-    lines = "".join(f"\t\t\t\t{line}\n" for line in transport)
     return f"""	@{name} {{
 		method {methods}
 		path_regexp {paths}
@@ -303,7 +283,7 @@ def _buffered(
 		reverse_proxy {upstream} {{
 			request_buffers {most_bytes}
 			transport http {{
-{lines}				dial_timeout 5s
+				dial_timeout 5s
 			}}
 		}}
 	}}

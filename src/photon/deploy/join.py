@@ -1,17 +1,17 @@
-"""`photon join`: a site's three services, kept up. It only ever connects outwards.
+"""`photon join`: a site's trainer, kept up, and the courier between it and the aggregator's desk.
 
     trainer    lives across rounds and runs: one process, or the ranks of a node
-    supernode  Flower's connection to the aggregator's door
-    shim       hands tasks from the supernode to the trainer, and its signed answers back
+    courier    in this process: takes tasks from the desk to the trainer, and its answers back
 
-The supernode waits for an aggregator that is away, for as long as that takes. What a task needs is
-in the task; what was finished is on this disk: any of the three may die at any time.
+It only ever connects outwards, and waits for an aggregator that is away, for as long as that takes.
+What a task needs is in the task; what was finished is on this disk: either may die at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -21,16 +21,13 @@ from pathlib import Path
 
 from photon.config import NodeConfig
 from photon.data import PreparedData, open_data
-from photon.deploy.logs import readable
-from photon.deploy.ports import answers, free_ports
-from photon.deploy.service import RestartPolicy, Service, troubles_to
+from photon.deploy.logs import merged_line, readable
+from photon.deploy.service import Service, troubles_to
 from photon.deploy.supervisor import Supervisor
-from photon.engines.flower import commands
 from photon.errors import (
     CertificateError,
     DeployError,
     InvitationError,
-    KeyInUseError,
     MembershipError,
     UnreachableError,
     VocabularyMismatchError,
@@ -38,6 +35,7 @@ from photon.errors import (
 from photon.membership.invitation import Invitation, SharedTokenizer, certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts
+from photon.silo.courier import Courier
 from photon.silo.desk_client import DeskClient
 from photon.silo.narrator import GOES_ON, SAYS
 from photon.silo.policy import (
@@ -47,7 +45,8 @@ from photon.silo.policy import (
     read_membership,
     require_same_data,
 )
-from photon.silo.socket import connected
+from photon.silo.presence import BOOT
+from photon.silo.socket import SOCKET_FILE, connected
 from photon.store.disk import held_alone, write_json, write_whole
 from photon.version import photon_version
 
@@ -57,9 +56,6 @@ PENDING_KEY_FILE = f"{KEY_FILE}.new"
 
 #: Between two attempts to join an aggregator that does not answer.
 _ASK_AGAIN_S = 10.0
-
-#: A supernode that is refused just after a crash is let in once the old one counts as gone.
-_REFUSED = frozenset({KeyInUseError.exit_code})
 
 
 def accept_invitation(
@@ -246,12 +242,17 @@ class Node:
         on_live: Callable[[str], None] | None = None,
     ) -> None:
         self._home = home.absolute()
+        self._log = log
         self._on_live = on_live or (lambda _: None)
         self._node_file = node_file.absolute()
         self._on_event = on_event or (lambda _: None)
         self._membership = read_membership(self._home)
         self._membership.require_key()
-        NodeKey.load(self._home / KEY_FILE)  # now, and with its own words where it can't be read
+        # Now, and with their own words where they can't be read.
+        key, ca = NodeKey.load(self._home / KEY_FILE), self._home / CA_FILE
+        desk = DeskClient(self._membership.address, ca, key)
+        self._boot = secrets.token_hex(8)
+        self._courier = Courier(desk, self._home / SOCKET_FILE, self._boot, self._courier_says)
         self._supervisor = Supervisor(
             self._home / RECORD,
             self._home / "logs",
@@ -271,60 +272,29 @@ class Node:
         """
         with self._supervisor as supervisor, supervisor.ending_on_signals():
             supervisor.start(self._trainer())
-            runtime_port = free_ports(1)[0]
-            secret = commands.write_secret(self._home / "shim.secret")
-            supernode = commands.supernode(
-                home=self._home,
-                superlink=self._membership.address,
-                ca=self._home / CA_FILE,
-                key=self._home / KEY_FILE,
-                runtime_port=runtime_port,
-                secret=secret,
-            )
-            supervisor.start(
-                Service(
-                    "supernode",
-                    supernode.argv,
-                    environment=supernode.env,
-                    ready=lambda: answers("127.0.0.1", runtime_port),
-                    # The aggregator being away is no reason to give up.
-                    restarts=RestartPolicy(longest_pause_s=30.0, most_deaths=None, mends=_REFUSED),
-                ),
-                wait=False,
-            )
-            shim = commands.shim(
-                home=self._home,
-                runtime_port=runtime_port,
-                secret=secret,
-                trainer=self._home / "trainer.sock",
-            )
-            supervisor.start(
-                Service(
-                    "shim",
-                    shim.argv,
-                    environment=shim.env,
-                    restarts=RestartPolicy(longest_pause_s=30.0, most_deaths=None),
-                ),
-                wait=False,
-            )
+            self._courier.start()
             if on_ready is not None:
                 on_ready()
             supervisor.wait()
 
     def _trainer(self) -> Service:
-        socket_path = self._home / "trainer.sock"
+        socket_path = self._home / SOCKET_FILE
         return Service(
             "trainer",
             (
                 *(sys.executable, "-m", "photon.silo"),
                 *("--home", str(self._home), "--node", str(self._node_file)),
             ),
-            environment=dict(os.environ),
+            environment={**os.environ, BOOT: self._boot},
             ready=lambda: _listens(socket_path),
             ready_s=180.0,
             stop_s=15.0,
             wording=self._wording,
         )
+
+    def _courier_says(self, text: str) -> None:
+        for line in text.splitlines():
+            self._log(merged_line("courier", line))
 
     def _wording(self, line: str) -> str | None:
         """Take what is for the screen out of the trainer's output."""

@@ -25,7 +25,6 @@ from photon.deploy.checks import (
     Doubt,
     Look,
     checked,
-    flower,
     kept_right,
     require_room,
     skew,
@@ -92,7 +91,6 @@ def preflight(
             "data": (site.data, ("node.toml",)),
             "disk": (site.disk, ("node.toml",)),
             "compute": (site.compute, ("node.toml",)),
-            "flower": (flower, ()),
             "authority": (site.authority, (who,)),
             "address": (site.reached, ("authority",)),
             "door": (site.door, ("address",)),
@@ -359,14 +357,7 @@ class _Site:
             return Doubt(_LATER, verdict="skip")
         with closing(self._client(NodeKey.load(self._home / KEY_FILE))) as client:
             standing = self._standing = client.standing()
-        how = f"{standing.name} is {standing.status}"
-        if standing.registered:
-            return f"{how} and registered for tasks"
-        return Doubt(
-            f"{how}, and not registered for tasks yet",
-            "That happens by itself once `photon join` runs; if it stays so, the aggregator's log "
-            "says why.",
-        )
+        return f"{standing.name} is {standing.status}"
 
     def store(self) -> str | Doubt:
         membership, standing = self._its, self._standing

@@ -184,6 +184,13 @@ class Keeper:
             self._become("stopped")
             self._event("stopped", "stopped", exit_code=life.exit_code)
             return None
+        if self.service.once and why is None:
+            with self._change:
+                self._goal = "down"
+            words = exit_words(life.exit_code)
+            self._become("stopped", detail=words, exit_code=life.exit_code)
+            self._event("stopped", f"ended: {words}", exit_code=life.exit_code)
+            return None
         up_s = time.monotonic() - life.started
         return self._mourn(life.exit_code, list(life.lines), why, up_s)
 
@@ -370,12 +377,20 @@ class Keeper:
             self._become("stopped")
             self._event("stopped", "stopped while it waited to be started again")
 
-    def _become(self, state: State, pid: int | None = None, detail: str = "") -> None:
+    def _become(
+        self,
+        state: State,
+        pid: int | None = None,
+        detail: str = "",
+        exit_code: int | None = None,
+    ) -> None:
         with self._change:
             before = self._status
             since = before.since if before.state == state else time.time()
             detail = "" if state == "up" else detail or before.detail
-            self._status = ServiceStatus(before.name, state, pid, since, before.restarts, detail)
+            self._status = ServiceStatus(
+                before.name, state, pid, since, before.restarts, detail, exit_code
+            )
             self._change.notify_all()
 
     def _event(

@@ -1,19 +1,20 @@
 """`photon serve`: brings up what an aggregator needs, keeps it up, and ends with its run.
 
-    store      the embedded object store, unless serve.store names another
-    superlink  Flower's, on loopback: registered keys, tasks and receipts, in a database
-    desk       in this process: invitations, presence, presigned URLs; the operator's socket
-    door       Caddy, the one public port
-    superexec  starts the federation's loop (photon.deploy.aggregator) for each submitted run
+    store  the embedded object store, unless serve.store names another
+    desk   in this process: invitations, presence, tasks and answers, presigned URLs; the operator's
+           socket
+    door   Caddy, the one public port
+    loop   the federation's (photon.deploy.loop)
 
-The loop lives in a process of its own and starts from the run folder: where it dies it is submitted
+The loop lives in a process of its own and starts from the run folder: where it dies it is started
 again, and goes on in the round it was in. Nothing of it is in this process, which holds no model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,31 +25,22 @@ from urllib.parse import urlsplit
 
 from photon.config import RunConfig, write_resolved
 from photon.config.serve import ServeConfig
-from photon.deploy.attempts import Attempts
-from photon.deploy.certificates import CertificateFiles, make_authority, make_certificate
+from photon.deploy.attempts import Attempts, Ended
 from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.freeing import free_leftovers, note_leftover
 from photon.deploy.front_door import READ_AGAIN, DoorSettings, front_door, public_url
 from photon.deploy.front_door import SERVICE as DOOR
-from photon.deploy.ports import free_ports, is_free
 from photon.deploy.renewal import DoorCertificate
 from photon.deploy.served_run import how_it_ended, prepare_run, progress_of, with_whole_paths
-from photon.deploy.service import RestartPolicy, Service, troubles_to
+from photon.deploy.service import Service, troubles_to
 from photon.deploy.supervisor import Supervisor
-from photon.engines.flower import commands
-from photon.engines.flower.bundle import build_bundle, digest
-from photon.engines.flower.control import Control
-from photon.errors import (
-    DeployError,
-    PhotonError,
-    UnreachableError,
-)
+from photon.errors import DeployError, PhotonError
 from photon.membership.bulletin import tell_all, whom_and_what_for
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.records import utc
-from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Member, Roster
+from photon.membership.roster import ENDED_SETTING, ROSTER_FILE, RUN_SETTING, Roster
 from photon.store.disk import write_json
 from photon.store.granted_store import require_origin
 from photon.store.object_store import open_store, presigner_for
@@ -59,6 +51,8 @@ from photon.store.served import RUN_FILE, Serving, hold_run
 OPERATOR_SOCKET = "operator.sock"
 #: In serve.home: who runs there (Supervisor's record).
 RECORD = "serve.json"
+
+_LOOP = "loop"
 
 #: Between two looks at the run.
 _LOOK_S = 1.0
@@ -115,10 +109,8 @@ class Aggregator:
                 "another key and refuse its tasks. Put the old file back from a backup and start "
                 "again, or have each join again (`photon members rotate NAME`)"
             )
-        self._control: Control | None = None
         self._certificate: DoorCertificate | None = None
         self._embedded: EmbeddedStore | None = None
-        self._registering = threading.Lock()
         #: Why a round is to be drawn again, and when; what was told last of waiting.
         self._lost: dict[str, Any] | None = None
         self._told = ""
@@ -155,10 +147,6 @@ class Aggregator:
             door = self._certificate.files
             presigner, store_port = self._store(supervisor)
             ends.enter_context(self._freeing(supervisor))
-            superlink_port, inner, secret = self._superlink(supervisor)
-            control = self._control = ends.enter_context(
-                Control(f"127.0.0.1:{superlink_port}", inner.ca)
-            )
             desk = self._desk(presigner, door.ca)
             desk.start(operator_socket=self._home / OPERATOR_SOCKET)
             ends.callback(desk.stop)
@@ -170,31 +158,16 @@ class Aggregator:
                         port=self._serve.port,
                         certificate=door.certificate,
                         key=door.key,
-                        superlink_port=superlink_port,
-                        superlink_ca=inner.ca,
                         desk_port=desk.port,
                         store_port=store_port,
                     ),
                     self._home / "door",
                 ),
             )
-            bundle = build_bundle()
-            superexec = commands.superexec(
-                home=self._home,
-                superlink_port=superlink_port,
-                ca=inner.ca,
-                secret=secret,
-                bundle=digest(bundle),
-                run_folder=self._folder,
-            )
-            self._start(
-                supervisor,
-                Service("superexec", superexec.argv, environment=superexec.env, stop_s=8.0),
-            )
             if on_ready is not None:
                 on_ready()
             try:
-                outcome = self._see_through(supervisor, control, desk, bundle)
+                outcome = self._see_through(supervisor, desk)
             except PhotonError as error:
                 # Not the message: it may quote other silos, or files of this machine.
                 ended = f"ended with exit code {error.exit_code}; its operator can resume it"
@@ -264,48 +237,11 @@ class Aggregator:
         )
         return store.presigner(public_url(self._serve)), store.port
 
-    def _superlink(self, supervisor: Supervisor) -> tuple[int, CertificateFiles, Path]:
-        """Flower's server, with a certificate of its own for loopback."""
-        # Anew at each start: it is not renewed while this runs, and is valid for two years.
-        make_authority(self._home / "inner")
-        inner = make_certificate(self._home / "inner", ["localhost"])
-        secret = commands.write_secret(self._home / "superexec.secret")
-        port = self._kept_port("superlink")
-        command = commands.superlink(
-            home=self._home,
-            port=port,
-            certificate=inner.certificate,
-            key=inner.key,
-            ca=inner.ca,
-            secret=secret,
-        )
-
-        def healthy() -> bool:
-            with Control(f"127.0.0.1:{port}", inner.ca, timeout_s=5.0) as control:
-                return control.healthy()
-
-        self._start(
-            supervisor,
-            Service(
-                "superlink",
-                command.argv,
-                environment=command.env,
-                ready=healthy,
-                ready_s=90.0,
-                healthy=healthy,
-                silence_s=90.0,
-                restarts=RestartPolicy(first_pause_s=0.5, longest_pause_s=30.0, most_deaths=20),
-                ports=(("127.0.0.1", port),),
-            ),
-        )
-        return port, inner, secret
-
     def _desk(self, presigner: Presigner, ca: Path) -> Desk:
         store = self._serve.store
         return Desk(
             self._roster,
             presigner,
-            register=self._register,
             limits=DeskLimits(grant_s=self._serve.grant_s),
             about=lambda: {
                 "run": self.status(),
@@ -315,17 +251,6 @@ class Aggregator:
             store_origin=_origin_of(presigner) if store is not None else None,
             audience=certificate_fingerprint(ca.read_text(encoding="ascii")),
         )
-
-    def _kept_port(self, name: str) -> int:
-        """The port of last time, so that what waits for it finds it; another where it is taken."""
-        path = self._home / "ports.json"
-        kept: dict[str, int] = {}
-        with contextlib.suppress(OSError, ValueError):
-            kept = json.loads(path.read_text(encoding="utf-8"))
-        if name not in kept or not is_free("127.0.0.1", kept[name]):
-            kept[name] = free_ports(1)[0]
-            write_json(path, kept, "the ports")
-        return kept[name]
 
     # --- what runs leave in the store --------------------------------------------------------
 
@@ -366,46 +291,46 @@ class Aggregator:
 
     # --- while it runs -----------------------------------------------------------------------
 
-    def _see_through(
-        self, supervisor: Supervisor, control: Control, desk: Desk, bundle: bytes
-    ) -> Outcome:
-        """Submit the run, and again where its loop died, until it is over."""
-        log = str(self._home / "logs" / "superexec.log")
+    def _see_through(self, supervisor: Supervisor, desk: Desk) -> Outcome:
+        """Start the loop, and again where it died, until the run is over."""
+        log = str(self._home / "logs" / f"{_LOOP}.log")
         attempts = Attempts(self._serve.gather_s, str(self._folder), log)
-        run_id: int | None = self._submit(control, bundle)
-        again_s = 0.0
+        self._begin(supervisor)
+        going, again_s = True, 0.0
         while not supervisor.wait(_LOOK_S):
             if self._certificate is not None:
                 self._certificate.look(lambda: supervisor.signal_one(DOOR, READ_AGAIN))
             self._look_after_desk(desk)
-            self._let_go(control)
             self._tell()
-            if run_id is None:
+            if not going:
                 if self._roster.setting("draining", False):
                     return self._over("the run is drained; it can be resumed")
                 if time.monotonic() >= again_s:
                     self._lost = None
-                    run_id = self._submit(control, bundle)
+                    self._begin(supervisor)
+                    going = True
                 continue
-            try:
-                state = control.run(run_id)
-            except UnreachableError:  # the superlink is being started again
+            (loop,) = (one for one in supervisor.status() if one.name == _LOOP)
+            if loop.state != "stopped":
                 continue
-            if not state.over:
-                continue
-            if state.outcome == "completed":
+            if loop.exit_code == 0:
                 finished = (self._folder / "summary.json").exists()
                 words = "the run is drained; it can be resumed"
                 return self._over(how_it_ended(self._folder) if finished else words, finished)
-            again = attempts.after(state, progress_of(self._folder), time.monotonic())
+            last = self._roster.setting(ENDED_SETTING) or {"exit_code": None, "words": loop.detail}
+            again = attempts.after(Ended(**last), progress_of(self._folder), time.monotonic())
             self._on_event(again.words)
-            run_id, again_s = None, time.monotonic() + again.pause_s
+            going, again_s = False, time.monotonic() + again.pause_s
             if again.lost:
                 self._lost = {"why": again.words, "until": time.time() + again.pause_s}
-        if run_id is not None:
-            with contextlib.suppress(PhotonError):
-                control.stop_run(run_id)
         return self._over("the run is stopped; it can be resumed")
+
+    def _begin(self, supervisor: Supervisor) -> None:
+        """Start the loop."""
+        self._roster.set_setting(ENDED_SETTING, None)
+        command = (sys.executable, "-m", "photon.deploy.loop", str(self._folder))
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self._start(supervisor, Service(_LOOP, command, environment=environment, once=True))
 
     def _over(self, words: str, finished: bool = False) -> Outcome:
         self._on_event(words)
@@ -450,27 +375,6 @@ class Aggregator:
             desk.stop()
         # Where the door looks for it; what it raises ends serve.
         desk.start(desk.port, self._home / OPERATOR_SOCKET)
-
-    def _submit(self, control: Control, bundle: bytes) -> int:
-        """Submit the run; one that an earlier serve left in the superlink's database is ended."""
-        for earlier in control.runs():
-            if not earlier.over:
-                with contextlib.suppress(PhotonError):
-                    control.stop_run(earlier.run_id)
-        return control.start_run(bundle)
-
-    def _let_go(self, control: Control) -> None:
-        """Tell Flower whose keys are no longer let in."""
-        for node_id in self._roster.leaving_flower_nodes():
-            with contextlib.suppress(PhotonError):
-                control.unregister(node_id)
-                self._roster.left_flower(node_id)
-
-    def _register(self, member: Member) -> int:
-        if self._control is None:
-            raise DeployError("the control engine is not up yet", hint="Try again in a minute.")
-        with self._registering:
-            return self._control.register(member.public_key, member.name)
 
     def _desk_told(self, kind: str, detail: dict[str, Any]) -> None:
         if kind == "stop":

@@ -64,6 +64,7 @@ class Service:
         ports: (host, port) it will listen on; must be free when it starts.
         folder: it runs in; this process's own by default.
         wording: turns a line of its output into what the merged log shows; None leaves it out.
+        once: it runs to its end, in whatever way; it is not started again.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Service:
     ports: tuple[tuple[str, int], ...] = ()
     folder: Path | None = None
     wording: Callable[[str], str | None] = readable
+    once: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9-]{1,40}", self.name):
@@ -112,6 +114,7 @@ class ServiceStatus:
         since: seconds since the epoch at which it came into this state.
         restarts: how often it was started again after a death.
         detail: why, where there is something to say.
+        exit_code: of one that ran to its end; negative: the signal that killed it.
     """
 
     name: str
@@ -120,6 +123,7 @@ class ServiceStatus:
     since: float
     restarts: int
     detail: str
+    exit_code: int | None = None
 
 
 def troubles_to(tell: Callable[[str], None]) -> Callable[[ServiceEvent], None]:

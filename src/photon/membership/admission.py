@@ -19,9 +19,8 @@ STANDING = {
 def member_of(row: sqlite3.Row) -> Member:
     """A row of members."""
     facts = Facts(**{one.name: row[one.name] for one in fields(Facts)})
-    node = row["flower_node_id"]
     own = {name: row[name] for name in ("name", "public_key", "fingerprint", "status", "joined_at")}
-    return Member(**own, facts=facts, flower_node_id=int(node) if node is not None else None)
+    return Member(**own, facts=facts)
 
 
 def stands(member: Member | None) -> bool:

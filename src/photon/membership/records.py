@@ -57,7 +57,6 @@ class Member:
         public_key: PEM text (SubjectPublicKeyInfo).
         fingerprint: of that key, "sha256:" and 64 hexadecimal digits.
         joined_at: seconds since the epoch; of the present key.
-        flower_node_id: Flower's number for the node; None until its key is registered there.
     """
 
     name: str
@@ -66,7 +65,6 @@ class Member:
     status: Status
     facts: Facts
     joined_at: float
-    flower_node_id: int | None
 
 
 @dataclass(frozen=True)

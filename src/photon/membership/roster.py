@@ -14,6 +14,7 @@ import os
 import secrets
 import sqlite3
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from photon.membership.admission import (
 )
 from photon.membership.journal import Journal
 from photon.membership.keys import FINGERPRINT, canonical_pem, fingerprint_of
+from photon.membership.letters import Letters
 from photon.membership.records import (
     MEMBER_NAME,
     Facts,
@@ -47,6 +49,9 @@ ROSTER_FILE = "members.sqlite"
 
 #: Setting: folder of the run that is served from this home, or was last.
 RUN_SETTING = "run"
+
+#: Setting: what ended the loop that was started last: "exit_code" and "words".
+ENDED_SETTING = "ended"
 
 #: Two processes with one key are two nodes if both speak within so many seconds.
 ALONE_S = 60.0
@@ -67,6 +72,7 @@ class Roster:
 
     Attributes:
         tasks: what silos are asked, and what they answered.
+        letters: the questions on their way, and what came back.
         journal: what happened to members, keys and invitations.
     """
 
@@ -74,11 +80,20 @@ class Roster:
         self.path = Path(path)
         self._file = RosterFile(self.path)
         self.tasks = Tasks(self._file)
+        self.letters = Letters(self._file)
         self.journal = Journal(self._file)
 
     def close(self) -> None:
         """Let go of the file; the roster can't be used after."""
         self._file.close()
+
+    def together(self) -> AbstractContextManager[Any]:
+        """Make one transaction of all changes in the block: on disk at once, and sooner."""
+        return self._file.changing()
+
+    def version(self) -> tuple[int, int]:
+        """Another one after every change, of this process's or another's. Costs microseconds."""
+        return self._file.version()
 
     def __enter__(self) -> Roster:
         return self
@@ -181,7 +196,7 @@ class Roster:
                 )
                 db.execute("DELETE FROM boots WHERE name = ?", (name,))
                 db.execute(
-                    "INSERT OR REPLACE INTO members VALUES (:name, :pem, :key, :status, NULL, :now,"
+                    "INSERT OR REPLACE INTO members VALUES (:name, :pem, :key, :status, :now,"
                     " :data_sha256, :tokenizer_sha256, :train_tokens, :photon_version)",
                     {"name": name, "pem": pem, "key": fingerprint, "status": status, "now": now}
                     | vars(facts),
@@ -192,7 +207,7 @@ class Roster:
                 self.journal.add_refusal(db, shown, "invitation refused", refusal.message, now)
         if refusal is not None:
             raise refusal
-        return Member(name, pem, fingerprint, status, facts, now, None)
+        return Member(name, pem, fingerprint, status, facts, now)
 
     def members(self) -> list[Member]:
         """All, the suspended and expelled too, by name."""
@@ -327,39 +342,6 @@ class Roster:
         if not invited:
             self._set_status(name, "expelled")
 
-    def set_flower_node(self, name: str, node_id: int, *, fingerprint: str | None = None) -> None:
-        """Note under which number Flower knows the member's key.
-
-        Args:
-            fingerprint: of the key that was registered. If the member has another one by now, the
-                number is noted among those that leave.
-
-        Raises:
-            UnknownMemberError: no such member.
-        """
-        # As text: Flower's numbers take 64 bits without a sign, SQLite's 64 with one.
-        with self._file.changing() as db:
-            found = find(db, name)
-            if found is None:
-                raise unknown(name, None)
-            known = found.status != "expelled" and fingerprint in (None, found.fingerprint)
-            change = (
-                "UPDATE members SET flower_node_id = ? WHERE name = ?"
-                if known
-                else "INSERT OR IGNORE INTO leaving_nodes VALUES (?, ?)"
-            )
-            db.execute(change, (str(node_id), name))
-
-    def leaving_flower_nodes(self) -> list[int]:
-        """Numbers of nodes whose key ended: to be unregistered at Flower, then `left_flower`."""
-        rows = self._file.rows("SELECT flower_node_id FROM leaving_nodes ORDER BY rowid")
-        return [int(row["flower_node_id"]) for row in rows]
-
-    def left_flower(self, node_id: int) -> None:
-        """Note that Flower knows the node no more."""
-        with self._file.changing() as db:
-            db.execute("DELETE FROM leaving_nodes WHERE flower_node_id = ?", (str(node_id),))
-
     # --- presence ---------------------------------------------------------------------------------
 
     def seen(self, name: str, presence: Presence, *, now: float | None = None) -> None:
@@ -377,31 +359,26 @@ class Roster:
             UnknownMemberError: no such member.
         """
         now = _now(now)
-        boot = presence.boot
         with self._file.changing() as db:
-            if find(db, name) is None:
-                raise unknown(name, None)
-            older = older_boot(db, name, boot, now, ALONE_S) if boot else None
-            if older is None:
+            refusal = self._second_node(db, name, presence.boot, now)
+            if refusal is None:
                 db.execute(
                     "INSERT OR REPLACE INTO presence VALUES (?, ?, ?)",
                     (name, now, json.dumps(vars(presence))),
                 )
-            else:
-                self.journal.add_refusal(
-                    db,
-                    name,
-                    "two nodes with one key",
-                    f"{_shown(boot)} is refused, {_shown(older)} was first",
-                    now,
-                )
-        if older is not None:
-            raise KeyInUseError(
-                f"another node runs with the key of {name}: this one ({_shown(boot)}) came later "
-                f"than {_shown(older)}, which was here in the last {ALONE_S:.0f} s",
-                hint="Stop one of them. If the other one is not yours, the key was copied: ask the "
-                f"aggregator's operator for `photon members rotate {name}`.",
-            )
+        if refusal is not None:
+            raise refusal
+
+    def require_alone(self, name: str, boot: str) -> None:
+        """Refuse the newer of two nodes with one key, as `seen`, for another kind of request.
+
+        Raises:
+            KeyInUseError, UnknownMemberError: see `seen`.
+        """
+        with self._file.changing() as db:
+            refusal = self._second_node(db, name, boot, time.time())
+        if refusal is not None:
+            raise refusal
 
     def presences(self) -> dict[str, tuple[Presence, float]]:
         """What each node said last, and when (seconds since the epoch, this side's clock)."""
@@ -436,11 +413,24 @@ class Roster:
                 member.facts.data_sha256,
             ),
         )
-        if member.flower_node_id is not None:
-            db.execute(
-                "INSERT OR IGNORE INTO leaving_nodes VALUES (?, ?)",
-                (str(member.flower_node_id), member.name),
-            )
+
+    def _second_node(
+        self, db: sqlite3.Connection, name: str, boot: str, now: float
+    ) -> KeyInUseError | None:
+        """Why the process that speaks as a member is refused; None if it is not."""
+        if find(db, name) is None:
+            raise unknown(name, None)
+        older = older_boot(db, name, boot, now, ALONE_S) if boot else None
+        if older is None:
+            return None
+        detail = f"{_shown(boot)} is refused, {_shown(older)} was first"
+        self.journal.add_refusal(db, name, "two nodes with one key", detail, now)
+        return KeyInUseError(
+            f"another node runs with the key of {name}: this one ({_shown(boot)}) came later "
+            f"than {_shown(older)}, which was here in the last {ALONE_S:.0f} s",
+            hint="Stop one of them. If the other one is not yours, the key was copied: ask the "
+            f"aggregator's operator for `photon members rotate {name}`.",
+        )
 
     def _void_invitations(self, db: sqlite3.Connection, name: str, why: str, now: float) -> bool:
         done = db.execute(
@@ -459,7 +449,6 @@ class Roster:
                 return
             db.execute("UPDATE members SET status = ? WHERE name = ?", (status, name))
             if status == "expelled":
-                db.execute("UPDATE members SET flower_node_id = NULL WHERE name = ?", (name,))
                 self._void_invitations(db, name, "withdrawn", now)
                 self._retire(db, found, "the member was expelled", now)
                 self.tasks.end_all(db, name, now)

@@ -24,7 +24,7 @@ class Tasks:
     def open(self, task: OpenTask) -> None:
         """Let a silo read and write what a task needs.
 
-        Opened again, a task keeps a reply that it has.
+        Opened again, a task keeps a reply that it has, and its question is to be sent anew.
         """
         keys = {name: json.dumps(getattr(task, name)) for name in ("readable", "writable")}
         with self._file.changing() as db:
@@ -37,6 +37,7 @@ class Tasks:
                 " readable = excluded.readable, writable = excluded.writable, closed_at = NULL",
                 vars(task) | keys,
             )
+            db.execute("DELETE FROM letters WHERE task = ?", (task.id,))
 
     def close(self, task_id: str, reply: SignedReply | None) -> None:
         """Nothing is granted for the task any more; `reply` is kept, if there is one.
@@ -46,6 +47,7 @@ class Tasks:
         """
         now = time.time()
         with self._file.changing() as db:
+            db.execute("DELETE FROM letters WHERE task = ?", (task_id,))
             if reply is None:
                 db.execute(
                     "UPDATE tasks SET closed_at = ? WHERE id = ? AND closed_at IS NULL",
@@ -81,11 +83,14 @@ class Tasks:
 
     def prune(self, run: str, before_round: int) -> None:
         """Forget a run's tasks of earlier rounds, and their replies."""
+        old = "FROM tasks WHERE run = ? AND round < ?"
         with self._file.changing() as db:
-            db.execute("DELETE FROM tasks WHERE run = ? AND round < ?", (run, before_round))
+            db.execute(f"DELETE FROM letters WHERE task IN (SELECT id {old})", (run, before_round))
+            db.execute(f"DELETE {old}", (run, before_round))
 
     def end_all(self, db: sqlite3.Connection, silo: str, now: float) -> None:
         """Nothing is granted to a silo any more; within the transaction that says why."""
+        db.execute("DELETE FROM letters WHERE silo = ?", (silo,))
         db.execute(
             "UPDATE tasks SET closed_at = ? WHERE silo = ? AND closed_at IS NULL", (now, silo)
         )

@@ -1,4 +1,4 @@
-"""The federation of a `photon serve` run: silos that joined, reached over a post.
+"""The federation of a `photon serve` run: silos that joined, reached through the desk.
 
 Everything here starts from the run folder, serve.home and the store alone, so that another process,
 or another machine that is given the three, takes over where this one stopped.
@@ -27,12 +27,12 @@ from photon.store.served import RUN_FILE, Serving
 from photon.telemetry import Event
 
 
-def continue_run(folder: Path, post: Post) -> RunResult:
+def continue_run(folder: Path, post: Post | None = None) -> RunResult:
     """Begin a served run, or go on with it, until it is over or drained.
 
     Args:
         folder: of the run, with serve.json and serve.toml.
-        post: to silos.
+        post: to silos; None: letters, which the desk hands out.
 
     Raises:
         PhotonError: as `photon.simulate`; QuorumLostError also where too few silos came.
@@ -71,7 +71,7 @@ def continue_run(folder: Path, post: Post) -> RunResult:
             return RemoteEngine(
                 _run_part(serving.run_id, folder, config, data, sorted(silo_tokens)),
                 config,
-                post,
+                post or roster.letters,
                 roster,
                 Depot(serving.run_id, config.link, serving.open_store(), folder / "arrivals"),
                 Asker(key, notary.head),

@@ -1,4 +1,4 @@
-"""The aggregator's desk as a node sees it: joining, saying it is here, asking for grants.
+"""The aggregator's desk as a node sees it: joining, presence, questions and answers, grants.
 
 Every request is signed with the node's key, anew at each attempt. Certificates are checked against
 the authority that came with the invitation and no other; nothing is sent in the clear.
@@ -6,17 +6,19 @@ the authority that came with the invitation and no other; nothing is sent in the
 
 from __future__ import annotations
 
+import base64
 import json
 import ssl
 import time
 import weakref
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 
 from photon.errors import (
     CertificateError,
@@ -28,7 +30,7 @@ from photon.errors import (
 )
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
-from photon.membership.records import printable
+from photon.membership.records import SignedReply, printable
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
 from photon.silo.grant_book import MOST_WANTS, GrantBook, Leave, Want
@@ -36,7 +38,14 @@ from photon.store.dialling import distrust, http_client, is_loopback, proxy_to
 from photon.store.presign import Grant
 
 #: photon.deploy.desk_requests.DESK_PATH.
-DESK_PATH = "/photon/v1"
+DESK_PATH = "/photon/v2"
+
+#: A question is waited for so long at most: photon.deploy.desk_requests.DeskLimits.poll_s, and some
+#: time for the answer's way.
+_POLL_S = 45.0
+
+#: Of why there is no answer, so many characters are sent.
+_MOST_WORDS = 1000
 
 #: No answer of a desk is longer: 256 grants take some 300 KB.
 _MOST_BYTES = 4 << 20
@@ -98,13 +107,37 @@ class _CheckAnswer(_Answer):
     server_time: float
     name: str
     member_status: Annotated[str, Field(max_length=100)]
-    registered: bool
     store: _GrantPart
 
 
 class _GrantsAnswer(_Answer):
     server_time: float
     grants: Annotated[list[_GrantPart], Field(max_length=MOST_WANTS)]
+
+
+class _LetterPart(_Answer):
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\z")]
+    left_s: float
+    message: Annotated[Base64Bytes, Field(strict=False)]
+
+
+class _TaskAnswer(_Answer):
+    letter: _LetterPart | None
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A question for this node.
+
+    Attributes:
+        id: of its letter; names it in `reply`.
+        message: a sealed Ask's bytes.
+        left_s: nobody waits for the answer after so many seconds.
+    """
+
+    id: str
+    message: bytes
+    left_s: float
 
 
 class DeskClient:
@@ -176,7 +209,7 @@ class DeskClient:
         """Say what this node is doing.
 
         Returns:
-            ok, server_time, member_status, registered (for tasks) and draining.
+            ok, server_time, member_status and draining.
 
         Raises:
             UnknownMemberError: suspended, expelled, or never a member.
@@ -187,6 +220,37 @@ class DeskClient:
         # The desk takes no longer ones, and no presence is to fail for its words.
         detail = printable(presence.detail)[:_MOST_DETAIL]
         return self._asked("presence", asdict(presence) | {"detail": detail})
+
+    def task(self, boot: str, have: Collection[str]) -> Delivery | None:
+        """Wait for a question; None where none came for a while.
+
+        Args:
+            boot: as in `presence`.
+            have: ids of letters that this node holds: they are not given again.
+
+        Raises:
+            PhotonError: as `presence`.
+        """
+        body = {"boot": boot, "have": sorted(have)}
+        trouble = "sends no question"
+        found = self._parsed("task", body, _TaskAnswer, trouble, timeout_s=_POLL_S).letter
+        return Delivery(**dict(found)) if found is not None else None
+
+    def reply(self, boot: str, letter: str, answer: SignedReply | str) -> None:
+        """Send the answer to a letter, or words why there is none. Sent twice it counts once.
+
+        Raises:
+            AccessRefusedError: it is not waited for any more.
+            PhotonError: as `presence`.
+        """
+        body: dict[str, Any] = {"boot": boot, "letter": letter}
+        if isinstance(answer, str):
+            body["words"] = printable(answer)[:_MOST_WORDS]
+        else:
+            text = base64.b64encode(answer.text).decode()
+            own = {"signature": answer.signature, "fingerprint": answer.fingerprint}
+            body["answer"] = {"text": text, **own}
+        self._asked("reply", body)
 
     def grants(self, task_id: str) -> GrantBook:
         """Leave for the objects of one task: photon.store.granted_store.Grants."""
@@ -206,7 +270,6 @@ class DeskClient:
         return Standing(
             printable(answer.name)[:100],
             printable(answer.member_status),
-            answer.registered,
             part.key,
             probe,
         )
@@ -247,16 +310,24 @@ class DeskClient:
         return found
 
     def _parsed(
-        self, what: str, body: dict[str, Any], kind: type[_AnswerKind], trouble: str
+        self,
+        what: str,
+        body: dict[str, Any],
+        kind: type[_AnswerKind],
+        trouble: str,
+        *,
+        timeout_s: float | None = None,
     ) -> _AnswerKind:
         try:
-            return kind.model_validate(self._asked(what, body))
+            return kind.model_validate(self._asked(what, body, timeout_s=timeout_s))
         except ValidationError as error:
             # Its text would quote URLs.
             where = ".".join(str(part)[:40] for part in error.errors()[0]["loc"])
             raise ProtocolError(f"the desk of {self} {trouble}: {where}") from None
 
-    def _asked(self, what: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _asked(
+        self, what: str, body: dict[str, Any] | None, *, timeout_s: float | None = None
+    ) -> dict[str, Any]:
         path = f"{DESK_PATH}/{what}"
         content = json.dumps(body).encode() if body is not None else None
         method = "POST" if content is not None else "GET"
@@ -270,7 +341,10 @@ class DeskClient:
             headers["content-type"] = "application/json"
         try:
             url = self._origin + path
-            with self._client.stream(method, url, content=content, headers=headers) as answer:
+            patience = httpx2.Timeout(self._timeout_s, read=timeout_s or self._timeout_s)
+            with self._client.stream(
+                method, url, content=content, headers=headers, timeout=patience
+            ) as answer:
                 text = _read(answer)
         except httpx2.RequestError as error:
             raise self._trouble(error) from error
@@ -337,14 +411,12 @@ class Standing:
     Attributes:
         name: of the member that holds this node's key.
         status: "active".
-        registered: for tasks.
         probe_key: of an object that is in no store.
         probe: leave to ask the store for it (HEAD), or why there is none.
     """
 
     name: str
     status: str
-    registered: bool
     probe_key: str
     probe: Grant | PhotonError
 

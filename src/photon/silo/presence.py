@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -15,6 +16,9 @@ from photon.membership.roster import Presence
 from photon.silo.narrator import Narrator
 
 log = logging.getLogger(__name__)
+
+#: Environment variable: the node that a process belongs to, as `photon join` drew it.
+BOOT = "PHOTON_BOOT"
 
 #: Between two reports that say the same.
 _EVERY_S = 5.0
@@ -48,7 +52,7 @@ class Reporter:
         self._desk = desk
         self._narrator = narrator or Narrator(lambda _: None)
         #: What is told.
-        self.now = Presence("idle", boot=secrets.token_hex(8))
+        self.now = Presence("idle", boot=os.environ.get(BOOT) or secrets.token_hex(8))
         self._changed = threading.Event()
         self._reporting = threading.Lock()
         self._ended = False

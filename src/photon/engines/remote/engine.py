@@ -48,6 +48,9 @@ from photon.version import photon_version
 #: What an update may take on the wire beyond twice its fp32 values.
 _SPARE_BYTES = 64 << 20
 
+#: Between two looks at the post while updates are on their way here.
+_GLANCE_S = 0.05
+
 #: Updates on their way here at once.
 _FETCHES = 3
 
@@ -109,6 +112,7 @@ class RemoteEngine:
     ) -> None:
         self._run = run
         self._config = config
+        self._post = post
         self._roster = roster
         self._evaluator = evaluator
         self._on_event = on_event
@@ -163,9 +167,9 @@ class RemoteEngine:
                 pause_s = min(left_s, self._messenger.pause_s(self._errands))
                 fetching = [place.fetching for place in self._going if place.fetching is not None]
                 if not fetching:
-                    time.sleep(pause_s)
+                    self._post.wait(pause_s)
                 else:
-                    wait(fetching, pause_s, FIRST_COMPLETED)
+                    wait(fetching, min(pause_s, _GLANCE_S), FIRST_COMPLETED)
 
     def cancel(self, task: Task) -> str:
         self._new = [one for one in self._new if one[0] != task]
@@ -208,8 +212,9 @@ class RemoteEngine:
             errand = Errand(ask, sealed(ask, self._asker.key), most_bytes)
             self._errands.append(errand)
             self._going.append(_Place(task, version, errand))
-        for place in self._going[-len(new) :]:
-            self._messenger.begin(place.errand)
+        with self._roster.together():
+            for place in self._going[-len(new) :]:
+                self._messenger.begin(place.errand)
 
     # --- answers -------------------------------------------------------------------------------
 

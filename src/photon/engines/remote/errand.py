@@ -25,7 +25,7 @@ class Errand:
         message: the Ask as it travels, signed.
         most_bytes: that the silo may write to the store for it; 0: nothing.
         begun_s: when it was made up (this machine's epoch, s).
-        ids: of its messages that may still be answered.
+        letter: what the answer to its last message is called; None: none is to come.
         asked_s, next_s: when it was sent last, and before when it is not sent again (epoch, s).
         pause_s: before it is sent once more.
         doing, moved_s: what its silo said last that it does, and since when (epoch, s).
@@ -39,7 +39,7 @@ class Errand:
     message: bytes = b""
     most_bytes: int = 0
     begun_s: float = field(default_factory=time.time)
-    ids: set[str] = field(default_factory=set)
+    letter: str | None = None
     asked_s: float = 0.0
     next_s: float = 0.0
     pause_s: float = _FIRST_PAUSE_S

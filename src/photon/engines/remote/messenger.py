@@ -35,9 +35,8 @@ from photon.membership.signing import RECEIPT, verify_document
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, Notice
 
-#: Between two looks at the post: a fiftieth of the time since a silo was last asked, so that who
-#: trains for minutes costs few questions and the wait for its answer grows by a hundredth.
-_SOON_S, _LATE_S, _SHARE = 0.2, 2.0, 0.02
+#: Between two looks at what silos say that they do, at most; an answer is taken as it comes.
+_LOOK_S = 1.0
 #: A silo that says it is idle so long after it was asked did not get the task, or lost it.
 #: (Delivery takes seconds, and ten where a machine is overloaded.)
 _IDLE_S = 10.0
@@ -46,11 +45,14 @@ _IDLE_S = 10.0
 class Post(Protocol):
     """Carries small documents to silos and back."""
 
-    def push(self, silo: str, ask: bytes, *, ttl_s: float) -> str:
-        """Send; returns what the answer is called.
+    def push(self, task: str, message: bytes) -> str:
+        """Send an open task's question to its silo, in place of one sent before.
 
         Args:
-            ttl_s: nobody waits for the answer after so many seconds.
+            message: a sealed Ask.
+
+        Returns:
+            What the answer is called.
 
         Raises:
             UnknownMemberError: nobody of that name can be reached just now.
@@ -59,6 +61,10 @@ class Post(Protocol):
 
     def pull(self, ids: Collection[str]) -> dict[str, SignedReply | str]:
         """Answers that have arrived, each once; words where there will be none, and why."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Until an answer has arrived, or for so long."""
         ...
 
 
@@ -82,9 +88,11 @@ class Messenger:
         self._told: dict[str, tuple[int, int]] = {}
 
     def begin(self, errand: Errand) -> None:
-        """Open its task, and take an answer that came before this process began."""
+        """Open its task; take an answer that came before this process began, or ask."""
         self.open(errand)
         self._take_earlier(errand)
+        if not errand.over:
+            self._push(errand, time.time())
 
     def open(self, errand: Errand) -> None:
         """Let the silo read the state and write its update."""
@@ -116,14 +124,18 @@ class Messenger:
         now_s = time.time()
         open_ones = [errand for errand in errands if not errand.over]
         for errand in open_ones:
-            if now_s >= errand.next_s and not errand.ids:
+            if now_s >= errand.next_s and errand.letter is None:
                 self._push(errand, now_s)
-        waiting = {one: errand for errand in open_ones if not errand.over for one in errand.ids}
-        for one, answer in (self._post.pull(waiting) if waiting else {}).items():
-            errand = waiting[one]
-            errand.ids.discard(one)
-            if not errand.over:
-                self._take(errand, answer, now_s)
+        waiting = {
+            errand.letter: errand
+            for errand in open_ones
+            if not errand.over and errand.letter is not None
+        }
+        if waiting and (came := self._post.pull(waiting)):
+            with self._roster.together():
+                for one, answer in came.items():
+                    waiting[one].letter = None
+                    self._take(waiting[one], answer, now_s)
         presences = self._roster.presences()
         for errand in open_ones:
             if not errand.over:
@@ -131,14 +143,10 @@ class Messenger:
         return any(errand.over for errand in open_ones)
 
     def pause_s(self, errands: Collection[Errand]) -> float:
-        """How long to wait before the next turn: less where something is to be sent before."""
+        """How long to wait for answers before the next turn: until something is to be sent."""
         now_s = time.time()
-        pause_s = _LATE_S
-        for errand in errands:
-            if not errand.over:
-                due_s = _SHARE * (now_s - errand.asked_s) if errand.ids else errand.next_s - now_s
-                pause_s = min(pause_s, due_s)
-        return max(pause_s, _SOON_S)
+        due = [one.next_s - now_s for one in errands if not one.over and one.letter is None]
+        return max(0.0, min([_LOOK_S, *due]))
 
     def barred(self, silo: str) -> UnknownMemberError | None:
         """Why a silo may not take part any more; None if it may."""
@@ -161,8 +169,7 @@ class Messenger:
             errand.failure = error
             return
         try:
-            left_s = max(60.0, errand.until - now_s)
-            errand.ids.add(self._post.push(ask.silo, errand.message, ttl_s=left_s))
+            errand.letter = self._post.push(ask.task_id, errand.message)
         except UnknownMemberError as error:
             errand.again(now_s, error.message)
 
@@ -187,7 +194,7 @@ class Messenger:
             self._progress(ask, presence)
             self._require_movement(errand, presence, now_s)
         elif (
-            errand.ids
+            errand.letter is not None
             and not presence.task
             and seen_s - errand.asked_s > max(_IDLE_S, errand.pause_s)
         ):
