@@ -7,7 +7,6 @@ import http.server
 import json
 import shutil
 import signal
-import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -115,7 +114,7 @@ def running_store(short_folder) -> Iterator[RunningStore]:
 class Upstream:
     """What stands behind a door in tests: answers everything, remembers what it was asked."""
 
-    def __init__(self, files: CertificateFiles | None = None) -> None:
+    def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         #: Requests that began, whether their bodies came or not.
         self.begun = 0
@@ -147,10 +146,6 @@ class Upstream:
             setattr(Handler, f"do_{verb}", Handler.do_POST)
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        if files is not None:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(files.certificate, files.key)
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
@@ -168,7 +163,6 @@ class RunningDoor:
     settings: DoorSettings
     service: Service
     files: CertificateFiles
-    fleet: Upstream
     desk: Upstream
     watched: Watched
 
@@ -179,16 +173,14 @@ class RunningDoor:
 
 @pytest.fixture(scope="session")
 def running_door(short_folder, certificates, running_store) -> Iterator[RunningDoor]:
-    """In front of an upstream for the fleet, one for the desk, and the real store."""
-    fleet, desk = Upstream(certificates), Upstream()
+    """In front of an upstream for the desk, and the real store."""
+    desk = Upstream()
     found = _watched(short_folder("door"))
     settings = DoorSettings(
         "127.0.0.1",
         free_ports(1)[0],
         certificates.certificate,
         certificates.key,
-        superlink_port=fleet.port,
-        superlink_ca=certificates.ca,
         desk_port=desk.port,
         store_port=running_store.store.port,
         body_silence_s=3,
@@ -197,7 +189,6 @@ def running_door(short_folder, certificates, running_store) -> Iterator[RunningD
     try:
         with found.supervisor as supervisor:
             supervisor.start(service)
-            yield RunningDoor(settings, service, certificates, fleet, desk, found)
+            yield RunningDoor(settings, service, certificates, desk, found)
     finally:
-        fleet.close()
         desk.close()

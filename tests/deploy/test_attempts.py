@@ -8,89 +8,85 @@ import types
 
 import httpx2
 import pytest
-from photon.engines.flower.control import RunState
 
 from photon.config import parse_run_config
 from photon.deploy import attempts as attempts_module
 from photon.deploy import serve as serve_module
-from photon.deploy.attempts import Attempts
+from photon.deploy.attempts import Attempts, Ended
 from photon.deploy.desk import Desk
 from photon.deploy.serve import Aggregator
+from photon.deploy.service import Service
 from photon.deploy.supervisor import Supervisor
 from photon.errors import InvalidValueError, QuorumLostError, ServiceLostError
 from photon.membership.bulletin import told
 from photon.membership.keys import NodeKey
-from photon.membership.roster import Facts, Presence
+from photon.membership.roster import ENDED_SETTING, Facts, Presence
 from photon.store.presign import S3Presigner
 
-LOST = "photon-exit-44: round 3 has 1 good updates of 2, the quorum is 2; dropped: lab-b"
+LOST = "round 3 has 1 good updates of 2, the quorum is 2; dropped: lab-b"
 #: As progress_of has it in the middle of round 3, and between two rounds.
 IN_ROUND, BETWEEN = {"round": 2, "in_round": 3}, {"round": 2, "in_round": None}
 
 
-def ended(details: str) -> RunState:
-    return RunState(1, "finished", "failed", details)
-
-
 def attempts(gather_s: float = 86_400.0) -> Attempts:
-    return Attempts(gather_s, "runs/med", "superexec.log")
+    return Attempts(gather_s, "runs/med", "loop.log")
 
 
 def test_a_lost_quorum_is_waited_for_with_growing_pauses_and_then_given_up() -> None:
     tried, now_s = attempts(gather_s=4000.0), 100.0
     for pause_s in (30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1800.0):
-        again = tried.after(ended(LOST), IN_ROUND, now_s)
+        again = tried.after(Ended(44, LOST), IN_ROUND, now_s)
         assert (again.pause_s, again.lost) == (pause_s, True)
         assert "the round is drawn again in" in again.words
         now_s += again.pause_s + 10.0
     assert now_s < 100.0 + 4000.0
     with pytest.raises(QuorumLostError, match="dropped: lab-b; tried for") as caught:
-        tried.after(ended(LOST), IN_ROUND, now_s)
+        tried.after(Ended(44, LOST), IN_ROUND, now_s)
     assert "--resume runs/med" in (caught.value.hint or "")
 
 
 def test_a_round_that_is_closed_after_all_begins_a_new_count() -> None:
     tried = attempts()
     for _ in range(4):
-        tried.after(ended(LOST), IN_ROUND, 0.0)
-    assert tried.after(ended(LOST), {"round": 3, "in_round": 4}, 9e9).pause_s == 30.0
+        tried.after(Ended(44, LOST), IN_ROUND, 0.0)
+    assert tried.after(Ended(44, LOST), {"round": 3, "in_round": 4}, 9e9).pause_s == 30.0
 
 
 def test_silos_that_never_came_were_waited_for_by_the_loop() -> None:
-    words = "photon-exit-44: 1 silos are here (lab-a), round 3 needs 2; waited 86400 s"
+    words = "1 silos are here (lab-a), round 3 needs 2; waited 86400 s"
     with pytest.raises(QuorumLostError, match=r"^1 silos are here"):
-        attempts().after(ended(words), BETWEEN, 0.0)
+        attempts().after(Ended(44, words), BETWEEN, 0.0)
 
 
 def test_deaths_go_on_at_once_until_they_are_too_many() -> None:
     tried = attempts()
     for number in range(9):
-        assert tried.after(ended("killed"), IN_ROUND, float(number)).pause_s == 0
+        assert tried.after(Ended(None, "killed by SIGKILL"), IN_ROUND, float(number)).pause_s == 0
     with pytest.raises(ServiceLostError, match="died 10 times in round 3"):
-        tried.after(ended("photon-exit-71: the store"), IN_ROUND, 9.0)
+        tried.after(Ended(71, "the store"), IN_ROUND, 9.0)
     with pytest.raises(InvalidValueError, match=r"^no such key"):
-        attempts().after(ended("photon-exit-12: no such key"), IN_ROUND, 0.0)
+        attempts().after(Ended(12, "no such key"), IN_ROUND, 0.0)
 
 
 # --- with the rest of serve ---
 
 
 class Script:
-    """Stands for Flower's control: runs that end as they are told to."""
+    """Loops that end as they are told to: None in order, a number by that signal."""
 
-    def __init__(self, *states: RunState) -> None:
-        self.states = list(states)
+    def __init__(self, made: Aggregator, *ends: Ended | int | None) -> None:
+        self.ends = list(ends)
         self.started = 0
+        self._made = made
+        made._begin = self.begin
 
-    def runs(self) -> list[RunState]:
-        return []
-
-    def start_run(self, _: bytes) -> int:
+    def begin(self, supervisor: Supervisor) -> None:
         self.started += 1
-        return self.started
-
-    def run(self, _: int) -> RunState:
-        return self.states.pop(0)
+        end = self.ends.pop(0)
+        told = vars(end) if isinstance(end, Ended) else None
+        self._made._roster.set_setting(ENDED_SETTING, told)
+        words = f"kill -{end} $$" if isinstance(end, int) else f"exit {end.exit_code if end else 0}"
+        supervisor.start(Service("loop", ("sh", "-c", words), once=True))
 
 
 @pytest.fixture
@@ -109,7 +105,7 @@ def serving(three_silos, home, monkeypatch):
     folder.mkdir()
     made = Aggregator(parse_run_config(tree), folder, log=said.append, on_event=said.append)
     signer = S3Presigner("https://s", "b", region="r", access_key_id="a", secret="s")
-    desk = Desk(made._roster, signer, register=lambda _: 7)
+    desk = Desk(made._roster, signer)
     desk.start(operator_socket=home / "o.sock")
     yield made, desk, said
     desk.stop()
@@ -159,9 +155,9 @@ def test_a_desk_that_ended_is_missed_and_back_where_the_door_looks_for_it(servin
     made, desk, said = serving
     port = desk.port
     kill(desk)
-    control = Script(RunState(1, "finished", "completed", ""))
+    Script(made, None)
     with Supervisor(home / "serve.json", home / "logs") as supervisor:
-        made._see_through(supervisor, control, desk, b"")
+        made._see_through(supervisor, desk)
     assert desk.alive
     assert desk.port == port
     assert healthy(desk)
@@ -173,18 +169,12 @@ def test_a_lost_round_is_tried_again_and_everybody_told(serving, home) -> None:
     event = {"event": "round_started", "round": 3, "participants": ["lab-a", "lab-b"]}
     (home / "run" / "events.jsonl").write_text(json.dumps(event) + "\n")
     (home / "run" / "summary.json").write_text('{"rounds": 4, "global_perplexity": 12.345}')
-    seen: list[dict] = []
-
-    class Watching(Script):
-        def run(self, number: int) -> RunState:
-            seen.append(told(made._roster, "lab-a")["run"])
-            return super().run(number)
-
-    control = Watching(ended(LOST), ended(LOST), RunState(1, "finished", "completed", ""))
+    script = Script(made, Ended(44, LOST), Ended(44, LOST), 9, None)
     with Supervisor(home / "serve.json", home / "logs") as supervisor:
-        outcome = made._see_through(supervisor, control, desk, b"")
+        outcome = made._see_through(supervisor, desk)
     assert outcome.finished
-    assert control.started == 3
+    assert script.started == 4
+    assert sum("died (killed by SIGKILL); it goes on" in line for line in said) == 1
     assert sum("the round is drawn again in 0 s" in line for line in said) == 2
     assert all("dropped: lab-b" in line for line in said if "drawn again" in line)
     # The operator hears of whom; of lab-b's troubles lab-a hears nothing.
@@ -208,7 +198,8 @@ def test_a_run_that_is_drained_while_it_waits_to_draw_again_ends(serving, home, 
     made._on_event = lambda words: (said.append(words), made._roster.set_setting("draining", True))
     with Supervisor(home / "serve.json", home / "logs") as supervisor:
         made._serve = made._serve.model_copy(update={"gather_s": 1e9})
-        outcome = made._see_through(supervisor, Script(ended(LOST)), desk, b"")
+        Script(made, Ended(44, LOST))
+        outcome = made._see_through(supervisor, desk)
     assert not outcome.finished
     assert "the run is drained; it can be resumed" in said
 
@@ -258,15 +249,3 @@ def keys_of(tmp_path):
             roster.redeem(roster.invite(name, 60), name, pem, Facts("d" * 64, "e" * 64, 9, "0.1"))
 
     return join
-
-
-def test_a_kept_port_that_somebody_took_moves(serving) -> None:
-    import socket
-
-    made, _, _ = serving
-    first = made._kept_port("superlink")
-    assert made._kept_port("superlink") == first
-    with socket.create_server(("127.0.0.1", first)):
-        moved = made._kept_port("superlink")
-        assert moved != first
-    assert made._kept_port("superlink") == moved

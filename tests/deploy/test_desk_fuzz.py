@@ -57,7 +57,6 @@ class Target:
         self.key = NodeKey.create(folder / "node.key")
         token = self.roster.invite("blue", 60)
         self.roster.redeem(token, "blue", self.key.public_pem, Facts(**FACTS))
-        self.roster.set_flower_node("blue", 1)
         now = time.time()
         task = OpenTask(
             *(TASK, RUN, 1, "blue", "fit", now, now + 3600, 1 << 40),
@@ -66,7 +65,7 @@ class Target:
         )
         self.roster.tasks.open(task)
         presigner = S3Presigner("https://s", "box", region="r", access_key_id="a", secret="b")
-        self.desk = Desk(self.roster, presigner, register=lambda _: 1, limits=WITHOUT_LIMITS)
+        self.desk = Desk(self.roster, presigner, limits=WITHOUT_LIMITS)
         self.desk.start()
         self.client = httpx2.Client(
             base_url=f"http://127.0.0.1:{self.desk.port}", trust_env=False, timeout=20

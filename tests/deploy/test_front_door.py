@@ -72,17 +72,17 @@ def ask(door, verb: str, target: str, *headers: str) -> int:
 
 
 def reached(door) -> int:
-    return len(door.fleet.asked) + len(door.desk.asked)
+    return len(door.desk.asked)
 
 
 # --- what goes through ----------------------------------------------------------------------------
 
 
-def test_flower_goes_to_the_superlink_over_tls(running_door, client) -> None:
-    body = secrets.token_bytes(1 << 20)
-    answer = client.post(f"{running_door.url}/v1/fleet/push-object", content=body)
-    assert answer.json() == {"path": "/v1/fleet/push-object", "bytes": len(body)}
-    asked = running_door.fleet.asked[-1]
+def test_an_answer_of_the_greatest_length_gets_through(running_door, client) -> None:
+    body = secrets.token_bytes(MOST_REPLY_BYTES)
+    answer = client.post(f"{running_door.url}/photon/v2/reply", content=body)
+    assert answer.json() == {"path": "/photon/v2/reply", "bytes": len(body)}
+    asked = running_door.desk.asked[-1]
     assert hashlib.sha256(asked["body"]).digest() == hashlib.sha256(body).digest()
 
 
@@ -148,20 +148,20 @@ CLOSED = [
     ("GET", "/health"),
     ("GET", "/docs"),
     ("GET", "/openapi.json"),
-    ("GET", "/v1/fleet/pull-messages"),
-    ("POST", "/v1/fleet/"),
-    ("POST", "/v1/fleet"),
-    ("POST", "/V1/fleet/pull-messages"),
-    ("POST", "/v1/fleet/pull/more"),
-    ("POST", "/v1/fleet/../control/start-run"),
-    ("POST", "/v1/fleet/%2e%2e/control/start-run"),
-    ("POST", "/v1/control/../fleet/pull-messages"),
-    ("POST", "/v1/control%2f..%2ffleet/pull-messages"),
-    ("POST", "//v1/fleet/pull-messages"),
-    ("POST", "/v1//fleet/pull-messages"),
-    ("POST", "/v1/fleet/pull-messages%00"),
-    ("POST", "/v1/fleet/pull-messages;x=1"),
-    ("POST", "/v1/fleet\\pull-messages"),
+    ("POST", "/v1/fleet/pull-messages"),
+    ("GET", "/photon/v2/task"),
+    ("POST", "/photon/v2"),
+    ("POST", "/photon/v1/presence"),
+    ("POST", "/PHOTON/v2/task"),
+    ("POST", "/photon/v2/task/more"),
+    ("POST", "/photon/v2/%2e%2e/%2e%2e/operator/drain"),
+    ("POST", "/operator/../photon/v2/task"),
+    ("POST", "/operator%2f..%2fphoton/v2/task"),
+    ("POST", "//photon/v2/task"),
+    ("POST", "/photon//v2/task"),
+    ("POST", "/photon/v2/task%00"),
+    ("POST", "/photon/v2/task;x=1"),
+    ("POST", "/photon/v2\\task"),
     ("GET", "/operator/status"),
     ("POST", "/operator/drain"),
     ("GET", "/photon/v2/join"),
@@ -205,11 +205,10 @@ def test_bodies_and_headers_are_bounded(running_door, client) -> None:
         ("/photon/v2/join", MOST_SMALL_BYTES),
         ("/photon/v2/presence", MOST_SMALL_BYTES),
         ("/photon/v2/grants", MOST_GRANTS_BYTES),
-        ("/v1/fleet/activate-node", MOST_SMALL_BYTES),
-        ("/v1/fleet/push-messages", MOST_REPLY_BYTES),
-        ("/v1/fleet/push-object", MOST_REPLY_BYTES),
+        ("/photon/v2/task", MOST_SMALL_BYTES),
+        ("/photon/v2/reply", MOST_REPLY_BYTES),
     ):
-        behind = running_door.fleet if "fleet" in path else running_door.desk
+        behind = running_door.desk
         assert client.post(running_door.url + path, content=b"x" * most).json()["bytes"] == most
         for length in (most + 1, 5 << 20):
             with contextlib.suppress(httpx2.WriteError):  # cut off while it is still writing
@@ -218,9 +217,9 @@ def test_bodies_and_headers_are_bounded(running_door, client) -> None:
         assert all(len(one["body"]) <= most for one in behind.asked if one["path"] == path)
 
 
-@pytest.mark.parametrize("path", ["/photon/v2/join", "/v1/fleet/push-object"])
+@pytest.mark.parametrize("path", ["/photon/v2/join", "/photon/v2/reply"])
 def test_what_strangers_begin_costs_the_services_behind_nothing(running_door, client, path) -> None:
-    behind = running_door.fleet if "fleet" in path else running_door.desk
+    behind = running_door.desk
     context = ssl.create_default_context(cafile=str(running_door.files.ca))
     address = ("127.0.0.1", running_door.settings.port)
     begun = behind.begun
@@ -279,26 +278,6 @@ def test_plain_http_and_old_tls_are_refused(running_door) -> None:
 
 
 # --- faults ---------------------------------------------------------------------------------------
-
-
-def test_a_superlink_with_another_authoritys_certificate_is_not_believed(
-    running_door, short_folder, client, watch
-) -> None:
-    """Somebody else listening on the superlink's port gets no traffic."""
-    from photon.deploy.certificates import keep_certificate
-
-    stranger = keep_certificate(short_folder("stranger"), "127.0.0.1")
-    settings = replace(
-        running_door.settings, port=free_ports(1)[0], superlink_ca=stranger.ca, store_port=None
-    )
-    watched = watch(short_folder("second"))
-    with watched.supervisor as supervisor:
-        supervisor.start(front_door(settings, watched.home / "door"))
-        before = len(running_door.fleet.asked)
-        url = f"https://127.0.0.1:{settings.port}"
-        assert client.post(f"{url}/v1/fleet/pull-messages").status_code == 502
-        assert len(running_door.fleet.asked) == before
-        assert client.get(f"{url}/photon/key?X-Amz-Signature=0").status_code == 404, "no store here"
 
 
 def test_kill_9_of_the_door(running_door, client) -> None:

@@ -61,7 +61,7 @@ from photon.silo.desk_client import DeskClient
 from photon.store.presign import S3Presigner
 
 LINES = [
-    *("node.toml", "membership", "key", "data", "disk", "compute", "flower"),
+    *("node.toml", "membership", "key", "data", "disk", "compute"),
     *("authority", "address", "door", "version", "clock", "member", "store"),
 ]
 
@@ -115,16 +115,14 @@ def aggregator(short_folder, running_store, watch, three_silos) -> Iterator[Aggr
     folder = short_folder("aggregator")
     files = keep_certificate(folder / "home", "127.0.0.1")
     roster = Roster(folder / "members.sqlite")
-    port, nobody = free_ports(2)
+    (port,) = free_ports(1)
     presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "checked")
     limits = DeskLimits(joins_per_minute=1000)
     audience = certificate_fingerprint(files.ca.read_text())
-    desk = Desk(roster, presigner, register=lambda _: 7, limits=limits, audience=audience)
+    desk = Desk(roster, presigner, limits=limits, audience=audience)
     desk.start()
     settings = DoorSettings(
         *("127.0.0.1", port, files.certificate, files.key),
-        superlink_port=nobody,
-        superlink_ca=files.ca,
         desk_port=desk.port,
         store_port=running_store.store.port,
     )
@@ -231,7 +229,7 @@ def test_a_member_looks_at_everything_and_changes_nothing(member, aggregator) ->
     assert {one.verdict for one in found.values()} <= {"ok", "warn"}, found
     assert worst(list(found.values())) == 0
     assert "as registered" in found["data"].found
-    assert "active and registered for tasks" in found["member"].found
+    assert "is active" in found["member"].found
     assert "answers, in" in found["store"].found
     assert "runs *" in found["node.toml"].found
     assert "1 x cpu" in found["compute"].found or torch.cuda.is_available()
@@ -488,17 +486,6 @@ def test_standing(member, aggregator, request) -> None:
     assert member.look()["member"].verdict == "ok"
 
 
-def test_a_member_whose_key_the_control_engine_does_not_know(member, aggregator) -> None:
-    roster, key = aggregator.roster, NodeKey.create(member.home.parent / "other.key")
-    facts = roster.members()[-1].facts
-    roster.redeem(roster.invite("unregistered", 60), "unregistered", key.public_pem, facts)
-    (member.home.parent / "other.key").replace(member.home / "node.key")
-    found = member.look()
-    assert found["member"].verdict == "warn"
-    assert "not registered for tasks yet" in found["member"].found
-    assert roster.member("unregistered").flower_node_id is None, "looking registers nobody"
-
-
 # --- the store ---
 
 
@@ -515,7 +502,6 @@ def another_door(aggregator, short_folder, watch):
         desk = Desk(
             aggregator.roster,
             presigner or aggregator.presigner,
-            register=lambda _: 7,
             audience=certificate_fingerprint(aggregator.files.ca.read_text()),
         )
         desk.start()

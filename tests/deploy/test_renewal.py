@@ -250,7 +250,7 @@ def serving(short_folder, running_store, watch) -> Iterator[Callable[[float], Se
 
         def start(life_s: float) -> Serving:
             home, told = short_folder("renewed"), []
-            port, nobody = free_ports(2)
+            (port,) = free_ports(1)
             config = ServeConfig(host="127.0.0.1", listen=f"127.0.0.1:{port}")
             certificate = DoorCertificate(
                 config, home, tell=told.append, days=life_s * SECOND, look_s=0.0
@@ -259,13 +259,11 @@ def serving(short_folder, running_store, watch) -> Iterator[Callable[[float], Se
             ends.callback(roster.close)
             presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "renewal")
             audience = certificate_fingerprint(certificate.files.ca.read_text())
-            desk = Desk(roster, presigner, register=lambda _: 7, audience=audience)
+            desk = Desk(roster, presigner, audience=audience)
             desk.start()
             ends.callback(desk.stop)
             settings = DoorSettings(
                 *("127.0.0.1", port, certificate.files.certificate, certificate.files.key),
-                superlink_port=nobody,
-                superlink_ca=certificate.files.ca,
                 desk_port=desk.port,
                 store_port=running_store.store.port,
             )
@@ -392,7 +390,6 @@ def test_status_shows_a_warning(short_folder, operator) -> None:
         desk = Desk(
             roster,
             presigner,
-            register=lambda _: 1,
             about=lambda: {"run": progress},
         )
         desk.start(operator_socket=home / "operator.sock")

@@ -28,7 +28,7 @@ from photon.errors import DeployError, PortInUseError, ServiceLostError
 
 QUICK = RestartPolicy(first_pause_s=0.05, longest_pause_s=0.2, most_deaths=None)
 FINITE = RestartPolicy(first_pause_s=0.05, longest_pause_s=0.2)
-#: Starts a grandchild in a session of its own, as Flower's superexec does, and says its id.
+#: Starts a grandchild in a session of its own, and says its id.
 WITH_GRANDCHILD = (
     "import subprocess, sys, time\n"
     "child = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
@@ -268,7 +268,7 @@ def test_after_a_good_while_deaths_are_forgotten(watched) -> None:
 
 
 def test_a_death_that_time_mends_is_never_held_against_a_service(watched, home) -> None:
-    """As Flower's supernode is refused for a while after its crash."""
+    """As one that is refused for a while after its crash."""
     count = home / "count"
     program = (
         "import os, sys, time\n"
@@ -351,12 +351,12 @@ def test_the_same_death_again_and_again_is_told_once_in_a_while() -> None:
     told: list[str] = []
     tell = troubles_to(told.append)
     for at, code in ((0.0, 96), (5.0, 96), (10.0, 96), (15.0, 1), (20.0, 96), (700.0, 96)):
-        tell(ServiceEvent(at, "supernode", "died", f"died at {at:g}", exit_code=code))
-        tell(ServiceEvent(at, "supernode", "restarted", "started again, pid 7"))
-    assert told == [f"supernode: died at {at}" for at in (0, 15, 20, 700)]
+        tell(ServiceEvent(at, "door", "died", f"died at {at:g}", exit_code=code))
+        tell(ServiceEvent(at, "door", "restarted", "started again, pid 7"))
+    assert told == [f"door: died at {at}" for at in (0, 15, 20, 700)]
     for _ in range(2):
-        tell(ServiceEvent(701.0, "supernode", "ready", "up after 0.3 s"))
-    assert told[4:] == ["supernode: again up after 0.3 s"]
+        tell(ServiceEvent(701.0, "door", "ready", "up after 0.3 s"))
+    assert told[4:] == ["door: again up after 0.3 s"]
 
 
 # --- the end of the supervisor itself ------------------------------------------------------------
@@ -660,12 +660,12 @@ def test_a_service_has_the_environment_that_was_given_and_private_files(watched,
     assert (home / "made").stat().st_mode & 0o077 == 0
 
 
-def test_supervising_needs_neither_torch_nor_flower() -> None:
+def test_supervising_needs_no_torch() -> None:
     program = (
         "import sys\n"
         "import photon.deploy.supervisor, photon.deploy.certificates, photon.deploy.checks\n"
         "import photon.deploy.embedded_store, photon.deploy.front_door\n"
-        "sys.exit(' '.join({'torch', 'flwr', 'transformers'} & set(sys.modules)) or 0)\n"
+        "sys.exit(' '.join({'torch', 'transformers'} & set(sys.modules)) or 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

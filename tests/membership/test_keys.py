@@ -68,8 +68,7 @@ def test_it_is_private_whatever_the_umask(tmp_path):
     assert stat.S_IMODE((tmp_path / "node.key").stat().st_mode) == 0o600
 
 
-def test_it_is_what_flower_reads(tmp_path):
-    # The two calls of flower-supernode and of `flwr supernode register`.
+def test_its_file_is_openssh_and_its_public_half_pem(tmp_path):
     key = NodeKey.create(tmp_path / "node.key")
     private = serialization.load_ssh_private_key((tmp_path / "node.key").read_bytes(), None)
     assert isinstance(private, ec.EllipticCurvePrivateKey)

@@ -265,13 +265,13 @@ def test_every_command_shows_an_example():
         assert "Example" in photon(*arguments, "--help").stdout
 
 
-def test_none_of_it_loads_torch_or_flower(run_file):
+def test_none_of_it_loads_torch(run_file):
     code = (
         "import sys\n"
         "import photon.membership.verification, photon.membership.invitation\n"
         "from photon.cli.members import invite\n"
         f"invite('lab', run_file=__import__('pathlib').Path({str(run_file)!r}), new=True)\n"
-        "heavy = {'torch', 'flwr', 'transformers', 'numpy', 'grpc'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'grpc'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -39,7 +39,7 @@ def test_an_invitation_makes_a_member(roster, keys, facts):
     member = roster.redeem(token, "lab", keys[0].public_pem, facts, now=NOW + 10)
     assert (member.name, member.status, member.facts) == ("lab", "active", facts)
     assert (member.public_key, member.fingerprint) == (keys[0].public_pem, keys[0].fingerprint)
-    assert (member.joined_at, member.flower_node_id) == (NOW + 10, None)
+    assert member.joined_at == NOW + 10
     assert roster.member("lab") == roster.active(keys[0].fingerprint) == member
     assert roster.members() == [member]
     assert roster.invitations(now=NOW) == []
@@ -187,14 +187,15 @@ def test_suspended_and_reinstated(roster, join, keys):
 
 def test_expelled_for_good(roster, join, keys, facts):
     join("lab")
-    roster.set_flower_node("lab", 7)
     roster.tasks.open(task("t"))
+    letter = roster.letters.push("t", b"an ask")
     rotation = roster.invite("lab", 60, rotate=True)
     roster.expel("lab")
     with pytest.raises(UnknownMemberError, match="lab was expelled"):
         roster.active(keys[0].fingerprint)
     assert roster.tasks.open_for("lab") == []
-    assert roster.leaving_flower_nodes() == [7]
+    assert roster.letters.next("lab", ()) is None
+    assert not roster.letters.answer("lab", letter, "too late")
     for change in (roster.reinstate, roster.suspend):
         with pytest.raises(UnknownMemberError, match="was expelled") as caught:
             change("lab")
@@ -224,24 +225,16 @@ def test_an_invitation_can_be_withdrawn(roster, keys, facts):
 
 def test_an_invitation_ends_the_old_key(roster, join, keys, facts):
     join("lab", keys[0])
-    roster.set_flower_node("lab", 2**64 - 1)
     with pytest.raises(MembershipError, match="lab is a member already") as caught:
         roster.invite("lab", 60)
     assert "photon members rotate lab" in str(caught.value)
     token = roster.invite("lab", 60, rotate=True)
-    assert roster.active(keys[0].fingerprint).flower_node_id == 2**64 - 1  # until it is redeemed
+    assert roster.active(keys[0].fingerprint).name == "lab"  # until it is redeemed
     other = Facts("c" * 64, "e" * 64, 5, "0.1.0")
     member = roster.redeem(token, "lab", keys[1].public_pem, other)
-    assert (member.fingerprint, member.facts, member.flower_node_id) == (
-        keys[1].fingerprint,
-        other,
-        None,
-    )
+    assert (member.fingerprint, member.facts) == (keys[1].fingerprint, other)
     with pytest.raises(UnknownMemberError, match=r"was lab's until .* newer key"):
         roster.active(keys[0].fingerprint)
-    assert roster.leaving_flower_nodes() == [2**64 - 1]
-    roster.left_flower(2**64 - 1)
-    assert roster.leaving_flower_nodes() == []
     # The old key is nobody's ever again.
     token = roster.invite("bank", 60)
     with pytest.raises(MembershipError, match="is or was lab's"):
@@ -268,18 +261,6 @@ def test_a_suspended_member_with_a_new_key_stays_suspended(roster, join, keys, f
     roster.suspend("lab")
     token = roster.invite("lab", 60, rotate=True)
     assert roster.redeem(token, "lab", keys[1].public_pem, facts).status == "suspended"
-
-
-def test_a_number_at_flower_that_came_too_late_is_given_back(roster, join, keys):
-    join("lab", keys[0])
-    rotate(roster, "lab", keys[1].public_pem)
-    roster.set_flower_node("lab", 5, fingerprint=keys[0].fingerprint)
-    assert roster.member("lab").flower_node_id is None
-    assert roster.leaving_flower_nodes() == [5]
-    roster.set_flower_node("lab", 6, fingerprint=keys[1].fingerprint)
-    assert roster.member("lab").flower_node_id == 6
-    with pytest.raises(UnknownMemberError):
-        roster.set_flower_node("nobody", 5)
 
 
 def test_unknown_keys_are_logged_but_not_without_end(roster, keys):

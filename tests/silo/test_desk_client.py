@@ -183,7 +183,7 @@ class Aggregator:
     def __init__(self, folder: Path, presigner: S3Presigner, **options: Any) -> None:
         self.folder = folder
         self.roster = Roster(folder / "members.sqlite")
-        self.desk = Desk(self.roster, presigner, register=lambda _: 1, **options)
+        self.desk = Desk(self.roster, presigner, **options)
         self.desk.start()
         self.address = f"http://127.0.0.1:{self.desk.port}"
         self.clients: list[DeskClient] = []
@@ -245,7 +245,6 @@ def test_a_node_joins_and_says_that_it_is_here_over_tls(
     aggregator.desk = Desk(
         aggregator.roster,
         fake_store(),
-        register=lambda _: 1,
         audience=certificate_fingerprint(authority.file.read_text()),
     )
     aggregator.desk.start()
@@ -260,7 +259,7 @@ def test_a_node_joins_and_says_that_it_is_here_over_tls(
             # Again by the same node, whose answer was lost.
             assert client.join(token, "blue", key.public_pem, FACTS)["name"] == "blue"
             said = client.presence(Presence("training", RUN, 2, 5, 9, "task", "words", "boot-1"))
-            assert said | {"ok": True, "draining": False, "registered": True} == said
+            assert said | {"ok": True, "draining": False} == said
         finally:
             client.close()
     presence, _ = aggregator.roster.presences()["blue"]
@@ -835,7 +834,7 @@ def test_a_desk_that_restarts_in_the_middle(seaweed: Any, tmp_path: Path) -> Non
     def restart() -> None:
         assert fell.wait(30)
         time.sleep(0.5)
-        desk = Desk(aggregator.roster, seaweed.presigner("restart"), register=lambda _: 1)
+        desk = Desk(aggregator.roster, seaweed.presigner("restart"))
         desk.start(port)
         restarted.append(desk)
 

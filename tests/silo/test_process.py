@@ -59,17 +59,15 @@ class World:
         self.key = NodeKey.create(folder / "aggregator.key")
         self.store = EmbeddedStore(folder / "weed", StoreOptions(min_free_gib=0.1, volume_mib=64))
         self.roster = Roster(folder / "members.sqlite")
-        port, nobody = free_ports(2)
+        (port,) = free_ports(1)
         self.address = f"127.0.0.1:{port}"
         presigner = self.store.presigner(f"https://{self.address}")
         audience = certificate_fingerprint(self.ca.read_text())
-        self.desk = Desk(self.roster, presigner, register=lambda _: 1, audience=audience)
+        self.desk = Desk(self.roster, presigner, audience=audience)
         self.desk.start()
         self.door = front_door(
             DoorSettings(
                 *("127.0.0.1", port, files.certificate, files.key),
-                superlink_port=nobody,
-                superlink_ca=files.ca,
                 desk_port=self.desk.port,
                 store_port=self.store.port,
             ),
@@ -216,7 +214,7 @@ def make_trainer(world) -> Iterator[Callable[..., Trainer]]:
 
 
 class Asking(threading.Thread):
-    """The shim's part: asks, over as many restarts as it takes."""
+    """The courier's part: asks, over as many restarts as it takes."""
 
     def __init__(self, trainer: Trainer, ask: Ask) -> None:
         super().__init__(daemon=True)

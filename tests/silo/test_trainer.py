@@ -535,11 +535,11 @@ def test_a_clock_that_is_years_off_changes_nothing(bench, aggregator, monkeypatc
         listener = Listener(path, bench.trainer.read, bench.trainer.refuse_unread)
         answers = []
 
-        def shim(path=path, answers=answers):
+        def courier(path=path, answers=answers):
             message = sealed(ask, NodeKey.load(tmp_path / "aggregator.key"))
             answers.append(ask_trainer(path, message, within_s=50.0))
 
-        asking = threading.Thread(target=shim)
+        asking = threading.Thread(target=courier)
         asking.start()
         question = listener.next()
         assert 0 < question.left_s() <= 50

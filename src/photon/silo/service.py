@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 _LOCK_FILE = "trainer.lock"
 
-#: The shim has one connection for each task under way; more than so many is a mistake somewhere.
+#: The courier has one connection for each task under way; more than so many is a mistake somewhere.
 _MOST_CONNECTIONS = 64
 
 #: Within so many seconds a question must have come, and an answer must have gone.
