@@ -335,7 +335,7 @@ def test_readiness_is_that_of_this_very_door(running_door, short_folder) -> None
 
 @pytest.mark.parametrize("name", ["{env.HOME}", 'a"b', "a\\b", "a`b", "a\nb"])
 def test_paths_that_caddy_would_read_otherwise_are_refused(tmp_path, name) -> None:
-    settings = DoorSettings("0.0.0.0", 8443, tmp_path / name, tmp_path / "k", 1, tmp_path / "ca", 2)
+    settings = DoorSettings("0.0.0.0", 8443, tmp_path / name, tmp_path / "k", 2)
     with pytest.raises(IncompatibleConfigError, match="can't be written into Caddy"):
         caddyfile(settings, tmp_path)
 
@@ -351,7 +351,7 @@ def test_paths_with_spaces_will_do(running_door, short_folder) -> None:
 
 
 def test_ipv6_and_no_store(tmp_path) -> None:
-    settings = DoorSettings("::", 443, tmp_path / "c", tmp_path / "k", 1, tmp_path / "ca", 2)
+    settings = DoorSettings("::", 443, tmp_path / "c", tmp_path / "k", 2)
     text = caddyfile(settings, tmp_path)
     assert "bind [::]" in text
     assert "X-Amz-Signature" not in text

@@ -248,11 +248,8 @@ class Node:
         self._on_event = on_event or (lambda _: None)
         self._membership = read_membership(self._home)
         self._membership.require_key()
-        # Now, and with their own words where they can't be read.
-        key, ca = NodeKey.load(self._home / KEY_FILE), self._home / CA_FILE
-        desk = DeskClient(self._membership.address, ca, key)
+        self._key = NodeKey.load(self._home / KEY_FILE)  # now, with its own words where it can't be
         self._boot = secrets.token_hex(8)
-        self._courier = Courier(desk, self._home / SOCKET_FILE, self._boot, self._courier_says)
         self._supervisor = Supervisor(
             self._home / RECORD,
             self._home / "logs",
@@ -270,9 +267,11 @@ class Node:
         Raises:
             ServiceLostError: the trainer, or another, dies again and again.
         """
+        desk = DeskClient(self._membership.address, self._home / CA_FILE, self._key)
+        courier = Courier(desk, self._home / SOCKET_FILE, self._boot, self._courier_says)
         with self._supervisor as supervisor, supervisor.ending_on_signals():
             supervisor.start(self._trainer())
-            self._courier.start()
+            courier.start()
             if on_ready is not None:
                 on_ready()
             supervisor.wait()
