@@ -5,7 +5,7 @@
 
 A real `photon serve` and some `photon join` on loopback train the tiny model without end. About
 once a minute a silo's `photon join`, drawn at random, is killed with -9 or stopped, and started
-again some seconds later; now and then the federation's loop (the ServerApp) is killed. One silo is
+again some seconds later; now and then the federation's loop is killed. One silo is
 left alone, so that what its processes hold can be followed all the way. Every minute the memory and
 open files of every process, and the disk of every folder, go into the CSV file, a line at a time.
 
@@ -50,7 +50,7 @@ class Churn:
 
     Attributes:
         killed, stopped: of silos' nodes: by kill -9, or asked to end.
-        loops_killed: of ServerApps.
+        loops_killed: of the loop.
         fell: `photon serve` or `photon join` that ended by themselves, and were started again.
     """
 
@@ -66,7 +66,7 @@ class Churn:
     def strike(self, *, turn: int) -> None:
         """End something. Raises SystemExit where it did not end."""
         if turn % self.loop_every == 0:
-            loop = self.federation.server_app()
+            loop = self.federation.pid("loop")
             if loop is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(loop, signal.SIGKILL)
@@ -137,7 +137,6 @@ def measure(federation: Federation) -> dict[str, float]:
     home, run, nodes = federation.home, federation.run, federation.folder / "nodes"
     folders = {
         "store": disk_bytes(home / "store", leave_out=frozenset({LOGS})),
-        "superlink": disk_bytes(home / "superlink"),
         "roster": sum(_size(one) for one in home.glob("members.sqlite*")),
         "serve.home": disk_bytes(home),
         "run folder": disk_bytes(run, leave_out=RECORDS),
@@ -254,7 +253,7 @@ def report(rows: Sequence[dict[str, float]]) -> str:
         f"# Soak of {last['hours']:.2f} hours, {machine()}\n\n"
         f"**{verdict}** {last['rounds']:.0f} rounds, {late_rounds:.0f} in the last quarter; "
         f"{last['dropped']:.0f} updates were left out. Of silos' nodes, {last['killed']:.0f} were "
-        f"killed with -9 and {last['stopped']:.0f} stopped, and started again; the ServerApp was "
+        f"killed with -9 and {last['stopped']:.0f} stopped, and started again; the loop was "
         f"killed {last['loops_killed']:.0f} times; serve or a node ended by itself "
         f'{last["fell"]:.0f} times. {len(rows)} looks. "node" is a process of the silo that was '
         "left alone. Medians of the first and of the last quarter. Flat is a growth of at most, "
@@ -309,7 +308,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--churn-s", type=float, default=60, help="from one blow to the next")
     parser.add_argument("--look-s", type=float, default=60, help="from one look to the next")
     parser.add_argument(
-        "--loop-every", type=int, default=20, help="every so manieth blow hits the ServerApp"
+        "--loop-every", type=int, default=20, help="every so manieth blow hits the loop"
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is killed")
     parser.add_argument("--text", type=Path, help="a file or folder; made up by default")

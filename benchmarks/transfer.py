@@ -7,9 +7,7 @@ Needs root, and Debian's packages iproute2, procps and iperf3. A cell is Mbit/s 
 in %; half of the RTT is added on each side, the loss and the rate hold each way. Per cell, in the
 same minutes, the same bytes go over the same link by (a) N parallel iperf3 TCP streams from the
 silo to the aggregator, (b) Photon's own transfer over N connections: presigned PUTs of chunks to a
-SeaweedFS in the aggregator's namespace, then GETs of them, (c) one PUT over one connection, and
-with --flower (d) a message of 50 MB by stock Flower: its superlink and ServerApp at the aggregator,
-its supernode and ClientApp at the silo, down and up.
+SeaweedFS in the aggregator's namespace, then GETs of them, (c) one PUT over one connection.
 
 The link is a veth pair under tc netem. A kernel without netem gets two tun devices instead and a
 relay in user space between them, which queues, delays and drops segments as netem would; the table
@@ -57,8 +55,6 @@ CHUNK_BYTES = 16 * 2**20
 ENOUGH = 0.8
 #: A single stream may be far slower than the link: it is cut off then, and judged by what arrived.
 SINGLE_LIMIT_S = 40.0
-#: Of stock Flower's message, and for its start and three rounds.
-FLOWER_BYTES, FLOWER_LIMIT_S = 50_000_000, 900.0
 TOOLS = {"ip": "iproute2", "tc": "iproute2", "sysctl": "procps", "iperf3": "iperf3"}
 
 
@@ -388,26 +384,6 @@ def run_iperf(names: Namespaces, payload: int, streams: int) -> dict[str, float]
     return {"iperf": told["end"]["sum_received"]["bits_per_second"] / 8}
 
 
-def run_flower(names: Namespaces) -> dict[str, float]:
-    """Bytes/s of a message of stock Flower's down to a client, and of its reply."""
-    from deployment.stock_flower import Host, carry
-
-    hosts = [Host(address, tuple(inside(name))) for name, address in names.each()]
-    with tempfile.TemporaryDirectory(prefix="photon-flower-") as scratch:
-        carried = carry(
-            *(Path(scratch, "flower"), FLOWER_BYTES, 1, 3),
-            timeout_s=FLOWER_LIMIT_S,
-            server=hosts[0],
-            client=hosts[1],
-        )
-    if carried.note:
-        print(f"  stock Flower: {carried.note}", file=sys.stderr)
-    return {
-        "flower_down": FLOWER_BYTES / carried.down_s,
-        "flower_up": FLOWER_BYTES / carried.up_s,
-    }
-
-
 # ---- cells, and the table of them
 
 
@@ -441,8 +417,6 @@ def measure(cell: Cell, netem: bool, options: argparse.Namespace) -> list[dict[s
             lambda: play(names.silo, "photon", task),
             lambda: play(names.silo, "single", task),
         ]
-        if options.flower:
-            turns.append(lambda: run_flower(names))
         for repeat in range(repeats):
             told: dict[str, float] = {}
             # Who goes first alternates, so that a drift of the machine favours nobody.
@@ -457,18 +431,10 @@ HEAD = (
     *("Mbit/s", "RTT ms", "loss %", "MB", "iperf3", "Photon PUT", "of iperf3"),
     *("Photon GET", "of iperf3", "one PUT", "verdict"),
 )
-FLOWER_WORDS = (
-    f" Flower: {FLOWER_BYTES / 1e6:.0f} MB as one message of stock Flower's, from its ServerApp's "
-    "sending to its ClientApp's being called, and back until the round is over; its polling and "
-    "the start of its ClientApp's process are in it. Medians of rounds after the first."
-)
-FLOWER_HEAD = ("Flower down", "Flower up", "of iperf3")
 
 
 def row(cell: Cell, results: list[dict[str, float]], payload: int) -> tuple[str, ...]:
     """Medians, and medians of the ratios within each repeat."""
-
-    flower = "flower_up" in results[0]
 
     def mbit(key: str) -> str:
         return f"{statistics.median(one[key] for one in results) * 8e-6:,.1f}"
@@ -481,7 +447,6 @@ def row(cell: Cell, results: list[dict[str, float]], payload: int) -> tuple[str,
         *(f"{payload / 1e6:.0f}", mbit("iperf")),
         *(mbit("put"), f"{ratio('put'):.2f}", mbit("get"), f"{ratio('get'):.2f}"),
         *(mbit("single"), "PASS" if ratio("put") >= ENOUGH else "FAIL"),
-        *((mbit("flower_down"), mbit("flower_up"), f"{ratio('flower_up'):.2f}") if flower else ()),
     )
 
 
@@ -528,7 +493,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10, help="that each transfer takes, about")
     parser.add_argument("--repeats", type=int, help="default: 1, or 2 for a cell with loss")
     parser.add_argument("--relay", action="store_true", help="not netem, even if there is one")
-    parser.add_argument("--flower", action="store_true", help="50 MB by stock Flower beside it")
     parser.add_argument("--quick", action="store_true", help="4 MB once, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the table here too")
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
@@ -564,8 +528,7 @@ def main() -> None:
         f"MTU {MTU}. Half the RTT is added on each side; rate and loss hold each way; the queue "
         "holds one RTT, at least 20 ms. iperf3: what arrives, from silo to aggregator. Photon: "
         "from the first connection to the last answer. Verdict: PUT over iperf3 at least "
-        f"{ENOUGH}.{FLOWER_WORDS if options.flower else ''}\n\n"
-        f"{table(HEAD + FLOWER_HEAD if options.flower else HEAD, rows)}\n"
+        f"{ENOUGH}.\n\n{table(HEAD, rows)}\n"
     )
     print(text)
     if options.out:

@@ -104,7 +104,7 @@ def test_deployed_rounds(tmp_path: Path) -> None:
     out = run(str(BENCHMARKS / "deployed.py"), "--quick", "--out", str(file), within_s=220)
     assert out == file.read_text(encoding="utf-8") + "\n"
     assert out.count("| tiny, 0.8 M | 2 |") == 3  # two rounds, and their median
-    for service in ("ServerApp", "caddy", "serve", "superlink", "weed"):
+    for service in ("loop", "caddy", "serve", "weed"):
         assert f" {service} |" in out
     assert str(tmp_path) not in out
 
@@ -115,7 +115,7 @@ def test_soak_with_churn(tmp_path: Path) -> None:
     out = run(script, "--quick", "--hours", "0.008", "--out", str(file), within_s=220)
     assert " 1 were killed with -9" in out
     assert " ended by itself 0 times" in out
-    assert "| ServerApp | memory, MB |" in out
+    assert "| loop | memory, MB |" in out
     # The same table again, from what was written on the way.
     again = run(script, "--report", str(file.with_suffix(".csv")))
     assert again.splitlines()[2:] == out.splitlines()[2:]

@@ -241,7 +241,7 @@ threads = 1
                 record = json.loads((self.home / "serve.json").read_text())
             except (OSError, ValueError):
                 return False
-            return "superexec" in record.get("services", {})
+            return "loop" in record.get("services", {})
 
         self.wait("the aggregator is up", up, within_s=within_s)
 
@@ -330,12 +330,6 @@ threads = 1
                 if Path(f"/proc/{found}").exists():
                     return int(found)
         return None
-
-    def server_app(self) -> int | None:
-        """The process of the federation's loop."""
-        superexec = self.pid(self.home, "superexec")
-        found = children(superexec) if superexec is not None else []
-        return found[0] if found else None
 
     def events(self, name: str) -> list[dict[str, Any]]:
         """Events of one kind, so far."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from typing import Any
 
@@ -43,6 +42,21 @@ print(json.dumps(ports))
 
 
 #: Asks the desk for leave with a member's key, for what is not that member's.
+TASK = """
+import json, sys
+from pathlib import Path
+from photon.errors import PhotonError
+from photon.membership.keys import NodeKey
+from photon.silo.desk_client import DeskClient
+place, ca, key = sys.argv[1:]
+try:
+    DeskClient(place, Path(ca), NodeKey.load(Path(key))).task("one", ())
+    told = "given"
+except PhotonError as error:
+    told = type(error).__name__
+print(json.dumps(told))
+"""
+
 GRANTS = """
 import json, sys
 from pathlib import Path
@@ -106,14 +120,12 @@ def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data
     # One port, and no other.
     assert mallory.python(SCAN, aggregator.address, timeout_s=400) == [8443]
 
-    # Behind it: Flower's fleet, which wants a registered key; the desk, which wants a member's
-    # signature or an invitation; presigned paths of the store. Nothing else answers.
+    # Behind it: the desk, which wants a member's signature or an invitation; presigned paths of the
+    # store. Nothing else answers.
     run_id = json.loads((federation.run / "serve.json").read_text())["run_id"]
     nothing = [
-        *("/v1/control/list-runs", "/v1/control/start-run", "/v1/control/register-node"),
-        *("/v1/runtime/acquire-task", "/v1/runtime/pull-messages", "/v1/responses", "/health"),
-        *("/docs", "/openapi.json", "/v1/fleet/../control/list-runs", "/v1//control/list-runs"),
-        *("/v1/fleet/%2e%2e/control/list-runs", "/V1/CONTROL/list-runs", "/operator/status"),
+        *("/v1/fleet/pull-messages", "/photon/v1/presence", "/photon/v2", "/health"),
+        *("/docs", "/openapi.json", "/photon//v2/task", "/operator/status"),
         *("/photon/v2/../../operator/status", "/photon/v2/%2e%2e/operator/drain", "/metrics"),
         *("/dir/status", "/cluster/status", "/vol/vacuum", "/photon?list-type=2", "/photon"),
     ]
@@ -134,13 +146,14 @@ def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data
             ["POST", "/photon/v2/grants", "{}", {}],
             ["POST", "/photon/v2/presence", "{}", {}],
             ["POST", "/photon/v2/join", json.dumps({"token": "x" * 43, "name": "mallory"}), {}],
-            ["POST", "/v1/fleet/activate-node", "", {}],
+            ["POST", "/photon/v2/task", "{}", {}],
+            ["POST", "/photon/v2/reply", "{}", {}],
         ],
     )
     for words, (status, text) in closed.items():
         assert 400 <= status < 500, (words, status, text)
 
-    # With a key of its own that nobody invited, a supernode is not let in.
+    # With a key of its own that nobody invited there are no tasks.
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     mallory.python(
@@ -148,17 +161,9 @@ def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data
         "NodeKey.create(Path(sys.argv[1])); print('null')",
         str(stranger / "node.key"),
     )
-    refused = mallory.run(
-        *(sys.executable, "-m", "photon.engines.flower.supernode"),
-        *("--superlink", f"{aggregator.address}:8443", "--root-certificates", ca),
-        *("--auth-supernode-private-key", stranger / "node.key", "--isolation", "process"),
-        *("--host", "127.0.0.1", "--port", "19094", "--max-retries", "1"),
-        *("--state", stranger / "supernode.json"),
-        timeout_s=90,
-        check=False,
-    )
-    assert refused.returncode != 0, refused.stdout + refused.stderr
-    assert not (stranger / "supernode.json").exists()
+    place = f"{aggregator.address}:8443"
+    told = mallory.python(TASK, place, str(ca), str(stranger / "node.key"))
+    assert told == "UnknownMemberError"
 
     # A member's key opens that member's task only.
     task = f"{run_id}/fit/{_round(federation)}/lab-b"
@@ -170,7 +175,6 @@ def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data
         ["PUT", f"{run_id}/silos/lab-b/update/round-000001/lab-b-{'0' * 16}.json"],
         ["PUT", f"{run_id}/global/state/round-000001/{'0' * 64}.json"],
     ]
-    place = f"{aggregator.address}:8443"
     told = mallory.python(GRANTS, place, str(ca), str(stolen), task, json.dumps(wants))
     assert all(words != "granted" for words in told.values()), told
 

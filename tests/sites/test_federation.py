@@ -108,6 +108,12 @@ class Killer:
             serving.kill()
             serving.wait()
             self.federation.serve()
+        elif what == "join":
+            silo = self.draw.choice(self.federation.silos)
+            joined = self.federation.joined[silo]
+            joined.kill()
+            joined.wait()
+            self.federation.join(silo)
         else:
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -118,17 +124,17 @@ class Killer:
 
     def _pid(self, what: str) -> int | None:
         federation = self.federation
-        if what in ("trainer", "supernode", "shim"):
+        if what == "trainer":
             home = federation.node_home(self.draw.choice(federation.silos))
             return federation.pid(home, what)
-        if what == "serverapp":
-            return federation.server_app()
+        if what == "join":
+            return min(one.pid for one in federation.joined.values() if one.poll() is None)
         if what == "aggregator":
             return federation.serving.pid if federation.serving.poll() is None else None
         return federation.pid(federation.home, what)
 
 
-KINDS = ["trainer", "supernode", "shim", "superlink", "superexec", "serverapp", "store"]
+KINDS = ["trainer", "join", "loop", "door", "store"]
 KILLS = 30
 #: Enough that the last kill finds the run at work, on a machine with nothing else to do too.
 ROUNDS = 40
@@ -143,8 +149,8 @@ def test_thirty_kills_lose_nothing_and_merge_nothing_twice(
     federation.begin()
     draw = random.Random(5)
     killer = Killer(federation, draw)
-    # Each kind four times, and the whole aggregator twice.
-    plan = KINDS * 4 + ["aggregator"] * 2
+    # Each kind five times, and the whole aggregator as often.
+    plan = KINDS * 5 + ["aggregator"] * 5
     draw.shuffle(plan)
     assert len(plan) == KILLS
     deadline = time.monotonic() + 300
@@ -160,7 +166,7 @@ def test_thirty_kills_lose_nothing_and_merge_nothing_twice(
             time.sleep(0.2)
     summary = federation.await_end(within_s=900)
     assert sum(killer.killed.values()) == KILLS
-    assert {one: killer.killed[one] for one in KINDS} == dict.fromkeys(KINDS, 4)
+    assert {one: killer.killed[one] for one in KINDS} == dict.fromkeys(KINDS, 5)
     # Nothing was lost, and nothing counted twice: the very same weights.
     assert summary["weights_sha256"] == expected["weights_sha256"]
     rounds = federation.audit()

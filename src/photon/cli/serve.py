@@ -58,8 +58,8 @@ def serve(
 ) -> None:
     """Train RUN.toml with silos on other machines: the aggregator, behind one public port.
 
-    Starts what the aggregator needs (Flower's server, an object store unless serve.store names
-    yours, the public port), waits for serve.min_silos, trains, and ends when the run is over.
+    Starts what the aggregator needs (an object store unless serve.store names yours, the desk, the
+    public port), waits for serve.min_silos, trains, and ends when the run is over.
     Ctrl-C stops everything; `photon serve --resume DIR` goes on in the round it was in.
 
     Examples: `photon serve run.toml --check` and `photon serve run.toml --set serve.min_silos=4`

@@ -1,5 +1,5 @@
 """What a deployment is made of besides the federation itself: processes that are kept up,
 certificates, the front door, the embedded store, the desk, and checks before a start.
 
-Nothing here imports torch or Flower, and this file imports nothing.
+Nothing here but `loop` imports torch, and this file imports nothing.
 """

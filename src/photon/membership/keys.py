@@ -1,8 +1,6 @@
 """A node's key: made on the node, never leaves it, and everything the node says is signed with it.
 
-One key on the curve P-384, as Flower's node authentication wants it; Flower itself signs nothing
-with it but times of day, so that no signature of Flower's is ever one of ours (`signing`). The
-aggregator has such a key too, which Flower never sees.
+One key on the curve P-384, in a file of OpenSSH's format. The aggregator has such a key too.
 """
 
 from __future__ import annotations
