@@ -267,28 +267,19 @@ def test_after_a_good_while_deaths_are_forgotten(watched) -> None:
     assert all(event.pause_s < 0.06 for event in watched.deaths("on-and-off"))
 
 
-def test_a_death_that_time_mends_is_never_held_against_a_service(watched, home) -> None:
-    """As one that is refused for a while after its crash."""
-    count = home / "count"
-    program = (
-        "import os, sys, time\n"
-        f"fd = os.open({str(count)!r}, os.O_CREAT | os.O_APPEND | os.O_RDWR)\n"
-        "os.write(fd, b'.')\n"
-        f"if os.fstat(fd).st_size < 6: sys.exit(305)\n"
-        "time.sleep(600)\n"
-    )
-    mends = frozenset({305 % 256})
-    policy = RestartPolicy(first_pause_s=30, most_deaths=2, mends=mends, mends_in_s=0.1)
-    watched.supervisor.start(
-        python("node", program, restarts=policy, ready=lambda: count.stat().st_size >= 6)
-    )
-    assert watched.status("node").state == "up"
-    assert watched.status("node").restarts == 5
-    assert [event.pause_s for event in watched.deaths("node")] == pytest.approx([0.1] * 5, rel=0.11)
-    # Another death is still a death.
-    os.kill(watched.status("node").pid, signal.SIGKILL)
-    until(lambda: len(watched.deaths("node")) == 6, "the last death")
-    assert watched.deaths("node")[-1].pause_s > 20
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [("sys.exit(7)", 7, "exit code 7"), ("os.kill(os.getpid(), 9)", -9, "killed by SIGKILL")],
+)
+def test_one_that_runs_to_its_end_is_not_started_again(watched, ends, code, words) -> None:
+    service = python("loop", f"import os, sys; {ends}", once=True)
+    for times in (1, 2):
+        watched.supervisor.start(service)
+        until(lambda: watched.status("loop").state == "stopped", "its end")
+        assert watched.status("loop").exit_code == code
+        assert watched.status("loop").detail == words
+        assert watched.kinds("loop") == ["started", "ready", "stopped"] * times
+    assert not watched.supervisor.wait(0.1), "it is no failure"
 
 
 def test_one_that_hangs_is_started_anew(watched, home) -> None:

@@ -324,12 +324,9 @@ class Keeper:
         if up_s >= policy.forgotten_after_s:
             self._deaths.clear()
             self._doublings = 0
-        if exit_code in policy.mends:
-            pause_s = policy.mends_in_s
-        else:
-            self._deaths = [at for at in self._deaths if now - at < policy.within_s] + [now]
-            pause_s = min(policy.longest_pause_s, policy.first_pause_s * 2**self._doublings)
-            self._doublings = min(self._doublings + 1, 30)
+        self._deaths = [at for at in self._deaths if now - at < policy.within_s] + [now]
+        pause_s = min(policy.longest_pause_s, policy.first_pause_s * 2**self._doublings)
+        self._doublings = min(self._doublings + 1, 30)
         most = policy.most_deaths
         if most is not None and not self._ever_up:
             most = min(most, _FIRST_ATTEMPTS)

@@ -86,16 +86,6 @@ def _target(link: Path) -> str:
         return ""
 
 
-def answers(host: str, port: int, *, timeout_s: float = 1.0) -> bool:
-    """Whether somebody takes connections there."""
-    try:
-        with socket.create_connection((host, port), timeout=timeout_s) as connection:
-            # A connection to a port in the outgoing range can meet itself.
-            return connection.getsockname() != connection.getpeername()
-    except OSError:
-        return False
-
-
 def _listening_inodes(port: int) -> set[str]:
     found = set()
     for table in ("tcp", "tcp6"):

@@ -206,6 +206,7 @@ class Aggregator:
             prepare_run(self._config, self._folder, overwrite=overwrite)
         else:
             write_resolved(self._config, self._folder / RUN_FILE)
+        self._roster.letters.withdraw()
         self._roster.set_setting("draining", False)
         self._roster.set_setting("stopping", False)
         self._roster.set_setting("waiting", None)

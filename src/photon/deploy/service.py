@@ -30,9 +30,6 @@ class RestartPolicy:
         longest_pause_s: what it doubles to.
         forgotten_after_s: a service that was up for so long starts with a clean record.
         most_deaths: given up at that many deaths within `within_s`; None: never given up.
-        mends: exit codes (0 to 255) of deaths that time mends: tried again after `mends_in_s`, and
-            not counted towards giving up. (A program that exits with 305 is seen to exit with 305
-            mod 256 = 49.)
     """
 
     first_pause_s: float = 1.0
@@ -40,8 +37,6 @@ class RestartPolicy:
     forgotten_after_s: float = 300.0
     most_deaths: int | None = 10
     within_s: float = 900.0
-    mends: frozenset[int] = frozenset()
-    mends_in_s: float = 5.0
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Letters:
     def __init__(self, file: RosterFile) -> None:
         self._file = file
 
+    def withdraw(self) -> None:
+        """Nothing of an earlier run, or of an earlier start of this one, is handed out any more."""
+        with self._file.changing() as db:
+            db.execute("DELETE FROM letters")
+
     # --- the federation's loop ---
 
     def push(self, task: str, message: bytes) -> str:
