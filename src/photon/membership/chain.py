@@ -96,17 +96,13 @@ def _record(raw: bytes) -> dict[str, Any]:
             raise ValueError
         if record.keys() - {"signature"} != {*_COVERED, "sha256"}:
             raise ValueError
-        texts = (*(record[name] for name in ("kind", "previous", "sha256")), signature_of(record))
+        texts = [record[name] for name in ("kind", "previous", "sha256")]
+        texts.append(record.get("signature", ""))
         if not (all(isinstance(text, str) for text in texts) and isinstance(record["body"], dict)):
             raise ValueError
     except (ValueError, RecursionError):
         raise ValueError("it is no line of an audit log") from None
     return record
-
-
-def signature_of(record: dict[str, Any]) -> Any:
-    """Of a line; "" of one that is not signed."""
-    return record.get("signature", "")
 
 
 def _canonical(record: dict[str, Any]) -> bytes:

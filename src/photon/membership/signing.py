@@ -37,6 +37,9 @@ _SHAPES = {
     SIGNATURE_HEADER: re.compile(r"[A-Za-z0-9+/=]{1,200}"),
 }
 
+#: How far apart the two clocks may be.
+_WINDOW_S = 120.0
+
 #: Requests of one key that are remembered at a time; a node that works needs a few a second.
 _MOST_REQUESTS = 20_000
 
@@ -92,15 +95,11 @@ class RequestVerifier:
         find: the member with a fingerprint, or UnknownMemberError; asked at each request, as
             `Roster.active`.
         audience: fingerprint of this aggregator's authority.
-        window_s: how far apart the two clocks may be.
     """
 
-    def __init__(
-        self, find: Callable[[str], Member], *, audience: str = "", window_s: float = 120.0
-    ) -> None:
+    def __init__(self, find: Callable[[str], Member], *, audience: str = "") -> None:
         self._find = find
         self._audience = audience
-        self._window_s = window_s
         self._lock = threading.Lock()
         self._seen: dict[str, set[str]] = {}  # by fingerprint
         self._order: deque[tuple[float, str, str]] = deque()  # (forgotten at, fingerprint, nonce)
@@ -125,15 +124,15 @@ class RequestVerifier:
         Raises:
             SignatureError: headers missing or malformed, a signature that does not hold, or a
                 request that was here before.
-            ClockSkewError: it was signed more than window_s before or after now.
+            ClockSkewError: it was signed more than two minutes before or after now.
             UnknownMemberError: as `find` raises it.
         """
         fingerprint, at, nonce, signature = _fields(headers)
         signed_at = float(at)
-        if abs(now - signed_at) > self._window_s:
+        if abs(now - signed_at) > _WINDOW_S:
             raise ClockSkewError(
                 f"the request was signed at {_clock(signed_at)}, this clock says {_clock(now)} "
-                f"(UTC); at most {self._window_s:.0f} s may lie between",
+                f"(UTC); at most {_WINDOW_S:.0f} s may lie between",
                 hint="Switch time synchronisation on, on the machine whose clock is wrong "
                 "(`timedatectl set-ntp true`).",
             )
@@ -168,13 +167,13 @@ class RequestVerifier:
             if len(nonces) >= _MOST_REQUESTS:
                 # Forgetting one early would let it be used again.
                 raise SignatureError(
-                    f"{name} sent {len(nonces)} requests within {2 * self._window_s:.0f} s",
+                    f"{name} sent {len(nonces)} requests within {2 * _WINDOW_S:.0f} s",
                     hint="Wait some minutes. No node needs so many; is its key used by something "
                     "else?",
                 )
             nonces.add(nonce)
             # Until then its time is near enough. In order of arrival: none is forgotten too early.
-            self._order.append((now + 2 * self._window_s, fingerprint, nonce))
+            self._order.append((now + 2 * _WINDOW_S, fingerprint, nonce))
 
 
 def _covered(purpose: str, data: bytes) -> bytes:
