@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -64,7 +64,8 @@ def demo(
     _run(out / "federated", _with_workers(config, at_once), None, quiet)
     # Baselines are scored on the global set only; each silo's own text, too, would take minutes.
     config = _with(config, "eval", per_silo=False)
-    alone = _own_tokens(out, config, silos)
+    # Each silo alone, on the tokens that it trains on in the federation.
+    alone = {f"{_OWN}: {silo}": Training(out / f"alone-{silo}", config, (silo,)) for silo in silos}
     _train(alone, at_once, quiet)
     best = min(alone.values(), key=lambda one: _perplexity(one.folder))
     equal = _equal_tokens(out, config, silos, best.silos[0])
@@ -162,11 +163,6 @@ def _with_workers(config: RunConfig, at_once: int) -> RunConfig:
     if at_once == 1 or "workers" in config.federation.model_fields_set:
         return config
     return _with(config, "federation", workers=at_once)
-
-
-def _own_tokens(out: Path, config: RunConfig, silos: Iterable[str]) -> dict[str, Training]:
-    """Each silo alone, on the tokens that it trains on in the federation."""
-    return {f"{_OWN}: {silo}": Training(out / f"alone-{silo}", config, (silo,)) for silo in silos}
 
 
 def _equal_tokens(

@@ -337,9 +337,12 @@ def _show(findings: dict[str, Any]) -> None:
     show_table((), facts.items(), frame=False)
     _show_presets(findings)
     asked, origin = findings["assumptions"], findings["devices"][0]["peak_origin"]
+    tiny = findings["presets"][0]
+    alike = all(tiny[name] == asked[name] for name in ("vocab_size", "sequence_length"))
+    of_tiny = "" if alike else f" (tiny: {tiny['vocab_size']:,} and {tiny['sequence_length']:,})"
     show(
         f"Memory is estimated for {asked['optimizer']}, {asked['vocab_size']:,} tokens of "
-        f"vocabulary and sequences of {asked['sequence_length']:,}{_of_tiny(findings)}; "
+        f"vocabulary and sequences of {asked['sequence_length']:,}{of_tiny}; "
         f"tokens/s are what {asked['share_of_peak']:.0%} of the {origin} peak would give, not a "
         "measurement."
     )
@@ -356,15 +359,6 @@ def _device_words(device: dict[str, Any]) -> str:
         f"{size(device['memory_total_bytes'])} free; peak {_flops(device['peak_flops'])} "
         f"{device['peak_precision']} ({device['peak_origin']})"
     )
-
-
-def _of_tiny(findings: dict[str, Any]) -> str:
-    """What tiny's row assumes where that is not what the others do."""
-    asked, tiny = findings["assumptions"], findings["presets"][0]
-    told = (tiny["vocab_size"], tiny["sequence_length"])
-    if told == (asked["vocab_size"], asked["sequence_length"]):
-        return ""
-    return f" (tiny: {told[0]:,} and {told[1]:,})"
 
 
 def _precision_words(precision: dict[str, Any]) -> str:

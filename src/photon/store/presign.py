@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from photon.errors import LinkError
 from photon.store.contract import require_key
 
 Verb = Literal["GET", "HEAD", "PUT"]
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 #: The longest that S3 lets a signature be valid.
 MAX_VALID_S = 7 * 24 * 3600
@@ -122,11 +125,12 @@ class S3Presigner(Presigner):
         self._prefix = prefix.strip("/")
 
     def _written(self, bytes: int, sha256: str) -> dict[str, str]:
-        checksum = base64.b64encode(_digest(sha256)).decode()
+        if not _SHA256.fullmatch(sha256):
+            raise LinkError(f"{sha256[:80]!r} is not a sha256 in hexadecimal")
         return {
             "content-length": str(bytes),
             "if-none-match": "*",
-            "x-amz-checksum-sha256": checksum,
+            "x-amz-checksum-sha256": base64.b64encode(bytearray.fromhex(sha256)).decode(),
         }
 
     def bucket_request(self, verb: Verb, valid_s: int) -> Grant:
@@ -225,13 +229,3 @@ def require_valid_s(valid_s: int) -> None:
     """Raise LinkError unless stores accept a grant of that many seconds."""
     if not 1 <= valid_s <= MAX_VALID_S:
         raise LinkError(f"a grant can be valid for 1 to {MAX_VALID_S} seconds, not {valid_s}")
-
-
-def _digest(sha256: str) -> bytes:
-    try:
-        digest = bytes.fromhex(sha256)
-    except ValueError:
-        digest = b""
-    if len(digest) != 32:
-        raise LinkError(f"{sha256[:80]!r} is not a sha256 in hexadecimal")
-    return digest
