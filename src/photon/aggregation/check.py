@@ -10,6 +10,9 @@ import torch
 from photon.errors import ModelMismatchError, NodeError, NonFiniteError, some
 from photon.torch_threads import torch_threads
 
+#: An update's tensors by name, as they come.
+Named = Iterable[tuple[str, torch.Tensor]]
+
 #: Elements whose squares are summed at once. torch.dot is ten times as fast as vector_norm on a
 #: CPU, and its rounding within a piece of this size is a few parts in a million at most.
 _PIECE = 1 << 17
@@ -19,7 +22,7 @@ _SAFE = 1e-25
 
 
 def check_update(
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Named,
     reference: Mapping[str, torch.Tensor],
     measured: Callable[[str, torch.Tensor], torch.Tensor | None] = lambda _, tensor: tensor,
 ) -> float:
@@ -74,7 +77,7 @@ def require_same_names(what: str, found: Iterable[str], expected: Iterable[str])
 
 
 def matching(
-    tensors: Iterable[tuple[str, torch.Tensor]], expected: Mapping[str, torch.Tensor]
+    tensors: Named, expected: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same stream, checked as it passes: each name of `expected` once, in its shape.
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from photon.aggregation.check import require_weight
+from photon.aggregation.check import Named, require_weight
 from photon.aggregation.rule import MergingRule
 from photon.aggregation.sorting_network import sort_across
 from photon.aggregation.spool import Spool
@@ -33,7 +32,7 @@ class _Coordinatewise(MergingRule):
     def dropped(self, updates: int) -> int:
         """How many of so many updates are dropped at each end; less than half of them."""
 
-    def add(self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float) -> None:
+    def add(self, tensors: Named, weight: float, norm: float) -> None:
         """As `MergingRule.add`, and:
 
         Raises:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from photon.aggregation.check import require_same_names, require_weight, square_sum
+from photon.aggregation.check import Named, require_same_names, require_weight, square_sum
 from photon.aggregation.rule import MergingRule
 from photon.aggregation.running_mean import RunningMean
 from photon.errors import ModelMismatchError
@@ -119,7 +119,7 @@ class EditMean(MergingRule):
             f"{self._anomaly_z:g} are allowed"
         )
 
-    def add(self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float) -> None:
+    def add(self, tensors: Named, weight: float, norm: float) -> None:
         require_weight(weight)
         own, shares, squares = math.log(weight), {}, dict[str, float]()
 

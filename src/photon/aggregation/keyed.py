@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor
 
+from photon.aggregation.check import Named
 from photon.aggregation.rule import MergingRule
 
 _KEY = "key/"
@@ -30,7 +31,7 @@ class KeyedRule(MergingRule):
     def refuse(self, norm: float) -> str | None:
         return self._rule.refuse(norm) or self._key_rule.refuse(norm)
 
-    def add(self, tensors: Iterable[tuple[str, Tensor]], weight: float, norm: float) -> None:
+    def add(self, tensors: Named, weight: float, norm: float) -> None:
         keys: list[tuple[str, Tensor]] = []
 
         def rest() -> Iterator[tuple[str, Tensor]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from photon.aggregation.check import require_weight
+from photon.aggregation.check import Named, require_weight
 from photon.aggregation.rule import MergingRule
 from photon.aggregation.running_mean import RunningMean
 from photon.errors import IncompatibleConfigError
@@ -24,9 +24,7 @@ class WeightedMean(MergingRule):
         self._mean = RunningMean()
         self._weight = 0.0
 
-    def add(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float = 0.0
-    ) -> None:
+    def add(self, tensors: Named, weight: float, norm: float = 0.0) -> None:
         require_weight(weight)
         share = weight / (self._weight + weight)
         self._mean.add(tensors, lambda _: share)
@@ -65,17 +63,13 @@ class ClippedMean(WeightedMean):
             )
         self._bound = bound
 
-    def add(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float = 0.0
-    ) -> None:
+    def add(self, tensors: Named, weight: float, norm: float = 0.0) -> None:
         if norm > self._bound:
             tensors = _scaled(tensors, self._bound / norm)
         super().add(tensors, weight)
 
 
-def _scaled(
-    tensors: Iterable[tuple[str, torch.Tensor]], factor: float
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _scaled(tensors: Named, factor: float) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in tensors:
         # Integers pass as they are: to be refused by name, which a product in fp32 would hide.
         whole = tensor.detach()

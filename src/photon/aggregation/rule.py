@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
-from photon.aggregation.check import require_same_names
+from photon.aggregation.check import Named, require_same_names
 
 
 class MergingRule(ABC):
@@ -31,7 +31,7 @@ class MergingRule(ABC):
         return None
 
     @abstractmethod
-    def add(self, tensors: Iterable[tuple[str, torch.Tensor]], weight: float, norm: float) -> None:
+    def add(self, tensors: Named, weight: float, norm: float) -> None:
         """Take one participant's update, tensor by tensor; none is kept in memory.
 
         Args:

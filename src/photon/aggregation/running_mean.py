@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 import torch
 
-from photon.aggregation.check import matching, require_shape
+from photon.aggregation.check import Named, matching, require_shape
 from photon.errors import ModelMismatchError, QuorumLostError, RunError
 
 
@@ -23,9 +23,7 @@ class RunningMean:
         self._empty = True
         self._broken = False
 
-    def add(
-        self, tensors: Iterable[tuple[str, torch.Tensor]], share: Callable[[str], float]
-    ) -> None:
+    def add(self, tensors: Named, share: Callable[[str], float]) -> None:
         """Move the mean towards one update.
 
         Args:
@@ -71,7 +69,7 @@ class RunningMean:
         self._empty = True
         self._broken = False
 
-    def _fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _fill(self, tensors: Named) -> None:
         old, self._mean = self._mean, {}
         for name, tensor in tensors:
             if name in self._mean:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
-from photon.aggregation.check import matching, require_shape
+from photon.aggregation.check import Named, matching, require_shape
 from photon.errors import DiskFullError, ModelMismatchError, QuorumLostError, RunError
 
 #: Values read back at once, over all updates: 16 MiB of fp32, whatever their number.
@@ -43,7 +43,7 @@ class Spool:
         self._rows = 0
         self._broken = False
 
-    def add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def add(self, tensors: Named) -> None:
         """Append one update.
 
         Args:
@@ -109,9 +109,7 @@ class Spool:
         self._rows = 0
         self._broken = False
 
-    def _laid_out(
-        self, tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _laid_out(self, tensors: Named) -> Iterator[tuple[str, torch.Tensor]]:
         """The first update as it passes; it decides names, shapes and order of a row."""
         for name, tensor in tensors:
             if name in self._starts:

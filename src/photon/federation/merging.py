@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from photon.aggregation import MergingRule, build_merging_rule, check_update
-from photon.aggregation.check import require_weight, square_sum
+from photon.aggregation.check import Named, require_weight, square_sum
 from photon.aggregation.keyed import KeyedRule
 from photon.config import FederationConfig
 from photon.errors import (
@@ -43,9 +43,6 @@ _SECOND_MOMENTS = (".exp_avg_sq", ".max_exp_avg_sq")
 
 #: A median of vectors within a bound, coordinate by coordinate, lies within sqrt(2) of it.
 _OF_A_MEDIAN = 1.415
-
-
-Named = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
