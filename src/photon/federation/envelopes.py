@@ -2,12 +2,12 @@
 
 A silo is asked with an Ask, which carries everything it needs to start from nothing: a trainer that
 was just restarted answers as one that has been here for a hundred rounds. The aggregator's key has
-signed it, so that whoever carries it changes nothing. The silo answers
-with a Reply that its own key has signed (photon.membership.signing), and that names the Ask by its
-sha256. Tensors never travel in these: a Ref says where they lie, and what they must be.
+signed it, so that whoever carries it changes nothing. The silo answers with a Reply that its own
+key has signed (photon.membership.signing), and that names the Ask by its sha256. Tensors never
+travel in these: a Ref says where they lie, and what they must be.
 
-Whatever comes from outside is read by `open_ask` and `parse_reply` only. Every number is
-finite and has a bound, every text is one printable line.
+Whatever comes from outside is read by `open_ask` and `parse_reply` only. Every number is finite and
+has a bound, every text is one printable line.
 """
 
 from __future__ import annotations

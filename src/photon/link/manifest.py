@@ -39,7 +39,6 @@ _Whole = Annotated[int, Field(ge=0, lt=2**48)]
 #: Of a key in a store, between its slashes.
 SEGMENT = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
-
 #: Of a dataclass that is read from outside, as a field of a model; its numbers are strict by type.
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
