@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os.path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 #: No count needs more. Beyond 2^53 readers of JSON round it, beyond 1e308 it is no number to them.
 MOST = 10**12
@@ -24,3 +24,11 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _countable(cls, value: Any) -> Any:
+        """No whole number is beyond what a float holds exactly: figures are made of them."""
+        if isinstance(value, int) and value > 2**53:
+            raise ValueError("it is more than anything here can count, 2^53")
+        return value
