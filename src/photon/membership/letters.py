@@ -2,7 +2,8 @@
 
 A table of the roster's file, which the federation's loop writes and the desk reads. A letter is
 handed out for as long as nothing came back for it: whoever lost it on the way is given it again. It
-ends with its task (photon.membership.tasks).
+ends with its task (photon.membership.tasks). A power cut may take letters back: the loop, which it
+ended too, sends them anew, and silos answer from their disks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Letters:
 
     def withdraw(self) -> None:
         """Nothing of an earlier run, or of an earlier start of this one, is handed out any more."""
-        with self._file.changing() as db:
+        with self._file.changing(durable=False) as db:
             db.execute("DELETE FROM letters")
 
     # --- the federation's loop ---
@@ -50,7 +51,7 @@ class Letters:
     def push(self, task: str, message: bytes) -> str:
         """Send an open task's question: photon.engines.remote.Post."""
         one = secrets.token_hex(16)
-        with self._file.changing() as db:
+        with self._file.changing(durable=False) as db:
             db.execute(
                 "INSERT OR REPLACE INTO letters SELECT id, ?, silo, until, ?, NULL, NULL, NULL"
                 " FROM tasks WHERE id = ? AND closed_at IS NULL",
@@ -63,7 +64,7 @@ class Letters:
         rows = self._file.rows("SELECT * FROM letters WHERE reply IS NOT NULL")
         came = {row["id"]: row for row in rows if row["id"] in ids}
         if came:
-            with self._file.changing() as db:
+            with self._file.changing(durable=False) as db:
                 db.executemany("DELETE FROM letters WHERE id = ?", [(one,) for one in came])
         return {
             one: str(row["reply"], "utf-8", "replace")
@@ -117,7 +118,7 @@ class Letters:
             kept = (reply.encode(), None, None)
         else:
             kept = (reply.text, reply.signature, reply.fingerprint)
-        with self._file.changing() as db:
+        with self._file.changing(durable=False) as db:
             (found,) = db.execute(
                 "SELECT count(*) FROM letters WHERE id = ? AND silo = ?", (one, silo)
             ).fetchone()

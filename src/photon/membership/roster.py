@@ -359,7 +359,7 @@ class Roster:
             UnknownMemberError: no such member.
         """
         now = _now(now)
-        with self._file.changing() as db:
+        with self._file.changing(durable=False) as db:
             refusal = self._second_node(db, name, presence.boot, now)
             if refusal is None:
                 db.execute(
@@ -375,7 +375,7 @@ class Roster:
         Raises:
             KeyInUseError, UnknownMemberError: see `seen`.
         """
-        with self._file.changing() as db:
+        with self._file.changing(durable=False) as db:
             refusal = self._second_node(db, name, boot, time.time())
         if refusal is not None:
             raise refusal

@@ -95,8 +95,6 @@ class RosterFile:
             try:
                 self._db.row_factory = sqlite3.Row
                 self._use_write_ahead_log()
-                # A reply or a redeemed token that was acknowledged outlives a power cut.
-                self._db.execute("PRAGMA synchronous = FULL")
                 self._make_tables()
             except BaseException:
                 self._db.close()
@@ -107,10 +105,14 @@ class RosterFile:
             self._db.close()
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[sqlite3.Connection]:
+    def changing(self, *, durable: bool = True) -> Iterator[sqlite3.Connection]:
         """One transaction, on disk when the block ends; nothing of it stays if the block raises.
 
         Inside another one it is a part of that.
+
+        Args:
+            durable: it outlives a power cut, for which the disk is waited for; without, a power cut
+                may take back the newest changes.
 
         Raises:
             DiskFullError: no room.
@@ -121,6 +123,7 @@ class RosterFile:
             if self._db.in_transaction:  # this thread's own, which holds the lock
                 yield self._db
                 return
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
