@@ -21,6 +21,8 @@ from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.desk_requests import (
     GrantsBody,
     JoinBody,
+    ReplyBody,
+    TaskBody,
     caller_address,
     parse_body,
 )
@@ -44,6 +46,7 @@ WITHOUT_LIMITS = DeskLimits(
     joins_per_minute=10**6,
     strangers_per_minute=10**6,
     requests_per_minute=10**6,
+    poll_s=0.01,
 )
 
 some = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
@@ -64,6 +67,7 @@ class Target:
             writable=(f"{MINE}a", f"{MINE}chunks/{{sha256}}"),
         )
         self.roster.tasks.open(task)
+        self.letter = self.roster.letters.push(TASK, b"an ask")
         presigner = S3Presigner("https://s", "box", region="r", access_key_id="a", secret="b")
         self.desk = Desk(self.roster, presigner, limits=WITHOUT_LIMITS)
         self.desk.start()
@@ -102,7 +106,7 @@ def a_refusal(answer: httpx2.Response) -> int:
     return answer.status_code
 
 
-EVERYWHERE = pytest.mark.parametrize("what", ["join", "presence", "grants"])
+EVERYWHERE = pytest.mark.parametrize("what", ["join", "presence", "grants", "task", "reply"])
 
 JSON = st.recursive(
     st.none()
@@ -133,6 +137,11 @@ def valid(what: str, target: Target) -> dict[str, Any]:
             "detail": "",
             "boot": "b",
         }
+    if what == "task":
+        return {"boot": "b", "have": ["0" * 32]}
+    if what == "reply":
+        answer = {"text": "YQ==", "signature": "YQ==", "fingerprint": "sha256:" + "0" * 64}
+        return {"boot": "b", "letter": target.letter, "answer": answer}
     return {"task_id": TASK, "wants": [{"verb": "GET", "key": f"{RUN}/global/a"}]}
 
 
@@ -167,6 +176,8 @@ def test_one_field_of_a_valid_request_changed(target: Target, what: str, data: A
         place = body["facts"]
     if what == "grants" and data.draw(st.booleans()):
         place = body["wants"][0]
+    if what == "reply" and data.draw(st.booleans()):
+        place = body["answer"]
     name = data.draw(st.sampled_from(sorted(place)))
     place[name] = data.draw(JSON)
     answer = target.send(what, encoded(body))
@@ -298,7 +309,7 @@ def test_it_is_there_still(target: Target) -> None:
 @settings(max_examples=400)
 @given(content=st.binary(max_size=200) | JSON.map(encoded))
 def test_parsing(content: bytes) -> None:
-    for kind in (JoinBody, Presence, GrantsBody):
+    for kind in (JoinBody, Presence, GrantsBody, TaskBody, ReplyBody):
         with pytest.raises(ProtocolError) as caught:
             parse_body(kind, content)
         assert len(caught.value.message) < 600

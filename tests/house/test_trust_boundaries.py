@@ -25,7 +25,7 @@ from photon.config import load_node_config, load_run_config
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 from photon.deploy.certificates import make_authority
-from photon.deploy.desk_requests import GrantsBody, JoinBody, parse_body
+from photon.deploy.desk_requests import GrantsBody, JoinBody, ReplyBody, TaskBody, parse_body
 from photon.errors import ConfigError, InvitationError, PhotonError, ProtocolError
 from photon.federation.envelopes import (
     Ask,
@@ -157,6 +157,8 @@ BODIES = [
     ),
     Body(Presence, {"state": "idle", "run": RUN_ID, "round": 1, "detail": "well"}),
     Body(GrantsBody, {"task_id": "t", "wants": [{"verb": "GET", "key": "a"}]}),
+    Body(TaskBody, {"boot": "b", "have": ["0" * 32]}),
+    Body(ReplyBody, {"boot": "b", "letter": "0" * 32, "words": "away"}),
 ]
 
 
