@@ -23,7 +23,7 @@ from photon.silo.desk_client import DeskClient
 from photon.silo.held_node import follow
 from photon.silo.narrator import Narrator
 from photon.silo.policy import Membership, read_membership
-from photon.silo.presence import Desk, Reporter
+from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
 from photon.silo.service import end_on_signals, only_trainer, say_goodbye, serve
 from photon.silo.site import Site
@@ -53,7 +53,7 @@ class _Announced:
 
 def outside(
     home: Path, node: NodeConfig, membership: Membership, key: NodeKey
-) -> tuple[Desk, Callable[[str], Carrier]]:
+) -> tuple[DeskClient, Callable[[str], Carrier]]:
     """The desk, and for a task's id the way to the store, by the desk's grants."""
     door_ca = home / "ca.crt"
     desk = DeskClient(membership.address, door_ca, key)

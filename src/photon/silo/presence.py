@@ -7,12 +7,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from photon.errors import KeyInUseError, PhotonError
 from photon.membership.roster import Presence
+from photon.silo.desk_client import DeskClient
 from photon.silo.narrator import Narrator
 
 log = logging.getLogger(__name__)
@@ -30,14 +30,6 @@ _LEAST_GAP_S = 0.5
 _MOST_DETAIL_CHARACTERS = 300
 
 
-class Desk(Protocol):
-    """The aggregator's desk, as far as presence goes; photon.silo.desk_client.DeskClient is one."""
-
-    def presence(self, presence: Presence) -> Mapping[str, Any]:
-        """Tell it; its answer may hold "draining": true."""
-        ...
-
-
 class Reporter:
     """Says what this node does, again and again, and remembers what the desk answered.
 
@@ -48,7 +40,7 @@ class Reporter:
         narrator: tells this site's screen the same.
     """
 
-    def __init__(self, desk: Desk | None, *, narrator: Narrator | None = None) -> None:
+    def __init__(self, desk: DeskClient | None, *, narrator: Narrator | None = None) -> None:
         self._desk = desk
         self._narrator = narrator or Narrator(lambda _: None)
         #: What is told.
