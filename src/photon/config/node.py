@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 from photon.config.addresses import network_or_host
 from photon.config.compute import ComputeConfig
 from photon.config.section import LocalPath, Positive, Section
+from photon.config.watch import WatchConfig
 
 
 class NodeDataConfig(Section):
@@ -117,3 +118,4 @@ class NodeConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     network: NetworkConfig = NetworkConfig()
     disk: DiskConfig = DiskConfig()
+    watch: WatchConfig = WatchConfig()

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from photon.config.addresses import host_name
 from photon.config.section import LocalPath, Positive, Section
+from photon.config.watch import Metrics, MetricsOpen, closed_unless_said
 
 _LISTEN = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):(\d{1,5})$")
 
@@ -78,6 +79,10 @@ class ServeConfig(Section):
     min_free_gib: Annotated[float, Field(ge=0)] = Field(
         default=2.0, description="The embedded store takes no more once so little disk is free."
     )
+    metrics: Metrics = None
+    metrics_open: MetricsOpen = False
+
+    _closed = model_validator(mode="after")(closed_unless_said)
 
     @field_validator("listen")
     @classmethod

@@ -161,6 +161,11 @@ class Desk:
         server.stop()
 
     @property
+    def polls_held(self) -> int:
+        """How many silos wait for a question."""
+        return self._polls.count()
+
+    @property
     def alive(self) -> bool:
         """Whether requests are answered."""
         return self._server is not None and self._server.alive

@@ -19,8 +19,9 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from photon.config import NodeConfig
+from photon.config import NodeConfig, load_node_config
 from photon.data import PreparedData, open_data
+from photon.deploy.figures import Reader, figures_served, tell_machine, tell_node
 from photon.deploy.logs import merged_line, readable
 from photon.deploy.service import Service, troubles_to
 from photon.deploy.supervisor import Supervisor
@@ -245,11 +246,13 @@ class Node:
         self._log = log
         self._on_live = on_live or (lambda _: None)
         self._node_file = node_file.absolute()
+        node = load_node_config(self._node_file)
         self._on_event = on_event or (lambda _: None)
         self._membership = read_membership(self._home)
         self._membership.require_key()
         self._key = NodeKey.load(self._home / KEY_FILE)  # now, with its own words where it can't be
         self._boot = secrets.token_hex(8)
+        self._watch, self._reserve_gib = node.watch, node.disk.min_free_gib
         self._supervisor = Supervisor(
             self._home / RECORD,
             self._home / "logs",
@@ -269,12 +272,22 @@ class Node:
         """
         desk = DeskClient(self._membership.address, self._home / CA_FILE, self._key)
         courier = Courier(desk, self._home / SOCKET_FILE, self._boot, self._courier_says)
-        with self._supervisor as supervisor, supervisor.ending_on_signals():
+        with contextlib.ExitStack() as ends:
+            supervisor = ends.enter_context(self._supervisor)
+            ends.enter_context(supervisor.ending_on_signals())
             supervisor.start(self._trainer())
             courier.start()
+            ends.enter_context(figures_served(self._watch.metrics, self._figures))
             if on_ready is not None:
                 on_ready()
             supervisor.wait()
+
+    def _figures(self) -> list[Reader]:
+        folders = {"home": self._home}
+        return [
+            lambda page: tell_machine(page, folders, self._reserve_gib, self._supervisor.status()),
+            lambda page: tell_node(page, self._home / SOCKET_FILE),
+        ]
 
     def _trainer(self) -> Service:
         socket_path = self._home / SOCKET_FILE

@@ -49,7 +49,7 @@ class _Poll:
 
 
 class Polls:
-    """Holds polls. All but `close` is called in the event loop that serves them.
+    """Holds polls. All but `close` and `count` is called in the event loop that serves them.
 
     Args:
         roster: has the letters; asked in threads.
@@ -94,6 +94,10 @@ class Polls:
             if not held and self._held.get(member.name) is held:
                 del self._held[member.name]
 
+    def count(self) -> int:
+        """Those that wait now. From any thread."""
+        return len(self._all())
+
     def close(self) -> None:
         """Answer all that wait; nobody waits any more. From any thread."""
         self._closed = True
@@ -106,7 +110,7 @@ class Polls:
             poll.end()
 
     def _all(self) -> list[_Poll]:
-        return [poll for held in self._held.values() for poll in held]
+        return [poll for held in tuple(self._held.values()) for poll in tuple(held)]
 
     def _look(self, poll: _Poll) -> Letter | None:
         self._roster.active(poll.member.fingerprint)

@@ -17,10 +17,11 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from photon.config import RunConfig, write_resolved
@@ -28,6 +29,7 @@ from photon.config.serve import ServeConfig
 from photon.deploy.attempts import Attempts, Ended
 from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
+from photon.deploy.figures import Reader, figures_served, tell_desk, tell_machine
 from photon.deploy.freeing import free_leftovers, note_leftover
 from photon.deploy.front_door import READ_AGAIN, DoorSettings, front_door, public_url
 from photon.deploy.front_door import SERVICE as DOOR
@@ -35,7 +37,7 @@ from photon.deploy.renewal import DoorCertificate
 from photon.deploy.served_run import how_it_ended, prepare_run, progress_of, with_whole_paths
 from photon.deploy.service import Service, troubles_to
 from photon.deploy.supervisor import Supervisor
-from photon.errors import DeployError, PhotonError
+from photon.errors import DeployError, PhotonError, error_of
 from photon.membership.bulletin import tell_all, whom_and_what_for
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
@@ -46,6 +48,9 @@ from photon.store.granted_store import require_origin
 from photon.store.object_store import open_store, presigner_for
 from photon.store.presign import Presigner
 from photon.store.served import RUN_FILE, Serving, hold_run
+
+if TYPE_CHECKING:
+    from photon.telemetry.metrics import Page
 
 #: In serve.home: where `photon status` and `photon stop` ask.
 OPERATOR_SOCKET = "operator.sock"
@@ -114,6 +119,8 @@ class Aggregator:
         #: Why a round is to be drawn again, and when; what was told last of waiting.
         self._lost: dict[str, Any] | None = None
         self._told = ""
+        #: Requests refused at the desk, by the error's class.
+        self._refusals: Counter[str] = Counter()
         self._supervisor = Supervisor(
             self._home / RECORD,
             self._home / "logs",
@@ -164,6 +171,7 @@ class Aggregator:
                     self._home / "door",
                 ),
             )
+            ends.enter_context(figures_served(self._serve.metrics, lambda: self._figures(desk)))
             if on_ready is not None:
                 on_ready()
             try:
@@ -252,6 +260,27 @@ class Aggregator:
             store_origin=_origin_of(presigner) if store is not None else None,
             audience=certificate_fingerprint(ca.read_text(encoding="ascii")),
         )
+
+    def _figures(self, desk: Desk) -> list[Reader]:
+        """Who is asked at each scrape of /metrics."""
+        from photon.telemetry.metrics import RunFigures  # costs memory
+
+        folders = {"home": self._home, "run": self._folder}
+        if self._embedded is not None:
+            folders["store"] = self._home / "store"
+
+        def tell_of_desk(page: Page) -> None:
+            letters = self._roster.letters.unanswered()
+            needed = self._config.silos_needed
+            tell_desk(page, desk.status(), needed, letters, desk.polls_held, self._refusals)
+
+        return [
+            lambda page: tell_machine(
+                page, folders, self._serve.min_free_gib, self._supervisor.status()
+            ),
+            tell_of_desk,
+            RunFigures(self._folder / "events.jsonl"),
+        ]
 
     # --- what runs leave in the store --------------------------------------------------------
 
@@ -378,6 +407,8 @@ class Aggregator:
         desk.start(desk.port, self._home / OPERATOR_SOCKET)
 
     def _desk_told(self, kind: str, detail: dict[str, Any]) -> None:
+        if kind == "refused":
+            self._refusals[error_of(detail["code"]).__name__] += 1
         if kind == "stop":
             self._supervisor.ask_to_stop()
         if kind in ("joined", "drain", "stop"):

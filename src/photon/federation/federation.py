@@ -205,22 +205,25 @@ class Federation:
         update.let_go()
         if reason is None:
             return receipt
-        self._drop(number, receipt, reason, costs)
+        met = error_of(receipt.failure_code).__name__ if receipt.failure == reason else "refused"
+        self._drop(number, receipt, reason, costs, met)
         return None
 
     def _leave(self, number: int, task: FitTask, reason: str, costs: RoundCosts) -> None:
         """Drop a task whose answer is not waited for any more."""
         step_tokens = self.config.local.batch_size * self.config.data.sequence_length
         costs.tokens_lost += task.steps * step_tokens
-        self._drop(number, Receipt(task.round, task.silo, failure=reason), reason, costs)
+        self._drop(number, Receipt(task.round, task.silo, failure=reason), reason, costs, "late")
 
-    def _drop(self, number: int, receipt: Receipt, reason: str, costs: RoundCosts) -> None:
+    def _drop(
+        self, number: int, receipt: Receipt, reason: str, costs: RoundCosts, cause: str
+    ) -> None:
         """Note that an update is not merged, and tell why."""
         costs.dropped.append(receipt.silo)
         named = reason.startswith(receipt.silo)
         costs.reasons.append(reason if named else f"{receipt.silo}: {reason}")
         costs.diverged += receipt.failure_code == NonFiniteError.exit_code
-        self._tell(UpdateDropped(round=number, silo=receipt.silo, reason=reason))
+        self._tell(UpdateDropped(round=number, silo=receipt.silo, reason=reason, cause=cause))
 
     def _require_quorum(self, number: int, good: int, asked: int, costs: RoundCosts) -> None:
         """Raise QuorumLostError unless enough of those asked gave good updates."""

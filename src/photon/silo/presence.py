@@ -51,6 +51,9 @@ class Reporter:
         self._trouble: str | None = None
         #: The desk wants this node to take no new task.
         self.draining = False
+        #: When the desk took a report last (seconds since the epoch); what was moved, in bytes.
+        self.heard_at: float | None = None
+        self.bytes_up = self.bytes_down = 0
         #: What the desk said to the last report, where another node uses this one's key.
         self.key_in_use: KeyInUseError | None = None
         if desk is not None:
@@ -74,6 +77,11 @@ class Reporter:
         self.now = replace(self.now, **what)
         self._narrator.doing(self.now)
 
+    def figures(self) -> dict[str, Any]:
+        """What this node does, and has moved: photon.silo.socket.ask_figures."""
+        kept = ("heard_at", "bytes_up", "bytes_down")
+        return {"presence": vars(self.now), **{name: getattr(self, name) for name in kept}}
+
     def stop(self, timeout_s: float) -> None:
         """Say that this node ends, if that is possible in this time."""
         self.say("stopping")
@@ -96,7 +104,7 @@ class Reporter:
             try:
                 answer = self._desk.presence(self.now)
                 self.draining = bool(answer.get("draining"))
-                self.key_in_use, trouble = None, None
+                self.key_in_use, trouble, self.heard_at = None, None, time.time()
                 self._narrator.heard(answer)
             except Exception as error:  # whatever it is, it must not end the reports
                 trouble = str(error)

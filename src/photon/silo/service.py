@@ -59,7 +59,7 @@ def serve(home: Path, trainer: SiloTrainer, reporter: Reporter) -> None:
     Raises:
         Exception: what ended it while it worked on a task; the task was not answered.
     """
-    listener = Listener(home / SOCKET_FILE, trainer.read, trainer.refuse_unread)
+    listener = Listener(home / SOCKET_FILE, trainer.read, trainer.refuse_unread, reporter.figures)
     log.info("listening at %s", home / SOCKET_FILE)
     reporter.say("idle")
     while True:
@@ -93,6 +93,7 @@ class Listener:
         path: of the socket, which only this user may open.
         read: the question in its bytes, if it is the aggregator's; else a PhotonError.
         unread: the answer to what is no question: its bytes, and what is wrong with them.
+        figures: what this node does, for its own /metrics.
 
     Raises:
         OSError: the socket can't be made.
@@ -103,9 +104,11 @@ class Listener:
         path: Path,
         read: Callable[[bytes], Ask],
         unread: Callable[[bytes, PhotonError], Mapping[str, Any]],
+        figures: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.read = read
         self.unread = unread
+        self.figures = figures
         self.connections: set[_Connection] = set()
         self._open: dict[str, Question] = {}
         self._todo: queue.SimpleQueue[Question] = queue.SimpleQueue()
@@ -187,6 +190,9 @@ class _Connection(asyncio.Protocol):
         try:
             record = unframe(self._received)
             if record is None:
+                return
+            if "figures" in record:
+                self.answer(self._listener.figures())
                 return
             raw = bytes_of(record, "ask")
             ask = self._listener.read(raw)

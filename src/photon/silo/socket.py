@@ -4,6 +4,7 @@ A frame is its length in 4 bytes, big-endian, and a JSON object of so many bytes
 
     question  {"ask": base64 of a sealed Ask's bytes, as they came}
     answer    {"reply": base64 of the Reply's bytes, "signature": base64, "fingerprint": "sha256:."}
+    or, to {"figures": true}, {"presence": fields of Presence, "heard_at": ..., "bytes_up": ...}
     or        {"error": {"code": of a PhotonError, "message": ..., "hint": ...}}
 
 The connection stays open while the trainer works, which may take days. If it ends without an
@@ -83,6 +84,22 @@ def ask_trainer(path: str | os.PathLike[str], ask: bytes, *, within_s: float) ->
         f"the trainer at {path} gave no answer in time; the last attempt: {problem}",
         hint="See the trainer's log on that node.",
     )
+
+
+def ask_figures(path: Path, *, within_s: float = 2.0) -> dict[str, Any] | None:
+    """What the trainer does just now; None where none answers.
+
+    Returns:
+        presence (fields of Presence), heard_at (seconds since the epoch when the aggregator
+        answered last, or None), bytes_up and bytes_down (since the trainer's start).
+    """
+    try:
+        with connected(path) as trainer:
+            trainer.settimeout(within_s)
+            trainer.sendall(frame({"figures": True}))
+            return _read(trainer)
+    except OSError:
+        return None
 
 
 def frame(record: Mapping[str, Any]) -> bytes:

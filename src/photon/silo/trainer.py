@@ -291,6 +291,7 @@ class SiloTrainer:
             held.sound = True
             receipt = Receipt.failed(task, error)
         load_s = receipt.load_s + held.received_s
+        self._reporter.bytes_down += held.received_bytes
         receipt = replace(receipt, bytes_down=held.received_bytes, load_s=load_s)
         if ref is None:
             log.warning("%s: %s", ask.task_id, receipt.failure)
@@ -300,6 +301,7 @@ class SiloTrainer:
             node.settle()
         publish_s = receipt.publish_s + time.perf_counter() - started
         receipt = replace(receipt, bytes_up=ref.wire_bytes, publish_s=publish_s)
+        self._reporter.bytes_up += ref.wire_bytes
         return self._finish(ask, held, sent=False, fit=FitAnswer.of(receipt, ref))
 
     def _write(self, ask: Ask, held: HeldNode, update: Update, header: Header) -> Ref:
@@ -327,6 +329,7 @@ class SiloTrainer:
                 hint="The global model has diverged.",
             )
         receipt = replace(receipt, bytes_down=held.received_bytes)
+        self._reporter.bytes_down += held.received_bytes
         return self._finish(ask, held, sent=True, evaluate=EvalAnswer.of(receipt))
 
     def _finish(self, ask: Ask, held: HeldNode, *, sent: bool, **part: Any) -> Answer:

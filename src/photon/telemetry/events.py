@@ -150,11 +150,16 @@ class LocalFinished(Event):
 
 
 class UpdateDropped(Event):
-    """An update that is not merged, and why. The round goes on without it."""
+    """An update that is not merged, and why. The round goes on without it.
+
+    cause is the class of it: an error of photon.errors that the silo met, "late", or "refused" by
+    the aggregator's own checks.
+    """
 
     round: int
     silo: str
     reason: str
+    cause: str = ""
 
 
 class WorkerLost(Event):
