@@ -79,11 +79,11 @@ SETTINGS = (
     ),
     Setting(
         "int8 both ways over a long line",
-        120,
+        240,
         {"silo-0": Line(8, 0.020), "silo-1": Line(4, 0.200)},
         INT8,
     ),
-    Setting("lines ten times apart", 180, {"silo-0": Line(100, 0.010), "silo-1": Line(10, 0.150)}),
+    Setting("lines ten times apart", 240, {"silo-0": Line(100, 0.010), "silo-1": Line(10, 0.150)}),
 )
 
 
@@ -226,12 +226,12 @@ def round_of(history: RunHistory, silos: Sequence[str]) -> Round:
 
 
 def predicted_s(setting: Setting, clock: ClockConfig, run_file: Path, folder: Path) -> float:
-    """Of a round, by real learning on simulated time; the second round and the third say it."""
-    config = load_run_config(run_file, ("federation.rounds=3",))
+    """Of a round, by real learning on simulated time: the second, which knows what an update weighs."""
+    config = load_run_config(run_file, ("federation.rounds=2",))
     ends = read_history(simulate(config, clock=clock, run_dir=folder).folder).of(RoundFinished)
     assert ends[-1].simulated_s is not None
     assert ends[0].simulated_s is not None
-    return (ends[-1].simulated_s - ends[0].simulated_s) / 2
+    return ends[-1].simulated_s - ends[0].simulated_s
 
 
 def measure(options: argparse.Namespace, data: Path, scratch: Path) -> tuple[str, list[list[str]]]:
@@ -273,7 +273,7 @@ def measure(options: argparse.Namespace, data: Path, scratch: Path) -> tuple[str
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="file or folder; made up by default")
-    parser.add_argument("--rounds", type=int, default=6, help="of each served run")
+    parser.add_argument("--rounds", type=int, default=5, help="of each served run")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=4096)
