@@ -57,7 +57,7 @@ SUITES = {
         {"of a copy": True},
     ),
     "transfer": Suite(
-        ("transfer.py", "--cells", "1000/0/0,200/100/0", "--repeats", "2"),
+        ("transfer.py", "--cells", "1000/0/0,200/100/0", "--seconds", "4", "--repeats", "2"),
         r"^\| \d+ \| \d+ \| [\d.]+ \|",
         {"of iperf3": True},
     ),
