@@ -226,7 +226,7 @@ def round_of(history: RunHistory, silos: Sequence[str]) -> Round:
 
 
 def predicted_s(setting: Setting, clock: ClockConfig, run_file: Path, folder: Path) -> float:
-    """Of a round, by real learning on simulated time: the second, as updates have a size by then."""
+    """Of a round by real learning on simulated time: the second, as updates have a size then."""
     config = load_run_config(run_file, ("federation.rounds=2",))
     ends = read_history(simulate(config, clock=clock, run_dir=folder).folder).of(RoundFinished)
     assert ends[-1].simulated_s is not None
