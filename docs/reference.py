@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from photon.config.children import ChildConfig
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
-from photon.config.section import MOST
 
 _INTRODUCTION = """\
 # run.toml, key by key
@@ -38,8 +37,7 @@ What stands after `=` is read as TOML (`true`, `64`, `1e-3`, `"a string"`); what
 whatever is given for a key that takes text, is read as the text itself.
 
 - A key nobody reads is an error (exit code 11) that names the nearest valid one.
-- A value of the wrong type or out of bounds is an error (12), and `"3"` is no number. Counts go to
-  10^12.
+- A value of the wrong type or out of bounds is an error (12), and `"3"` is no number.
 - Values that can't work together are an error when the file is read (13), not at round 40.
 - Run folders keep the resolved file, every default written out: what ran is what is there.
 
@@ -161,11 +159,7 @@ def _bounds_of(field: dict[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in value["enum"])
     inside = value.get("additionalProperties")
     bounded = inside if isinstance(inside, dict) else value
-    bounds = [
-        text.format(bounded[key])
-        for key, text in _BOUNDS
-        if key in bounded and bounded[key] != MOST  # said once, above
-    ]
+    bounds = [text.format(bounded[key]) for key, text in _BOUNDS if key in bounded]
     return ", ".join(bounds) or "any"
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from photon.config.section import LocalPath, Positive, Section
+from photon.config.section import LocalPath, Section
 
 Seconds = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
@@ -57,7 +57,9 @@ class ClockConfig(Section):
         description="Nothing is trained: for large studies of time. The silos are those named "
         "here, and a model of `parameters` is sent.",
     )
-    parameters: Positive = Field(default=125_000_000, description="Of the model, where time_only.")
+    parameters: Annotated[int, Field(ge=1)] = Field(
+        default=125_000_000, description="Of the model, where time_only."
+    )
 
     def of(self, silo: str) -> SiloClock:
         """A silo's own, or that of all others."""

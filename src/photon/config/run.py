@@ -16,7 +16,7 @@ from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
 from photon.config.parts import PartsConfig
 from photon.config.privacy import Privacy, PrivacyConfig
-from photon.config.section import MOST, LocalPath, Positive, Section, Whole
+from photon.config.section import LocalPath, Positive, Section
 from photon.config.serve import ServeConfig
 from photon.plugins import MERGING_RULES
 
@@ -83,7 +83,7 @@ class DataConfig(Section):
     path: LocalPath = Field(
         description="Folder made by `photon data prepare`; relative to the current directory."
     )
-    sequence_length: Annotated[int, Field(ge=2, le=MOST)] = Field(
+    sequence_length: Annotated[int, Field(ge=2)] = Field(
         default=128, description="Tokens a training sequence predicts."
     )
     mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(
@@ -178,7 +178,7 @@ class FederationConfig(Section):
         description="Of pace quorum: who has not answered is waited for so many times as long as a "
         "quorum usually takes.",
     )
-    over_sample: Whole = Field(
+    over_sample: Annotated[int, Field(ge=0)] = Field(
         default=0,
         description="Of pace quorum: participants asked beyond federation.sample; as many good "
         "updates as that close the round.",
@@ -261,8 +261,10 @@ class LocalConfig(Section):
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         default="cosine", description="Learning rate over global steps, after the warm-up."
     )
-    warmup_steps: Whole = Field(default=0, description="Global steps of linear warm-up.")
-    decay_steps: Whole | None = Field(
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Global steps of linear warm-up."
+    )
+    decay_steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
         description="Global steps of the final decay (wsd); a tenth of all by default.",
     )
@@ -307,7 +309,7 @@ class LocalConfig(Section):
 class EvalConfig(Section):
     """[eval]: perplexity on held-out text."""
 
-    every: Whole = Field(
+    every: Annotated[int, Field(ge=0)] = Field(
         default=1, description="Rounds between evaluations; 0 evaluates only at the end."
     )
     batch_size: Positive = Field(default=32, description="Sequences per forward pass.")

@@ -7,11 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-#: No count needs more. Beyond 2^53 readers of JSON round it, beyond 1e308 it is no number to them.
-MOST = 10**12
-
-Positive = Annotated[int, Field(ge=1, le=MOST)]
-Whole = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[int, Field(ge=1)]
 
 #: Of a file or folder on this machine; "~" is the home of who runs Photon.
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
