@@ -1,8 +1,9 @@
 """The federation: versions, tasks and receipts, participants, and the round."""
 
+from photon.federation.account import Closed
 from photon.federation.checkpoint import CheckpointStore, RunState
 from photon.federation.engine import Answer, Engine, Mailbox, Participant, Version, fitted
-from photon.federation.federation import Closed, Federation
+from photon.federation.federation import Federation
 from photon.federation.node import Node, NodeSettings
 from photon.federation.sampling import Candidates, FixedFleet, Fleet, sample_participants
 from photon.federation.server import Server

@@ -12,9 +12,10 @@ from torch import Tensor
 from photon.config import RunConfig
 from photon.config.children import LEAF, inside, participants
 from photon.errors import CheckpointCorruptError, NonFiniteError, RunError
+from photon.federation.account import RoundCosts
 from photon.federation.checkpoint import CheckpointStore, RunState
 from photon.federation.engine import Engine, Version
-from photon.federation.federation import Federation, RoundCosts
+from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
 from photon.federation.outbox import Outbox
 from photon.federation.sampling import Candidates, FixedFleet
