@@ -7,6 +7,7 @@ import http.server
 import json
 import shutil
 import signal
+import ssl
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -16,12 +17,18 @@ from typing import Any
 
 import pytest
 
-from photon.deploy.certificates import CertificateFiles, keep_certificate
+from photon.deploy.certificates import (
+    CertificateFiles,
+    keep_certificate,
+    keep_member_authority,
+    member_certificate,
+)
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.front_door import DoorSettings, front_door
 from photon.deploy.ports import free_ports
 from photon.deploy.service import Service, ServiceEvent
 from photon.deploy.supervisor import Supervisor
+from photon.membership.keys import NodeKey
 
 
 @dataclass
@@ -116,14 +123,25 @@ class Upstream:
 
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
-        #: Requests that began, whether their bodies came or not.
+        #: Requests that began, whether their bodies came or not; but those of the door itself,
+        #: whether it may let somebody in, whose headers are in `admissions`.
         self.begun = 0
+        self.admissions: list[dict[str, str]] = []
+        #: What it is told.
+        self.admits = 200
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
+                if self.path.startswith("/door/"):
+                    outer.admissions.append({k.lower(): v for k, v in self.headers.items()})
+                    self.send_response(outer.admits)
+                    self.send_header("content-length", "2")
+                    self.end_headers()
+                    self.wfile.write(b"{}")
+                    return
                 outer.begun += 1
                 length = int(self.headers.get("content-length") or 0)
                 body = self.rfile.read(length)
@@ -170,6 +188,24 @@ class RunningDoor:
     def url(self) -> str:
         return f"https://127.0.0.1:{self.settings.port}"
 
+    def trust(self, authority: Path | None = None, *, days: float = 1.0) -> ssl.SSLContext:
+        """With a certificate for a new key, of this door's authority for members or of another."""
+        return member_trust(self.files.ca, authority or self.settings.members_ca.parent, days=days)
+
+
+def member_trust(
+    ca: Path, authority: Path, key: NodeKey | None = None, *, days: float = 1.0
+) -> ssl.SSLContext:
+    """What a member's connections are made with."""
+    with tempfile.TemporaryDirectory() as folder:
+        key = key or NodeKey.create(Path(folder) / "node.key")
+        pem, _ = member_certificate(authority, key.public_pem, key.fingerprint, days)
+        file = Path(folder) / "both.pem"
+        file.write_bytes(key.encrypted_pem("secret") + pem.encode())
+        trust = ssl.create_default_context(cafile=str(ca))
+        trust.load_cert_chain(file, password="secret")
+    return trust
+
 
 @pytest.fixture(scope="session")
 def running_door(short_folder, certificates, running_store) -> Iterator[RunningDoor]:
@@ -181,6 +217,7 @@ def running_door(short_folder, certificates, running_store) -> Iterator[RunningD
         free_ports(1)[0],
         certificates.certificate,
         certificates.key,
+        keep_member_authority(found.home) / "ca.crt",
         desk_port=desk.port,
         store_port=running_store.store.port,
         body_silence_s=3,

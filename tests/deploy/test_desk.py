@@ -913,7 +913,7 @@ def test_a_signer_that_fails_says_nothing_secret(place: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "most"), [("join", 32 << 10), ("presence", 32 << 10), ("grants", 256 << 10)]
+    ("what", "most"), [("join", 4 << 10), ("presence", 32 << 10), ("grants", 256 << 10)]
 )
 def test_bodies_that_are_too_long(place: Place, what: str, most: int) -> None:
     key = place.member("blue")

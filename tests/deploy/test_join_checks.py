@@ -23,7 +23,7 @@ from photon.data import open_data
 from photon.deploy import desk as desk_module
 from photon.deploy import join as join_module
 from photon.deploy import join_checks
-from photon.deploy.certificates import CertificateFiles, keep_certificate
+from photon.deploy.certificates import CertificateFiles, keep_certificate, keep_member_authority
 from photon.deploy.checks import Check, worst
 from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.front_door import DoorSettings, front_door
@@ -118,11 +118,12 @@ def aggregator(short_folder, running_store, watch, three_silos) -> Iterator[Aggr
     (port,) = free_ports(1)
     presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "checked")
     limits = DeskLimits(joins_per_minute=1000)
+    members = keep_member_authority(folder / "home")
     audience = certificate_fingerprint(files.ca.read_text())
-    desk = Desk(roster, presigner, limits=limits, audience=audience)
+    desk = Desk(roster, presigner, limits=limits, audience=audience, authority=members)
     desk.start()
     settings = DoorSettings(
-        *("127.0.0.1", port, files.certificate, files.key),
+        *("127.0.0.1", port, files.certificate, files.key, members / "ca.crt"),
         desk_port=desk.port,
         store_port=running_store.store.port,
     )
@@ -503,6 +504,7 @@ def another_door(aggregator, short_folder, watch):
             aggregator.roster,
             presigner or aggregator.presigner,
             audience=certificate_fingerprint(aggregator.files.ca.read_text()),
+            authority=aggregator.settings.members_ca.parent,
         )
         desk.start()
         settings = replace(

@@ -27,6 +27,7 @@ from photon.deploy.certificates import (
     CertificateFiles,
     days_left,
     keep_certificate,
+    keep_member_authority,
     make_authority,
     make_certificate,
     renewal_is_due,
@@ -259,11 +260,13 @@ def serving(short_folder, running_store, watch) -> Iterator[Callable[[float], Se
             ends.callback(roster.close)
             presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "renewal")
             audience = certificate_fingerprint(certificate.files.ca.read_text())
-            desk = Desk(roster, presigner, audience=audience)
+            members = keep_member_authority(home)
+            desk = Desk(roster, presigner, audience=audience, authority=members)
             desk.start()
             ends.callback(desk.stop)
             settings = DoorSettings(
                 *("127.0.0.1", port, certificate.files.certificate, certificate.files.key),
+                members_ca=members / "ca.crt",
                 desk_port=desk.port,
                 store_port=running_store.store.port,
             )
@@ -279,9 +282,20 @@ def serving(short_folder, running_store, watch) -> Iterator[Callable[[float], Se
         yield start
 
 
+def member(found: Serving, folder: Path) -> DeskClient:
+    key = NodeKey.create(folder / "node.key")
+    client = DeskClient(f"127.0.0.1:{found.port}", found.home / "ca.crt", key)
+    token = found.roster.invite("lab", 60)
+    client.join(token, "lab", key.public_pem, Facts("a" * 64, "b" * 64, 1, "0.1.0"))
+    return client
+
+
 @pytest.mark.slow
-def test_a_client_sees_the_new_certificate_and_a_transfer_goes_on(serving, running_store) -> None:
+def test_a_client_sees_the_new_certificate_and_a_transfer_goes_on(
+    serving, running_store, tmp_path
+) -> None:
     found = serving(30.0)
+    trust = member(found, tmp_path).trust()
     first, authority = found.served(), certificate_fingerprint((found.home / "ca.crt").read_text())
     pid = found.watched.status(SERVICE).pid
     presigner = running_store.store.presigner(f"https://127.0.0.1:{found.port}", "renewal")
@@ -305,7 +319,7 @@ def test_a_client_sees_the_new_certificate_and_a_transfer_goes_on(serving, runni
 
     def transfer() -> None:
         headers = {**grant.headers, "content-length": str(len(data))}
-        with httpx2.Client(verify=found.trust, trust_env=False, timeout=60) as client:
+        with httpx2.Client(verify=trust, trust_env=False, timeout=60) as client:
             answers.append(client.put(grant.url, headers=headers, content=body()).status_code)
 
     thread = threading.Thread(target=transfer)

@@ -287,9 +287,10 @@ def test_certificates(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
+    trusted = ssl.create_default_context(cafile=str(certificate))
     with answering(200, {"content-length": "2"}, b"ok", context) as (url, asked):
         trusting = GrantedStore(
-            lambda *_: at(f"{url}/a?hush"), url, allowed=HERE, ca_file=certificate
+            lambda *_: at(f"{url}/a?hush"), url, allowed=HERE, trust=lambda: trusted
         )
         assert trusting.get("a", max_bytes=2) == b"ok"
         with pytest.raises(AccessRefusedError, match="certificate of theirs can't be") as caught:

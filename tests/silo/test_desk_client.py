@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from photon.deploy.certificates import keep_member_authority
 from photon.deploy.desk import Desk, DeskLimits
 from photon.errors import (
     AccessRefusedError,
@@ -246,6 +247,7 @@ def test_a_node_joins_and_says_that_it_is_here_over_tls(
         aggregator.roster,
         fake_store(),
         audience=certificate_fingerprint(authority.file.read_text()),
+        authority=keep_member_authority(tmp_path),
     )
     aggregator.desk.start()
     key = NodeKey.create(tmp_path / "node.key")

@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from forked_process import ForkedProcess
 
-from photon.deploy.certificates import keep_certificate
+from photon.deploy.certificates import keep_certificate, keep_member_authority
 from photon.deploy.desk import Desk
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.front_door import DoorSettings, front_door
@@ -62,12 +62,13 @@ class World:
         (port,) = free_ports(1)
         self.address = f"127.0.0.1:{port}"
         presigner = self.store.presigner(f"https://{self.address}")
+        members = keep_member_authority(folder / "server")
         audience = certificate_fingerprint(self.ca.read_text())
-        self.desk = Desk(self.roster, presigner, audience=audience)
+        self.desk = Desk(self.roster, presigner, audience=audience, authority=members)
         self.desk.start()
         self.door = front_door(
             DoorSettings(
-                *("127.0.0.1", port, files.certificate, files.key),
+                *("127.0.0.1", port, files.certificate, files.key, members / "ca.crt"),
                 desk_port=self.desk.port,
                 store_port=self.store.port,
             ),

@@ -1,7 +1,8 @@
-"""The aggregator's own authority, the certificate of its door, and what can be wrong with one.
+"""The aggregator's two authorities, what they sign, and what can be wrong with a certificate.
 
 A silo trusts one authority, whose fingerprint its invitation names; the door's certificate may be
-made anew as often as its operator likes (another name, a date that comes near).
+made anew as often as its operator likes (another name, a date that comes near). The other signs
+members' certificates, which the door asks for; nobody but the door believes it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ MOST_DAYS = 825
 RENEW_DAYS = 30
 #: Made anew, also while it serves, once less than this part of its life is left.
 RENEW_PART = 1 / 3
+
+#: That a member's certificate is valid: its node renews it. Membership is asked at each request.
+MEMBER_DAYS = 30
 
 _AUTHORITY_DAYS = 3650
 #: Clocks of silos may be a little behind.
@@ -78,7 +82,7 @@ def make_authority(home: Path) -> Path:
     now = datetime.now(UTC)
     until = now + timedelta(days=_AUTHORITY_DAYS)
     certificate = (
-        _builder(key, name, name, (now - _BACKDATED, until), identifier)
+        _builder(key.public_key(), name, name, (now - _BACKDATED, until), identifier)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
@@ -112,16 +116,10 @@ def make_certificate(
     if calls:
         purposes.append(ExtendedKeyUsageOID.CLIENT_AUTH)
     key = ec.generate_private_key(ec.SECP256R1())
-    now = datetime.now(UTC)
-    issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    begin = max(now - _BACKDATED, authority.not_valid_before_utc)
-    until = min(now + timedelta(days=days), authority.not_valid_after_utc)
+    name = _name(str(names[0].value)[:64])
     certificate = (
-        _builder(key, _name(str(names[0].value)[:64]), authority.subject, (begin, until), issuer)
+        _leaf(authority, key.public_key(), name, days, purposes)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
     files = server_files(home)
@@ -154,6 +152,55 @@ def keep_certificate(home: Path, host: str, days: float = MOST_DAYS) -> Certific
     ):
         make_certificate(home, [host], days)
     return files
+
+
+def keep_member_authority(home: Path) -> Path:
+    """The authority of members' certificates, and its folder, which is returned.
+
+    One that is near its end, damaged or incomplete is made anew: nodes get certificates of a new
+    one by themselves.
+
+    Raises:
+        CertificateError: it can't be written.
+    """
+    folder = home / "members-authority"
+    try:
+        make_authority(folder)
+        usable = days_left(folder / "ca.crt") > 2 * MEMBER_DAYS
+    except CertificateError:
+        usable = False
+    if not usable:
+        for name in ("ca.crt", "ca.key"):
+            (folder / name).unlink(missing_ok=True)
+        make_authority(folder)
+    return folder
+
+
+def member_certificate(
+    authority: Path, public_pem: str, fingerprint: str, days: float = MEMBER_DAYS
+) -> tuple[str, datetime]:
+    """A certificate for a member's key, with which to call the door and nobody else.
+
+    Args:
+        authority: folder, of `keep_member_authority`.
+        public_pem: a key that signed the request for this: no CSR needs to be read to prove it.
+        fingerprint: of that key: the certificate's subject.
+
+    Returns:
+        The certificate, PEM, and until when it is valid.
+
+    Raises:
+        CertificateError: the authority can't be read.
+    """
+    issuer, issuer_key = _authority(authority)
+    public = serialization.load_pem_public_key(public_pem.encode())
+    assert isinstance(public, ec.EllipticCurvePublicKey)  # a member's always is
+    subject = _name(fingerprint.partition(":")[2])
+    certificate = _leaf(issuer, public, subject, days, [ExtendedKeyUsageOID.CLIENT_AUTH]).sign(
+        issuer_key, hashes.SHA256()
+    )
+    pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
+    return pem, certificate.not_valid_after_utc
 
 
 def renewal_is_due(certificate: Path, *, at: datetime | None = None) -> bool:
@@ -246,21 +293,41 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
+def _leaf(
+    authority: x509.Certificate,
+    public: ec.EllipticCurvePublicKey,
+    subject: x509.Name,
+    days: float,
+    purposes: list[x509.ObjectIdentifier],
+) -> x509.CertificateBuilder:
+    """A certificate that signs no other, valid from now for no longer than its authority."""
+    now = datetime.now(UTC)
+    issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    begin = max(now - _BACKDATED, authority.not_valid_before_utc)
+    until = min(now + timedelta(days=days), authority.not_valid_after_utc)
+    return (
+        _builder(public, subject, authority.subject, (begin, until), issuer)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+    )
+
+
 def _builder(
-    key: ec.EllipticCurvePrivateKey,
+    public: ec.EllipticCurvePublicKey,
     subject: x509.Name,
     issuer: x509.Name,
     valid: tuple[datetime, datetime],
     issuer_key: x509.SubjectKeyIdentifier,
 ) -> x509.CertificateBuilder:
     """What every certificate of ours has."""
-    own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    own = x509.SubjectKeyIdentifier.from_public_key(public)
     theirs = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_key)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(public)
         .serial_number(x509.random_serial_number())
         .not_valid_before(valid[0])
         .not_valid_after(valid[1])

@@ -19,7 +19,10 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from photon.deploy.certificates import member_certificate
 from photon.deploy.desk_requests import (
+    ADMISSION_PATH,
+    CERTIFICATE_HEADER,
     DESK_PATH,
     CheckBody,
     Counters,
@@ -31,6 +34,7 @@ from photon.deploy.desk_requests import (
     TaskBody,
     error_record,
     parse_body,
+    require_same_key,
 )
 from photon.deploy.desk_server import (
     Caller,
@@ -89,6 +93,8 @@ class Desk:
             door: silos hold every grant against it.
         audience: fingerprint of the authority by which silos know this aggregator; their requests
             are signed for it.
+        authority: folder of the authority that signs members' certificates; None where no door
+            asks for them.
     """
 
     def __init__(
@@ -101,8 +107,10 @@ class Desk:
         on_event: OnEvent | None = None,
         store_origin: str | None = None,
         audience: str = "",
+        authority: Path | None = None,
     ) -> None:
         self._roster = roster
+        self._authority = authority
         self._store_origin = store_origin
         self._operator_socket: Path | None = None
         self._limits = limits or DeskLimits()
@@ -172,13 +180,14 @@ class Desk:
 
     def _for_silos(self) -> Routes:
         routes = Routes(self._note_caller, body_s=self._limits.body_s)
-        routes.add("POST", f"{DESK_PATH}/join", self._join, self._limits.body_bytes)
+        routes.add("POST", f"{DESK_PATH}/join", self._join, self._limits.join_body_bytes)
         routes.add("POST", f"{DESK_PATH}/presence", self._presence, self._limits.body_bytes)
         routes.add("POST", f"{DESK_PATH}/grants", self._grants, self._limits.grants_body_bytes)
         routes.add("POST", f"{DESK_PATH}/check", self._check, 1024)
         routes.add("POST", f"{DESK_PATH}/task", self._task, self._limits.body_bytes)
         routes.add("POST", f"{DESK_PATH}/reply", self._reply, self._limits.reply_body_bytes)
         routes.add("GET", f"{DESK_PATH}/health", self._health, 0)
+        routes.add("GET", ADMISSION_PATH, self._admit, 0)
         return routes
 
     def _for_operator(self) -> Routes:
@@ -223,11 +232,15 @@ class Desk:
 
     def _member(self, caller: Caller) -> Member:
         """Whose request this is; an active member's, or it is refused."""
-        # Checking a signature takes a millisecond: nobody gets many of them for a key it lacks.
-        claimed = f"{caller.address} {caller.headers.get(KEY_HEADER.lower(), '')[:80]}"
+        # Checking a signature takes a millisecond: nobody gets many of them for a key it lacks, and
+        # nobody spends those of who showed a certificate.
+        given = caller.headers
+        key, shown = given.get(KEY_HEADER.lower(), "")[:80], given.get(CERTIFICATE_HEADER)
+        claimed = f"{caller.address} {key} {shown}"
         if not self._counters.forged.take(claimed, spend=False):
             raise _too_many("refused requests", noted=False)
         try:
+            require_same_key(key, shown)
             member = self._verifier.verify(
                 "POST", caller.path, caller.body, caller.headers, now=time.time()
             )
@@ -261,7 +274,16 @@ class Desk:
 
     # --- what silos ask ---
 
+    def _admit(self, caller: Caller) -> dict[str, Any]:
+        """For the door: whether the holder of a certificate, which it checked, is let in."""
+        shown = caller.headers.get(CERTIFICATE_HEADER, "")
+        self._roster.active(shown.replace("CN=", "sha256:", 1))
+        return {"ok": True}
+
     def _join(self, caller: Caller) -> dict[str, Any]:
+        if caller.body == b"{}":
+            # A member that has its key and no certificate, or one that ends soon.
+            return self._certificate(self._member(caller))
         body = parse_body(JoinBody, caller.body)
         # Cheap, and first: whoever has no invitation spends nothing of those who have one.
         invitation = self._roster.invitation(body.token)
@@ -281,6 +303,12 @@ class Desk:
             "server_time": time.time(),
             "store": self._store_origin,
         }
+
+    def _certificate(self, member: Member) -> dict[str, Any]:
+        if self._authority is None:
+            raise ProtocolError("no door is before this desk, and none asks for a certificate")
+        pem, until = member_certificate(self._authority, member.public_key, member.fingerprint)
+        return {"certificate": pem, "left_s": until.timestamp() - time.time()}
 
     def _redeemed(self, caller: Caller, body: JoinBody) -> Member:
         """The member that an invitation makes of the caller, or made of it before."""

@@ -17,6 +17,7 @@ from photon.errors import (
     LinkError,
     PhotonError,
     ProtocolError,
+    SignatureError,
     StoreUnavailableError,
 )
 from photon.membership.records import OpenTask, SignedReply, printable
@@ -26,6 +27,11 @@ from photon.store.presign import Presigner
 
 #: Under which the front door forwards to the desk.
 DESK_PATH = "/photon/v2"
+
+#: Where the front door asks whether the holder of a certificate is an active member; and how it
+#: says whose certificate came. From outside neither is reached.
+ADMISSION_PATH = "/door/member"
+CERTIFICATE_HEADER = "photon-certificate"
 
 #: No object that a silo writes is longer: photon.link.manifest's largest chunk.
 MOST_OBJECT_BYTES = 64 << 20
@@ -63,8 +69,8 @@ class DeskLimits:
         requests_per_minute: of one member. (RequestVerifier remembers 20 000 within four minutes.)
         notes_per_minute: refusals noted in the roster's events for one name or address; how many
             more there were is noted once.
-        body_bytes, grants_body_bytes, reply_body_bytes: of one request; the latter two for /grants
-            and /reply: a Reply of the greatest length fits, in base64.
+        join_body_bytes, body_bytes, grants_body_bytes, reply_body_bytes: of one request; the latter
+            two for /grants and /reply: a Reply of the greatest length fits, in base64.
         body_s: for a request's body to arrive.
         poll_s: that a silo waits for a question, before it asks again.
         polls_each: of one member, that wait at once.
@@ -78,6 +84,7 @@ class DeskLimits:
     strangers_per_minute: int = 60
     requests_per_minute: int = 3000
     notes_per_minute: int = 30
+    join_body_bytes: int = 4 << 10
     body_bytes: int = 32 << 10
     grants_body_bytes: int = 256 << 10
     reply_body_bytes: int = 1408 << 10
@@ -88,6 +95,23 @@ class DeskLimits:
     most_objects: int = 65_536
     grant_s: int = 300
     here_s: float = 60.0
+
+
+def require_same_key(claimed: str, shown: str | None) -> None:
+    """Refuse a request signed with another key than its certificate is for.
+
+    Args:
+        claimed: fingerprint of the key that signed.
+        shown: the certificate's subject, as the front door says it; None: no door is between.
+
+    Raises:
+        SignatureError: they differ.
+    """
+    if shown not in (None, claimed.replace("sha256:", "CN=", 1)):
+        raise SignatureError(
+            "the request is signed with another key than its certificate is for",
+            hint="Only a node of Photon's own can ask for this.",
+        )
 
 
 class _Part(BaseModel):

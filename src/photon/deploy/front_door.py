@@ -3,6 +3,9 @@
     POST            /photon/v2/NAME      to the desk; GET for health
     GET, HEAD, PUT  /BUCKET/KEY?...      with a signature in the query, to the embedded store
 
+Joining and health are open. All else needs a certificate that the aggregator gave a member, and is
+401 without; the desk is asked whether it still is an active one's. Both before a body is read.
+
 Everything else is 404 and reaches nobody: the operator's part of the desk, the store's listing and
 admin ports. Security-critical code is Caddy's; this writes its
 configuration and says how it is kept running.
@@ -27,9 +30,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from photon.config.addresses import joined
 from photon.config.serve import ServeConfig
+from photon.deploy.desk_requests import ADMISSION_PATH, CERTIFICATE_HEADER, error_record
 from photon.deploy.logs import readable
 from photon.deploy.service import RestartPolicy, Service
-from photon.errors import DeployError, IncompatibleConfigError
+from photon.errors import CertificateError, DeployError, IncompatibleConfigError
 from photon.store.disk import write_whole
 
 SERVICE = "door"
@@ -38,10 +42,11 @@ SERVICE = "door"
 READ_AGAIN = signal.SIGUSR1
 
 #: What is said to the desk, most bytes of it: a Reply (photon.federation.envelopes) in base64,
-#: leave for 256 objects, and all the rest.
+#: leave for 256 objects, and all the rest; of what strangers say: a key, a token and some hashes.
 MOST_REPLY_BYTES = 1408 << 10
 MOST_GRANTS_BYTES = 256 << 10
 MOST_SMALL_BYTES = 32 << 10
+MOST_JOIN_BYTES = 4 << 10
 #: One object of the store: a chunk or a manifest. The signature names the exact length.
 MOST_OBJECT_BYTES = 2 << 30
 
@@ -49,6 +54,14 @@ _HEADER_BYTES = 16 << 10
 #: What Caddy warns of at every start and end.
 _ORDINARY = ("admin endpoint disabled", "exiting; byeee")
 _ANSWER_S = 3.0
+
+#: Who the caller's certificate says it is; empty without one. Caddy has checked it by then.
+_SUBJECT = "{http.request.tls.client.subject}"
+_NO_CERTIFICATE = CertificateError(
+    "no certificate of a member's came with this request",
+    hint="A node of this version shows one by itself: update Photon. If that is done, something on "
+    "the way (a proxy, a load balancer) ends TLS in between: it must pass the connection through.",
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,7 @@ class DoorSettings:
         address: to listen on, without brackets; "0.0.0.0" is every address of the machine.
         port: public, TLS.
         certificate, key: PEM; silos check them against the authority of their invitation.
+        members_ca: PEM of the authority that signed members' certificates.
         desk_port: on loopback, plain HTTP.
         store_port: the embedded store's, on loopback, plain HTTP; None: silos use another store.
         bucket: of the embedded store.
@@ -69,6 +83,7 @@ class DoorSettings:
     port: int
     certificate: Path
     key: Path
+    members_ca: Path
     desk_port: int
     store_port: int | None = None
     bucket: str = "photon"
@@ -129,6 +144,8 @@ def caddyfile(settings: DoorSettings, folder: Path) -> str:
     # Nothing to change at run time (no admin socket), nothing fetched or issued, and nothing of a
     # request in the log: paths there carry signatures, headers carry tokens. Matching is done on
     # cleaned paths, but services behind get them as they were sent: odd ones are turned away.
+    # A host that differs from the name asked for in TLS changes nothing: there is one site, and no
+    # name for it in TLS where silos use an address.
     return f"""{{
 	admin off
 	auto_https off
@@ -147,6 +164,7 @@ def caddyfile(settings: DoorSettings, folder: Path) -> str:
 	}}
 	servers {{
 		protocols h1
+		strict_sni_host insecure_off
 		max_header_size {_HEADER_BYTES}
 		timeouts {{
 			read_header 10s
@@ -158,7 +176,12 @@ def caddyfile(settings: DoorSettings, folder: Path) -> str:
 
 https://:{settings.port} {{
 	bind {address}
-	tls {_quoted(settings.certificate)} {_quoted(settings.key)}
+	tls {_quoted(settings.certificate)} {_quoted(settings.key)} {{
+		client_auth {{
+			mode verify_if_given
+			trust_pool file {_quoted(settings.members_ca)}
+		}}
+	}}
 	header -Server
 
 	@odd {{
@@ -219,7 +242,7 @@ def answers_as(settings: DoorSettings) -> bool:
         if tls.getpeercert(binary_form=True) != wanted:
             return False
         tls.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
-        return tls.recv(64).startswith(b"HTTP/1.1 404")
+        return tls.recv(64).startswith(b"HTTP/1.1 401")
 
 
 def caddy_words(line: str) -> str | None:
@@ -260,18 +283,35 @@ def _require_valid(command: tuple[str, ...], environment: dict[str, str]) -> Non
 
 
 def _desk(settings: DoorSettings) -> str:
-    upstream = f"127.0.0.1:{settings.desk_port}"
+    port = settings.desk_port
+    refusal = json.dumps({"error": error_record(_NO_CERTIFICATE)})
+    # Closed after it: what is left of the body would be read, to find the next request.
+    stranger = f"""	@stranger {{
+		vars {_SUBJECT} ""
+	}}
+	handle @stranger {{
+		header Content-Type application/json
+		respond `{refusal}` 401 {{
+			close
+		}}
+	}}
+"""
     return (
-        _buffered("replies", "POST", "^/photon/v2/reply$", MOST_REPLY_BYTES, upstream)
-        + _buffered("grants", "POST", "^/photon/v2/grants$", MOST_GRANTS_BYTES, upstream)
-        + _buffered("desk", "POST", "^/photon/v2/[a-z]+$", MOST_SMALL_BYTES, upstream)
-        + _buffered("health", "GET HEAD", "^/photon/v2/health$", 1024, upstream)
+        _buffered("join", "POST", "^/photon/v2/join$", MOST_JOIN_BYTES, port, opened=True)
+        + _buffered("health", "GET HEAD", "^/photon/v2/health$", 1024, port, opened=True)
+        + stranger
+        + _buffered("replies", "POST", "^/photon/v2/reply$", MOST_REPLY_BYTES, port)
+        + _buffered("grants", "POST", "^/photon/v2/grants$", MOST_GRANTS_BYTES, port)
+        + _buffered("desk", "POST", "^/photon/v2/[a-z]+$", MOST_SMALL_BYTES, port)
     )
 
 
-def _buffered(name: str, methods: str, paths: str, most_bytes: int, upstream: str) -> str:
+def _buffered(
+    name: str, methods: str, paths: str, most_bytes: int, port: int, *, opened: bool = False
+) -> str:
     # A body is here as a whole before the service behind hears of it: what a stranger begins and
     # does not end costs a buffer here, and nobody a place there.
+    shown = f"-{CERTIFICATE_HEADER}" if opened else f"{CERTIFICATE_HEADER} {_SUBJECT}"
     return f"""	@{name} {{
 		method {methods}
 		path_regexp {paths}
@@ -280,13 +320,31 @@ def _buffered(name: str, methods: str, paths: str, most_bytes: int, upstream: st
 		request_body {{
 			max_size {most_bytes}
 		}}
-		reverse_proxy {upstream} {{
+{"" if opened else _admission(port)}		reverse_proxy 127.0.0.1:{port} {{
 			request_buffers {most_bytes}
+			header_up {shown}
 			transport http {{
 				dial_timeout 5s
 			}}
 		}}
 	}}
+"""
+
+
+def _admission(port: int) -> str:
+    # What the desk says but yes is the caller's answer. The question has neither the body nor, as
+    # it is a secret, the query.
+    return f"""		reverse_proxy 127.0.0.1:{port} {{
+			method GET
+			rewrite {ADMISSION_PATH}?
+			header_up {CERTIFICATE_HEADER} {_SUBJECT}
+			@admitted status 2xx
+			handle_response @admitted {{
+			}}
+			transport http {{
+				dial_timeout 5s
+			}}
+		}}
 """
 
 
@@ -304,7 +362,7 @@ def _store(settings: DoorSettings) -> str:
 		request_body {{
 			max_size {MOST_OBJECT_BYTES}
 		}}
-		reverse_proxy 127.0.0.1:{settings.store_port} {{
+{_admission(settings.desk_port)}		reverse_proxy 127.0.0.1:{settings.store_port} {{
 			transport http {{
 				dial_timeout 5s
 			}}

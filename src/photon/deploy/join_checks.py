@@ -11,6 +11,7 @@ import socket
 import ssl
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -139,6 +140,7 @@ class _Site:
         self._ca_pem, self._ca_source = "", home / CA_FILE
         self._health: dict[str, Any] = {}
         self._standing: Standing | None = None
+        self._trust: Callable[[], ssl.SSLContext] | None = None
 
     # --- here --------------------------------------------------------------------------------
 
@@ -357,6 +359,8 @@ class _Site:
             return Doubt(_LATER, verdict="skip")
         with closing(self._client(NodeKey.load(self._home / KEY_FILE))) as client:
             standing = self._standing = client.standing()
+            trust = client.trust()
+        self._trust = lambda: trust
         return f"{standing.name} is {standing.status}"
 
     def store(self) -> str | Doubt:
@@ -375,7 +379,7 @@ class _Site:
             allowed=membership.store_allowed(network),
             name=f"the store at {origin}",
             silence_s=_ANSWER_S,
-            ca_file=self._ca_file if membership.store is None else None,
+            trust=self._trust if membership.store is None else None,
         )
         began = time.monotonic()
         with closing(store):

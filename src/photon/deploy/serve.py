@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from photon.config import RunConfig, write_resolved
 from photon.config.serve import ServeConfig
 from photon.deploy.attempts import Attempts, Ended
+from photon.deploy.certificates import keep_member_authority
 from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.figures import Reader, figures_served, tell_desk, tell_machine
@@ -151,10 +152,10 @@ class Aggregator:
         with contextlib.ExitStack() as ends:
             supervisor = self._hold(ends, fresh=fresh, overwrite=overwrite)
             self._certificate = DoorCertificate(self._serve, self._home, tell=self._on_event)
-            door = self._certificate.files
+            door, members = self._certificate.files, keep_member_authority(self._home)
             presigner, store_port = self._store(supervisor)
             ends.enter_context(self._freeing(supervisor))
-            desk = self._desk(presigner, door.ca)
+            desk = self._desk(presigner, door.ca, members)
             desk.start(operator_socket=self._home / OPERATOR_SOCKET)
             ends.callback(desk.stop)
             self._start(
@@ -165,6 +166,7 @@ class Aggregator:
                         port=self._serve.port,
                         certificate=door.certificate,
                         key=door.key,
+                        members_ca=members / "ca.crt",
                         desk_port=desk.port,
                         store_port=store_port,
                     ),
@@ -246,7 +248,7 @@ class Aggregator:
         )
         return store.presigner(public_url(self._serve)), store.port
 
-    def _desk(self, presigner: Presigner, ca: Path) -> Desk:
+    def _desk(self, presigner: Presigner, ca: Path, authority: Path) -> Desk:
         store = self._serve.store
         return Desk(
             self._roster,
@@ -259,6 +261,7 @@ class Aggregator:
             on_event=self._desk_told,
             store_origin=_origin_of(presigner) if store is not None else None,
             audience=certificate_fingerprint(ca.read_text(encoding="ascii")),
+            authority=authority,
         )
 
     def _figures(self, desk: Desk) -> list[Reader]:

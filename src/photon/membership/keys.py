@@ -138,6 +138,17 @@ class NodeKey:
         """
         return base64.b64encode(self._private.sign(data, _ECDSA)).decode()
 
+    def encrypted_pem(self, passphrase: str) -> bytes:
+        """The private key for a TLS library that reads keys from files only.
+
+        What TLS signs begins otherwise than all that `sign_document` and `sign_request` do.
+        """
+        return self._private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(passphrase.encode()),
+        )
+
 
 def verify(public_pem: str, data: bytes, signature: str) -> None:
     """Check a signature of `NodeKey.sign`.

@@ -55,8 +55,7 @@ def outside(
     home: Path, node: NodeConfig, membership: Membership, key: NodeKey
 ) -> tuple[DeskClient, Callable[[str], Carrier]]:
     """The desk, and for a task's id the way to the store, by the desk's grants."""
-    door_ca = home / "ca.crt"
-    desk = DeskClient(membership.address, door_ca, key)
+    desk = DeskClient(membership.address, home / "ca.crt", key)
     cap = node.network.mbit_per_s
 
     def carrier(task_id: str) -> Carrier:
@@ -65,7 +64,7 @@ def outside(
             grants,
             membership.store_origin,
             allowed=membership.store_allowed(node.network),
-            ca_file=door_ca if membership.store is None else None,
+            trust=desk.trust if membership.store is None else None,
         )
         transfer = Transfer(
             store,

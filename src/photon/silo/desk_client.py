@@ -7,6 +7,7 @@ the authority that came with the invitation and no other; nothing is sent in the
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import ssl
 import time
@@ -33,6 +34,7 @@ from photon.membership.keys import NodeKey
 from photon.membership.records import SignedReply, printable
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
+from photon.silo.admission import Admission, distrusted
 from photon.silo.grant_book import MOST_WANTS, GrantBook, Leave, Want
 from photon.store.dialling import distrust, http_client, is_loopback, proxy_to
 from photon.store.presign import Grant
@@ -125,6 +127,11 @@ class _TaskAnswer(_Answer):
     letter: _LetterPart | None
 
 
+class _CertificateAnswer(_Answer):
+    certificate: Annotated[str, Field(max_length=8000)]
+    left_s: Annotated[float, Field(gt=0)]
+
+
 @dataclass(frozen=True)
 class Delivery:
     """A question for this node.
@@ -173,9 +180,17 @@ class DeskClient:
                 f"{ca_file} can't be read as a certificate authority: {error}",
                 hint="It came with the invitation: join again, or copy it from a backup.",
             ) from error
-        self._client = http_client(self._origin, trust, httpx2.Timeout(timeout_s))
+        timeout = httpx2.Timeout(timeout_s)
+        ends = contextlib.ExitStack()
+        self._stranger = http_client(self._origin, trust, timeout)
+        ends.callback(self._stranger.close)
+        #: None: a desk without a door asks for no certificate, nor does health.
+        self._admission: Admission | None = None
+        if key is not None and self._origin.startswith("https:"):
+            self._admission = Admission(key, self._origin, ca_file, timeout)
+            ends.callback(self._admission.close)
         #: Closes connections; called by itself when nobody holds this any more.
-        self.close = weakref.finalize(self, self._client.close)
+        self.close = weakref.finalize(self, ends.close)
 
     def join(self, token: str, name: str, public_pem: str, facts: Facts) -> dict[str, Any]:
         """Redeem an invitation. Asked again by the same node, the desk says yes again.
@@ -252,6 +267,15 @@ class DeskClient:
             body["answer"] = {"text": text, **own}
         self._asked("reply", body)
 
+    def trust(self) -> ssl.SSLContext:
+        """What connections to the aggregator's door are made with: also those to the store there.
+
+        Raises:
+            PhotonError: as `presence`.
+        """
+        assert self._admission is not None  # grants are asked for with a key, and name https
+        return self._admission.client(self._given_certificate)[1]
+
     def grants(self, task_id: str) -> GrantBook:
         """Leave for the objects of one task: photon.store.granted_store.Grants."""
         return GrantBook(self, task_id)
@@ -309,6 +333,10 @@ class DeskClient:
                 found.append(Leave(grant, time.monotonic() + left_s))
         return found
 
+    def _given_certificate(self) -> tuple[str, float]:
+        answer = self._parsed("join", {}, _CertificateAnswer, "gives no certificate")
+        return answer.certificate, answer.left_s
+
     def _parsed(
         self,
         what: str,
@@ -331,10 +359,13 @@ class DeskClient:
         path = f"{DESK_PATH}/{what}"
         content = json.dumps(body).encode() if body is not None else None
         method = "POST" if content is not None else "GET"
-        headers = {}
+        headers, client = {}, self._stranger
+        admission = self._admission if what not in ("join", "health") else None
         if content is not None:
             if self._key is None:
                 raise MembershipError(f"asking the desk for {what} needs the node's key")
+            if admission is not None:
+                client, _ = admission.client(self._given_certificate)
             headers = sign_request(
                 self._key, method, path, content, now=time.time(), audience=self._audience
             )
@@ -342,11 +373,13 @@ class DeskClient:
         try:
             url = self._origin + path
             patience = httpx2.Timeout(self._timeout_s, read=timeout_s or self._timeout_s)
-            with self._client.stream(
+            with client.stream(
                 method, url, content=content, headers=headers, timeout=patience
             ) as answer:
                 text = _read(answer)
         except httpx2.RequestError as error:
+            if admission is not None and not isinstance(error, httpx2.TimeoutException):
+                admission.doubt()
             raise self._trouble(error) from error
         return self._document(answer, text, what)
 
@@ -379,7 +412,7 @@ class DeskClient:
         """Our error for one of httpx's."""
         refused = distrust(error)
         if refused is not None:
-            words, hint = _distrusted(refused)
+            words, hint = distrusted(refused)
             return CertificateError(
                 f"{self} can't prove that it is the aggregator: {words}", hint=hint
             )
@@ -450,31 +483,3 @@ def _read(answer: httpx2.Response) -> bytes:
             raise ProtocolError(f"an answer of more than {_MOST_BYTES} bytes; no desk sends that")
         pieces.append(piece)
     return b"".join(pieces)
-
-
-def _distrusted(error: ssl.SSLCertVerificationError) -> tuple[str, str]:
-    """What is wrong with a certificate, and what to do about it."""
-    said = printable(str(error.verify_message))[:300]
-    match error.verify_code:  # OpenSSL's X509_V_ERR_...
-        case 10:  # CERT_HAS_EXPIRED
-            return (
-                "its certificate expired",
-                "The aggregator's operator renews it (`photon serve --check` says how); if it is "
-                "new, this machine's clock is ahead.",
-            )
-        case 9:  # CERT_NOT_YET_VALID
-            return (
-                "its certificate is not valid yet",
-                "This machine's clock is behind, or the aggregator's was ahead when it was made.",
-            )
-        case 62 | 64:  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
-            return (
-                f"its certificate is another host's ({said})",
-                "Use the address as the invitation has it; the aggregator's [serve] host says "
-                "which.",
-            )
-    return (
-        f"its certificate is not of the authority that the invitation names ({said})",
-        "Somebody else may answer in the aggregator's place: ask its operator for the fingerprint "
-        "of its authority. If that changed, a new invitation has it.",
-    )

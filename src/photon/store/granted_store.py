@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import re
 import ssl
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx2
@@ -54,7 +55,8 @@ class GrantedStore(Store):
         name: for messages.
         silence_s: the longest wait for a connection, for a write to go on, for a byte to read.
             Shorter than a transfer's own, so that a dead connection is given up and tried again.
-        ca_file: trust this certificate authority and no other.
+        trust: certificate authorities, and what this side shows; asked for each connection, once
+            there is leave. The system's if None.
 
     Raises:
         AccessRefusedError: an origin that no store may have.
@@ -69,23 +71,39 @@ class GrantedStore(Store):
         allowed: Iterable[str] = (),
         name: str = "the run's store",
         silence_s: float = 20.0,
-        ca_file: Path | None = None,
+        trust: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
         self._grants = grants
         self._name = name
         self._origin = require_origin(origin)
         self._watch = Allowed(allowed).watching(*self._origin[1:])
         self._silence_s = silence_s
-        self._client = http_client(
-            origin,
-            ssl.create_default_context(cafile=str(ca_file)) if ca_file else None,
-            httpx2.Timeout(silence_s, connect=min(10.0, silence_s), pool=None),
-            # As many connections as there are streams: the transfer bounds those.
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32),
-        )
         self._through = proxy_to(origin)
+        self._trust = trust
+        self._url = origin
+        self._lock = threading.Lock()
+        self._made: tuple[ssl.SSLContext | None, httpx2.Client] | None = None
+        ends = contextlib.ExitStack()
+        self._ends = ends.callback
         #: Closes connections; called by itself when nobody holds this store any more.
-        self.close = weakref.finalize(self, self._client.close)
+        self.close = weakref.finalize(self, ends.close)
+
+    def _client(self) -> httpx2.Client:
+        """For the trust of this moment: a certificate may have been renewed."""
+        trust = self._trust() if self._trust is not None else None
+        with self._lock:
+            if self._made is None or self._made[0] is not trust:
+                silence_s = self._silence_s
+                client = http_client(
+                    self._url,
+                    trust,
+                    httpx2.Timeout(silence_s, connect=min(10.0, silence_s), pool=None),
+                    # As many connections as there are streams: the transfer bounds those.
+                    limits=httpx2.Limits(max_connections=None, max_keepalive_connections=32),
+                )
+                self._ends(client.close)
+                self._made = trust, client
+            return self._made[1]
 
     def put(self, key: str, data: Buffer, *, pace: Pace = unpaced) -> None:
         require_key(key)
@@ -158,8 +176,9 @@ class GrantedStore(Store):
             grant = self._grants(verb, key, bytes, sha256)
             self._check(grant, verb, key)
             _check_headers(grant, key, bytes, sha256)
+            client = self._client()
             with self._speaking(verb, key):
-                request = self._client.build_request(
+                request = client.build_request(
                     verb,
                     grant.url,
                     headers=grant.headers,
@@ -167,7 +186,7 @@ class GrantedStore(Store):
                     # A connection to a proxy is none to the store.
                     extensions={} if self._through else {"trace": self._watch},
                 )
-                answer = self._client.send(request, stream=True)
+                answer = client.send(request, stream=True)
                 try:
                     if answer.status_code != 403 or last:
                         yield answer
