@@ -71,7 +71,8 @@ class ServeConfig(Section):
     grant_s: Annotated[int, Field(ge=60, le=604_800)] = Field(
         default=300,
         description="Seconds that a presigned URL is valid. A transfer that began goes on, and "
-        "silos ask for new ones; whoever is expelled can use those it has for as long.",
+        "silos ask for new ones. In a store of your own, whoever is expelled can use those it has "
+        "for as long; the door refuses them at once.",
     )
     keep_rounds: Positive = Field(
         default=2, description="Rounds whose states and updates stay in the store."

@@ -232,8 +232,7 @@ class Desk:
 
     def _member(self, caller: Caller) -> Member:
         """Whose request this is; an active member's, or it is refused."""
-        # Checking a signature takes a millisecond: nobody gets many of them for a key it lacks, and
-        # nobody spends those of who showed a certificate.
+        # It takes a millisecond: nobody gets many for a key it lacks, or spends a certificate's.
         given = caller.headers
         key, shown = given.get(KEY_HEADER.lower(), "")[:80], given.get(CERTIFICATE_HEADER)
         claimed = f"{caller.address} {key} {shown}"
