@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperGroup
 
+from photon.cli.backup import backup, restore
 from photon.cli.data import data_app
 from photon.cli.demo import demo
 from photon.cli.doctor import doctor
@@ -374,6 +375,8 @@ _PANELS: dict[str, dict[str, Any]] = {
         "status": status,
         "stop": stop,
         "audit": audit,
+        "backup": backup,
+        "restore": restore,
     },
     "Across organisations: a silo": {"join": join},
 }
