@@ -1,6 +1,6 @@
 """What a flood of connections without a certificate costs: the door's memory, members' time.
 
-    python benchmarks/flood.py [--connections 200] [--seconds 60] [--out FILE.json]
+    python benchmarks/flood.py [--connections 200] [--seconds 60] [--kinds join ...]
 
 A desk and a door are started on this machine. Strangers open connections and send all they can:
 bodies to closed paths and to the store's, requests to join with garbage or signed by a key that
@@ -22,9 +22,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -41,6 +41,7 @@ from photon.membership.signing import sign_request
 from photon.silo.desk_client import DeskClient
 from photon.store.presign import S3Presigner
 
+KINDS = ("reply", "store", "join", "signed", "health", "half", "headers")
 FACTS = Facts("a" * 64, "b" * 64, 1000, "0.1.0")
 
 
@@ -49,15 +50,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--connections", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of requests")
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
     parser.add_argument("--strangers", nargs=2, metavar=("PORT", "CA"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.strangers:
         port, ca = chosen.strangers
-        asyncio.run(flood(int(port), ca, chosen.connections, chosen.seconds))
+        asyncio.run(flood(int(port), ca, chosen))
         return
     with tempfile.TemporaryDirectory(prefix="photon-flood-") as folder:
-        found = measured(Path(folder), chosen.connections, chosen.seconds)
+        found = measured(Path(folder), chosen)
     text = json.dumps(found, indent=1)
     print(text)
     if chosen.out:
@@ -67,7 +69,7 @@ def main() -> None:
 # --- the aggregator, and members -----------------------------------------------------------------
 
 
-def measured(folder: Path, connections: int, seconds: float) -> dict[str, Any]:
+def measured(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """Memory and members' times, before and during the flood."""
     with aggregator(folder) as (port, roster, ca, door):
         address = f"127.0.0.1:{port}"
@@ -76,7 +78,8 @@ def measured(folder: Path, connections: int, seconds: float) -> dict[str, Any]:
         quiet = [timed(ask) for _ in range(20)]
         before = [door.memory_info().rss, psutil.Process().memory_info().rss]
         command = [sys.executable, __file__, "--strangers", str(port), str(ca)]
-        command += ["--connections", str(connections), "--seconds", str(seconds)]
+        command += ["--connections", str(chosen.connections), "--seconds", str(chosen.seconds)]
+        command += ["--kinds", *chosen.kinds]
         strangers = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         peak, asked, again = list(before), [], []
         while strangers.poll() is None:
@@ -91,8 +94,8 @@ def measured(folder: Path, connections: int, seconds: float) -> dict[str, Any]:
         said = json.loads(strangers.communicate()[0])
         member.close()
         return {
-            "connections": connections,
-            "seconds": seconds,
+            "connections": chosen.connections,
+            "seconds": chosen.seconds,
             "sent": said,
             "door_grew_bytes": peak[0] - before[0],
             "desk_grew_bytes": peak[1] - before[1],
@@ -161,16 +164,25 @@ def spread(seconds: list[float]) -> dict[str, float]:
 # --- strangers -----------------------------------------------------------------------------------
 
 
-async def flood(port: int, ca: str, connections: int, seconds: float) -> None:
+class Speaker(NamedTuple):
+    """What one stranger says."""
+
+    chance: random.Random
+    kinds: Sequence[str]
+    key: NodeKey
+
+
+async def flood(port: int, ca: str, chosen: argparse.Namespace) -> None:
     """Send what can be sent; prints how often each was answered how."""
     trust = ssl.create_default_context(cafile=ca)
-    until = time.monotonic() + seconds
+    until = time.monotonic() + chosen.seconds
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         key = NodeKey.create(Path(folder) / "key")
     async with asyncio.TaskGroup() as group:
-        for number in range(connections):
-            group.create_task(stranger(port, trust, until, random.Random(number), key, counts))
+        for number in range(chosen.connections):
+            speaks = Speaker(random.Random(number), chosen.kinds, key)
+            group.create_task(stranger(port, trust, until, speaks, counts))
     print(json.dumps(counts))
 
 
@@ -178,8 +190,7 @@ async def stranger(
     port: int,
     trust: ssl.SSLContext,
     until: float,
-    chance: random.Random,
-    key: NodeKey,
+    speaks: Speaker,
     counts: Counter[str],
 ) -> None:
     """One connection after another."""
@@ -191,16 +202,16 @@ async def stranger(
                 )
                 try:
                     while True:
-                        counts[await spoken(reader, writer, chance, key)] += 1
+                        counts[await spoken(reader, writer, speaks)] += 1
                 finally:
                     writer.transport.abort()
 
 
 async def spoken(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, chance: random.Random, key: NodeKey
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, speaks: Speaker
 ) -> str:
     """One request; the name of its kind, and the status."""
-    kind = chance.choice(("reply", "store", "join", "signed", "health", "half", "headers"))
+    kind = speaks.chance.choice(speaks.kinds)
     verb, path, body, more, length = "POST", "/photon/v2/join", b"x" * 4096, {}, None
     match kind:
         case "reply":
@@ -210,7 +221,7 @@ async def spoken(
             body = b"x" * (8 << 20)
         case "signed":
             body = b"{}"
-            more = sign_request(key, verb, path, body, now=time.time())
+            more = sign_request(speaks.key, verb, path, body, now=time.time())
         case "health":
             verb, path, body = "GET", "/photon/v2/health", b""
         case "half":
@@ -222,7 +233,7 @@ async def spoken(
     writer.write("\r\n".join([*lines, "", ""]).encode() + body)
     await writer.drain()
     if kind == "half":
-        await asyncio.sleep(chance.uniform(0.1, 5.0))
+        await asyncio.sleep(speaks.chance.uniform(0.1, 5.0))
         raise ConnectionResetError
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
     length = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)
