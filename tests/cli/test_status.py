@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -106,6 +107,26 @@ def test_why_an_update_was_dropped_is_said_whole_whatever_the_view_has_room_for(
 
     following._follow(path, lambda _: None, dict, said.append, Over())
     assert said == [f"round 2: dropped lab-b: {reason}"]
+
+
+def test_each_line_is_written_for_programs_too_where_that_is_asked(tmp_path, capsys) -> None:
+    for form in ("text", "json"):
+        lines = serve._Lines(tmp_path / form / "serve.log", form, verbose=False)
+        lines.service('12:00:00 door | said "a | b" \u00fc')
+        lines.event("all is up")
+        for log in filter(None, (lines._log, lines._json)):
+            log.close()
+    assert not (tmp_path / "text" / "serve.jsonl").exists()
+    readable = (tmp_path / "json" / "serve.log").read_text(encoding="utf-8").splitlines()
+    written = (tmp_path / "json" / "serve.jsonl").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in written.splitlines()]
+    assert len(readable) == 2
+    assert [(one["service"], one["text"]) for one in records] == [
+        ("door", 'said "a | b" \u00fc'),
+        ("photon", "all is up"),
+    ]
+    for one in records:
+        assert datetime.fromisoformat(one["at"]).utcoffset() == timedelta(0)
 
 
 def test_where_nobody_answers_the_hint_knows_a_run_that_is_over(tmp_path) -> None:

@@ -93,7 +93,8 @@ def serve(
         folder = run_dir or Path("runs") / config.run.name
     refuse_children(config, "`photon serve`")
     open_data(config.data.path)  # silos would be waited for first, and then sent away
-    lines = _Lines(Path(config.serve.home) / "logs" / "serve.log", verbose=verbose)
+    log = Path(config.serve.home) / "logs" / "serve.log"
+    lines = _Lines(log, config.serve.log, verbose=verbose)
     aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)
     with contextlib.ExitStack() as view:
 
@@ -193,7 +194,7 @@ def join(
     elif url is not None:
         moved(home, _address(url))
     require_registered(home, node)
-    lines = _Lines(home / "logs" / "join.log", verbose=verbose)
+    lines = _Lines(home / "logs" / "join.log", node.watch.log, verbose=verbose)
     lines.event("starting the trainer, at most 180 s")
     try:
         Node(home, node_file, log=lines.service, on_event=lines.event, on_live=lines.live).run(
@@ -253,12 +254,17 @@ def stop(
 
 
 class _Lines:
-    """One readable log: a file that has everything, and the console, which has what matters."""
+    """One readable log: a file that has everything, and the console, which has what matters.
 
-    def __init__(self, path: Path, *, verbose: bool) -> None:
+    Args:
+        form: "json" has the same lines in a file for programs, too.
+    """
+
+    def __init__(self, path: Path, form: str, *, verbose: bool) -> None:
         from photon.deploy.logs import BoundedLog
 
         self._log = BoundedLog(path)
+        self._json = BoundedLog(path.with_suffix(".jsonl")) if form == "json" else None
         self._verbose = verbose
         self._lock = threading.Lock()
         self._live: Status | None = None
@@ -296,6 +302,10 @@ class _Lines:
     def _write(self, line: str) -> None:
         with self._lock:
             self._log.write(f"{time.strftime('%Y-%m-%d')} {line}")
+            if self._json is not None:
+                service, _, text = line.partition(" ")[2].partition(" | ")
+                at = datetime.now(UTC).isoformat(timespec="milliseconds")
+                self._json.write(json.dumps({"at": at, "service": service, "text": text}))
 
 
 def _show_checks(findings: list[Check], as_json: bool) -> None:

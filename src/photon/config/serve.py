@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from photon.config.addresses import host_name
 from photon.config.section import LocalPath, Positive, Section
-from photon.config.watch import Metrics, MetricsOpen, closed_unless_said
+from photon.config.watch import LogForm, Metrics, MetricsOpen, closed_unless_said
 
 _LISTEN = re.compile(r"^(\[[0-9A-Fa-f:.]+\]|[^:\s/]+):(\d{1,5})$")
 
@@ -82,6 +82,7 @@ class ServeConfig(Section):
     )
     metrics: Metrics = None
     metrics_open: MetricsOpen = False
+    log: LogForm = "text"
 
     _closed = model_validator(mode="after")(closed_unless_said)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -24,6 +24,13 @@ MetricsOpen = Annotated[
     Field(
         description="Lets metrics be an address that other machines reach. It has no password: "
         "whoever reaches it reads silos' names and the run's figures."
+    ),
+]
+LogForm = Annotated[
+    Literal["text", "json"],
+    Field(
+        description='"json" writes each line of the readable log again, to a file beside it that '
+        "ends in .jsonl: an object with at (RFC 3339, UTC), service and text."
     ),
 ]
 
@@ -54,5 +61,6 @@ class WatchConfig(Section):
 
     metrics: Metrics = None
     metrics_open: MetricsOpen = False
+    log: LogForm = "text"
 
     _closed = model_validator(mode="after")(closed_unless_said)

@@ -226,8 +226,9 @@ def _add_checkpoint(
         if name.endswith("/state.json"):
             file.seek(0)
             under = name.removesuffix("state.json")
-            hashes = {f"{under}{one}": sha for one, sha in json.load(file)["files"].items()}
-    if checkpoint and any(made.files.get(name) != sha for name, sha in hashes.items() or [("", 0)]):
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                hashes = {f"{under}{one}": sha for one, sha in json.load(file)["files"].items()}
+    if checkpoint and not (hashes and hashes.items() <= made.files.items()):
         raise DeployError(
             f"the checkpoint of round {made.round} changed meanwhile, or is damaged",
             hint="Try again. If it is so again, see `photon audit RUN`.",
