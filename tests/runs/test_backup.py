@@ -102,7 +102,7 @@ def test_what_is_in_it(served, home, tmp_path) -> None:
     assert made == verified(out)
     assert made.references == {
         "data": load_run_config(served.folder / "serve.toml").data.path,
-        "store": served.serving.store,
+        "store": "the embedded one, in the old home",
     }
     assert set(made.files) == {
         *(f"home/{name}" for name in (AGGREGATOR_KEY_FILE, ROSTER_FILE, "ca.key")),
@@ -111,6 +111,7 @@ def test_what_is_in_it(served, home, tmp_path) -> None:
     _, run = restore(out, tmp_path / "new", tmp_path / "run")
     assert (run / "events.jsonl").read_text() == '{"a": 1}\n'
     whole = back_up(home, tmp_path / "whole.tar", with_store=True)
+    assert set(whole.references) == {"data"}
     assert set(whole.files) - set(made.files) == {"home/store/data/1.dat"}
     assert not list(tmp_path.glob(".*"))
 

@@ -57,7 +57,7 @@ def restore(
     made, run = bring_back(file, home, run_dir)
     say(f"{home}: {len(made.files)} files, as they were backed up")
     for what, where in made.references.items():
-        say(f"not in it: {what}, {where or 'none yet'}")
+        say(f"not in it: {what}, {where}")
     if run is not None:
         say(f"round {made.round} is the last that counts; the old aggregator must stay off. Then:")
         say(f"photon serve --resume {run}")

@@ -100,6 +100,8 @@ def back_up(home: Path, out: Path, *, with_store: bool = False) -> Backup:
             _add_checkpoint(tar, checkpoint, made)
             if run is not None:
                 made.references.update(_references(run))
+                if with_store and not load_run_config(run / RUN_FILE).serve.store:
+                    del made.references["store"]
                 _add_folder(tar, run, "run", _RUN_LEFT_OUT, made)
             left_out = _HOME_LEFT_OUT - {"store"} if with_store else _HOME_LEFT_OUT
             _add_folder(tar, home, "home", left_out, made, but=run)
@@ -202,7 +204,9 @@ def verified(file: Path) -> Backup:
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 
-def _newest_checkpoint(run: Path, ends: contextlib.ExitStack) -> tuple[int, dict[str, IO[bytes]]]:
+def _newest_checkpoint(
+    run: Path, ends: contextlib.ExitStack
+) -> tuple[int, Mapping[str, IO[bytes]]]:
     """Its round, and its files, open: what is removed meanwhile can be read to its end."""
     while folders := sorted((run / "checkpoints").glob("round-*")):
         newest = folders[-1]
@@ -239,7 +243,8 @@ def _references(run: Path) -> dict[str, str]:
     config = load_run_config(run / RUN_FILE)
     names = ("certificate", "key", "ca")
     own = {name: getattr(config.serve, name) for name in names}
-    return {"data": config.data.path, "store": Serving.read(run).store} | {
+    store = config.serve.store or "the embedded one, in the old home"
+    return {"data": config.data.path, "store": store} | {
         name: value for name, value in own.items() if value is not None
     }
 
