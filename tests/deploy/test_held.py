@@ -119,6 +119,7 @@ def test_what_a_trainer_says_for_the_screen_is_shown_and_the_rest_is_its_log(hom
     key = NodeKey.create(home / KEY_FILE).public_pem
     _write_membership(home, Membership("blue", "127.0.0.1:1", "sha256:" + "0" * 64, key))
     events, live = [], []
+    (tmp_path / "node.toml").write_text(f'[data]\npath = "{tmp_path}"\n')
     node = Node(
         *(home, tmp_path / "node.toml"),
         log=lambda _: None,

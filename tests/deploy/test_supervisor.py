@@ -278,7 +278,8 @@ def test_one_that_runs_to_its_end_is_not_started_again(watched, ends, code, word
         until(lambda: watched.status("loop").state == "stopped", "its end")
         assert watched.status("loop").exit_code == code
         assert watched.status("loop").detail == words
-        assert watched.kinds("loop") == ["started", "ready", "stopped"] * times
+        told = ["started", "ready", "stopped"] * times
+        until(lambda told=told: watched.kinds("loop") == told, "it is told")
     assert not watched.supervisor.wait(0.1), "it is no failure"
 
 

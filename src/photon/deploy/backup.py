@@ -211,7 +211,7 @@ def _newest_checkpoint(
     while folders := sorted((run / "checkpoints").glob("round-*")):
         newest = folders[-1]
         with contextlib.suppress(FileNotFoundError):  # pruned just now: there is a newer one
-            opened = {
+            opened: dict[str, IO[bytes]] = {
                 f"run/checkpoints/{newest.name}/{path.name}": ends.enter_context(path.open("rb"))
                 for path in sorted(newest.iterdir())
             }
