@@ -24,16 +24,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -42,10 +39,9 @@ from typing import Any
 
 from deployment.federation import EventFile, Federation, Plan, prepare_text, read_tasks
 from deployment.processes import PeakWatch, Sample, sample
+from deployment.store_alone import store_by_itself
 
 PRESETS = {0: "tiny", 75: "75m", 125: "125m", 350: "350m", 1300: "1.3b"}
-#: Distinct text that the store is tried with; its objects are as large as Photon's.
-_CHUNK_BYTES, _CHUNKS = 16 << 20, 4
 _LINE = re.compile(
     r"(?P<at>\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) INFO "
     r"(?P<what>asked for|received|answered) (?P<rest>.*)"
@@ -284,92 +280,6 @@ def _together(count: int, spans: Sequence[tuple[float, float]]) -> float:
     return count / taken / 1e6
 
 
-# ---- the store by itself
-
-
-def store_by_itself(federation: Federation, count: int) -> dict[str, float]:
-    """MB/s of as many clients as there are silos, each writing and then reading so many bytes.
-
-    They use Photon's transfer, on loopback and in the clear: no door, no TLS, no grants.
-    """
-    record = json.loads((federation.run / "serve.json").read_text(encoding="utf-8"))
-    chunk = min(_CHUNK_BYTES, count)
-    task = {"record": record, "chunk": chunk, "objects": math.ceil(count / chunk)}
-    told: dict[str, float] = {}
-    with contextlib.ExitStack() as ends:
-        clients = [
-            ends.enter_context(
-                subprocess.Popen(
-                    _command("store", task | {"name": name}),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for name in federation.silos
-        ]
-        for client in clients:
-            ends.callback(client.kill)
-        for verb in ("ready", "put", "get", "delete"):
-            for client in clients:
-                assert client.stdin is not None
-                client.stdin.write(f"{verb}\n")
-                client.stdin.flush()
-            spans = [json.loads(_line(client)) for client in clients]
-            span_s = max(one["ended"] for one in spans) - min(one["started"] for one in spans)
-            told[verb] = task["objects"] * chunk * len(clients) / max(span_s, 1e-9) / 1e6
-    return told
-
-
-def _line(client: subprocess.Popen[str]) -> str:
-    assert client.stdout is not None
-    line = client.stdout.readline()
-    if not line:
-        raise SystemExit("the store by itself could not be measured: see above")
-    return line
-
-
-def store_client(task: Mapping[str, Any]) -> None:
-    """Does what standard input says, a word a line, and prints when it began and ended."""
-    import random
-    from hashlib import sha256
-
-    from photon.store.object_store import open_store
-    from photon.store.transfer import Transfer, Wanted
-
-    record = task["record"]
-    options = dict(record["store_options"])
-    if record["secrets"] is not None:
-        options |= json.loads(Path(record["secrets"]).read_text(encoding="utf-8"))
-    store = open_store(record["store"], options)
-    draw = random.Random(task["name"])
-    chunks = [draw.randbytes(task["chunk"]) for _ in range(min(_CHUNKS, task["objects"]))]
-    hashes = [sha256(chunk).hexdigest() for chunk in chunks]
-    keys = [f"bench/{task['name']}/{number}" for number in range(task["objects"])]
-    turn = range(len(keys))
-    carrier = Transfer(store, streams=8)
-
-    def get() -> None:
-        wanted = (Wanted(keys[one], task["chunk"], hashes[one % len(hashes)]) for one in turn)
-        for _ in carrier.fetch(wanted):
-            pass
-
-    verbs = {
-        "ready": lambda: None,
-        "put": lambda: carrier.send((keys[one], chunks[one % len(chunks)]) for one in turn),
-        "get": get,
-        "delete": lambda: store.delete(keys),
-    }
-    for line in sys.stdin:
-        started = time.time()
-        verbs[line.strip()]()
-        print(json.dumps({"started": started, "ended": time.time()}), flush=True)
-
-
-def _command(role: str, task: Mapping[str, Any]) -> list[str]:
-    return [sys.executable, __file__, "--role", role, "--task", json.dumps(task)]
-
-
 # ---- tables
 
 
@@ -456,8 +366,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timeout-s", type=float, default=3600, help="of each part")
     parser.add_argument("--quick", action="store_true", help="tiny, 2 silos, to see that it runs")
     parser.add_argument("--out", type=Path, help="write the tables here too")
-    parser.add_argument("--role", choices=["store"], help=argparse.SUPPRESS)
-    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.parameters, options.silos, options.tiny_rounds = 0, 2, 2
@@ -467,9 +375,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    if options.role:
-        store_client(options.task)
-        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     measured: list[tuple[str, Measured]] = []
     # The aggregator's: silos wait while it merges.
