@@ -16,19 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checked_site import Aggregator, Site, name_of
+from desk_place import Place
 
+from photon.data import open_data
 from photon.deploy.certificates import (
     CertificateFiles,
     keep_certificate,
     keep_member_authority,
     member_certificate,
 )
+from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.front_door import DoorSettings, front_door
 from photon.deploy.ports import free_ports
 from photon.deploy.service import Service, ServiceEvent
 from photon.deploy.supervisor import Supervisor
+from photon.membership.invitation import SharedTokenizer, certificate_fingerprint
 from photon.membership.keys import NodeKey
+from photon.membership.roster import Roster
 
 
 @dataclass
@@ -229,3 +235,56 @@ def running_door(short_folder, certificates, running_store) -> Iterator[RunningD
             yield RunningDoor(settings, service, certificates, desk, found)
     finally:
         desk.close()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    """An aggregator's home whose desk listens, its operator's socket too."""
+    made = Place(tmp_path)
+    try:
+        made.open(operator_socket=made.socket)
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def aggregator(short_folder, running_store, watch, three_silos) -> Iterator[Aggregator]:
+    """Up, with a door of its own before its desk and the store of all."""
+    folder = short_folder("aggregator")
+    files = keep_certificate(folder / "home", "127.0.0.1")
+    roster = Roster(folder / "members.sqlite")
+    (port,) = free_ports(1)
+    presigner = running_store.store.presigner(f"https://127.0.0.1:{port}", "checked")
+    limits = DeskLimits(joins_per_minute=1000)
+    members = keep_member_authority(folder / "home")
+    audience = certificate_fingerprint(files.ca.read_text())
+    desk = Desk(roster, presigner, limits=limits, audience=audience, authority=members)
+    desk.start()
+    settings = DoorSettings(
+        *("127.0.0.1", port, files.certificate, files.key, members / "ca.crt"),
+        desk_port=desk.port,
+        store_port=running_store.store.port,
+    )
+    watched = watch(folder / "watched")
+    try:
+        with watched.supervisor as supervisor:
+            supervisor.start(front_door(settings, folder / "door"))
+            tokenizer = SharedTokenizer(open_data(three_silos).tokenizer_sha256, "</s>", None)
+            yield Aggregator(folder, roster, files, presigner, desk, settings, tokenizer)
+    finally:
+        desk.stop()
+        roster.close()
+
+
+@pytest.fixture
+def site(tmp_path, three_silos) -> Site:
+    """Not a member yet."""
+    return Site(tmp_path, three_silos)
+
+
+@pytest.fixture
+def member(site, aggregator, request) -> Site:
+    """A site that has joined, under a name of its own."""
+    site.join(aggregator, name_of(request))
+    return site

@@ -109,10 +109,7 @@ def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data
         RUN.format(data=silo_data), silo_data, extra_hosts=["mallory"], only=["lab-a", "lab-b"]
     )
     federation.begin()
-    until = time.monotonic() + 300
-    while not federation.events("round_finished"):
-        assert time.monotonic() < until, federation.log()
-        time.sleep(0.3)
+    _wait_for_rounds(federation, 1, 300)
     mallory = federation.network["mallory"]
     aggregator = federation.network["aggregator"]
     ca = federation.home / "ca.crt"
@@ -183,8 +180,13 @@ def test_an_attacker_with_the_certificate_and_a_cable(make_federation, silo_data
 
     # All of it was seen, and the run went on.
     before = len(federation.events("round_finished"))
-    until = time.monotonic() + 120
-    while len(federation.events("round_finished")) < before + 2:
+    _wait_for_rounds(federation, before + 2, 120)
+
+
+def _wait_for_rounds(federation: Any, rounds: int, timeout_s: float) -> None:
+    """Until so many rounds were finished since the federation began."""
+    until = time.monotonic() + timeout_s
+    while len(federation.events("round_finished")) < rounds:
         assert time.monotonic() < until, federation.log()
         time.sleep(0.3)
 
