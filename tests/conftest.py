@@ -23,6 +23,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 settings.register_profile("photon", deadline=None, derandomize=True)
 settings.load_profile("photon")
 
+# only_fails says what differs, as it did in a test file.
+pytest.register_assert_rewrite("remote_bench")
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

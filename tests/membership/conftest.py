@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from audit_rounds import UPDATE, finished
 
+from photon.membership.audit import MEMBER, ROUND, AuditLog, MergedUpdate
 from photon.membership.keys import NodeKey
 from photon.membership.records import SignedReply
 from photon.membership.roster import Facts, Roster
@@ -63,3 +65,35 @@ def signed_reply():
         )
 
     return reply
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "audit.jsonl"
+
+
+@pytest.fixture
+def log(path, roster, join, keys):
+    """A log in which lab and bank are members."""
+    log = AuditLog(path)
+    for name, key in (("lab", keys[0]), ("bank", keys[1])):
+        log.append(MEMBER, roster.signer(join(name, key).fingerprint))
+    return log
+
+
+@pytest.fixture
+def merged(keys, signed_reply):
+    """merged("lab", 3): lab's part of round 3."""
+
+    def merged(silo="lab", round=1, *, key=None, **reply):
+        key = key or keys[("lab", "bank").index(silo)]
+        return MergedUpdate.of(silo, UPDATE, 1000, signed_reply(key, silo, round, **reply))
+
+    return merged
+
+
+@pytest.fixture
+def three_rounds(log, merged):
+    for number in (1, 2, 3):
+        log.append(ROUND, finished(number, merged("lab", number), merged("bank", number)))
+    return log

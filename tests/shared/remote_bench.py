@@ -151,3 +151,27 @@ class Bench:
             return which.answer(ask)
 
         self.wire.fault = at
+
+
+def hashes(engine, tasks, version):
+    return {
+        update.receipt.silo: tensors_sha256({k: v.clone() for k, v in update.tensors()})
+        for update in fitted(engine, tasks, version)
+    }
+
+
+def only_fails(answers, silo, kind, expected):
+    """The failure of a silo, where the others gave what they always give."""
+    receipt, digest = answers.pop(silo)
+    assert receipt.failure is not None
+    assert digest is None
+    assert receipt.failure_code == kind.exit_code, receipt.failure
+    assert {name: found for name, (_, found) in answers.items()} == {
+        name: found for name, found in expected.items() if name != silo
+    }
+    assert all(one.failure is None for one, _ in answers.values())
+    return receipt.failure
+
+
+def calm_of(bench):
+    return bench.federated.version

@@ -234,3 +234,17 @@ def changed():
         return ask.model_copy(update=fields)
 
     return change
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """Tasks that reach a node."""
+    seen = []
+    fit = Node.fit
+
+    def counted(self, task, state):
+        seen.append(task)
+        return fit(self, task, state)
+
+    monkeypatch.setattr(Node, "fit", counted)
+    return seen
