@@ -10,7 +10,6 @@ import base64
 import contextlib
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -41,6 +40,7 @@ from photon.deploy.desk_server import (
     RefusedError,
     Routes,
     ServerThread,
+    as_json,
     ask_operator,
     loopback_socket,
     private_socket,
@@ -431,7 +431,7 @@ class Desk:
             "version": photon_version(),
             "draining": bool(self._roster.setting("draining", False)),
             "stopping": bool(self._roster.setting("stopping", False)),
-            **_as_json({"run": {}, "services": (), **self._about()}),
+            **as_json({"run": {}, "services": (), **self._about()}),
             "members": members,
             "open_tasks": [
                 {name: getattr(task, name) for name in _TASK_SHOWN}
@@ -480,17 +480,6 @@ class Desk:
         self._roster.journal.note("operator", "stop", "")
         self._tell("stop", {})
         return {"ok": True, "stopping": True}
-
-
-def _as_json(value: Any) -> Any:
-    """What others report, as JSON can say it: a loss that is not finite is null."""
-    if isinstance(value, Mapping):
-        return {str(name): _as_json(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_as_json(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 def _doing(presence: Presence) -> tuple[str, str, int, str]:

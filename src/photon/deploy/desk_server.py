@@ -11,6 +11,7 @@ import http.client
 import inspect
 import json
 import logging
+import math
 import os
 import socket
 import sqlite3
@@ -235,6 +236,17 @@ def _refusal(status: int, error: PhotonError, *, close: bool) -> JSONResponse:
     if status in (429, 503):
         headers["retry-after"] = "10"
     return JSONResponse({"error": error_record(error)}, status, headers)
+
+
+def as_json(value: Any) -> Any:
+    """What others report, as JSON can say it: a loss that is not finite is null."""
+    if isinstance(value, Mapping):
+        return {str(name): as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 class ServerThread:
