@@ -137,7 +137,7 @@ class Killer:
 KINDS = ["trainer", "join", "loop", "door", "store"]
 KILLS = 30
 #: Enough that the last kill finds the run at work, on a machine with nothing else to do too.
-ROUNDS = 40
+ROUNDS = 80
 
 
 def test_thirty_kills_lose_nothing_and_merge_nothing_twice(
