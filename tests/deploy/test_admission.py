@@ -38,7 +38,7 @@ from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.records import OpenTask
 from photon.membership.roster import Facts, Presence, Roster
-from photon.silo import admission
+from photon.silo import door_client
 from photon.silo.desk_client import DeskClient
 from photon.store.granted_store import GrantedStore
 
@@ -162,11 +162,11 @@ def test_a_suspended_member_comes_back_with_the_certificate_it_has(place: Place)
 
 def test_another_members_certificate_with_ones_own_signature(place: Place, monkeypatch) -> None:
     blue, green = place.member("blue"), place.member("green")
-    theirs = green._admission
+    theirs = green._member
     assert theirs is not None
     certified = theirs.client(green._given_certificate)
-    assert blue._admission is not None
-    monkeypatch.setattr(blue._admission, "client", lambda _: certified)
+    assert blue._member is not None
+    monkeypatch.setattr(blue._member, "client", lambda _: certified)
     with pytest.raises(SignatureError, match="another key than its certificate"):
         blue.standing()
     assert green.standing().name == "green"
@@ -178,7 +178,7 @@ def test_strangers_and_the_uninvited_get_none(place: Place) -> None:
     with pytest.raises(UnknownMemberError, match="is no member's"):
         client.standing()
     place.member("blue")
-    with httpx2.Client(verify=client._admission is None, trust_env=False) as plain:
+    with httpx2.Client(verify=client._member is None, trust_env=False) as plain:
         # On the desk's own port, for users of this machine: signed all the same.
         url = f"http://127.0.0.1:{place.desk.port}"
         assert plain.post(f"{url}/photon/v2/join", content=b"{}").status_code == 401
@@ -192,7 +192,7 @@ def test_renewed_in_time_and_what_is_under_way_goes_on(place: Place, monkeypatch
     assert blue.trust() is first
     now = time.monotonic()
     days = SimpleNamespace(monotonic=lambda: now + 86_400 * passed)
-    monkeypatch.setattr(admission, "time", days)
+    monkeypatch.setattr(door_client, "time", days)
     passed = MEMBER_DAYS / 2
     assert blue.trust() is first
     passed = MEMBER_DAYS * 3 / 4
@@ -310,7 +310,7 @@ def test_a_desk_without_a_door_gives_none(tmp_path) -> None:
         client = DeskClient(f"http://127.0.0.1:{desk.port}", None, key)
         client.join(roster.invite("blue", 60), "blue", key.public_pem, FACTS)
         client.presence(Presence("idle"))
-        assert client._admission is None
+        assert client._member is None
     finally:
         desk.stop()
         roster.close()

@@ -34,7 +34,7 @@ from photon.membership.keys import NodeKey
 from photon.membership.records import SignedReply, printable
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
-from photon.silo.admission import Admission, distrusted
+from photon.silo.door_client import DoorClient, distrusted
 from photon.silo.grant_book import MOST_WANTS, GrantBook, Leave, Want
 from photon.store.dialling import distrust, http_client, is_loopback, proxy_to
 from photon.store.presign import Grant
@@ -185,10 +185,10 @@ class DeskClient:
         self._stranger = http_client(self._origin, trust, timeout)
         ends.callback(self._stranger.close)
         #: None: a desk without a door asks for no certificate, nor does health.
-        self._admission: Admission | None = None
+        self._member: DoorClient | None = None
         if key is not None and self._origin.startswith("https:"):
-            self._admission = Admission(key, self._origin, ca_file, timeout)
-            ends.callback(self._admission.close)
+            self._member = DoorClient(key, self._origin, ca_file, timeout)
+            ends.callback(self._member.close)
         #: Closes connections; called by itself when nobody holds this any more.
         self.close = weakref.finalize(self, ends.close)
 
@@ -273,8 +273,8 @@ class DeskClient:
         Raises:
             PhotonError: as `presence`.
         """
-        assert self._admission is not None  # grants are asked for with a key, and name https
-        return self._admission.client(self._given_certificate)[1]
+        assert self._member is not None  # grants are asked for with a key, and name https
+        return self._member.client(self._given_certificate)[1]
 
     def grants(self, task_id: str) -> GrantBook:
         """Leave for the objects of one task: photon.store.granted_store.Grants."""
@@ -360,12 +360,12 @@ class DeskClient:
         content = json.dumps(body).encode() if body is not None else None
         method = "POST" if content is not None else "GET"
         headers, client = {}, self._stranger
-        admission = self._admission if what not in ("join", "health") else None
+        member = self._member if what not in ("join", "health") else None
         if content is not None:
             if self._key is None:
                 raise MembershipError(f"asking the desk for {what} needs the node's key")
-            if admission is not None:
-                client, _ = admission.client(self._given_certificate)
+            if member is not None:
+                client, _ = member.client(self._given_certificate)
             headers = sign_request(
                 self._key, method, path, content, now=time.time(), audience=self._audience
             )
@@ -378,8 +378,8 @@ class DeskClient:
             ) as answer:
                 text = _read(answer)
         except httpx2.RequestError as error:
-            if admission is not None and not isinstance(error, httpx2.TimeoutException):
-                admission.doubt()
+            if member is not None and not isinstance(error, httpx2.TimeoutException):
+                member.doubt()
             raise self._trouble(error) from error
         return self._document(answer, text, what)
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from member_desk import Aggregator, fake_store
+from seaweed import seaweed
 from tls_door import Authority
+
+__all__ = ["aggregator", "authority", "seaweed"]
 
 
 @pytest.fixture

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import random
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -21,25 +18,6 @@ from photon.deploy.desk import Desk
 from photon.errors import AccessRefusedError
 from photon.store.granted_store import GrantedStore
 from photon.store.transfer import Transfer, Wanted
-
-
-@pytest.fixture(scope="module")
-def seaweed() -> Iterator[Any]:
-    """A running SeaweedFS (tests/link/seaweed.py)."""
-    file = Path(__file__).parents[2] / "link" / "seaweed.py"
-    spec = importlib.util.spec_from_file_location("seaweed_for_desk", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    folder = Path(tempfile.mkdtemp(prefix="photon-seaweed-"))
-    weed = module.Seaweed(folder)
-    try:
-        weed.start()
-        yield weed
-    finally:
-        weed.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def chunk(folder: str, seed: int, size: int) -> tuple[str, bytes]:

@@ -26,7 +26,7 @@ from photon.store.dialling import http_client
 _RENEW_PART, _RENEW_AGAIN_S = 1 / 3, 60.0
 
 
-class Admission:
+class DoorClient:
     """A client that shows a certificate. Safe to share between threads.
 
     Args:

@@ -1,15 +1,22 @@
-"""A real object store for tests: SeaweedFS on free loopback ports, in a folder, killed at will."""
+"""A real object store for tests: SeaweedFS on free loopback ports, in a folder, killed at will.
+
+Tests of a folder share one: its conftest imports `seaweed`.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
@@ -128,3 +135,17 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def seaweed() -> Iterator[Seaweed]:
+    """A running SeaweedFS with a bucket. Tests use a prefix each."""
+    # Not pytest's folder: paths of unix sockets are short.
+    folder = Path(tempfile.mkdtemp(prefix="photon-seaweed-"))
+    weed = Seaweed(folder)
+    try:
+        weed.start()
+        yield weed
+    finally:
+        weed.kill()
+        shutil.rmtree(folder, ignore_errors=True)
