@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import httpx2
 import pytest
 
+from photon.config.addresses import joined
 from photon.deploy.certificates import (
     MEMBER_DAYS,
     days_left,
@@ -51,12 +52,13 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "flood.py"
 class Place:
     """An aggregator, as `photon serve` puts it together, and members."""
 
-    def __init__(self, folder: Path, running_store, watched) -> None:
+    def __init__(self, folder: Path, running_store, watched, host: str = "127.0.0.1") -> None:
         self.folder = folder
-        self.files = keep_certificate(folder, "127.0.0.1")
+        self.host = host
+        self.files = keep_certificate(folder, host)
         self.roster = Roster(folder / "members.sqlite")
         (self.port,) = free_ports(1)
-        self.address = f"127.0.0.1:{self.port}"
+        self.address = joined(host, self.port)
         self.presigner = running_store.store.presigner(f"https://{self.address}", "admission")
         self.authority = keep_member_authority(folder)
         self.desk = Desk(
@@ -67,7 +69,7 @@ class Place:
         )
         self.desk.start()
         self.settings = DoorSettings(
-            *("127.0.0.1", self.port, self.files.certificate, self.files.key),
+            *(host, self.port, self.files.certificate, self.files.key),
             members_ca=self.authority / "ca.crt",
             desk_port=self.desk.port,
             store_port=running_store.store.port,
@@ -95,18 +97,23 @@ class Place:
         return GrantedStore(
             client.grants(task.id),
             f"https://{self.address}",
-            allowed=["127.0.0.1"],
+            allowed=[self.host],
             trust=client.trust,
             silence_s=silence_s,
         )
 
 
 @pytest.fixture
-def place(short_folder, running_store, watch) -> Iterator[Place]:
+def host() -> str:
+    return "127.0.0.1"
+
+
+@pytest.fixture
+def place(short_folder, running_store, watch, host) -> Iterator[Place]:
     folder = short_folder("admission")
     watched = watch(folder / "watched")
     with watched.supervisor:
-        found = Place(folder, running_store, watched)
+        found = Place(folder, running_store, watched, host)
         try:
             yield found
         finally:
@@ -114,6 +121,7 @@ def place(short_folder, running_store, watch) -> Iterator[Place]:
             found.roster.close()
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_member_gets_a_certificate_by_itself_and_shows_it_everywhere(place: Place) -> None:
     """Nothing of it is in the node's home: one of an older Photon needs nothing new."""
     blue = place.member("blue")

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from checked_site import LINES, Site, failed, name_of, well
+from tls_door import Authority, door
 
 from photon.deploy import desk as desk_module
 from photon.deploy import join_checks
@@ -51,6 +52,25 @@ def test_an_authority_that_is_another(member, aggregator, short_folder) -> None:
     assert found["authority"].verdict == "ok"
     assert failed(found["door"], CertificateError, "not of the authority that the invitation names")
     assert found["version"].verdict == found["clock"].verdict == "skip"
+
+
+def test_a_proxy_that_opens_tls_is_named(member, aggregator, tmp_path, monkeypatch) -> None:
+    """It dials the real aggregator, and shows a certificate for its name by its own authority."""
+    middle, address = Authority.made(tmp_path, "Hospital Web Gateway"), "fed.example:8443"
+    monkeypatch.setenv("NO_PROXY", "")
+    with door(middle.server("fed.example"), aggregator.settings.port, connect=True) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://u:hush@{proxy}")
+        found = member.look(address=address)
+    assert found["address"].found == f"{address}, through the proxy HTTPS_PROXY=http://{proxy}"
+    named = f"the proxy HTTPS_PROXY=http://{proxy} opens TLS"
+    assert failed(found["door"], CertificateError, named)
+    assert "issued by CN=Hospital Web Gateway" in found["door"].found
+    assert "hush" not in str(found)
+    # One that passes TLS on is fine but for this door's name.
+    with door(None, aggregator.settings.port, connect=True) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://{proxy}")
+        found = member.look(address=address)
+    assert failed(found["door"], CertificateError, "its certificate is another host's")
 
 
 def test_an_invitation_that_was_changed_on_its_way(site, aggregator, short_folder) -> None:

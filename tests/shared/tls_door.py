@@ -79,8 +79,12 @@ class Authority:
 
 
 @contextmanager
-def door(context: ssl.SSLContext | None, to_port: int) -> Iterator[str]:
-    """TLS on a free port, forwarded to a port of this machine; yields host:port."""
+def door(context: ssl.SSLContext | None, to_port: int, *, connect: bool = False) -> Iterator[str]:
+    """TLS on a free port, forwarded to a port of this machine; yields host:port.
+
+    Args:
+        connect: it is a proxy, to be asked with CONNECT before.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.1)
     open_ = True
@@ -99,6 +103,9 @@ def door(context: ssl.SSLContext | None, to_port: int) -> Iterator[str]:
     def serve(raw: socket.socket) -> None:
         raw.settimeout(20)
         try:
+            if connect:
+                assert raw.recv(65536).startswith(b"CONNECT ")
+                raw.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
             with (
                 context.wrap_socket(raw, server_side=True) if context else raw as line,
                 socket.create_connection(("127.0.0.1", to_port), timeout=20) as inner,

@@ -16,12 +16,22 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 PHOTON = (sys.executable, "-m", "photon.cli.main")
-_SUBNET = "10.77.0"
+REACH = """
+import json, socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=3).close()
+    print("true")
+except OSError:
+    print("false")
+"""
+#: Of the bridge, by version of IP, and of links beside it.
+_SUBNETS = {4: "10.77.0.{}/24", 6: "fd77::{}/64"}
+_LINK = "10.78.0.{}/24"
 
 
 def why_not() -> str | None:
@@ -48,12 +58,14 @@ class Network:
 
     Args:
         hosts: names; the first gets 10.77.0.1, and so on.
+        family: 6: fd77::1, and so on, and no IPv4 address but that of loopback.
     """
 
-    def __init__(self, *hosts: str) -> None:
+    def __init__(self, *hosts: str, family: Literal[4, 6] = 4) -> None:
         self._mark = f"p{os.getpid() % 10_000}"
+        self._subnet = _SUBNETS[family]
         self.hosts = {
-            name: Host(name, f"{self._mark}-{name}", f"{_SUBNET}.{number}")
+            name: Host(name, f"{self._mark}-{name}", self._subnet.format(number).split("/")[0])
             for number, name in enumerate(hosts, start=1)
         }
 
@@ -81,13 +93,33 @@ class Network:
                     host.space,
                 )
                 ip("link", "set", port, "master", "bridge", "up", inside=switch)
-                ip("address", "add", f"{host.address}/24", "dev", "eth0", inside=host.space)
-                ip("link", "set", "eth0", "up", inside=host.space)
+                self._up(host, "eth0", self._subnet.format(number + 1))
                 ip("link", "set", "lo", "up", inside=host.space)
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _up(self, host: Host, device: str, address: str) -> None:
+        later = ["nodad"] if ":" in address else []  # else it takes a second or two
+        ip("address", "add", address, "dev", device, *later, inside=host.space)
+        ip("link", "set", device, "up", inside=host.space)
+
+    def cut_off(self, name: str, *, but: str | None = None) -> str:
+        """Take a host from the switch; leave it a cable to one other, which forwards nothing.
+
+        Returns:
+            The other's address at that cable.
+        """
+        host = self.hosts[name]
+        ip("link", "delete", "eth0", inside=host.space)
+        if but is not None:
+            other = self.hosts[but]
+            ends = ["veth", "peer", "name", "eth1", "netns", other.space]
+            ip("link", "add", "eth0", "netns", host.space, "type", *ends)
+            self._up(other, "eth1", _LINK.format(1))
+            self._up(host, "eth0", _LINK.format(2))
+        return _LINK.format(1).split("/")[0]
 
     def __exit__(self, *_: object) -> None:
         for host in self.hosts.values():
@@ -144,6 +176,10 @@ class Host:
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout)
 
+    def reaches(self, address: str, port: int) -> bool:
+        """Whether a TCP connection can be made from here."""
+        return self.python(REACH, address, str(port))
+
     def end(self) -> None:
         for process in self._started:
             if process.poll() is None:
@@ -198,7 +234,7 @@ class Federation:
             run_file
             + f"""
 [serve]
-listen = "0.0.0.0:8443"
+listen = "[::]:8443"
 host = "{self.aggregator.address}"
 home = "{self.home}"
 min_silos = {len(self.silos)}
@@ -424,10 +460,15 @@ def make_federation(hosts_possible, tmp_path, silos):
     networks = []
 
     def make(
-        run_file: str, data: Path, *, extra_hosts: Sequence[str] = (), only: Sequence[str] = ()
+        run_file: str,
+        data: Path,
+        *,
+        extra_hosts: Sequence[str] = (),
+        only: Sequence[str] = (),
+        family: Literal[4, 6] = 4,
     ) -> Federation:
         chosen = list(only) or silos
-        network = Network("aggregator", *chosen, *extra_hosts)
+        network = Network("aggregator", *chosen, *extra_hosts, family=family)
         networks.append(network)
         network.__enter__()
         return Federation(tmp_path, network, run_file, data, chosen)

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
+from cryptography import x509
+
 from photon.config import NetworkConfig, NodeConfig, load_node_config
 from photon.data import open_data
 from photon.deploy.checks import (
@@ -52,6 +55,7 @@ from photon.membership.invitation import (
     read_invitation,
 )
 from photon.membership.keys import NodeKey
+from photon.membership.records import printable
 from photon.silo.desk_client import DeskClient, Standing
 from photon.silo.policy import (
     MEMBERSHIP_FILE,
@@ -61,7 +65,7 @@ from photon.silo.policy import (
     require_our_version,
     require_same_data,
 )
-from photon.store.dialling import proxy_to
+from photon.store.dialling import http_client, proxy_to
 from photon.store.granted_store import GrantedStore
 
 _ANSWER_S = 10.0
@@ -329,12 +333,20 @@ class _Site:
         )
 
     def door(self) -> str | Doubt:
-        with closing(self._client(None)) as client:
-            self._health = client.health()
+        address = self._its.address
+        try:
+            with closing(self._client(None)) as client:
+                self._health = client.health()
+        except CertificateError as error:
+            found = f"{error.message}; it was issued by {_issuer(address)}"
+            raise CertificateError(found, hint=error.hint) from error
         words = "its certificate is of that authority, and the desk answers"
-        days = _days_left(self._its.address, self._ca_file)
-        if days is None:
+        try:
+            trust = ssl.create_default_context(cafile=str(self._ca_file))
+            until = _certificate(address, trust).not_valid_after_utc
+        except httpx2.RequestError:
             return words
+        days = (until.timestamp() - time.time()) / 86_400
         words += f"; valid for {days:.0f} days"
         if days >= _CERTIFICATE_DAYS:
             return words
@@ -390,18 +402,19 @@ class _Site:
         return DeskClient(self._its.address, self._ca_file, key, timeout_s=_ANSWER_S)
 
 
-def _days_left(address: str, ca_file: Path) -> float | None:
-    """Until the door's certificate expires; None where a proxy is between."""
-    parts = urlsplit(f"https://{address}")
-    if proxy_to(f"https://{address}") is not None:
-        return None
-    trust = ssl.create_default_context(cafile=str(ca_file))
+def _certificate(address: str, trust: ssl.SSLContext) -> x509.Certificate:
+    """What the other side shows, through a proxy or not. Raises httpx2.RequestError."""
+    url, timeout = f"https://{address}", httpx2.Timeout(_ANSWER_S)
+    with http_client(url, trust, timeout) as client, client.stream("GET", url) as answer:
+        tls = answer.extensions["network_stream"].get_extra_info("ssl_object")
+        return x509.load_der_x509_certificate(tls.getpeercert(True))
+
+
+def _issuer(address: str) -> str:
+    """Who issued what the other side shows, as that says: nothing of it is believed."""
+    trust = ssl.create_default_context()
+    trust.check_hostname, trust.verify_mode = False, ssl.CERT_NONE
     try:
-        with (
-            socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_S) as plain,
-            trust.wrap_socket(plain, server_hostname=parts.hostname) as tls,
-        ):
-            until = (tls.getpeercert() or {}).get("notAfter")
-    except OSError:
-        return None
-    return (ssl.cert_time_to_seconds(str(until)) - time.time()) / 86_400 if until else None
+        return printable(_certificate(address, trust).issuer.rfc4514_string())[:200]
+    except (httpx2.RequestError, ValueError):
+        return "unknown"

@@ -410,9 +410,9 @@ class DeskClient:
 
     def _trouble(self, error: httpx2.RequestError) -> PhotonError:
         """Our error for one of httpx's."""
-        refused = distrust(error)
+        refused, proxy = distrust(error), proxy_to(self._origin)
         if refused is not None:
-            words, hint = distrusted(refused)
+            words, hint = distrusted(refused, proxy)
             return CertificateError(
                 f"{self} can't prove that it is the aggregator: {words}", hint=hint
             )
@@ -420,7 +420,6 @@ class DeskClient:
             words = f"no answer within {self._timeout_s:g} s"
         else:
             words = printable(str(error))[:300] or type(error).__name__
-        proxy = proxy_to(self._origin)
         if proxy is not None:
             return UnreachableError(
                 f"{self} can't be reached through the proxy {proxy}: {words}",

@@ -19,7 +19,7 @@ import httpx2
 from photon.errors import CertificateError, PhotonError
 from photon.membership.keys import NodeKey
 from photon.membership.records import printable
-from photon.store.dialling import http_client
+from photon.store.dialling import Proxy, http_client
 
 #: A certificate is renewed once this part of its life is left; where that fails, again after so
 #: many seconds.
@@ -103,8 +103,8 @@ class DoorClient:
         del self._clients[:-2]
 
 
-def distrusted(error: ssl.SSLCertVerificationError) -> tuple[str, str]:
-    """What is wrong with a certificate, and what to do about it."""
+def distrusted(error: ssl.SSLCertVerificationError, proxy: Proxy | None) -> tuple[str, str]:
+    """What is wrong with a certificate that came through a proxy or none; what to do about it."""
     said = printable(str(error.verify_message))[:300]
     match error.verify_code:  # OpenSSL's X509_V_ERR_...
         case 10:  # CERT_HAS_EXPIRED
@@ -124,8 +124,15 @@ def distrusted(error: ssl.SSLCertVerificationError) -> tuple[str, str]:
                 "Use the address as the invitation has it; the aggregator's [serve] host says "
                 "which.",
             )
+    words = f"its certificate is not of the authority that the invitation names ({said})"
+    if proxy is not None:
+        return (
+            f"{words}; the proxy {proxy} opens TLS, most likely, and shows one of its own",
+            "Have the proxy's operator pass connections to the aggregator through unopened (by its "
+            "host and port). Photon goes through no proxy that reads along.",
+        )
     return (
-        f"its certificate is not of the authority that the invitation names ({said})",
-        "Somebody else may answer in the aggregator's place: ask its operator for the fingerprint "
-        "of its authority. If that changed, a new invitation has it.",
+        words,
+        "A firewall opens TLS, or somebody else answers in the aggregator's place: ask its "
+        "operator for the fingerprint of its authority. If that changed, a new invitation has it.",
     )
