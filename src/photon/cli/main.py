@@ -25,6 +25,7 @@ from photon.cli.serve import join, serve, status, stop
 from photon.config.load import load_clock
 from photon.dashboard import wording
 from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
+from photon.fork_server import start_fork_server
 
 if TYPE_CHECKING:
     from photon.config import RunConfig
@@ -146,6 +147,8 @@ def simulate(
         show_study(study_time(load_run_config(run_file, overrides or ()), clock), as_json=as_json)
         return
     config = _checked(run_file, overrides, run_dir, overwrite)
+    if config.federation.workers:
+        start_fork_server()
     _loading(quiet)
     from photon.runs import simulate as start
 

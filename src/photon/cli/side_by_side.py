@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import signal
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from typing import Any
 
 from photon.config import RunConfig
 from photon.errors import PhotonError, WorkerLostError
+from photon.fork_server import fork_context
 from photon.telemetry import Event, Listener
 
 #: A run told to stop has this long to write down that it was.
@@ -57,9 +57,7 @@ def train_side_by_side(
         PhotonError: what the first run that failed raised.
         WorkerLostError: a run's process ended without a word.
     """
-    # Not forked from this process, as the threads of torch may hold locks.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["photon.runs"])
+    context = fork_context()
     waiting = deque(trainings)
     running: list[_Process] = []
     try:

@@ -17,14 +17,12 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from photon.errors import PhotonError, RankLostError, WorkerLostError
 from photon.federation import (
@@ -39,12 +37,9 @@ from photon.federation import (
     Update,
     Version,
 )
-from photon.federation.tasks import update_header
+from photon.fork_server import fork_context
 from photon.freed_memory import share_freed_memory
-from photon.link import Expected, Parcel, Ref, TensorFile, write_parcel, write_tensors
-from photon.store.contract import FolderStore
-from photon.store.memory import ReusedMemory
-from photon.store.transfer import Transfer
+from photon.link import EntryFile, TensorFile, write_tensors
 from photon.telemetry import Event
 from photon.telemetry.events import LocalProgress, WorkerLost
 from photon.training import Seat
@@ -139,15 +134,7 @@ class WorkerEngine:
         self._on_event = on_event
         self._ranks = ranks
         share_freed_memory()  # no node trains in this process
-        self._memory = ReusedMemory()
-        self._store = FolderStore(exchange, durable=False, memory=self._memory)
-        self._carrier = Transfer(self._store, streams=1)
-        self._codecs = settings.config.link.specs
-        # Not forked from this process: a fork copies locks of running thread pools in whatever
-        # state. One that does nothing but import is forked instead, so that PyTorch is imported
-        # once for all workers and for those that replace them.
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
+        self._context = fork_context()
         shutil.rmtree(exchange, ignore_errors=True)
         exchange.mkdir(parents=True)
         self._waiting: deque[_Job] = deque()
@@ -272,37 +259,22 @@ class WorkerEngine:
             assert job is not None
             self._answer(job, message)
 
-    def _answer(self, job: _Job, answer: EvalReceipt | Receipt | tuple[Receipt, Ref]) -> None:
+    def _answer(self, job: _Job, answer: EvalReceipt | Receipt | tuple[Receipt, EntryFile]) -> None:
         task = job.task
         if task in self._cancelled:
             self._cancelled.remove(task)
-            if isinstance(task, FitTask):
-                self._let_go(task)
+            if isinstance(answer, tuple):
+                answer[1].path.unlink(missing_ok=True)
         elif isinstance(answer, EvalReceipt):
             self._answered.append((task, answer))
         elif isinstance(answer, Receipt):  # no update: a failure
             self._answered.append((task, Update.none(answer)))
         else:
             assert isinstance(task, FitTask)
-            receipt, ref = answer
-            state = job.version.tensors
-            shapes = {name: tensor.shape for name, tensor in state.items()}
-            expected = Expected(update_header(task, state), shapes, self._codecs)
-            update = Update(
-                receipt,
-                partial(self._tensors, ref, expected),
-                wire_bytes=ref.payload_bytes,
-                let_go=partial(self._let_go, task),
-            )
+            receipt, file = answer
+            let_go = partial(file.path.unlink, missing_ok=True)
+            update = replace(Update.of(receipt, file.read()), let_go=let_go)
             self._answered.append((task, update))
-
-    def _tensors(self, ref: Ref, expected: Expected) -> Iterator[tuple[str, Tensor]]:
-        # Opened anew for each reading: manifests kept for a whole round would lie between chunks
-        # that come and go, and break the heap up.
-        yield from Parcel(self._carrier, ref, expected, self._memory).tensors()
-
-    def _let_go(self, task: FitTask) -> None:
-        self._store.delete([key for key, _ in self._store.keys(_parcel_folder(task))])
 
     def _lose(self, worker: _Worker, reason: str) -> None:
         """Replace a worker and put its task back, at most ATTEMPTS times."""
@@ -382,7 +354,6 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
             pipe.recv()  # until the aggregator has read it, and ends this process
             return
         pipe.send(_READY)
-        chunk_bytes = settings.config.link.chunk_bytes
         with contextlib.ExitStack() as opened:
             version, read = None, None
             while (message := pipe.recv()) is not None:
@@ -392,7 +363,7 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
                         opened.close()
                         version, read = _version(opened, *files), files
                     assert version is not None
-                    answer = _answered(node, task, version, exchange, chunk_bytes)
+                    answer = _answered(node, task, version, exchange)
                 except PhotonError as error:
                     answer = error
                 pipe.send(answer)
@@ -410,28 +381,17 @@ def _version(
     return Version(number, tensors, once=first, once_sha256=once_sha256)
 
 
-def _answered(node: Node, task: Task, version: Version, exchange: Path, chunk_bytes: int) -> Any:
+def _answered(node: Node, task: Task, version: Version, exchange: Path) -> Any:
     if isinstance(task, EvalTask):
         return node.evaluate(task, version)
     update = node.fit(task, version)
     if update.receipt.failure is not None:
         return update.receipt
     started = time.perf_counter()
-    ref = write_parcel(
-        Transfer(FolderStore(exchange, durable=False), streams=1),
-        _parcel_folder(task),
-        update_header(task, version.tensors),
-        update.entries(),
-        chunk_bytes=chunk_bytes,
-    )
+    file = EntryFile.write(exchange / f"update-{task.round}-{task.silo}", update.entries())
     node.settle()
     publish_s = update.receipt.publish_s + time.perf_counter() - started
-    # What was counted is what was written, to the byte.
-    return replace(update.receipt, bytes_up=ref.wire_bytes, publish_s=publish_s), ref
-
-
-def _parcel_folder(task: FitTask) -> str:
-    return f"{task.round}-{task.silo}"
+    return replace(update.receipt, publish_s=publish_s), file
 
 
 def end_with_parent() -> None:

@@ -1,5 +1,6 @@
 """How model state moves: parcels of encoded tensors in stores, and files of tensors on disk."""
 
+from photon.link.entryfile import EntryFile
 from photon.link.manifest import Expected, Header, Ref
 from photon.link.parcel import (
     Carrier,
@@ -15,6 +16,7 @@ from photon.link.tensorfile import TensorFile, tensors_sha256, write_tensors
 __all__ = [
     "Carrier",
     "Entry",
+    "EntryFile",
     "Expected",
     "Header",
     "Parcel",

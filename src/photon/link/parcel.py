@@ -168,7 +168,7 @@ class _Writer:
             yield rest
 
     def _opened(self, entry: Entry) -> Entry:
-        self._open += [_bytes_of(part) for part in entry.parts.values() if part.nbytes]
+        self._open += [bytes_of(part) for part in entry.parts.values() if part.nbytes]
         return entry
 
     def _cut(self, size: int) -> tuple[str, Buffer]:
@@ -341,5 +341,6 @@ def _parts(entry: Entry) -> list[Part]:
     ]
 
 
-def _bytes_of(part: Tensor) -> memoryview:
+def bytes_of(part: Tensor) -> memoryview:
+    """A part's own bytes, where they lie."""
     return part.contiguous().flatten().view(torch.uint8).numpy().data
