@@ -1,4 +1,4 @@
-"""The run of tests across hosts, and what it comes to on one machine."""
+"""Runs of tests/sites: their run file, and the same run on one machine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+PHOTON = (sys.executable, "-m", "photon.cli.main")
 
 RUN = """
 [run]
@@ -23,7 +25,7 @@ sequence_length = 32
 [federation]
 rounds = {rounds}
 silence_s = 45
-optimizer_state = "keep"
+optimizer_state = "{optimizer_state}"
 
 [local]
 steps = {steps}
@@ -47,8 +49,12 @@ max_tokens = 2000
 """
 
 
-def run_file(data: Path, *, rounds: int, steps: int, codec: str = "fp32") -> str:
-    return RUN.format(data=data, rounds=rounds, steps=steps, codec=codec)
+def run_file(
+    data: Path, *, rounds: int, steps: int, codec: str = "fp32", optimizer_state: str = "keep"
+) -> str:
+    return RUN.format(
+        data=data, rounds=rounds, steps=steps, codec=codec, optimizer_state=optimizer_state
+    )
 
 
 def simulated(text: str, folder: Path) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def simulated(text: str, folder: Path) -> dict[str, Any]:
     (folder / "run.toml").write_text(text)
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "photon.cli.main", "simulate", str(folder / "run.toml")),
+            *(*PHOTON, "simulate", str(folder / "run.toml")),
             *("--run-dir", str(folder / "run"), "--quiet", "--json"),
         ],
         capture_output=True,

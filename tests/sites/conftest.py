@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from site_runs import PHOTON
 
-PHOTON = (sys.executable, "-m", "photon.cli.main")
 REACH = """
 import json, socket, sys
 try:
@@ -281,11 +281,12 @@ threads = 1
 
         self.wait("the aggregator is up", up, within_s=within_s)
 
-    def invite(self, silo: str) -> Path:
-        """An invitation file for a silo."""
+    def invite(self, silo: str, *, rotate: bool = False) -> Path:
+        """An invitation file for a silo, or for one that is to come with another key."""
+        words = ["members", "rotate"] if rotate else ["invite"]
         file = self.folder / f"{silo}.invitation.toml"
         file.unlink(missing_ok=True)
-        self.aggregator.run(*PHOTON, "invite", silo, "--run-file", self.run_file, "--out", file)
+        self.aggregator.run(*PHOTON, *words, silo, "--run-file", self.run_file, "--out", file)
         return file
 
     def join(
