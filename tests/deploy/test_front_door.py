@@ -267,14 +267,6 @@ def test_paths_that_caddy_would_read_otherwise_are_refused(tmp_path, name) -> No
         caddyfile(settings, tmp_path)
 
 
-def test_credentials_are_for_the_loop_alone(running_door, running_store, tmp_path, monkeypatch):
-    secret = "credentials of the operator's store"
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    for service in (front_door(running_door.settings, tmp_path), running_store.store.service()):
-        assert service.environment is not None
-        assert secret not in service.environment.values()
-
-
 def test_paths_with_spaces_will_do(running_door, short_folder) -> None:
     folder = short_folder("with space") / "and more"
     folder.mkdir()

@@ -38,6 +38,7 @@ from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
 from photon.deploy.front_door import find_caddy, find_program, public_host
 from photon.deploy.ports import require_free
 from photon.deploy.supervisor import Supervisor, runner
+from photon.environment import given
 from photon.errors import (
     CertificateError,
     ClockSkewError,
@@ -49,8 +50,7 @@ from photon.errors import (
 from photon.store.contract import Store
 from photon.store.dialling import http_client
 from photon.store.granted_store import require_origin
-from photon.store.object_store import open_store, presigner_for
-from photon.store.presign import ObstorePresigner
+from photon.store.object_store import ObstorePresigner, open_store, presigner_for
 
 #: Signed requests and presigned URLs are refused beyond this.
 MOST_SKEW_S = 120.0
@@ -274,7 +274,12 @@ def _weed() -> str:
 def _said(command: list[str]) -> str:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL
+            command,
+            env=given(computes=False),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise DeployError(f"{command[0]} does not run: {error}") from error

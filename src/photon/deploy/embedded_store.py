@@ -23,6 +23,7 @@ from photon.deploy.front_door import find_program
 from photon.deploy.logs import readable
 from photon.deploy.ports import free_ports, is_free
 from photon.deploy.service import RestartPolicy, Service
+from photon.environment import given
 from photon.errors import DeployError, DiskFullError, ObjectMissingError
 from photon.main_memory import main_memory
 from photon.store.contract import Store
@@ -257,11 +258,8 @@ class EmbeddedStore:
         return answer.status_code, code[1] if code else ""
 
     def _environment(self) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
-        return kept | {
-            "HOME": str(self.folder),
-            "GOMEMLIMIT": f"{self.options.memory_mib}MiB",
-        }
+        home, memory = str(self.folder), f"{self.options.memory_mib}MiB"
+        return given(computes=False) | {"HOME": home, "GOMEMLIMIT": memory}
 
     def _close_inside(self) -> None:
         """Have its parts know each other, by keys that are made anew at each start.

@@ -33,6 +33,7 @@ from photon.config.serve import ServeConfig
 from photon.deploy.desk_requests import ADMISSION_PATH, CERTIFICATE_HEADER, error_record
 from photon.deploy.logs import readable
 from photon.deploy.service import RestartPolicy, Service
+from photon.environment import given
 from photon.errors import CertificateError, DeployError, IncompatibleConfigError
 from photon.store.disk import write_whole
 
@@ -115,8 +116,7 @@ def front_door(settings: DoorSettings, folder: Path) -> Service:
     write_whole(configuration, caddyfile(settings, folder), "the door's configuration")
     command = (str(find_caddy()), "run", "--adapter", "caddyfile", "--config", str(configuration))
     # Caddy keeps a little state where these point to, and never needs credentials of ours.
-    kept = {name: os.environ[name] for name in ("PATH", "LANG", "TZ") if name in os.environ}
-    environment = kept | {
+    environment = given(computes=False) | {
         "HOME": str(folder.absolute()),
         "XDG_DATA_HOME": str(folder.absolute() / "data"),
         "XDG_CONFIG_HOME": str(folder.absolute() / "config"),
@@ -221,8 +221,8 @@ def find_program(name: str, package: str) -> Path:
             return path
     raise DeployError(
         f"there is no program {name} beside {sys.executable}",
-        hint=f"Install Photon with its dependencies into this environment; {name} is in the Python "
-        f"package {package}.",
+        hint=f"It is in the Python package {package}: pip install 'photon-federated[serve]'. (The "
+        "extra s3 has no store of its own: there serve.store names yours.)",
     )
 
 

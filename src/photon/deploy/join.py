@@ -10,7 +10,6 @@ What a task needs is in the task; what was finished is on this disk: either may 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import sys
 import time
@@ -25,6 +24,7 @@ from photon.deploy.figures import Reader, figures_served, tell_machine, tell_nod
 from photon.deploy.logs import merged_line, readable
 from photon.deploy.service import Service, troubles_to
 from photon.deploy.supervisor import Supervisor
+from photon.environment import given
 from photon.errors import (
     CertificateError,
     DeployError,
@@ -297,7 +297,7 @@ class Node:
                 *(sys.executable, "-m", "photon.silo"),
                 *("--home", str(self._home), "--node", str(self._node_file)),
             ),
-            environment={**os.environ, BOOT: self._boot},
+            environment=given() | {BOOT: self._boot},
             ready=lambda: _listens(socket_path),
             ready_s=180.0,
             stop_s=15.0,

@@ -29,6 +29,7 @@ from photon.deploy.service import (
     State,
     exit_words,
 )
+from photon.environment import given
 from photon.errors import DeployError, PhotonError, ServiceLostError
 
 #: A service that never came up is not tried longer: most often its configuration is wrong.
@@ -198,7 +199,7 @@ class Keeper:
         service = self.service
         for host, port in service.ports:
             require_free(host, port)
-        environment = os.environ if service.environment is None else service.environment
+        environment = given() if service.environment is None else service.environment
         program = shutil.which(service.command[0], path=environment.get("PATH"))
         if program is None:
             raise DeployError(

@@ -13,7 +13,6 @@ again, and goes on in the round it was in. Nothing of it is in this process, whi
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -38,6 +37,7 @@ from photon.deploy.renewal import DoorCertificate
 from photon.deploy.served_run import how_it_ended, prepare_run, progress_of, with_whole_paths
 from photon.deploy.service import Service, troubles_to
 from photon.deploy.supervisor import Supervisor
+from photon.environment import given
 from photon.errors import DeployError, PhotonError, error_of
 from photon.membership.bulletin import tell_all, whom_and_what_for
 from photon.membership.invitation import certificate_fingerprint
@@ -362,7 +362,7 @@ class Aggregator:
         """Start the loop."""
         self._roster.set_setting(ENDED_SETTING, None)
         command = (sys.executable, "-m", "photon.deploy.loop", str(self._folder))
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        environment = given(store=self._serve.store is not None) | {"PYTHONUNBUFFERED": "1"}
         self._start(supervisor, Service(_LOOP, command, environment=environment, once=True))
 
     def _over(self, words: str, finished: bool = False) -> Outcome:

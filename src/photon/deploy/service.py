@@ -46,7 +46,7 @@ class Service:
     Attributes:
         name: in logs and errors; letters, digits and hyphens.
         command: program and arguments.
-        environment: all of it; None: this process's own.
+        environment: all of it; None: what `photon.environment.given` leaves of this process's own.
         ready: whether it does its work now; asked from a thread of the service's own, so it may
             take a second or two, and may raise (which is a no). None: as soon as it runs.
         ready_s: how long it may take to become ready.

@@ -36,6 +36,7 @@ from photon.deploy import tether
 from photon.deploy.keeper import Keeper
 from photon.deploy.logs import BoundedLog, Herald, merged_line
 from photon.deploy.service import Service, ServiceEvent, ServiceStatus
+from photon.environment import given
 from photon.errors import DeployError, DiskFullError, PhotonError
 from photon.store.disk import write_json
 
@@ -271,6 +272,7 @@ class Supervisor:
             [sys.executable, "-I", "-S", str(Path(tether.__file__)), "guard", self._mark],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            env=given(computes=False),
             start_new_session=True,
         )
 

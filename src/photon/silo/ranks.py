@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from photon.config import ComputeConfig
+from photon.environment import given
 from photon.errors import RankLostError
 from photon.training import Seat, ranks_of_a_node
 
@@ -165,7 +166,7 @@ def _lost_if_broken() -> Iterator[None]:
 def _start(seat: Seat, command: Sequence[str], on_loss: Callable[[int, int], None]) -> None:
     variables = _variables(seat, int(os.environ["MASTER_PORT"]))
     process = subprocess.Popen(
-        list(command), env={**os.environ, **variables, _STARTED_BY: str(os.getpid())}
+        list(command), env=given() | variables | {_STARTED_BY: str(os.getpid())}
     )
     log.info("rank %d of %d is process %d", seat.rank, seat.world_size, process.pid)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import obstore
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
@@ -40,7 +42,7 @@ from photon.store.contract import (
     unpaced,
 )
 from photon.store.dialling import is_loopback
-from photon.store.presign import ObstorePresigner, Presigner, S3Presigner
+from photon.store.presign import Grant, Presigner, S3Presigner, Verb, require_valid_s
 
 #: Read at a time from a store, and told to `pace`.
 PIECE_BYTES = 256 << 10
@@ -182,6 +184,33 @@ class ObjectStore(Store):
         else:
             place = f"az://{backend.config.get('container_name')}"
         return f"{place}/{backend.prefix}" if backend.prefix else place
+
+
+class ObstorePresigner(Presigner):
+    """Grants as obstore signs them, for Google's and Azure's stores and for S3 through a role.
+
+    Weaker than S3Presigner's: only the host is signed, so that a grant to write lets its holder
+    write anything, of any length, also over what is there, until it expires. Readers notice, as
+    they compare sha256; keep such grants short.
+    """
+
+    def __init__(self, store: S3Store | GCSStore | AzureStore) -> None:
+        self._store = store
+
+    def _written(self, bytes: int, sha256: str) -> dict[str, str]:
+        headers = {"content-length": str(bytes)}
+        if isinstance(self._store, AzureStore):
+            headers["x-ms-blob-type"] = "BlockBlob"
+        if not isinstance(self._store, GCSStore):
+            # Not signed, so a courtesy: an honest client doesn't overwrite.
+            headers["if-none-match"] = "*"
+        return headers
+
+    def _sign(self, verb: Verb, key: str, headers: Mapping[str, str], valid_s: int) -> Grant:
+        require_valid_s(valid_s)
+        expires_at = int(time.time()) + valid_s
+        url = obstore.sign(self._store, verb, require_key(key), timedelta(seconds=valid_s))
+        return Grant(verb, url, headers, expires_at)
 
 
 def open_store(

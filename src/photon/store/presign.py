@@ -14,12 +14,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Literal
 from urllib.parse import quote, urlsplit
-
-import obstore
-from obstore.store import AzureStore, GCSStore, S3Store
 
 from photon.errors import LinkError
 from photon.store.contract import require_key
@@ -196,33 +193,6 @@ class S3Presigner(Presigner):
             signing_key = hmac.digest(signing_key, part.encode(), "sha256")
         signature = hmac.digest(signing_key, to_sign.encode(), "sha256").hex()
         return f"{query}&X-Amz-Signature={signature}"
-
-
-class ObstorePresigner(Presigner):
-    """Grants as obstore signs them, for Google's and Azure's stores and for S3 through a role.
-
-    Weaker than S3Presigner's: only the host is signed, so that a grant to write lets its holder
-    write anything, of any length, also over what is there, until it expires. Readers notice, as
-    they compare sha256; keep such grants short.
-    """
-
-    def __init__(self, store: S3Store | GCSStore | AzureStore) -> None:
-        self._store = store
-
-    def _written(self, bytes: int, sha256: str) -> dict[str, str]:
-        headers = {"content-length": str(bytes)}
-        if isinstance(self._store, AzureStore):
-            headers["x-ms-blob-type"] = "BlockBlob"
-        if not isinstance(self._store, GCSStore):
-            # Not signed, so a courtesy: an honest client doesn't overwrite.
-            headers["if-none-match"] = "*"
-        return headers
-
-    def _sign(self, verb: Verb, key: str, headers: Mapping[str, str], valid_s: int) -> Grant:
-        require_valid_s(valid_s)
-        expires_at = int(time.time()) + valid_s
-        url = obstore.sign(self._store, verb, require_key(key), timedelta(seconds=valid_s))
-        return Grant(verb, url, headers, expires_at)
 
 
 def require_valid_s(valid_s: int) -> None:
