@@ -15,6 +15,7 @@ ARGS ?=
 
 PIP_VERSION := 26.3
 UV_VERSION := 0.13.8
+CYCLONEDX_VERSION := 7.5.0
 # What torch itself needs and nobody else here does. torch is not in the lock (its wheel depends on
 # the accelerator); these are.
 TORCH_NEEDS := sympy networkx setuptools
@@ -34,7 +35,7 @@ KEY := $(shell printf '%s\n' '$(TORCH)' '$(PIP_VERSION)' \
 	| cat - pyproject.toml requirements.lock | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(KEY)
 
-.PHONY: help install demo test checks sites benches soak lint types imports budgets docs lock clean
+.PHONY: help install demo test checks sites benches soak lint types imports budgets docs dist lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
@@ -88,17 +89,40 @@ budgets: $(STAMP) ## print what outgrew its size budget (a warning to think, nev
 docs: $(STAMP) ## rewrite docs/configuration.md from the code
 	$(BIN)/python docs/reference.py --write docs/configuration.md
 
+# Tried where nothing of this checkout is: what the SBOM lists is what was installed there.
+dist: SITE := build/dist/site
+dist: INTO := $(PYTHON) -m pip --python build/dist/site/bin/python --disable-pip-version-check install --quiet
+dist: $(STAMP) ## the wheel, its versions and its SBOM in dist/, tried in an empty environment
+	rm -rf dist build/dist
+	mkdir -p dist build/dist
+	$(BIN)/python -m hatchling build --target wheel
+	cp deploy/requirements.lock dist/
+	{ printf '%s\n' '$(firstword $(TORCH))'; grep -oE '^[a-z0-9-]+==[^\]+' dist/requirements.lock; } \
+		> dist/constraints.txt
+	$(PYTHON) -m venv --without-pip $(SITE)
+	$(INTO) $(TORCH) --constraint dist/constraints.txt
+	$(INTO) --constraint dist/constraints.txt dist/*.whl
+	deploy/try-wheel.sh $(SITE)
+	$(INTO) --constraint dist/constraints.txt "$$(echo dist/*.whl)[serve]"
+	deploy/try-wheel.sh $(SITE) serve
+	$(PYTHON) -m pip install --quiet --upgrade --target build/dist/tool cyclonedx-bom==$(CYCLONEDX_VERSION)
+	PYTHONPATH=build/dist/tool $(PYTHON) -m cyclonedx_py environment $(SITE)/bin/python \
+		--pyproject pyproject.toml --short-PURLs --output-reproducible \
+		--output-file "$$(echo dist/*.whl | sed 's/-py3.*//').cdx.json"
+	cd dist && sha256sum * > SHA256SUMS
+	@ls -l dist
+
 lock: ## resolve requirements.lock again; ARGS=--upgrade takes the newest versions
 	$(PYTHON) -m pip install --quiet --upgrade --target build/lock uv==$(UV_VERSION)
 	echo torch > build/lock/excluded.txt
 	printf '%s\n' $(TORCH_NEEDS) | build/lock/bin/uv pip compile pyproject.toml - --extra dev \
-		--excludes build/lock/excluded.txt --universal --python-version 3.11 --generate-hashes \
+		--extra serve --excludes build/lock/excluded.txt --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 		--no-python-downloads --quiet --output-file requirements.lock $(ARGS)
-	echo hatchling | build/lock/bin/uv pip compile pyproject.toml - --constraints requirements.lock \
-		--excludes build/lock/excluded.txt --universal --python-version 3.11 --generate-hashes \
+	printf '%s\n' $(TORCH_NEEDS) | build/lock/bin/uv pip compile pyproject.toml - --extra serve \
+		--constraints requirements.lock --excludes build/lock/excluded.txt --universal --python-version 3.11 --generate-hashes \
 		--no-annotate --no-header --no-emit-index-url --no-emit-find-links \
-		--no-python-downloads --quiet --output-file deploy/compose/requirements.lock $(ARGS)
+		--no-python-downloads --quiet --output-file deploy/requirements.lock $(ARGS)
 
 clean: ## remove the virtual environment, builds and caches (runs/ and data/ stay)
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from photon.errors import MachineError
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -51,6 +53,28 @@ def test_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
     }
     assert "photon = photon.cli.main:main" in texts["entry_points.txt"]
     assert "Apache License" in texts["LICENSE"]
+
+
+def test_what_a_site_runs_needs_no_extra() -> None:
+    """Nor does training alone; `make dist` installs the wheel without any, and trains."""
+    code = (
+        "import sys; sys.modules['obstore'] = None\n"
+        "import photon.silo.__main__, photon.deploy.join, photon.runs, photon.products"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_an_extra_that_is_missing_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['obstore'] = None\n"
+        "from photon.cli.main import app; app(['serve', 'run.toml', '--check'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == MachineError.exit_code
+    assert "obstore, which is not installed" in done.stderr
+    assert "pip install 'photon-federated[serve]'" in done.stderr
 
 
 def test_photon_init_works_from_the_wheel(wheel: zipfile.ZipFile, tmp_path: Path) -> None:

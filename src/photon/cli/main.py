@@ -36,6 +36,10 @@ OfSilo = Annotated[
 ]
 
 
+#: Packages that not everybody has, and the extra that brings each.
+_EXTRAS = {"obstore": "serve"}
+
+
 class _Photon(TyperGroup):
     """Turns PhotonError into its message on stderr and its exit code, and Ctrl-C into 130."""
 
@@ -53,12 +57,17 @@ class _Photon(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (PhotonError, OSError) as error:
+        except (PhotonError, OSError, ModuleNotFoundError) as error:
             if ctx.params["verbose"]:
                 say(traceback.format_exc())
             if isinstance(error, PhotonError):
                 known = error
-            elif error.filename is not None:
+            elif isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+                known = MachineError(
+                    f"this needs the Python package {error.name}, which is not installed",
+                    hint=f"pip install 'photon-federated[{_EXTRAS[error.name]}]'",
+                )
+            elif isinstance(error, OSError) and error.filename is not None:
                 known = MachineError(f"{error.filename}: {error.strerror}")
             else:
                 raise
