@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
@@ -137,6 +138,39 @@ def test_its_own_tools_need_its_keys(running_store, tmp_path) -> None:
             httpx2.get(f"https://127.0.0.1:{target}", verify=anybody, trust_env=False)
     subprocess.run(shell, input=asked.encode(), env=ours, capture_output=True, timeout=60)
     assert store.open("inside").size("key") is None
+
+
+def first_answer(port: int, context: ssl.SSLContext | None, hello: bytes) -> bytes:
+    """What a port says to some bytes; nothing if it ends the connection."""
+    with contextlib.suppress(ssl.SSLError, ConnectionError), contextlib.ExitStack() as ends:
+        connection: socket.socket = ends.enter_context(
+            socket.create_connection(("127.0.0.1", port), timeout=10)
+        )
+        if context is not None:
+            connection = ends.enter_context(
+                context.wrap_socket(connection, server_hostname="localhost")
+            )
+        connection.sendall(hello)
+        return connection.recv(1000)
+    return b""
+
+
+def test_every_port_asks_who_is_there(running_store) -> None:
+    """S3 asks for a signature, and the filer's web server is closed (both above)."""
+    ports, inner = running_store.store._ports, running_store.store.folder / "inner"
+    anybody, ours = (ssl.create_default_context(cafile=str(inner / "ca.crt")) for _ in range(2))
+    ours.load_cert_chain(inner / "server.crt", inner / "server.key")
+    for name in set(ports) - {"s3.port", "filer.port"}:
+        hello = b"GET / HTTP/1.0\r\n\r\n"
+        if name.endswith("grpc"):
+            hello = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
+            for context in (anybody, ours):
+                context.set_alpn_protocols(["h2"])
+        plain = first_answer(ports[name], None, hello)
+        assert b" 200 " not in plain, name
+        assert plain[3:4] != b"\4", f"{name}: HTTP/2's settings"
+        assert first_answer(ports[name], anybody, hello) == b"", name
+        assert first_answer(ports[name], ours, hello) != b"", name
 
 
 def test_its_folder_is_private(running_store) -> None:
