@@ -1,4 +1,4 @@
-"""A thousand members at one desk and door: what they cost while idle, and how soon a task is theirs.
+"""A thousand members at one desk and door: what they cost while idle, how soon a task is theirs.
 
     python benchmarks/thousand.py [--members 1000] [--killed 100] [--idle-s 60] [--quick]
 
@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from flood import FACTS, aggregator
 
-from photon.deploy.certificates import member_certificate
+from flood import FACTS, aggregator
+from photon.deploy.certificates import keep_member_authority, member_certificate
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.records import OpenTask, Presence
@@ -132,10 +132,10 @@ class Sites:
 def measured(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """All figures."""
     names = [name_of(number) for number in range(chosen.members)]
+    began = time.perf_counter()
+    enlist(folder, names)
+    enlisted_s = time.perf_counter() - began
     with desk(folder) as (port, processes), Roster(folder / "members.sqlite") as roster:
-        began = time.perf_counter()
-        enlist(folder, roster, names)
-        enlisted_s = time.perf_counter() - began
         asker = NodeKey.create(folder / "asker.key")
         sites = Sites(folder, port)
         try:
@@ -179,7 +179,8 @@ def desk(folder: Path) -> Iterator[tuple[int, dict[str, psutil.Process]]]:
     command = [sys.executable, __file__, "--desk", str(folder)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             port, door = json.loads(process.stdout.readline())
             yield port, {"desk": psutil.Process(process.pid), "door": psutil.Process(door)}
@@ -187,13 +188,14 @@ def desk(folder: Path) -> Iterator[tuple[int, dict[str, psutil.Process]]]:
             process.stdin.close()
 
 
-def enlist(folder: Path, roster: Roster, names: list[str]) -> None:
+def enlist(folder: Path, names: list[str]) -> None:
     """Make members of them, with keys and certificates, as joining would one by one."""
-    with roster.together():
+    authority = keep_member_authority(folder)
+    with Roster(folder / "members.sqlite") as roster, roster.together():
         for name in names:
             key = NodeKey.create(folder / name)
             roster.redeem(roster.invite(name, 600), name, key.public_pem, FACTS)
-            pem, _ = member_certificate(folder / "members-authority", key.public_pem, key.fingerprint)
+            pem, _ = member_certificate(authority, key.public_pem, key.fingerprint)
             (folder / f"{name}.pem").write_text(pem)
 
 
@@ -219,7 +221,9 @@ def asked(
     began = time.time()
     text = json.dumps({"round": number, "config": random.Random(number).randbytes(1800).hex()})
     signed = [
-        json.dumps({"ask": text.ljust(ASK_BYTES), "signature": sign_document(asker, ASK, text.encode())})
+        json.dumps(
+            {"ask": text.ljust(ASK_BYTES), "signature": sign_document(asker, ASK, text.encode())}
+        )
         for _ in names
     ]
     opened = time.time()

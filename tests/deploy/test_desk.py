@@ -99,7 +99,7 @@ def test_trouble_of_the_desk_s_own_is_answered_without_its_words(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("hush")
 
-    monkeypatch.setattr(place.roster, "seen", fail)
+    monkeypatch.setattr(place.roster, "all_seen", fail)
     answer = place.post("presence", {"state": "idle"}, key)
     assert "log says why" in refused(answer, 500, 90)
     assert "hush" not in answer.text + "".join(place.noted())
@@ -123,7 +123,7 @@ def test_a_roster_that_is_locked_is_a_reason_to_come_again(
         except sqlite3.Error as error:
             raise MembershipError("can't use the roster") from error
 
-    monkeypatch.setattr(place.roster, "seen", locked)
+    monkeypatch.setattr(place.roster, "all_seen", locked)
     refused(place.post("presence", {"state": "idle"}, key), 503, 90)
 
 

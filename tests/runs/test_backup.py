@@ -18,6 +18,7 @@ from photon.deploy.backup import MANIFEST, back_up, restore, verified
 from photon.errors import DeployError, MembershipError, RunExistsError
 from photon.membership.keys import AGGREGATOR_KEY_FILE
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Roster
+from photon.membership.roster_file import ROSTER_FILES
 from photon.runs.notary import Notary
 from photon.store.disk import held_alone
 from photon.store.served import Serving
@@ -105,7 +106,7 @@ def test_what_is_in_it(served, home, tmp_path) -> None:
         "store": "the embedded one, in the old home",
     }
     assert set(made.files) == {
-        *(f"home/{name}" for name in (AGGREGATOR_KEY_FILE, ROSTER_FILE, "ca.key")),
+        *(f"home/{name}" for name in (AGGREGATOR_KEY_FILE, *ROSTER_FILES, "ca.key")),
         *(f"run/{name}" for name in ("serve.toml", "serve.json", "events.jsonl")),
     }
     _, run = restore(out, tmp_path / "new", tmp_path / "run")

@@ -32,6 +32,7 @@ from photon.config import load_run_config, write_resolved
 from photon.deploy.supervisor import runner
 from photon.errors import DeployError, RunExistsError
 from photon.membership.roster import ROSTER_FILE, RUN_SETTING, Roster, roster_at
+from photon.membership.roster_file import ROSTER_FILES
 from photon.store.disk import require_disk, sync_to_disk, writing
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE, Serving
 from photon.version import photon_version
@@ -252,16 +253,18 @@ def _references(run: Path) -> dict[str, str]:
 def _add_roster(tar: tarfile.TarFile, home: Path, made: Backup) -> None:
     """As it is at one moment, whoever writes to it."""
     with tempfile.TemporaryDirectory(prefix=".backup-", dir=home) as folder:  # private, as home is
-        copy = Path(folder) / ROSTER_FILE
-        with (
-            contextlib.closing(sqlite3.connect(home / ROSTER_FILE, timeout=30)) as source,
-            contextlib.closing(sqlite3.connect(copy)) as target,
-        ):
-            source.backup(target)
-            target.execute("PRAGMA journal_mode = DELETE")  # one file
-        copy.chmod(0o600)
-        with copy.open("rb") as file:
-            _add(tar, f"home/{ROSTER_FILE}", file, made)
+        with roster_at(home) as roster, roster.together():  # nobody else writes meanwhile
+            for name in ROSTER_FILES:
+                with (
+                    contextlib.closing(sqlite3.connect(home / name, timeout=30)) as source,
+                    contextlib.closing(sqlite3.connect(Path(folder) / name)) as target,
+                ):
+                    source.backup(target)
+                    target.execute("PRAGMA journal_mode = DELETE")  # one file
+        for name in ROSTER_FILES:
+            (Path(folder) / name).chmod(0o600)
+            with (Path(folder) / name).open("rb") as file:
+                _add(tar, f"home/{name}", file, made)
 
 
 def _add_folder(

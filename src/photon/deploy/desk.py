@@ -18,6 +18,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
+from photon.deploy.attendance import Attendance
 from photon.deploy.certificates import member_certificate
 from photon.deploy.desk_requests import (
     ADMISSION_PATH,
@@ -76,6 +77,11 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 _TASK_SHOWN = ("id", "run", "round", "silo", "kind", "opened_at", "until", "most_bytes")
 _EVENTS_SHOWN = 20
 
+#: The more members, the less often each idle one speaks. Nodes wait 45 s for the answer to a poll.
+LEAST_PRESENCE_S, PRESENCES_PER_S, POLLS_PER_S, MOST_POLL_S = 5.0, 5.0, 25.0, 40.0
+#: Two polls, and what a node says besides.
+CONNECTIONS_EACH = 4
+
 #: Noted by the roster itself, which also bounds how often.
 _NOTED_BY_ROSTER = (InvitationError, UnknownMemberError, KeyInUseError)
 
@@ -118,11 +124,10 @@ class Desk:
         self._on_event = on_event
         self._granting = Granting(roster, presigner, self._limits)
         self._counters = Counters(self._limits)
-        #: By member: what it does, and since when (seconds since the epoch).
-        self._since: dict[str, tuple[tuple[str, str, int, str], float]] = {}
         self._verifier = RequestVerifier(roster.by_fingerprint, audience=audience)
         self._server: ServerThread | None = None
         self._polls = Polls(roster, self._limits.polls_each)
+        self._attendance = Attendance(roster)
         self._started_at = 0.0
         self.port = 0
 
@@ -154,7 +159,8 @@ class Desk:
                 raise
             self._operator_socket = operator_socket
             served.append((self._for_operator().application(), private))
-        self._server = ServerThread(served, most_connections=self._limits.most_connections)
+        self._server = ServerThread(served)
+        self._make_room()
         self._server.start()
 
     def stop(self) -> None:
@@ -167,6 +173,13 @@ class Desk:
                 self._operator_socket.unlink()
         self._polls.close()
         server.stop()
+        self._attendance.close()
+
+    def _make_room(self) -> None:
+        """For as many connections as there are members, and others besides."""
+        if self._server is not None:
+            members = len(self._roster.active_keys())
+            self._server.allow(self._limits.most_connections + CONNECTIONS_EACH * members)
 
     @property
     def polls_held(self) -> int:
@@ -323,6 +336,8 @@ class Desk:
         if known:
             return known[0]
         member = self._roster.redeem(body.token, body.name, pem, body.facts)
+        self._attendance.forget(member.name)
+        self._make_room()
         self._tell("joined", {"name": member.name, "fingerprint": member.fingerprint})
         return member
 
@@ -330,16 +345,14 @@ class Desk:
         member = self._member(caller)
         presence = parse_body(Presence, caller.body)
         now = time.time()
-        self._roster.seen(member.name, presence, now=now)
-        doing = _doing(presence)
-        if self._since.get(member.name, (None,))[0] != doing:
-            self._since[member.name] = (doing, now)
+        self._attendance.seen(member.name, presence, now=now)
         return {
             "ok": True,
             "server_time": now,
             "member_status": member.status,
             "draining": bool(self._roster.setting("draining", False)),
             "told": told(self._roster, member.name),
+            "next_s": max(LEAST_PRESENCE_S, self._attendance.count() / PRESENCES_PER_S),
         }
 
     def _grants(self, caller: Caller) -> dict[str, Any]:
@@ -374,11 +387,14 @@ class Desk:
         def asks() -> tuple[Member, TaskBody]:
             member = self._member(caller)
             body = parse_body(TaskBody, caller.body)
-            self._roster.require_alone(member.name, body.boot)
+            self._attendance.require_alone(member.name, body.boot)
+            if not body.have:
+                self._attendance.waits(member.name, body.boot)
             return member, body
 
         member, body = await run_in_threadpool(asks)
-        letter = await polls.next(member, body.have, self._limits.poll_s)
+        poll_s = min(MOST_POLL_S, max(self._limits.poll_s, self._polls.count() / POLLS_PER_S))
+        letter = await polls.next(member, body.have, poll_s)
         if letter is None:
             return {"letter": None}
         # By how long and not until when: a node's clock is another.
@@ -390,7 +406,7 @@ class Desk:
         """What a member says to a letter; that it is its answer the federation's loop finds."""
         member = self._member(caller)
         body = parse_body(ReplyBody, caller.body)
-        self._roster.require_alone(member.name, body.boot)
+        self._attendance.require_alone(member.name, body.boot)
         if not self._roster.letters.answer(member.name, body.letter, body.reply()):
             raise AccessRefusedError(
                 f"{member.name} is not asked {body.letter} (any more)",
@@ -409,7 +425,7 @@ class Desk:
         Times are seconds since the epoch.
         """
         now = time.time()
-        presences = self._roster.presences()
+        presences = self._attendance.now()
         members, tasks = [], []
         for member in self._roster.members():
             own = self._roster.tasks.open_for(member.name)
@@ -422,7 +438,7 @@ class Desk:
                     "joined_at": member.joined_at,
                     "photon_version": member.facts.photon_version,
                     "train_tokens": member.facts.train_tokens,
-                    **self._shown(member.name, presences.get(member.name), own, now),
+                    **self._shown(presences.get(member.name), own, now),
                 }
             )
         return {
@@ -442,20 +458,19 @@ class Desk:
         }
 
     def _shown(
-        self, name: str, seen: tuple[Presence, float] | None, own: list[OpenTask], now: float
+        self, seen: tuple[Presence, float, float] | None, own: list[OpenTask], now: float
     ) -> dict[str, Any]:
         """Whether a member is here, and what it does; presence None if it never was here."""
         if seen is None:
             return {"here": False, "presence": None}
-        presence, seen_at = seen
-        known, since = self._since.get(name, (None, seen_at))
+        presence, seen_at, since = seen
         task = next((task for task in own if task.id == presence.task), None)
         return {
             "here": now - seen_at <= self._limits.here_s,
             "presence": {
                 **{key: value for key, value in vars(presence).items() if key != "boot"},
                 "seen_at": seen_at,
-                "since": since if known == _doing(presence) else seen_at,
+                "since": since,
                 "until": task.until if task is not None else None,
             },
         }
@@ -480,11 +495,6 @@ class Desk:
         self._roster.journal.note("operator", "stop", "")
         self._tell("stop", {})
         return {"ok": True, "stopping": True}
-
-
-def _doing(presence: Presence) -> tuple[str, str, int, str]:
-    """What has a beginning: another step of the same task is not something else."""
-    return (presence.state, presence.run, presence.round, presence.task)
 
 
 def _too_many(what: str, *, noted: bool = True) -> RefusedError:

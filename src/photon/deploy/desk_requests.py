@@ -72,9 +72,9 @@ class DeskLimits:
         join_body_bytes, body_bytes, grants_body_bytes, reply_body_bytes: of one request; the latter
             two for /grants and /reply: a Reply of the greatest length fits, in base64.
         body_s: for a request's body to arrive.
-        poll_s: that a silo waits for a question, before it asks again.
+        poll_s: that a silo waits for a question, before it asks again; longer where many wait.
         polls_each: of one member, that wait at once.
-        most_connections: at once.
+        most_connections: at once, besides those of members.
         most_objects: that one task may write.
         grant_s: for how long a presigned URL is valid, unless its task ends before.
         here_s: a silo that was silent for longer counts as gone.
@@ -91,7 +91,7 @@ class DeskLimits:
     body_s: float = 20.0
     poll_s: float = 20.0
     polls_each: int = 2
-    most_connections: int = 512
+    most_connections: int = 256
     most_objects: int = 65_536
     grant_s: int = 300
     here_s: float = 60.0

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import resource
 import socket
 import sqlite3
 import stat
@@ -254,12 +255,9 @@ class ServerThread:
 
     Args:
         served: application and socket; the sockets are closed at the end.
-        most_connections: at once, for each.
     """
 
-    def __init__(
-        self, served: Sequence[tuple[Starlette, socket.socket]], *, most_connections: int
-    ) -> None:
+    def __init__(self, served: Sequence[tuple[Starlette, socket.socket]]) -> None:
         self._listeners = [listener for _, listener in served]
         self._servers = [
             uvicorn.Server(
@@ -274,7 +272,6 @@ class ServerThread:
                     access_log=False,
                     proxy_headers=False,
                     server_header=False,
-                    limit_concurrency=most_connections,
                     timeout_keep_alive=_KEEP_ALIVE_S,
                     timeout_graceful_shutdown=3,
                     h11_max_incomplete_event_size=_HEADER_BYTES,
@@ -284,6 +281,14 @@ class ServerThread:
         ]
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="photon-desk", daemon=True)
+
+    def allow(self, most_connections: int) -> None:
+        """So many at once, for each application, from the next connection on."""
+        for server in self._servers:
+            server.config.limit_concurrency = most_connections
+        files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files < (wanted := min(most, 2 * most_connections)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
     def start(self) -> None:
         """When this returns, requests are answered.

@@ -12,7 +12,8 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 from starlette.concurrency import run_in_threadpool
 
@@ -34,18 +35,16 @@ class _Poll:
 
     Attributes:
         have: ids of letters that it holds.
-        news: there may be something for it.
-        over: it is answered now, with a letter or without.
+        found: what it is answered: a letter, none, or "look" where that is to be seen.
     """
 
     member: Member
     have: frozenset[str]
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    over: bool = False
+    found: asyncio.Future[Letter | Literal["look"] | None]
 
-    def end(self) -> None:
-        self.over = True
-        self.news.set()
+    def answer(self, found: Letter | Literal["look"] | None) -> None:
+        if not self.found.done():
+            self.found.set_result(found)
 
 
 class Polls:
@@ -72,22 +71,25 @@ class Polls:
             UnknownMemberError: it may not take part, any more.
         """
         loop = self._loop = asyncio.get_running_loop()
-        poll, until_s = _Poll(member, frozenset(have)), loop.time() + wait_s
+        poll, until_s = _Poll(member, frozenset(have), loop.create_future()), loop.time() + wait_s
         held = self._held.setdefault(member.name, deque())
         held.append(poll)
         while len(held) > self._most:
-            held.popleft().end()
+            held.popleft().answer(None)
         if self._watch is None or self._watch.done():
             self._watch = loop.create_task(self._look_again())
         try:
-            while True:
-                poll.news.clear()
-                found = await run_in_threadpool(self._look, poll)
-                if found is not None or poll.over or self._closed or loop.time() >= until_s:
+            found = await run_in_threadpool(self._look, poll)
+            while found is None and not self._closed:
+                async with asyncio.timeout_at(until_s):
+                    found = await poll.found
+                if found != "look":
                     return found
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout_at(until_s):
-                        await poll.news.wait()
+                poll.found = loop.create_future()
+                found = await run_in_threadpool(self._look, poll)
+            return found
+        except TimeoutError:
+            return None
         finally:
             with contextlib.suppress(ValueError):
                 held.remove(poll)
@@ -107,7 +109,7 @@ class Polls:
 
     def _end_all(self) -> None:
         for poll in self._all():
-            poll.end()
+            poll.answer(None)
 
     def _all(self) -> list[_Poll]:
         return [poll for held in tuple(self._held.values()) for poll in tuple(held)]
@@ -123,21 +125,28 @@ class Polls:
             try:
                 version = await run_in_threadpool(self._roster.version)
                 if version != seen:
-                    letters, active = await run_in_threadpool(self._standing)
-                    for poll in self._all():
-                        mine = letters.get(poll.member.name, set())
-                        if mine - poll.have or poll.member.fingerprint not in active:
-                            poll.news.set()
+                    waiting = [(one, one.member.name, one.have) for one in self._all()]
+                    for poll, found in await run_in_threadpool(self._news, waiting):
+                        poll.answer(found)
                 seen = version
                 await asyncio.sleep(_LOOK_S)
             except Exception as error:  # a roster that can't be read: who polls is told
                 logger.error("looking for letters: %s", type(error).__name__, exc_info=error)
                 for poll in self._all():
-                    poll.news.set()
+                    poll.answer("look")
                 await asyncio.sleep(_TROUBLE_S)
 
-    def _standing(self) -> tuple[dict[str, set[str]], set[str]]:
-        """Letters that wait, by silo; keys of members that may take part."""
-        members = self._roster.members()
-        active = {one.fingerprint for one in members if one.status == "active"}
-        return self._roster.letters.unanswered(), active
+    def _news(
+        self, waiting: list[tuple[_Poll, str, frozenset[str]]]
+    ) -> list[tuple[_Poll, Letter | Literal["look"]]]:
+        """What there is for whom, all of it in three questions."""
+        letters, active = self._roster.letters.unanswered(), self._roster.active_keys()
+        refused = [poll for poll, _, _ in waiting if poll.member.fingerprint not in active]
+        wanted = {
+            poll: new[0]
+            for poll, name, have in waiting
+            if (new := [one for one in letters.get(name, ()) if one not in have])
+        }
+        found = self._roster.letters.fetch(wanted.values()) if wanted else {}
+        given = [(poll, found[one]) for poll, one in wanted.items() if one in found]
+        return [*((poll, "look") for poll in refused), *given]

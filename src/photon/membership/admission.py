@@ -1,4 +1,4 @@
-"""Who is a member by the roster's tables, why an invitation or a key makes none, who came first."""
+"""Who is a member by the roster's tables, and why an invitation or a key makes none."""
 
 from __future__ import annotations
 
@@ -122,27 +122,3 @@ def _why_not_key(db: sqlite3.Connection, fingerprint: str, name: str) -> Members
         f"key {fingerprint} can't be {name}'s: it is or was {whose}",
         hint="Each node makes a key of its own: join with another --home.",
     )
-
-
-def older_boot(
-    db: sqlite3.Connection, name: str, boot: str, now: float, alone_s: float
-) -> str | None:
-    """A boot that was here before this one, and spoke since this one is here.
-
-    Args:
-        alone_s: one that was silent for so long is gone.
-    """
-    db.execute("DELETE FROM boots WHERE name = ? AND last_seen < ?", (name, now - alone_s))
-    db.execute(
-        "INSERT INTO boots VALUES (?1, ?2, ?3, ?3)"
-        " ON CONFLICT (name, boot) DO UPDATE SET last_seen = excluded.last_seen",
-        (name, boot, now),
-    )
-    row = db.execute(
-        "SELECT older.boot FROM boots AS older JOIN boots AS mine USING (name)"
-        " WHERE name = ? AND mine.boot = ? AND older.rowid < mine.rowid"
-        " AND older.last_seen > mine.first_seen"
-        " ORDER BY older.rowid LIMIT 1",
-        (name, boot),
-    ).fetchone()
-    return row["boot"] if row is not None else None

@@ -1,7 +1,7 @@
 """The journal: what happened at the aggregator's door, for its operator to read.
 
-A table of the roster's file. Entries about a change are made in the change's own transaction, so
-that neither is there without the other.
+A file of its own (photon.membership.roster_file). Entries about a change are made in the change's
+own transaction, and are on disk before it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ class Journal:
         """`note` what was refused; whoever calls this bounds how often."""
         with self._file.changing() as db:
             self.add(db, actor, what, detail, time.time(), refusal=True)
+
+    def refused(self, actor: str, what: str, detail: str) -> None:
+        """`note_refusal`, bounded here: strangers and members may cause as many as they like."""
+        with self._file.changing() as db:
+            self.add_refusal(db, actor, what, detail, time.time())
 
     def events(self, limit: int = 100) -> list[Event]:
         """The newest, oldest of them first."""

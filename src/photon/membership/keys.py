@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import os
 import re
@@ -190,6 +191,7 @@ def fingerprint_of(public_pem: str) -> str:
     return "sha256:" + hashlib.sha256(der).hexdigest()
 
 
+@functools.lru_cache(4096)  # a request of a member is not to cost another millisecond
 def _public(pem: str) -> ec.EllipticCurvePublicKey:
     try:
         if len(pem) > _MOST_PEM_CHARACTERS:

@@ -1,6 +1,6 @@
 """Letters: a task's question on its way to its silo, and what came back for it.
 
-A table of the roster's file, which the federation's loop writes and the desk reads. A letter is
+A table of the mailbox, which the federation's loop writes and the desk reads. A letter is
 handed out for as long as nothing came back for it: whoever lost it on the way is given it again. It
 ends with its task (photon.membership.tasks). A power cut may take letters back: the loop, which it
 ended too, sends them anew, and silos answer from their disks.
@@ -8,6 +8,7 @@ ended too, sends them anew, and silos answer from their disks.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Collection
@@ -88,12 +89,21 @@ class Letters:
 
     # --- the desk ---
 
-    def unanswered(self) -> dict[str, set[str]]:
-        """Ids of letters that nothing came back for, by silo."""
-        found: dict[str, set[str]] = {}
-        for row in self._file.rows("SELECT silo, id FROM letters WHERE reply IS NULL"):
-            found.setdefault(row["silo"], set()).add(row["id"])
+    def unanswered(self) -> dict[str, list[str]]:
+        """Ids of letters that nothing came back for, by silo, the oldest first."""
+        found: dict[str, list[str]] = {}
+        question = "SELECT silo, id FROM letters WHERE reply IS NULL AND until > ? ORDER BY rowid"
+        for row in self._file.rows(question, time.time()):
+            found.setdefault(row["silo"], []).append(row["id"])
         return found
+
+    def fetch(self, ids: Collection[str]) -> dict[str, Letter]:
+        """The letters of these ids that are still there."""
+        question = (
+            "SELECT id, message, until FROM letters WHERE id IN (SELECT value FROM json_each(?))"
+        )
+        rows = self._file.rows(question, json.dumps(list(ids)))
+        return {row["id"]: Letter(**row) for row in rows}
 
     def next(self, silo: str, but: Collection[str]) -> Letter | None:
         """A letter that a silo has not answered.

@@ -1,8 +1,9 @@
 """The roster: who is a member, who was invited, who is here; with the tasks and the journal.
 
-One SQLite file that several processes use at once (the desk, the federation's loop, the command
-line). Every change is one transaction and is on disk when the method returns; every question is
-asked of the file, so that a member who is suspended is suspended from the next request on.
+Three SQLite files (photon.membership.roster_file) that several processes use at once (the desk, the
+federation's loop, the command line). Every change is one transaction and is on disk when the method
+returns; every question is asked of the files, so that a member who is suspended is suspended from
+the next request on.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ import os
 import secrets
 import sqlite3
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from photon.errors import KeyInUseError, MembershipError, UnknownMemberError
+from photon.errors import MembershipError, UnknownMemberError
 from photon.membership.admission import (
     STANDING,
     find,
     judged,
     member_of,
-    older_boot,
     stands,
     unknown,
 )
@@ -41,11 +42,8 @@ from photon.membership.records import (
     Status,
     utc,
 )
-from photon.membership.roster_file import RosterFile
+from photon.membership.roster_file import ROSTER_FILE, RosterFile
 from photon.membership.tasks import Tasks
-
-#: The roster's name in the aggregator's home.
-ROSTER_FILE = "members.sqlite"
 
 #: Setting: folder of the run that is served from this home, or was last.
 RUN_SETTING = "run"
@@ -53,18 +51,16 @@ RUN_SETTING = "run"
 #: Setting: what ended the loop that was started last: "exit_code" and "words".
 ENDED_SETTING = "ended"
 
-#: Two processes with one key are two nodes if both speak within so many seconds.
-ALONE_S = 60.0
-
 #: Invitations are forgotten so many seconds after they expired.
 _REMEMBER_INVITATIONS_S = 90 * 86_400
 
 
 class Roster:
-    """The roster in one file. Safe to share between threads; each process opens its own.
+    """An aggregator's roster. Safe to share between threads; each process opens its own.
 
     Args:
-        path: SQLite file; made if missing, readable by its owner only, its folder too.
+        path: of members.sqlite; made if missing with those beside it, readable by their owner
+            only, their folder too.
 
     Raises:
         MembershipError: there is no making or reading it.
@@ -91,8 +87,8 @@ class Roster:
         """Make one transaction of all changes in the block: on disk at once, and sooner."""
         return self._file.changing()
 
-    def version(self) -> tuple[int, int]:
-        """Another one after every change, of this process's or another's. Costs microseconds."""
+    def version(self) -> tuple[int, ...]:
+        """Another one after every change of members or mailbox, whoever makes it. Costs little."""
         return self._file.version()
 
     def __enter__(self) -> Roster:
@@ -194,7 +190,6 @@ class Roster:
                     "UPDATE invitations SET ended_at = ?, end = 'used' WHERE token_sha256 = ?",
                     (now, row["token_sha256"]),
                 )
-                db.execute("DELETE FROM boots WHERE name = ?", (name,))
                 db.execute(
                     "INSERT OR REPLACE INTO members VALUES (:name, :pem, :key, :status, :now,"
                     " :data_sha256, :tokenizer_sha256, :train_tokens, :photon_version)",
@@ -229,6 +224,11 @@ class Roster:
             for row in rows
         ]
 
+    def active_keys(self) -> set[str]:
+        """Fingerprints of all that may take part just now."""
+        rows = self._file.rows("SELECT fingerprint FROM members WHERE status = 'active'")
+        return {row["fingerprint"] for row in rows}
+
     def member(self, name: str) -> Member:
         """One of them, whatever its status.
 
@@ -260,8 +260,7 @@ class Roster:
         else:
             message = f"key {shown} is no member's"
             hint = "Join with an invitation: `photon join --invite FILE`."
-        with self._file.changing() as db:
-            self.journal.add_refusal(db, "stranger", "unknown key", message, time.time())
+        self.journal.refused("stranger", "unknown key", message)
         raise UnknownMemberError(message, hint=hint)
 
     def signer(self, fingerprint: str) -> Signer:
@@ -291,8 +290,7 @@ class Roster:
         found = self.by_fingerprint(fingerprint)
         if found.status != "active":
             message = f"{found.name} {STANDING[found.status]}"
-            with self._file.changing() as db:
-                self.journal.add_refusal(db, found.name, "refused", message, time.time())
+            self.journal.refused(found.name, "refused", message)
             raise UnknownMemberError(message, hint="Ask the aggregator's operator.")
         return found
 
@@ -345,40 +343,18 @@ class Roster:
     # --- presence ---------------------------------------------------------------------------------
 
     def seen(self, name: str, presence: Presence, *, now: float | None = None) -> None:
-        """Note that a node is here, and what it does.
-
-        A node that starts again is another process (`boot`), and is welcome at once. Two that both
-        go on speaking are two nodes with one key: of them the older one stays, and the newer one is
-        refused from its second call on, for as long as the older one is not silent for ALONE_S.
+        """Note that a node is here, and what it does. `photon.deploy.attendance` decides whether.
 
         Args:
             now: seconds since the epoch, of this machine's clock.
-
-        Raises:
-            KeyInUseError: see above.
-            UnknownMemberError: no such member.
         """
-        now = _now(now)
-        with self._file.changing(durable=False) as db:
-            refusal = self._second_node(db, name, presence.boot, now)
-            if refusal is None:
-                db.execute(
-                    "INSERT OR REPLACE INTO presence VALUES (?, ?, ?)",
-                    (name, now, json.dumps(vars(presence))),
-                )
-        if refusal is not None:
-            raise refusal
+        self.all_seen({name: (presence, _now(now))})
 
-    def require_alone(self, name: str, boot: str) -> None:
-        """Refuse the newer of two nodes with one key, as `seen`, for another kind of request.
-
-        Raises:
-            KeyInUseError, UnknownMemberError: see `seen`.
-        """
+    def all_seen(self, said: Mapping[str, tuple[Presence, float]]) -> None:
+        """`seen`, of many at once. A power cut may take it back: they say it again."""
+        rows = [(name, at, json.dumps(vars(one))) for name, (one, at) in said.items()]
         with self._file.changing(durable=False) as db:
-            refusal = self._second_node(db, name, boot, time.time())
-        if refusal is not None:
-            raise refusal
+            db.executemany("INSERT OR REPLACE INTO presence VALUES (?, ?, ?)", rows)
 
     def presences(self) -> dict[str, tuple[Presence, float]]:
         """What each node said last, and when (seconds since the epoch, this side's clock)."""
@@ -412,24 +388,6 @@ class Roster:
                 member.public_key,
                 member.facts.data_sha256,
             ),
-        )
-
-    def _second_node(
-        self, db: sqlite3.Connection, name: str, boot: str, now: float
-    ) -> KeyInUseError | None:
-        """Why the process that speaks as a member is refused; None if it is not."""
-        if find(db, name) is None:
-            raise unknown(name, None)
-        older = older_boot(db, name, boot, now, ALONE_S) if boot else None
-        if older is None:
-            return None
-        detail = f"{_shown(boot)} is refused, {_shown(older)} was first"
-        self.journal.add_refusal(db, name, "two nodes with one key", detail, now)
-        return KeyInUseError(
-            f"another node runs with the key of {name}: this one ({_shown(boot)}) came later "
-            f"than {_shown(older)}, which was here in the last {ALONE_S:.0f} s",
-            hint="Stop one of them. If the other one is not yours, the key was copied: ask the "
-            f"aggregator's operator for `photon members rotate {name}`.",
         )
 
     def _void_invitations(self, db: sqlite3.Connection, name: str, why: str, now: float) -> bool:
@@ -479,7 +437,3 @@ def _now(now: float | None) -> float:
 
 def _digest(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _shown(boot: str) -> str:
-    return f"process {boot[:12]!r}"

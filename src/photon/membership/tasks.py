@@ -1,6 +1,6 @@
 """Tasks: what silos are asked, what they may read and write for it, and what they answered.
 
-A table of the roster's file.
+A table of the mailbox (photon.membership.roster_file).
 """
 
 from __future__ import annotations
