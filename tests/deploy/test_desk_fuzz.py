@@ -18,15 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from photon.deploy.desk import Desk, DeskLimits
-from photon.deploy.desk_requests import (
-    GrantsBody,
-    JoinBody,
-    ReplyBody,
-    TaskBody,
-    caller_address,
-    parse_body,
-)
+from photon.deploy.desk_requests import caller_address
 from photon.errors import ProtocolError
+from photon.membership.desk_documents import GrantsBody, JoinBody, ReplyBody, TaskBody, parse_body
 from photon.membership.keys import NodeKey
 from photon.membership.records import OpenTask, Presence, printable
 from photon.membership.roster import Facts, Roster

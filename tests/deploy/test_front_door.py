@@ -18,10 +18,6 @@ from door_requests import CLOSED, STORE, ask, raw, reached
 
 from photon.config.serve import ServeConfig
 from photon.deploy.front_door import (
-    MOST_GRANTS_BYTES,
-    MOST_JOIN_BYTES,
-    MOST_REPLY_BYTES,
-    MOST_SMALL_BYTES,
     DoorSettings,
     answers_as,
     caddy_words,
@@ -31,6 +27,12 @@ from photon.deploy.front_door import (
 )
 from photon.deploy.ports import free_ports
 from photon.errors import DeployError, IncompatibleConfigError, PortInUseError
+from photon.membership.desk_documents import (
+    MOST_GRANTS_BYTES,
+    MOST_JOIN_BYTES,
+    MOST_REPLY_BYTES,
+    MOST_SMALL_BYTES,
+)
 
 pytestmark = pytest.mark.slow
 

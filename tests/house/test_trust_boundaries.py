@@ -25,7 +25,6 @@ from photon.config import load_node_config, load_run_config
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 from photon.deploy.certificates import make_authority
-from photon.deploy.desk_requests import GrantsBody, JoinBody, ReplyBody, TaskBody, parse_body
 from photon.errors import ConfigError, InvitationError, PhotonError, ProtocolError
 from photon.federation.envelopes import (
     Ask,
@@ -42,6 +41,7 @@ from photon.federation.envelopes import (
 from photon.federation.norm_bound import lr_sum
 from photon.federation.tasks import StateRef
 from photon.link import Ref
+from photon.membership.desk_documents import GrantsBody, JoinBody, ReplyBody, TaskBody, parse_body
 from photon.membership.invitation import (
     Invitation,
     SharedTokenizer,

@@ -23,17 +23,9 @@ from photon.deploy.certificates import member_certificate
 from photon.deploy.desk_requests import (
     ADMISSION_PATH,
     CERTIFICATE_HEADER,
-    DESK_PATH,
-    CheckBody,
     Counters,
     DeskLimits,
     Granting,
-    GrantsBody,
-    JoinBody,
-    ReplyBody,
-    TaskBody,
-    error_record,
-    parse_body,
     require_same_key,
 )
 from photon.deploy.desk_server import (
@@ -59,6 +51,20 @@ from photon.errors import (
     UnreachableError,
 )
 from photon.membership.bulletin import told
+from photon.membership.desk_documents import (
+    DESK_PATH,
+    MOST_GRANTS_BYTES,
+    MOST_JOIN_BYTES,
+    MOST_REPLY_BYTES,
+    MOST_SMALL_BYTES,
+    CheckBody,
+    GrantsBody,
+    JoinBody,
+    ReplyBody,
+    TaskBody,
+    error_record,
+    parse_body,
+)
 from photon.membership.keys import canonical_pem, fingerprint_of
 from photon.membership.records import OpenTask, printable
 from photon.membership.roster import Member, Presence, Roster
@@ -193,12 +199,12 @@ class Desk:
 
     def _for_silos(self) -> Routes:
         routes = Routes(self._note_caller, body_s=self._limits.body_s)
-        routes.add("POST", f"{DESK_PATH}/join", self._join, self._limits.join_body_bytes)
-        routes.add("POST", f"{DESK_PATH}/presence", self._presence, self._limits.body_bytes)
-        routes.add("POST", f"{DESK_PATH}/grants", self._grants, self._limits.grants_body_bytes)
+        routes.add("POST", f"{DESK_PATH}/join", self._join, MOST_JOIN_BYTES)
+        routes.add("POST", f"{DESK_PATH}/presence", self._presence, MOST_SMALL_BYTES)
+        routes.add("POST", f"{DESK_PATH}/grants", self._grants, MOST_GRANTS_BYTES)
         routes.add("POST", f"{DESK_PATH}/check", self._check, 1024)
-        routes.add("POST", f"{DESK_PATH}/task", self._task, self._limits.body_bytes)
-        routes.add("POST", f"{DESK_PATH}/reply", self._reply, self._limits.reply_body_bytes)
+        routes.add("POST", f"{DESK_PATH}/task", self._task, MOST_SMALL_BYTES)
+        routes.add("POST", f"{DESK_PATH}/reply", self._reply, MOST_REPLY_BYTES)
         routes.add("GET", f"{DESK_PATH}/health", self._health, 0)
         routes.add("GET", ADMISSION_PATH, self._admit, 0)
         return routes

@@ -1,4 +1,4 @@
-"""What silos may say to the desk, and which grants they get. Nothing in here knows HTTP."""
+"""How often silos may ask the desk, and which grants they get. Nothing in here knows HTTP."""
 
 from __future__ import annotations
 
@@ -8,25 +8,20 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from typing import Any
 
 from photon.errors import (
     AccessRefusedError,
     LinkError,
     PhotonError,
-    ProtocolError,
     SignatureError,
     StoreUnavailableError,
 )
-from photon.membership.records import OpenTask, SignedReply, printable
-from photon.membership.roster import Facts, Member, Presence, Roster
+from photon.membership.desk_documents import GrantsBody, Want, error_record
+from photon.membership.records import Member, OpenTask, printable
+from photon.membership.roster import Roster
 from photon.store.contract import require_key
 from photon.store.presign import Presigner
-
-#: Under which the front door forwards to the desk.
-DESK_PATH = "/photon/v2"
 
 #: Where the front door asks whether the holder of a certificate is an active member; and how it
 #: says whose certificate came. From outside neither is reached.
@@ -36,24 +31,12 @@ CERTIFICATE_HEADER = "photon-certificate"
 #: No object that a silo writes is longer: photon.link.manifest's largest chunk.
 MOST_OBJECT_BYTES = 64 << 20
 
-#: In one request for grants.
-MOST_WANTS = 256
-
 #: Not in any store: that it isn't there is an answer.
 PROBE_KEY = "photon-probe/none"
 #: For how long leave to ask for it is valid.
 _PROBE_S = 60
 
-#: Letters that a node says it holds.
-_MOST_LETTERS = 64
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_Name = Annotated[
-    str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")
-]
-_Whole = Annotated[int, Field(ge=0, lt=2**53)]
-_Boot = Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]*\z")]
-_LetterId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}\z")]
 
 
 @dataclass(frozen=True)
@@ -69,8 +52,6 @@ class DeskLimits:
         requests_per_minute: of one member. (RequestVerifier remembers 20 000 within four minutes.)
         notes_per_minute: refusals noted in the roster's events for one name or address; how many
             more there were is noted once.
-        join_body_bytes, body_bytes, grants_body_bytes, reply_body_bytes: of one request; the latter
-            two for /grants and /reply: a Reply of the greatest length fits, in base64.
         body_s: for a request's body to arrive.
         poll_s: that a silo waits for a question, before it asks again; longer where many wait.
         polls_each: of one member, that wait at once.
@@ -84,10 +65,6 @@ class DeskLimits:
     strangers_per_minute: int = 60
     requests_per_minute: int = 3000
     notes_per_minute: int = 30
-    join_body_bytes: int = 4 << 10
-    body_bytes: int = 32 << 10
-    grants_body_bytes: int = 256 << 10
-    reply_body_bytes: int = 1408 << 10
     body_s: float = 20.0
     poll_s: float = 20.0
     polls_each: int = 2
@@ -112,98 +89,6 @@ def require_same_key(claimed: str, shown: str | None) -> None:
             "the request is signed with another key than its certificate is for",
             hint="Only a node of Photon's own can ask for this.",
         )
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class JoinBody(_Part):
-    """Redeem an invitation. The request is signed with the key that it brings."""
-
-    token: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[!-~]+\z")]
-    name: _Name
-    public_key: Annotated[str, Field(max_length=2000)]
-    facts: Facts
-
-
-class Want(_Part):
-    """Leave asked for one object. Keys are judged one by one (`Granting`): each gets its words."""
-
-    verb: Literal["GET", "HEAD", "PUT"]
-    key: Annotated[str, Field(max_length=2000)]
-    bytes: _Whole | None = None
-    sha256: Annotated[str, Field(max_length=64)] | None = None
-
-
-class GrantsBody(_Part):
-    """Leave asked for a task's objects."""
-
-    task_id: Annotated[str, Field(min_length=1, max_length=300)]
-    wants: Annotated[list[Want], Field(min_length=1, max_length=MOST_WANTS)]
-
-
-class CheckBody(_Part):
-    """What a member may ask without being here for it: nothing to say."""
-
-
-class TaskBody(_Part):
-    """Wait for a question.
-
-    Attributes:
-        boot: photon.membership.roster.Presence.boot.
-        have: ids of letters that the node holds: those are not given again.
-    """
-
-    boot: _Boot
-    have: Annotated[list[_LetterId], Field(max_length=_MOST_LETTERS)] = []
-
-
-class AnswerPart(_Part):
-    """photon.membership.records.SignedReply, as the trainer gave it."""
-
-    text: Base64Bytes
-    signature: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9+/=]+\z")]
-    fingerprint: Annotated[str, Field(max_length=100, pattern=r"^sha256:[0-9a-f]{64}\z")]
-
-
-class ReplyBody(_Part):
-    """The answer to a letter, or why there is none."""
-
-    boot: _Boot
-    letter: _LetterId
-    answer: AnswerPart | None = None
-    words: Annotated[str, Field(max_length=1000)] | None = None
-
-    def reply(self) -> SignedReply | str:
-        """Raises ProtocolError where it is neither, or both."""
-        if (self.answer is None) == (self.words is None):
-            raise ProtocolError("a reply is an answer, or words why there is none")
-        if self.answer is None:
-            return printable(self.words or "")
-        return SignedReply("", **dict(self.answer))
-
-
-Body = TypeVar("Body", JoinBody, Presence, GrantsBody, CheckBody, TaskBody, ReplyBody)
-
-
-def parse_body(kind: type[Body], data: bytes) -> Body:
-    """A request's body, from outside.
-
-    Raises:
-        ProtocolError: it is no such JSON; says the first thing that is wrong, and no value, as a
-            value may be a secret.
-    """
-    try:
-        return TypeAdapter(kind).validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part)[:40] for part in first["loc"][:6])
-        what = kind.__name__.removesuffix("Body").lower()
-        raise ProtocolError(
-            printable(f"the {what} request can't be read: {where}: {first['msg'][:200]}"),
-            hint="Install the same version of Photon on both sides.",
-        ) from None
 
 
 # --- how often ------------------------------------------------------------------------------------
@@ -457,8 +342,3 @@ def _readable(task: OpenTask, key: str) -> bool:
     return any(
         key.startswith(one) if one.endswith("/") else key == one for one in task.readable
     ) or any(key.startswith(one.partition("{")[0]) for one in task.writable)
-
-
-def error_record(error: PhotonError) -> dict[str, Any]:
-    """As errors travel: {"code", "message", "hint"}."""
-    return {"code": error.exit_code, "message": error.message, "hint": error.hint}

@@ -33,7 +33,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from photon.deploy.desk_requests import caller_address, error_record
+from photon.deploy.desk_requests import caller_address
 from photon.errors import (
     AccessRefusedError,
     ClockSkewError,
@@ -47,6 +47,7 @@ from photon.errors import (
     UnreachableError,
     error_of,
 )
+from photon.membership.desk_documents import error_record
 from photon.membership.records import printable
 
 logger = logging.getLogger("photon.desk")

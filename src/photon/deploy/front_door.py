@@ -30,11 +30,18 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from photon.config.addresses import joined
 from photon.config.serve import ServeConfig
-from photon.deploy.desk_requests import ADMISSION_PATH, CERTIFICATE_HEADER, error_record
+from photon.deploy.desk_requests import ADMISSION_PATH, CERTIFICATE_HEADER
 from photon.deploy.logs import readable
 from photon.deploy.service import RestartPolicy, Service
 from photon.environment import given
 from photon.errors import CertificateError, DeployError, IncompatibleConfigError
+from photon.membership.desk_documents import (
+    MOST_GRANTS_BYTES,
+    MOST_JOIN_BYTES,
+    MOST_REPLY_BYTES,
+    MOST_SMALL_BYTES,
+    error_record,
+)
 from photon.store.disk import write_whole
 
 SERVICE = "door"
@@ -42,12 +49,6 @@ SERVICE = "door"
 #: a transfer that is under way goes on with what it began with.
 READ_AGAIN = signal.SIGUSR1
 
-#: What is said to the desk, most bytes of it: a Reply (photon.federation.envelopes) in base64,
-#: leave for 256 objects, and all the rest; of what strangers say: a key, a token and some hashes.
-MOST_REPLY_BYTES = 1408 << 10
-MOST_GRANTS_BYTES = 256 << 10
-MOST_SMALL_BYTES = 32 << 10
-MOST_JOIN_BYTES = 4 << 10
 #: One object of the store: a chunk or a manifest. The signature names the exact length.
 MOST_OBJECT_BYTES = 2 << 30
 

@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives import hashes
 from photon.config.addresses import host_name, joined
 from photon.errors import InvitationError, MembershipError
 from photon.membership.keys import FINGERPRINT, canonical_pem
-from photon.membership.records import MEMBER_NAME, SHA256, utc
+from photon.membership.records import MEMBER_NAME, SHA256, printable, utc
 from photon.store.disk import write_whole
 
 _FORMAT = 2
@@ -203,7 +203,9 @@ def read_invitation(path: str | os.PathLike[str]) -> Invitation:
     try:
         record = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise InvitationError(f"{path} is no invitation: {str(error)[:200]}", hint=_HINT) from error
+        raise InvitationError(
+            f"{path} is no invitation: {printable(str(error))[:200]}", hint=_HINT
+        ) from error
     if record.get("photon_invitation") != _FORMAT:
         raise InvitationError(
             f"{path} is no invitation of this Photon's: photon_invitation is "
@@ -236,7 +238,7 @@ def _parsed(record: dict[str, Any], path: Path) -> Invitation:
         raise _wrong(path, "ca_pem", pem, "a certificate in PEM") from error
     if found != said:
         raise InvitationError(
-            f"{path}: the certificate in it has fingerprint {found}, it says {said[:80]}",
+            f"{path}: the certificate in it has fingerprint {found}, it says {printable(said)[:80]}",
             hint=f"It was changed or damaged on its way: do not use it. {_HINT}",
         )
     if not math.isfinite(seconds):

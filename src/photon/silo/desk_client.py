@@ -15,11 +15,11 @@ import weakref
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from photon.errors import (
     CertificateError,
@@ -27,7 +27,17 @@ from photon.errors import (
     PhotonError,
     ProtocolError,
     UnreachableError,
-    error_of,
+)
+from photon.membership.desk_documents import (
+    DESK_PATH,
+    MOST_POLL_S,
+    MOST_WORDS,
+    AnswerKind,
+    CertificateAnswer,
+    CheckAnswer,
+    Failure,
+    GrantsAnswer,
+    TaskAnswer,
 )
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
@@ -35,19 +45,9 @@ from photon.membership.records import SignedReply, printable
 from photon.membership.roster import Facts, Presence
 from photon.membership.signing import sign_request
 from photon.silo.door_client import DoorClient, distrusted
-from photon.silo.grant_book import MOST_WANTS, GrantBook, Leave, Want
+from photon.silo.grant_book import GrantBook, Leave, Want
 from photon.store.dialling import distrust, http_client, is_loopback, proxy_to
 from photon.store.presign import Grant
-
-#: photon.deploy.desk_requests.DESK_PATH.
-DESK_PATH = "/photon/v2"
-
-#: A question is waited for so long at most: photon.deploy.desk_requests.DeskLimits.poll_s, and some
-#: time for the answer's way.
-_POLL_S = 45.0
-
-#: Of why there is no answer, so many characters are sent.
-_MOST_WORDS = 1000
 
 #: No answer of a desk is longer: 256 grants take some 300 KB.
 _MOST_BYTES = 4 << 20
@@ -57,79 +57,6 @@ _MOST_DETAIL = 2000
 
 #: Statuses of a desk, or of the door before it, that go away by themselves.
 _LATER = {408, 425, 429, 500, 502, 503, 504}
-
-
-class _Answer(BaseModel):
-    # What a newer desk says besides is passed over.
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-
-_AnswerKind = TypeVar("_AnswerKind", bound=_Answer)
-
-
-class _ErrorPart(_Answer):
-    code: Annotated[int, Field(ge=1, le=255)]
-    message: str
-    hint: str | None = None
-
-    def raised(self) -> PhotonError:
-        """As it was raised over there, cut to a length and without what moves a cursor."""
-        hint = printable(self.hint)[:2000] if self.hint else None
-        return error_of(self.code)(printable(self.message)[:2000], hint=hint)
-
-
-class _Failure(_Answer):
-    error: _ErrorPart
-
-
-class _GrantPart(_Answer):
-    verb: Literal["GET", "HEAD", "PUT"] | None = None
-    key: Annotated[str, Field(max_length=2000)] = ""
-    url: Annotated[str, Field(max_length=8192)] = ""
-    headers: Annotated[
-        dict[
-            Annotated[str, Field(max_length=100, pattern=r"^[a-z0-9-]+\z")],
-            Annotated[str, Field(max_length=1000, pattern=r"^[ -~]*\z")],
-        ],
-        Field(max_length=20),
-    ] = {}
-    expires_at: float = 0.0
-    error: _ErrorPart | None = None
-
-    def leave(self) -> Grant | PhotonError | None:
-        """The grant, or why there is none; None where it says neither."""
-        if self.error is not None:
-            return self.error.raised()
-        if self.verb is None:
-            return None
-        return Grant(self.verb, self.url, self.headers, self.expires_at)
-
-
-class _CheckAnswer(_Answer):
-    server_time: float
-    name: str
-    member_status: Annotated[str, Field(max_length=100)]
-    store: _GrantPart
-
-
-class _GrantsAnswer(_Answer):
-    server_time: float
-    grants: Annotated[list[_GrantPart], Field(max_length=MOST_WANTS)]
-
-
-class _LetterPart(_Answer):
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\z")]
-    left_s: float
-    message: Annotated[Base64Bytes, Field(strict=False)]
-
-
-class _TaskAnswer(_Answer):
-    letter: _LetterPart | None
-
-
-class _CertificateAnswer(_Answer):
-    certificate: Annotated[str, Field(max_length=8000)]
-    left_s: Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -248,7 +175,7 @@ class DeskClient:
         """
         body = {"boot": boot, "have": sorted(have)}
         trouble = "sends no question"
-        found = self._parsed("task", body, _TaskAnswer, trouble, timeout_s=_POLL_S).letter
+        found = self._parsed("task", body, TaskAnswer, trouble, timeout_s=MOST_POLL_S).letter
         return Delivery(**dict(found)) if found is not None else None
 
     def reply(self, boot: str, letter: str, answer: SignedReply | str) -> None:
@@ -260,7 +187,7 @@ class DeskClient:
         """
         body: dict[str, Any] = {"boot": boot, "letter": letter}
         if isinstance(answer, str):
-            body["words"] = printable(answer)[:_MOST_WORDS]
+            body["words"] = printable(answer)[:MOST_WORDS]
         else:
             text = base64.b64encode(answer.text).decode()
             own = {"signature": answer.signature, "fingerprint": answer.fingerprint}
@@ -286,7 +213,7 @@ class DeskClient:
         Raises:
             PhotonError: as `presence`.
         """
-        answer = self._parsed("check", {}, _CheckAnswer, "does not say how we stand")
+        answer = self._parsed("check", {}, CheckAnswer, "does not say how we stand")
         part = answer.store
         probe = part.leave()
         if probe is None or (isinstance(probe, Grant) and (probe.verb != "HEAD" or not part.key)):
@@ -315,7 +242,7 @@ class DeskClient:
             PhotonError: the request as a whole is refused, or did not arrive.
         """
         body = {"task_id": task_id, "wants": wants}
-        answer = self._parsed("grants", body, _GrantsAnswer, "sends no grants")
+        answer = self._parsed("grants", body, GrantsAnswer, "sends no grants")
         if len(answer.grants) != len(wants):
             raise ProtocolError(
                 f"the desk of {self} answers {len(wants)} questions with {len(answer.grants)}"
@@ -334,18 +261,18 @@ class DeskClient:
         return found
 
     def _given_certificate(self) -> tuple[str, float]:
-        answer = self._parsed("join", {}, _CertificateAnswer, "gives no certificate")
+        answer = self._parsed("join", {}, CertificateAnswer, "gives no certificate")
         return answer.certificate, answer.left_s
 
     def _parsed(
         self,
         what: str,
         body: dict[str, Any],
-        kind: type[_AnswerKind],
+        kind: type[AnswerKind],
         trouble: str,
         *,
         timeout_s: float | None = None,
-    ) -> _AnswerKind:
+    ) -> AnswerKind:
         try:
             return kind.model_validate(self._asked(what, body, timeout_s=timeout_s))
         except ValidationError as error:
@@ -392,7 +319,7 @@ class DeskClient:
         if status == 200 and isinstance(document, dict):
             return document
         try:
-            told = _Failure.model_validate(document).error.raised()
+            told = Failure.model_validate(document).error.raised()
         except ValidationError:
             told = None
         if status in _LATER:

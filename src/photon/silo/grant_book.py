@@ -17,10 +17,8 @@ from photon.errors import (
     StoreUnavailableError,
     UnreachableError,
 )
+from photon.membership.desk_documents import MOST_WANTS
 from photon.store.presign import Grant, Verb
-
-#: In one request; the desk takes no more.
-MOST_WANTS = 256
 
 #: A grant that was fetched ahead is used for a new transfer only if it is valid for so much longer.
 _LEFT_S = 60.0
