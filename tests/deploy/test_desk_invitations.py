@@ -47,7 +47,7 @@ def test_a_used_invitation_is_refused_and_noted(place: Place) -> None:
     assert place.join(token, "blue", place.key("blue")).status_code == 200
     words = refused(place.join(token, "blue", place.key("thief")), 403, 81)
     assert "was used at" in words
-    assert any("invitation refused" in line and "was used" in line for line in place.noted())
+    assert any("refused join" in line and "was used" in line for line in place.noted())
     assert place.roster.member("blue").fingerprint == place.key("blue").fingerprint
 
 
@@ -61,7 +61,7 @@ def test_expired_forged_and_another_s_invitations(place: Place) -> None:
     assert "for green, not for red" in refused(place.join(green, "red", key), 403, 81)
     assert "no such invitation" in refused(place.join(green[:-1], "green", key), 403, 81)
     assert place.roster.members() == []
-    assert sum("invitation refused" in line for line in place.noted()) == 4
+    assert sum("refused join" in line for line in place.noted()) == 4
     assert not any(token in line for line in place.noted() for token in (green, expired))
 
 

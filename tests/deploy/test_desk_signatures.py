@@ -29,7 +29,7 @@ def test_a_stranger_s_key(place: Place) -> None:
     place.member("blue")
     stranger = place.key("stranger")
     both(lambda what, body: refused(place.post(what, body, stranger), 403, 82) and None)
-    assert any("unknown key" in line and stranger.fingerprint in line for line in place.noted())
+    assert any("is no member's" in line and stranger.fingerprint in line for line in place.noted())
 
 
 def test_a_member_s_name_on_another_key_s_signature(place: Place) -> None:

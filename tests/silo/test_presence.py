@@ -65,6 +65,19 @@ def test_changes_are_told_together(desk, monkeypatch):
     assert len(desk.told) < 50
 
 
+def test_an_idle_node_speaks_as_seldom_as_the_desk_asks_and_a_busy_one_does_not(desk):
+    desk.answer = {"ok": True, "next_s": 1e9}
+    reporter = Reporter(desk)
+    eventually(lambda: desk.told)
+    time.sleep(0.3)
+    assert len(desk.told) <= 2
+    reporter.say("training", step=1)
+    eventually(lambda: sum(one.state == "training" for one in desk.told) > 3)
+    desk.answer = {"ok": True, "next_s": "soon"}  # no desk of ours
+    reporter.say("idle")
+    eventually(lambda: sum(one.state == "idle" for one in desk.told[-5:]) > 3)
+
+
 @pytest.mark.parametrize("error", [UnreachableError("down"), ValueError("nonsense"), OSError()])
 def test_a_desk_in_trouble_is_told_again(error, desk, caplog):
     desk.error = error

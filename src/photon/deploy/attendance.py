@@ -96,8 +96,6 @@ class Attendance:
             older = self._older(name, boot, now) if boot else None
         if older is None:
             return
-        detail = f"{_shown(boot)} is refused, {_shown(older)} was first"
-        self._roster.journal.refused(name, "two nodes with one key", detail)
         raise KeyInUseError(
             f"another node runs with the key of {name}: this one ({_shown(boot)}) came later "
             f"than {_shown(older)}, which was here in the last {ALONE_S:.0f} s",

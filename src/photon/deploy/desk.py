@@ -33,7 +33,6 @@ from photon.deploy.desk_server import (
     RefusedError,
     Routes,
     ServerThread,
-    as_json,
     ask_operator,
     loopback_socket,
     private_socket,
@@ -42,12 +41,9 @@ from photon.deploy.polls import Polls
 from photon.errors import (
     AccessRefusedError,
     DeployError,
-    InvitationError,
-    KeyInUseError,
     PhotonError,
     ProtocolError,
     SignatureError,
-    UnknownMemberError,
     UnreachableError,
 )
 from photon.membership.bulletin import told
@@ -70,6 +66,7 @@ from photon.membership.records import OpenTask, printable
 from photon.membership.roster import Member, Presence, Roster
 from photon.membership.signing import KEY_HEADER, RequestVerifier
 from photon.store.presign import Presigner
+from photon.telemetry.events import finite
 from photon.version import photon_version
 
 __all__ = ["Desk", "DeskLimits", "ask_operator"]
@@ -87,9 +84,6 @@ _EVENTS_SHOWN = 20
 LEAST_PRESENCE_S, PRESENCES_PER_S, POLLS_PER_S, MOST_POLL_S = 5.0, 5.0, 25.0, 40.0
 #: Two polls, and what a node says besides.
 CONNECTIONS_EACH = 4
-
-#: Noted by the roster itself, which also bounds how often.
-_NOTED_BY_ROSTER = (InvitationError, UnknownMemberError, KeyInUseError)
 
 
 class Desk:
@@ -230,11 +224,10 @@ class Desk:
         detail = printable(error.message)[:500]
         if left_out:
             detail += f" (and {left_out} refusals before it that were not noted)"
-        if not isinstance(error, _NOTED_BY_ROSTER):
-            try:
-                self._roster.journal.note_refusal(actor, f"refused {what}", detail)
-            except Exception as trouble:
-                logger.error("can't note a refusal: %s", type(trouble).__name__)
+        try:
+            self._roster.journal.note_refusal(actor, f"refused {what}", detail)
+        except Exception as trouble:
+            logger.error("can't note a refusal: %s", type(trouble).__name__)
         self._tell(
             "refused", {"actor": actor, "what": what, "code": error.exit_code, "why": detail}
         )
@@ -453,7 +446,7 @@ class Desk:
             "version": photon_version(),
             "draining": bool(self._roster.setting("draining", False)),
             "stopping": bool(self._roster.setting("stopping", False)),
-            **as_json({"run": {}, "services": (), **self._about()}),
+            **finite({"run": {}, "services": (), **self._about()}),
             "members": members,
             "open_tasks": [
                 {name: getattr(task, name) for name in _TASK_SHOWN}

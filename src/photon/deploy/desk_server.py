@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import inspect
-import json
 import logging
-import math
 import os
 import resource
 import socket
@@ -25,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -74,9 +72,6 @@ _READ_AND_FORGOTTEN_BYTES = 4 << 20
 
 _START_S = 20.0
 _STOP_S = 10.0
-
-#: Of what an operator is answered.
-_MOST_ANSWER_BYTES = 64 << 20
 
 
 @dataclass
@@ -238,17 +233,6 @@ def _refusal(status: int, error: PhotonError, *, close: bool) -> JSONResponse:
     if status in (429, 503):
         headers["retry-after"] = "10"
     return JSONResponse({"error": error_record(error)}, status, headers)
-
-
-def as_json(value: Any) -> Any:
-    """What others report, as JSON can say it: a loss that is not finite is null."""
-    if isinstance(value, Mapping):
-        return {str(name): as_json(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int) else str(value)
 
 
 class ServerThread:
@@ -421,19 +405,6 @@ def _answers(path: Path) -> bool:
 # --- the other end of the operator's socket -------------------------------------------------------
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: Path, timeout_s: float) -> None:
-        super().__init__("localhost", timeout=timeout_s)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
 def ask_operator(
     path: Path,
     method: str,
@@ -452,17 +423,15 @@ def ask_operator(
         UnreachableError: nobody answers.
         PhotonError: what the desk says is wrong.
     """
-    connection = _UnixConnection(path, timeout_s)
+    transport = httpx2.HTTPTransport(uds=str(path))
     try:
-        connection.request(method, what, json.dumps(body) if body is not None else None)
-        document = json.loads(connection.getresponse().read(_MOST_ANSWER_BYTES))
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        with httpx2.Client(transport=transport, timeout=timeout_s) as client:
+            document = client.request(method, f"http://desk{what}", json=body).json()
+    except (httpx2.HTTPError, ValueError) as error:
         raise UnreachableError(
             f"no `photon serve` answers on {path}: {error}",
             hint="Is it running, on this machine, as this user, with this home?",
         ) from error
-    finally:
-        connection.close()
     if "error" in document:
         told = document["error"]
         raise error_of(told["code"])(told["message"], hint=told["hint"])

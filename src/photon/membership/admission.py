@@ -48,23 +48,26 @@ def unknown(name: str, found: Member | None) -> UnknownMemberError:
 
 def judged(
     db: sqlite3.Connection, digest: str, shown: str, name: str, fingerprint: str, now: float
-) -> tuple[sqlite3.Row | None, MembershipError | None]:
-    """An invitation, and why with it `name` can't become a member who has that key.
+) -> sqlite3.Row:
+    """An invitation that makes `name` a member who has that key.
 
     Args:
         digest: sha256 of the invitation's token.
         shown: the name as it may be shown.
 
-    Returns:
-        Its row, None where there is none; and None where all is well.
+    Raises:
+        InvitationError, MembershipError: see Roster.redeem.
     """
     question = "SELECT * FROM invitations WHERE token_sha256 = ?"
     row = db.execute(question, (digest,)).fetchone()
-    return row, (
+    why_not = (
         _why_not(db, row, shown, name, now)
         or _why_not_bound(row, shown, fingerprint)
         or _why_not_key(db, fingerprint, name)
     )
+    if why_not is not None:
+        raise why_not
+    return row
 
 
 def _why_not(

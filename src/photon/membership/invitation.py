@@ -238,7 +238,8 @@ def _parsed(record: dict[str, Any], path: Path) -> Invitation:
         raise _wrong(path, "ca_pem", pem, "a certificate in PEM") from error
     if found != said:
         raise InvitationError(
-            f"{path}: the certificate in it has fingerprint {found}, it says {printable(said)[:80]}",
+            f"{path}: the certificate in it has fingerprint {found}, it says "
+            f"{printable(said[:80])}",
             hint=f"It was changed or damaged on its way: do not use it. {_HINT}",
         )
     if not math.isfinite(seconds):

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections import deque
 
 from photon.membership.records import Event
 from photon.membership.roster_file import RosterFile
 
 #: The newest events, among which refusals are kept: others make those, and nothing that they do
-#: takes a change of the operator's or a joining out. And refusals written down per minute, so that
-#: a stranger can't keep the disk busy.
+#: takes a change of the operator's or a joining out.
 _MOST_EVENTS = 20_000
-_MOST_REFUSALS_PER_MINUTE = 60
 _MOST_EVENT_CHARACTERS = 2000
 
 
@@ -26,7 +23,6 @@ class Journal:
 
     def __init__(self, file: RosterFile) -> None:
         self._file = file
-        self._refusals: deque[float] = deque()
 
     def note(self, actor: str, what: str, detail: str) -> None:
         """Write an event down. The same one again and again takes one line, and a count."""
@@ -37,11 +33,6 @@ class Journal:
         """`note` what was refused; whoever calls this bounds how often."""
         with self._file.changing() as db:
             self.add(db, actor, what, detail, time.time(), refusal=True)
-
-    def refused(self, actor: str, what: str, detail: str) -> None:
-        """`note_refusal`, bounded here: strangers and members may cause as many as they like."""
-        with self._file.changing() as db:
-            self.add_refusal(db, actor, what, detail, time.time())
 
     def events(self, limit: int = 100) -> list[Event]:
         """The newest, oldest of them first."""
@@ -78,16 +69,3 @@ class Journal:
         db.execute(
             "DELETE FROM events WHERE n <= ? AND refusal", ((new.lastrowid or 0) - _MOST_EVENTS,)
         )
-
-    def add_refusal(
-        self, db: sqlite3.Connection, actor: str, what: str, detail: str, now: float
-    ) -> None:
-        """`add` what was refused, unless this minute has seen too much of that."""
-        while self._refusals and self._refusals[0] < now - 60:
-            self._refusals.popleft()
-        if len(self._refusals) < _MOST_REFUSALS_PER_MINUTE:
-            self._refusals.append(now)
-            self.add(db, actor, what, detail, now, refusal=True)
-            if len(self._refusals) == _MOST_REFUSALS_PER_MINUTE:
-                told = "the rest of this minute's are not noted"
-                self.add(db, "desk", "too many refusals", told, now, refusal=True)

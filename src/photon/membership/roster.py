@@ -178,30 +178,25 @@ class Roster:
         pem = canonical_pem(public_key_pem)
         fingerprint = fingerprint_of(pem)
         shown = name if MEMBER_NAME.fullmatch(name) else repr(name[:100])
+        status: Status = "active"
         with self._file.changing() as db:
-            row, refusal = judged(db, _digest(token), shown, name, fingerprint, now)
-            status: Status = "active"
-            if row is not None and refusal is None:
-                old = find(db, name)
-                if old is not None:
-                    self._retire(db, old, "replaced by a newer key", now)
-                    status = old.status if row["rotate"] else status
-                db.execute(
-                    "UPDATE invitations SET ended_at = ?, end = 'used' WHERE token_sha256 = ?",
-                    (now, row["token_sha256"]),
-                )
-                db.execute(
-                    "INSERT OR REPLACE INTO members VALUES (:name, :pem, :key, :status, :now,"
-                    " :data_sha256, :tokenizer_sha256, :train_tokens, :photon_version)",
-                    {"name": name, "pem": pem, "key": fingerprint, "status": status, "now": now}
-                    | vars(facts),
-                )
-                what = "joined" if old is None else "joined with a new key"
-                self.journal.add(db, name, what, f"{fingerprint}, {facts.train_tokens} tokens", now)
-            if refusal is not None:
-                self.journal.add_refusal(db, shown, "invitation refused", refusal.message, now)
-        if refusal is not None:
-            raise refusal
+            row = judged(db, _digest(token), shown, name, fingerprint, now)
+            old = find(db, name)
+            if old is not None:
+                self._retire(db, old, "replaced by a newer key", now)
+                status = old.status if row["rotate"] else status
+            db.execute(
+                "UPDATE invitations SET ended_at = ?, end = 'used' WHERE token_sha256 = ?",
+                (now, row["token_sha256"]),
+            )
+            db.execute(
+                "INSERT OR REPLACE INTO members VALUES (:name, :pem, :key, :status, :now,"
+                " :data_sha256, :tokenizer_sha256, :train_tokens, :photon_version)",
+                {"name": name, "pem": pem, "key": fingerprint, "status": status, "now": now}
+                | vars(facts),
+            )
+            what = "joined" if old is None else "joined with a new key"
+            self.journal.add(db, name, what, f"{fingerprint}, {facts.train_tokens} tokens", now)
         return Member(name, pem, fingerprint, status, facts, now)
 
     def members(self) -> list[Member]:
@@ -241,7 +236,7 @@ class Roster:
         return member_of(rows[0])
 
     def by_fingerprint(self, fingerprint: str) -> Member:
-        """Whose key that is, whatever the member's status. A key that is nobody's is logged.
+        """Whose key that is, whatever the member's status.
 
         Raises:
             UnknownMemberError: it is no member's, or was one's.
@@ -260,7 +255,6 @@ class Roster:
         else:
             message = f"key {shown} is no member's"
             hint = "Join with an invitation: `photon join --invite FILE`."
-        self.journal.refused("stranger", "unknown key", message)
         raise UnknownMemberError(message, hint=hint)
 
     def signer(self, fingerprint: str) -> Signer:
@@ -289,9 +283,9 @@ class Roster:
         """
         found = self.by_fingerprint(fingerprint)
         if found.status != "active":
-            message = f"{found.name} {STANDING[found.status]}"
-            self.journal.refused(found.name, "refused", message)
-            raise UnknownMemberError(message, hint="Ask the aggregator's operator.")
+            raise UnknownMemberError(
+                f"{found.name} {STANDING[found.status]}", hint="Ask the aggregator's operator."
+            )
         return found
 
     def active_member(self, name: str) -> Member:

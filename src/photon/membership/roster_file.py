@@ -86,7 +86,7 @@ def _moved(table: str, to: str, columns: str) -> str:
     # Emptied first: where power was lost between the commits of two files, it is done again.
     return (
         f"DELETE FROM {to}.{table}; INSERT INTO {to}.{table} ({columns})"
-        f" SELECT {columns} FROM members.{table}; DROP TABLE members.{table}"
+        f" SELECT {columns} FROM members.{table}; DROP TABLE members.{table};"
     )
 
 
@@ -117,25 +117,18 @@ CREATE TABLE members.invitations (
         "ALTER TABLE members.members DROP COLUMN flower_node_id",
         "DROP TABLE members.leaving_nodes",
         # Until then this file was all of the roster.
-        "; ".join(
-            [
-                _moved(
-                    "tasks",
-                    "mailbox",
-                    "id, run, round, silo, kind, opened_at, until, closed_at, most_bytes,"
-                    " readable, writable, reply, signature, fingerprint, ask",
-                ),
-                _moved(
-                    "letters",
-                    "mailbox",
-                    "task, id, silo, until, message, reply, signature, fingerprint",
-                ),
-                _moved("presence", "mailbox", "name, seen_at, presence"),
-                _moved("settings", "mailbox", "key, value"),
-                _moved("events", "main", "n, at, actor, what, detail, times, refusal"),
-                "DROP TABLE members.boots",
-            ]
-        ),
+        _moved(
+            *("tasks", "mailbox"),
+            "id, run, round, silo, kind, opened_at, until, closed_at, most_bytes, readable,"
+            " writable, reply, signature, fingerprint, ask",
+        )
+        + _moved(
+            "letters", "mailbox", "task, id, silo, until, message, reply, signature, fingerprint"
+        )
+        + _moved("presence", "mailbox", "name, seen_at, presence")
+        + _moved("settings", "mailbox", "key, value")
+        + _moved("events", "main", "n, at, actor, what, detail, times, refusal")
+        + "DROP TABLE members.boots",
     ),
 )
 

@@ -23,6 +23,9 @@ BOOT = "PHOTON_BOOT"
 #: Between two reports that say the same.
 _EVERY_S = 5.0
 
+#: A desk with many members asks idle nodes to speak less often, at least so often.
+_MOST_IDLE_S = 300.0
+
 #: Between any two reports: a change is told at once, a hundred changes are told as one.
 _LEAST_GAP_S = 0.5
 
@@ -56,6 +59,8 @@ class Reporter:
         self.bytes_up = self.bytes_down = 0
         #: What the desk said to the last report, where another node uses this one's key.
         self.key_in_use: KeyInUseError | None = None
+        #: Between two reports that this node is idle, as the desk would have it.
+        self._idle_s = _EVERY_S
         if desk is not None:
             threading.Thread(target=self._report, name="photon-presence", daemon=True).start()
 
@@ -95,7 +100,7 @@ class Reporter:
         while True:
             self._tell()
             time.sleep(_LEAST_GAP_S)
-            self._changed.wait(_EVERY_S)
+            self._changed.wait(self._idle_s if self.now.state == "idle" else _EVERY_S)
 
     def _tell(self) -> None:
         with self._reporting:
@@ -105,9 +110,10 @@ class Reporter:
                 answer = self._desk.presence(self.now)
                 self.draining = bool(answer.get("draining"))
                 self.key_in_use, trouble, self.heard_at = None, None, time.time()
+                self._idle_s = min(max(_EVERY_S, float(answer.get("next_s", 0))), _MOST_IDLE_S)
                 self._narrator.heard(answer)
             except Exception as error:  # whatever it is, it must not end the reports
-                trouble = str(error)
+                trouble, self._idle_s = str(error), _EVERY_S
                 if isinstance(error, KeyInUseError):
                     self.key_in_use = error
                 elif not isinstance(error, PhotonError):

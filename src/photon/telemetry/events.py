@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -21,9 +22,9 @@ Kind = Literal["simulate", "train", "serve"]
 
 def finite(value: Any) -> Any:
     """The value with None for each number in it that is infinite or none at all."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
