@@ -381,7 +381,7 @@ def test_refusals_are_bounded_and_take_no_change_out(roster, join, keys, monkeyp
     changes = [event.what for event in roster.journal.events(100)]
     assert changes == ["invited", "joined"]
     for number in range(50):
-        roster.journal.note_refusal("desk", "something", str(number))
+        roster.journal.note("desk", "something", str(number), refusal=True)
     events = roster.journal.events(100)
     assert [event.what for event in events[:2]] == changes
     assert [event.detail for event in events[2:]] == [str(n) for n in range(40, 50)]

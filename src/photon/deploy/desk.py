@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_jsonable_python
 from starlette.concurrency import run_in_threadpool
 
 from photon.deploy.attendance import Attendance
@@ -54,6 +54,7 @@ from photon.membership.desk_documents import (
     MOST_REPLY_BYTES,
     MOST_SMALL_BYTES,
     CheckBody,
+    DrainBody,
     GrantsBody,
     JoinBody,
     ReplyBody,
@@ -225,7 +226,7 @@ class Desk:
         if left_out:
             detail += f" (and {left_out} refusals before it that were not noted)"
         try:
-            self._roster.journal.note_refusal(actor, f"refused {what}", detail)
+            self._roster.journal.note(actor, f"refused {what}", detail, refusal=True)
         except Exception as trouble:
             logger.error("can't note a refusal: %s", type(trouble).__name__)
         self._tell(
@@ -446,7 +447,9 @@ class Desk:
             "version": photon_version(),
             "draining": bool(self._roster.setting("draining", False)),
             "stopping": bool(self._roster.setting("stopping", False)),
-            **finite({"run": {}, "services": (), **self._about()}),
+            **finite(
+                to_jsonable_python({"run": {}, "services": (), **self._about()}, fallback=str)
+            ),
             "members": members,
             "open_tasks": [
                 {name: getattr(task, name) for name in _TASK_SHOWN}
@@ -476,14 +479,7 @@ class Desk:
 
     def _drain(self, caller: Caller) -> dict[str, Any]:
         """Finish the round, begin no other; {"draining": false} takes it back."""
-        wanted: Any = True
-        if caller.body:
-            try:
-                wanted = json.loads(caller.body)["draining"]
-            except (ValueError, RecursionError, KeyError, TypeError):
-                wanted = None
-            if not isinstance(wanted, bool):
-                raise ProtocolError('drain takes nothing, or {"draining": true} or false')
+        wanted = not caller.body or parse_body(DrainBody, caller.body).draining
         self._roster.set_setting("draining", wanted)
         self._roster.journal.note("operator", "drain" if wanted else "drain taken back", "")
         self._tell("drain", {"draining": wanted})

@@ -111,7 +111,13 @@ class ReplyBody(_Part):
         return SignedReply("", **dict(self.answer))
 
 
-Body = TypeVar("Body", JoinBody, Presence, GrantsBody, CheckBody, TaskBody, ReplyBody)
+class DrainBody(_Part):
+    """The operator: begin no other round; or, false, go on."""
+
+    draining: bool
+
+
+Body = TypeVar("Body", DrainBody, JoinBody, Presence, GrantsBody, CheckBody, TaskBody, ReplyBody)
 
 
 def parse_body(kind: type[Body], data: bytes) -> Body:
@@ -194,14 +200,22 @@ class GrantsAnswer(_Answer):
     grants: Annotated[list[GrantPart], Field(max_length=MOST_WANTS)]
 
 
-class LetterPart(_Answer):
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}\z")]
+class Delivery(_Answer):
+    """A question for a node.
+
+    Attributes:
+        id: of its letter; names it in the reply.
+        left_s: nobody waits for the answer after so many seconds.
+        message: a sealed Ask's bytes.
+    """
+
+    id: _LetterId
     left_s: float
     message: Annotated[Base64Bytes, Field(strict=False)]
 
 
 class TaskAnswer(_Answer):
-    letter: LetterPart | None
+    letter: Delivery | None
 
 
 class CertificateAnswer(_Answer):

@@ -24,15 +24,14 @@ class Journal:
     def __init__(self, file: RosterFile) -> None:
         self._file = file
 
-    def note(self, actor: str, what: str, detail: str) -> None:
-        """Write an event down. The same one again and again takes one line, and a count."""
-        with self._file.changing() as db:
-            self.add(db, actor, what, detail, time.time())
+    def note(self, actor: str, what: str, detail: str, *, refusal: bool = False) -> None:
+        """Write an event down. The same one again and again takes one line, and a count.
 
-    def note_refusal(self, actor: str, what: str, detail: str) -> None:
-        """`note` what was refused; whoever calls this bounds how often."""
+        Args:
+            refusal: of what was refused; whoever calls this bounds how often.
+        """
         with self._file.changing() as db:
-            self.add(db, actor, what, detail, time.time(), refusal=True)
+            self.add(db, actor, what, detail, time.time(), refusal=refusal)
 
     def events(self, limit: int = 100) -> list[Event]:
         """The newest, oldest of them first."""

@@ -35,6 +35,7 @@ from photon.membership.desk_documents import (
     AnswerKind,
     CertificateAnswer,
     CheckAnswer,
+    Delivery,
     Failure,
     GrantsAnswer,
     TaskAnswer,
@@ -57,21 +58,6 @@ _MOST_DETAIL = 2000
 
 #: Statuses of a desk, or of the door before it, that go away by themselves.
 _LATER = {408, 425, 429, 500, 502, 503, 504}
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """A question for this node.
-
-    Attributes:
-        id: of its letter; names it in `reply`.
-        message: a sealed Ask's bytes.
-        left_s: nobody waits for the answer after so many seconds.
-    """
-
-    id: str
-    message: bytes
-    left_s: float
 
 
 class DeskClient:
@@ -175,8 +161,7 @@ class DeskClient:
         """
         body = {"boot": boot, "have": sorted(have)}
         trouble = "sends no question"
-        found = self._parsed("task", body, TaskAnswer, trouble, timeout_s=MOST_POLL_S).letter
-        return Delivery(**dict(found)) if found is not None else None
+        return self._parsed("task", body, TaskAnswer, trouble, timeout_s=MOST_POLL_S).letter
 
     def reply(self, boot: str, letter: str, answer: SignedReply | str) -> None:
         """Send the answer to a letter, or words why there is none. Sent twice it counts once.

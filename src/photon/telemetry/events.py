@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -22,9 +21,9 @@ Kind = Literal["simulate", "train", "serve"]
 
 def finite(value: Any) -> Any:
     """The value with None for each number in it that is infinite or none at all."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -108,7 +108,7 @@ def _prepared(roster: Roster, keys: dict[str, NodeKey]) -> str:
     roster.letters.push(f"{RUN_ID}/fit/4/red", sealed(ask(), keys["asker"]))
     roster.seen("red", Presence("idle", boot="boot-1"), now=now)
     roster.set_setting("run", "/srv/runs/med")
-    roster.journal.note_refusal("198.51.100.7", "refused join", "no such invitation")
+    roster.journal.note("198.51.100.7", "refused join", "no such invitation", refusal=True)
     roster.journal.note("operator", "drain", "")
     return token
 

@@ -272,7 +272,7 @@ class Messenger:
             reply = self._verified(errand.ask, answer)
         except (ProtocolError, MembershipError) as error:
             # Not its answer. Whoever sent it is named in the log; the silo is asked again.
-            self._roster.journal.note_refusal(errand.ask.silo, "reply refused", error.message)
+            self._roster.journal.note(errand.ask.silo, "reply refused", error.message, refusal=True)
             self.notice(errand.ask, f"a reply was refused: {error.message}")
             errand.troubles += 1
             if errand.troubles >= ATTEMPTS:
@@ -284,7 +284,7 @@ class Messenger:
             errand.require_possible(reply, self._config)
         except ProtocolError as error:
             # Its own answer, to this very Ask: it would answer the same again.
-            self._roster.journal.note_refusal(reply.silo, "reply refused", error.message)
+            self._roster.journal.note(reply.silo, "reply refused", error.message, refusal=True)
             errand.failure = error
             return
         if reply.refused is None:
@@ -298,7 +298,7 @@ class Messenger:
         # Trouble of its link; or its Ask was changed on the way, by whoever carries it.
         passing = 70 <= refusal.code < 80 or issubclass(kind, SignatureError)
         errand.troubles += 1
-        self._roster.journal.note_refusal(reply.silo, "refused", refusal.message)
+        self._roster.journal.note(reply.silo, "refused", refusal.message, refusal=True)
         if errand.ask.fit is not None and issubclass(kind, LASTING) and not passing:
             note_refusal(self._roster, errand.ask.run.id, reply.silo, refusal.message)
         if passing and errand.troubles < ATTEMPTS:
