@@ -19,8 +19,8 @@ logger = logging.getLogger("photon.desk")
 #: Two processes with one key are two nodes if both speak within so many seconds.
 ALONE_S = 60.0
 
-#: Between two writes.
-_GAP_S = 0.25
+#: Between two writes; and of what is not new, that somebody still is here.
+_GAP_S, _LATEST_S = 0.25, 5.0
 
 
 class Attendance:
@@ -83,7 +83,6 @@ class Attendance:
             if presence is not None and (presence.boot, presence.state) == (boot, "idle"):
                 self._said[name] = (presence, time.time())
                 self._unwritten.add(name)
-        self._news.set()
 
     def require_alone(self, name: str, boot: str, *, now: float | None = None) -> None:
         """Refuse the newer of two nodes with one key, as `seen`, for another kind of request.
@@ -149,8 +148,8 @@ class Attendance:
 
     def _write_late(self) -> None:
         while not self._over.is_set():
-            self._news.wait()
-            self._over.wait(_GAP_S)
+            if self._news.wait(_LATEST_S):
+                self._over.wait(_GAP_S)
             self._news.clear()
             try:
                 self._write()

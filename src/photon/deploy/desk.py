@@ -82,7 +82,7 @@ _TASK_SHOWN = ("id", "run", "round", "silo", "kind", "opened_at", "until", "most
 _EVENTS_SHOWN = 20
 
 #: The more members, the less often each idle one speaks. Nodes wait 45 s for the answer to a poll.
-LEAST_PRESENCE_S, PRESENCES_PER_S, POLLS_PER_S, MOST_POLL_S = 5.0, 5.0, 25.0, 40.0
+LEAST_PRESENCE_S, PRESENCES_PER_S, POLLS_PER_S, MOST_POLL_S = 5.0, 4.0, 25.0, 40.0
 #: Two polls, and what a node says besides.
 CONNECTIONS_EACH = 4
 
