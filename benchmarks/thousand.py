@@ -33,9 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from cryptography.hazmat.primitives import serialization
 
 from flood import FACTS, aggregator
 from photon.deploy.certificates import keep_member_authority, member_certificate
+from photon.membership.desk_documents import PATIENCE_HEADER, POLL_PATIENCE_S
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
 from photon.membership.records import OpenTask, Presence
@@ -143,7 +145,7 @@ def measured(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
             for first in range(0, chosen.members, chosen.killed):
                 sites.start(first, min(chosen.killed, chosen.members - first))
             here_s = max(sites.times("here", names)) - began
-            time.sleep(5)
+            time.sleep(min(45.0, chosen.idle_s))  # those who came first hear how many came after
             idle = cpu_percent(processes, chosen.idle_s)
             memory = {what: one.memory_info().rss for what, one in processes.items()}
             first = asked(roster, asker, names, 1, sites, lambda: None)
@@ -196,7 +198,17 @@ def enlist(folder: Path, names: list[str]) -> None:
             key = NodeKey.create(folder / name)
             roster.redeem(roster.invite(name, 600), name, key.public_pem, FACTS)
             pem, _ = member_certificate(authority, key.public_pem, key.fingerprint)
-            (folder / f"{name}.pem").write_text(pem)
+            (folder / f"{name}.pem").write_bytes(plain_pem(folder / name) + pem.encode())
+
+
+def plain_pem(file: Path) -> bytes:
+    """A key as TLS libraries read it: a thousand with passphrases take minutes."""
+    private = serialization.load_ssh_private_key(file.read_bytes(), None)
+    return private.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
 
 
 def cpu_percent(processes: dict[str, psutil.Process], seconds: float) -> dict[str, float]:
@@ -312,11 +324,7 @@ class Member:
         self.key = NodeKey.load(folder / name)
         self.port = port
         self.trust = ssl.create_default_context(cafile=str(ca))
-        certificate = self.key.encrypted_pem("x") + (folder / f"{name}.pem").read_bytes()
-        with tempfile.NamedTemporaryFile() as file:
-            file.write(certificate)
-            file.flush()
-            self.trust.load_cert_chain(file.name, password="x")
+        self.trust.load_cert_chain(folder / f"{name}.pem")
         self.audience = certificate_fingerprint(ca.read_text())
         self.boot = os.urandom(8).hex()
         self.room = room
@@ -328,11 +336,14 @@ class Member:
         print(what, self.name, time.time(), flush=True)
 
     async def poll(self) -> None:
-        line = Line(self)
+        line, patience_s = Line(self), POLL_PATIENCE_S
         while True:
             try:
                 self.polled = True
-                answer = await line.ask("task", {"boot": self.boot, "have": sorted(self.have)})
+                said = {PATIENCE_HEADER: f"{patience_s:.0f}"}
+                body = {"boot": self.boot, "have": sorted(self.have)}
+                answer = await line.ask("task", body, said)
+                patience_s = answer.get("patience_s", POLL_PATIENCE_S)
             except OSError as error:
                 print(f"{self.name}: {error}", file=sys.stderr)
                 await asyncio.sleep(random.uniform(0.5, 2.0))
@@ -377,7 +388,9 @@ class Line:
         self.member = member
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def ask(self, what: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def ask(
+        self, what: str, body: dict[str, Any], said: dict[str, str] | None = None
+    ) -> dict[str, Any]:
         """The desk's answer; OSError where it has none."""
         one, path = self.member, f"/photon/v2/{what}"
         content = json.dumps(body).encode()
@@ -392,7 +405,7 @@ class Line:
                 one.key, "POST", path, content, now=time.time(), audience=one.audience
             )
             lines = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(content)}"]
-            lines += [f"{name}: {value}" for name, value in signed.items()]
+            lines += [f"{name}: {value}" for name, value in (signed | (said or {})).items()]
             writer.write("\r\n".join([*lines, "", ""]).encode() + content)
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
             length = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)

@@ -22,6 +22,7 @@ def roster(tmp_path):
 @pytest.fixture
 def desk(roster):
     made = Attendance(roster)
+    made.start()
     yield made
     made.close()
 

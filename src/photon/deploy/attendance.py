@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterable
 
 from photon.errors import KeyInUseError
 from photon.membership.records import Presence
@@ -43,7 +44,17 @@ class Attendance:
         self._unwritten: set[str] = set()
         self._written_s = 0.0
         self._news, self._over = threading.Event(), threading.Event()
-        threading.Thread(target=self._write_late, name="photon-attendance", daemon=True).start()
+
+    def start(self, idle: Callable[[], Iterable[tuple[str, str]]] = tuple) -> None:
+        """Write what comes too soon after a write, a moment later; until `close`.
+
+        Args:
+            idle: member and process of those that wait for a question; asked every few seconds.
+        """
+        self._over.clear()
+        threading.Thread(
+            target=self._write_late, args=(idle,), name="photon-attendance", daemon=True
+        ).start()
 
     def seen(self, name: str, presence: Presence, *, now: float | None = None) -> None:
         """Note that a node is here, and what it does.
@@ -79,10 +90,11 @@ class Attendance:
         One that has a question speaks for itself: else nobody would notice a trainer that hangs.
         """
         with self._lock:
-            presence, _ = self._said.get(name, (None, 0.0))
+            now, (presence, _) = time.time(), self._said.get(name, (None, 0.0))
             if presence is not None and (presence.boot, presence.state) == (boot, "idle"):
-                self._said[name] = (presence, time.time())
+                self._said[name] = (presence, now)
                 self._unwritten.add(name)
+                self._older(name, boot, now)
 
     def require_alone(self, name: str, boot: str, *, now: float | None = None) -> None:
         """Refuse the newer of two nodes with one key, as `seen`, for another kind of request.
@@ -146,12 +158,17 @@ class Attendance:
         if said:
             self._roster.all_seen(said)
 
-    def _write_late(self) -> None:
+    def _write_late(self, idle: Callable[[], Iterable[tuple[str, str]]]) -> None:
+        again_s = 0.0
         while not self._over.is_set():
             if self._news.wait(_LATEST_S):
                 self._over.wait(_GAP_S)
             self._news.clear()
             try:
+                if time.monotonic() >= again_s:
+                    again_s = time.monotonic() + _LATEST_S
+                    for name, boot in idle():
+                        self.waits(name, boot)
                 self._write()
             except Exception as error:  # who speaks next writes, and is told
                 logger.error("noting who is here: %s", type(error).__name__, exc_info=error)

@@ -49,10 +49,14 @@ from photon.errors import (
 from photon.membership.bulletin import told
 from photon.membership.desk_documents import (
     DESK_PATH,
+    LEAST_LEFT_S,
     MOST_GRANTS_BYTES,
     MOST_JOIN_BYTES,
+    MOST_PATIENCE_S,
     MOST_REPLY_BYTES,
     MOST_SMALL_BYTES,
+    PATIENCE_HEADER,
+    POLL_PATIENCE_S,
     CheckBody,
     DrainBody,
     GrantsBody,
@@ -81,8 +85,8 @@ OnEvent = Callable[[str, dict[str, Any]], None]
 _TASK_SHOWN = ("id", "run", "round", "silo", "kind", "opened_at", "until", "most_bytes")
 _EVENTS_SHOWN = 20
 
-#: The more members, the less often each idle one speaks. Nodes wait 45 s for the answer to a poll.
-LEAST_PRESENCE_S, PRESENCES_PER_S, POLLS_PER_S, MOST_POLL_S = 5.0, 4.0, 25.0, 40.0
+#: The more members, the less often each idle one speaks.
+LEAST_PRESENCE_S, PRESENCES_PER_S, POLLS_PER_S = 5.0, 4.0, 8.0
 #: Two polls, and what a node says besides.
 CONNECTIONS_EACH = 4
 
@@ -162,6 +166,7 @@ class Desk:
             served.append((self._for_operator().application(), private))
         self._server = ServerThread(served)
         self._make_room()
+        self._attendance.start(self._polls.idle)
         self._server.start()
 
     def stop(self) -> None:
@@ -388,19 +393,20 @@ class Desk:
             member = self._member(caller)
             body = parse_body(TaskBody, caller.body)
             self._attendance.require_alone(member.name, body.boot)
-            if not body.have:
-                self._attendance.waits(member.name, body.boot)
             return member, body
 
         member, body = await run_in_threadpool(asks)
-        poll_s = min(MOST_POLL_S, max(self._limits.poll_s, self._polls.count() / POLLS_PER_S))
-        letter = await polls.next(member, body.have, poll_s)
+        wanted_s = max(self._limits.poll_s, polls.count() / POLLS_PER_S)
+        most_s = _patience_s(caller) - LEAST_LEFT_S
+        letter = await polls.next(member, body, min(wanted_s, most_s))
+        patience_s = min(max(POLL_PATIENCE_S, wanted_s + LEAST_LEFT_S), MOST_PATIENCE_S)
         if letter is None:
-            return {"letter": None}
+            return {"letter": None, "patience_s": patience_s}
         # By how long and not until when: a node's clock is another.
         left_s = letter.until - time.time()
         message = base64.b64encode(letter.message).decode()
-        return {"letter": {"id": letter.id, "left_s": left_s, "message": message}}
+        given = {"id": letter.id, "left_s": left_s, "message": message}
+        return {"letter": given, "patience_s": patience_s}
 
     def _reply(self, caller: Caller) -> dict[str, Any]:
         """What a member says to a letter; that it is its answer the federation's loop finds."""
@@ -490,6 +496,12 @@ class Desk:
         self._roster.journal.note("operator", "stop", "")
         self._tell("stop", {})
         return {"ok": True, "stopping": True}
+
+
+def _patience_s(caller: Caller) -> float:
+    """For how long a node waits for the answer to its poll."""
+    said = caller.headers.get(PATIENCE_HEADER.lower(), "")[:4]
+    return min(float(said), MOST_PATIENCE_S) if said.isdecimal() else POLL_PATIENCE_S
 
 
 def _too_many(what: str, *, noted: bool = True) -> RefusedError:

@@ -341,7 +341,7 @@ def loopback_socket(port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
         # Two may bind so; only one may listen.
-        listener.listen(1024)
+        listener.listen(4096)
     except (OSError, OverflowError) as error:
         listener.close()
         raise PortInUseError(

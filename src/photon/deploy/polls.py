@@ -11,12 +11,12 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from starlette.concurrency import run_in_threadpool
 
+from photon.membership.desk_documents import TaskBody
 from photon.membership.letters import Letter
 from photon.membership.records import Member
 from photon.membership.roster import Roster
@@ -34,11 +34,13 @@ class _Poll:
     """One that waits.
 
     Attributes:
+        boot: the process that asks.
         have: ids of letters that it holds.
         found: what it is answered: a letter, none, or "look" where that is to be seen.
     """
 
     member: Member
+    boot: str
     have: frozenset[str]
     found: asyncio.Future[Letter | Literal["look"] | None]
 
@@ -64,14 +66,17 @@ class Polls:
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def next(self, member: Member, have: Collection[str], wait_s: float) -> Letter | None:
+    async def next(self, member: Member, body: TaskBody, wait_s: float) -> Letter | None:
         """A letter for a member; waits for one.
 
         Raises:
             UnknownMemberError: it may not take part, any more.
         """
         loop = self._loop = asyncio.get_running_loop()
-        poll, until_s = _Poll(member, frozenset(have), loop.create_future()), loop.time() + wait_s
+        poll, until_s = (
+            _Poll(member, body.boot, frozenset(body.have), loop.create_future()),
+            loop.time() + wait_s,
+        )
         held = self._held.setdefault(member.name, deque())
         held.append(poll)
         while len(held) > self._most:
@@ -99,6 +104,10 @@ class Polls:
     def count(self) -> int:
         """Those that wait now. From any thread."""
         return len(self._all())
+
+    def idle(self) -> list[tuple[str, str]]:
+        """Member and process of those that wait and hold no question. From any thread."""
+        return [(poll.member.name, poll.boot) for poll in self._all() if not poll.have]
 
     def close(self) -> None:
         """Answer all that wait; nobody waits any more. From any thread."""

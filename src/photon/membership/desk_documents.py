@@ -28,8 +28,10 @@ MOST_JOIN_BYTES = 4 << 10
 #: In one request for grants.
 MOST_WANTS = 256
 
-#: A node waits for the answer to a poll for so long; the desk answers before.
-MOST_POLL_S = 45.0
+#: A node waits for the answer to a poll for so long, or as long as it says in this header; the desk
+#: answers LEAST_LEFT_S before. What it says with its answer is the patience that it would like.
+POLL_PATIENCE_S, MOST_PATIENCE_S, LEAST_LEFT_S = 45.0, 180.0, 5.0
+PATIENCE_HEADER = "Photon-Patience"
 
 #: Of why there is no answer, so many characters are sent.
 MOST_WORDS = 1000
@@ -221,6 +223,7 @@ class Delivery(_Answer):
 
 class TaskAnswer(_Answer):
     letter: Delivery | None
+    patience_s: Annotated[float, Field(ge=POLL_PATIENCE_S, le=MOST_PATIENCE_S)] = POLL_PATIENCE_S
 
 
 class CertificateAnswer(_Answer):

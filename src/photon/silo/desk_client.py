@@ -30,8 +30,9 @@ from photon.errors import (
 )
 from photon.membership.desk_documents import (
     DESK_PATH,
-    MOST_POLL_S,
     MOST_WORDS,
+    PATIENCE_HEADER,
+    POLL_PATIENCE_S,
     AnswerKind,
     CertificateAnswer,
     CheckAnswer,
@@ -85,6 +86,7 @@ class DeskClient:
         self._address = address
         self._key = key
         self._timeout_s = timeout_s
+        self._patience_s = POLL_PATIENCE_S
         try:
             trust = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
             self._audience = certificate_fingerprint(ca_file.read_text("ascii")) if ca_file else ""
@@ -161,7 +163,10 @@ class DeskClient:
         """
         body = {"boot": boot, "have": sorted(have)}
         trouble = "sends no question"
-        return self._parsed("task", body, TaskAnswer, trouble, timeout_s=MOST_POLL_S).letter
+        patience_s, self._patience_s = self._patience_s, POLL_PATIENCE_S  # should this one be cut
+        found = self._parsed("task", body, TaskAnswer, trouble, patience_s=patience_s)
+        self._patience_s = found.patience_s
+        return found.letter
 
     def reply(self, boot: str, letter: str, answer: SignedReply | str) -> None:
         """Send the answer to a letter, or words why there is none. Sent twice it counts once.
@@ -256,17 +261,17 @@ class DeskClient:
         kind: type[AnswerKind],
         trouble: str,
         *,
-        timeout_s: float | None = None,
+        patience_s: float | None = None,
     ) -> AnswerKind:
         try:
-            return kind.model_validate(self._asked(what, body, timeout_s=timeout_s))
+            return kind.model_validate(self._asked(what, body, patience_s=patience_s))
         except ValidationError as error:
             # Its text would quote URLs.
             where = ".".join(str(part)[:40] for part in error.errors()[0]["loc"])
             raise ProtocolError(f"the desk of {self} {trouble}: {where}") from None
 
     def _asked(
-        self, what: str, body: dict[str, Any] | None, *, timeout_s: float | None = None
+        self, what: str, body: dict[str, Any] | None, *, patience_s: float | None = None
     ) -> dict[str, Any]:
         path = f"{DESK_PATH}/{what}"
         content = json.dumps(body).encode() if body is not None else None
@@ -282,9 +287,11 @@ class DeskClient:
                 self._key, method, path, content, now=time.time(), audience=self._audience
             )
             headers["content-type"] = "application/json"
+            if patience_s is not None:
+                headers[PATIENCE_HEADER] = f"{patience_s:.0f}"
         try:
             url = self._origin + path
-            patience = httpx2.Timeout(self._timeout_s, read=timeout_s or self._timeout_s)
+            patience = httpx2.Timeout(self._timeout_s, read=patience_s or self._timeout_s)
             with client.stream(
                 method, url, content=content, headers=headers, timeout=patience
             ) as answer:
