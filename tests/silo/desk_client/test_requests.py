@@ -20,6 +20,7 @@ from photon.errors import (
     KeyInUseError,
     MembershipError,
     UnknownMemberError,
+    UnreachableError,
 )
 from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import NodeKey
@@ -144,3 +145,23 @@ def test_a_member_s_limit_is_no_obstacle_to_a_busy_node(aggregator: Aggregator) 
 def test_no_torch_in_a_client() -> None:
     program = "import sys, photon.silo.desk_client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_poll_waits_as_long_as_the_desk_would_like_until_one_is_cut(tmp_path: Path) -> None:
+    key = NodeKey.create(tmp_path / "key")
+    with saying(200, {"letter": None, "patience_s": 100.0}) as (address, asked):
+        client = DeskClient(address, None, key)
+        assert client.task("a", ()) is client.task("a", ()) is None
+    with pytest.raises(UnreachableError):
+        client.task("a", ())
+    client.close()
+    assert [headers["Photon-Patience"] for _, headers in asked] == ["45", "100"]
+    assert client._patience_s == 45.0  # something on the way bears no more, perhaps
+
+
+def test_a_desk_holds_a_poll_no_longer_than_its_node_waits(aggregator: Aggregator) -> None:
+    blue = aggregator.member("blue")
+    blue._patience_s = 6.0
+    aggregator.desk._limits = DeskLimits(poll_s=100.0)  # as where very many wait
+    assert blue.task("a", ()) is None
+    assert blue._patience_s == 105.0
