@@ -221,16 +221,15 @@ def test_what_is_waited_for_is_said_once_with_its_end_and_to_silos_without_names
 def test_the_end_is_held_until_those_who_are_here_heard_of_it(serving, keys_of, monkeypatch):
     made, desk, _ = serving
     keys_of(made._roster, "lab-a", "lab-b")
-    roster = made._roster
-    roster.seen("lab-a", Presence("idle", boot="a"))
-    roster.seen("lab-b", Presence("stopping", boot="b"))
+    desk._attendance.seen("lab-a", Presence("idle", boot="a"))
+    desk._attendance.seen("lab-b", Presence("stopping", boot="b"))
     naps: list[float] = []
 
     def nap(seconds: float) -> None:
         naps.append(seconds)
         assert len(naps) < 100
         if len(naps) == 3:
-            roster.seen("lab-a", Presence("idle", boot="a"))
+            desk._attendance.seen("lab-a", Presence("idle", boot="a"))
 
     monkeypatch.setattr(serve_module, "_LAST_WORDS_S", 1e6)
     # Not the module's own `sleep`, which other threads use.

@@ -48,7 +48,6 @@ def test_of_processes_that_redeem_one_token_at_once_one_joins(tmp_path, prepared
     with Roster(path) as roster:
         if not prepared:  # four made the file at once, and none was refused by the file
             assert [line.split(" ")[0] for line in said] == ["refused"] * 4
-            assert roster.journal.events()[-1].times == 4
             return
         assert said[0] == f"joined {roster.member('lab').fingerprint}"
         assert [line.split(" at ")[0] for line in said[1:]] == [

@@ -78,13 +78,11 @@ def test_the_token_is_not_in_the_file(roster):
 
 
 def refused(roster, *arguments, now=NOW):
-    """The error of a redemption that must fail, leave no member, and be logged."""
+    """The error of a redemption that must fail and leave no member."""
     before = roster.members()
     with pytest.raises(MembershipError) as caught:
         roster.redeem(*arguments, now=now)
     assert roster.members() == before
-    last = roster.journal.events()[-1]
-    assert (last.what, last.detail) == ("invitation refused", caught.value.message)
     return caught.value
 
 
@@ -96,8 +94,6 @@ def test_a_replayed_invitation_is_refused(roster, keys, facts):
         assert isinstance(error, InvitationError)
         assert error.message == "the invitation for lab was used at 2027-01-15 08:00 UTC"
     assert roster.member("lab").fingerprint == keys[0].fingerprint
-    # Twice the same attempt is one event, counted.
-    assert roster.journal.events()[-1].times == 2
 
 
 def test_an_expired_token_is_refused(roster, keys, facts):
@@ -177,12 +173,11 @@ def test_suspended_and_reinstated(roster, join, keys):
         roster.active_member("lab")
     with pytest.raises(UnknownMemberError, match="lab is suspended by the aggregator's operator"):
         roster.active(keys[0].fingerprint)
-    assert roster.journal.events()[-1].what == "refused"
     roster.reinstate("lab")
     assert roster.active(keys[0].fingerprint).name == "lab"
     assert roster.active_member("lab") == roster.member("lab")
     roster.reinstate("lab")  # again: nothing to do, nothing to log
-    assert [what for _, what in events_of(roster)][2:] == ["suspended", "refused", "reinstated"]
+    assert [what for _, what in events_of(roster)][2:] == ["suspended", "reinstated"]
 
 
 def test_expelled_for_good(roster, join, keys, facts):
@@ -261,16 +256,6 @@ def test_a_suspended_member_with_a_new_key_stays_suspended(roster, join, keys, f
     roster.suspend("lab")
     token = roster.invite("lab", 60, rotate=True)
     assert roster.redeem(token, "lab", keys[1].public_pem, facts).status == "suspended"
-
-
-def test_unknown_keys_are_logged_but_not_without_end(roster, keys):
-    for number in range(200):
-        with pytest.raises(UnknownMemberError, match="is no member's"):
-            roster.by_fingerprint(f"sha256:{number:064x}")
-    events = roster.journal.events(1000)
-    assert len(events) == 61
-    assert events[-1].what == "too many refusals"
-    assert events[0].what == "unknown key"
 
 
 def test_unknown_names(roster):

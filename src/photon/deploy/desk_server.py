@@ -425,6 +425,8 @@ def ask_operator(
     """
     transport = httpx2.HTTPTransport(uds=str(path))
     try:
+        if not _answers(path):  # httpx leaves a socket open that did not connect
+            raise httpx2.ConnectError("nobody listens")
         with httpx2.Client(transport=transport, timeout=timeout_s) as client:
             document = client.request(method, f"http://desk{what}", json=body).json()
     except (httpx2.HTTPError, ValueError) as error:
