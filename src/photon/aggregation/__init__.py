@@ -9,7 +9,7 @@ from photon.aggregation.edit import EditMean
 from photon.aggregation.mean import ClippedMean, WeightedMean
 from photon.aggregation.outer import BUILTIN_OUTER, OuterOptimizer, build_outer_optimizer
 from photon.aggregation.rule import MergingRule
-from photon.aggregation.rules import BUILTIN_RULES, build_merging_rule
+from photon.aggregation.rules import BUILTIN_RULES, build_key_rule, build_merging_rule
 
 __all__ = [
     "BUILTIN_OUTER",
@@ -21,6 +21,7 @@ __all__ = [
     "OuterOptimizer",
     "TrimmedMean",
     "WeightedMean",
+    "build_key_rule",
     "build_merging_rule",
     "build_outer_optimizer",
     "check_update",

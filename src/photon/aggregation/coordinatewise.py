@@ -47,7 +47,7 @@ class _Coordinatewise(MergingRule):
     def discard(self) -> None:
         self._spool.discard()
 
-    def _middle(self, rows: list[torch.Tensor]) -> torch.Tensor:
+    def _middle(self, name: str, rows: list[torch.Tensor]) -> torch.Tensor:
         # x + 0 turns -0 into 0: both compare equal, so arrival would decide which one is taken.
         ranked = sort_across([row.add_(0.0) for row in rows])
         dropped = self.dropped(len(ranked))

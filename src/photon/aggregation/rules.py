@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from photon.aggregation.attention import AttentionMean
 from photon.aggregation.coordinatewise import Median, TrimmedMean
 from photon.aggregation.edit import EditMean
 from photon.aggregation.mean import ClippedMean, WeightedMean
 from photon.aggregation.rule import MergingRule
 from photon.config import FederationConfig
+from photon.config.parts import ATTENTION_RULES, PartsConfig
 from photon.plugins import MERGING_RULES, load_plugin
 
 #: Makes of `federation.merging_rule` that need no plugin.
@@ -22,7 +24,7 @@ BUILTIN_RULES: dict[str, Callable[[FederationConfig, Path | None], MergingRule]]
 }
 
 #: Those that keep a round's updates on disk, 4 bytes per parameter each, until all are here.
-SPOOLING = ("median", "trimmed_mean")
+SPOOLING = ("median", "trimmed_mean", "attention", "fedatt")
 
 
 def build_merging_rule(config: FederationConfig, folder: Path | None = None) -> MergingRule:
@@ -40,3 +42,12 @@ def build_merging_rule(config: FederationConfig, folder: Path | None = None) -> 
     if build is not None:
         return build(config, folder)
     return load_plugin(MERGING_RULES, config.merging_rule, MergingRule)()
+
+
+def build_key_rule(
+    parts: PartsConfig, config: FederationConfig, folder: Path | None = None
+) -> MergingRule:
+    """The rule `parts.key_rule` for key tensors, freshly made; as `build_merging_rule`."""
+    if parts.key_rule in ATTENTION_RULES:
+        return AttentionMean(parts, folder)
+    return build_merging_rule(config.model_copy(update={"merging_rule": parts.key_rule}), folder)

@@ -68,13 +68,14 @@ class Spool:
         self._broken = False
 
     def reduce(
-        self, across: Callable[[list[torch.Tensor]], torch.Tensor]
+        self, across: Callable[[str, list[torch.Tensor]], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """One value for each coordinate, from its K values; the spool is empty afterwards.
 
         Args:
-            across: gets the same n coordinates of each update, K tensors (n,) fp32 in order of
-                arrival, which it may overwrite; gives a tensor (n,) of any floating dtype.
+            across: gets a tensor's name and the same n coordinates of each update, K tensors (n,)
+                fp32 in order of arrival, which it may overwrite; gives a tensor (n,) of any
+                floating dtype.
 
         Returns:
             fp32 tensors on the CPU, in the first update's shapes and order.
@@ -95,7 +96,7 @@ class Spool:
                 rows = [row[: piece.numel()] for row in block]
                 for number, row in enumerate(rows):
                     self._read(row, number * self._width + start)
-                piece.copy_(across(rows))
+                piece.copy_(across(name, rows))
                 start += piece.numel()
         self.discard()
         return merged

@@ -133,8 +133,6 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
     for key, value in needs.items():
         if (found := getattr(federation, key)) != value:
             raise _refused(f"needs federation.{key} = {value!r} (found {found!r})")
-    if config.parts.personal or config.parts.key:
-        raise _refused("can't go with parts.personal or parts.key yet: use one or the other")
     names = list(_names(federation.children, config.local.steps, "federation"))
     counts = Counter(name for name, _ in names)
     if twice := [name for name, times in counts.items() if times > 1]:

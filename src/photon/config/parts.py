@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from photon.config.outer import known_name
-from photon.config.section import Section
+from photon.config.section import Positive, Section
 from photon.plugins import MERGING_RULES
 
 Role = Literal["shared", "key", "personal", "frozen"]
@@ -18,7 +18,8 @@ ROLES: tuple[Role, ...] = ("shared", "key", "personal", "frozen")
 REST = "*"
 
 #: Rules that go by the norm of an update judge the whole of it, which is federation.merging_rule's.
-KEY_RULE_NAMES = ("mean", "median", "trimmed_mean")
+ATTENTION_RULES = ("attention", "fedatt")
+KEY_RULE_NAMES = ("mean", "median", "trimmed_mean", *ATTENTION_RULES)
 
 _SHARE = re.compile(r"(first|last):(0?\.\d+|1|1\.0*)")
 
@@ -67,13 +68,40 @@ class PartsConfig(Section):
     key_rule: Annotated[str, known_name(KEY_RULE_NAMES, MERGING_RULES)] = Field(
         default="mean",
         description="How tensors of the key list are merged: mean, median, trimmed_mean (with "
-        "federation.trim), or a rule a plugin registered.",
+        "federation.trim), a plugin's rule, or layer by layer, by how alike updates are: "
+        "attention (WorldLM, arXiv 2405.14446), fedatt (arXiv 1812.07108).",
     )
+    key_down: Literal["replace", "attention", "mean", "keep"] = Field(
+        default="replace",
+        description="What a silo, or a group, does with key tensors that come down: replace its "
+        "own by them; or mix both by attention, or half and half (mean), or keep its own. But for "
+        "replace, it keeps its own beside inner-optimizer state.",
+    )
+    key_temperature: float = Field(
+        default=0.5,
+        gt=0,
+        description="t of attention: a higher one is nearer to the mean, a lower one to the most "
+        "alike, which going down is one's own.",
+    )
+    key_projection: Positive = Field(
+        default=256, description="Numbers that a layer's update is projected to, to be compared."
+    )
+
+    @property
+    def own_key(self) -> bool:
+        """Whether participants keep key tensors of their own."""
+        return bool(self.key) and self.key_down != "replace"
+
+    @property
+    def kept(self) -> bool:
+        """Whether participants keep tensors of their own, of whatever role."""
+        return bool(self.personal) or self.own_key
 
     def require_compatible(self, optimizer_state: str, *, per_silo: bool) -> None:
         """Raise ValueError where roles can't be with the rest of the run file."""
-        if self.key_rule != KEY_RULE_NAMES[0] and not self.key:
-            raise ValueError("parts.key_rule only means something with parts.key")
+        for name in ("key_rule", "key_down", "key_temperature", "key_projection"):
+            if getattr(self, name) != type(self).model_fields[name].default and not self.key:
+                raise ValueError(f"parts.{name} only means something with parts.key")
         if self.personal and optimizer_state == "average":
             raise ValueError(
                 'federation.optimizer_state = "average" would send inner optimizer state of '

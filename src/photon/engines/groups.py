@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from photon.config import RunConfig
-from photon.config.children import inside
-from photon.federation import Answer, Engine, FitTask, Task, Version
+from photon.config.children import group_of, inside
+from photon.federation import Answer, Engine, EvalTask, FitTask, Task, Version
 from photon.federation.group import Group
 from photon.telemetry import Event
 from photon.telemetry.events import RoundStarted
@@ -20,34 +21,40 @@ class GroupEngine:
     A group works when nobody else does: its members are behind the same engine.
     """
 
-    def __init__(self, engine: Engine, groups: Mapping[str, Group]) -> None:
-        self._engine, self._groups = engine, groups
+    def __init__(
+        self, engine: Engine, groups: Mapping[str, Group], members: Mapping[str, str]
+    ) -> None:
+        self._engine, self.groups = engine, groups
+        self._members = {silo: name for silo, name in members.items() if name in groups}
         self.processes, self.settle, self.close = engine.processes, engine.settle, engine.close
         self._waiting: deque[tuple[FitTask, Version]] = deque()
-        self._out: set[Task] = set()
+        self._out: dict[Task, Task] = {}  # as handed on, and as asked
 
     @property
     def now_s(self) -> float:
         return self._engine.now_s
 
     def submit(self, task: Task, version: Version) -> None:
-        if isinstance(task, FitTask) and task.silo in self._groups:
+        if isinstance(task, FitTask) and task.silo in self.groups:
             self._waiting.append((task, version))
-        else:
-            self._out.add(task)
-            self._engine.submit(task, version)
+            return
+        handed = task
+        if isinstance(task, EvalTask) and (group := self._members.get(task.silo or "")):
+            version, number = self.groups[group].as_seen(task.silo or "", version, task.node_round)
+            handed = replace(task, node_round=number)
+        self._out[handed] = task
+        self._engine.submit(handed, version)
 
     def arrivals(self, timeout_s: float | None = None) -> list[tuple[Task, Answer]]:
         if self._out or not self._waiting:
             came = self._engine.arrivals(timeout_s)
-            self._out.difference_update(task for task, _ in came)
-            return came
+            return [(self._out.pop(task, task), answer) for task, answer in came]
         task, version = self._waiting.popleft()
-        return [(task, self._groups[task.silo].fit(task, version))]
+        return [(task, self.groups[task.silo].fit(task, version))]
 
     def cancel(self, task: Task) -> str:
         self._waiting = deque(one for one in self._waiting if one[0] != task)
-        self._out.discard(task)
+        self._out.pop(task, None)
         return self._engine.cancel(task)
 
 
@@ -57,13 +64,17 @@ def with_groups(
     silo_tokens: Mapping[str, int],
     folder: Path,
     on_event: Callable[[Event], None],
+    key: Sequence[str] = (),
 ) -> Engine:
     """An engine that reaches groups too, at any depth; see `Group` for the arguments."""
     groups: dict[str, Group] = {}
-    for name, child in config.federation.children.items():
-        below = with_groups(engine, inside(config, child), silo_tokens, folder, on_event)
-        groups[name] = Group(name, config, silo_tokens, below, folder, on_event)
-    return GroupEngine(engine, groups) if groups else engine
+    children = config.federation.children
+    for name, child in children.items():
+        below = with_groups(engine, inside(config, child), silo_tokens, folder, on_event, key)
+        inner = below.groups if isinstance(below, GroupEngine) else {}
+        groups[name] = Group(name, config, silo_tokens, below, folder, on_event, key, inner)
+    members = {silo: group_of(children, silo) for silo in silo_tokens}
+    return GroupEngine(engine, groups, members) if groups else engine
 
 
 def in_the_round(on_event: Callable[[Event], None]) -> Callable[[Event], None]:

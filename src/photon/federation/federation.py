@@ -19,7 +19,7 @@ from photon.federation.scoring import scores
 from photon.federation.server import Server
 from photon.federation.tasks import EvalReceipt, FitTask, Receipt
 from photon.telemetry import Event
-from photon.telemetry.events import RoundStarted
+from photon.telemetry.events import KeyMerged, RoundStarted
 
 
 class Federation:
@@ -92,6 +92,9 @@ class Federation:
         norm, changes = self.server.step(keep_version=len(self.outstanding) > 0)
         costs.merge_s += time.perf_counter() - started
         self._tell(round_merged(number, merged, norm, costs.merge_s))
+        if shares := self.server.shares:
+            silos = [receipt.silo for _, receipt in merged]
+            self._tell(KeyMerged(round=number, silo="", participants=silos, shares=shares))
         after = replace(
             after_round(self.config, before, new, merged, len(asked)),
             quorum_s=running_mean(before.quorum_s, book.quorum_s or 0.0),

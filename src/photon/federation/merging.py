@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from photon.aggregation import MergingRule, build_merging_rule, check_update
+from photon.aggregation import MergingRule, build_key_rule, build_merging_rule, check_update
 from photon.aggregation.check import Named, require_weight, square_sum
 from photon.aggregation.keyed import KeyedRule
 from photon.config import FederationConfig
+from photon.config.parts import PartsConfig
 from photon.errors import (
     AccessRefusedError,
     MachineError,
@@ -83,7 +84,7 @@ class Merging:
     Args:
         config: the [federation] table.
         folder: where updates wait, if the rule must see all of them together.
-        key_rule: name of the rule for key tensors.
+        parts: the [parts] table, with the rule for key tensors.
         key: names of those, without a prefix.
     """
 
@@ -91,14 +92,13 @@ class Merging:
         self,
         config: FederationConfig,
         folder: Path | None = None,
-        key_rule: str = "mean",
+        parts: PartsConfig | None = None,
         key: Collection[str] = (),
     ) -> None:
         self.rule: MergingRule = build_merging_rule(config, folder)
         if key:
-            own = config.model_copy(update={"merging_rule": key_rule})
-            names = [WEIGHTS + name for name in key]
-            self.rule = KeyedRule(self.rule, build_merging_rule(own, folder), names)
+            key_rule = build_key_rule(parts or PartsConfig(), config, folder)
+            self.rule = KeyedRule(self.rule, key_rule, [WEIGHTS + name for name in key])
         self._adopts = config.merge == "adopt"
         self._norms: list[float] = []
         self._steps: list[tuple[float, float]] = []

@@ -1,4 +1,4 @@
-"""What silos keep between tasks: inner-optimizer state, if the run says so, and personal parts."""
+"""What silos keep between tasks: inner-optimizer state, if the run says so, and their own parts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from photon.aggregation.attention import taken_up
 from photon.config import RunConfig
 from photon.errors import CheckpointCorruptError, ModelMismatchError
 from photon.federation.engine import Version
 from photon.federation.layout import Layout
 from photon.federation.outbox import feedback_path
-from photon.federation.tasks import OPTIMIZER, EvalTask, FitTask, section
+from photon.federation.tasks import OPTIMIZER, WEIGHTS, EvalTask, FitTask, section
 from photon.store.disk import writing
 from photon.training import (
     Allocate,
@@ -29,6 +30,8 @@ from photon.training import (
 
 #: Of a personal tensor beside its inner-optimizer state, "<parameter>.<key>".
 PERSONAL = ".personal"
+#: Of a key tensor that is kept: as it is, and as it was when the newest task began.
+KEY, ANCHOR = ".key", ".anchor"
 #: Inner-optimizer tensors as this rank holds them.
 State = Mapping[str, Tensor]
 
@@ -128,9 +131,9 @@ class NodeStates:
 
 
 class Kept:
-    """Personal tensors and, if the run says so, the inner optimizer's state, of each silo.
+    """Personal tensors and, if the run says so, key tensors and the inner optimizer's state.
 
-    Taken up by a trainer for a task, and left for the silo's next one.
+    Of each silo: taken up by a trainer for a task, and left for the silo's next one.
 
     Args:
         folder: of NodeStates.
@@ -143,7 +146,10 @@ class Kept:
         cache_bytes = int(config.compute.state_cache_gib * 2**30)
         self._states = NodeStates(folder, trainer, cache_bytes)
         self._trainer = trainer
+        self._parts = config.parts
         self._personal = layout.personal
+        self._key = layout.named("key") if config.parts.own_key else ()
+        self._anchor: dict[str, Tensor] = {}
         self._optimizer_state = config.federation.optimizer_state
 
     def take_up(self, task: FitTask, version: Version | None) -> bool:
@@ -161,23 +167,24 @@ class Kept:
             optimizer.load_state_tensors(
                 averaged, steps_taken=task.global_step if averaged else None
             )
-            return True
-        kept = self._read(task) if keeps or self._personal else {}
+        kept = self._read(task) if keeps or self._own else {}
         if kept is not None and keeps:
-            state = {name: one for name, one in kept.items() if not name.endswith(PERSONAL)}
+            parts = (PERSONAL, KEY, ANCHOR)
+            state = {name: one for name, one in kept.items() if not name.endswith(parts)}
             try:
                 optimizer.load_state_tensors(state)
             except ModelMismatchError:
                 kept = None
         found = bool(self._trainer.ranks.least(kept is not None))
-        if not (found and keeps):
+        if self._optimizer_state != "average" and not (found and keeps):
             optimizer.reset()
         self._place(kept if found else None, version)
+        self._anchor = {name: self._trainer.weights()[name].clone() for name in self._key}
         return found
 
     def personalise(self, task: EvalTask, version: Version | None) -> None:
-        """Personal tensors to score with: the silo's own, as far as it has any."""
-        if self._personal:
+        """Tensors to score with: the silo's own, as far as it has any."""
+        if self._own:
             kept = self._read(task)
             found = bool(self._trainer.ranks.least(kept is not None))
             self._place(kept if found else None, version)
@@ -190,6 +197,8 @@ class Kept:
         """
         weights = self._trainer.weights()
         kept = {name + PERSONAL: weights[name] for name in self._personal}
+        kept |= {name + KEY: weights[name] for name in self._key}
+        kept |= {name + ANCHOR: tensor for name, tensor in self._anchor.items()}
         if self._optimizer_state == "keep":
             kept |= self._trainer.optimizer.state_tensors()
         if kept or self._optimizer_state == "keep":
@@ -207,17 +216,29 @@ class Kept:
             kept = dict(self._states.load(task.silo, task.node_round))
         except CheckpointCorruptError:
             return None
-        return kept if all(name + PERSONAL in kept for name in self._personal) else None
+        own = [name + PERSONAL for name in self._personal] + [name + KEY for name in self._key]
+        return kept if all(name in kept for name in own) else None
+
+    @property
+    def _own(self) -> bool:
+        return bool(self._personal or self._key)
 
     def _place(self, kept: dict[str, Tensor] | None, version: Version | None) -> None:
-        """Give personal tensors the silo's values, or those that every silo begins with."""
-        if not self._personal:
-            return
-        if not kept:
+        """Give personal and key tensors the silo's values, or those that every silo begins with."""
+        if self._personal and kept:
+            self._trainer.placed.put({name: kept[name + PERSONAL] for name in self._personal})
+        elif self._personal:
             first = version and {name: version.once[name] for name in self._personal}
             self._trainer.load_weights(first, self._personal)
-            return
-        self._trainer.placed.put({name: kept[name + PERSONAL] for name in self._personal})
+        if self._key:
+            taken = version and {name: version.tensors[WEIGHTS + name] for name in self._key}
+            if kept:
+                own, anchor = (
+                    dict(self._trainer.whole({name: kept[name + end] for name in self._key}))
+                    for end in (KEY, ANCHOR)
+                )
+                taken = taken and taken_up(self._parts, anchor, own, taken)
+            self._trainer.load_weights(taken, self._key)
 
 
 def read_node_state(

@@ -99,8 +99,11 @@ def norm_bound(config: RunConfig, before: RunState, state: GlobalState) -> NormB
         return NormBound(given, f"federation.max_update_norm = {given:g}", inner)
     local = config.local
     reach, counted = SLACK * _reach(config, before, state), math.inf
-    if not all(child.within_recipe for child in config.federation.children.values()):
-        reach = math.inf  # a group's own outer optimizer, or its feedback, may move it further
+    children = config.federation.children.values()
+    if config.parts.own_key or not all(child.within_recipe for child in children):
+        # Key tensors of one's own stay away from the global ones; a group's own outer optimizer,
+        # or its feedback, may move it further.
+        reach = math.inf
     noise = " and its noise" if config.privacy.deviation else ""
     words = f"{reach:.4g}, {SLACK:g} times what {local.steps} steps of this recipe{noise} can move"
     if before.merged_norm > 0 and before.merged_lr_sum > 0:

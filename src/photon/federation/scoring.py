@@ -29,14 +29,16 @@ def scores(
     Args:
         silos: on whose held-out text, besides the global set.
         participants: of the round that led to the version, who hold the one before.
-        node_rounds: RunState.node_rounds of now: which personal part each silo scores with.
+        node_rounds: RunState.node_rounds of now: with which parts of its own each silo scores.
         held: by silo and number, the newest version up to that one that the silo has; None where
             nothing leaves the machine.
     """
     own, told, number = list[EvalReceipt](), set[str](), version.number
     personal = bool(config.parts.personal)
     tasks = [] if personal else [EvalTask(number, None)]
-    tasks += [EvalTask(number, one, node_rounds.get(one) if personal else None) for one in silos]
+    # Of a group's member, the group knows what it keeps.
+    kept = {one: node_rounds.get(group_of(config.federation.children, one)) for one in silos}
+    tasks += [EvalTask(number, one, kept[one] if config.parts.kept else None) for one in silos]
     for receipt in mailbox.in_task_order(tasks, version):
         if not isinstance(receipt, EvalReceipt):
             continue

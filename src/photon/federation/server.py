@@ -48,7 +48,7 @@ class Server:
     ) -> None:
         self._config = config
         self._state: dict[str, Tensor] = dict(groups["global"])
-        self._merging = Merging(config.federation, folder, config.parts.key_rule, key)
+        self._merging = Merging(config.federation, folder, config.parts, key)
         self._bound = NormBound()
         self._before = before
         self._outer: OuterOptimizer = build_outer_optimizer(config.outer)
@@ -69,6 +69,11 @@ class Server:
     def weights(self) -> dict[str, Tensor]:
         """The global weights by parameter name."""
         return section(self._state, WEIGHTS)
+
+    @property
+    def shares(self) -> dict[str, list[float]]:
+        """As `MergingRule.shares`, of the newest step."""
+        return self._merging.rule.shares()
 
     def begin(self, before: RunState) -> None:
         """What the next updates are held against is known from here on."""

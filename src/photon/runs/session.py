@@ -165,8 +165,8 @@ class Session:
         weights_bytes = 4 * sum(parameter.numel() for parameter in shape.parameters())
         moments = {"adamw": 2, "muon": 2, "adopt": 2, "amsgrad": 3, "sgd": 0}
         state_bytes = weights_bytes * moments[config.local.optimizer]
-        # Personal parts are kept too, and hardly ever without the state that trains them.
-        keeps = config.federation.optimizer_state == "keep" or bool(config.parts.personal)
+        # Parts of their own are kept too, and hardly ever without the state that trains them.
+        keeps = config.federation.optimizer_state == "keep" or config.parts.kept
         children = config.federation.children
         leaves = sum(children.get(name, LEAF).leaves for name in self._fleet_tokens)
         keepers = {"train": 1, "simulate": leaves if keeps else 0, "serve": 0}[self.kind]
@@ -286,7 +286,7 @@ class Session:
             config, pooled = nodes.config, sorted(tokens)
             fleet = FixedFleet({CENTRALISED: sum(tokens.values())}, scored=list(self.data.silos))
         elif self.clock is None:
-            engine = with_groups(engine, config, tokens, nodes.folder, on_event)
+            engine = with_groups(engine, config, tokens, nodes.folder, on_event, key)
             fleet = FixedFleet(self._fleet_tokens, scored=sorted(tokens))
         else:
             spool = self.folder / "arrivals"

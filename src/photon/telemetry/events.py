@@ -182,6 +182,19 @@ class RoundMerged(Event):
     merge_s: Seconds
 
 
+class KeyMerged(Event):
+    """What each participant's update counted for in a round's key layers, where not by weight.
+
+    silo is the group in which they were merged, "" the federation itself. shares are by layer, in
+    the order of participants.
+    """
+
+    round: int
+    silo: str
+    participants: list[str]
+    shares: dict[str, list[float]]
+
+
 class Evaluated(Event):
     """Held-out loss of the global model. `silo` is null for the global held-out set.
 
