@@ -133,6 +133,12 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
     for key, value in needs.items():
         if (found := getattr(federation, key)) != value:
             raise _refused(f"needs federation.{key} = {value!r} (found {found!r})")
+    nodes = [name for name, one in _tables(federation.children) if one.nodes is not None]
+    if config.parts.kept and nodes:
+        raise _refused(
+            f"has nodes in {some(nodes)}, which would each keep parts of their own: with "
+            "parts.personal, or a parts.key_down other than replace, a silo trains in one node"
+        )
     names = list(_names(federation.children, config.local.steps, "federation"))
     counts = Counter(name for name, _ in names)
     if twice := [name for name, times in counts.items() if times > 1]:
@@ -143,6 +149,13 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             raise _refused(f"names {name!r}; the data's silos are {some(sorted(silos), 8)}")
         if not is_silo and name in silos:
             raise _refused(f"needs another name for {name!r}: the data has a silo of that name")
+
+
+def _tables(children: Mapping[str, ChildConfig]) -> Iterator[tuple[str, ChildConfig]]:
+    """At any depth."""
+    for name, child in children.items():
+        yield name, child
+        yield from _tables(child.children)
 
 
 def _names(

@@ -1,0 +1,124 @@
+"""Federations of federations with key layers of their own (WorldLM, arXiv 2405.14446)."""
+
+import pytest
+import torch
+
+from photon.engines.local import LocalEngine
+from photon.errors import IncompatibleConfigError
+from photon.runs import load_weights, resume, simulate
+from photon.telemetry import read_history
+from photon.telemetry.events import Evaluated, KeyMerged
+
+SHORT = ("eval.every=0", "eval.max_tokens=300", "federation.rounds=3")
+KEY = ('parts.key=["last:0.4"]',)
+ATTENTION = (*KEY, "parts.key_rule=attention", "parts.key_down=attention")
+#: Two levels above the silos.
+TREE = ('federation.children.west={silos=["a"], children={coast={silos=["b", "c"], rounds=2}}}',)
+
+
+@pytest.fixture(scope="module")
+def four_silos(prepare_text, tmp_path_factory):
+    return prepare_text(tmp_path_factory.mktemp("four"), dict.fromkeys("abcd", 6))
+
+
+@pytest.fixture
+def run(four_silos, make_config, small_model, tmp_path):
+    def run(name, *overrides):
+        config = make_config(four_silos, *SHORT, *overrides, model=small_model)
+        return simulate(config, run_dir=tmp_path / name)
+
+    return run
+
+
+def weights(result):
+    return load_weights(result)[0].state_dict()
+
+
+def assert_alike(one, two):
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(
+            weights(two)[name], tensor, rtol=0, atol=2e-5
+        )  # AdamW turns rounding into steps
+
+
+def test_key_layers_replaced_by_their_mean_are_shared_ones(run):
+    flat, key = run("flat"), run("key", *KEY)
+    assert flat.summary["weights_sha256"] == key.summary["weights_sha256"]
+
+
+def test_with_a_very_high_temperature_a_tree_is_hierarchical_fedavg(run):
+    assert_alike(
+        run("mean", *TREE),
+        run("hot", *TREE, *KEY, "parts.key_rule=attention", "parts.key_temperature=1e9"),
+    )
+
+
+def test_a_tree_whose_members_keep_their_own_is_fedper(run):
+    """Attention one-hot on oneself, whatever is sent up."""
+    fedper = run("fedper", *TREE, 'parts.personal=["last:0.4"]')
+    kept = run("kept", *TREE, *KEY, "parts.key_down=keep")
+    cold = run("cold", *TREE, *ATTENTION, "parts.key_temperature=1e-6")
+    assert kept.summary["per_silo"] == fedper.summary["per_silo"]
+    assert cold.summary["per_silo"] == pytest.approx(fedper.summary["per_silo"], rel=1e-5)
+    # And it is not what replacing them gives.
+    assert run("mean", *TREE).summary["per_silo"] != pytest.approx(
+        fedper.summary["per_silo"], rel=1e-5
+    )
+
+
+def test_who_is_named_first_changes_nothing(run):
+    names = [
+        'federation.children.east={silos=["a", "b"]}',
+        'federation.children.west={silos=["c"]}',
+    ]
+    assert_alike(run("one", *names, *ATTENTION), run("two", *reversed(names), *ATTENTION))
+
+
+def test_each_level_tells_what_counted_for_how_much(run):
+    result = run("run", *TREE, *ATTENTION)
+    told = read_history(result).of(KeyMerged)
+    assert {(event.silo, tuple(event.participants)) for event in told} == {
+        ("", ("d", "west")),
+        ("west", ("a", "coast")),
+        ("coast", ("b", "c")),
+    }
+    assert [event.round for event in told if event.silo == "coast"] == [1, 1, 2, 2, 3, 3]
+    for event in told:
+        assert all(sum(shares) == pytest.approx(1) for shares in event.shares.values())
+    scored = read_history(result).of(Evaluated)
+    assert {event.silo for event in scored} == {None, *"abcd"}
+
+
+@pytest.mark.parametrize(("silo", "number"), [("d", 3), ("b", 4), ("a", 2)])
+@pytest.mark.parametrize("parts", [ATTENTION, ('parts.personal=["last:0.4"]',)])
+def test_a_kill_at_any_level_changes_nothing(parts, silo, number, run, tmp_path, monkeypatch):
+    undisturbed = run("undisturbed", *TREE, *parts)
+    build = LocalEngine.__init__
+
+    def kill(task, trainer):
+        if (task.silo, task.round) == (silo, number):
+            raise RuntimeError("killed")
+
+    def with_fault(self, node):
+        node._fault = kill
+        build(self, node)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "__init__", with_fault)
+        with pytest.raises(RuntimeError, match="killed"):
+            run("run", *TREE, *parts)
+    resumed = resume(tmp_path / "run")
+    for key in ("weights_sha256", "per_silo", "global_loss", "tokens"):
+        assert resumed.summary[key] == undisturbed.summary[key], key
+
+
+def test_workers_come_to_the_same(run):
+    one, two = run("one", *TREE, *ATTENTION), run("two", *TREE, *ATTENTION, "federation.workers=2")
+    for key in ("weights_sha256", "per_silo", "global_loss", "bytes_up"):
+        assert one.summary[key] == two.summary[key], key
+
+
+def test_nodes_of_a_silo_keep_nothing_of_their_own(four_silos, make_config):
+    for own in (ATTENTION, ('parts.personal=["last:0.4"]',)):
+        with pytest.raises(IncompatibleConfigError, match="has nodes in a"):
+            make_config(four_silos, *own, "federation.children.a.nodes=2")
