@@ -35,10 +35,9 @@ def weights(result):
 
 
 def assert_alike(one, two):
+    """But for rounding, which AdamW turns into steps."""
     for name, tensor in weights(one).items():
-        torch.testing.assert_close(
-            weights(two)[name], tensor, rtol=0, atol=2e-5
-        )  # AdamW turns rounding into steps
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=2e-5)
 
 
 def test_key_layers_replaced_by_their_mean_are_shared_ones(run):
