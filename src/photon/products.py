@@ -61,12 +61,13 @@ def export(
     overwrite: bool = False,
     license: str | None = None,
     languages: Sequence[str] = (),
-    silo: str | None = None,
+    of: str | None = None,
 ) -> Path:
     """Write a run's newest checkpoint as a Hugging Face folder.
 
     Args:
-        silo: whose model, where the run has personal parts; the card's scores are of all silos.
+        of: whose model, where silos or groups have parts of their own: a name, or a path such as
+            eu/bank; the card's scores are of all silos.
         license: for the model card, as the hub spells it; a pretrained model's own by default.
         languages: of the text, for the model card, as the hub spells them.
 
@@ -74,7 +75,7 @@ def export(
         RunNotFoundError: no run there.
         ModelError: `out` exists and `overwrite` is not set, or see `load_weights`.
     """
-    model, config = load_weights(run_folder, silo)
+    model, config = load_weights(run_folder, of)
     record, summary = read_record(Path(run_folder)), read_summary(run_folder) or {}
     silos, kind = record["silos"], record["kind"]
     begun = [event.started_at for event in read_history(run_folder).of(RunStarted)]
@@ -117,7 +118,7 @@ def evaluate(
     batch_size: int = 32,
     max_tokens: int | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    silo: str | None = None,
+    of: str | None = None,
 ) -> Evaluation:
     """Score a run folder or a Hugging Face folder on prepared data.
 
@@ -127,7 +128,7 @@ def evaluate(
     Args:
         sequence_length: context of a scored window; the run's own, or for other models the
             smaller of 1,024 and what the model reads.
-        silo: whose model, where a run has personal parts.
+        of: whose model, where silos or groups have parts of their own.
 
     Raises:
         ModelError: neither a run nor a model is there. The hub is asked for "hf:OWNER/NAME" only.
@@ -136,12 +137,12 @@ def evaluate(
     text = open_data(data, only_to_score=True)
     if is_run(folder):
         require_same_tokenizer(tokenizer_folder(folder) / "tokenizer.json", text)
-        model, config = load_weights(folder, silo)
+        model, config = load_weights(folder, of)
         length = sequence_length or config.data.sequence_length
         documents = config.local.document_mask
     else:
         _require_model(folder)
-        if silo is not None:
+        if of is not None:
             raise ModelError(f"{folder} is one model, not a run with one for each silo")
         require_same_tokenizer(tokenizer_file_of(str(folder)), text)
         model = load_pretrained(str(folder))

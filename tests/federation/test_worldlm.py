@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from photon.engines.local import LocalEngine
-from photon.errors import IncompatibleConfigError
+from photon.errors import IncompatibleConfigError, ModelError
+from photon.products import evaluate
 from photon.runs import load_weights, resume, simulate
 from photon.telemetry import read_history
 from photon.telemetry.events import Evaluated, KeyMerged
@@ -109,6 +110,25 @@ def test_a_kill_at_any_level_changes_nothing(parts, silo, number, run, tmp_path,
     resumed = resume(tmp_path / "run")
     for key in ("weights_sha256", "per_silo", "global_loss", "tokens"):
         assert resumed.summary[key] == undisturbed.summary[key], key
+
+
+def test_whose_model_is_had_by_its_path(run, four_silos):
+    """It is the one that was scored: in the tree's place of it, and with its own layers."""
+    result = run("run", *TREE, *ATTENTION)
+    for path, silo in (("d", "d"), ("west/coast/b", "b"), ("c", "c"), ("west/a", "a")):
+        scored = evaluate(result, four_silos, max_tokens=300, device="cpu", of=path)
+        assert scored.per_silo[silo].perplexity == pytest.approx(
+            result.summary["per_silo"][silo], rel=1e-5
+        )
+    models = [load_weights(result, of)[0].state_dict() for of in (None, "west", "coast", "b")]
+    own = [name for name, tensor in models[0].items() if not torch.equal(tensor, models[1][name])]
+    assert own
+    for other in models[1:]:
+        for name, tensor in other.items():
+            assert torch.equal(tensor, models[0][name]) == (name not in own), name
+    for wrong in ("e", "coast/a", "west/b", "west/d"):
+        with pytest.raises(ModelError, match=f"has no '{wrong}'"):
+            load_weights(result, wrong)
 
 
 def test_workers_come_to_the_same(run):

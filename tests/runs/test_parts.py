@@ -163,14 +163,14 @@ def test_each_silos_model_comes_out_and_no_other(fedper, tmp_path, three_silos):
     folder, summary = fedper
     with pytest.raises(ModelError, match=r"personal are 'lm_head\.weight'\n.*blue, green, red"):
         photon.export(folder, tmp_path / "none")
-    with pytest.raises(ModelError, match="no silo 'grey'"):
-        photon.export(folder, tmp_path / "none", silo="grey")
-    photon.export(folder, tmp_path / "out", silo="green")
+    with pytest.raises(ModelError, match="has no 'grey'"):
+        photon.export(folder, tmp_path / "none", of="grey")
+    photon.export(folder, tmp_path / "out", of="green")
     ours, _ = load_weights(folder, "green")
     out = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = torch.arange(30)[None]
     assert torch.equal(out(tokens).logits, ours.eval()(tokens).logits)
-    scores = photon.evaluate(folder, three_silos, max_tokens=100, device="cpu", silo="green")
+    scores = photon.evaluate(folder, three_silos, max_tokens=100, device="cpu", of="green")
     assert scores.per_silo["green"].perplexity == pytest.approx(summary["per_silo"]["green"])
 
 

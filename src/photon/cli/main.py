@@ -22,6 +22,7 @@ from photon.cli.outcome import show_outcome, show_study
 from photon.cli.profile import profile
 from photon.cli.screen import console, guard_output, say, show, show_json, show_table, view_of_run
 from photon.cli.serve import join, serve, status, stop
+from photon.cli.tree import tree
 from photon.config.load import load_clock
 from photon.dashboard import wording
 from photon.errors import INTERRUPTED_EXIT_CODE, MachineError, PhotonError
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
     from photon.config import RunConfig
     from photon.runs import RunResult
 
-OfSilo = Annotated[
-    str | None, typer.Option("--silo", help="Whose model, where a run has personal [parts].")
+Of = Annotated[
+    str | None,
+    typer.Option(
+        "--of",
+        metavar="PATH",
+        help="Whose model, where silos or groups have [parts] of their own: bank, or eu/bank.",
+    ),
 ]
 
 
@@ -257,7 +263,7 @@ def export(
         list[str] | None,
         typer.Option(help="Of the text, for the model card, e.g. de. Repeatable."),
     ] = None,
-    silo: OfSilo = None,
+    of: Of = None,
 ) -> None:
     """Write the model as safetensors, config.json, tokenizer and model card.
 
@@ -274,7 +280,7 @@ def export(
         overwrite=overwrite,
         license=license,
         languages=language or (),
-        silo=silo,
+        of=of,
     )
     show(f"Model: {path}")
 
@@ -290,7 +296,7 @@ def evaluate(
         int | None,
         typer.Option(help="Score an even sample of so many tokens of each held-out set.", min=1),
     ] = None,
-    silo: OfSilo = None,
+    of: Of = None,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity and bits per byte on the global held-out text and each silo's own.
@@ -301,7 +307,7 @@ def evaluate(
         from photon.products import evaluate as run
         from photon.telemetry.events import finite
 
-    scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens, silo=silo)
+    scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens, of=of)
     if as_json:
         told = {
             "global": vars(scores.overall),
@@ -366,7 +372,7 @@ def generate(
 
 #: Commands as a person comes to need them; `photon --help` shows them so.
 _PANELS: dict[str, dict[str, Any]] = {
-    "First": {"init": init, "demo": demo, "doctor": doctor},
+    "First": {"init": init, "demo": demo, "doctor": doctor, "tree": tree},
     "Train on this machine": {
         "data": data_app,
         "profile": profile,

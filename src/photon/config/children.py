@@ -55,10 +55,21 @@ class ChildConfig(Section):
         "it. Silos encode theirs by [link], wherever they are.",
     )
 
+    written_in: str | None = Field(
+        default=None,
+        description="The file that this table came from, where the run file says file = "
+        '"eu.toml" in its place. Photon writes it.',
+    )
+
     def silos_of(self, name: str) -> list[str]:
         """The silos of the data below it, at any depth."""
         below = [silo for key, one in self.children.items() for silo in one.silos_of(key)]
         return [name] if self.nodes is not None else self.silos + below
+
+    def holds(self, member: str) -> bool:
+        """Whether a silo or group is below it, at any depth."""
+        below = self.children.items()
+        return member in self.silos or any(member == k or one.holds(member) for k, one in below)
 
     @property
     def groups(self) -> int:
@@ -93,9 +104,9 @@ def participants(
     return tokens
 
 
-def group_of(children: Mapping[str, ChildConfig], silo: str) -> str:
-    """The participant that this silo is in, or is."""
-    return next((name for name, one in children.items() if silo in one.silos_of(name)), silo)
+def group_of(children: Mapping[str, ChildConfig], member: str) -> str:
+    """The participant that this silo, or group, is in, or is."""
+    return next((name for name, one in children.items() if one.holds(member)), member)
 
 
 def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
@@ -133,7 +144,7 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
     for key, value in needs.items():
         if (found := getattr(federation, key)) != value:
             raise _refused(f"needs federation.{key} = {value!r} (found {found!r})")
-    nodes = [name for name, one in _tables(federation.children) if one.nodes is not None]
+    nodes = [name for name, one in tables(federation.children) if one.nodes is not None]
     if config.parts.kept and nodes:
         raise _refused(
             f"has nodes in {some(nodes)}, which would each keep parts of their own: with "
@@ -151,11 +162,11 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             raise _refused(f"needs another name for {name!r}: the data has a silo of that name")
 
 
-def _tables(children: Mapping[str, ChildConfig]) -> Iterator[tuple[str, ChildConfig]]:
+def tables(children: Mapping[str, ChildConfig]) -> Iterator[tuple[str, ChildConfig]]:
     """At any depth."""
     for name, child in children.items():
         yield name, child
-        yield from _tables(child.children)
+        yield from tables(child.children)
 
 
 def _names(

@@ -17,15 +17,17 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from photon.config.children import check_children
+from photon.config.assembly import assembled, require_own_word
+from photon.config.children import ChildConfig, check_children
 from photon.config.clock import ClockConfig
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 from photon.errors import ConfigError, IncompatibleConfigError, InvalidValueError, UnknownKeyError
 
-_File = TypeVar("_File", RunConfig, NodeConfig, ClockConfig)
+_File = TypeVar("_File", RunConfig, NodeConfig, ClockConfig, ChildConfig)
 
 _WHOLE = {RunConfig: "a run file", NodeConfig: "a node file", ClockConfig: "a clock"}
+_WHOLE[ChildConfig] = "a federation inside another"
 
 #: What is quoted of a value: it may be another organisation's, and end on a screen.
 _MOST_QUOTED = 200
@@ -47,6 +49,12 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
         IncompatibleConfigError: values that can't work together.
     """
     tree = _read(path, "run file", "`photon init DIR` writes one to start from.")
+    federation = tree.get("federation")
+    if isinstance(federation, dict) and isinstance(federation.get("children"), dict):
+        children = assembled(federation["children"], Path(path).parent, _read_child)
+        federation["children"] = children
+        for override in overrides:
+            require_own_word(children, override)
     return parse_run_config(tree, overrides, source=str(path))
 
 
@@ -72,6 +80,17 @@ def parse_run_config(
     config = _parsed(tree, RunConfig, overrides, source)
     check_children(config)
     return config
+
+
+def _read_child(path: Path) -> dict[str, Any]:
+    """A file with the keys of [federation.children.NAME]; those below it may be files again."""
+    hint = "It has the keys of [federation.children.NAME]; docs/groups.md."
+    tree = _read(path, "file of a federation", hint)
+    alone = {name: value for name, value in tree.items() if name != "children"}
+    if "written_in" in tree:
+        raise UnknownKeyError(f"{path}: unknown key 'written_in'; Photon writes it")
+    _parsed(alone, ChildConfig, (), str(path))
+    return tree
 
 
 def _read(path: str | os.PathLike[str], kind: str, hint: str) -> dict[str, Any]:

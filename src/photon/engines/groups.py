@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from photon.config import RunConfig
-from photon.config.children import group_of, inside
+from photon.config.children import inside
 from photon.federation import Answer, Engine, EvalTask, FitTask, Task, Version
+from photon.federation.checkpoint import RunState
 from photon.federation.group import Group
+from photon.federation.own_parts import as_seen, way_to
 from photon.telemetry import Event
 from photon.telemetry.events import RoundStarted
 
@@ -22,10 +24,10 @@ class GroupEngine:
     """
 
     def __init__(
-        self, engine: Engine, groups: Mapping[str, Group], members: Mapping[str, str]
+        self, engine: Engine, groups: Mapping[str, Group], config: RunConfig, folder: Path
     ) -> None:
-        self._engine, self.groups = engine, groups
-        self._members = {silo: name for silo, name in members.items() if name in groups}
+        self._engine, self._groups, self._config, self._folder = engine, groups, config, folder
+        self._seen: dict[tuple[Version, Sequence[str]], Version] = {}
         self.processes, self.settle, self.close = engine.processes, engine.settle, engine.close
         self._waiting: deque[tuple[FitTask, Version]] = deque()
         self._out: dict[Task, Task] = {}  # as handed on, and as asked
@@ -35,22 +37,35 @@ class GroupEngine:
         return self._engine.now_s
 
     def submit(self, task: Task, version: Version) -> None:
-        if isinstance(task, FitTask) and task.silo in self.groups:
+        if isinstance(task, FitTask) and task.silo in self._groups:
             self._waiting.append((task, version))
             return
         handed = task
-        if isinstance(task, EvalTask) and (group := self._members.get(task.silo or "")):
-            version, number = self.groups[group].as_seen(task.silo or "", version, task.node_round)
+        if isinstance(task, EvalTask) and task.node_round is not None and task.silo:
+            number, version = self._as_seen(task.silo, task.node_round, version)
             handed = replace(task, node_round=number)
         self._out[handed] = task
         self._engine.submit(handed, version)
+
+    def _as_seen(self, silo: str, number: int, version: Version) -> tuple[int | None, Version]:
+        """What a group's member scores with: the round that it knows, and the group's version."""
+        way = tuple(way_to(self._config.federation.children, silo))
+        if len(way) == 1:
+            return number, version
+        run = RunState(node_rounds={way[0]: number})
+        state, own = as_seen(self._config.parts, self._folder, way, version.tensors, run)
+        if (version, way[:-1]) not in self._seen:
+            if all(seen is not version for seen, _ in self._seen):
+                self._seen.clear()  # of versions of before
+            self._seen[version, way[:-1]] = replace(version, tensors=state)
+        return own, self._seen[version, way[:-1]]
 
     def arrivals(self, timeout_s: float | None = None) -> list[tuple[Task, Answer]]:
         if self._out or not self._waiting:
             came = self._engine.arrivals(timeout_s)
             return [(self._out.pop(task, task), answer) for task, answer in came]
         task, version = self._waiting.popleft()
-        return [(task, self.groups[task.silo].fit(task, version))]
+        return [(task, self._groups[task.silo].fit(task, version))]
 
     def cancel(self, task: Task) -> str:
         self._waiting = deque(one for one in self._waiting if one[0] != task)
@@ -68,13 +83,10 @@ def with_groups(
 ) -> Engine:
     """An engine that reaches groups too, at any depth; see `Group` for the arguments."""
     groups: dict[str, Group] = {}
-    children = config.federation.children
-    for name, child in children.items():
+    for name, child in config.federation.children.items():
         below = with_groups(engine, inside(config, child), silo_tokens, folder, on_event, key)
-        inner = below.groups if isinstance(below, GroupEngine) else {}
-        groups[name] = Group(name, config, silo_tokens, below, folder, on_event, key, inner)
-    members = {silo: group_of(children, silo) for silo in silo_tokens}
-    return GroupEngine(engine, groups, members) if groups else engine
+        groups[name] = Group(name, config, silo_tokens, below, folder, on_event, key)
+    return GroupEngine(engine, groups, config, folder) if groups else engine
 
 
 def in_the_round(on_event: Callable[[Event], None]) -> Callable[[Event], None]:

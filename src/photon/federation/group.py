@@ -9,9 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from photon.aggregation.attention import taken_up
 from photon.config import RunConfig
-from photon.config.children import LEAF, group_of, inside, participants
+from photon.config.children import LEAF, inside, participants
 from photon.errors import CheckpointCorruptError, NonFiniteError, RunError
 from photon.federation.account import RoundCosts
 from photon.federation.checkpoint import CheckpointStore, RunState
@@ -19,6 +18,7 @@ from photon.federation.engine import Engine, Version
 from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
 from photon.federation.outbox import Outbox
+from photon.federation.own_parts import own_key
 from photon.federation.sampling import Candidates, FixedFleet
 from photon.federation.server import Server
 from photon.federation.tasks import (
@@ -51,7 +51,6 @@ class Group:
         folder: of the silos' kept states.
         on_event: told what happens inside, under the numbers of inner rounds.
         key: names of key tensors. Where participants keep their own, so does the group.
-        groups: those that are members of it.
     """
 
     def __init__(
@@ -63,10 +62,8 @@ class Group:
         folder: Path,
         on_event: Callable[[Event], None],
         key: Sequence[str] = (),
-        groups: Mapping[str, Group] | None = None,
     ) -> None:
-        self._name, self._key, self._groups = name, key, groups or {}
-        self._seen: dict[tuple[Version, int | None], Version] = {}
+        self._name, self._key = name, key
         self._child = child = config.federation.children[name]
         self._config = inside(config, child)
         self._engine, self._folder, self._tell = engine, folder, on_event
@@ -87,7 +84,7 @@ class Group:
         state = {name: tensor.clone() for name, tensor in version.tensors.items()}
         self._store.folder.mkdir(parents=True, exist_ok=True)
         tensors |= {"global": state, "once": dict(version.once)}
-        state |= self._own_key(tensors, state)
+        state |= own_key(self._config.parts, tensors, state)
         anchor = {name: state[WEIGHTS + name].clone() for name in self._key}
         server = Server(self._config, self._store.folder, tensors, after, self._key)
         federation = Federation(self._config, FixedFleet({}), self._engine, server, self._above)
@@ -113,39 +110,6 @@ class Group:
         state_lost |= update.receipt.state_lost
         receipt = replace(update.receipt, state_lost=state_lost)
         return replace(update, receipt=_sum(receipts, costs, receipt))
-
-    def as_seen(
-        self, silo: str, version: Version, number: int | None
-    ) -> tuple[Version, int | None]:
-        """What a member scores: the version with the group's own key tensors, and its round.
-
-        Args:
-            silo: of the data, at any depth below.
-            number: after which the group kept what it goes by; None where it kept nothing.
-
-        Returns:
-            also the round after which the silo kept what it scores with.
-        """
-        kept, tensors, _ = self._kept(number)
-        if (version, number) not in self._seen:
-            own = self._own_key(tensors, version.tensors)
-            seen = replace(version, tensors={**version.tensors, **own}) if own else version
-            self._seen = {(version, number): seen}  # the newest only
-        below = group_of(self._child.children, silo)
-        seen, number = self._seen[version, number], kept.node_rounds.get(below)
-        if below in self._groups:
-            return self._groups[below].as_seen(silo, seen, number)
-        return seen, number
-
-    def _own_key(
-        self, kept: Mapping[str, Mapping[str, Tensor]], state: GlobalState
-    ) -> dict[str, Tensor]:
-        """Key tensors with which the group goes on, of a state that comes from above."""
-        if not (self._config.parts.own_key and "key" in kept):
-            return {}
-        above = {name: state[WEIGHTS + name] for name in self._key}
-        taken = taken_up(self._config.parts, kept["anchor"], kept["key"], above)
-        return {WEIGHTS + name: tensor for name, tensor in taken.items()}
 
     def _above(self, event: Event) -> None:
         if isinstance(event, KeyMerged) and not event.silo:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from photon.config import RunConfig, load_run_config
+from photon.config.children import tables
 from photon.data import PreparedData, tokenizer_identity
 from photon.errors import (
     ModelError,
@@ -24,10 +25,10 @@ from photon.errors import (
     VocabularyMismatchError,
     some,
 )
-from photon.federation import CheckpointStore, RunState
-from photon.federation.layout import layout_of
+from photon.federation import CheckpointStore
+from photon.federation.layout import Layout, layout_of
 from photon.federation.node import empty_model
-from photon.federation.node_state import PERSONAL, read_node_state
+from photon.federation.own_parts import way_to, weights_of
 from photon.federation.tasks import WEIGHTS, section
 from photon.models import carried_tensors
 from photon.store.disk import held_alone, writing
@@ -111,19 +112,20 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(
-    folder: str | os.PathLike[str], silo: str | None = None
+    folder: str | os.PathLike[str], of: str | None = None
 ) -> tuple[nn.Module, RunConfig]:
     """The model a run has come to: its newest checkpoint in the run's own architecture.
 
     Reads the run folder only.
 
     Args:
-        silo: whose personal parts it is to have, where the run has any.
+        of: whose, where silos or groups have parts of their own: a name, or a path such as eu/bank.
 
     Raises:
         RunNotFoundError: no run there, or one without a checkpoint.
         CheckpointCorruptError: no checkpoint passes its hashes, or the silo's part is gone.
-        ModelError: the run has personal parts and no silo is named, or the other way round.
+        ModelError: nobody has a whole model but silos, and none is named; or there is no such silo
+            or group; or all have the same model.
         ModelMismatchError: the checkpoint is of another model than the run's.
     """
     folder = Path(folder)
@@ -133,8 +135,14 @@ def load_weights(
     checkpoints = CheckpointStore(folder / "checkpoints", config.run.keep_checkpoints)
     state, tensors, _ = checkpoints.load_latest()
     model = empty_model(own, vocab_size=record["vocab_size"], eos_id=record["eos_id"])
-    values = tensors.get("once", {}) | section(tensors["global"], WEIGHTS)
-    values |= _personal(folder, record, silo, state, layout_of(model).personal)
+    layout = layout_of(model)
+    values = dict(tensors.get("once", {}))
+    if (way := _way(folder, record, config, layout, of)) is None:
+        values |= section(tensors["global"], WEIGHTS)
+    else:
+        nodes = folder / "nodes"
+        group, merged = way[-1] not in record["silos"], tensors["global"]
+        values |= weights_of(config.parts, nodes, layout, way, merged, state, group=group)
     problem = difference(values, carried_tensors(model))
     if problem is not None:
         raise ModelMismatchError(
@@ -146,27 +154,38 @@ def load_weights(
     return model, config
 
 
-def _personal(
-    folder: Path, record: dict[str, Any], silo: str | None, state: RunState, names: Sequence[str]
-) -> dict[str, Tensor]:
-    """What a silo has come to of the tensors that each keeps for itself."""
-    silos = f"Its silos: {some(record['silos'], 8)}."
-    if silo is not None and (not names or silo not in record["silos"]):
-        what = f"no silo {silo!r}" if names else "no personal parts: all silos have the same model"
-        raise ModelError(f"the run in {folder} has {what}", hint=silos if names else None)
-    if not names:
-        return {}
-    if silo is None or record["kind"] == "serve":
+def _way(
+    folder: Path, record: dict[str, Any], config: RunConfig, layout: Layout, of: str | None
+) -> list[str] | None:
+    """The way to who has the model that is asked for; None for the federation's own."""
+    children, silos = config.federation.children, record["silos"]
+    members = [*silos, *(name for name, one in tables(children) if one.nodes is None)]
+    named = f"Its silos{' and groups' * bool(children)}: {some(sorted(members), 8)}."
+    if of is None:
+        if not layout.personal:
+            return None
         raise ModelError(
             f"each silo of the run in {folder} has a model of its own; personal are "
-            f"{some(map(repr, names))}",
-            hint="They never left the silos' sites." if silo else f"Name one by --silo. {silos}",
+            f"{some(map(repr, layout.personal))}",
+            hint=f"Name one by --of. {named}",
         )
-    number = state.node_rounds.get(silo)
-    if number is None:  # it has what it began with
-        return {}
-    kept = read_node_state(folder / "nodes", silo, number)
-    return {name: kept[name + PERSONAL] for name in names}
+    *above, name = of.split("/")
+    if not config.parts.kept:
+        raise ModelError(f"in the run in {folder} all have the same model: nothing is anyone's own")
+    way = list(way_to(children, name))
+    if name not in members or (above and above != way[:-1]):
+        raise ModelError(f"the run in {folder} has no {of!r}", hint=named)
+    if name not in silos and layout.personal:
+        raise ModelError(
+            f"{of!r} is a group, and personal tensors of the run in {folder} are its silos'",
+            hint=named,
+        )
+    if record["kind"] == "serve":
+        raise ModelError(
+            f"each silo of the run in {folder} has a model of its own",
+            hint="What it keeps never left its site.",
+        )
+    return way
 
 
 def keep_model(model: Any, folder: Path) -> None:

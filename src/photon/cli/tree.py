@@ -1,0 +1,102 @@
+"""`photon tree`: the federations of a run file as a tree, and who decides what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.tree import Tree
+
+from photon.cli.options import AsJson, RunFile, Sets
+from photon.cli.screen import console, show_json
+from photon.config import load_run_config
+
+if TYPE_CHECKING:
+    from photon.config import RunConfig
+    from photon.config.children import ChildConfig
+
+
+def tree(run_file: RunFile, overrides: Sets = None, as_json: AsJson = False) -> None:
+    """Draw the federations of a run, one inside another, with who decides what.
+
+    Each line is a federation: how often it merges, after how many local steps, how, and in which
+    file that is written. Below it are its members; silos take steps.
+
+    Example: `photon tree run.toml`
+    """
+    config = load_run_config(run_file, overrides or ())
+    root = described(config, run_file.name)
+    if as_json:
+        show_json(root)
+        return
+    console(stderr=False).print(_drawn(root, Tree(_line(root))))
+
+
+def described(config: RunConfig, file: str) -> dict[str, Any]:
+    """The tree as nested tables, for --json."""
+    federation = config.federation
+    top = {
+        "name": config.run.name,
+        "rounds": federation.rounds,
+        "steps": config.local.steps,
+        "merging_rule": federation.merging_rule,
+        "outer": config.outer.name,
+        "update_codec": config.link.update_codec,
+        "written_in": file,
+    }
+    parts, key = config.parts, {}
+    if parts.key:
+        key = {"key_rule": parts.key_rule, "key_down": parts.key_down}
+    below = list(_children(federation.children, config.local.steps, file))
+    inside = {silo for name, one in federation.children.items() for silo in one.silos_of(name)}
+    silos = sorted(set(_silos(config)) - inside)
+    return top | key | {"members": below + [{"name": silo} for silo in silos]}
+
+
+def _children(children: dict[str, ChildConfig], steps: int, file: str) -> Iterator[dict[str, Any]]:
+    for name, child in children.items():
+        own, inner = child.written_in or file, steps // child.rounds
+        yield {
+            "name": name,
+            "rounds": child.rounds,
+            "steps": inner,
+            "merging_rule": child.merging_rule,
+            "outer": child.outer.name,
+            "update_codec": child.update_codec,
+            "written_in": own,
+            "members": [
+                *_children(child.children, inner, own),
+                *({"name": silo} for silo in child.silos),
+                *({"name": f"{name}.{index}"} for index in range(child.nodes or 0)),
+            ],
+        }
+
+
+def _silos(config: RunConfig) -> list[str]:
+    """Of the data, where that is here."""
+    from photon.data import open_data
+    from photon.errors import PhotonError
+
+    try:
+        return list(open_data(config.data.path).silos)
+    except PhotonError:
+        return []
+
+
+def _drawn(one: dict[str, Any], branch: Tree) -> Tree:
+    for member in one["members"]:
+        if "members" in member:
+            _drawn(member, branch.add(_line(member)))
+        else:
+            branch.add(escape(member["name"]))
+    return branch
+
+
+def _line(one: dict[str, Any]) -> str:
+    key = f", key layers: {one['key_rule']} up, {one['key_down']} down" if "key_rule" in one else ""
+    return (
+        f"[bold]{escape(one['name'])}[/bold]: {one['rounds']} rounds of {one['steps']} steps, "
+        f"{one['merging_rule']}, {one['outer']}, {one['update_codec']}{key} "
+        f"[dim]({escape(one['written_in'])})[/dim]"
+    )

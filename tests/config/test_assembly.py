@@ -1,0 +1,105 @@
+"""Federations whose children are written in files of their own."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from photon.cli.main import app
+from photon.config import load_run_config, resolved_toml
+from photon.errors import ConfigError, IncompatibleConfigError, InvalidValueError, UnknownKeyError
+
+RUN = """
+model.preset = "tiny"
+data.path = "nowhere"
+[federation]
+rounds = 2
+[federation.children.eu]
+file = "eu/federation.toml"
+[federation.children.us]
+silos = ["boston"]
+[local]
+steps = 8
+"""
+EU = """
+silos = ["paris"]
+rounds = 2
+outer = { name = "nesterov" }
+[children.nordics]
+file = "nordics.toml"
+"""
+NORDICS = 'silos = ["oslo", "bergen"]\nrounds = 4\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(run=RUN, eu=EU, nordics=NORDICS):
+        (tmp_path / "eu").mkdir(exist_ok=True)
+        for name, text in {
+            "run.toml": run,
+            "eu/federation.toml": eu,
+            "eu/nordics.toml": nordics,
+        }.items():
+            (tmp_path / name).write_text(text)
+        return tmp_path / "run.toml"
+
+    return write
+
+
+def test_each_owner_writes_its_own_part(write):
+    children = load_run_config(write()).federation.children
+    eu, nordics = children["eu"], children["eu"].children["nordics"]
+    assert (eu.rounds, eu.outer.name, eu.silos) == (2, "nesterov", ["paris"])
+    assert (nordics.rounds, nordics.silos) == (4, ["oslo", "bergen"])
+    assert (eu.written_in, nordics.written_in) == ("eu/federation.toml", "nordics.toml")
+    assert children["us"].written_in is None
+
+
+def test_the_resolved_file_needs_the_others_no_more(write, tmp_path):
+    config = load_run_config(write())
+    (tmp_path / "eu/federation.toml").unlink()
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(resolved_toml(config))
+    assert load_run_config(resolved) == config
+
+
+MISTAKES = [
+    ({"run": RUN.replace('toml"', 'toml"\nrounds = 3', 1)}, IncompatibleConfigError, "and rounds"),
+    ({"nordics": NORDICS + "[children.eu]\nfile='federation.toml'"}, ConfigError, "inside itself"),
+    ({"nordics": "silo = ['oslo']"}, UnknownKeyError, "nordics.toml: unknown key 'silo'"),
+    ({"eu": EU.replace("= 2", "= 'two'")}, InvalidValueError, "federation.toml: rounds = 'two'"),
+    ({"eu": "children = 3"}, InvalidValueError, "children"),
+    ({"eu": EU.replace("nordics.toml", "gone.toml")}, ConfigError, "no file of a federation at"),
+    ({"eu": EU + "[children.x]\nwritten_in = 'y'"}, UnknownKeyError, "Photon writes it"),
+    ({"nordics": "silos = ['boston']\nrounds = 4"}, IncompatibleConfigError, "in two places"),
+    ({"nordics": "silos = ['oslo']\nrounds = 3"}, IncompatibleConfigError, "needs one clock"),
+]
+
+
+@pytest.mark.parametrize(("files", "error", "words"), MISTAKES)
+def test_what_is_wrong_is_told_by_file(files, error, words, write):
+    with pytest.raises(error, match=words):
+        load_run_config(write(**files))
+
+
+def test_nobody_overrides_what_another_wrote(write):
+    path = write()
+    for override in ("federation.children.eu.rounds=4", "federation.children.eu={silos=['paris']}"):
+        with pytest.raises(IncompatibleConfigError, match=r"its owner's to change"):
+            load_run_config(path, [override])
+    inner = "federation.children.eu.children.nordics.rounds=1"
+    with pytest.raises(IncompatibleConfigError, match=r"children\.eu is written in"):
+        load_run_config(path, [inner])
+    config = load_run_config(path, ["federation.children.us.weighting=equal"])
+    assert config.federation.children["us"].weighting == "equal"
+
+
+def test_the_tree_says_who_decides_what(write):
+    out = CliRunner().invoke(app, ["tree", str(write())], env={"COLUMNS": "120"}).output
+    lines = [line.strip("│├└─ ") for line in out.splitlines()]
+    assert any(one.startswith("eu: 2 rounds of 4 steps, mean, nesterov") for one in lines)
+    assert any("(nordics.toml)" in one and "4 rounds of 1 steps" in one for one in lines)
+    assert "oslo" in lines
+    told = json.loads(CliRunner().invoke(app, ["tree", str(write()), "--json"]).output)
+    assert [one["name"] for one in told["members"]] == ["eu", "us"]
+    assert told["members"][0]["members"][0]["written_in"] == "nordics.toml"
