@@ -70,7 +70,6 @@ MISTAKES = [
     ({"eu": EU.replace("= 2", "= 'two'")}, InvalidValueError, "federation.toml: rounds = 'two'"),
     ({"eu": "children = 3"}, InvalidValueError, "children"),
     ({"eu": EU.replace("nordics.toml", "gone.toml")}, ConfigError, "no file of a federation at"),
-    ({"eu": EU + "[children.x]\nwritten_in = 'y'"}, UnknownKeyError, "Photon writes it"),
     ({"nordics": "silos = ['boston']\nrounds = 4"}, IncompatibleConfigError, "in two places"),
     ({"nordics": "silos = ['oslo']\nrounds = 3"}, IncompatibleConfigError, "needs one clock"),
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
+from rich.text import Text
 from rich.tree import Tree
 
 from photon.cli.options import AsJson, RunFile, Sets
@@ -89,14 +89,12 @@ def _drawn(one: dict[str, Any], branch: Tree) -> Tree:
         if "members" in member:
             _drawn(member, branch.add(_line(member)))
         else:
-            branch.add(escape(member["name"]))
+            branch.add(Text(member["name"]))
     return branch
 
 
-def _line(one: dict[str, Any]) -> str:
+def _line(one: dict[str, Any]) -> Text:
     key = f", key layers: {one['key_rule']} up, {one['key_down']} down" if "key_rule" in one else ""
-    return (
-        f"[bold]{escape(one['name'])}[/bold]: {one['rounds']} rounds of {one['steps']} steps, "
-        f"{one['merging_rule']}, {one['outer']}, {one['update_codec']}{key} "
-        f"[dim]({escape(one['written_in'])})[/dim]"
-    )
+    rounds = f"{one['rounds']} round{'s' * (one['rounds'] != 1)} of {one['steps']} steps"
+    how = f": {rounds}, {one['merging_rule']}, {one['outer']}, {one['update_codec']}{key} "
+    return Text.assemble((one["name"], "bold"), how, (f"({one['written_in']})", "dim"))

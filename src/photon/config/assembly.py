@@ -43,11 +43,12 @@ def assembled(
             if path in above:
                 chain = " -> ".join(one.name for one in [*above[above.index(path) :], path])
                 raise ConfigError(f"a federation can't be inside itself: {chain}")
-            content = read(path)
-            below = assembled(content.get("children", {}), path.parent, read, [*above, path])
-            child = content | {"children": below, WRITTEN_IN: str(child["file"])}
-        elif isinstance(child, dict) and isinstance(child.get("children"), dict):
-            child = child | {"children": assembled(child["children"], folder, read, above)}
+            child = read(path) | {WRITTEN_IN: str(child["file"])}
+            inner, way = path.parent, [*above, path]
+        else:
+            inner, way = folder, above
+        if isinstance(child, dict) and isinstance(child.get("children"), dict):
+            child = child | {"children": assembled(child["children"], inner, read, way)}
         whole[name] = child
     return whole
 

@@ -87,8 +87,6 @@ def _read_child(path: Path) -> dict[str, Any]:
     hint = "It has the keys of [federation.children.NAME]; docs/groups.md."
     tree = _read(path, "file of a federation", hint)
     alone = {name: value for name, value in tree.items() if name != "children"}
-    if "written_in" in tree:
-        raise UnknownKeyError(f"{path}: unknown key 'written_in'; Photon writes it")
     _parsed(alone, ChildConfig, (), str(path))
     return tree
 
