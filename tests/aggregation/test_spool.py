@@ -22,7 +22,7 @@ def rows_of(spool: Spool) -> torch.Tensor:
     """All that was added, (K, parameters), and the spool empty again."""
     seen: list[torch.Tensor] = []
 
-    def across(rows: list[torch.Tensor]) -> torch.Tensor:
+    def across(_: str, rows: list[torch.Tensor]) -> torch.Tensor:
         seen.append(torch.stack(rows))
         return rows[0]
 

@@ -9,6 +9,7 @@ import torch
 
 from photon.aggregation import BUILTIN_RULES, WeightedMean
 from photon.config import FederationConfig
+from photon.config.parts import PartsConfig
 from photon.errors import ChunkCorruptError, DiskFullError, RunError, StoreUnavailableError
 from photon.federation.merging import Merging
 from photon.federation.norm_bound import NormBound
@@ -205,7 +206,9 @@ def test_cores_are_left_to_those_that_hash():
 
 def test_key_tensors_have_a_rule_of_their_own():
     """The norm that verdicts go by is the whole update's."""
-    merging = Merging(FederationConfig(), key_rule="median", key=["key"])
+    merging = Merging(
+        FederationConfig(), parts=PartsConfig(key=["key"], key_rule="median"), key=["key"]
+    )
     reference = {f"weights/{name}": torch.zeros(2) for name in ("key", "rest")}
     for value in (1.0, 2.0, 30.0):
         sent = {name: torch.full((2,), value) for name in reference}
