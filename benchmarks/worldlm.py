@@ -3,9 +3,9 @@
     python benchmarks/worldlm.py --corpus DIR --work DIR [--tree languages] [--seeds 3]
         [--method NAME ...] [--broken] [--iid] [--out FILE]
 
-DIR has zstd-compressed JSON Lines, a file for each leaf of TREES. All methods take the same steps at
-the same rates; flat federations take as many in sequence as trees. A leaf's perplexity is that of
-the model it would go on with, on its own held-out text. Every run is a folder under --work: begun
+DIR has zstd-compressed JSON Lines, one file for each leaf of TREES. All methods take as many steps,
+at the same rates; flat federations take as many in sequence as trees. A leaf is scored with the
+model it would go on with, on held-out text of its own. Every run is a folder under --work: begun
 again, the command goes on where it stopped, and what is there is not run again.
 
 --broken cuts the groups across the grain: the second members of all groups are passed on by one.
