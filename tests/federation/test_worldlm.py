@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from photon.config import load_run_config
+from photon.data import PrepareOptions, prepare
 from photon.engines.local import LocalEngine
 from photon.errors import IncompatibleConfigError, ModelError
 from photon.products import evaluate
@@ -141,3 +143,48 @@ def test_nodes_of_a_silo_keep_nothing_of_their_own(four_silos, make_config):
     for own in (ATTENTION, ('parts.personal=["last:0.4"]',)):
         with pytest.raises(IncompatibleConfigError, match="has nodes in a"):
             make_config(four_silos, *own, "federation.children.a.nodes=2")
+
+
+def test_any_folder_of_folders_is_a_tree(make_config, small_model, tmp_path):
+    """Files of a federation's own are a silo of it."""
+    words = [
+        "the",
+        "law",
+        "of",
+        "this",
+        "land",
+        "is",
+        "made",
+        "for",
+        "all",
+        "who",
+        "live",
+        "in",
+        "it",
+        "and",
+        "by",
+        "them",
+    ]
+    for place in ("eu/north/oslo", "eu/north/bergen", "eu/rome", "eu", "us"):
+        folder = tmp_path / "text" / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(6):
+            turned = words[number:] + words[:number]
+            (folder / f"{number}.txt").write_text(" ".join([*turned, place] * 40))
+    options = {"silo_tree": True, "vocab_size": 300, "silo_fraction": 0.2, "global_fraction": 0.1}
+    data = prepare(PrepareOptions(input=tmp_path / "text", out=tmp_path / "data", **options))
+    assert sorted(data.silos) == ["eu.north.bergen", "eu.north.oslo", "eu.own", "eu.rome", "us"]
+    config = make_config(
+        data.path, *SHORT, *ATTENTION, "federation.branches.rounds=2", model=small_model
+    )
+    result = simulate(config, run_dir=tmp_path / "run")
+    children = load_run_config(tmp_path / "run/config.resolved.toml").federation.children
+    assert set(children) == {"eu"}
+    assert (children["eu"].silos, set(children["eu"].children)) == (
+        ["eu.own", "eu.rome"],
+        {"eu.north"},
+    )
+    assert children["eu"].children["eu.north"].rounds == 2
+    assert set(result.summary["per_silo"]) == set(data.silos)
+    with pytest.raises(IncompatibleConfigError, match="branches can't both"):
+        make_config(data.path, "federation.branches.rounds=2", "federation.children.us.nodes=2")

@@ -76,6 +76,9 @@ class _Prepare:
     silo_folders: Annotated[bool, _how("One silo per first-level folder.", "--silo-folders")] = (
         False
     )
+    silo_tree: Annotated[
+        bool, _how("One silo per folder at any depth: eu/banks is eu.banks.", "--silo-tree")
+    ] = False
     partitioner: Annotated[str | None, _how("One that a plugin registered.")] = None
     partitioner_options: Annotated[
         list[str] | None,

@@ -11,6 +11,7 @@ from rich.tree import Tree
 from photon.cli.options import AsJson, RunFile, Sets
 from photon.cli.screen import console, show_json
 from photon.config import load_run_config
+from photon.config.children import with_branches
 
 if TYPE_CHECKING:
     from photon.config import RunConfig
@@ -26,6 +27,7 @@ def tree(run_file: RunFile, overrides: Sets = None, as_json: AsJson = False) -> 
     Example: `photon tree run.toml`
     """
     config = load_run_config(run_file, overrides or ())
+    config = with_branches(config, _silos(config))
     root = described(config, run_file.name)
     if as_json:
         show_json(root)

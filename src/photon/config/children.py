@@ -125,9 +125,39 @@ def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
     return config.model_copy(update={**changed, "outer": child.outer})
 
 
+def branches_of(like: ChildConfig, silos: Collection[str], above: str = "") -> Children:
+    """Groups of silos whose names agree up to a dot, each like one table, to any depth.
+
+    Args:
+        above: what their names have in common already.
+    """
+    groups: dict[str, list[str]] = {}
+    for silo in sorted(silos):
+        head, dot, _ = silo.removeprefix(above).partition(".")
+        if dot:
+            groups.setdefault(f"{above}{head}", []).append(silo)
+    return {
+        name: like.model_copy(
+            update={
+                "silos": [one for one in members if "." not in one.removeprefix(f"{name}.")],
+                "children": branches_of(like, members, f"{name}."),
+            }
+        )
+        for name, members in groups.items()
+    }
+
+
+def with_branches(config: RunConfig, silos: Collection[str]) -> RunConfig:
+    """The run file with its groups by name written out, if it has such."""
+    if (like := config.federation.branches) is None:
+        return config
+    groups = {"children": branches_of(like, silos), "branches": None}
+    return config.model_copy(update={"federation": config.federation.model_copy(update=groups)})
+
+
 def refuse_children(config: RunConfig, where: str) -> None:
     """Raise IncompatibleConfigError if there are groups, which `where` knows nothing of yet."""
-    if config.federation.children:
+    if config.federation.children or config.federation.branches:
         raise _refused(f"is for `photon simulate`, and {where} has no groups yet")
 
 
@@ -138,6 +168,13 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
         silos: of the data, where that is at hand.
     """
     federation = config.federation
+    if (like := federation.branches) and (
+        federation.children or like.silos or like.children or like.nodes
+    ):
+        raise _refused(
+            "and federation.branches can't both say who is in which group, and branches goes by "
+            "silos' names: it has no silos, children or nodes of its own"
+        )
     if not federation.children:
         return
     needs = {"merge": "delta", "pace": "synchronous", "unequal_steps": False}

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from photon.config.children import Children
+from photon.config.children import ChildConfig, Children
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
@@ -210,6 +210,12 @@ class FederationConfig(Section):
         default_factory=dict,
         description="Participants that are federations themselves, of silos or of nodes that split "
         "a silo's text: see [federation.children.NAME].",
+    )
+    branches: ChildConfig | None = Field(
+        default=None,
+        description="Groups by silos' names in the place of children: those whose names agree up "
+        "to a dot are a group, at each dot, and each is like this table: "
+        "[federation.branches] rounds = 2. `photon data prepare --silo-tree` names silos so.",
     )
 
     @model_validator(mode="after")

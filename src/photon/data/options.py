@@ -13,6 +13,7 @@ from photon.data.ingest import Source
 from photon.data.partition import (
     ByField,
     ByFolder,
+    ByTree,
     Contiguous,
     Dirichlet,
     Everything,
@@ -36,8 +37,8 @@ class PrepareOptions:
         metadata: CSV joined to text files by file name or stem.
         metadata_key: its column that holds them; the first by default.
         separator: parts a text file into documents; by default a file is one document.
-        silo_field, iid, dirichlet, contiguous, silo_folders, partitioner: how documents become
-            silos; none makes one silo, "all". dirichlet is (silos, alpha).
+        silo_field, iid, dirichlet, contiguous, silo_folders, silo_tree, partitioner: how documents
+            become silos; none makes one silo, "all". dirichlet is (silos, alpha).
         partitioner_options: keyword arguments of a plugin's partitioner.
         label_field: whose values dirichlet skews; the document's source (file or folder) by
             default.
@@ -72,6 +73,7 @@ class PrepareOptions:
     dirichlet: tuple[int, float] | None = None
     contiguous: int | None = None
     silo_folders: bool = False
+    silo_tree: bool = False
     partitioner: str | None = None
     partitioner_options: Mapping[str, str] = field(default_factory=dict)
     label_field: str | None = None
@@ -149,6 +151,8 @@ class PrepareOptions:
             ways["--contiguous"] = partial(Contiguous, count), words
         if self.silo_folders:
             ways["--silo-folders"] = ByFolder, "one for each first-level folder of the input"
+        if self.silo_tree:
+            ways["--silo-tree"] = ByTree, "one for each folder of the input, at any depth"
         if (name := self.partitioner) is not None:
             words = f"as the plugin `{name}` named them"
             ways["--partitioner"] = partial(_plugin, name, self.partitioner_options), words

@@ -69,6 +69,22 @@ class ByFolder(Partitioner):
         return [document.origin.folder for document in documents]
 
 
+class ByTree(Partitioner):
+    """One silo per folder with files, named by its way: eu/banks is eu.banks.
+
+    What lies in a folder beside other folders, or in the input itself, is a silo "own" of it.
+    """
+
+    def assign(self, documents: Sequence[DocumentInfo], seed: int) -> list[str]:
+        ways = []
+        for document in documents:
+            *way, last = document.origin.source.split("/")
+            deep = document.origin.folder and last != document.origin.file
+            ways.append((*way, last) if deep else tuple(way))
+        inner = {way[:depth] for way in ways for depth in range(len(way))}
+        return [".".join([*way, "own"] if way in inner or not way else way) for way in ways]
+
+
 class Everything(Partitioner):
     """A single silo."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from photon.config import LinkConfig, PrivacyConfig, RunConfig
+from photon.config.children import with_branches
 from photon.data import PreparedData
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
@@ -188,6 +189,7 @@ def central_config(config: RunConfig, batch_size: int) -> RunConfig:
 
 def resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
+    config = with_branches(config, data.silos)
     seat, workers = seat_of(kind), workers_of(kind, config)
     here = seat.local_world_size if seat.world_size > 1 else ranks_of(kind, config)
     plan = plan_compute(config.compute, processes=max(1, workers) * here)

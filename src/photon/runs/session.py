@@ -134,7 +134,7 @@ class Session:
         self._silo_tokens = tokens
         self.config = resolved(kind, config, self.data)
         if kind == "simulate":
-            check_children(config, self.silos)
+            check_children(self.config, self.silos)
         if self.clock is not None:
             refuse_children(config, "simulated time")
         elsewhere = guests.engine if guests is not None else None
