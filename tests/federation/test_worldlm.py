@@ -147,24 +147,8 @@ def test_nodes_of_a_silo_keep_nothing_of_their_own(four_silos, make_config):
 
 def test_any_folder_of_folders_is_a_tree(make_config, small_model, tmp_path):
     """Files of a federation's own are a silo of it."""
-    words = [
-        "the",
-        "law",
-        "of",
-        "this",
-        "land",
-        "is",
-        "made",
-        "for",
-        "all",
-        "who",
-        "live",
-        "in",
-        "it",
-        "and",
-        "by",
-        "them",
-    ]
+    line = "the law of this land is made for all who live in it and by them"
+    words = line.split(" ")
     for place in ("eu/north/oslo", "eu/north/bergen", "eu/rome", "eu", "us"):
         folder = tmp_path / "text" / place
         folder.mkdir(parents=True, exist_ok=True)
