@@ -249,7 +249,12 @@ def asked(
             letters.add(roster.letters.push(task, message.encode()))
     pushed = time.time()
     meanwhile()
-    times = sorted(one - opened for one in sites.times("task", names, since=opened))
+    taken = sites.times("task", names, since=opened)
+    if late := [
+        (name, one - opened) for name, one in zip(names, taken, strict=True) if one - opened > 5
+    ]:
+        print(f"late: {late[:5]}", file=sys.stderr)
+    times = sorted(one - opened for one in taken)
     missing = set(letters)
     give_up = time.monotonic() + WITHIN_S
     while missing and time.monotonic() < give_up:

@@ -146,6 +146,7 @@ def changed(path, invitation, old, new):
         ("2027-01-15 09:00:00+00:00", "2027-01-15 09:00:00", "a time with its zone"),
         ("2027-01-15 09:00:00+00:00", '"soon"', "a time with its zone"),
         ("t" * 43, "t t", "token is damaged"),
+        ('ca_fingerprint = "sha256:', r'ca_fingerprint = "\u001b[31m', "it says  [31m"),
         ("BEGIN CERTIFICATE", "BEGIN WORDS", "a certificate in PEM"),
         ("BEGIN PUBLIC KEY", "BEGIN WORDS", "a public key in PEM"),
         ("[", "[", "is no invitation"),
@@ -159,6 +160,7 @@ def test_a_changed_file_is_refused(invitation, path, old, new, words):
     with pytest.raises(InvitationError) as caught:
         read_invitation(path)
     assert words in caught.value.message
+    assert str(caught.value).replace("\n", "").isprintable()
     assert str(path) in caught.value.message
     assert "t t" not in str(caught.value)
 
