@@ -66,7 +66,11 @@ def test_every_dependency_has_a_line() -> None:
         re.split(r"[\[<>=!~ ]", text)[0]
         for text in [
             *project["project"]["dependencies"],
-            *project["project"]["optional-dependencies"]["dev"],
+            *(
+                text
+                for extra in project["project"]["optional-dependencies"].values()
+                for text in extra
+            ),
         ]
     }
     table = PAGE.split("## Dependencies")[1]
