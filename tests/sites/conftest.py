@@ -296,19 +296,24 @@ threads = 1
         *,
         address: str | None = None,
         env: Mapping[str, str] | None = None,
+        part: Literal["", "gateway", "trainer"] = "",
+        host: str | None = None,
     ) -> None:
-        """Start a silo's node: the first time with its invitation, at times with a new address."""
+        """Start a silo's node: the first time with its invitation, at times with a new address.
+
+        Args:
+            part: of a site with two machines.
+            host: of the trainer.
+        """
         words: list[str | Path] = [address] if address is not None else []
         words += ["--invite", invitation] if invitation is not None else []
-        self.joined[silo] = self.network[silo].start(
+        home = ["--home", self.node_home(silo)] if part != "trainer" else []
+        words += [f"--{part}"] if part else []
+        node = self.folder / f"{silo}.toml"
+        self.joined[host or silo] = self.network[host or silo].start(
             *PHOTON,
-            "join",
-            *words,
-            "--node",
-            self.folder / f"{silo}.toml",
-            "--home",
-            self.node_home(silo),
-            log=self.folder / f"{silo}.log",
+            *("join", *words, "--node", node, *home),
+            log=self.folder / f"{host or silo}.log",
             env=env,
         )
 

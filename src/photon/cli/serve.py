@@ -22,6 +22,8 @@ from photon.cli.outcome import show_outcome
 from photon.cli.screen import console, say, show, show_json, show_table, view_of_run
 from photon.dashboard.wording import coarse
 from photon.errors import (
+    ConfigError,
+    DeployError,
     InvalidValueError,
     InvitationError,
     RunNotFoundError,
@@ -148,6 +150,14 @@ def join(
             "--show-key", help="Only print what the key is called that this home joins with."
         ),
     ] = False,
+    gateway: Annotated[
+        bool,
+        typer.Option("--gateway", help="Be the one with the way out, of a site that has two."),
+    ] = False,
+    trainer: Annotated[
+        bool,
+        typer.Option("--trainer", help="Be the machine with the GPUs, of a site that has two."),
+    ] = False,
     verbose: Verbose = False,
     as_json: AsJson = False,
 ) -> None:
@@ -164,7 +174,16 @@ def join(
     nothing and does not use the invitation up. Its exit code is that of the first failure.
 
     `photon join --show-key` makes the key before there is an invitation, for `photon invite --key`.
+
+    Where the GPUs have no way out, `photon join --gateway` runs on a machine that has one and
+    `photon join --trainer` (under SLURM, say) beside them; node.toml names the folder that both
+    share. The invitation is the gateway's.
     """
+    if trainer and (gateway or invite is not None or url is not None):
+        raise ConfigError(
+            "--trainer goes with none of --gateway, --invite and HOST:PORT",
+            hint="What concerns the aggregator is the gateway's: `photon join --gateway`.",
+        )
     from photon.store.dialling import keep_to_this_machine
 
     keep_to_this_machine(os.environ)
@@ -180,12 +199,20 @@ def join(
         _show_checks(preflight(home, node_file, invitation=invite, address=address), as_json)
         return
     from photon.config import load_node_config
-    from photon.deploy.join import Node, moved, require_registered
+    from photon.deploy.join import Node, moved, require_registered, shared_folder
     from photon.silo.policy import MEMBERSHIP_FILE
 
     node = load_node_config(node_file)
+    if trainer or gateway:
+        folder = shared_folder(node)
+        home = folder if trainer else home
     if invite is not None:
         _become_member(invite, node, home)
+    elif trainer and not (home / MEMBERSHIP_FILE).exists():
+        raise DeployError(
+            f"there has been no gateway with gateway.folder = {home} yet",
+            hint="Start it first, where the way out is: `photon join --gateway --node NODE.toml`.",
+        )
     elif not (home / MEMBERSHIP_FILE).exists():
         raise InvitationError(
             f"{home} is no member's home yet",
@@ -195,9 +222,12 @@ def join(
         moved(home, _address(url))
     require_registered(home, node)
     lines = _Lines(home / "logs" / "join.log", node.watch.log, verbose=verbose)
-    lines.event("starting the trainer, at most 180 s")
+    told = {"log": lines.service, "on_event": lines.event, "on_live": lines.live}
+    part = "gateway" if gateway else "trainer" if trainer else ""
+    if not gateway:
+        lines.event("starting the trainer, at most 180 s")
     try:
-        Node(home, node_file, log=lines.service, on_event=lines.event, on_live=lines.live).run(
+        Node(home, node_file, part=part, **told).run(
             on_ready=lambda: lines.event("ready to take part; Ctrl-C stops")
         )
     finally:

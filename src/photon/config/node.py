@@ -110,6 +110,21 @@ class DiskConfig(Section):
     )
 
 
+class GatewayConfig(Section):
+    """[gateway]: a site whose GPUs are on another machine than its way out."""
+
+    folder: LocalPath | None = Field(
+        default=None,
+        description="Folder that both machines share: `photon join --gateway` dials out and has "
+        "the key, `photon join --trainer` works in this folder and needs no network.",
+    )
+    wait_s: Annotated[float, Field(gt=0)] = Field(
+        default=3600.0,
+        description="A question is kept open for so long after the last trainer was here, within "
+        "its own deadline; then the aggregator goes on without this site.",
+    )
+
+
 class NodeConfig(Section):
     """A whole node.toml."""
 
@@ -119,3 +134,4 @@ class NodeConfig(Section):
     network: NetworkConfig = NetworkConfig()
     disk: DiskConfig = DiskConfig()
     watch: WatchConfig = WatchConfig()
+    gateway: GatewayConfig = GatewayConfig()

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from photon.config import NodeConfig, load_node_config
 from photon.data import PreparedData, open_data
@@ -27,6 +28,7 @@ from photon.deploy.supervisor import Supervisor
 from photon.environment import given
 from photon.errors import (
     CertificateError,
+    ConfigError,
     DeployError,
     InvitationError,
     MembershipError,
@@ -38,7 +40,9 @@ from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts
 from photon.silo.courier import Courier
 from photon.silo.desk_client import DeskClient
+from photon.silo.gateway import Calls, Gateway
 from photon.silo.narrator import GOES_ON, SAYS
+from photon.silo.outside import outside
 from photon.silo.policy import (
     MEMBERSHIP_FILE,
     Membership,
@@ -49,6 +53,7 @@ from photon.silo.policy import (
 from photon.silo.presence import BOOT
 from photon.silo.socket import SOCKET_FILE, connected
 from photon.store.disk import held_alone, write_json, write_whole
+from photon.store.transfer import Transfer
 from photon.version import photon_version
 
 KEY_FILE, CA_FILE, RECORD = "node.key", "ca.crt", "join.json"
@@ -211,6 +216,28 @@ def moved(home: Path, address: str) -> Membership:
     return known
 
 
+def shared_folder(node: NodeConfig) -> Path:
+    """Where a site's gateway and its trainer meet; made, and made private.
+
+    Raises:
+        ConfigError: node.toml names none.
+        DeployError: others may write there, who could have anything signed in this site's name.
+    """
+    if node.gateway.folder is None:
+        raise ConfigError(
+            "node.toml does not say which folder this site's two machines share",
+            hint='Under [gateway]: folder = "/shared/photon", on both.',
+        )
+    folder = Path(node.gateway.folder)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_mode & 0o022:
+        raise DeployError(
+            f"gateway.folder = {folder}: others may write there, and so speak for this site",
+            hint=f"chmod go-w {folder}",
+        )
+    return folder
+
+
 def _alone(home: Path) -> AbstractContextManager[None]:
     """Hold a node's home as its supervisor does: a node that runs must keep its key and address."""
     return held_alone(
@@ -223,11 +250,12 @@ def _alone(home: Path) -> AbstractContextManager[None]:
 
 
 class Node:
-    """All services of one site.
+    """All services of one site, or of one of its two machines (photon.silo.gateway).
 
     Args:
-        home: of the node, where an invitation was accepted.
+        home: of the node, where an invitation was accepted; of a trainer alone, the shared folder.
         node_file: node.toml, for the trainer.
+        part: of the site that this machine is; "" for all of it.
         log: told each line of every service.
         on_event: told what happens to services, and to this site, in words.
         on_live: told how far what goes on has come; each replaces the one before.
@@ -238,19 +266,22 @@ class Node:
         home: Path,
         node_file: Path,
         *,
+        part: Literal["", "gateway", "trainer"] = "",
         log: Callable[[str], None],
         on_event: Callable[[str], None] | None = None,
         on_live: Callable[[str], None] | None = None,
     ) -> None:
-        self._home = home.absolute()
         self._log = log
         self._on_live = on_live or (lambda _: None)
         self._node_file = node_file.absolute()
-        node = load_node_config(self._node_file)
+        self._node = node = load_node_config(self._node_file)
         self._on_event = on_event or (lambda _: None)
+        self._part = part
+        self._home = home.absolute()
         self._membership = read_membership(self._home)
         self._membership.require_key()
-        self._key = NodeKey.load(self._home / KEY_FILE)  # now, with its own words where it can't be
+        # Now, with its own words where it can't be.
+        self._key = NodeKey.load(self._home / KEY_FILE) if part != "trainer" else None
         self._boot = secrets.token_hex(8)
         self._watch, self._reserve_gib = node.watch, node.disk.min_free_gib
         self._supervisor = Supervisor(
@@ -270,17 +301,39 @@ class Node:
         Raises:
             ServiceLostError: the trainer, or another, dies again and again.
         """
-        desk = DeskClient(self._membership.address, self._home / CA_FILE, self._key)
-        courier = Courier(desk, self._home / SOCKET_FILE, self._boot, self._courier_says)
         with contextlib.ExitStack() as ends:
             supervisor = ends.enter_context(self._supervisor)
             ends.enter_context(supervisor.ending_on_signals())
-            supervisor.start(self._trainer())
-            courier.start()
+            if self._part == "gateway":
+                calls = self._gateway()
+                calls.start()
+                ends.callback(calls.stop)
+            else:
+                courier = self._courier()
+                supervisor.start(self._trainer())
+                courier.start()
             ends.enter_context(figures_served(self._watch.metrics, self._figures))
             if on_ready is not None:
                 on_ready()
             supervisor.wait()
+
+    def _courier(self) -> Courier:
+        if self._part == "trainer":
+            desk = Gateway(self._home, "courier")
+        else:
+            desk, _ = self._outside()
+        return Courier(desk, self._home / SOCKET_FILE, self._boot, self._courier_says)
+
+    def _outside(self) -> tuple[DeskClient, Callable[[str], Transfer]]:
+        assert self._key is not None
+        return outside(self._home / CA_FILE, self._node, self._membership, self._key)
+
+    def _gateway(self) -> Calls:
+        assert self._key is not None
+        wait_s, tell = self._node.gateway.wait_s, self._on_event
+        folder = shared_folder(self._node)
+        _write_membership(folder, self._membership)
+        return Calls(folder, *self._outside(), self._key, self._boot, wait_s, tell)
 
     def _figures(self) -> list[Reader]:
         folders = {"home": self._home}
@@ -296,6 +349,7 @@ class Node:
             (
                 *(sys.executable, "-m", "photon.silo"),
                 *("--home", str(self._home), "--node", str(self._node_file)),
+                *(["--gateway"] if self._part == "trainer" else []),
             ),
             environment=given() | {BOOT: self._boot},
             ready=lambda: _listens(socket_path),

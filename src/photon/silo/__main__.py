@@ -12,69 +12,24 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from photon.config import NodeConfig, load_node_config
+from photon.config import load_node_config
 from photon.errors import PhotonError
-from photon.link import Carrier
 from photon.membership.keys import NodeKey
-from photon.silo.desk_client import DeskClient
+from photon.silo.gateway import Gateway
 from photon.silo.held_node import follow
 from photon.silo.narrator import Narrator
-from photon.silo.policy import Membership, read_membership
+from photon.silo.outside import outside
+from photon.silo.policy import read_membership
 from photon.silo.presence import Reporter
 from photon.silo.ranks import Team
 from photon.silo.service import end_on_signals, only_trainer, say_goodbye, serve
 from photon.silo.site import Site
 from photon.silo.trainer import SiloTrainer
-from photon.store.contract import Buffer
-from photon.store.granted_store import GrantedStore
-from photon.store.transfer import Transfer, Wanted
 
 log = logging.getLogger("photon.silo")
-
-
-class _Announced:
-    """A carrier that says first what it will fetch, so that the desk is asked for all at once."""
-
-    def __init__(self, carrier: Carrier, expect: Callable[[Iterable[str]], None]) -> None:
-        self._carrier = carrier
-        self._expect = expect
-
-    def send(self, objects: Iterable[tuple[str, Buffer]]) -> object:
-        return self._carrier.send(objects)
-
-    def fetch(self, wanted: Iterable[Wanted], *, spool: Path | None = None) -> Iterator[Buffer]:
-        wanted = list(wanted)
-        self._expect(one.key for one in wanted)
-        return self._carrier.fetch(wanted, spool=spool)
-
-
-def outside(
-    home: Path, node: NodeConfig, membership: Membership, key: NodeKey
-) -> tuple[DeskClient, Callable[[str], Carrier]]:
-    """The desk, and for a task's id the way to the store, by the desk's grants."""
-    desk = DeskClient(membership.address, home / "ca.crt", key)
-    cap = node.network.mbit_per_s
-
-    def carrier(task_id: str) -> Carrier:
-        grants = desk.grants(task_id)
-        store = GrantedStore(
-            grants,
-            membership.store_origin,
-            allowed=membership.store_allowed(node.network),
-            trust=desk.trust if membership.store is None else None,
-        )
-        transfer = Transfer(
-            store,
-            streams=node.network.streams,
-            bytes_per_s=cap * 1e6 / 8 if cap is not None else None,
-            silence_s=node.network.silence_s,
-        )
-        return _Announced(transfer, grants.expect)
-
-    return desk, carrier
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -89,6 +44,11 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         *("--node", "--site"), dest="node", type=Path, required=True, help="the site's node.toml"
     )
+    parser.add_argument(
+        "--gateway",
+        action="store_true",
+        help="another machine, which shares the folder, has the key and the network",
+    )
     chosen = parser.parse_args(words)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Indented("%(asctime)s %(levelname)s %(message)s"))
@@ -96,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for chatty in ("httpx2", "httpcore2"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        _run(chosen.home, chosen.node)
+        _run(chosen.home, chosen.node, behind_gateway=chosen.gateway)
     except PhotonError as error:
         log.error("[%d] %s", error.exit_code, error)
         # Not `return`: threads of a lost process group may wait for ever.
@@ -105,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(home: Path, node_file: Path) -> None:
+def _run(home: Path, node_file: Path, *, behind_gateway: bool) -> None:
     trainer: list[SiloTrainer] = []
 
     def lost(rank: int, code: int) -> None:
@@ -128,8 +88,12 @@ def _run(home: Path, node_file: Path) -> None:
         follow(site, team)
         return
     with only_trainer(home):
-        key = NodeKey.load(home / "node.key")
-        desk, carriers = outside(home, node, membership, key)
+        if behind_gateway:
+            key, desk = None, Gateway(home, "trainer")
+            carriers = desk.carrier
+        else:
+            key = NodeKey.load(home / "node.key")
+            desk, carriers = outside(home / "ca.crt", node, membership, key)
         reporter = Reporter(desk, narrator=Narrator(_show))
         trainer.append(SiloTrainer(site, key, carriers, reporter, team))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from photon.errors import PhotonError, UnreachableError
 from photon.membership.records import SignedReply
 from photon.silo.desk_client import Delivery, DeskClient
+from photon.silo.gateway import Gateway
 from photon.silo.socket import ask_trainer
 
 #: Questions that are held at a time; the trainer, who works on one after another, hears as many.
@@ -32,14 +33,14 @@ class Courier:
     """Polls, in a thread, and carries each question in one of its own, for as long as this process.
 
     Args:
-        desk: the aggregator's.
+        desk: the aggregator's, or the way to it.
         trainer: the trainer's Unix socket.
         boot: of this node: photon.membership.roster.Presence.
         log: told what goes wrong, and that it is mended; from several threads.
     """
 
     def __init__(
-        self, desk: DeskClient, trainer: Path, boot: str, log: Callable[[str], None]
+        self, desk: DeskClient | Gateway, trainer: Path, boot: str, log: Callable[[str], None]
     ) -> None:
         self._desk = desk
         self._trainer = trainer

@@ -13,6 +13,7 @@ from typing import Any
 from photon.errors import KeyInUseError, PhotonError
 from photon.membership.roster import Presence
 from photon.silo.desk_client import DeskClient
+from photon.silo.gateway import Gateway
 from photon.silo.narrator import Narrator
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ class Reporter:
         narrator: tells this site's screen the same.
     """
 
-    def __init__(self, desk: DeskClient | None, *, narrator: Narrator | None = None) -> None:
+    def __init__(
+        self, desk: DeskClient | Gateway | None, *, narrator: Narrator | None = None
+    ) -> None:
         self._desk = desk
         self._narrator = narrator or Narrator(lambda _: None)
         #: What is told.

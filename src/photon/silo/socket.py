@@ -212,13 +212,20 @@ def _read(trainer: socket.socket) -> dict[str, Any] | None:
     return record
 
 
-def _reply_of(record: Mapping[str, Any]) -> SignedReply:
+def error_in(record: Mapping[str, Any]) -> PhotonError | None:
+    """What `refusal_of` made a record of; None if it is another."""
     error = record.get("error")
-    if isinstance(error, dict):
-        code, hint = error.get("code"), error.get("hint")
-        kind = error_of(code) if isinstance(code, int) else PhotonError
-        message = str(error.get("message"))[:4000]
-        raise kind(message, hint=str(hint)[:4000] if hint is not None else None)
+    if not isinstance(error, dict):
+        return None
+    code, hint = error.get("code"), error.get("hint")
+    kind = error_of(code) if isinstance(code, int) else PhotonError
+    message = str(error.get("message"))[:4000]
+    return kind(message, hint=str(hint)[:4000] if hint is not None else None)
+
+
+def _reply_of(record: Mapping[str, Any]) -> SignedReply:
+    if (error := error_in(record)) is not None:
+        raise error
     signature, fingerprint = record.get("signature"), record.get("fingerprint")
     if not isinstance(signature, str) or not isinstance(fingerprint, str):
         raise ProtocolError("a trainer's answer without a signature and a fingerprint")

@@ -63,6 +63,7 @@ class Transfer:
             moves no byte until it is done.
         attempts: for each object, while its store is unavailable.
         on_progress: told the bytes done so far in this call, in the caller's thread.
+        announce: told the keys of a fetch before it begins, so that leave is asked for at once.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Transfer:
         silence_s: float = 60.0,
         attempts: int = 8,
         on_progress: Callable[[int], None] | None = None,
+        announce: Callable[[Iterable[str]], None] | None = None,
     ) -> None:
         if (
             streams < 1
@@ -87,6 +89,7 @@ class Transfer:
             )
         self._store = store
         self._streams = streams
+        self._announce = announce
         self._patience = Patience(BandwidthCap(bytes_per_s), silence_s, attempts, on_progress)
         #: Attempts beyond the first of each object, since this was made.
         self.retries = 0
@@ -148,6 +151,8 @@ class Transfer:
             AccessRefusedError: the store refuses.
         """
         todo = deque(wanted)
+        if self._announce is not None:
+            self._announce(one.key for one in todo)
         total_bytes = sum(one.bytes for one in todo)
         kept = FolderStore(spool, durable=False) if spool is not None else None
         with self._crew("to read", total_bytes) as crew:
