@@ -20,7 +20,14 @@ from photon.config import load_node_config
 from photon.deploy import join as join_module
 from photon.deploy.join import accept_invitation
 from photon.deploy.ports import free_ports
-from photon.errors import AccessRefusedError, DataChangedError, InvitationError, UnreachableError
+from photon.errors import (
+    AccessRefusedError,
+    DataChangedError,
+    DeployError,
+    IncompatibleConfigError,
+    InvitationError,
+    UnreachableError,
+)
 from photon.membership.invitation import read_invitation
 from photon.membership.keys import NodeKey
 
@@ -126,3 +133,30 @@ def test_a_store_inside_the_site_is_joined_only_where_the_site_says_so(
     monkeypatch.setattr(aggregator.desk, "_store_origin", "http://10.1.2.3:9000")
     with pytest.raises(AccessRefusedError, match="not encrypted"):
         site.join(aggregator, "inside")
+
+
+def test_a_trainer_and_a_gateway_say_what_they_miss(tmp_path) -> None:
+    node, folder = tmp_path / "node.toml", tmp_path / "shared"
+
+    def told(*words: str, gateway: str = "") -> tuple[int, str]:
+        node.write_text(f'[data]\npath = "d"\n{gateway}')
+        found = CliRunner().invoke(app, ["join", "--node", str(node), *words])
+        return found.exit_code, " ".join(found.output.split())
+
+    for part in ("--trainer", "--gateway"):
+        code, words = told(part)
+        assert code == IncompatibleConfigError.exit_code
+        assert "which folder this site's two machines share" in words
+        assert "folder = " in words
+    shared = f'[gateway]\nfolder = "{folder}"\n'
+    code, words = told("--trainer", gateway=shared)
+    assert code == DeployError.exit_code
+    assert "no gateway" in words
+    assert "photon join --gateway" in words
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o770)
+    code, words = told("--gateway", gateway=shared)
+    assert code == DeployError.exit_code
+    assert "others may write there" in words
+    code, words = told("--trainer", "--invite", "i.toml", gateway=shared)
+    assert code == IncompatibleConfigError.exit_code

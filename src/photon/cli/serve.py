@@ -22,8 +22,8 @@ from photon.cli.outcome import show_outcome
 from photon.cli.screen import console, say, show, show_json, show_table, view_of_run
 from photon.dashboard.wording import coarse
 from photon.errors import (
-    ConfigError,
     DeployError,
+    IncompatibleConfigError,
     InvalidValueError,
     InvitationError,
     RunNotFoundError,
@@ -180,7 +180,7 @@ def join(
     share. The invitation is the gateway's.
     """
     if trainer and (gateway or invite is not None or url is not None):
-        raise ConfigError(
+        raise IncompatibleConfigError(
             "--trainer goes with none of --gateway, --invite and HOST:PORT",
             hint="What concerns the aggregator is the gateway's: `photon join --gateway`.",
         )

@@ -28,8 +28,8 @@ from photon.deploy.supervisor import Supervisor
 from photon.environment import given
 from photon.errors import (
     CertificateError,
-    ConfigError,
     DeployError,
+    IncompatibleConfigError,
     InvitationError,
     MembershipError,
     UnreachableError,
@@ -220,11 +220,11 @@ def shared_folder(node: NodeConfig) -> Path:
     """Where a site's gateway and its trainer meet; made, and made private.
 
     Raises:
-        ConfigError: node.toml names none.
+        IncompatibleConfigError: node.toml names none.
         DeployError: others may write there, who could have anything signed in this site's name.
     """
     if node.gateway.folder is None:
-        raise ConfigError(
+        raise IncompatibleConfigError(
             "node.toml does not say which folder this site's two machines share",
             hint='Under [gateway]: folder = "/shared/photon", on both.',
         )
