@@ -80,6 +80,14 @@ def test_an_invitation_that_was_changed_on_its_way(site, aggregator, short_folde
     assert failed(found["invitation"], InvitationError, "has fingerprint")
 
 
+def test_a_gateway_need_not_have_the_trainers_devices(member) -> None:
+    member.say('[compute]\ndevice = "mps"')
+    assert member.look()["compute"].verdict == "fail"
+    found = member.look(gateway=True)
+    assert "compute" not in found
+    assert well(found)
+
+
 def test_addresses(member) -> None:
     port = free_ports(1)[0]
     found = member.look(address=f"127.0.0.1:{port}")

@@ -196,7 +196,8 @@ def join(
         from photon.deploy.join_checks import preflight
 
         address = _address(url) if url is not None else None
-        _show_checks(preflight(home, node_file, invitation=invite, address=address), as_json)
+        about = {"invitation": invite, "address": address, "gateway": gateway}
+        _show_checks(preflight(home, node_file, **about), as_json)
         return
     from photon.config import load_node_config
     from photon.deploy.join import Node, moved, require_registered, shared_folder

@@ -75,7 +75,12 @@ _LATER = "is looked at once this node is a member: join, then `photon join --che
 
 
 def preflight(
-    home: Path, node_file: Path, *, invitation: Path | None = None, address: str | None = None
+    home: Path,
+    node_file: Path,
+    *,
+    invitation: Path | None = None,
+    address: str | None = None,
+    gateway: bool = False,
 ) -> list[Check]:
     """Look at node.toml, invitation or membership, key, data, machine, aggregator and store.
 
@@ -84,6 +89,7 @@ def preflight(
         node_file: node.toml.
         invitation: None where this home is a member's already.
         address: the aggregator's new one, where it has moved.
+        gateway: the devices are another machine's: this one's are not looked at.
     """
     who = "membership" if invitation is None else "invitation"
     # An invitation's authority is in no file of its own yet.
@@ -104,6 +110,8 @@ def preflight(
             "member": (site.member, ("door", "key") if invitation is None else ("door",)),
             "store": (site.store, ("member",) if invitation is None else ("door",)),
         }
+        if gateway:
+            del looks["compute"]
         found: list[Check] = []
         blamed: dict[str, str] = {}
         for name, (look, needs) in looks.items():
