@@ -225,17 +225,17 @@ class Calls:
     # --- calls --------------------------------------------------------------------------------
 
     def _presence(self, call: _Call, _: Path) -> dict[str, Any]:
-        here_s = time.monotonic()
-        if call.presence.state == "stopping":
+        now, here_s, was_here = call.presence, time.monotonic(), self._here()
+        if now.state == "stopping":
             self._heard_s = -math.inf
         else:
-            if not self._here():
+            if not was_here:
                 self._tell("a trainer is here")
             self._heard_s = self._gone_s = here_s
-        # The trainer reports every 5 s, for us; the desk may want to hear of an idle one less often.
-        if call.presence != self._said or call.presence.state != "idle" or here_s > self._again_s:
-            self._answer = self._desk.presence(replace(call.presence, boot=self._boot))
-            self._said, pause_s = call.presence, float(self._answer.pop("next_s", 0))
+        # A trainer reports every 5 s, for us; the desk may want to hear of an idle one less often.
+        if now.state != "idle" or now != self._said or not was_here or here_s > self._again_s:
+            self._answer = self._desk.presence(replace(now, boot=self._boot))
+            self._said, pause_s = now, float(self._answer.pop("next_s", 0))
             self._again_s = here_s + min(pause_s, _MOST_IDLE_S)
         return self._answer
 
