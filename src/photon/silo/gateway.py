@@ -282,11 +282,15 @@ class Calls:
         """While there is no trainer, look what waits for one, and say so to both sides."""
         told = ""
         while not self._ended.wait(_HOLD_S):
+            if self._here():
+                told = ""
+                continue
+            if not told:
+                self._tell(told := _WAITS)
             words = _WAITS
             try:
-                found = None if self._here() else self._desk.task(self._boot, ())
+                found = self._desk.task(self._boot, ())
                 if self._here():
-                    told = ""
                     continue
                 if found is not None:
                     left_s = min(found.left_s, self._gone_s + self._wait_s - time.monotonic())
