@@ -91,7 +91,9 @@ docs: $(STAMP) ## rewrite docs/configuration.md from the code
 
 # Tried where nothing of this checkout is: what the SBOM lists is what was installed there.
 dist: SITE := build/dist/site
-dist: INTO := $(PYTHON) -m pip --python build/dist/site/bin/python --disable-pip-version-check install --quiet
+dist: TOOL := build/dist/tool
+dist: INSTALL := install --quiet --disable-pip-version-check
+dist: INTO := $(BIN)/python -m pip --python build/dist/site/bin/python $(INSTALL)
 dist: $(STAMP) ## the wheel, its versions and its SBOM in dist/, tried in an empty environment
 	rm -rf dist build/dist
 	mkdir -p dist build/dist
@@ -105,8 +107,9 @@ dist: $(STAMP) ## the wheel, its versions and its SBOM in dist/, tried in an emp
 	deploy/try-wheel.sh $(SITE)
 	$(INTO) --constraint dist/constraints.txt "$$(echo dist/*.whl)[serve]"
 	deploy/try-wheel.sh $(SITE) serve
-	$(PYTHON) -m pip install --quiet --upgrade --target build/dist/tool cyclonedx-bom==$(CYCLONEDX_VERSION)
-	PYTHONPATH=build/dist/tool $(PYTHON) -m cyclonedx_py environment $(SITE)/bin/python \
+	$(PYTHON) -m venv --without-pip $(TOOL)
+	$(BIN)/python -m pip --python $(TOOL)/bin/python $(INSTALL) cyclonedx-bom==$(CYCLONEDX_VERSION)
+	$(TOOL)/bin/cyclonedx-py environment $(SITE)/bin/python \
 		--pyproject pyproject.toml --short-PURLs --output-reproducible \
 		--output-file "$$(echo dist/*.whl | sed 's/-py3.*//').cdx.json"
 	cd dist && sha256sum * > SHA256SUMS
