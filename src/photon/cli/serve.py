@@ -10,7 +10,7 @@ import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.status import Status
@@ -179,9 +179,9 @@ def join(
     `photon join --trainer` (under SLURM, say) beside them; node.toml names the folder that both
     share. The invitation is the gateway's.
     """
-    if trainer and (gateway or invite is not None or url is not None):
+    if trainer and (gateway or check or invite is not None or url is not None):
         raise IncompatibleConfigError(
-            "--trainer goes with none of --gateway, --invite and HOST:PORT",
+            "--trainer goes with none of --gateway, --check, --invite and HOST:PORT",
             hint="What concerns the aggregator is the gateway's: `photon join --gateway`.",
         )
     from photon.store.dialling import keep_to_this_machine
@@ -199,17 +199,30 @@ def join(
         about = {"invitation": invite, "address": address, "gateway": gateway}
         _show_checks(preflight(home, node_file, **about), as_json)
         return
+    part = "gateway" if gateway else "trainer" if trainer else ""
+    _take_part(node_file, home, part, invite, url, verbose=verbose)
+
+
+def _take_part(
+    node_file: Path,
+    home: Path,
+    part: Literal["", "gateway", "trainer"],
+    invite: Path | None,
+    url: str | None,
+    *,
+    verbose: bool,
+) -> None:
     from photon.config import load_node_config
     from photon.deploy.join import Node, moved, require_registered, shared_folder
     from photon.silo.policy import MEMBERSHIP_FILE
 
     node = load_node_config(node_file)
-    if trainer or gateway:
+    if part:
         folder = shared_folder(node)
-        home = folder if trainer else home
+        home = folder if part == "trainer" else home
     if invite is not None:
         _become_member(invite, node, home)
-    elif trainer and not (home / MEMBERSHIP_FILE).exists():
+    elif part == "trainer" and not (home / MEMBERSHIP_FILE).exists():
         raise DeployError(
             f"there has been no gateway with gateway.folder = {home} yet",
             hint="Start it first, where the way out is: `photon join --gateway --node NODE.toml`.",
@@ -224,8 +237,7 @@ def join(
     require_registered(home, node)
     lines = _Lines(home / "logs" / "join.log", node.watch.log, verbose=verbose)
     told = {"log": lines.service, "on_event": lines.event, "on_live": lines.live}
-    part = "gateway" if gateway else "trainer" if trainer else ""
-    if not gateway:
+    if part != "gateway":
         lines.event("starting the trainer, at most 180 s")
     try:
         Node(home, node_file, part=part, **told).run(
