@@ -55,6 +55,7 @@ METHODS: dict[str, tuple[dict, bool] | None] = {
     "attention": ({**_KEY, "key_rule": "attention", "key_down": "attention"}, True),
     "mean in attention's place": ({**_KEY, "key_down": "mean"}, True),
     "attention up, own kept": ({**_KEY, "key_rule": "attention", "key_down": "keep"}, True),
+    "best of three": ({**_KEY, "key_rule": "attention", "key_down": "best"}, True),
     "FedAtt": ({**_KEY, "key_rule": "fedatt"}, True),
     "local only": None,
     "centralised": None,

@@ -7,6 +7,7 @@ from photon.config import load_run_config
 from photon.data import PrepareOptions, prepare
 from photon.engines.local import LocalEngine
 from photon.errors import IncompatibleConfigError, ModelError
+from photon.federation.node_state import Kept
 from photon.products import evaluate
 from photon.runs import load_weights, resume, simulate
 from photon.telemetry import read_history
@@ -15,6 +16,7 @@ from photon.telemetry.events import Evaluated, KeyMerged
 SHORT = ("eval.every=0", "eval.max_tokens=300", "federation.rounds=3")
 KEY = ('parts.key=["last:0.4"]',)
 ATTENTION = (*KEY, "parts.key_rule=attention", "parts.key_down=attention")
+BEST = (*KEY, "parts.key_rule=attention", "parts.key_down=best")
 #: Two levels above the silos.
 TREE = ('federation.children.west={silos=["a"], children={coast={silos=["b", "c"], rounds=2}}}',)
 
@@ -92,7 +94,7 @@ def test_each_level_tells_what_counted_for_how_much(run):
 
 
 @pytest.mark.parametrize(("silo", "number"), [("d", 3), ("b", 4), ("a", 2)])
-@pytest.mark.parametrize("parts", [ATTENTION, ('parts.personal=["last:0.4"]',)])
+@pytest.mark.parametrize("parts", [ATTENTION, BEST, ('parts.personal=["last:0.4"]',)])
 def test_a_kill_at_any_level_changes_nothing(parts, silo, number, run, tmp_path, monkeypatch):
     undisturbed = run("undisturbed", *TREE, *parts)
     build = LocalEngine.__init__
@@ -131,6 +133,32 @@ def test_whose_model_is_had_by_its_path(run, four_silos):
     for wrong in ("e", "coast/a", "west/b", "west/d"):
         with pytest.raises(ModelError, match=f"has no '{wrong}'"):
             load_weights(result, wrong)
+
+
+def test_each_layer_is_the_best_of_three_on_the_text_to_come(run, monkeypatch):
+    choose, told = Kept._choose, []
+
+    def noted(self, kept, version, score):
+        before = score()
+        choose(self, kept, version, score)
+        told.append((before, score()))
+
+    monkeypatch.setattr(Kept, "_choose", noted)
+    result = run("run", *TREE, *BEST)
+    # Once for each task but a silo's first: coast has two rounds in each of the run's.
+    assert len(told) == 2 * 1 + 2 * 1 + 5 * 2
+    assert all(after <= before for before, after in told)
+    assert any(after < before for before, after in told)
+    again = run("again", *TREE, *ATTENTION)
+    assert again.summary["weights_sha256"] != result.summary["weights_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_of_a_node_choose_together(strategy, run):
+    ranks = ("compute.processes=2", f"compute.strategy={strategy}", "local.batch_size=4")
+    one, two = run("one", *BEST), run("two", *BEST, *ranks)
+    assert two.summary["per_silo"] == pytest.approx(one.summary["per_silo"], rel=1e-3)
 
 
 def test_workers_come_to_the_same(run):

@@ -102,7 +102,7 @@ def taken_up(
     """Key tensors with which a participant goes on, when a version comes from above.
 
     Args:
-        parts: key_down says how; see there.
+        parts: key_down says how; see there. "best" is as "attention" for who has no text.
         anchor: its key tensors before its newest task.
         own: after it.
         above: of the version.
@@ -116,7 +116,7 @@ def taken_up(
     taken = {}
     for both in moved.values():
         shares = [0.5, 0.5]
-        if parts.key_down == "attention":
+        if parts.key_down != "mean":
             rows: list[dict[str, Tensor]] = [{}, {}]
             for row, deltas in zip(rows, both, strict=True):
                 for name, delta in deltas.items():

@@ -71,11 +71,12 @@ class PartsConfig(Section):
         "federation.trim), a plugin's rule, or layer by layer, by how alike updates are: "
         "attention (WorldLM, arXiv 2405.14446), fedatt (arXiv 1812.07108).",
     )
-    key_down: Literal["replace", "attention", "mean", "keep"] = Field(
+    key_down: Literal["replace", "attention", "mean", "keep", "best"] = Field(
         default="replace",
         description="What a silo, or a group, does with key tensors that come down: replace its "
-        "own by them; or mix both by attention, or half and half (mean), or keep its own. But for "
-        "replace, it keeps its own beside inner-optimizer state.",
+        "own by them; or mix both by attention, or half and half (mean), or keep its own; or of "
+        "each layer the best of these by the loss on the text that it trains on next (best, of "
+        "silos). But for replace, it keeps its own beside inner-optimizer state.",
     )
     key_temperature: float = Field(
         default=0.5,
@@ -91,6 +92,11 @@ class PartsConfig(Section):
     def own_key(self) -> bool:
         """Whether participants keep key tensors of their own."""
         return bool(self.key) and self.key_down != "replace"
+
+    @property
+    def for_scores(self) -> PartsConfig:
+        """How a silo's own model is put together; where it chooses, as its newest task left it."""
+        return self.model_copy(update={"key_down": "keep"}) if self.key_down == "best" else self
 
     @property
     def kept(self) -> bool:

@@ -11,6 +11,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from photon.config import RunConfig
 from photon.data import PreparedData, held_out_text, open_data, token_stream
+from photon.data.held_out import Window
 from photon.errors import NonFiniteError, RankLostError
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
@@ -242,7 +244,7 @@ class Node:
         trainer, state = self._trainer, version.tensors if version is not None else None
         weights = section(state, WEIGHTS) if state is not None else None
         trainer.load_weights(weights, self._layout.merged)
-        state_lost = not self._kept.take_up(task, version)
+        state_lost = not self._kept.take_up(task, version, partial(self._coming_loss, task))
         load_s = time.perf_counter() - started
         if self._fault is not None:
             self._fault(task, trainer)
@@ -273,6 +275,24 @@ class Node:
             state_lost=state_lost or update.receipt.state_lost,
         )
         return replace(update, receipt=receipt)
+
+    def _coming_loss(self, task: FitTask) -> float:
+        """Loss of the weights of now on a task's first two batches, a mean over tokens."""
+        trainer, ranks, size = self._trainer, self._ranks, self._config.local.batch_size
+        with open_stream(self._config, self._data, task.pooled) as stream:
+            rows = stream.batch(task.cursor, 2 * size)
+        with trainer.evaluating() as model:
+            own = evaluate_loss(
+                model,
+                [Window(row, None, 0, 0) for row in rows],
+                device=trainer.plan.device,
+                batch_size=min(size, self._scored_at_once.size),
+                autocast_dtype=trainer.autocast_dtype,
+                head=trainer.placed.head,
+                part=(ranks.seat.rank, ranks.size),
+            )
+        nats, tokens = ranks.total([own.nats, own.tokens])
+        return nats / tokens
 
     def _train(self, task: FitTask) -> LocalResult:
         config = self._config

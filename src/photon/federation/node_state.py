@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections import OrderedDict
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from photon.aggregation.attention import taken_up
+from photon.aggregation.edit import module_of
 from photon.config import RunConfig
+from photon.config.parts import PartsConfig
 from photon.errors import CheckpointCorruptError, ModelMismatchError
 from photon.federation.engine import Version
 from photon.federation.layout import Layout
@@ -152,8 +154,11 @@ class Kept:
         self._anchor: dict[str, Tensor] = {}
         self._optimizer_state = config.federation.optimizer_state
 
-    def take_up(self, task: FitTask, version: Version | None) -> bool:
+    def take_up(self, task: FitTask, version: Version | None, score: Callable[[], float]) -> bool:
         """Personal tensors and inner-optimizer state for a task's local steps.
+
+        Args:
+            score: loss of the trainer's weights on text that the task will train on; of all ranks.
 
         Returns:
             Whether what the silo kept, if the task names any, was there. If not, it begins anew.
@@ -178,16 +183,20 @@ class Kept:
         found = bool(self._trainer.ranks.least(kept is not None))
         if self._optimizer_state != "average" and not (found and keeps):
             optimizer.reset()
-        self._place(kept if found else None, version)
+        self._place(kept if found else None, version, self._parts)
+        if self._key and found and kept and self._parts.key_down == "best":
+            self._choose(kept, version, score)
         self._anchor = {name: self._trainer.weights()[name].clone() for name in self._key}
         return found
 
     def personalise(self, task: EvalTask, version: Version | None) -> None:
-        """Tensors to score with: the silo's own, as far as it has any."""
+        """Tensors to score with: the silo's own, as far as it has any; with key_down = "best", all of
+        them as its newest task left them.
+        """
         if self._own:
             kept = self._read(task)
             found = bool(self._trainer.ranks.least(kept is not None))
-            self._place(kept if found else None, version)
+            self._place(kept if found else None, version, self._parts.for_scores)
 
     def leave(self, task: FitTask) -> None:
         """Begin to write what the silo keeps of a task; it is on disk once `settle` returned.
@@ -223,7 +232,9 @@ class Kept:
     def _own(self) -> bool:
         return bool(self._personal or self._key)
 
-    def _place(self, kept: dict[str, Tensor] | None, version: Version | None) -> None:
+    def _place(
+        self, kept: dict[str, Tensor] | None, version: Version | None, parts: PartsConfig
+    ) -> None:
         """Give personal and key tensors the silo's values, or those that every silo begins with."""
         if self._personal and kept:
             self._trainer.placed.put({name: kept[name + PERSONAL] for name in self._personal})
@@ -233,12 +244,40 @@ class Kept:
         if self._key:
             taken = version and {name: version.tensors[WEIGHTS + name] for name in self._key}
             if kept:
-                own, anchor = (
-                    dict(self._trainer.whole({name: kept[name + end] for name in self._key}))
-                    for end in (KEY, ANCHOR)
-                )
-                taken = taken and taken_up(self._parts, anchor, own, taken)
+                own, anchor = self._kept_key(kept)
+                taken = taken and taken_up(parts, anchor, own, taken)
             self._trainer.load_weights(taken, self._key)
+
+    def _kept_key(self, kept: State) -> list[dict[str, Tensor]]:
+        """Key tensors as they are, and as they were when the newest task began; whole."""
+        return [
+            dict(self._trainer.whole({name: kept[name + end] for name in self._key}))
+            for end in (KEY, ANCHOR)
+        ]
+
+    def _choose(self, kept: State, version: Version | None, score: Callable[[], float]) -> None:
+        """Of each layer its own, the version's, or what is in place: the best, one after another."""
+        own, _ = self._kept_key(kept)
+        mixed = {name: self._trainer.weights()[name].clone() for name in self._key}
+        mixed = dict(self._trainer.whole(mixed))
+        ways = (
+            [mixed, own, section(version.tensors, WEIGHTS)] if version is not None else [None] * 3
+        )
+        best, modules = score(), dict[str, list[str]]()
+        for name in self._key:
+            modules.setdefault(module_of(name), []).append(name)
+
+        def put(way: int, names: Sequence[str]) -> None:
+            values = ways[way]
+            self._trainer.load_weights(values and {name: values[name] for name in names}, names)
+
+        for names in modules.values():
+            chosen = 0
+            for way in (1, 2):
+                put(way, names)
+                if (found := score()) < best:
+                    best, chosen = found, way
+            put(chosen, names)
 
 
 def read_node_state(

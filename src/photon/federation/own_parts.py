@@ -102,5 +102,6 @@ def weights_of(
         group: {name: found[name + end] for name in key if name + end in found}
         for group, end in (("key", KEY), ("anchor", ANCHOR))
     }
-    weights = section({**state, **own_key(parts, groups if groups["key"] else {}, state)}, WEIGHTS)
+    own = own_key(parts.for_scores, groups, state) if groups["key"] else {}
+    weights = section({**state, **own}, WEIGHTS)
     return weights | {name: found[name + PERSONAL] for name in layout.personal}
