@@ -93,8 +93,15 @@ def test_each_level_tells_what_counted_for_how_much(run):
     assert {event.silo for event in scored} == {None, *"abcd"}
 
 
-@pytest.mark.parametrize(("silo", "number"), [("d", 3), ("b", 4), ("a", 2)])
-@pytest.mark.parametrize("parts", [ATTENTION, BEST, ('parts.personal=["last:0.4"]',)])
+@pytest.mark.parametrize(
+    ("parts", "silo", "number"),
+    [
+        (ATTENTION, "d", 3),
+        (ATTENTION, "b", 4),
+        (BEST, "a", 2),
+        (('parts.personal=["last:0.4"]',), "c", 6),
+    ],
+)
 def test_a_kill_at_any_level_changes_nothing(parts, silo, number, run, tmp_path, monkeypatch):
     undisturbed = run("undisturbed", *TREE, *parts)
     build = LocalEngine.__init__

@@ -190,8 +190,9 @@ class Kept:
         return found
 
     def personalise(self, task: EvalTask, version: Version | None) -> None:
-        """Tensors to score with: the silo's own, as far as it has any; with key_down = "best", all of
-        them as its newest task left them.
+        """Tensors to score with: the silo's own, as far as it has any.
+
+        With key_down = "best" they are as its newest task left them.
         """
         if self._own:
             kept = self._read(task)
@@ -256,7 +257,7 @@ class Kept:
         ]
 
     def _choose(self, kept: State, version: Version | None, score: Callable[[], float]) -> None:
-        """Of each layer its own, the version's, or what is in place: the best, one after another."""
+        """Of each layer its own, the version's, or what is in place, whichever scores best."""
         own, _ = self._kept_key(kept)
         mixed = {name: self._trainer.weights()[name].clone() for name in self._key}
         mixed = dict(self._trainer.whole(mixed))
