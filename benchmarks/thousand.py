@@ -145,7 +145,7 @@ def measured(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
             for first in range(0, chosen.members, chosen.killed):
                 sites.start(first, min(chosen.killed, chosen.members - first))
             here_s = max(sites.times("here", names)) - began
-            time.sleep(min(45.0, chosen.idle_s))  # those who came first hear how many came after
+            time.sleep(min(75.0, 1.5 * chosen.idle_s))  # until polls are as long as they become
             idle = cpu_percent(processes, chosen.idle_s)
             memory = {what: one.memory_info().rss for what, one in processes.items()}
             first = asked(roster, asker, names, 1, sites, lambda: None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -398,7 +399,9 @@ class Desk:
         member, body = await run_in_threadpool(asks)
         wanted_s = max(self._limits.poll_s, polls.count() / POLLS_PER_S)
         most_s = _patience_s(caller) - LEAST_LEFT_S
-        letter = await polls.next(member, body, min(wanted_s, most_s))
+        # Those that began together, after a task for all, do not end together.
+        spread_s = max(self._limits.poll_s, random.uniform(0.5, 1.0) * wanted_s)
+        letter = await polls.next(member, body, min(spread_s, most_s))
         patience_s = min(max(POLL_PATIENCE_S, wanted_s + LEAST_LEFT_S), MOST_PATIENCE_S)
         if letter is None:
             return {"letter": None, "patience_s": patience_s}
