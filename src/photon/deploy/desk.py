@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -50,14 +49,10 @@ from photon.errors import (
 from photon.membership.bulletin import told
 from photon.membership.desk_documents import (
     DESK_PATH,
-    LEAST_LEFT_S,
     MOST_GRANTS_BYTES,
     MOST_JOIN_BYTES,
-    MOST_PATIENCE_S,
     MOST_REPLY_BYTES,
     MOST_SMALL_BYTES,
-    PATIENCE_HEADER,
-    POLL_PATIENCE_S,
     CheckBody,
     DrainBody,
     GrantsBody,
@@ -87,7 +82,7 @@ _TASK_SHOWN = ("id", "run", "round", "silo", "kind", "opened_at", "until", "most
 _EVENTS_SHOWN = 20
 
 #: The more members, the less often each idle one speaks.
-LEAST_PRESENCE_S, PRESENCES_PER_S, POLLS_PER_S = 5.0, 4.0, 8.0
+LEAST_PRESENCE_S, PRESENCES_PER_S = 5.0, 4.0
 #: Two polls, and what a node says besides.
 CONNECTIONS_EACH = 4
 
@@ -397,12 +392,8 @@ class Desk:
             return member, body
 
         member, body = await run_in_threadpool(asks)
-        wanted_s = max(self._limits.poll_s, polls.count() / POLLS_PER_S)
-        most_s = _patience_s(caller) - LEAST_LEFT_S
-        # Those that began together, after a task for all, do not end together.
-        spread_s = max(self._limits.poll_s, random.uniform(0.5, 1.0) * wanted_s)
-        letter = await polls.next(member, body, min(spread_s, most_s))
-        patience_s = min(max(POLL_PATIENCE_S, wanted_s + LEAST_LEFT_S), MOST_PATIENCE_S)
+        hold_s, patience_s = polls.holding(self._limits.poll_s, caller.headers)
+        letter = await polls.next(member, body, hold_s)
         if letter is None:
             return {"letter": None, "patience_s": patience_s}
         # By how long and not until when: a node's clock is another.
@@ -499,12 +490,6 @@ class Desk:
         self._roster.journal.note("operator", "stop", "")
         self._tell("stop", {})
         return {"ok": True, "stopping": True}
-
-
-def _patience_s(caller: Caller) -> float:
-    """For how long a node waits for the answer to its poll."""
-    said = caller.headers.get(PATIENCE_HEADER.lower(), "")[:4]
-    return min(float(said), MOST_PATIENCE_S) if said.isdecimal() else POLL_PATIENCE_S
 
 
 def _too_many(what: str, *, noted: bool = True) -> RefusedError:

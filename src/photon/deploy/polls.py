@@ -10,13 +10,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from starlette.concurrency import run_in_threadpool
 
-from photon.membership.desk_documents import TaskBody
+from photon.membership.desk_documents import (
+    LEAST_LEFT_S,
+    MOST_PATIENCE_S,
+    PATIENCE_HEADER,
+    POLL_PATIENCE_S,
+    TaskBody,
+)
 from photon.membership.letters import Letter
 from photon.membership.records import Member
 from photon.membership.roster import Roster
@@ -25,6 +33,8 @@ logger = logging.getLogger("photon.desk")
 
 #: Between two looks at whether the roster's file changed, while somebody waits.
 _LOOK_S = 0.02
+#: All that wait are held for so long that no more end.
+_POLLS_PER_S = 8.0
 #: After a look that failed.
 _TROUBLE_S = 1.0
 
@@ -100,6 +110,21 @@ class Polls:
                 held.remove(poll)
             if not held and self._held.get(member.name) is held:
                 del self._held[member.name]
+
+    def holding(self, least_s: float, headers: Mapping[str, str]) -> tuple[float, float]:
+        """For how long to hold a poll, and for how long its node should wait for the next.
+
+        Args:
+            least_s: longer where many wait.
+            headers: of its request, lower-case names.
+        """
+        said = headers.get(PATIENCE_HEADER.lower(), "")[:4]
+        patience_s = min(float(said), MOST_PATIENCE_S) if said.isdecimal() else POLL_PATIENCE_S
+        wanted_s = max(least_s, self.count() / _POLLS_PER_S)
+        # Those that began together, after a task for all, do not end together.
+        hold_s = max(least_s, random.uniform(0.5, 1.0) * wanted_s)
+        asked_s = min(max(POLL_PATIENCE_S, wanted_s + LEAST_LEFT_S), MOST_PATIENCE_S)
+        return max(0.0, min(hold_s, patience_s - LEAST_LEFT_S)), asked_s
 
     def count(self) -> int:
         """Those that wait now. From any thread."""
