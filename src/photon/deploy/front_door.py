@@ -170,7 +170,7 @@ def caddyfile(settings: DoorSettings, folder: Path) -> str:
 		timeouts {{
 			read_header 10s
 			read_body_idle {settings.body_silence_s}s
-			idle 2m
+			idle 6m
 		}}
 	}}
 }}
