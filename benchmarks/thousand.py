@@ -147,9 +147,11 @@ def measured(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
             here_s = max(sites.times("here", names)) - began
             time.sleep(min(75.0, 1.5 * chosen.idle_s))  # until polls are as long as they become
             idle = cpu_percent(processes, chosen.idle_s)
+            told("all here", here_s=here_s, **idle)
             memory = {what: one.memory_info().rss for what, one in processes.items()}
             first = asked(roster, asker, names, 1, sites, lambda: None)
 
+            told("a task for all", **first)
             back: list[float] = []
 
             def kill() -> None:
@@ -270,6 +272,12 @@ def asked(
         "last_s": times[-1],
         "answered_s": time.time() - opened,
     }
+
+
+def told(what: str, **figures: float) -> None:
+    """Progress: the whole takes minutes."""
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+    print(f"{what}: {shown}", file=sys.stderr, flush=True)
 
 
 def table(chosen: argparse.Namespace, found: dict[str, Any]) -> str:
