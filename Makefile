@@ -35,7 +35,7 @@ KEY := $(shell printf '%s\n' '$(TORCH)' '$(PIP_VERSION)' \
 	| cat - pyproject.toml requirements.lock | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(KEY)
 
-.PHONY: help install demo test checks sites benches soak lint types imports budgets docs dist lock clean
+.PHONY: help install demo test checks sites flower benches soak lint types imports budgets docs dist lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
@@ -66,6 +66,18 @@ checks: types imports budgets ## what runs beside the tests: types, imports, bud
 
 sites: $(STAMP) ## a federation across network namespaces: kills, an attacker (root, minutes)
 	$(BIN)/python -m pytest tests/sites -m sites $(ARGS)
+
+# Oldest and newest. What Photon has besides comes from $(VENV), whose packages are found in second place.
+FLOWERS := 1.41.0 1.42.0
+flower: $(STAMP) ## two sites over a real Flower federation, oldest and newest release (minutes)
+	@for flower in $(FLOWERS); do \
+		new=build/flower-$$flower; \
+		$(PYTHON) -m venv --without-pip $$new; \
+		$(BIN)/python -c 'import site, sys; print("src", *site.getsitepackages(), sep="\n")' \
+			| xargs realpath > $$($$new/bin/python -c 'import site; print(*site.getsitepackages())')/photon.pth; \
+		$(BIN)/python -m pip --python $$new/bin/python install --quiet "flwr==$$flower"; \
+		PHOTON_FLOWER=$$PWD/$$new/bin $(BIN)/python -m pytest tests/deploy -m flower $(ARGS); \
+	done
 
 benches: $(STAMP) ## every benchmark in its quick form: does it run? (minutes)
 	$(BIN)/python -m pytest tests/house/test_benchmarks.py -m benches $(ARGS)

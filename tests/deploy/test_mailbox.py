@@ -1,5 +1,7 @@
 """Questions to silos and their answers, through a real desk: what is lost, repeated, or refused.
 
+What every carrier of them must do: tests/deploy/test_carriers.py.
+
 The roster is opened twice, as the federation's loop and the desk do; nodes are clients over HTTP.
 """
 
@@ -10,103 +12,26 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from mailbox_place import ASK, AT_ONCE_S, POLL_S, RUN, Place, Trainer, answer
 
 from photon.deploy.desk import Desk, DeskLimits
 from photon.errors import (
     AccessRefusedError,
     KeyInUseError,
     PhotonError,
-    ProtocolError,
     UnknownMemberError,
     UnreachableError,
 )
-from photon.membership.keys import NodeKey
-from photon.membership.records import OpenTask, SignedReply
-from photon.membership.roster import ROSTER_FILE, Facts, Roster
 from photon.membership.signing import sign_request
 from photon.silo import courier as courier_module
 from photon.silo.courier import Courier
-from photon.silo.desk_client import Delivery, DeskClient
-from photon.silo.socket import answer_of, bytes_of, frame, refusal_of, unframe
+from photon.silo.socket import answer_of
 from photon.store.presign import S3Presigner
-
-RUN = "f" * 32
-ASK = b'{"an": "ask", "of": "any bytes \xc3\xa9"}'
-#: What takes no time takes no longer than this, s, on a machine that does other things as well.
-AT_ONCE_S = 2.0
-POLL_S = 4 * AT_ONCE_S
-
-
-def answer(text: bytes = b"a reply, which is the loop's to read \xff") -> SignedReply:
-    return SignedReply("", text, "c2lnbmVk", "sha256:" + "1" * 64)
-
-
-class Place:
-    """The two sides of a roster's file, a desk between, and members' clients."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.loop = Roster(folder / ROSTER_FILE)
-        self.others = Roster(folder / ROSTER_FILE)
-        self.pool = ThreadPoolExecutor(16)
-        self.desk: Desk | None = None
-        self.keys: dict[str, NodeKey] = {}
-        self.start()
-
-    def start(self, port: int = 0) -> None:
-        signer = S3Presigner("https://s", "b", region="r", access_key_id="a", secret="s")
-        self.desk = Desk(self.others, signer, limits=DeskLimits(poll_s=POLL_S))
-        self.desk.start(port)
-        self.port = self.desk.port
-
-    def close(self) -> None:
-        assert self.desk is not None
-        self.desk.stop()
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self.loop.close()
-        self.others.close()
-
-    def member(self, name: str) -> DeskClient:
-        key = self.keys[name] = NodeKey.create(self.folder / f"{name}.key")
-        facts = Facts("d" * 64, "e" * 64, 1000, "0.1.0")
-        self.loop.redeem(self.loop.invite(name, 60), name, key.public_pem, facts)
-        return self.client(name)
-
-    def client(self, name: str) -> DeskClient:
-        return DeskClient(f"http://127.0.0.1:{self.port}", None, self.keys[name])
-
-    def ask(self, name: str, message: bytes = ASK, *, number: int = 1, until_s: float = 60) -> str:
-        """As the loop does; what the answer is called."""
-        self.open(name, number=number, until_s=until_s)
-        return self.loop.letters.push(f"{RUN}/fit/{number}/{name}", message)
-
-    def open(self, name: str, *, number: int = 1, until_s: float = 60) -> None:
-        now = time.time()
-        one = f"{RUN}/fit/{number}/{name}"
-        self.loop.tasks.open(
-            OpenTask(one, RUN, number, name, "fit", now, now + until_s, 0, readable=(), writable=())
-        )
-
-    def took(self, letter: str, within_s: float = 20.0) -> SignedReply | str:
-        """What the loop gets for a letter."""
-        until = time.monotonic() + within_s
-        while time.monotonic() < until:
-            self.loop.letters.wait(0.5)
-            if found := self.loop.letters.pull([letter]):
-                return found[letter]
-        raise AssertionError("no answer came")
-
-    def poll(self, client: DeskClient, *have: str, boot: str = "one") -> Future[Delivery | None]:
-        """A poll that has begun to wait, if there is nothing to wait for."""
-        found = self.pool.submit(client.task, boot, have)
-        time.sleep(0.3)
-        return found
 
 
 @pytest.fixture
@@ -330,39 +255,6 @@ def test_an_answer_that_is_announced_as_too_long_is_refused_before_it_is_read(
 # --- the courier ---
 
 
-class Trainer(threading.Thread):
-    """Stands for a site's trainer: hears one question after another, at a Unix socket."""
-
-    def __init__(self, path: Path, says: Callable[[bytes], dict[str, Any] | None]) -> None:
-        super().__init__(daemon=True)
-        self.says = says
-        self.asked: list[bytes] = []
-        self.server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        path.unlink(missing_ok=True)
-        self.server.bind(str(path))
-        self.server.listen()
-        self.start()
-
-    def run(self) -> None:
-        while True:
-            try:
-                connection, _ = self.server.accept()
-            except OSError:
-                return
-            with connection:
-                received = bytearray()
-                while (question := unframe(received)) is None:
-                    received += connection.recv(1 << 16)
-                self.asked.append(bytes_of(question, "ask"))
-                said = self.says(self.asked[-1])
-                if said is not None:  # else it dies over it
-                    connection.sendall(frame(said))
-
-    def end(self) -> None:
-        self.server.shutdown(socket.SHUT_RDWR)
-        self.server.close()
-
-
 @pytest.fixture
 def courier(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Makes a courier of blue's and a trainer that says something."""
@@ -384,25 +276,6 @@ def courier(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for trainer, path in trainers:
         trainer.end()
         path.unlink(missing_ok=True)
-
-
-def test_questions_are_carried_to_the_trainer_and_its_answers_back(place: Place, courier) -> None:
-    trainer = courier(lambda ask: answer_of(answer(ask + b" answered")))
-    for number in (1, 2, 3):
-        letter = place.ask("blue", b"%d" % number, number=number)
-        assert place.took(letter) == answer(b"%d answered" % number)
-    assert trainer.asked == [b"1", b"2", b"3"]
-
-
-def test_a_trainer_that_dies_over_a_question_is_asked_again(place: Place, courier) -> None:
-    trainer = courier(lambda _: None if len(trainer.asked) < 3 else answer_of(answer()))
-    assert place.took(place.ask("blue")) == answer()
-    assert trainer.asked == [ASK] * 3
-
-
-def test_why_a_trainer_says_nothing_comes_as_words(place: Place, courier) -> None:
-    courier(lambda _: refusal_of(ProtocolError("no Ask at all")))
-    assert place.took(place.ask("blue")) == "no Ask at all"
 
 
 def test_a_desk_that_is_away_is_waited_for_with_the_answer(place: Place, courier) -> None:
@@ -428,35 +301,6 @@ def test_a_desk_that_is_away_is_waited_for_with_the_answer(place: Place, courier
     assert place.took(place.ask("blue", number=2)) == answer()
     assert any("can't be reached" in line for line in trainer.lines)
     assert "the aggregator answers again" in trainer.lines
-
-
-def test_an_answer_that_nobody_wants_any_more_is_dropped(place: Place, courier) -> None:
-    asked, go = threading.Event(), threading.Event()
-
-    def says(_: bytes) -> dict[str, Any]:
-        asked.set()
-        assert go.wait(20)
-        return answer_of(answer())
-
-    trainer = courier(says)
-    first = place.ask("blue")
-    assert asked.wait(20)
-    place.loop.tasks.close(f"{RUN}/fit/1/blue", None)
-    go.set()
-    assert place.took(place.ask("blue", number=2)) == answer()
-    assert place.loop.letters.pull([first]) == {}
-    assert any("an answer was refused" in line for line in trainer.lines)
-
-
-def test_a_suspended_node_goes_on_when_it_is_let_in_again(place: Place, courier) -> None:
-    trainer = courier(lambda _: answer_of(answer()))
-    time.sleep(0.3)
-    place.loop.suspend("blue")
-    letter = place.ask("blue")
-    time.sleep(0.5)
-    assert trainer.asked == []
-    place.loop.reinstate("blue")
-    assert place.took(letter) == answer()
 
 
 def test_all_errors_of_the_desk_are_photons(place: Place) -> None:

@@ -121,6 +121,17 @@ def test_lock_has_hashes_and_no_address() -> None:
     assert lock.count("--hash=sha256:") >= lock.count("==")
 
 
+def test_only_flowers_public_modules_are_named() -> None:
+    """Its inner ones moved with every release; what it documents did not."""
+    public = {"flwr.app", "flwr.serverapp", "flwr.clientapp"}
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        named = set(re.findall(r"\bflwr(?:\.\w+)*", path.read_text(encoding="utf-8")))
+        if named := {one for one in named if one.startswith("flwr.")}:
+            found[path.parent.name] = found.get(path.parent.name, set()) | named
+    assert found == {"flower": public}
+
+
 def test_makefile_and_project_agree_on_torch() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     default = re.search(r"^TORCH \?= torch==(\S+)$", makefile, re.MULTILINE)

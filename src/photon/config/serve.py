@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -53,6 +53,11 @@ class ServeConfig(Section):
         description='Where updates and states lie: "s3://bucket/folder", "gs://..." or "az://...", '
         "credentials and AWS_ENDPOINT_URL from the environment. By default SeaweedFS is started "
         "here, behind the door.",
+    )
+    control: Literal["desk", "flower"] = Field(
+        default="desk",
+        description="Who carries Asks and Replies: the desk behind the door, or a Flower "
+        "federation of yours (docs/flower.md). All else goes to the door.",
     )
     silos: list[str] = Field(
         default_factory=list,

@@ -102,6 +102,7 @@ class Desk:
             are signed for it.
         authority: folder of the authority that signs members' certificates; None where no door
             asks for them.
+        control: "desk" hands questions out; with another, somebody else does.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Desk:
         store_origin: str | None = None,
         audience: str = "",
         authority: Path | None = None,
+        control: str = "desk",
     ) -> None:
         self._roster = roster
         self._authority = authority
@@ -127,6 +129,7 @@ class Desk:
         self._counters = Counters(self._limits)
         self._verifier = RequestVerifier(roster.by_fingerprint, audience=audience)
         self._server: ServerThread | None = None
+        self._control = control
         self._polls = Polls(roster, self._limits.polls_each)
         self._attendance = Attendance(roster)
         self._started_at = 0.0
@@ -148,7 +151,7 @@ class Desk:
         if self._server is not None:
             raise DeployError("this desk was started already")
         self._started_at = time.time()
-        self._polls = Polls(self._roster, self._limits.polls_each)
+        self._polls = Polls(self._roster, self._limits.polls_each, given=self._control == "desk")
         listener = loopback_socket(port)
         self.port = listener.getsockname()[1]
         served = [(self._for_silos().application(), listener)]

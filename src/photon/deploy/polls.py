@@ -66,11 +66,13 @@ class Polls:
         roster: has the letters; asked in threads.
         most: that wait for one member; of more, the oldest is answered at once, as its connection
             was cut, most likely.
+        given: letters are handed out here, not by somebody else.
     """
 
-    def __init__(self, roster: Roster, most: int) -> None:
+    def __init__(self, roster: Roster, most: int, *, given: bool = True) -> None:
         self._roster = roster
         self._most = most
+        self._given = given
         self._held: dict[str, deque[_Poll]] = {}
         self._watch: asyncio.Task[None] | None = None
         self._closed = False
@@ -150,7 +152,7 @@ class Polls:
 
     def _look(self, poll: _Poll) -> Letter | None:
         self._roster.active(poll.member.fingerprint)
-        return self._roster.letters.next(poll.member.name, poll.have)
+        return self._roster.letters.next(poll.member.name, poll.have) if self._given else None
 
     async def _look_again(self) -> None:
         """Wake those who have news, for as long as anybody waits."""
@@ -174,7 +176,8 @@ class Polls:
         self, waiting: list[tuple[_Poll, str, frozenset[str]]]
     ) -> list[tuple[_Poll, Letter | Literal["look"]]]:
         """What there is for whom, all of it in three questions."""
-        letters, active = self._roster.letters.unanswered(), self._roster.active_keys()
+        letters = self._roster.letters.unanswered() if self._given else {}
+        active = self._roster.active_keys()
         refused = [poll for poll, _, _ in waiting if poll.member.fingerprint not in active]
         wanted = {
             poll: new[0]

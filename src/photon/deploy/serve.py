@@ -262,6 +262,7 @@ class Aggregator:
             store_origin=_origin_of(presigner) if store is not None else None,
             audience=certificate_fingerprint(ca.read_text(encoding="ascii")),
             authority=authority,
+            control=self._serve.control,
         )
 
     def _figures(self, desk: Desk) -> list[Reader]:

@@ -73,7 +73,7 @@ def ask_trainer(path: str | os.PathLike[str], ask: bytes, *, within_s: float) ->
                 trainer.sendall(question)
                 answer = _read(trainer)
             if answer is not None:
-                return _reply_of(answer)
+                return reply_of(answer)
             problem = "it ended without an answer"
         except OSError as error:
             problem = f"{type(error).__name__}: {error}"
@@ -223,7 +223,7 @@ def error_in(record: Mapping[str, Any]) -> PhotonError | None:
     return kind(message, hint=str(hint)[:4000] if hint is not None else None)
 
 
-def _reply_of(record: Mapping[str, Any]) -> SignedReply:
+def reply_of(record: Mapping[str, Any]) -> SignedReply:
     if (error := error_in(record)) is not None:
         raise error
     signature, fingerprint = record.get("signature"), record.get("fingerprint")
