@@ -99,7 +99,10 @@ class Bridge:
 
     def _look_at_nodes(self, now_s: float) -> None:
         here = set(self._grid.get_node_ids())
-        self._holders = {node: one for node, one in self._holders.items() if node in here}
+        keys = {member.fingerprint for member in self._roster.members()}
+        self._holders = {
+            node: key for node, key in self._holders.items() if node in here and key in keys
+        }
         self._due_s = {node: self._due_s.get(node, now_s) for node in here}
         for node in here - self._holders.keys():
             if now_s >= self._due_s[node]:
@@ -120,9 +123,8 @@ class Bridge:
 
     def _send(self, node: int, silo: str, letter: Letter) -> None:
         for sent in self._sent.values():
-            if sent.letter is not None and (node, silo, letter.message) == (
-                *(sent.node, sent.silo, sent.letter.message),
-            ):
+            asked = sent.letter.message if sent.letter is not None else None
+            if (sent.node, sent.silo, asked) == (node, silo, letter.message):
                 sent.letter = letter
                 return
         within_s = max(1.0, letter.until - time.time())
@@ -143,6 +145,7 @@ class Bridge:
         sent = self._sent.pop(message.metadata.reply_to_message_id, None)
         if sent is None:
             return
+        self._due_s[sent.node] = time.monotonic() + _AGAIN_S
         try:
             said = _said(message)
             if sent.letter is None:
@@ -151,7 +154,6 @@ class Bridge:
             said = printable(error.message)[:_MOST_WORDS]
             if sent.letter is None:
                 log.warning("Flower's node %d is no member's: %s", sent.node, said)
-                self._due_s[sent.node] = time.monotonic() + _AGAIN_S
         if sent.letter is not None:
             self._roster.letters.answer(sent.silo, sent.letter.id, said)
 
