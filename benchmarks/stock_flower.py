@@ -15,20 +15,14 @@ import argparse
 import contextlib
 import json
 import math
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from deployment.federation import end_group
+from deployment.flower import Flower
 from deployment.processes import PeakWatch, available_bytes
-from photon.deploy import tether
-from photon.deploy.ports import free_ports
 from trainer import machine, table
 
 #: Measured for Flower 1.41: memory of a client and of the server, in payloads.
@@ -196,15 +190,17 @@ def carry(
     _write_app(folder / "app")
     times, asked = folder / "times.txt", folder / "asked.txt"
     with contextlib.ExitStack() as ends:
-        superlink, control = _superlink(folder, times, programs, ends)
-        address = f"127.0.0.1:{superlink}"
+        flower = ends.enter_context(Flower(folder, programs))
+        control = flower.superlink({_TIMES: str(times)})
         nodes = [
-            _supernode(folder, address, number, asked, programs, ends) for number in range(clients)
+            flower.node(f"node-{number}", environment={_TIMES: str(asked)})
+            for number in range(clients)
         ]
         pids = {f"client-{number}": node.pid for number, node in enumerate(nodes)}
         watch = ends.enter_context(PeakWatch({"server": control.pid, **pids}))
         deadline = time.monotonic() + timeout_s
-        note = _submit(folder, address, rounds, clients, payload_bytes, timeout_s, programs)
+        config = f"rounds={rounds} nodes={clients} payload-bytes={payload_bytes} "
+        note = flower.submit(folder / "app", f"{config}timeout-s={timeout_s:.0f}")
         while not note and -1 not in (number for number, _ in _times(times)):
             time.sleep(0.2)
             lost = [one for one in (control, *nodes) if one.poll() is not None]
@@ -214,9 +210,8 @@ def carry(
                 note = f"not finished in {timeout_s:g} s"
             elif watch.lowest_available < _LEAST_BYTES:
                 note = "stopped, as the machine's memory ran out"
-    if note:
-        log = folder / "superlink.log"
-        note += _last_words(log) if log.exists() else ""
+    if note and (lines := flower.log("superlink").strip().splitlines()):
+        note += f": {json.dumps(' / '.join(lines[-3:])[-500:])}"
     ways = _ways(dict(_times(times)), _times(asked))
     return Carried(
         payload_bytes,
@@ -256,119 +251,6 @@ def _write_app(folder: Path) -> None:
     (package / "client_app.py").write_text(CLIENT_APP, encoding="utf-8")
 
 
-def _environment(home: Path, programs: Path) -> dict[str, str]:
-    """Private and quiet, with Flower's programs on PATH: it starts others of them by name."""
-    (home / "flwr").mkdir(parents=True, exist_ok=True)
-    return os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
-        "FLWR_HOME": str(home / "flwr"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-
-
-def _start(
-    program: str,
-    *words: str,
-    programs: Path,
-    log: Path,
-    env: dict[str, str],
-    ends: contextlib.ExitStack,
-) -> subprocess.Popen[bytes]:
-    tied = [sys.executable, "-I", "-S", str(Path(tether.__file__)), "run", str(os.getpid())]
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*tied, str(programs / program), *words],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=env,
-            cwd=log.parent,
-            start_new_session=True,
-        )
-    ends.callback(end_group, process)
-    return process
-
-
-def _superlink(
-    folder: Path, times: Path, programs: Path, ends: contextlib.ExitStack
-) -> tuple[int, subprocess.Popen[bytes]]:
-    (port,) = free_ports(1)
-    process = _start(
-        "flower-superlink",
-        *("--insecure", "--disable-runtime-dependency-installation"),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        programs=programs,
-        log=folder / "superlink.log",
-        env=_environment(folder / "superlink", programs) | {_TIMES: str(times)},
-        ends=ends,
-    )
-    deadline = time.monotonic() + 120
-    while not _answers(port):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit(f"flower-superlink: {_last_words(folder / 'superlink.log')}")
-        time.sleep(0.1)
-    return port, process
-
-
-def _answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
-        return True
-    return False
-
-
-def _supernode(
-    folder: Path,
-    superlink: str,
-    number: int,
-    asked: Path,
-    programs: Path,
-    ends: contextlib.ExitStack,
-) -> subprocess.Popen[bytes]:
-    home = folder / f"node-{number}"
-    home.mkdir()
-    (port,) = free_ports(1)
-    return _start(
-        "flower-supernode",
-        *("--insecure", "--superlink", superlink, "--port", str(port)),
-        programs=programs,
-        log=folder / f"node-{number}.log",
-        env=_environment(home, programs) | {_TIMES: str(asked)},
-        ends=ends,
-    )
-
-
-def _submit(
-    folder: Path,
-    superlink: str,
-    rounds: int,
-    clients: int,
-    payload_bytes: int,
-    timeout_s: float,
-    programs: Path,
-) -> str:
-    """Submit the run; why that failed, or nothing."""
-    home = folder / "submitter"
-    env = _environment(home, programs)
-    connection = '[superlink]\ndefault = "bench"\n\n[superlink.bench]\n'
-    connection += f'address = "{superlink}"\ninsecure = true\n'
-    (Path(env["FLWR_HOME"]) / "config.toml").write_text(connection, encoding="utf-8")
-    config = (
-        f"rounds={rounds} nodes={clients} payload-bytes={payload_bytes} timeout-s={timeout_s:.0f}"
-    )
-    flwr = str(programs / "flwr")
-    done = subprocess.run(
-        [flwr, "run", str(folder / "app"), "bench", "--run-config", config],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=180,
-        check=False,
-    )
-    return f"`flwr run` failed: {(done.stdout + done.stderr)[-600:]}" if done.returncode else ""
-
-
 def _times(path: Path) -> list[tuple[int, float]]:
     """When each round was over, with its number; 0 is the start, -1 the end of it all."""
     found: list[tuple[int, float]] = []
@@ -378,11 +260,6 @@ def _times(path: Path) -> list[tuple[int, float]]:
                 number, at = line.split()
                 found.append((int(number), float(at)))
     return found
-
-
-def _last_words(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f": {json.dumps(' / '.join(lines[-3:])[-500:])}" if lines else ""
 
 
 def main() -> None:

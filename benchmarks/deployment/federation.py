@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import sqlite3
 import string
 import subprocess
@@ -412,12 +411,3 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         if time.monotonic() > deadline:
             raise SystemExit(f"kill -9 of {process.pid} left its children {left}")
         time.sleep(0.05)
-
-
-def end_group(process: subprocess.Popen[bytes], within_s: float = 15.0) -> None:
-    """End a process and all of its group, which it leads."""
-    for one in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, one)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(within_s)

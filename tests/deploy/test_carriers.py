@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flower_programs import Flower, needs_flower
+from bridged import Bridged, needs_flower
 from mailbox_place import ASK, RUN, Place, Trainer, answer
 
 from photon.errors import ProtocolError
@@ -46,7 +47,7 @@ class Carrier:
             if not flower:
                 client = self.place.client(silo)
                 Courier(client, home / SOCKET_FILE, "one", lambda _: None).start()
-        self.flower = ends.enter_context(Flower(folder, folder, self.homes)) if flower else None
+        self.flower = ends.enter_context(Bridged(folder, folder, self.homes)) if flower else None
 
     def trainer(self, silo: str, says: Callable[[bytes], dict[str, Any] | None]) -> Trainer:
         self.trainers.append(Trainer(self.homes[silo] / SOCKET_FILE, says))
@@ -66,8 +67,8 @@ class Carrier:
     def kill(self) -> None:
         """What carries dies, and is started again."""
         if self.flower is not None:
-            self.flower.kill()
-            self.flower.start()
+            self.flower.end(signal.SIGKILL)
+            self.flower.begin()
         else:
             assert self.place.desk is not None
             self.place.desk.stop()
@@ -183,7 +184,7 @@ def test_a_flower_node_that_is_no_members_gets_no_question(carrier: Carrier) -> 
     NodeKey.create(strange / "node.key")
     trainer = carrier.trainer("blue", lambda _: answer_of(answer()))
     carrier.homes["strange"] = strange
-    carrier.flower.node("strange", strange)
+    carrier.flower.join("strange", strange)
     stranger = carrier.trainer("strange", lambda _: answer_of(answer()))
     said = "is no member's: key sha256:"
     carrier.flower.await_log("superlink", said)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from flower_programs import Flower, needs_flower
+from bridged import Bridged, needs_flower
 
 from deployment.federation import Federation, Plan
 from photon.membership.roster import ROSTER_FILE, Roster
@@ -35,7 +35,7 @@ def test_a_run_over_flower_trains_what_one_machine_simulates(tmp_path, prepare_t
         both = lambda: len(roster.letters.unanswered()) == 2  # noqa: E731
         federation.wait("both are asked", both, within_s=240)
         sites = {silo: federation.node_home(silo) for silo in SILOS}
-        flower = ends.enter_context(Flower(tmp_path / "flower", federation.home, sites))
+        flower = ends.enter_context(Bridged(tmp_path / "flower", federation.home, sites))
         federation.wait("the run is over", lambda: federation.over, within_s=400)
         flower.await_log("superlink", "Finished task")  # the app ends with the run
         assert federation.serving is not None
