@@ -5,6 +5,8 @@ import os
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -395,6 +397,18 @@ def test_what_was_said_outlives_the_process(tmp_path, keys, facts):
         assert roster.tasks.open_for("lab") == [task()]
         presence, seen_at = roster.presences()["lab"]
         assert (presence.state, presence.step, presence.of, seen_at) == ("training", 3, 9, NOW)
+
+
+def test_another_process_that_closes_takes_the_file_from_nobody(tmp_path):
+    program = (
+        "import sys; from photon.membership.roster import Roster\n"
+        "with Roster(sys.argv[1]) as roster: roster.set_setting(sys.argv[2], True)"
+    )
+    path = tmp_path / "members.sqlite"
+    with Roster(path) as one, Roster(path):
+        for name in ("first", "second"):
+            subprocess.run([sys.executable, "-c", program, str(path), name], check=True)
+            assert one.setting(name) is True
 
 
 def test_files_that_are_no_roster_are_refused(tmp_path):

@@ -113,13 +113,11 @@ class Bridge:
     def _look_at_letters(self) -> None:
         nodes = {fingerprint: node for node, fingerprint in self._holders.items()}
         members = {one.name: one for one in self._roster.members() if one.status == "active"}
-        for silo in self._roster.letters.unanswered().keys() & members.keys():
-            if (node := nodes.get(members[silo].fingerprint)) is None:
-                continue
-            seen: set[str] = set()
-            while (letter := self._roster.letters.next(silo, seen)) is not None:
-                seen.add(letter.id)
-                self._send(node, silo, letter)
+        for silo, ids in self._roster.letters.unanswered().items():
+            member = members.get(silo)
+            if member is not None and (node := nodes.get(member.fingerprint)) is not None:
+                for letter in self._roster.letters.fetch(ids).values():
+                    self._send(node, silo, letter)
 
     def _send(self, node: int, silo: str, letter: Letter) -> None:
         for sent in self._sent.values():
