@@ -45,6 +45,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Carry until the run is over that is served from the home in the run's configuration."""
+    logging.basicConfig(level=logging.INFO)  # for `flwr log`
     home = Path(str(context.run_config["home"]))
     with roster_at(home) as roster:
         if (run := roster.setting(RUN_SETTING)) is None:
