@@ -57,7 +57,7 @@ def _home(context: Context) -> Path:
     if not isinstance(home, str):
         raise MembershipError(
             f"this SuperNode does not know where Photon's node is: photon-home is {home!r}",
-            hint="Start it with --node-config 'photon-home=\"FOLDER\"'; `photon join` has --home.",
+            hint="`flower-supernode --node-config 'photon-home=\"FOLDER\"'`; `photon join` has it.",
         )
     return Path(home)
 

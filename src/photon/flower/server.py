@@ -81,7 +81,7 @@ class Bridge:
         self._sent: dict[str, _Sent] = {}  # by Flower's id of the message
         self._holders: dict[int, str] = {}  # by node, whose key it holds; the newest last
         self._due_s: dict[int, float] = {}  # when a node is asked for that
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._nodes_s = self._pull_s = 0.0
 
     def turn(self) -> None:
