@@ -283,8 +283,11 @@ def _make_private(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # SQLite gives its own files beside it (-wal, -shm) the mode of this one. One that is there
         # is not opened: closing it would end the locks that this process has on it by SQLite.
-        with contextlib.suppress(FileExistsError):
+        try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            if not path.is_file():
+                raise
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
     except OSError as error:
