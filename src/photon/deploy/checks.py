@@ -274,12 +274,7 @@ def _weed() -> str:
 def _said(command: list[str]) -> str:
     try:
         done = subprocess.run(
-            command,
-            env=given(computes=False),
-            capture_output=True,
-            text=True,
-            timeout=30,
-            stdin=subprocess.DEVNULL,
+            command, env=given(computes=False), capture_output=True, text=True, timeout=30
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise DeployError(f"{command[0]} does not run: {error}") from error
