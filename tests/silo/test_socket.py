@@ -246,7 +246,7 @@ def test_a_second_trainer_touches_nothing_and_tells_nobody(tmp_path, monkeypatch
     told = []
     monkeypatch.setattr("photon.silo.__main__.outside", lambda *_: told.append("the desk"))
     with only_trainer(tmp_path), pytest.raises(RunBusyError, match="another trainer is working"):
-        _run(tmp_path, tmp_path / "node.toml")
+        _run(tmp_path, tmp_path / "node.toml", behind_gateway=False)
     assert told == []
     assert partial.exists()
 
