@@ -33,7 +33,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from photon.compression import build_codec, bytes_of
+from photon.compression import build_codec
+from photon.compression.codec import bytes_of
 from photon.config import parse_run_config
 from photon.data import PrepareOptions, prepare
 from photon.runs import simulate, train

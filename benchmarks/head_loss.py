@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from photon.models import head_loss, rows_at_once
+from photon.models import rows_at_once
+from photon.models.head_loss import head_loss
 from photon.training.device import cores
 from trainer import Spread, machine, table
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from photon.compression import build_codec, bytes_of
-from photon.compression.codec import Memory, Parts
+from photon.compression import build_codec
+from photon.compression.codec import Memory, Parts, bytes_of
 from photon.training.device import cores
 from trainer import Spread, machine, table
 

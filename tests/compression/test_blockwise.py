@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from photon.compression import Fp4, Int4, Int8, Sign
+from photon.compression.blockwise import Fp4, Int4, Int8, Sign
 
 
 def test_a_large_value_costs_only_its_block():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from photon.compression import CODECS, build_codec, bytes_of, spec_of
+from photon.compression import build_codec
+from photon.compression.build import CODECS, spec_of
+from photon.compression.codec import bytes_of
 from photon.config.codecs import parse_codec
 from photon.errors import NonFiniteError
 

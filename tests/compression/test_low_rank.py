@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from photon.compression import Bf16, Int8, LowRank, PowerSGD, bytes_of
+from photon.compression.blockwise import Int8
+from photon.compression.casts import Bf16
+from photon.compression.codec import bytes_of
+from photon.compression.low_rank import LowRank, PowerSGD
 from photon.torch_threads import torch_threads
 
 

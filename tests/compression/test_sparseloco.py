@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from photon.compression import SparseLoco, bytes_of
+from photon.compression.codec import bytes_of
+from photon.compression.sparseloco import SparseLoco
 from photon.errors import NonFiniteError
 
 

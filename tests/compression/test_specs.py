@@ -10,20 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from photon.compression import (
-    CODECS,
-    Codec,
-    Fp32,
-    Int8,
-    LowRank,
-    PowerSGD,
-    SparseLoco,
-    TopK,
-    Zstd,
-    build_codec,
-    spec_of,
-)
+from photon.compression import Codec, build_codec
+from photon.compression.blockwise import Int8
+from photon.compression.build import CODECS, spec_of
+from photon.compression.casts import Fp32
+from photon.compression.low_rank import LowRank, PowerSGD
 from photon.compression.nested import Nesting
+from photon.compression.sparseloco import SparseLoco
+from photon.compression.topk import TopK
+from photon.compression.zstd import Zstd
 from photon.config.codecs import MAX_SPEC, STAGES, parse_codec
 from photon.errors import PluginError
 

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from photon.compression import Int8, TopK, bytes_of
+from photon.compression.blockwise import Int8
+from photon.compression.codec import bytes_of
+from photon.compression.topk import TopK
 from photon.errors import NonFiniteError
 
 

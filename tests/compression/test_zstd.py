@@ -8,7 +8,11 @@ import pytest
 import torch
 import zstandard
 
-from photon.compression import Bf16, Fp32, Int8, PowerSGD, Zstd, bytes_of
+from photon.compression.blockwise import Int8
+from photon.compression.casts import Bf16, Fp32
+from photon.compression.codec import bytes_of
+from photon.compression.low_rank import PowerSGD
+from photon.compression.zstd import Zstd
 
 
 def part(raw, stated=None, code=7, **options):

@@ -10,8 +10,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from photon.dashboard import LiveView, PlainView, progress_view
+from photon.dashboard import PlainView, progress_view
 from photon.dashboard.frame import Frame, change
+from photon.dashboard.live import LiveView
 from photon.dashboard.progress import RunProgress
 from photon.telemetry.events import (
     ComputeChosen,

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from photon.data import Source
+from photon.data.ingest import Source
 from photon.errors import DataError
 
 BIG = "7" * 5000

@@ -14,13 +14,13 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from photon.data import (
     PrepareOptions,
-    Source,
     held_out_text,
     load_tokenizer,
     open_data,
     prepare,
     token_stream,
 )
+from photon.data.ingest import Source
 from photon.errors import SequenceTooLongError, VocabularyMismatchError
 
 LENGTH = 24

@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from photon.data import Source
+from photon.data.ingest import Source
 from photon.errors import DataError, DataNotFoundError
 
 ROWS = [

@@ -21,9 +21,9 @@ from tokenizers.pre_tokenizers import (
 from tokenizers.pre_tokenizers import Sequence as Words
 from tokenizers.trainers import BpeTrainer
 
-from photon.data import PrepareOptions, TextTokenizer, prepare
+from photon.data import PrepareOptions, prepare
 from photon.data.pieces import pieces
-from photon.data.tokenizer import interruptible
+from photon.data.tokenizer import TextTokenizer, interruptible
 from photon.errors import DataError
 
 #: What Llama 3, Qwen and others split by.

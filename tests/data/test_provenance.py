@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from photon.data import PrepareOptions, Source, prepare
-from photon.data.ingest import Tally
+from photon.data import PrepareOptions, prepare
+from photon.data.ingest import Source, Tally
 from photon.errors import DataError, DataNotFoundError, EmptySiloError
 
 ROW = {"text": "x", "file": "mine", "folder": "mine", "split": "train", "source": "mine"}

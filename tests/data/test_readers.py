@@ -6,8 +6,7 @@ import json
 import pytest
 import zstandard
 
-from photon.data import Source
-from photon.data.ingest import Origin, Tally
+from photon.data.ingest import Origin, Source, Tally
 from photon.errors import DataError, DataNotFoundError
 
 

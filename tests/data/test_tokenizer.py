@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from photon.data import load_tokenizer, train_tokenizer
+from photon.data import load_tokenizer
+from photon.data.tokenizer import train_tokenizer
 from photon.errors import DataError, DataNotFoundError, VocabularyMismatchError
 
 TEXTS = ["The harbor needs a road.", "Königsberg, 東京 and a 🚢\tin\r\nport", "  spaces  "] * 5

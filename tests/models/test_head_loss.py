@@ -8,8 +8,8 @@ from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from photon.config import ModelConfig
-from photon.models import HeadLoss, build_model, head_loss, rows_at_once, training_loss
-from photon.models.head_loss import PLAIN_HEADS
+from photon.models import HeadLoss, build_model, rows_at_once, training_loss
+from photon.models.head_loss import PLAIN_HEADS, head_loss
 
 ROWS, WIDTH, VOCABULARY = 37, 16, 203
 

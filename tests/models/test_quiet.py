@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers.utils import logging
 
-from photon.models import quiet_transformers
+from photon.models.quiet import quiet_transformers
 
 
 def test_everything_is_as_before_even_after_an_error() -> None:

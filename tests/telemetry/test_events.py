@@ -9,8 +9,8 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from photon.telemetry import EVENTS, parse_event
 from photon.telemetry.events import (
+    EVENTS,
     ComputeChosen,
     Event,
     Notice,
@@ -20,6 +20,7 @@ from photon.telemetry.events import (
     Standing,
     UpdateDropped,
     WorkerLost,
+    parse_event,
 )
 
 

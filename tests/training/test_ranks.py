@@ -6,8 +6,9 @@ import pytest
 
 from photon.config import write_resolved
 from photon.errors import IncompatibleConfigError, RankLostError, RankMismatchError
-from photon.training import Ranks, Seat, rank_share
+from photon.training import Ranks, Seat
 from photon.training.ranks import naming_lost_ranks
+from photon.training.trainer import rank_share
 
 
 def test_a_seat_is_what_torchrun_says(monkeypatch):

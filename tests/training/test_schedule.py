@@ -4,7 +4,8 @@ import pytest
 
 from photon.config import parse_run_config
 from photon.errors import IncompatibleConfigError
-from photon.training import CentralRecipe, Schedule, photon_recipe
+from photon.training import Schedule, photon_recipe
+from photon.training.recipe import CentralRecipe
 
 
 def test_recipe_is_the_papers_example():

@@ -1,13 +1,12 @@
 """Text to tokenised shards, and shards to an endless seekable stream; no torch."""
 
 from photon.data.held_out import Window, held_out_text
-from photon.data.ingest import Source
 from photon.data.options import PrepareOptions
 from photon.data.partition import DocumentInfo, Partitioner
 from photon.data.prepare import prepare
 from photon.data.prepared import PreparedData, SiloData, open_data
 from photon.data.stream import TokenStream, token_stream
-from photon.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_identity, train_tokenizer
+from photon.data.tokenizer import load_tokenizer, tokenizer_identity
 
 __all__ = [
     "DocumentInfo",
@@ -15,8 +14,6 @@ __all__ = [
     "PrepareOptions",
     "PreparedData",
     "SiloData",
-    "Source",
-    "TextTokenizer",
     "TokenStream",
     "Window",
     "held_out_text",
@@ -25,5 +22,4 @@ __all__ = [
     "prepare",
     "token_stream",
     "tokenizer_identity",
-    "train_tokenizer",
 ]

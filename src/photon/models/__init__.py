@@ -12,7 +12,7 @@ from photon.models.build import (
 )
 from photon.models.export import ModelCard, export_model, license_of
 from photon.models.generate import generate_tokens
-from photon.models.head_loss import HeadLoss, head_loss, rows_at_once, sequences_at_once
+from photon.models.head_loss import HeadLoss, rows_at_once, sequences_at_once
 from photon.models.loss import held_out_loss, training_loss
 from photon.models.parameters import (
     carried_tensors,
@@ -22,7 +22,6 @@ from photon.models.parameters import (
     transformer_blocks,
 )
 from photon.models.presets import SHAPES
-from photon.models.quiet import quiet_transformers
 
 __all__ = [
     "HUB_PREFIX",
@@ -36,13 +35,11 @@ __all__ = [
     "context_length",
     "export_model",
     "generate_tokens",
-    "head_loss",
     "held_out_loss",
     "hidden_matrices",
     "license_of",
     "load_pretrained",
     "model_fingerprint",
-    "quiet_transformers",
     "require_document_masks",
     "rows_at_once",
     "sequences_at_once",

@@ -9,29 +9,25 @@ from photon.training.local_tensors import local as local_part
 from photon.training.micro_batch import MicroBatch, within_memory
 from photon.training.placement import difference, materialise
 from photon.training.ranks import Ranks, Seat
-from photon.training.recipe import CentralRecipe, photon_recipe
+from photon.training.recipe import photon_recipe
 from photon.training.schedule import Schedule
 from photon.training.snapshot import Allocate, PendingSnapshot, read_snapshot, write_snapshot
-from photon.training.strategy import choose_strategy
 from photon.training.timing import StepTimes
-from photon.training.trainer import LocalResult, Progress, Trainer, rank_share
+from photon.training.trainer import LocalResult, Trainer
 
 __all__ = [
     "Allocate",
-    "CentralRecipe",
     "Fit",
     "InnerOptimizer",
     "LocalResult",
     "MicroBatch",
     "PendingSnapshot",
-    "Progress",
     "Ranks",
     "Schedule",
     "Seat",
     "StepTimes",
     "Trainer",
     "adam_betas",
-    "choose_strategy",
     "count_flops",
     "decayed_names",
     "difference",
@@ -41,7 +37,6 @@ __all__ = [
     "photon_recipe",
     "plan_compute",
     "plan_fit",
-    "rank_share",
     "ranks_of_a_node",
     "read_snapshot",
     "stated_peak",

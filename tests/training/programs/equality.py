@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from photon.config import ComputeConfig, LocalConfig
-from photon.training import Progress, Schedule, Trainer, plan_compute
+from photon.training import Schedule, Trainer, plan_compute
 from photon.training.ranks import Ranks, Seat
 from photon.training.strategy import choose_strategy
+from photon.training.trainer import Progress
 
 
 class Text:

@@ -16,11 +16,11 @@ from photon.training import (
     Schedule,
     Seat,
     Trainer,
-    choose_strategy,
     plan_compute,
     read_snapshot,
     write_snapshot,
 )
+from photon.training.strategy import choose_strategy
 
 SHAPE = {"vocab_size": 61, "sequence_length": 16, "eos_id": 0}
 
