@@ -111,7 +111,7 @@ def test_windows_cross_shards_but_never_silos(small_shards):
     for silo in small_shards.silos.values():
         expected += windows_of(tokens_of(small_shards, silo, "train"))
     with token_stream(small_shards, ["s0", "s1"], LENGTH, 7) as stream:
-        count = stream.sequences_per_epoch
+        count = stream._firsts[-1]
         first = [tuple(row) for row in stream.batch(0, count)]
         second = [tuple(row) for row in stream.batch(count, count)]
         ids = stream.document_ids(0, count)
@@ -123,7 +123,7 @@ def test_windows_cross_shards_but_never_silos(small_shards):
     # Fewer tokens than one window a silo are left over, however many shards there are.
     for name, silo in small_shards.silos.items():
         with token_stream(small_shards, [name], LENGTH, 7) as stream:
-            assert 0 <= silo.train_tokens - 1 - stream.sequences_per_epoch * LENGTH < LENGTH
+            assert 0 <= silo.train_tokens - 1 - stream._firsts[-1] * LENGTH < LENGTH
 
 
 def test_text_spread_over_small_shards_is_not_too_short(small_shards):

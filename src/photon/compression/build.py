@@ -1,4 +1,4 @@
-"""Codecs from their specs, and back (the grammar is photon.config.codecs')."""
+"""Codecs from their specs (the grammar is photon.config.codecs')."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from photon.compression.blockwise import Fp4, Int4, Int8, Sign
 from photon.compression.casts import Bf16, Fp16, Fp32
 from photon.compression.codec import Codec
 from photon.compression.low_rank import LowRank, PowerSGD
-from photon.compression.nested import Nesting
 from photon.compression.sparseloco import SparseLoco
 from photon.compression.topk import TopK
 from photon.compression.zstd import Zstd
-from photon.config.codecs import CodecSpec, StageSpec, parse_codec, stage_text
+from photon.config.codecs import CodecSpec, StageSpec, parse_codec
 from photon.errors import PluginError
 from photon.plugins import CODECS as GROUP
 from photon.plugins import load_plugin
@@ -48,17 +47,6 @@ def build_codec(spec: str | CodecSpec) -> Codec:
         if stage is not None:
             codec = CODECS[stage.name](**{"inner": codec, **stage.parameters})
     return codec
-
-
-def spec_of(codec: Codec | str) -> str:
-    """The canonical spec, every parameter written out; two codecs with the same are equal."""
-    if isinstance(codec, str):
-        return spec_of(build_codec(codec))
-    own = stage_text(codec.name, codec.parameters())
-    if not isinstance(codec, Nesting):
-        return own
-    inner = spec_of(codec.inner)
-    return f"{inner}+{own}" if isinstance(codec, Zstd) else f"{own}+{inner}"
 
 
 def _values(stage: StageSpec) -> Codec:

@@ -6,7 +6,6 @@ writes as they are: their sizes are the bytes on the wire.
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import ClassVar
@@ -79,12 +78,6 @@ class Codec(ABC):
         Raises:
             ValueError: the parts are not those of such a tensor, in names, dtypes, sizes or values.
         """
-
-    def parameters(self) -> dict[str, Number]:
-        """What its constructor was given, by keyword; kept under the same names."""
-        known = self.name in STAGES
-        names = STAGES[self.name].parameters if known else inspect.signature(type(self)).parameters
-        return {name: getattr(self, name) for name in names}
 
     def fitted(self, update: Update) -> Codec:
         """This codec with what it must know of a whole update before its first tensor.

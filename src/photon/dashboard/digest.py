@@ -8,22 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from photon.telemetry import Event, RunHistory, read_events
+from photon.telemetry import Event, RunHistory, events, read_events
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
-from photon.telemetry.events import (
-    Evaluated,
-    LocalFinished,
-    LocalProgress,
-    Notice,
-    RoundFinished,
-    RoundMerged,
-    RoundStarted,
-    RunFinished,
-    RunStarted,
-    RunStopped,
-    UpdateDropped,
-    WorkerLost,
-)
 
 State = Literal["finished", "stopped", "unfinished"]
 Measure = Literal["loss", "perplexity", "bits_per_byte"]
@@ -73,7 +59,7 @@ class SiloDigest:
     text_tokens: int | None = None
     share: float | None = None
     dropped: int = 0
-    tasks: list[LocalFinished] = field(default_factory=list)
+    tasks: list[events.LocalFinished] = field(default_factory=list)
     training: list[tuple[float, float]] = field(default_factory=list)
     evaluations: list[EvaluationPoint] = field(default_factory=list)
     scoring_bytes: int = 0
@@ -115,11 +101,11 @@ class RunDigest:
     """A run as its report sees it; `sessions` holds each process that worked on it."""
 
     folder: Path
-    started: RunStarted
-    sessions: list[RunStarted]
+    started: events.RunStarted
+    sessions: list[events.RunStarted]
     state: State
-    stop: RunStopped | None
-    rounds: list[RoundFinished]
+    stop: events.RunStopped | None
+    rounds: list[events.RoundFinished]
     silos: dict[str, SiloDigest]
     evaluations: list[EvaluationPoint]
     incidents: list[Incident]
@@ -198,7 +184,7 @@ def read_digest(folder: Path) -> RunDigest:
         if incident.kind == DROPPED and incident.silo is not None:
             silos.setdefault(incident.silo, SiloDigest(incident.silo)).dropped += 1
     points: list[EvaluationPoint] = []
-    for event in history.of(Evaluated):
+    for event in history.of(events.Evaluated):
         tokens, bits = before.get(event.round + 1, max(before.values())), event.bits_per_byte
         point = EvaluationPoint(event.round, tokens, event.loss, event.perplexity, bits)
         target = silos[event.silo].evaluations if event.silo else points
@@ -207,15 +193,15 @@ def read_digest(folder: Path) -> RunDigest:
         # Evaluated again after a resume: the newer one counts.
         target[:] = [old for old in target if old.round != point.round]
         target.append(point)
-    rounds = {event.round: event for event in history.of(RoundFinished)}
-    drawn = {event.round: event for event in history.of(RoundStarted)}
+    rounds = {event.round: event for event in history.of(events.RoundFinished)}
+    drawn = {event.round: event for event in history.of(events.RoundStarted)}
     # Totals are the aggregator's own: they hold even where a kill cost one round's last line.
-    closed = history.of(RoundFinished)[-1:]
+    closed = history.of(events.RoundFinished)[-1:]
     done = closed[0].round if closed else 0
     return RunDigest(
         folder=folder,
         started=started,
-        sessions=[event for event in raw if isinstance(event, RunStarted)],
+        sessions=[event for event in raw if isinstance(event, events.RunStarted)],
         state=state,
         stop=stop,
         rounds=[rounds[number] for number in sorted(rounds)],
@@ -227,16 +213,18 @@ def read_digest(folder: Path) -> RunDigest:
         bytes_up=closed[0].total_bytes_up if closed else 0,
         bytes_down=closed[0].total_bytes_down if closed else 0,
         wall_s=max((event.time_s for event in history.events), default=0.0),
-        setup_eval_s=sum(event.eval_s for event in history.of(Evaluated) if event.round == 0),
+        setup_eval_s=sum(
+            event.eval_s for event in history.of(events.Evaluated) if event.round == 0
+        ),
         superseded=history.superseded,
         left_out=_left_out(history),
-        summary=history.of(RunFinished)[-1].summary if state == "finished" else {},
+        summary=history.of(events.RunFinished)[-1].summary if state == "finished" else {},
     )
 
 
 def _left_out(history: RunHistory) -> float | None:
     """Mean share of the newest round's updates that codecs left for later; None without any."""
-    told = [event for event in history.of(LocalFinished) if event.left_out is not None]
+    told = [event for event in history.of(events.LocalFinished) if event.left_out is not None]
     newest = [event.left_out for event in told if event.round == told[-1].round]
     return sum(share for share in newest if share is not None) / len(newest) if newest else None
 
@@ -261,14 +249,14 @@ def cut_alike(scores: Iterable[tuple[float | None, float | None]], tolerance: fl
     return not sizes or max(sizes) <= min(sizes) * (1 + tolerance)
 
 
-def _state(raw: list[Event]) -> tuple[State, RunStopped | None]:
+def _state(raw: list[Event]) -> tuple[State, events.RunStopped | None]:
     for event in reversed(raw):
         match event:
-            case RunFinished():
+            case events.RunFinished():
                 return "finished", None
-            case RunStopped():
+            case events.RunStopped():
                 return "stopped", event
-            case RunStarted():
+            case events.RunStarted():
                 return "unfinished", None
     return "unfinished", None
 
@@ -276,12 +264,12 @@ def _state(raw: list[Event]) -> tuple[State, RunStopped | None]:
 def _tokens_before(history: RunHistory) -> dict[int, int]:
     """Tokens trained on before each round; under round r + 1, those after round r."""
     per_round: dict[int, int] = {}
-    for event in history.of(LocalFinished):
+    for event in history.of(events.LocalFinished):
         per_round.setdefault(event.round, 0)
-    for event in history.of(RoundMerged):
+    for event in history.of(events.RoundMerged):
         per_round[event.round] = event.tokens
     totals = {}
-    for event in history.of(RoundFinished):
+    for event in history.of(events.RoundFinished):
         per_round[event.round] = event.tokens
         totals[event.round] = event.total_tokens
     before, total = {0: 0, 1: 0}, 0
@@ -299,7 +287,7 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
     for name, tokens in started.silo_tokens.items():
         silo = silos.setdefault(name, SiloDigest(name))
         silo.text_tokens, silo.share = tokens, tokens / whole if whole else None
-    drawn = {event.round: event for event in history.of(RoundStarted)}
+    drawn = {event.round: event for event in history.of(events.RoundStarted)}
     per_task = started.local_steps * started.batch_size * started.sequence_length
     stepwise: set[tuple[str, int]] = set()
     for event in history.events:
@@ -308,12 +296,12 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
             continue
         silo = silos.setdefault(name, SiloDigest(name))
         match event:
-            case LocalProgress() if event.loss is not None:
+            case events.LocalProgress() if event.loss is not None:
                 beside = drawn[event.round].participants if event.round in drawn else [name]
                 within = len(beside) * per_task * event.step / max(1, started.local_steps)
                 silo.training.append((before.get(event.round, 0) + within, event.loss))
                 stepwise.add((name, event.round))
-            case LocalFinished():
+            case events.LocalFinished():
                 silo.tasks.append(event)
                 # Rounds shorter than run.log_every, and silos that told no steps.
                 if event.loss is not None and (name, event.round) not in stepwise:
@@ -321,7 +309,7 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
     return silos
 
 
-def phases_of(finished: RoundFinished) -> dict[str, float]:
+def phases_of(finished: events.RoundFinished) -> dict[str, float]:
     """Seconds of a round by what they went into."""
     rest_s = finished.eval_s + finished.merge_s + finished.checkpoint_s
     # Workers that train side by side may add up to more seconds than the round had.
@@ -337,21 +325,21 @@ def _incidents(raw: list[Event]) -> list[Incident]:
     lost_s = newest_s = 0.0
 
     for event in raw:
-        if isinstance(event, RunStarted):
+        if isinstance(event, events.RunStarted):
             # The run's clock goes back to the checkpoint; a reader's does not.
             lost_s = max(lost_s, newest_s - event.time_s)
         newest_s = max(newest_s, event.time_s + lost_s)
         number, silo = getattr(event, "round", None), getattr(event, "silo", None)
         match event:
-            case UpdateDropped():
+            case events.UpdateDropped():
                 kind, text = DROPPED, event.reason
-            case Notice():
+            case events.Notice():
                 kind, text = "notice", event.text
-            case WorkerLost():
+            case events.WorkerLost():
                 kind, text = "worker lost", f"worker {event.worker}: {event.reason}"
-            case RunStopped():
+            case events.RunStopped():
                 kind, text = "run stopped", event.reason
-            case RunStarted(resumed_from_round=int(number)):
+            case events.RunStarted(resumed_from_round=int(number)):
                 kind, text = "resumed", f"goes on after round {number}, with its checkpoint"
                 found = [
                     replace(i, undone=True)

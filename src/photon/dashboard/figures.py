@@ -14,19 +14,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from photon.dashboard import palette, wording
-from photon.dashboard.canvas import (
-    HALF,
-    WIDE,
-    count_ticks,
-    drawing_style,
-    label_ends,
-    name_axes,
-    new_axes,
-    round_ticks,
-    scale_perplexity,
-    to_svg,
-)
+from photon.dashboard import canvas, palette, wording
 from photon.dashboard.digest import (
     PHASES,
     SAME_TOKENIZER,
@@ -84,12 +72,14 @@ class Drawing:
         legend: Sequence[tuple[str, str]] = (),
     ) -> Drawing:
         """A figure whose ids begin with `prefix`; a screen reader says its kind and caption."""
-        return cls(title, to_svg(figure, prefix, f"{kind}. {caption}"), caption, legend=legend)
+        return cls(
+            title, canvas.to_svg(figure, prefix, f"{kind}. {caption}"), caption, legend=legend
+        )
 
 
 def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Drawing]:
     """Every figure that has something to show, in the page's order."""
-    with drawing_style():
+    with canvas.drawing_style():
         drawings = [
             *wide_drawings(digest, compare),
             silo_scores(digest),
@@ -127,10 +117,10 @@ def loss_against_tokens(digest: RunDigest, *, narrow: bool = False) -> Drawing |
     ends = ends if named else []
     if points:
         ends.append(_plot(axes, _GLOBAL, points, palette.INK, "-", 2.4, **_marks(points, 3.6)))
-    count_ticks(axes)
-    name_axes(axes, "tokens trained on, all silos together", "loss (nats per token)")
+    canvas.count_ticks(axes)
+    canvas.name_axes(axes, "tokens trained on, all silos together", "loss (nats per token)")
     axes.margins(x=0.01)
-    label_ends(axes, ends, bold=_GLOBAL, longest=longest)
+    canvas.label_ends(axes, ends, bold=_GLOBAL, longest=longest)
     who = "each silo's training loss" if named else f"the training loss of {len(curves)} silos"
     caption = (
         f"Thin lines: {who}. Thick line: loss of the merged model on shared held-out text; "
@@ -162,16 +152,16 @@ def comparison(
     for (label, line), style in zip(others.items(), styles, strict=True):
         ends.append(_plot(axes, label, line, *style, 1.4, **_marks(line, 2.6)))
     ends.append(_plot(axes, "this run", points, palette.INK, "-", 2.4, **_marks(points, 3.6)))
-    count_ticks(axes)
+    canvas.count_ticks(axes)
     what = "Loss" if alike else "Bits per byte"
     unit = "held-out loss (nats per token)" if alike else "held-out bits per byte"
-    name_axes(axes, "tokens the run trained on", unit)
+    canvas.name_axes(axes, "tokens the run trained on", unit)
     above = max((y for line in [*others.values(), points] for _, y in line[1:]), default=0.0)
     cut = len(points) > 2 and above < points[0][1]
     if cut:  # what was lost before training would take all the room from what matters
         lowest = min(y for line in [*others.values(), points] for _, y in line)
         axes.set_ylim(lowest - 0.06 * (above - lowest), above + 0.06 * (above - lowest))
-    label_ends(axes, ends, bold="this run", longest=longest)
+    canvas.label_ends(axes, ends, bold="this run", longest=longest)
     caption = (
         f"{what} on the same shared held-out text. Lower is better; a line that ends further left "
         "trained on fewer tokens."
@@ -200,10 +190,10 @@ def silo_scores(digest: RunDigest, measure: Measure = "perplexity") -> Drawing |
         style = palette.silo_style(order.index(name))
         ends.append(_plot(axes, name, points, *style, 1.5, marker="o", markersize=2.5))
     flat = [point for points in lines.values() for point in points]
-    logarithmic = scale_perplexity(axes, [y for _, y in flat])
-    round_ticks(axes, [int(x) for x, _ in flat])
-    name_axes(axes, "round", title.lower() + (" (logarithmic)" if logarithmic else ""))
-    label_ends(axes, ends, longest=longest)
+    logarithmic = canvas.scale_perplexity(axes, [y for _, y in flat])
+    canvas.round_ticks(axes, [int(x) for x, _ in flat])
+    canvas.name_axes(axes, "round", title.lower() + (" (logarithmic)" if logarithmic else ""))
+    canvas.label_ends(axes, ends, longest=longest)
     caption = f"{title} of the merged model on each silo's own held-out text."
     return Drawing.of(figure, prefix, f"{title} in each silo", "Line plot", caption)
 
@@ -235,7 +225,7 @@ def _heat_strip(lines: Mapping[str, list[tuple[float, float]]], title: str, pref
     judged = grid[:, 1:] if len(rounds) > 3 and np.isfinite(grid[:, 1:]).any() else grid
     low, high = float(np.nanmin(grid)), float(np.nanmax(judged))
     clipped = float(np.nanmax(grid)) > high
-    figure, axes = new_axes(HALF, right=0.2)
+    figure, axes = canvas.new_axes(canvas.HALF, right=0.2)
     axes.grid(visible=False)
     high = max(high, low)
     norm = LogNorm(low, high) if low > 0 and high / low > 10 else Normalize(low, high)
@@ -250,7 +240,7 @@ def _heat_strip(lines: Mapping[str, list[tuple[float, float]]], title: str, pref
     axes.set_yticks([])
     every = max(1, len(rounds) // 8)
     axes.set_xticks(range(0, len(rounds), every), [f"{r:g}" for r in rounds[::every]])
-    name_axes(axes, "round", f"{len(rows)} silos, best on top")
+    canvas.name_axes(axes, "round", f"{len(rows)} silos, best on top")
     where = axes.get_position()
     beside = figure.add_axes((where.x1 + 0.03, where.y0, 0.025, where.height))
     scale = figure.colorbar(mesh, cax=beside)
@@ -311,7 +301,7 @@ def throughput(digest: RunDigest) -> Drawing | None:
         return None
     rows.sort(key=lambda silo: statistics.median(silo.throughput))
     named = len(rows) <= 2 * palette.MOST_NAMED
-    figure, axes = new_axes(HALF)
+    figure, axes = canvas.new_axes(canvas.HALF)
     axes.grid(visible=False)
     axes.grid(axis="x", color=palette.GRID, linewidth=0.8)
     shown: list[str] = []
@@ -335,8 +325,10 @@ def throughput(digest: RunDigest) -> Drawing | None:
         axes.set_yticks([])
     axes.set_ylim(-0.8, len(rows) - 0.2)
     axes.set_xlim(0, max(max(silo.throughput) for silo in rows) * 1.06)
-    count_ticks(axes)
-    name_axes(axes, "tokens per second of local training", "" if named else f"{len(rows)} silos")
+    canvas.count_ticks(axes)
+    canvas.name_axes(
+        axes, "tokens per second of local training", "" if named else f"{len(rows)} silos"
+    )
     caption = "Dot: median over the rounds a silo took part in. Line: slowest to fastest round."
     if not named:
         slowest, fastest = wording.one_line(rows[0].name), wording.one_line(rows[-1].name)
@@ -348,16 +340,16 @@ def _axes_for(
     names: Iterable[str], narrow: bool, *, most: int | None = None
 ) -> tuple[Figure, Axes, int]:
     """Axes with room at their right for these names, and how many characters a name may have."""
-    size = HALF if narrow else WIDE
+    size = canvas.HALF if narrow else canvas.WIDE
     most = most or (18 if narrow else 40)
     longest = max(len(name) for name in wording.distinct(names, most).values())
-    return *new_axes(size, right=max(0.6, 0.32 + 0.062 * longest) / size[0]), most
+    return *canvas.new_axes(size, right=max(0.6, 0.32 + 0.062 * longest) / size[0]), most
 
 
 def _plot(
     axes: Axes, name: str, points: Points, colour: str, dash: str, width: float, **more: Any
 ) -> tuple[float, float, str, str]:
-    """Draws a line; returns its end as `label_ends` takes it."""
+    """Draws a line; returns its end as `canvas.label_ends` takes it."""
     axes.plot(*zip(*points, strict=True), color=colour, linestyle=dash, linewidth=width, **more)
     return *points[-1], name, colour
 
@@ -393,11 +385,11 @@ def _axes_of_rounds(
 ) -> tuple[Figure, Axes, list[int], float]:
     """Axes for bars of each round, the rounds, and what the unit that suits `most` divides by."""
     scale, unit = next((scale, unit) for least, scale, unit in units if most >= least)
-    figure, axes = new_axes(HALF)
+    figure, axes = canvas.new_axes(canvas.HALF)
     rounds = [cost.round for cost in digest.rounds]
-    round_ticks(axes, rounds)
+    canvas.round_ticks(axes, rounds)
     axes.set_xlim(min(rounds) - 0.7, max(rounds) + 0.7)
-    name_axes(axes, "round", f"{unit} per round")
+    canvas.name_axes(axes, "round", f"{unit} per round")
     return figure, axes, rounds, scale
 
 

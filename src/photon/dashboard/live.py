@@ -14,21 +14,7 @@ from rich.live import Live
 from photon.dashboard import wording
 from photon.dashboard.frame import Frame
 from photon.dashboard.progress import RunProgress
-from photon.telemetry import Event, Listener
-from photon.telemetry.events import (
-    ComputeChosen,
-    Evaluated,
-    LocalFinished,
-    LocalProgress,
-    Notice,
-    RoundFinished,
-    RunFinished,
-    RunStarted,
-    RunStopped,
-    Standing,
-    UpdateDropped,
-    WorkerLost,
-)
+from photon.telemetry import Event, Listener, events
 
 #: Seconds between two renderings while nothing but steps goes by.
 _FRAME_S = 0.2
@@ -91,7 +77,7 @@ class LiveView:
             if self._live is None:
                 self._start()
                 self._draw()
-            elif self._may_draw(not isinstance(event, LocalProgress | LocalFinished)):
+            elif self._may_draw(not isinstance(event, events.LocalProgress | events.LocalFinished)):
                 self._draw()
         except OSError:
             # The terminal is gone (a dropped connection). Training goes on without an audience.
@@ -169,36 +155,37 @@ class PlainView:
 
     def _line(self, event: Event) -> str | None:
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 return _describe_start(event)
-            case ComputeChosen() if event.ranks > 1:  # of one rank there was nothing to choose
+            # Of one rank there was nothing to choose.
+            case events.ComputeChosen() if event.ranks > 1:
                 return (
                     f"node {event.worker} trains with {event.strategy} on "
                     f"{wording.several(event.ranks, 'rank')}: {event.reason}"
                 )
-            case LocalProgress() if self.progress.now_s - self._told_s >= _LINE_S:
+            case events.LocalProgress() if self.progress.now_s - self._told_s >= _LINE_S:
                 return f"{self._round(event.round)} {event.silo}: {self._describe_step(event)}"
-            case Standing():
+            case events.Standing():
                 told, self._waits_for = self._waits_for, event.waits_for
                 return f"waits {event.waits_for}" if event.waits_for not in (None, told) else None
-            case Notice():
+            case events.Notice():
                 where = f"{self._round(event.round)} {event.silo}".rstrip()
                 return f"{where}: {event.text}"
-            case UpdateDropped():
+            case events.UpdateDropped():
                 return f"{self._round(event.round)} dropped {event.silo}: {event.reason}"
-            case WorkerLost():
+            case events.WorkerLost():
                 return (
                     f"{self._round(event.round)} lost worker {event.worker} while it trained "
                     f"{event.silo}: {event.reason}"
                 )
-            case Evaluated(silo=None):
+            case events.Evaluated(silo=None):
                 when = self._round(event.round) if event.round else "before training"
                 return f"{when} evaluated: {self._describe_evaluation(event)}"
-            case RoundFinished():
+            case events.RoundFinished():
                 return f"{self._round(event.round)} finished: {self._describe_round(event)}"
-            case RunStopped():
+            case events.RunStopped():
                 return f"run stopped in round {event.round}: {event.reason}; it can be resumed"
-            case RunFinished():
+            case events.RunFinished():
                 progress = self.progress
                 return (
                     f"run finished: {wording.count(progress.total_tokens)} tokens in "
@@ -210,7 +197,7 @@ class PlainView:
         total = str(self.progress.rounds or "?")
         return f"round {number:>{len(total)}}/{total}"
 
-    def _describe_step(self, event: LocalProgress) -> str:
+    def _describe_step(self, event: events.LocalProgress) -> str:
         parts = [f"step {event.step}/{self.progress.local_steps}"]
         if event.loss is not None:
             parts.append(f"loss {wording.decimal(event.loss)}")
@@ -218,7 +205,7 @@ class PlainView:
             parts.append(f"{wording.count(event.tokens_per_s)} tokens/s")
         return ", ".join(parts)
 
-    def _describe_evaluation(self, event: Evaluated) -> str:
+    def _describe_evaluation(self, event: events.Evaluated) -> str:
         before = self.progress.evaluation_before
         was = f" (was {wording.perplexity(before.perplexity)})" if before is not None else ""
         return (
@@ -227,7 +214,7 @@ class PlainView:
             f"{wording.decimal(event.bits_per_byte)} bits per byte"
         )
 
-    def _describe_round(self, event: RoundFinished) -> str:
+    def _describe_round(self, event: events.RoundFinished) -> str:
         row = self.progress.history[-1]
         parts = []
         if row.train_loss is not None:
@@ -244,7 +231,7 @@ class PlainView:
         return ", ".join(parts)
 
 
-def _describe_start(event: RunStarted) -> str:
+def _describe_start(event: events.RunStarted) -> str:
     silos = wording.several(len(event.silos), "silo")
     resumed = event.resumed_from_round
     again = f", resumed after round {resumed}" if resumed is not None else ""

@@ -6,22 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from photon.telemetry import Event
-from photon.telemetry.events import (
-    CheckpointSaved,
-    Evaluated,
-    LocalFinished,
-    LocalProgress,
-    RoundFinished,
-    RoundMerged,
-    RoundStarted,
-    RunFinished,
-    RunStarted,
-    RunStopped,
-    Standing,
-    UpdateDropped,
-    WorkerLost,
-)
+from photon.telemetry import Event, events
 
 SiloState = Literal["waiting", "training", "done", "dropped"]
 
@@ -44,7 +29,7 @@ class SiloProgress:
 class RoundRow(NamedTuple):
     """A finished round, as the history shows it."""
 
-    finished: RoundFinished
+    finished: events.RoundFinished
     train_loss: float | None
     perplexity: float | None
 
@@ -53,19 +38,19 @@ class RoundRow(NamedTuple):
 class RunProgress:
     """Folds events; every attribute is what the newest event says."""
 
-    started: RunStarted | None = None
+    started: events.RunStarted | None = None
     phase: str = "starting"
     round: int = 0
     rounds_done: int = 0
     now_s: float = 0.0
     round_began_s: float = 0.0
     silos: dict[str, SiloProgress] = field(default_factory=dict)
-    evaluation: Evaluated | None = None
-    evaluation_before: Evaluated | None = None
+    evaluation: events.Evaluated | None = None
+    evaluation_before: events.Evaluated | None = None
     history: deque[RoundRow] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     workers_lost: int = 0
     updates_dropped: int = 0
-    stopped: RunStopped | None = None
+    stopped: events.RunStopped | None = None
     waits_for: str | None = None
     away: frozenset[str] = frozenset()
     finished: bool = False
@@ -123,7 +108,7 @@ class RunProgress:
 
     def fold(self, event: Event) -> None:
         """Takes one event in."""
-        if isinstance(event, Standing):
+        if isinstance(event, events.Standing):
             # That it stopped is told until there is something newer.
             if event.waits_for is not None or self.stopped is None:
                 self.waits_for = event.waits_for
@@ -131,12 +116,12 @@ class RunProgress:
             return
         self.now_s, self.waits_for = max(self.now_s, event.time_s), None
         match event:
-            case LocalProgress():
+            case events.LocalProgress():
                 silo = self._silo(event.silo)
                 silo.state, silo.step = "training", event.step
                 silo.loss, silo.tokens_per_s = event.loss, event.tokens_per_s
                 self.phase = "training"
-            case LocalFinished():
+            case events.LocalFinished():
                 silo = self._silo(event.silo)
                 silo.state, silo.step = "done", self.local_steps
                 silo.loss = event.last_loss
@@ -144,41 +129,41 @@ class RunProgress:
                     silo.tokens_per_s = event.tokens / event.train_s
                 if all(s.state in ("done", "dropped") for s in self.silos.values()):
                     self.phase = "merging updates"
-            case UpdateDropped():
+            case events.UpdateDropped():
                 silo = self._silo(event.silo)
                 silo.state, silo.note = "dropped", event.reason
                 self.updates_dropped += 1
-            case WorkerLost():
+            case events.WorkerLost():
                 silo = self._silo(event.silo)
                 silo.state, silo.step, silo.note = "waiting", 0, "worker lost, starting again"
                 self.workers_lost += 1
-            case RoundStarted():
+            case events.RoundStarted():
                 self.round, self.phase = event.round, "dispatching"
                 self.round_began_s = event.time_s
                 self.silos = {name: SiloProgress(name) for name in event.participants}
                 self._train_loss = None
-            case RoundMerged():
+            case events.RoundMerged():
                 self.phase = "merged"
                 self._train_loss = event.train_loss
-            case Evaluated():
+            case events.Evaluated():
                 self.phase = "evaluating"
                 if event.silo is None:
                     self.evaluation_before, self.evaluation = self.evaluation, event
-            case CheckpointSaved():
+            case events.CheckpointSaved():
                 self.phase = "checkpoint saved"
-            case RunStarted():
+            case events.RunStarted():
                 self.started = event
                 self.rounds_done = self.round = event.resumed_from_round or 0
                 self.stopped, self.finished, self.phase = None, False, "starting"
                 self.silos = {}
-            case RoundFinished():
+            case events.RoundFinished():
                 self.rounds_done, self.phase = event.round, "round finished"
                 scored = self.evaluation
                 perplexity = scored.perplexity if scored and scored.round == event.round else None
                 self.history.append(RoundRow(event, self._train_loss, perplexity))
-            case RunFinished():
+            case events.RunFinished():
                 self.finished, self.phase = True, "finished"
-            case RunStopped():
+            case events.RunStopped():
                 self.stopped, self.phase = event, "stopped"
 
     def _silo(self, name: str) -> SiloProgress:

@@ -9,20 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from photon.data.readers import (
-    HUB_PREFIX,
-    Columns,
-    Row,
-    hub_rows,
-    is_saved_dataset,
-    json_rows,
-    no_field,
-    parquet_rows,
-    read_metadata,
-    saved_rows,
-    saved_splits,
-    text_parts,
-)
+from photon.data import readers
 from photon.data.splits import own_splits, splits_of_files
 from photon.errors import DataError, DataNotFoundError
 
@@ -106,7 +93,7 @@ class Source:
 
     Attributes:
         input, text_key, metadata, metadata_key, separator: as of PrepareOptions.
-        fields: as of Columns.
+        fields: as of readers.Columns.
     """
 
     input: str | Sequence[str]
@@ -138,7 +125,7 @@ class Source:
         extra: dict[str, dict[str, str]] = {}
         if self.metadata is not None:
             with _told(self.metadata):
-                extra = read_metadata(self.metadata, self.metadata_key)
+                extra = readers.read_metadata(self.metadata, self.metadata_key)
         joined = False
         for origin, place, row in self._rows(tally):
             where = place
@@ -152,7 +139,7 @@ class Source:
                 continue
             for name, option in (self.fields or {}).items():
                 if not fields.get(name, "").strip():
-                    raise no_field(option, name, where, row.keys() - {self.text_key})
+                    raise readers.no_field(option, name, where, row.keys() - {self.text_key})
             yield Document(text, fields, origin, place, _size(text, place))
         if self.metadata is not None and not joined:
             example = f": for instance {min(extra)!r} is no file's name or stem" if extra else ""
@@ -162,17 +149,17 @@ class Source:
             )
 
     @property
-    def _columns(self) -> Columns:
-        return Columns(self.text_key, self.fields)
+    def _columns(self) -> readers.Columns:
+        return readers.Columns(self.text_key, self.fields)
 
-    def _rows(self, tally: Tally) -> Iterator[tuple[Origin, str, Row | str]]:
+    def _rows(self, tally: Tally) -> Iterator[tuple[Origin, str, readers.Row | str]]:
         """(origin, place, row), or the text itself of a text file."""
         local: list[tuple[Path, tuple[str, ...]]] = []
         for given in self.inputs:
-            name = given.removeprefix(HUB_PREFIX)
+            name = given.removeprefix(readers.HUB_PREFIX)
             if name != given:
                 origin = Origin(name, split=name.partition(":")[2])
-                for place, row in hub_rows(name, self._columns):
+                for place, row in readers.hub_rows(name, self._columns):
                     yield origin, place, row
                 continue
             root = Path(given)
@@ -190,29 +177,29 @@ class Source:
 
     def _file_rows(
         self, path: Path, inside: tuple[str, ...], split: str, held_out: bool
-    ) -> Iterator[tuple[Origin, str, Row | str]]:
+    ) -> Iterator[tuple[Origin, str, readers.Row | str]]:
         folder = inside[0] if len(inside) > 1 else ""
         where = "/".join(inside) or path.name
         if path.is_dir():
-            parts = saved_splits(path)
+            parts = readers.saved_splits(path)
             held = own_splits(parts)
             for name, dataset in parts.items():
                 source = "/".join([*inside, name]) if name else where
                 origin = Origin(source, "", inside[0] if inside else "", name, name in held)
                 said = f"{path}, {name}" if name else f"{path},"
-                for place, row in saved_rows(dataset, said, self._columns):
+                for place, row in readers.saved_rows(dataset, said, self._columns):
                     yield origin, place, row
         elif _ends(path, TEXT_ENDINGS):
             alone = any(path == Path(given) for given in self.inputs)
             source = "/".join(inside[:-1]) or (path.stem if alone else path.parent.name)
             origin = Origin(source, path.name, folder, split, held_out)
-            for number, text in enumerate(text_parts(path, self.separator), start=1):
+            for number, text in enumerate(readers.text_parts(path, self.separator), start=1):
                 place = f"{path}, document {number}" if self.separator is not None else str(path)
                 yield origin, place, text
         else:
             origin = Origin(where, path.name, folder, split, held_out)
             parquet = _ends(path, PARQUET_ENDINGS)
-            rows = parquet_rows(path, self._columns) if parquet else json_rows(path)
+            rows = readers.parquet_rows(path, self._columns) if parquet else readers.json_rows(path)
             for place, row in rows:
                 yield origin, place, row
 
@@ -240,9 +227,9 @@ def _files(root: Path, tally: Tally) -> list[tuple[Path, tuple[str, ...]]]:
     if not root.exists():
         raise DataNotFoundError(
             f"no input at {root}" + (" (a link to nowhere)" if root.is_symlink() else ""),
-            hint=f"Name a file, a folder, or a hub dataset as {HUB_PREFIX}OWNER/NAME.",
+            hint=f"Name a file, a folder, or a hub dataset as {readers.HUB_PREFIX}OWNER/NAME.",
         )
-    if root.is_dir() and is_saved_dataset(root):
+    if root.is_dir() and readers.is_saved_dataset(root):
         return [(root, ())]
     if root.is_file():
         if not _ends(root, ENDINGS):
@@ -274,7 +261,7 @@ def _walk(folder: Path, above: tuple[str, ...], tally: Tally) -> Iterator[Path]:
         with _told(path):
             if path.name.startswith("."):
                 tally.hidden += 1
-            elif path.is_dir() and not is_saved_dataset(path):
+            elif path.is_dir() and not readers.is_saved_dataset(path):
                 yield from _walk(path, (*above, real), tally)
             elif path.is_file() or path.is_dir():
                 yield path

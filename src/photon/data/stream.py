@@ -46,11 +46,6 @@ class TokenStream:
         self._firsts = [0, *accumulate(_windows(run, sequence_length) for run in runs)]
         self.sequence_length = sequence_length
 
-    @property
-    def sequences_per_epoch(self) -> int:
-        """Distinct windows."""
-        return self._firsts[-1]
-
     def batch(self, start: int, count: int) -> np.ndarray:
         """Samples start .. start + count - 1, int64 [count, sequence_length + 1].
 

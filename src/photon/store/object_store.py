@@ -13,15 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    InvalidPathError,
-    NotSupportedError,
-    PermissionDeniedError,
-    PreconditionError,
-    UnauthenticatedError,
-)
+from obstore import exceptions
 from obstore.store import AzureStore, GCSStore, MemoryStore, S3Store, from_url
 
 from photon.errors import (
@@ -83,7 +75,7 @@ class ObjectStore(Store):
         with self._speaking("writing", key):
             try:
                 self.backend.put(key, view, mode="create", use_multipart=False)
-            except (AlreadyExistsError, PreconditionError):
+            except (exceptions.AlreadyExistsError, exceptions.PreconditionError):
                 return
             except FileNotFoundError as error:
                 raise AccessRefusedError(
@@ -151,14 +143,18 @@ class ObjectStore(Store):
             yield
         except FileNotFoundError as error:
             raise missing(self, key) from error
-        except (PermissionDeniedError, UnauthenticatedError) as error:
+        except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
             raise self._refused(doing, key, error) from None
-        except (NotSupportedError, NotImplementedError, InvalidPathError) as error:
+        except (
+            exceptions.NotSupportedError,
+            NotImplementedError,
+            exceptions.InvalidPathError,
+        ) as error:
             raise AccessRefusedError(
                 f"{self} can't do this, {doing} {key}: {_reason(error)}",
                 hint="Photon needs a store with conditional writes (If-None-Match).",
             ) from error
-        except (BaseError, OSError) as error:
+        except (exceptions.BaseError, OSError) as error:
             if _is_final(error):
                 raise self._refused(doing, key, error) from None
             raise StoreUnavailableError(
@@ -254,7 +250,7 @@ def open_store(
     config: Any = dict(options or {})
     try:
         backend = from_url(url, config=config, client_options=client, retry_config=_RETRIES)
-    except (BaseError, ValueError, OSError) as error:
+    except (exceptions.BaseError, ValueError, OSError) as error:
         # The message may hold a value, thus a secret: it stays in the chain for nobody.
         raise LinkError(
             f"can't open {url}: {_config_problem(error)}",

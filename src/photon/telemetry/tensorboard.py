@@ -15,16 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from photon.telemetry.events import (
-    Evaluated,
-    Event,
-    LocalFinished,
-    LocalProgress,
-    RoundFinished,
-    RoundMerged,
-    RoundStarted,
-    RunStarted,
-)
+from photon.telemetry import events
 
 BY_TOKENS = "by_tokens"
 
@@ -49,17 +40,17 @@ class TensorBoardWriter:
         self._local_steps = 1
         self._resumed_from: int | None = None
         self._lr_step = -1
-        self._evaluations: list[Evaluated] = []
+        self._evaluations: list[events.Evaluated] = []
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: events.Event) -> None:
         match event:
-            case RunStarted():
+            case events.RunStarted():
                 self.close()
                 self._local_steps = event.local_steps
                 self._resumed_from = event.resumed_from_round
-            case RoundStarted():
+            case events.RoundStarted():
                 self._step(event.global_step, {"round/participants": len(event.participants)})
-            case LocalProgress(silo=silo):
+            case events.LocalProgress(silo=silo):
                 scalars = _tagged(
                     event, "train/{}/" + silo, "loss", "gradient_norm", "tokens_per_s"
                 )
@@ -68,21 +59,21 @@ class TensorBoardWriter:
                     self._lr_step = event.global_step
                     scalars["train/lr"] = event.lr
                 self._step(event.global_step, scalars)
-            case LocalFinished(silo=silo):
+            case events.LocalFinished(silo=silo):
                 scalars = {
                     f"round/train_loss/{silo}": event.loss,
                     f"round/update_norm/{silo}": event.update_norm,
                 }
                 self._step(event.round * self._local_steps, scalars)
-            case RoundMerged():
+            case events.RoundMerged():
                 scalars = _tagged(event, "round/{}", "train_loss", "pseudo_gradient_norm")
                 self._step(event.round * self._local_steps, scalars)
-            case Evaluated():
+            case events.Evaluated():
                 self._evaluations.append(event)
                 self._step(event.round * self._local_steps, _scores(event, "eval"))
                 if event.round == 0:
                     self._write_evaluations_by_tokens(0, purge_from=None)
-            case RoundFinished():
+            case events.RoundFinished():
                 self._round_finished(event)
 
     def close(self) -> None:
@@ -90,7 +81,7 @@ class TensorBoardWriter:
             file.close()
         self._files, self._evaluations = {}, []
 
-    def _round_finished(self, event: RoundFinished) -> None:
+    def _round_finished(self, event: events.RoundFinished) -> None:
         scalars = _tagged(event, "round/{}", "bytes_up", "bytes_down", "tokens")
         scalars["round/dropped"] = len(event.dropped)
         for total in ("total_tokens", "total_bytes_up", "total_bytes_down"):
@@ -120,12 +111,12 @@ class TensorBoardWriter:
         return self._files[name]
 
 
-def _tagged(event: Event, tag: str, *figures: str) -> dict[str, float | None]:
+def _tagged(event: events.Event, tag: str, *figures: str) -> dict[str, float | None]:
     """Figures of an event, each under a tag that has its name in the place of {}."""
     return {tag.replace("{}", figure, 1): getattr(event, figure) for figure in figures}
 
 
-def _scores(event: Evaluated, prefix: str) -> dict[str, float | None]:
+def _scores(event: events.Evaluated, prefix: str) -> dict[str, float | None]:
     if event.silo is not None:
         return {f"{prefix}/perplexity/{event.silo}": event.perplexity}
     return _tagged(event, prefix + "/{}", "loss", "perplexity", "bits_per_byte")
