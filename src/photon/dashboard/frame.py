@@ -7,7 +7,7 @@ times as much, in the process that trains.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -132,8 +132,9 @@ def _silos(progress: RunProgress, width: int, room: int) -> Iterator[Line]:
         name = set_cell_size(names[silo.name], widest)
         yield _silo_line(silo, name, _state(silo, progress), progress.local_steps, width)
     if len(shown) < len(silos):
-        rest = [silo for silo in silos if silo not in shown]
-        yield [("  … and " + _count_states(_state(silo, progress) for silo in rest), "dim")]
+        counts = Counter(_state(silo, progress) for silo in silos if silo not in shown)
+        parts = [f"{number} {state}" for state, number in counts.items()]
+        yield [(f"  … and {counts.total()} more ({', '.join(parts)})", "dim")]
 
 
 def _state(silo: SiloProgress, progress: RunProgress) -> str:
@@ -154,12 +155,6 @@ def _silo_line(silo: SiloProgress, name: str, state: str, local_steps: int, widt
     cells = max(4, min(40, width - used))
     share = silo.step / local_steps if local_steps else 0.0
     return [*line, *bar(share, cells), (steps, ""), (rest, "")]
-
-
-def _count_states(states: Iterable[str]) -> str:
-    counts = Counter(states)
-    parts = [f"{number} {state}" for state, number in counts.items()]
-    return f"{sum(counts.values())} more ({', '.join(parts)})"
 
 
 def _evaluation(progress: RunProgress) -> Iterator[Line]:

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -172,12 +172,6 @@ class Dirichlet(Partitioner):
         if self._label_field is None:
             return document.origin.source
         return _field(document, self._label_field, "--label-field")
-
-
-def fold_small(names: Sequence[str], least: int, into: str = "other") -> list[str]:
-    """Silos with fewer than `least` documents become one."""
-    counts = Counter(names)
-    return [name if counts[name] >= least else into for name in names]
 
 
 def folder_names(names: Sequence[str], kind: str = "silos") -> list[str]:

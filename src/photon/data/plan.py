@@ -14,7 +14,6 @@ from photon.data.partition import (
     DocumentInfo,
     Everything,
     Partitioner,
-    fold_small,
     folder_names,
 )
 from photon.data.splits import GLOBAL, LOCAL, position_of, split_documents
@@ -193,10 +192,10 @@ def _silos(
             f"the partitioner {type(partitioner).__name__} named {len(names)} silos for "
             f"{len(infos)} documents; it must give one string for each"
         )
-    small = sorted(name for name, count in Counter(names).items() if count < options.min_documents)
+    small = {name for name, count in Counter(names).items() if count < options.min_documents}
     if small:
         remarks.append(
             f"{len(small)} silos with fewer than {options.min_documents} documents were folded "
-            f"into 'other': {some(small, 8)}"
+            f"into 'other': {some(sorted(small), 8)}"
         )
-    return folder_names(fold_small(names, options.min_documents))
+    return folder_names(["other" if name in small else name for name in names])

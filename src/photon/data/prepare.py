@@ -190,7 +190,13 @@ def _describe(
             "splits": splits,
         }
         write_manifest(path, record)
-        sets[silo] = {"sha256": file_sha256(path), **_summary(splits)}
+        sets[silo] = {"sha256": file_sha256(path)} | {
+            split: {
+                what: sum(getattr(shard, what) for shards in sources.values() for shard in shards)
+                for what in _COUNTED
+            }
+            for split, sources in splits.items()
+        }
     manifest = {
         "format": FORMAT,
         "photon_version": photon_version(),
@@ -222,16 +228,6 @@ def _held_out_from(plan: Plan, tokens: Mapping[int, int]) -> dict[str, Any]:
         kind: {name: {what: count[what] for what in _COUNTED} for name, count in parts.items()}
         for kind, parts in counts.items()
         if 1 < len(parts) <= _MOST_PARTS and "" not in parts
-    }
-
-
-def _summary(splits: Splits) -> dict[str, dict[str, int]]:
-    return {
-        split: {
-            what: sum(getattr(shard, what) for shards in sources.values() for shard in shards)
-            for what in _COUNTED
-        }
-        for split, sources in splits.items()
     }
 
 

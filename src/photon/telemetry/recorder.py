@@ -58,7 +58,11 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a+b")
-        self._end_torn_line()
+        # A kill may have cut the last line; closing it keeps the next event readable.
+        if self._file.seek(0, 2):
+            self._file.seek(-1, 2)
+            if self._file.read(1) != b"\n":
+                self._file.write(b"\n")
 
     def on_event(self, event: Event) -> None:
         record = {"event": event.name, **event.model_dump(mode="json")}
@@ -69,11 +73,3 @@ class JsonlWriter:
 
     def close(self) -> None:
         self._file.close()
-
-    def _end_torn_line(self) -> None:
-        # A kill may have cut the last line; closing it keeps the next event readable.
-        size = self._file.seek(0, 2)
-        if size:
-            self._file.seek(size - 1)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")

@@ -31,19 +31,14 @@ class FlopCount:
     sequence_length: int
 
     @property
-    def weights_per_token(self) -> int:
-        """6 N trained: 2 forward, 2 for the input's gradient, 2 for the weight's; 4 N frozen."""
-        return 6 * self.trained_weights + 4 * self.frozen_weights
-
-    @property
-    def attention_per_token(self) -> int:
-        """12 x layers x attention width x sequence length: Q K^T and P V, forward and backward."""
-        return 12 * self.layers * self.attention_width * self.sequence_length
-
-    @property
     def per_token(self) -> int:
-        """FLOPs of one training token."""
-        return self.weights_per_token + self.attention_per_token
+        """FLOPs of one training token.
+
+        6 N trained: 2 forward, 2 for the input's gradient, 2 for the weight's; 4 N frozen.
+        12 x layers x attention width x sequence length: Q K^T and P V, forward and backward.
+        """
+        weights = 6 * self.trained_weights + 4 * self.frozen_weights
+        return weights + 12 * self.layers * self.attention_width * self.sequence_length
 
     def explain(self) -> str:
         """The count and its conventions, in words."""

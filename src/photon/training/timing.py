@@ -63,16 +63,12 @@ class PhaseClock:
         last.record()
         self._pending.append((name, first, last))
 
-    def settle(self) -> None:
-        """Read the events so far; the device must have finished them (call it after a sync)."""
+    def times(self) -> StepTimes:
+        """Totals so far; on CUDA it waits for the last phase to end."""
         for name, first, last in self._pending:
             last.synchronize()
             self._seconds[name] += first.elapsed_time(last) / 1e3
         self._pending.clear()
-
-    def times(self) -> StepTimes:
-        """Totals so far."""
-        self.settle()
         return StepTimes(**{f"{name}_s": seconds for name, seconds in self._seconds.items()})
 
 
