@@ -27,7 +27,6 @@ PUBLIC = [
     "generate",
     "load_config",
     "open_data",
-    "photon_recipe",
     "prepare_data",
     "read_run",
     "report",

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from photon.runs import RunResult, resume, simulate, train
     from photon.telemetry import RunHistory, events
     from photon.telemetry import read_history as read_run
-    from photon.training import photon_recipe
 
 importlib.import_module("photon.openmp")  # before anything imports torch
 
@@ -52,7 +51,6 @@ _HOMES: dict[str, tuple[str, str]] = {
     "generate": ("photon.products", "generate"),
     "load_config": ("photon.config", "load_run_config"),
     "open_data": ("photon.data", "open_data"),
-    "photon_recipe": ("photon.training", "photon_recipe"),
     "prepare_data": ("photon.data", "prepare"),
     "read_run": ("photon.telemetry", "read_history"),
     "report": ("photon.dashboard", "write_report"),
@@ -79,7 +77,6 @@ __all__ = [
     "generate",
     "load_config",
     "open_data",
-    "photon_recipe",
     "prepare_data",
     "read_run",
     "report",

@@ -3,26 +3,7 @@ import math
 import pytest
 
 from photon.config import parse_run_config
-from photon.errors import IncompatibleConfigError
-from photon.training import Schedule, photon_recipe
-from photon.training.recipe import CentralRecipe
-
-
-def test_recipe_is_the_papers_example():
-    """arXiv 2411.02908, 125M: 5,120 steps of 256 become 320 rounds of 128 steps of 32."""
-    central = CentralRecipe(steps=5120, batch_size=256, warmup_steps=100, lr=6e-4, min_lr=6e-5)
-    local = photon_recipe(central, batch_size=32, local_steps=128)
-    assert (local.steps, local.warmup_steps, local.rounds) == (40_960, 800, 320)
-    assert (local.lr, local.min_lr) == (6e-4, 6e-5)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "local_steps"), [(0, 128), (512, 128), (32, 0), (32, 10**6)]
-)
-def test_recipe_refuses_what_cannot_be_stretched(batch_size, local_steps):
-    central = CentralRecipe(steps=5120, batch_size=256, warmup_steps=100, lr=6e-4, min_lr=6e-5)
-    with pytest.raises(IncompatibleConfigError, match="must lie between 1 and"):
-        photon_recipe(central, batch_size=batch_size, local_steps=local_steps)
+from photon.training import Schedule
 
 
 def test_cosine_warms_up_peaks_and_ends_at_the_minimum():

@@ -9,7 +9,6 @@ from photon.training.local_tensors import local as local_part
 from photon.training.micro_batch import MicroBatch, within_memory
 from photon.training.placement import difference, materialise
 from photon.training.ranks import Ranks, Seat
-from photon.training.recipe import photon_recipe
 from photon.training.schedule import Schedule
 from photon.training.snapshot import Allocate, PendingSnapshot, read_snapshot, write_snapshot
 from photon.training.timing import StepTimes
@@ -34,7 +33,6 @@ __all__ = [
     "local_part",
     "materialise",
     "mfu",
-    "photon_recipe",
     "plan_compute",
     "plan_fit",
     "ranks_of_a_node",
