@@ -229,9 +229,6 @@ def _presets(
         settings = MemorySettings(
             optimizer=optimizer,
             optimizer_bits=32,
-            strategy="single",
-            shards=1,
-            micro_batch_size=1,
             sequence_length=sequence_length,
             bf16=first["peak_precision"] == "bf16",
             activation_checkpointing="none",

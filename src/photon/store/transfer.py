@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -30,25 +29,6 @@ class Wanted:
     key: str
     bytes: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What a send did.
-
-    Attributes:
-        bytes: of the objects that were written.
-        objects: how many of them.
-        skipped_bytes: of those that the store had already.
-        seconds: from the first to the last.
-        retries: attempts beyond the first of each object.
-    """
-
-    bytes: int
-    objects: int
-    skipped_bytes: int
-    seconds: float
-    retries: int
 
 
 class Transfer:
@@ -94,7 +74,7 @@ class Transfer:
         #: Attempts beyond the first of each object, since this was made.
         self.retries = 0
 
-    def send(self, objects: Iterable[tuple[str, Buffer]]) -> Sent:
+    def send(self, objects: Iterable[tuple[str, Buffer]]) -> None:
         """Write objects that the store does not have; when this returns, it has them all.
 
         `objects` is read as streams become free, in this thread: at most `streams` objects are
@@ -107,33 +87,17 @@ class Transfer:
             ChunkCorruptError: the store has an object of another size under one of these keys.
             AccessRefusedError: the store refuses.
         """
-        start = time.monotonic()
-        moved: list[tuple[int, bool]] = []  # bytes of each, and whether they were written
         # Threads beyond the streams ask whether the store has the next objects while these are on
         # their way: over a long link each question costs a stream nothing then.
         with self._crew("to write", ahead=_ASKING_AHEAD) as crew:
             places = threading.BoundedSemaphore(self._streams)
-            todo = iter(objects)
-            pending: set[Future[tuple[int, bool]]] = set()
-            while True:
-                while len(pending) >= self._streams + _ASKING_AHEAD:
-                    moved += crew.some(pending)
-                try:
-                    key, data = next(todo)
-                except StopIteration:
-                    break
+            pending: set[Future[None]] = set()
+            for key, data in objects:
                 pending.add(crew.begin(lambda k=key, d=data: self._send_one(crew, places, k, d)))
+                while len(pending) >= self._streams + _ASKING_AHEAD:
+                    crew.some(pending)
             while pending:
-                moved += crew.some(pending)
-            retries = crew.retries
-        written = [count for count, new in moved if new]
-        return Sent(
-            bytes=sum(written),
-            objects=len(written),
-            skipped_bytes=sum(count for count, new in moved if not new),
-            seconds=time.monotonic() - start,
-            retries=retries,
-        )
+                crew.some(pending)
 
     def fetch(self, wanted: Iterable[Wanted], *, spool: Path | None = None) -> Iterator[Buffer]:
         """Read objects, in order, each verified; up to `streams` ahead of the caller.
@@ -172,15 +136,14 @@ class Transfer:
 
     def _send_one(
         self, crew: Crew, places: threading.BoundedSemaphore, key: str, data: Buffer
-    ) -> tuple[int, bool]:
-        """Bytes of an object, and whether they were written."""
+    ) -> None:
         count = memoryview(data).nbytes
 
-        def attempt(pace: Pace) -> bool:
+        def attempt(pace: Pace) -> None:
             # Asked before each attempt: the one before may have got through, its answer lost.
             found = self._store.size(key)
             if found == count:
-                return False
+                return
             if found is not None:
                 raise ChunkCorruptError(
                     f"{self._store} has an object {key} of {found} bytes, this one has {count}",
@@ -191,9 +154,8 @@ class Transfer:
                 self._store.put(key, data, pace=pace)
             finally:
                 places.release()
-            return True
 
-        return count, crew.persist(f"writing {key}", count, attempt)
+        crew.persist(f"writing {key}", count, attempt)
 
     def _fetch_one(self, crew: Crew, one: Wanted, kept: FolderStore | None) -> Buffer:
         if kept is not None:

@@ -69,9 +69,6 @@ def plan_fit(
     settings = MemorySettings(
         optimizer=config.local.optimizer,
         optimizer_bits=config.local.optimizer_bits,
-        strategy="single",
-        shards=1,
-        micro_batch_size=1,
         sequence_length=config.data.sequence_length,
         bf16=plan.autocast_dtype is not None,
         activation_checkpointing=config.compute.activation_checkpointing,

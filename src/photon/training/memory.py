@@ -45,7 +45,7 @@ CHECKPOINTING = ("none", "selective", "full")
 _TRACES: WeakKeyDictionary[nn.Module, dict[tuple, StepTrace]] = WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemorySettings:
     """What memory depends on, beside the model.
 
@@ -60,9 +60,9 @@ class MemorySettings:
 
     optimizer: str
     optimizer_bits: int
-    strategy: str
-    shards: int
-    micro_batch_size: int
+    strategy: str = "single"
+    shards: int = 1
+    micro_batch_size: int = 1
     sequence_length: int
     bf16: bool
     activation_checkpointing: str

@@ -34,17 +34,18 @@ def test_an_update_through_a_desk_into_a_store_and_back(seaweed: Any, tmp_path: 
         task = aggregator.task("blue", most_bytes=40 * 10_000)
         book = blue.grants(task.id)
         sender = Transfer(GrantedStore(book, seaweed.endpoint, allowed=["127.0.0.1"]), streams=4)
-        sent = sender.send(objects)
-        assert (sent.objects, sent.bytes) == (40, 400_000)
+        sender.send(objects)
         # Two questions an object, several to a request.
         assert book.requests < 80
         stored = dict(seaweed.store("runs").keys(f"{RUN}/silos/blue"))
         assert stored == {key: 10_000 for key, _ in objects}
         # Sent again by a node that was killed: all there, and nothing counts twice.
-        again = Transfer(
-            GrantedStore(blue.grants(task.id), seaweed.endpoint, allowed=["127.0.0.1"])
+        told: list[int] = []
+        Transfer(
+            GrantedStore(blue.grants(task.id), seaweed.endpoint, allowed=["127.0.0.1"]),
+            on_progress=told.append,
         ).send(objects)
-        assert (again.objects, again.skipped_bytes) == (0, 400_000)
+        assert told[-1] == 400_000
         # Read back, leave for all of it in one request.
         reader = blue.grants(task.id)
         reader.expect(key for key, _ in objects)
@@ -123,10 +124,9 @@ def test_a_desk_that_restarts_in_the_middle(seaweed: Any, tmp_path: Path) -> Non
     try:
         store = GrantedStore(blue.grants(task.id), seaweed.endpoint, allowed=["127.0.0.1"])
         carrier = Transfer(store, streams=2)
-        sent = carrier.send(some(objects))
+        carrier.send(some(objects))
         thread.join(30)
-        assert sent.objects == 30
-        assert sent.retries > 0
+        assert carrier.retries > 0
     finally:
         thread.join(30)
         for desk in restarted:
