@@ -39,8 +39,7 @@ def test_what_nobody_names_goes(kind: str, tmp_path: Path) -> None:
     def chunks_of(key: str) -> Iterable[str]:
         return bytes(store.get(key, max_bytes=10)).decode()
 
-    gone = collect(store, "run", keep=of_round_two, chunks_of=chunks_of)
-    assert (gone.objects, gone.bytes) == (4, 2 + 10 + 10 + 8)
+    collect(store, "run", keep=of_round_two, chunks_of=chunks_of)
     assert names(store) == [
         "chunks/b",
         "chunks/c",
@@ -49,7 +48,9 @@ def test_what_nobody_names_goes(kind: str, tmp_path: Path) -> None:
         "update/round-000002/x.json",
     ]
     assert store.size("run2/chunks/a") is not None
-    assert collect(store, "run", keep=of_round_two, chunks_of=chunks_of).objects == 0
+    before = names(store)
+    collect(store, "run", keep=of_round_two, chunks_of=chunks_of)
+    assert names(store) == before
 
 
 def test_chunks_in_use_stay() -> None:

@@ -16,10 +16,12 @@ from photon.training.micro_batch import MicroBatch, ran_out_of_memory
 def test_sizes_are_divisors_of_the_share():
     size = MicroBatch(12)
     seen = [size.size]
-    while size.shrink():
+    while size.size > 1:
+        size.back_off("out of memory with", "")
         seen.append(size.size)
     assert seen == [12, 6, 4, 3, 2, 1]
-    assert not size.shrink()
+    with pytest.raises(DoesNotFitError, match="one sequence at a time"):
+        size.back_off("out of memory with", "")
     assert size.size == 1
 
 
@@ -34,7 +36,7 @@ def test_the_search_begins_where_it_is_told(options, expected):
 def test_what_was_found_is_remembered_for_its_key_only(tmp_path):
     memo = tmp_path / "nodes" / "micro_batch.json"
     first = MicroBatch(8, memo=memo, key="125m cuda fsdp")
-    assert first.shrink()
+    first.back_off("out of memory with", "")
     assert MicroBatch(8, memo=memo, key="125m cuda fsdp").size == 4
     assert MicroBatch(8, asked=8, memo=memo, key="125m cuda fsdp").size == 4
     assert MicroBatch(8, memo=memo, key="125m cuda ddp").size == 8

@@ -27,7 +27,7 @@ _MOST_MANIFEST_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Collected:
-    """What was removed, manifests and chunks together.
+    """What `free_run` removed, manifests and chunks together.
 
     Attributes:
         whole: whether that was all there was to remove.
@@ -45,7 +45,7 @@ def collect(
     keep: Callable[[str], bool],
     chunks_of: Callable[[str], Iterable[str]],
     in_use: Collection[str] = (),
-) -> Collected:
+) -> None:
     """Remove what is not kept, then chunks that nothing kept names.
 
     Args:
@@ -64,22 +64,15 @@ def collect(
     # Chunks are listed before manifests are read: one that arrives later is not in the list, and
     # one that is in it either has its manifest by now or is in use.
     inside = f"{folder}/chunks/"
-    chunks = dict(store.keys(inside.rstrip("/")))
-    manifests = [entry for entry in store.keys(folder) if not entry[0].startswith(inside)]
-    dropped = [(key, size) for key, size in manifests if not keep(key)]
-    going = {key for key, _ in dropped}
+    chunks = [key for key, _ in store.keys(inside.rstrip("/"))]
+    manifests = [key for key, _ in store.keys(folder) if not key.startswith(inside)]
+    dropped = [key for key in manifests if not keep(key)]
     named = set(in_use)
-    for key, _ in manifests:
-        if key not in going:
-            named.update(chunks_of(key))
-    unnamed = [entry for entry in chunks.items() if entry[0].removeprefix(inside) not in named]
-
-    store.delete([key for key, _ in dropped])
-    store.delete([key for key, _ in unnamed])
-    return Collected(
-        objects=len(dropped) + len(unnamed),
-        bytes=sum(size for _, size in dropped) + sum(size for _, size in unnamed),
-    )
+    for key in sorted({*manifests} - {*dropped}):
+        named.update(chunks_of(key))
+    unnamed = [key for key in chunks if key.removeprefix(inside) not in named]
+    store.delete(dropped)
+    store.delete(unnamed)
 
 
 def free_run(

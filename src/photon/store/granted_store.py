@@ -29,9 +29,9 @@ PIECE_BYTES = 128 << 10
 #: Of an answer that is an error: enough for its code.
 _ERROR_BYTES = 4096
 
-#: 409: another writer of the same object is at it; the next attempt finds it there.
 _SHA256 = re.compile("[0-9a-f]{64}")
 
+#: 409: another writer of the same object is at it; the next attempt finds it there.
 _LATER = {408, 409, 425, 429, 500, 502, 503, 504}
 
 #: S3's words for bytes that changed on their way, and for a body that did not arrive in full.

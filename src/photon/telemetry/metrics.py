@@ -105,7 +105,7 @@ class RunFigures:
         self._newest: dict[str, dict[str, Any]] = {}
         self._sums: Counter[str] = Counter()
         self._dropped: Counter[tuple[str, str]] = Counter()
-        self._ended_at: float | None = None
+        self._ended_at: float | None = None  # seconds since the epoch
 
     def __call__(self, page: Page) -> None:
         for event in self._new():
@@ -130,20 +130,14 @@ class RunFigures:
             self._newest[name] = event
             self._sums.update({key: event[key] for key in ("tokens", "bytes_up", "bytes_down")})
             self._sums["rounds"] += 1
-            self._ended_at = self._clock(event)
+            if start := self._newest.get("run_started"):
+                began = datetime.fromisoformat(start["started_at"]).timestamp()
+                self._ended_at = began + event["time_s"] - start["time_s"]
         elif name in ("run_started", "round_started", "round_merged") or (
             name == "evaluated" and event["silo"] is None
         ):
             self._newest[name] = event
             self._sums["starts"] += name == "run_started"
-
-    def _clock(self, event: dict[str, Any]) -> float | None:
-        """When it happened, in seconds since the epoch."""
-        start = self._newest.get("run_started")
-        if start is None:
-            return None
-        began = datetime.fromisoformat(start["started_at"]).timestamp()
-        return began + event["time_s"] - start["time_s"]
 
     def _tell(self, page: Page) -> None:
         ended, begun = (self._newest.get(f"round_{how}", {}) for how in ("finished", "started"))

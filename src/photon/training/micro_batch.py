@@ -48,26 +48,18 @@ class MicroBatch:
         """Take at most `size`; ranks must agree, as each pass exchanges weights or gradients."""
         self.size = self._largest_within(min(size, self.size))
 
-    def shrink(self) -> bool:
-        """Take the next smaller size, and remember it; False if one sequence was too many."""
-        smaller = [size for size in self._sizes if size < self.size]
-        if not smaller:
-            return False
-        self.size = smaller[0]
-        if self._memo is not None:
-            write_json(self._memo, self._read() | {self._key: self.size})
-        return True
-
     def back_off(self, doing: str, hint: str) -> str:
-        """`shrink` after a failed allocation, whose memory is given back; says so in words.
+        """Take the next smaller size after a failed allocation, and remember it; says so in words.
 
-        Raises DoesNotFitError if one sequence was too many.
+        Memory is given back. Raises DoesNotFitError if one sequence was too many.
         """
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        was = self.size
-        if not self.shrink():
+        if self.size == 1:
             raise DoesNotFitError(f"{doing} one sequence at a time", hint=hint)
+        was, self.size = self.size, self._largest_within(self.size - 1)
+        if self._memo is not None:
+            write_json(self._memo, self._read() | {self._key: self.size})
         return f"{doing} {was} sequences at a time; going on with {self.size}"
 
     def _largest_within(self, limit: int) -> int:

@@ -94,10 +94,6 @@ class PlacedModel:
         # gradients that wait for the last micro-batch would wait uncut.
         yield
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """All of a tensor that may be cut among ranks; on every rank, so all must call."""
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
     def like(self, name: str, whole: Tensor) -> Tensor:
         """`whole` (on every rank) as the tensor of that name is kept: moved, and cut if it is.
 

@@ -124,7 +124,7 @@ class Trainer:
     def whole(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Tensors that may be cut, whole, one at a time; every rank must iterate to the end."""
         for name, tensor in tensors.items():
-            yield name, self.placed.whole(tensor)
+            yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
