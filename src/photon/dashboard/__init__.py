@@ -3,11 +3,3 @@
 from photon.dashboard.comparison import ComparisonRow, comparison_table
 from photon.dashboard.live import PlainView, progress_view
 from photon.dashboard.report import write_report
-
-__all__ = [
-    "ComparisonRow",
-    "PlainView",
-    "comparison_table",
-    "progress_view",
-    "write_report",
-]

@@ -22,29 +22,3 @@ from photon.models.parameters import (
     transformer_blocks,
 )
 from photon.models.presets import SHAPES
-
-__all__ = [
-    "HUB_PREFIX",
-    "SHAPES",
-    "HeadLoss",
-    "ModelCard",
-    "attend_without_masks",
-    "build_model",
-    "build_skeleton",
-    "carried_tensors",
-    "context_length",
-    "export_model",
-    "generate_tokens",
-    "held_out_loss",
-    "hidden_matrices",
-    "license_of",
-    "load_pretrained",
-    "model_fingerprint",
-    "require_document_masks",
-    "rows_at_once",
-    "sequences_at_once",
-    "tokenizer_file_of",
-    "trainable_parameters",
-    "training_loss",
-    "transformer_blocks",
-]

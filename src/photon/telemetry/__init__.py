@@ -3,13 +3,3 @@
 from photon.telemetry.events import Event
 from photon.telemetry.history import RunHistory, read_events, read_history
 from photon.telemetry.recorder import JsonlWriter, Listener, Recorder
-
-__all__ = [
-    "Event",
-    "JsonlWriter",
-    "Listener",
-    "Recorder",
-    "RunHistory",
-    "read_events",
-    "read_history",
-]

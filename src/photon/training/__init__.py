@@ -13,31 +13,3 @@ from photon.training.schedule import Schedule
 from photon.training.snapshot import Allocate, PendingSnapshot, read_snapshot, write_snapshot
 from photon.training.timing import StepTimes
 from photon.training.trainer import LocalResult, Trainer
-
-__all__ = [
-    "Allocate",
-    "Fit",
-    "InnerOptimizer",
-    "LocalResult",
-    "MicroBatch",
-    "PendingSnapshot",
-    "Ranks",
-    "Schedule",
-    "Seat",
-    "StepTimes",
-    "Trainer",
-    "adam_betas",
-    "count_flops",
-    "decayed_names",
-    "difference",
-    "local_part",
-    "materialise",
-    "mfu",
-    "plan_compute",
-    "plan_fit",
-    "ranks_of_a_node",
-    "read_snapshot",
-    "stated_peak",
-    "within_memory",
-    "write_snapshot",
-]
