@@ -172,7 +172,7 @@ def test_the_hub_is_reached_by_name_only(tmp_path):
     with pytest.raises(DataNotFoundError, match="no input at wikitext"):
         list(Source("wikitext").documents())
     code = (
-        "from photon.data import Source\n"
+        "from photon.data.ingest import Source\n"
         "from photon.errors import DataNotFoundError\n"
         "try:\n"
         "    list(Source('hf:no/such-dataset').documents())\n"
