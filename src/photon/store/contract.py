@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from photon.errors import ChunkCorruptError, LinkError, ObjectMissingError
-from photon.store.disk import sync_to_disk, writing
+from photon.store.disk import put_whole, writing
 
 if TYPE_CHECKING:
     from photon.store.memory import ReusedMemory  # NumPy's 10 MB, which most services don't need
@@ -102,22 +101,10 @@ class FolderStore(Store):
         path = self._path(key)
         if path.exists():
             return
-        # Another thread or process may write the same object at once: each has its own file.
-        partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
         with writing("an object", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with partial.open("wb") as file:
-                    file.write(data)
-                    if self._durable:
-                        file.flush()
-                        os.fsync(file.fileno())
-                partial.replace(path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-            if self._durable:
-                sync_to_disk(path.parent)
+            # Another thread or process may write the same object at once: each has its own file.
+            put_whole(path, data, durable=self._durable)
         pace(len(data))
 
     def get(self, key: str, *, max_bytes: int, pace: Pace = unpaced) -> Buffer:

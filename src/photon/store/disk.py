@@ -79,20 +79,29 @@ def write_whole(path: Path, data: str | bytes, what: str, *, mode: int = 0o644) 
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if path.exists() and not path.is_file():  # a device or a pipe would be replaced by a file
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     with writing(what, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_behind(path)
-        try:
-            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
+        put_whole(path, content, mode=mode)
+
+
+def put_whole(
+    path: Path, data: bytes | bytearray | memoryview, *, mode: int = 0o666, durable: bool = True
+) -> None:
+    """Bytes under a name at once, and on disk too if they are to be durable; raises OSError."""
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            if durable:
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if durable:
         sync_to_disk(path.parent)
 
 

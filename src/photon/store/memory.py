@@ -13,13 +13,15 @@ class ReusedMemory:
 
     Pieces that are taken from the heap and given back each time leave holes there that small things
     break up, and the heap grows by them; and they come filled with zeros, or page by page.
+
+    Args:
+        most_free: pieces kept for later, the largest ones. The default is for an update at a time:
+            the chunks on their way, the one that is read, tensors that span chunks, and those that
+            were decoded.
     """
 
-    #: Pieces kept for later, the largest ones. For an update at a time: the chunks on their way,
-    #: the one that is read, tensors that span chunks, and those that were decoded.
-    _MOST_FREE = 12
-
-    def __init__(self) -> None:
+    def __init__(self, most_free: int = 12) -> None:
+        self._most_free = most_free
         self._free: list[np.ndarray] = []
         # Reentrant: a piece may come back while this thread is in here, when garbage is collected.
         # So nothing below relies on what it saw of the list a moment before.
@@ -45,7 +47,7 @@ class ReusedMemory:
 
     def _keep(self, piece: np.ndarray) -> None:
         with self._lock:
-            self._free = sorted([*self._free, piece], key=len)[-self._MOST_FREE :]
+            self._free = sorted([*self._free, piece], key=len)[-self._most_free :]
 
 
 def _take_back(memory: weakref.ref[ReusedMemory], piece: np.ndarray) -> None:
