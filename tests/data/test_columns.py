@@ -14,7 +14,7 @@ BIG = "7" * 5000
 
 
 def texts(path, **options):
-    return [document.text for document in Source(str(path), **options).documents()]
+    return [document.text for document in Source([str(path)], **options).documents()]
 
 
 def write_table(path, **columns):
@@ -46,12 +46,12 @@ def test_plain_columns_are_read_as_they_were(tmp_path):
     day = pyarrow.array([1, 2], pyarrow.int32()).cast(pyarrow.date32())
     money = pyarrow.array(["1.50", "2.00"]).cast(pyarrow.decimal128(9, 2))
     path = write_table(tmp_path / "rows.parquet", day=day, n=[1.0, 2.5], ok=[True, None], sum=money)
-    fields = [document.fields for document in Source(str(path)).documents()]
+    fields = [document.fields for document in Source([str(path)]).documents()]
     assert fields == [
         {"day": "1970-01-02", "n": "1.0", "ok": "True", "sum": "1.50"},
         {"day": "1970-01-03", "n": "2.5", "sum": "2.00"},
     ]
-    some = [d.fields for d in Source(str(path), fields={"n": "--silo-field"}).documents()]
+    some = [d.fields for d in Source([str(path)], fields={"n": "--silo-field"}).documents()]
     assert some == [{"n": "1.0"}, {"n": "2.5"}]
 
 
@@ -71,7 +71,7 @@ def test_a_list_is_told_as_one(tmp_path):
 def test_a_number_beyond_all_bounds_stands_beside_text(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"text": "one", "id": {BIG}, "low": -{BIG}}}\n')
-    (found,) = Source(str(path)).documents()
+    (found,) = Source([str(path)]).documents()
     assert found.fields == {"id": BIG, "low": f"-{BIG}"}
     path.write_text(f'{{"text": {BIG}}}\n')
     with pytest.raises(DataError, match=r"rows\.jsonl:1: expected text under 'text', found a Dec"):
@@ -114,7 +114,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["numpy", "arrow", "pandas", "columns", "image", "audio"])
 def test_saved_datasets_are_read_whatever_else_is_in_them(saved, kind):
     for fields in (None, {"topic": "--silo-field"}):
-        found = list(Source(str(saved / kind), fields=fields).documents())
+        found = list(Source([str(saved / kind)], fields=fields).documents())
         assert [(d.text, d.fields["topic"]) for d in found] == [("one", "a"), ("two", "b")]
     with pytest.raises(DataError, match=r"expected text under 'n'.*no such key; keys: .*topic"):
         texts(saved / kind, text_key="n")
@@ -135,7 +135,7 @@ def test_a_long_column_of_metadata_is_passed_over(tmp_path):
     (tmp_path / "text/a.txt").write_text("words")
     table = tmp_path / "table.csv"
     table.write_text(f"id,party,abstract\na,whig,{'x' * 200_000}\n")
-    (found,) = Source(str(tmp_path / "text"), metadata=table).documents()
+    (found,) = Source([str(tmp_path / "text")], metadata=table).documents()
     assert found.fields["party"] == "whig"
 
 

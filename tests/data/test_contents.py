@@ -67,7 +67,7 @@ def test_shards_are_exactly_the_documents_in_order(rows, small_shards):
     """Every document is somewhere once; within a set, in input order, each with its end."""
     tokenizer = load_tokenizer(small_shards.tokenizer_file)
     seen: Counter[str] = Counter()
-    place = {document.text: n for n, document in enumerate(Source(str(rows)).documents())}
+    place = {document.text: n for n, document in enumerate(Source([str(rows)]).documents())}
     for part in small_shards.sets():
         for split in part.splits:
             tokens = tokens_of(small_shards, part, split)

@@ -47,7 +47,7 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_tables(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    documents = list(Source(str(tmp_path / name)).documents())
+    documents = list(Source([str(tmp_path / name)]).documents())
     assert [document.text for document in documents] == [row["text"] for row in ROWS]
     assert [document.fields["topic"] for document in documents] == [row["topic"] for row in ROWS]
     assert documents[3].fields["n"] == "3"
@@ -60,7 +60,7 @@ def test_a_mixed_folder_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "c.md").write_text("Last.")
     (tmp_path / "blank.txt").write_text("  \n")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    documents = list(Source(str(tmp_path)).documents())
+    documents = list(Source([str(tmp_path)]).documents())
     texts = [document.text for document in documents]
     assert texts == ["First.", *(row["text"] for row in ROWS), "Last."]
     assert documents[1].origin.folder == "b"
@@ -73,7 +73,7 @@ def test_saved_hugging_face_datasets(tmp_path, kind):
     rows = datasets.Dataset.from_list(ROWS)
     saved = rows if kind == "Dataset" else datasets.DatasetDict({"train": rows})
     saved.save_to_disk(str(tmp_path / "saved"))
-    documents = list(Source(str(tmp_path / "saved")).documents())
+    documents = list(Source([str(tmp_path / "saved")]).documents())
     assert [document.text for document in documents] == [row["text"] for row in ROWS]
     assert documents[0].fields["topic"] == "even"
 
@@ -85,12 +85,12 @@ def test_metadata_joins_by_stem(tmp_path):
         (text / f"{name}.txt").write_text(f"Words of {name}.")
     table = tmp_path / "table.csv"
     table.write_text("year,id,party\n1800,one,whig\n1900,two,tory\n")
-    documents = list(Source(str(text), metadata=table, metadata_key="id").documents())
+    documents = list(Source([str(text)], metadata=table, metadata_key="id").documents())
     assert [document.fields["party"] for document in documents] == ["whig", "tory"]
     with pytest.raises(DataError, match=r"no row of .*table\.csv belongs to a file"):
-        list(Source(str(text), metadata=table).documents())
+        list(Source([str(text)], metadata=table).documents())
     with pytest.raises(DataError, match=r"no column 'name'; its columns: year, id, party"):
-        list(Source(str(text), metadata=table, metadata_key="name").documents())
+        list(Source([str(text)], metadata=table, metadata_key="name").documents())
 
 
 def cut(write, path):
@@ -135,14 +135,14 @@ def test_broken_input_is_named(tmp_path, name):
     write, message = BROKEN[name]
     write(tmp_path / name)
     with pytest.raises(DataError, match=message):
-        list(Source(str(tmp_path / name)).documents())
+        list(Source([str(tmp_path / name)]).documents())
 
 
 def test_missing_input_and_empty_folders(tmp_path):
     with pytest.raises(DataNotFoundError, match="no input at"):
-        list(Source(str(tmp_path / "nothing")).documents())
+        list(Source([str(tmp_path / "nothing")]).documents())
     with pytest.raises(DataNotFoundError, match="holds no file that Photon reads"):
-        list(Source(str(tmp_path)).documents())
+        list(Source([str(tmp_path)]).documents())
 
 
 def test_a_dataset_of_the_hubs_layout_is_read_by_the_columns_it_needs(tmp_path, monkeypatch):
@@ -155,7 +155,7 @@ def test_a_dataset_of_the_hubs_layout_is_read_by_the_columns_it_needs(tmp_path, 
     pyarrow.parquet.write_table(table, tmp_path / "owner/name/train.parquet")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    found = list(Source("hf:owner/name:train", fields={"topic": "--silo-field"}).documents())
+    found = list(Source(["hf:owner/name:train"], fields={"topic": "--silo-field"}).documents())
     assert [(d.text, d.fields, d.origin.split) for d in found] == [
         ("one", {"topic": "a"}, "train"),
         ("two", {"topic": "b"}, "train"),
@@ -164,18 +164,18 @@ def test_a_dataset_of_the_hubs_layout_is_read_by_the_columns_it_needs(tmp_path, 
     with pytest.raises(
         DataError, match=r"hf:owner/name:train: expected text under 'body', found no"
     ):
-        list(Source("hf:owner/name:train", text_key="body").documents())
+        list(Source(["hf:owner/name:train"], text_key="body").documents())
 
 
 def test_the_hub_is_reached_by_name_only(tmp_path):
     """Offline, naming a hub dataset is a clean error; a bare word is a local path."""
     with pytest.raises(DataNotFoundError, match="no input at wikitext"):
-        list(Source("wikitext").documents())
+        list(Source(["wikitext"]).documents())
     code = (
         "from photon.data.ingest import Source\n"
         "from photon.errors import DataNotFoundError\n"
         "try:\n"
-        "    list(Source('hf:no/such-dataset').documents())\n"
+        "    list(Source(['hf:no/such-dataset']).documents())\n"
         "except DataNotFoundError as error:\n"
         "    assert 'no/such-dataset' in str(error)\n"
         "    raise SystemExit(21)\n"

@@ -91,7 +91,7 @@ def test_every_reader_keeps_rows_and_origin_apart(tmp_path, kind):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW]), own)
     else:
         datasets.DatasetDict({"de": datasets.Dataset.from_list([ROW])}).save_to_disk(str(own))
-    (found,) = Source(str(tmp_path)).documents()
+    (found,) = Source([str(tmp_path)]).documents()
     assert (found.fields["folder"], found.origin.folder) == ("mine", "a")
     assert found.origin.file == ("" if kind == "saved" else own.name)
     assert found.origin.split == ("de" if kind == "saved" else "")
@@ -104,7 +104,7 @@ def test_linked_folders_and_files_are_read(tmp_path):
     (tmp_path / "in/c").symlink_to("../elsewhere/c")
     (tmp_path / "in/a/more.txt").symlink_to(tmp_path / "elsewhere/c/deep/0.txt")
     assert texts(tmp_path / "in") == ["a"] * 3 + ["c"] * 3
-    assert {d.origin.folder for d in Source(str(tmp_path / "in")).documents()} == {"a", "c"}
+    assert {d.origin.folder for d in Source([str(tmp_path / "in")]).documents()} == {"a", "c"}
 
 
 def test_a_dangling_link_and_a_loop_are_refused_by_name(tmp_path):
@@ -147,7 +147,7 @@ def test_what_is_no_file_of_text_is_counted(tmp_path):
     os.mkfifo(tmp_path / "in/pipe.txt")
     (tmp_path / "in/.hidden").mkdir()
     tally = Tally()
-    assert len(list(Source(str(tmp_path / "in")).documents(tally))) == 1
+    assert len(list(Source([str(tmp_path / "in")]).documents(tally))) == 1
     said = " / ".join(tally.remarks())
     assert "1 hidden files and folders" in said
     assert "1 x no regular file" in said

@@ -11,7 +11,7 @@ from photon.errors import DataError, DataNotFoundError
 
 
 def texts(path, **options):
-    return [document.text for document in Source(str(path), **options).documents()]
+    return [document.text for document in Source([str(path)], **options).documents()]
 
 
 def lines(count):
@@ -83,7 +83,7 @@ def test_sources_name_the_file_or_folder(tmp_path):
     (tmp_path / "news/local").mkdir(parents=True)
     (tmp_path / "news/local/a.txt").write_text("text")
     (tmp_path / "news/b.jsonl").write_text('{"text": "row", "n": 1, "deep": {"x": 2}}\n')
-    found = list(Source(str(tmp_path)).documents())
+    found = list(Source([str(tmp_path)]).documents())
     assert [document.origin.source for document in found] == ["news/b.jsonl", "news/local"]
     assert found[0].origin == Origin("news/b.jsonl", "b.jsonl", "news")
     assert found[0].fields == {"n": "1"}
@@ -94,11 +94,11 @@ def test_metadata_by_file_name_and_two_rows_for_one(tmp_path):
     (tmp_path / "text/dr.smith.txt").write_text("text")
     table = tmp_path / "table.csv"
     table.write_text("id,party\ndr.smith,whig\n")
-    found = list(Source(str(tmp_path / "text"), metadata=table).documents())
+    found = list(Source([str(tmp_path / "text")], metadata=table).documents())
     assert found[0].fields["party"] == "whig"
     table.write_text("id,party\na,whig\na,tory\n")
     with pytest.raises(DataError, match=r"table\.csv:3: a second row for 'a'"):
-        list(Source(str(tmp_path / "text"), metadata=table).documents())
+        list(Source([str(tmp_path / "text")], metadata=table).documents())
 
 
 def test_a_row_named_stem_is_not_taken_for_a_file(tmp_path):
@@ -106,7 +106,7 @@ def test_a_row_named_stem_is_not_taken_for_a_file(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "row", "stem": "a"}\n')
     table = tmp_path.parent / f"{tmp_path.name}.csv"
     table.write_text("id,party\na,whig\n")
-    found = list(Source(str(tmp_path), metadata=table).documents())
+    found = list(Source([str(tmp_path)], metadata=table).documents())
     assert ["party" in document.fields for document in found] == [True, False]
 
 
@@ -118,7 +118,7 @@ def test_null_is_an_empty_document(tmp_path):
     table = pyarrow.Table.from_pylist([{"text": "also kept"}, {"text": None}])
     pyarrow.parquet.write_table(table, tmp_path / "table.parquet")
     tally = Tally()
-    texts = [document.text for document in Source(str(tmp_path)).documents(tally)]
+    texts = [document.text for document in Source([str(tmp_path)]).documents(tally)]
     assert texts == ["kept", "also kept"]
     assert tally.empty == 2
 
@@ -139,11 +139,11 @@ def test_parquet_that_is_cut_flipped_or_not_utf8(tmp_path):
     for raw in (whole[:-20], whole[: len(whole) // 2], bytes(flipped), b""):
         path.write_bytes(raw)
         with pytest.raises(DataError, match=r"rows\.parquet is not a readable parquet file"):
-            list(Source(str(path)).documents())
+            list(Source([str(path)]).documents())
     with pytest.raises(
         DataError, match=r"latin\.parquet, rows 1 to 1: the column 'text' \(string\)"
     ):
-        list(Source(str(tmp_path / "latin.parquet")).documents())
+        list(Source([str(tmp_path / "latin.parquet")]).documents())
 
 
 def test_parquet_without_the_text_column_lists_its_columns(tmp_path):
@@ -153,9 +153,9 @@ def test_parquet_without_the_text_column_lists_its_columns(tmp_path):
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "lang": ["en"]}), path)
     with pytest.raises(DataError, match=r"rows\.parquet: .*'text'.*keys: body, lang") as caught:
-        list(Source(str(path)).documents())
+        list(Source([str(path)]).documents())
     assert "--text-key" in caught.value.hint
-    assert [document.text for document in Source(str(path), text_key="body").documents()] == ["x"]
+    assert [document.text for document in Source([str(path)], text_key="body").documents()] == ["x"]
 
 
 def test_every_message_of_broken_input_has_a_hint(tmp_path):
@@ -172,7 +172,7 @@ def test_every_message_of_broken_input_has_a_hint(tmp_path):
     for name, raw in broken.items():
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
-            list(Source(str(tmp_path / name)).documents())
+            list(Source([str(tmp_path / name)]).documents())
         assert caught.value.hint, name
 
 
@@ -182,7 +182,7 @@ def test_metadata_that_is_no_table(tmp_path):
     table = tmp_path / "table.csv"
 
     def read():
-        list(Source(str(tmp_path / "text"), metadata=table).documents())
+        list(Source([str(tmp_path / "text")], metadata=table).documents())
 
     with pytest.raises(DataNotFoundError, match=r"no metadata file at .*table\.csv"):
         read()

@@ -92,21 +92,16 @@ class Source:
     """What to read and how.
 
     Attributes:
-        input, text_key, metadata, metadata_key, separator: as of PrepareOptions.
+        inputs, text_key, metadata, metadata_key, separator: as of PrepareOptions.
         fields: as of readers.Columns.
     """
 
-    input: str | Sequence[str]
+    inputs: Sequence[str]
     text_key: str = "text"
     metadata: Path | None = None
     metadata_key: str | None = None
     separator: str | None = None
     fields: Mapping[str, str] | None = None
-
-    @property
-    def inputs(self) -> list[str]:
-        """Each input."""
-        return [self.input] if isinstance(self.input, str) else list(self.input)
 
     def documents(self, tally: Tally | None = None) -> Iterator[Document]:
         """Every non-empty document, in an order that depends on file names only.
