@@ -17,7 +17,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,9 @@ class RefusedError(Exception):
 
 #: Answers a request, in a thread or (a coroutine) in the event loop; what it raises becomes an
 #: answer too.
-Handler = Callable[[Caller], dict[str, Any]] | Callable[[Caller], Awaitable[dict[str, Any]]]
+Handler = (
+    Callable[[Caller], dict[str, Any]] | Callable[[Caller], Coroutine[Any, Any, dict[str, Any]]]
+)
 
 #: Told of every refusal that is to be noted.
 Noter = Callable[[Caller, PhotonError], None]
@@ -144,10 +146,10 @@ class Routes:
                 if request.url.query:
                     raise ProtocolError(f"{path} takes no query")
                 if inspect.iscoroutinefunction(handle):
-                    return JSONResponse(await handle(caller))
+                    return JSONResponse(await _unless_gone(request, handle(caller)))
                 return JSONResponse(await run_in_threadpool(handle, caller))
             except ClientDisconnect:
-                return Response(status_code=400)
+                return Response(status_code=400)  # to nobody
             except Exception as error:
                 return await run_in_threadpool(self._refuse, caller, error)
 
@@ -216,6 +218,28 @@ class Routes:
         if noted:
             self._note(caller, told)
         return _refusal(status, told, close=not caller.whole)
+
+
+async def _unless_gone(request: Request, answer: Coroutine[Any, Any, dict[str, Any]]) -> Any:
+    """An answer that may be long in coming; given up when nobody waits for it any more.
+
+    Raises:
+        ClientDisconnect: the caller's connection was cut.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answering, leaving = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise ClientDisconnect
+        return await answering
+    finally:
+        answering.cancel()
+        leaving.cancel()
 
 
 def _too_long(size: int, most_bytes: int) -> RefusedError:

@@ -76,6 +76,7 @@ class Polls:
         self._held: dict[str, deque[_Poll]] = {}
         self._watch: asyncio.Task[None] | None = None
         self._closed = False
+        self._new = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def next(self, member: Member, body: TaskBody, wait_s: float) -> Letter | None:
@@ -93,18 +94,18 @@ class Polls:
         held.append(poll)
         while len(held) > self._most:
             held.popleft().answer(None)
+        self._new = True
         if self._watch is None or self._watch.done():
             self._watch = loop.create_task(self._look_again())
         try:
-            found = await run_in_threadpool(self._look, poll)
-            while found is None and not self._closed:
-                async with asyncio.timeout_at(until_s):
-                    found = await poll.found
-                if found != "look":
-                    return found
-                poll.found = loop.create_future()
-                found = await run_in_threadpool(self._look, poll)
-            return found
+            if self._closed:
+                return None
+            async with asyncio.timeout_at(until_s):
+                found = await poll.found
+            if found != "look":
+                return found
+            await run_in_threadpool(self._roster.active, member.fingerprint)
+            return None  # what was wrong is so no more: its node asks again
         except TimeoutError:
             return None
         finally:
@@ -123,10 +124,10 @@ class Polls:
         said = headers.get(PATIENCE_HEADER.lower(), "")[:4]
         patience_s = min(float(said), MOST_PATIENCE_S) if said.isdecimal() else POLL_PATIENCE_S
         wanted_s = max(least_s, self.count() / _POLLS_PER_S)
-        # Those that began together, after a task for all, do not end together.
-        hold_s = max(least_s, random.uniform(0.5, 1.0) * wanted_s)
         asked_s = min(max(POLL_PATIENCE_S, wanted_s + LEAST_LEFT_S), MOST_PATIENCE_S)
-        return max(0.0, min(hold_s, patience_s - LEAST_LEFT_S)), asked_s
+        hold_s = max(0.0, min(wanted_s, patience_s - LEAST_LEFT_S))
+        # Those that began together, after a task for all, do not end together.
+        return max(min(least_s, hold_s), random.uniform(0.5, 1.0) * hold_s), asked_s
 
     def count(self) -> int:
         """Those that wait now. From any thread."""
@@ -150,17 +151,18 @@ class Polls:
     def _all(self) -> list[_Poll]:
         return [poll for held in tuple(self._held.values()) for poll in tuple(held)]
 
-    def _look(self, poll: _Poll) -> Letter | None:
-        self._roster.active(poll.member.fingerprint)
-        return self._roster.letters.next(poll.member.name, poll.have) if self._given else None
-
     async def _look_again(self) -> None:
-        """Wake those who have news, for as long as anybody waits."""
+        """Wake those who have news, for as long as anybody waits.
+
+        All are looked for together, those who have just come too: where a thousand come at once,
+        each would wait for the others' questions to the file.
+        """
         seen = None
         while self._held:
             try:
                 version = await run_in_threadpool(self._roster.version)
-                if version != seen:
+                if version != seen or self._new:
+                    self._new = False
                     waiting = [(one, one.member.name, one.have) for one in self._all()]
                     for poll, found in await run_in_threadpool(self._news, waiting):
                         poll.answer(found)

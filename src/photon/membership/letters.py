@@ -105,19 +105,6 @@ class Letters:
         rows = self._file.rows(question, json.dumps(list(ids)))
         return {row["id"]: Letter(**row) for row in rows}
 
-    def next(self, silo: str, but: Collection[str]) -> Letter | None:
-        """A letter that a silo has not answered.
-
-        Args:
-            but: ids of those it has already.
-        """
-        question = (
-            "SELECT id, message, until FROM letters WHERE silo = ? AND reply IS NULL"
-            " AND until > ? ORDER BY rowid"
-        )
-        rows = self._file.rows(question, silo, time.time())
-        return next((Letter(**row) for row in rows if row["id"] not in but), None)
-
     def answer(self, silo: str, one: str, reply: SignedReply | str) -> bool:
         """Keep what a silo says to a letter, or why it says nothing; the first time counts.
 
