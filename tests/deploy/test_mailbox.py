@@ -41,6 +41,13 @@ def place(tmp_path: Path) -> Iterator[Place]:
     made.close()
 
 
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_question_and_its_answer_are_seen_at_once(place: Place) -> None:
     blue = place.member("blue")
     waits = []
@@ -68,13 +75,7 @@ def test_a_poll_ends_after_its_time_and_nothing_is_no_error(place: Place) -> Non
 
 def test_a_poll_that_was_cut_costs_nothing(place: Place) -> None:
     blue = place.member("blue")
-    body = b'{"boot": "one", "have": []}'
-    path = "/photon/v2/task"
-    signed = sign_request(place.keys["blue"], "POST", path, body, now=time.time())
-    lines = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(body)}"]
-    lines += [f"{name}: {value}" for name, value in signed.items()]
-    with socket.create_connection(("127.0.0.1", place.port), timeout=10) as line:
-        line.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+    with place.cut_poll("blue"):
         time.sleep(0.3)
     letter = place.ask("blue")  # taken by the poll that is no more, and by nobody
     for _ in range(3):  # a node that dies each time
@@ -83,6 +84,16 @@ def test_a_poll_that_was_cut_costs_nothing(place: Place) -> None:
         assert found.id == letter
     # One that holds it is not given it again.
     assert not place.poll(blue, letter).done()
+
+
+def test_a_node_that_is_gone_waits_no_more(tmp_path: Path) -> None:
+    """Its poll would go on saying that it is here, and keep the next one with its key out."""
+    place = Place(tmp_path, poll_s=300)
+    place.member("blue")
+    with place.cut_poll("blue"):
+        until(lambda: place.waiting() == 1)
+    until(lambda: place.waiting() == 0)
+    place.close()
 
 
 def test_several_questions_come_one_after_another(place: Place) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from photon.deploy.desk import Desk, DeskLimits
 from photon.membership.keys import NodeKey
 from photon.membership.records import OpenTask, SignedReply
 from photon.membership.roster import ROSTER_FILE, Facts, Roster
+from photon.membership.signing import sign_request
 from photon.silo.desk_client import Delivery, DeskClient
 from photon.silo.socket import bytes_of, frame, unframe
 from photon.store.presign import S3Presigner
@@ -33,8 +34,8 @@ def answer(text: bytes = b"a reply, which is the loop's to read \xff") -> Signed
 class Place:
     """The two sides of a roster's file, a desk between, and members' clients."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, poll_s: float = POLL_S) -> None:
+        self.folder, self._poll_s = folder, poll_s
         self.loop = Roster(folder / ROSTER_FILE)
         self.others = Roster(folder / ROSTER_FILE)
         self.pool = ThreadPoolExecutor(16)
@@ -44,7 +45,7 @@ class Place:
 
     def start(self, port: int = 0) -> None:
         signer = S3Presigner("https://s", "b", region="r", access_key_id="a", secret="s")
-        self.desk = Desk(self.others, signer, limits=DeskLimits(poll_s=POLL_S))
+        self.desk = Desk(self.others, signer, limits=DeskLimits(poll_s=self._poll_s))
         self.desk.start(port)
         self.port = self.desk.port
 
@@ -84,6 +85,23 @@ class Place:
             if found := self.loop.letters.pull([letter]):
                 return found[letter]
         raise AssertionError("no answer came")
+
+    @contextlib.contextmanager
+    def cut_poll(self, name: str) -> Iterator[None]:
+        """A node that polls, and is gone when the block ends."""
+        body, path = b'{"boot": "one", "have": []}', "/photon/v2/task"
+        signed = sign_request(self.keys[name], "POST", path, body, now=time.time())
+        signed["photon-patience"] = "180"
+        lines = [f"POST {path} HTTP/1.1", "host: x", f"content-length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in signed.items()]
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as line:
+            line.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+            yield
+
+    def waiting(self) -> int:
+        """How many polls the desk holds."""
+        assert self.desk is not None
+        return self.desk._polls.count()
 
     def poll(self, client: DeskClient, *have: str, boot: str = "one") -> Future[Delivery | None]:
         """A poll that has begun to wait, if there is nothing to wait for."""
