@@ -47,8 +47,9 @@ def assembled(
             inner, way = path.parent, [*above, path]
         else:
             inner, way = folder, above
-        if isinstance(child, dict) and isinstance(child.get("children"), dict):
-            child = child | {"children": assembled(child["children"], inner, read, way)}
+        below = child.get("children") if isinstance(child, dict) else None
+        if isinstance(below, dict):
+            child = child | {"children": assembled(below, inner, read, way)}
         whole[name] = child
     return whole
 

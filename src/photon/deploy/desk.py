@@ -102,7 +102,6 @@ class Desk:
             are signed for it.
         authority: folder of the authority that signs members' certificates; None where no door
             asks for them.
-        control: "desk" hands questions out; with another, somebody else does.
     """
 
     def __init__(
@@ -116,33 +115,32 @@ class Desk:
         store_origin: str | None = None,
         audience: str = "",
         authority: Path | None = None,
-        control: str = "desk",
     ) -> None:
         self._roster = roster
         self._authority = authority
         self._store_origin = store_origin
         self._operator_socket: Path | None = None
         self._limits = limits or DeskLimits()
-        self._about = about
-        self._on_event = on_event
+        self._about, self._on_event = about, on_event
         self._granting = Granting(roster, presigner, self._limits)
         self._counters = Counters(self._limits)
         self._verifier = RequestVerifier(roster.by_fingerprint, audience=audience)
         self._server: ServerThread | None = None
-        self._control = control
         self._polls = Polls(roster, self._limits.polls_each)
         self._attendance = Attendance(roster)
-        self._started_at = 0.0
-        self.port = 0
+        self._started_at, self.port = 0.0, 0
 
     # --- running ---
 
-    def start(self, port: int = 0, operator_socket: Path | None = None) -> None:
+    def start(
+        self, port: int = 0, operator_socket: Path | None = None, *, control: str = "desk"
+    ) -> None:
         """Listen on loopback; when this returns, requests are answered.
 
         Args:
             port: any free one if 0; the attribute `port` says which.
             operator_socket: where to listen for the operator; None for nowhere.
+            control: "desk" hands questions out here; with another, somebody else does.
 
         Raises:
             PortInUseError: somebody else listens there, or on the operator's socket.
@@ -151,7 +149,7 @@ class Desk:
         if self._server is not None:
             raise DeployError("this desk was started already")
         self._started_at = time.time()
-        self._polls = Polls(self._roster, self._limits.polls_each, given=self._control == "desk")
+        self._polls = Polls(self._roster, self._limits.polls_each, given=control == "desk")
         listener = loopback_socket(port)
         self.port = listener.getsockname()[1]
         served = [(self._for_silos().application(), listener)]

@@ -156,7 +156,7 @@ class Aggregator:
             presigner, store_port = self._store(supervisor)
             ends.enter_context(self._freeing(supervisor))
             desk = self._desk(presigner, door.ca, members)
-            desk.start(operator_socket=self._home / OPERATOR_SOCKET)
+            desk.start(0, self._home / OPERATOR_SOCKET, control=self._serve.control)
             ends.callback(desk.stop)
             self._start(
                 supervisor,
@@ -262,7 +262,6 @@ class Aggregator:
             store_origin=_origin_of(presigner) if store is not None else None,
             audience=certificate_fingerprint(ca.read_text(encoding="ascii")),
             authority=authority,
-            control=self._serve.control,
         )
 
     def _figures(self, desk: Desk) -> list[Reader]:
@@ -408,7 +407,7 @@ class Aggregator:
         with contextlib.suppress(DeployError):
             desk.stop()
         # Where the door looks for it; what it raises ends serve.
-        desk.start(desk.port, self._home / OPERATOR_SOCKET)
+        desk.start(desk.port, self._home / OPERATOR_SOCKET, control=self._serve.control)
 
     def _desk_told(self, kind: str, detail: dict[str, Any]) -> None:
         if kind == "refused":

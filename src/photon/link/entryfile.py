@@ -66,8 +66,8 @@ class EntryFile:
         def tensor(part: _Part) -> torch.Tensor:
             if not part.count:
                 return torch.empty(0, dtype=part.dtype)
-            where = {"count": part.count, "offset": part.offset}
-            return torch.frombuffer(memory, dtype=part.dtype, **where)
+            dtype, count, offset = part.dtype, part.count, part.offset
+            return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
 
         return [
             Entry(name, shape, codec, {part.name: tensor(part) for part in parts})
