@@ -101,7 +101,7 @@ class Place:
     def waiting(self) -> int:
         """How many polls the desk holds."""
         assert self.desk is not None
-        return self.desk._polls.count()
+        return self.desk.polls.count()
 
     def poll(self, client: DeskClient, *have: str, boot: str = "one") -> Future[Delivery | None]:
         """A poll that has begun to wait, if there is nothing to wait for."""

@@ -126,7 +126,7 @@ class Desk:
         self._counters = Counters(self._limits)
         self._verifier = RequestVerifier(roster.by_fingerprint, audience=audience)
         self._server: ServerThread | None = None
-        self._polls = Polls(roster, self._limits.polls_each)
+        self.polls = Polls(roster, self._limits.polls_each)
         self._attendance = Attendance(roster)
         self._started_at, self.port = 0.0, 0
 
@@ -149,7 +149,7 @@ class Desk:
         if self._server is not None:
             raise DeployError("this desk was started already")
         self._started_at = time.time()
-        self._polls = Polls(self._roster, self._limits.polls_each, given=control == "desk")
+        self.polls = Polls(self._roster, self._limits.polls_each, given=control == "desk")
         listener = loopback_socket(port)
         self.port = listener.getsockname()[1]
         served = [(self._for_silos().application(), listener)]
@@ -163,7 +163,7 @@ class Desk:
             served.append((self._for_operator().application(), private))
         self._server = ServerThread(served)
         self._make_room()
-        self._attendance.start(self._polls.idle)
+        self._attendance.start(self.polls.idle)
         self._server.start()
 
     def stop(self) -> None:
@@ -174,7 +174,7 @@ class Desk:
         if self._operator_socket is not None:
             with contextlib.suppress(OSError):
                 self._operator_socket.unlink()
-        self._polls.close()
+        self.polls.close()
         server.stop()
         self._attendance.close()
 
@@ -187,7 +187,7 @@ class Desk:
     @property
     def polls_held(self) -> int:
         """How many silos wait for a question."""
-        return self._polls.count()
+        return self.polls.count()
 
     @property
     def alive(self) -> bool:
@@ -384,7 +384,7 @@ class Desk:
 
     async def _task(self, caller: Caller) -> dict[str, Any]:
         """A question for a member, once there is one."""
-        polls = self._polls
+        polls = self.polls
 
         def asks() -> tuple[Member, TaskBody]:
             member = self._member(caller)

@@ -392,6 +392,7 @@ class Aggregator:
     def _tell_end(self, desk: Desk) -> None:
         """Let silos that are here hear how it ended, before the desk goes."""
         self._on_event(f"the silos that are here hear of it (at most {_LAST_WORDS_S:.0f} s)")
+        desk.polls.close()  # who waits in one counts as seen, and would not have heard
         began, until = time.time(), time.monotonic() + _LAST_WORDS_S
         while time.monotonic() < until and not self._supervisor.stopping:
             here = [one["presence"] for one in desk.status()["members"] if one["here"]]
