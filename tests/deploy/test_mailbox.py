@@ -193,7 +193,7 @@ def test_a_flood_of_polls_holds_two_places_and_keeps_nobody_waiting(place: Place
     for one in flood[:-2]:
         assert one.result(AT_ONCE_S) is None  # the oldest ones are most likely cut
     assert place.desk is not None
-    assert {name: len(held) for name, held in place.desk._polls._held.items()} == {"blue": 2}
+    assert {name: len(held) for name, held in place.desk.polls._held.items()} == {"blue": 2}
     poll = place.poll(red)
     letter = place.ask("red")
     found = poll.result(AT_ONCE_S)
@@ -204,7 +204,7 @@ def test_a_flood_of_polls_holds_two_places_and_keeps_nobody_waiting(place: Place
         found = one.result(AT_ONCE_S)
         assert found is not None
         assert found.id == letter
-    assert place.desk._polls._held == {}
+    assert place.desk.polls._held == {}
 
 
 def test_too_many_requests_of_one_member_are_turned_away(place: Place) -> None:
