@@ -57,7 +57,8 @@ def test_a_quorum_closes_a_round_without_the_slow(make_served):
 def test_a_late_update_of_a_served_run_is_merged_and_audited(pace, make_served):
     served = make_served(
         *LATE,
-        "federation.rounds=8",
+        "federation.rounds=16",  # time enough for who is asked again every 0.3 s
+        "federation.max_staleness=16",
         f'federation.pace="{pace}"',
         "federation.quorum=2",
         'federation.late="merge"',

@@ -12,6 +12,7 @@ from photon.telemetry.events import (
     CheckpointSaved,
     Evaluated,
     Event,
+    KeyMerged,
     LocalFinished,
     LocalProgress,
     RoundFinished,
@@ -73,6 +74,9 @@ def round_events(number: int, shift: float = 0.0) -> Iterator[Event]:
         round=number, participants=list(SILOS), tokens=2 * TOKENS, train_loss=10 - number + shift,
         pseudo_gradient_norm=0.5, merge_s=0.1,
     )  # fmt: skip
+    yield KeyMerged(
+        round=number, silo="", participants=list(SILOS), shares={"layers.0": [0.6, 0.4]}
+    )
     yield evaluated(number, 9 - number + shift)
     for silo in SILOS:
         yield evaluated(number, 9 - number + shift, silo)

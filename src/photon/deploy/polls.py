@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ logger = logging.getLogger("photon.desk")
 #: Between two looks at whether the roster's file changed, while somebody waits.
 _LOOK_S = 0.02
 #: All that wait are held for so long that no more end.
-_POLLS_PER_S = 8.0
+_POLLS_PER_S = 5.0
+#: Who may take part is asked so often, and at once where another process changed it.
+_MEMBERS_S = 1.0
 #: After a look that failed.
 _TROUBLE_S = 1.0
 
@@ -77,6 +80,8 @@ class Polls:
         self._watch: asyncio.Task[None] | None = None
         self._closed = False
         self._new = False
+        #: Keys of those who may take part, as of a version of the members' file; until when.
+        self._active, self._seen, self._again_s = set[str](), -1, 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def next(self, member: Member, body: TaskBody, wait_s: float) -> Letter | None:
@@ -164,7 +169,7 @@ class Polls:
                 if version != seen or self._new:
                     self._new = False
                     waiting = [(one, one.member.name, one.have) for one in self._all()]
-                    for poll, found in await run_in_threadpool(self._news, waiting):
+                    for poll, found in await run_in_threadpool(self._news, waiting, version):
                         poll.answer(found)
                 seen = version
                 await asyncio.sleep(_LOOK_S)
@@ -175,12 +180,16 @@ class Polls:
                 await asyncio.sleep(_TROUBLE_S)
 
     def _news(
-        self, waiting: list[tuple[_Poll, str, frozenset[str]]]
+        self, waiting: list[tuple[_Poll, str, frozenset[str]]], version: tuple[int, ...]
     ) -> list[tuple[_Poll, Letter | Literal["look"]]]:
         """What there is for whom, all of it in three questions."""
         letters = self._roster.letters.unanswered() if self._given else {}
-        active = self._roster.active_keys()
-        refused = [poll for poll, _, _ in waiting if poll.member.fingerprint not in active]
+        keys = {poll.member.fingerprint for poll, _, _ in waiting}
+        members, now_s = version[1], time.monotonic()
+        if members != self._seen or now_s > self._again_s or not keys <= self._active:
+            self._active, self._seen = self._roster.active_keys(), members
+            self._again_s = now_s + _MEMBERS_S
+        refused = [one for one, _, _ in waiting if one.member.fingerprint not in self._active]
         wanted = {
             poll: new[0]
             for poll, name, have in waiting
