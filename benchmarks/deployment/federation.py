@@ -392,7 +392,7 @@ def read_tasks(home: Path) -> dict[tuple[int, str], tuple[float, float | None]]:
     with (
         contextlib.suppress(sqlite3.Error),
         contextlib.closing(
-            sqlite3.connect(f"file:{home / 'members.sqlite'}?mode=ro", uri=True, timeout=5)
+            sqlite3.connect(f"file:{home / 'mailbox.sqlite'}?mode=ro", uri=True, timeout=5)
         ) as db,
     ):
         rows = db.execute(

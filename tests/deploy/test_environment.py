@@ -24,8 +24,9 @@ from photon.training import Seat
 
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "GOOGLE_SERVICE_ACCOUNT", "HF_TOKEN", "DATABASE_PASSWORD")
 NEEDED = ("CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "HTTPS_PROXY", "OMP_NUM_THREADS", "RANK")
-#: Names only: a line of a service's is cut when it is long.
-PRINTS = "import json, os; print(json.dumps([*os.environ]), flush=True)"
+PRINTS = "import json, os; print(json.dumps(dict(os.environ)), flush=True)"
+#: Only that: a line of a service's is cut where it is long.
+PRINTS_NAMES = PRINTS.replace("dict(os.environ)", "[*os.environ]")
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def seen_by(service: Service) -> set[str]:
 
 
 def test_a_service_sees_what_it_needs_and_no_secret(watched) -> None:
-    program = f"{PRINTS}; import time; time.sleep(600)"
+    program = f"{PRINTS_NAMES}; import time; time.sleep(600)"
     watched.supervisor.start(python("one", program))
     names = r'(\["[A-Z].*"\])'
     until(lambda: said(watched, names), "its environment")
