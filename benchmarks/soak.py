@@ -137,7 +137,7 @@ def measure(federation: Federation) -> dict[str, float]:
     home, run, nodes = federation.home, federation.run, federation.folder / "nodes"
     folders = {
         "store": disk_bytes(home / "store", leave_out=frozenset({LOGS})),
-        "roster": sum(_size(one) for one in home.glob("members.sqlite*")),
+        "roster": sum(_size(one) for one in home.glob("*.sqlite*")),
         "serve.home": disk_bytes(home),
         "run folder": disk_bytes(run, leave_out=RECORDS),
         "run's records": sum(_size(run / one) for one in RECORDS),
