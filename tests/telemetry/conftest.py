@@ -15,6 +15,7 @@ from photon.telemetry.events import (
     KeyMerged,
     LocalFinished,
     LocalProgress,
+    ResidualRouted,
     RoundFinished,
     RoundMerged,
     RoundStarted,
@@ -77,6 +78,11 @@ def round_events(number: int, shift: float = 0.0) -> Iterator[Event]:
     yield KeyMerged(
         round=number, silo="", participants=list(SILOS), shares={"layers.0": [0.6, 0.4]}
     )
+    yield ResidualRouted(
+        round=number, silo="", at_jurisdiction="UN", module="layers.0", origin="eu/north",
+        origin_jurisdiction="EU", to="us", to_jurisdiction="US", cosine=0.25, hops=1, bytes=40,
+        outcome="taken",
+    )  # fmt: skip
     yield evaluated(number, 9 - number + shift)
     for silo in SILOS:
         yield evaluated(number, 9 - number + shift, silo)

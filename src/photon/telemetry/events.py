@@ -195,6 +195,37 @@ class KeyMerged(Event):
     shares: dict[str, list[float]]
 
 
+class ResidualRouted(Event):
+    """One federation's decision on one residual: each step of its way is an event.
+
+    Attributes:
+        silo: the federation that decided, as in KeyMerged; at_jurisdiction is its own.
+        module: the layer, as in KeyMerged.shares.
+        origin: by its path, such as "eu/banks", the member whose update it is.
+        origin_jurisdiction: of the federation around that member; "" where none is named.
+        to: by its path, the federation that takes it, is next ("" the root), or is barred; null
+            where it ends.
+        cosine: with the update of the member that fits best; null where nothing was compared.
+        hops: steps up, with the one that is told.
+        bytes: of it on the wire.
+        outcome: "taken" down by a member, "up" to the federation above, "barred" by a policy, or
+            "unplaced".
+    """
+
+    round: int
+    silo: str
+    at_jurisdiction: str
+    module: str
+    origin: str
+    origin_jurisdiction: str
+    to: str | None
+    to_jurisdiction: str
+    cosine: Figure
+    hops: int
+    bytes: int
+    outcome: Literal["taken", "up", "barred", "unplaced"]
+
+
 class Evaluated(Event):
     """Held-out loss of the global model. `silo` is null for the global held-out set.
 
