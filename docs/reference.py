@@ -155,6 +155,8 @@ def _bounds_of(field: dict[str, Any]) -> str:
     if len(choices := _choices(field)) > 1:
         return ", ".join(_bounds_of(choice) for choice in choices)
     value = _value_schema(field)
+    if "const" in value:
+        return f"`{value['const']}`"
     if "enum" in value:
         return ", ".join(f"`{choice}`" for choice in value["enum"])
     inside = value.get("additionalProperties")

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from faulty_nodes import fail, faulty, poison
 from typer.testing import CliRunner
 
 from photon.cli.main import app
@@ -55,32 +56,6 @@ def tasks_of(monkeypatch):
 
     monkeypatch.setattr(LocalEngine, "submit", noted)
     return tasks
-
-
-def faulty(monkeypatch, silo, number, act):
-    """Has `act` done to one silo's trainer before its steps of one (inner) round, once."""
-    build, fired = LocalEngine.__init__, []
-
-    def hook(task, trainer):
-        if (task.silo, task.round) == (silo, number) and not fired:
-            fired.append(task)
-            act(trainer)
-
-    def with_fault(self, node):
-        node._fault = hook
-        build(self, node)
-
-    monkeypatch.setattr(LocalEngine, "__init__", with_fault)
-    return fired
-
-
-def fail(trainer):
-    raise RuntimeError("killed")
-
-
-def poison(trainer):
-    with torch.no_grad():
-        next(iter(trainer.optimizer.parameters.values())).view(-1)[0] = torch.nan
 
 
 def states_kept(folder):

@@ -14,15 +14,15 @@ from photon.config import load_run_config
 from photon.config.children import with_branches
 
 if TYPE_CHECKING:
-    from photon.config import RunConfig
+    from photon.config import FederationConfig, RunConfig
     from photon.config.children import ChildConfig
 
 
 def tree(run_file: RunFile, overrides: Sets = None, as_json: AsJson = False) -> None:
     """Draw the federations of a run, one inside another, with who decides what.
 
-    Each line is a federation: how often it merges, after how many local steps, how, and in which
-    file that is written. Below it are its members; silos take steps.
+    Each line is a federation: how often it merges, after how many local steps, whom it draws, how
+    it merges, and in which file that is written. Below it are its members; silos take steps.
 
     Example: `photon tree run.toml`
     """
@@ -37,23 +37,22 @@ def tree(run_file: RunFile, overrides: Sets = None, as_json: AsJson = False) -> 
 
 def described(config: RunConfig, file: str) -> dict[str, Any]:
     """The tree as nested tables, for --json."""
-    federation = config.federation
-    top = {
-        "name": config.run.name,
-        "rounds": federation.rounds,
-        "steps": config.local.steps,
-        "merging_rule": federation.merging_rule,
-        "outer": config.outer.name,
-        "update_codec": config.link.update_codec,
-        "written_in": file,
-    }
+    federation, steps = config.federation, config.local.steps
+    top = _level(federation, config.outer.name, config.link.update_codec)
     parts, key = config.parts, {}
     if parts.key:
         key = {"key_rule": parts.key_rule, "key_down": parts.key_down}
-    below = list(_children(federation.children, config.local.steps, file))
+    below = list(_children(federation.children, steps, file))
     inside = {silo for name, one in federation.children.items() for silo in one.silos_of(name)}
     silos = sorted(set(_silos(config)) - inside)
-    return top | key | {"members": below + [{"name": silo} for silo in silos]}
+    return {
+        "name": config.run.name,
+        "steps": steps,
+        "written_in": file,
+        **top,
+        **key,
+        "members": below + [{"name": silo} for silo in silos],
+    }
 
 
 def _children(children: dict[str, ChildConfig], steps: int, file: str) -> Iterator[dict[str, Any]]:
@@ -61,18 +60,21 @@ def _children(children: dict[str, ChildConfig], steps: int, file: str) -> Iterat
         own, inner = child.written_in or file, steps // child.rounds
         yield {
             "name": name,
-            "rounds": child.rounds,
             "steps": inner,
-            "merging_rule": child.merging_rule,
-            "outer": child.outer.name,
-            "update_codec": child.update_codec,
             "written_in": own,
+            **_level(child, child.outer.name, child.update_codec),
             "members": [
                 *_children(child.children, inner, own),
                 *({"name": silo} for silo in child.silos),
                 *({"name": f"{name}.{index}"} for index in range(child.nodes or 0)),
             ],
         }
+
+
+def _level(level: FederationConfig | ChildConfig, outer: str, codec: str) -> dict[str, Any]:
+    names = ("rounds", "merging_rule", "sample", "sampling", "quorum")
+    own = {name: getattr(level, name) for name in names}
+    return own | {"outer": outer, "update_codec": codec}
 
 
 def _silos(config: RunConfig) -> list[str]:
@@ -98,5 +100,6 @@ def _drawn(one: dict[str, Any], branch: Tree) -> Tree:
 def _line(one: dict[str, Any]) -> Text:
     key = f", key layers: {one['key_rule']} up, {one['key_down']} down" if "key_rule" in one else ""
     rounds = f"{one['rounds']} round{'s' * (one['rounds'] != 1)} of {one['steps']} steps"
-    how = f": {rounds}, {one['merging_rule']}, {one['outer']}, {one['update_codec']}{key} "
+    drawn = f", {one['sample']} drawn ({one['sampling']})" if one["sample"] else ""
+    how = f": {rounds}{drawn}, {one['merging_rule']}, {one['outer']}, {one['update_codec']}{key} "
     return Text.assemble((one["name"], "bold"), how, (f"({one['written_in']})", "dim"))

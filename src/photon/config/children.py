@@ -14,7 +14,7 @@ from photon.config.section import Positive, Section
 from photon.errors import IncompatibleConfigError, some
 
 if TYPE_CHECKING:
-    from photon.config.run import RunConfig
+    from photon.config.run import FederationConfig, RunConfig
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -39,6 +39,27 @@ class ChildConfig(Section):
         default=None,
         description="Local steps of an inner round; rounds x steps are the steps above, as they "
         "are by default.",
+    )
+    sample: Positive | None = Field(
+        default=None,
+        description="Members of an inner round; all by default. Not of nodes, each of which reads "
+        "its part of the text.",
+    )
+    sampling: Literal["uniform", "weighted"] = Field(
+        default="uniform", description="How they are drawn, as federation.sampling."
+    )
+    quorum: Positive | None = Field(
+        default=None,
+        description="Fewest good updates of an inner round, half by default; with fewer its whole "
+        "update comes to nothing.",
+    )
+    pace: Literal["synchronous"] = Field(
+        default="synchronous",
+        description="An inner round waits for all who were drawn, or for deadline_s. Any other "
+        "pace needs a clock for each group.",
+    )
+    deadline_s: Annotated[float, Field(gt=0, le=30 * 86_400)] | None = Field(
+        default=None, description="Of an inner round; as the level above it by default."
     )
     weighting: Literal["tokens", "equal", "data"] = Field(
         default="tokens", description="Weight of a member's update, as federation.weighting."
@@ -82,6 +103,11 @@ class ChildConfig(Section):
         return self.nodes or len(self.silos) + sum(one.leaves for one in self.children.values())
 
     @property
+    def at_work(self) -> float:
+        """How many of them are at work on average, where not all take part in each round."""
+        return at_work(self, self.nodes or len(self.silos), self.children)
+
+    @property
     def within_recipe(self) -> bool:
         """Whether its update lies no further away than a silo's of as many steps may."""
         mean = self.outer.name == "fedavg" and self.outer.lr <= 1
@@ -92,6 +118,15 @@ class ChildConfig(Section):
 Children = dict[_Name, ChildConfig]
 #: What a silo in no group is like.
 LEAF = ChildConfig(nodes=1)
+
+
+def at_work(
+    level: ChildConfig | FederationConfig, silos: int, children: Mapping[str, ChildConfig]
+) -> float:
+    """How many train at the same time, on average: of silos, or nodes, and of groups."""
+    members = silos + len(children)
+    drawn = min(level.sample or members, members)
+    return (silos + sum(one.at_work for one in children.values())) * drawn / members
 
 
 def participants(
@@ -111,10 +146,10 @@ def group_of(children: Mapping[str, ChildConfig], member: str) -> str:
 
 def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
     """The run file as a group's members have it: the clock is that of the whole run."""
-    federation: dict[str, Any] = {"sample": None, "quorum": None, "sampling": "uniform"}
-    federation["rounds"] = config.federation.rounds * child.rounds
-    for key in ("weighting", "merging_rule", "children"):
+    federation: dict[str, Any] = {"rounds": config.federation.rounds * child.rounds}
+    for key in ("sample", "sampling", "quorum", "weighting", "merging_rule", "children"):
         federation[key] = getattr(child, key)
+    federation["deadline_s"] = child.deadline_s or config.federation.deadline_s
     tables = {
         "federation": federation,
         "local": {"steps": config.local.steps // child.rounds},
@@ -219,10 +254,28 @@ def _names(
                 f"needs one clock, and rounds x steps of [{place}] are not the {steps} steps "
                 "of the level above it"
             )
+        _check_round(child, place)
         yield name, child.nodes is not None
         yield from ((f"{name}.{index}", False) for index in range(child.nodes or 0))
         yield from ((silo, True) for silo in child.silos)
         yield from _names(child.children, steps // child.rounds, place)
+
+
+def _check_round(child: ChildConfig, place: str) -> None:
+    """Raise IncompatibleConfigError where too few can be in an inner round."""
+    members = child.nodes or len(child.silos) + len(child.children)
+    drawn = child.sample or members
+    if child.nodes is not None and child.sample is not None:
+        raise _refused(f"needs all nodes of [{place}]: its sample would leave out parts of a text")
+    if drawn > members:
+        raise _refused(f"needs sample of [{place}] to be at most its {members} members")
+    if (child.quorum or 1) > drawn:
+        raise _refused(f"needs quorum of [{place}] to be at most the {drawn} of an inner round")
+    if child.sampling == "weighted" and child.weighting == "data":
+        raise _refused(
+            f'counts data twice in [{place}]: sampling = "weighted" goes with weighting = "tokens" '
+            'or "equal"'
+        )
 
 
 def _refused(why: str) -> IncompatibleConfigError:

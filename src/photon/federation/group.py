@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,9 @@ class Group:
     ) -> None:
         self._name, self._key = name, key
         self._child = child = config.federation.children[name]
-        self._config = inside(config, child)
+        self._config = config = inside(config, child)
+        draws = {"seed": config.run.seed ^ zlib.crc32(name.encode())}  # of its own
+        self._config = config.model_copy(update={"run": config.run.model_copy(update=draws)})
         self._engine, self._folder, self._tell = engine, folder, on_event
         self._store = CheckpointStore(folder / name, sys.maxsize)
         link = config.link.model_copy(update={"update_codec": child.update_codec})
@@ -91,7 +94,8 @@ class Group:
         costs, receipts = RoundCosts(), list[Sequence[Receipt]]()
         try:
             for index in range(rounds):
-                clock, cursors = task.global_step + index * local.steps, self._cursors(task, index)
+                clock = task.global_step + index * local.steps
+                cursors = self._cursors(task, index, after.cursors)
                 before = replace(after, global_step=clock, cursors=cursors)
                 closed = federation.round(before, self._candidates, costs)
                 after = closed.after
@@ -106,7 +110,9 @@ class Group:
         if self._config.parts.own_key:
             new = section(server.version.tensors, WEIGHTS)
             groups |= {"key": {name: new[name] for name in self._key}, "anchor": anchor}
-        self._store.save(replace(after, round=task.round), groups)
+        read = task.cursor + task.steps * local.batch_size
+        cursors = {**after.cursors, self._name: read}
+        self._store.save(replace(after, round=task.round, cursors=cursors), groups)
         state_lost |= update.receipt.state_lost
         receipt = replace(update.receipt, state_lost=state_lost)
         return replace(update, receipt=_sum(receipts, costs, receipt))
@@ -127,18 +133,27 @@ class Group:
                 pass
         return RunState(), {}, number is not None
 
-    def _cursors(self, task: FitTask, index: int) -> dict[str, int]:
-        """Where members read on. All take part in all inner rounds, so nobody has to keep it.
+    def _cursors(self, task: FitTask, index: int, ended: Mapping[str, int]) -> Mapping[str, int]:
+        """Where members read on: where each ended, or past what lost tasks of the group were given.
 
         Nodes of one silo each read a contiguous block of an inner round's sequences.
+
+        Args:
+            ended: cursors so far, the group's own among them if they are of a task that was merged.
         """
-        block, nodes = self._config.local.steps * self._config.local.batch_size, self._child.nodes
-        members = self._candidates.tokens
+        members, nodes = self._candidates.tokens, self._child.nodes
         if nodes is not None:
+            block = self._config.local.steps * self._config.local.batch_size
             first = task.cursor + index * nodes * block
             return {name: first + j * block for j, name in enumerate(members)}
-        at, children = task.cursor + index * block, self._config.federation.children
-        return {name: at * (children.get(name, LEAF).nodes or 1) for name in members}
+        if index:
+            return ended
+        ended = ended if self._name in ended else {}
+        lost, children = task.cursor - ended.get(self._name, 0), self._config.federation.children
+        return {
+            name: ended.get(name, 0) + lost * (children.get(name, LEAF).nodes or 1)
+            for name in members
+        }
 
     def _drop_inner(self, before: RunState, after: RunState, kept: RunState) -> None:
         """Remove what members kept after inner rounds of a task that it went on from."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from photon.config import LinkConfig, PrivacyConfig, RunConfig
-from photon.config.children import with_branches
+from photon.config.children import at_work, with_branches
 from photon.data import PreparedData
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
@@ -68,11 +68,12 @@ class Nodes:
             return config.local.batch_size
         if config.train.batch_size is not None:
             return config.train.batch_size
-        participants = min(len(self.silos), config.federation.sample or len(self.silos))
-        for name, one in config.federation.children.items():  # as many as read a text in groups
-            if (silos := one.silos_of(name)) and set(silos) <= set(self.silos):
-                participants += one.leaves - len(silos)
-        return config.local.batch_size * participants
+        alone, groups = len(self.silos), {}
+        for name, one in config.federation.children.items():
+            if set(silos := one.silos_of(name)) <= set(self.silos):
+                alone, groups[name] = alone - len(silos), one
+        participants = at_work(config.federation, alone, groups)
+        return config.local.batch_size * max(1, round(participants))
 
     def settings(self) -> NodeSettings:
         """Of each node; under torchrun with this process's seat."""
