@@ -97,7 +97,9 @@ def test_the_tree_says_who_decides_what(write):
     out = CliRunner().invoke(app, ["tree", str(write())], env={"COLUMNS": "120"}).output
     lines = [line.strip("│├└─ ") for line in out.splitlines()]
     assert any(one.startswith("eu: 2 rounds of 4 steps, mean, nesterov") for one in lines)
-    assert any("(nordics.toml)" in one and "4 rounds of 1 steps, 1 drawn (uniform)" in one for one in lines)
+    assert any(
+        "(nordics.toml)" in one and "4 rounds of 1 steps, 1 drawn (uniform)" in one for one in lines
+    )
     assert "oslo" in lines
     told = json.loads(CliRunner().invoke(app, ["tree", str(write()), "--json"]).output)
     assert [one["name"] for one in told["members"]] == ["eu", "us"]
