@@ -19,6 +19,7 @@ from photon.cli.init import init
 from photon.cli.members import audit, invite, members_app
 from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, RunDir, RunFile, Sets
 from photon.cli.outcome import show_outcome, show_study
+from photon.cli.plan import plan
 from photon.cli.profile import profile
 from photon.cli.screen import console, guard_output, say, show, show_json, show_table, view_of_run
 from photon.cli.serve import join, serve, status, stop
@@ -372,7 +373,7 @@ def generate(
 
 #: Commands as a person comes to need them; `photon --help` shows them so.
 _PANELS: dict[str, dict[str, Any]] = {
-    "First": {"init": init, "demo": demo, "doctor": doctor, "tree": tree},
+    "First": {"init": init, "demo": demo, "doctor": doctor, "tree": tree, "plan": plan},
     "Train on this machine": {
         "data": data_app,
         "profile": profile,
