@@ -25,6 +25,8 @@ EU = """
 silos = ["paris"]
 rounds = 2
 outer = { name = "nesterov" }
+privacy = { mechanism = "client", clip_norm = 0.5, noise_multiplier = 0.01 }
+update_privacy = { mechanism = "client", clip_norm = 1, noise_multiplier = 0 }
 [children.nordics]
 file = "nordics.toml"
 """
@@ -101,6 +103,9 @@ def test_the_tree_says_who_decides_what(write):
         "(nordics.toml)" in one and "4 rounds of 1 steps, 1 drawn (uniform)" in one for one in lines
     )
     assert "oslo" in lines
+    noise = "silos: clip 0.5, noise 0.01"
+    assert f"{noise}, its own: clip 1, noise 0 (eu/federation.toml)" in " ".join(lines)
+    assert f"{noise} (nordics.toml)" in " ".join(lines)
     told = json.loads(CliRunner().invoke(app, ["tree", str(write()), "--json"]).output)
     assert [one["name"] for one in told["members"]] == ["eu", "us"]
     assert told["members"][0]["members"][0]["written_in"] == "nordics.toml"

@@ -1,14 +1,19 @@
 """What each group decides for itself: who is drawn, what leaves with noise, who goes first."""
 
+import math
+
 import pytest
+import torch
 from faulty_nodes import fail, faulty, poison
 
 from photon.engines.local import LocalEngine
 from photon.errors import ConfigError
-from photon.federation import CheckpointStore, FitTask
+from photon.federation import CheckpointStore, FitTask, stages
+from photon.federation.checkpoint import RunState
+from photon.federation.norm_bound import SLACK, norm_bound
 from photon.runs import resume, simulate
 from photon.telemetry import read_history
-from photon.telemetry.events import UpdateDropped
+from photon.telemetry.events import LocalFinished, Notice, UpdateDropped
 
 SHORT = ("eval.every=0", "eval.max_tokens=300", "eval.per_silo=false", "federation.rounds=3")
 KEYS = ("weights_sha256", "tokens", "bytes_up", "bytes_down", "bytes_inside")
@@ -39,9 +44,9 @@ def killed_and_resumed(run, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             fired = faulty(patch, silo, number, fail)
             with pytest.raises(RuntimeError, match="killed"):
-                run("killed", *overrides)
+                run(f"killed-{silo}", *overrides)
             assert fired
-        return resume(tmp_path / "killed")
+        return resume(tmp_path / f"killed-{silo}")
 
     return killed
 
@@ -58,6 +63,19 @@ def tasks(monkeypatch):
 
     monkeypatch.setattr(LocalEngine, "submit", noted)
     return tasks
+
+
+def clip(norm, noise=0):
+    """A table of privacy."""
+    return f'{{mechanism="client", clip_norm={norm}, noise_multiplier={noise}}}'
+
+
+def norms(result):
+    """By silo or group, of the updates that were merged."""
+    found = {}
+    for event in read_history(result).of(LocalFinished):
+        found.setdefault(event.silo, []).append(event.update_norm)
+    return found
 
 
 def assert_same(one, two):
@@ -137,6 +155,8 @@ def test_each_group_says_how_many_must_be_good_and_how_long_it_waits(run, monkey
         ("quorum=4", r"quorum of \[federation.children.west\] to be at most the 3"),
         ('sampling="weighted", weighting="data"', r"data twice in \[federation.children.west\]"),
         ('pace="quorum"', r"children.west.pace"),
+        ('privacy={mechanism="client", clip_norm=1}', r"west.privacy.*privacy.noise_multiplier"),
+        ("update_privacy={clip_norm=1}", r"west.update_privacy.*makes nothing of"),
     ],
 )
 def test_what_can_not_be_is_refused_with_the_run_file(own, words, five_silos, make_config):
@@ -145,6 +165,79 @@ def test_what_can_not_be_is_refused_with_the_run_file(own, words, five_silos, ma
         make_config(five_silos, group)
 
 
+@pytest.mark.parametrize("own", ["privacy", "update_privacy"])
+def test_what_would_void_a_group_s_promise_is_refused(own, five_silos, make_config):
+    group = f"federation.children.west={{silos=['a'], {own}={clip(1)}}}"
+    for key, words in (("optimizer_state=average", "unclipped"), ("normalise=true", "the clip")):
+        with pytest.raises(ConfigError, match=f"{own} of 'west': .*{words}"):
+            make_config(five_silos, group, f"federation.{key}")
+
+
 def test_all_nodes_of_a_silo_read_their_part(five_silos, make_config):
     with pytest.raises(ConfigError, match=r"all nodes of \[federation.children.a\]"):
         make_config(five_silos, "federation.children.a={nodes=2, sample=1}")
+
+
+def test_a_mechanism_that_changes_nothing_changes_no_bit(run):
+    plain = run("plain", *tree())
+    none = ', privacy={mechanism="none"}, update_privacy={mechanism="none"}'
+    assert_same(run("none", *tree(none)), plain)
+    wide = f", privacy={clip(1e9)}, update_privacy={clip(1e9)}"
+    assert_same(run("wide", *tree(wide, wide)), plain)
+
+
+def test_the_table_nearest_to_a_silo_holds(run):
+    """The run's says 0.01, west's 0.02 and that of d's nodes 0.03."""
+    nodes = f", children={{d={{nodes=2, privacy={clip(0.03)}}}}}"
+    inner = f'coast={{silos=["b", "c"], rounds=2{nodes}, update_privacy={clip(0.015)}}}'
+    west = f'federation.children.west={{silos=["a"], privacy={clip(0.02)}, children={{{inner}}}}}'
+    above = f"privacy={clip(0.01)}"
+    found = norms(run("run", *SHORT, above, west))
+    limits = {"e": 0.01, **dict.fromkeys("abc", 0.02), "d.0": 0.03, "d.1": 0.03, "coast": 0.015}
+    for name, limit in limits.items():
+        assert found[name] == pytest.approx([limit] * len(found[name])), name
+    assert 0.015 < max(found["d"]) <= 0.03
+    free = 'federation.children.west={silos=["a"], privacy={mechanism="none"}}'
+    found = norms(run("free", *SHORT, above, free))
+    assert min(found["a"]) > 0.02  # its own say, stricter or not
+    assert found["b"] == pytest.approx([0.01] * 3)
+
+
+def test_a_kill_changes_nothing_where_groups_add_noise(run, killed_and_resumed, monkeypatch):
+    monkeypatch.setattr(stages.secrets, "token_bytes", lambda count: b"k" * count)
+    noise = f", privacy={clip(0.5, 0.01)}, update_privacy={clip(0.5, 0.01)}"
+    config = tree(noise, f'{noise}, update_codec="int8"')
+    undisturbed = run("undisturbed", *config)
+    assert_same(killed_and_resumed("c", 7, *config), undisturbed)
+    assert_same(killed_and_resumed("e", 2, *config), undisturbed)
+    assert undisturbed.summary["weights_sha256"] != run("plain", *tree()).summary["weights_sha256"]
+
+
+def test_noise_that_others_have_not_is_no_reason_to_refuse(run):
+    """Of b it is a hundred times what others move, and comes to a and c undiminished."""
+    noisy = f'federation.children.west={{silos=["b"], rounds=2, update_privacy={clip(1, 1)}}}'
+    result = run("run", *SHORT, "federation.rounds=4", noisy)
+    found, history = norms(result), read_history(result)
+    quiet = max(found["a"] + found["c"] + found["d"])
+    assert len(found["west"]) == 4
+    assert min(found["west"]) > 20 * quiet
+    assert not history.of(UpdateDropped)
+    assert not history.of(Notice)
+
+
+def test_how_far_a_group_may_move(five_silos, make_config):
+    """As far as its members in all its rounds; what its own clip lets through, if it has one."""
+    before, state = RunState(), {"weights/a": torch.zeros(10_000)}
+
+    def bound(own):
+        group = f"federation.children.west={{silos=['a'], {own}}}"
+        sgd = ("local.optimizer=sgd", "local.schedule=constant", "local.lr=1")
+        return norm_bound(make_config(five_silos, *sgd, group), before, state).norm / SLACK
+
+    assert bound("rounds=2") == bound("weighting='equal'") == pytest.approx(4)
+    assert bound(f"rounds=2, privacy={clip(1, 0.1)}") == pytest.approx(2 * (1 + 0.1 * 100))
+    assert bound(f"rounds=2, update_privacy={clip(1, 0.1)}") == pytest.approx(1 + 0.1 * 100)
+    assert bound("outer={name='nesterov'}") == math.inf
+    kept = f"outer={{name='nesterov'}}, update_privacy={clip(5)}"
+    assert bound(kept) == pytest.approx(5)
+    assert bound(f"{kept}, update_codec='int8'") == math.inf

@@ -39,7 +39,8 @@ def config(*overrides):
 
 def leaving(folder, *overrides, task=TASK, delta=DELTA):
     run = config(*(overrides or CLIENT))
-    return dict(stages.leaving(run, folder, task, lambda: iter(delta.items())).tensors())
+    found = stages.leaving(run.privacy, run.link, folder, task, lambda: iter(delta.items()))
+    return dict(found.tensors())
 
 
 def same(one, other):
@@ -113,7 +114,7 @@ def test_two_answers_under_one_name_have_no_noise_in_common(tmp_path):
 def test_feedback_sees_noised_updates_only(tmp_path):
     noised = leaving(tmp_path)
     coded = config(*CLIENT, "link.update_codec=int4")
-    sent = stages.leaving(coded, tmp_path, TASK, lambda: iter(DELTA.items()))
+    sent = stages.leaving(coded.privacy, coded.link, tmp_path, TASK, lambda: iter(DELTA.items()))
     outbox = Outbox(coded.link, tmp_path / "plain")
     outbox.pack(TASK, lambda: iter(noised.items()))
     with (
@@ -138,7 +139,7 @@ def test_the_aggregator_s_own_bound_takes_noised_updates(codec, tmp_path):
     state = {name: torch.zeros_like(tensor) for name, tensor in DELTA.items()}
     before = RunState(0, 0, "model", "data")
     bound = norm_bound(run, before, state)
-    update = stages.leaving(run, tmp_path, TASK, lambda: iter(DELTA.items()))
+    update = stages.leaving(run.privacy, run.link, tmp_path, TASK, lambda: iter(DELTA.items()))
     verdict = Merging(run.federation).offer(update, state, 1.0, bound)
     assert verdict.refused is None
     noise = 0.05 * math.sqrt(PARAMETERS)

@@ -11,10 +11,10 @@ from rich.tree import Tree
 from photon.cli.options import AsJson, RunFile, Sets
 from photon.cli.screen import console, show_json
 from photon.config import load_run_config
-from photon.config.children import with_branches
+from photon.config.children import inside, with_branches
 
 if TYPE_CHECKING:
-    from photon.config import FederationConfig, RunConfig
+    from photon.config import FederationConfig, PrivacyConfig, RunConfig
     from photon.config.children import ChildConfig
 
 
@@ -22,7 +22,8 @@ def tree(run_file: RunFile, overrides: Sets = None, as_json: AsJson = False) -> 
     """Draw the federations of a run, one inside another, with who decides what.
 
     Each line is a federation: how often it merges, after how many local steps, whom it draws, how
-    it merges, and in which file that is written. Below it are its members; silos take steps.
+    it merges, with which clip and noise updates leave its silos and itself, and in which file that
+    is written. Below it are its members; silos take steps.
 
     Example: `photon tree run.toml`
     """
@@ -38,13 +39,13 @@ def tree(run_file: RunFile, overrides: Sets = None, as_json: AsJson = False) -> 
 def described(config: RunConfig, file: str) -> dict[str, Any]:
     """The tree as nested tables, for --json."""
     federation, steps = config.federation, config.local.steps
-    top = _level(federation, config.outer.name, config.link.update_codec)
+    top = _level(federation, config.outer.name, config.link.update_codec, config.privacy)
     parts, key = config.parts, {}
     if parts.key:
         key = {"key_rule": parts.key_rule, "key_down": parts.key_down}
-    below = list(_children(federation.children, steps, file))
-    inside = {silo for name, one in federation.children.items() for silo in one.silos_of(name)}
-    silos = sorted(set(_silos(config)) - inside)
+    below = list(_children(config, file))
+    placed = {silo for name, one in federation.children.items() for silo in one.silos_of(name)}
+    silos = sorted(set(_silos(config)) - placed)
     return {
         "name": config.run.name,
         "steps": steps,
@@ -55,26 +56,34 @@ def described(config: RunConfig, file: str) -> dict[str, Any]:
     }
 
 
-def _children(children: dict[str, ChildConfig], steps: int, file: str) -> Iterator[dict[str, Any]]:
-    for name, child in children.items():
-        own, inner = child.written_in or file, steps // child.rounds
+def _children(config: RunConfig, file: str) -> Iterator[dict[str, Any]]:
+    for name, child in config.federation.children.items():
+        own, inner = child.written_in or file, inside(config, child)
         yield {
             "name": name,
-            "steps": inner,
+            "steps": inner.local.steps,
             "written_in": own,
-            **_level(child, child.outer.name, child.update_codec),
+            **_level(child, child.outer.name, child.update_codec, inner.privacy),
+            "update_privacy": _noise(child.update_privacy),
             "members": [
-                *_children(child.children, inner, own),
+                *_children(inner, own),
                 *({"name": silo} for silo in child.silos),
                 *({"name": f"{name}.{index}"} for index in range(child.nodes or 0)),
             ],
         }
 
 
-def _level(level: FederationConfig | ChildConfig, outer: str, codec: str) -> dict[str, Any]:
+def _level(
+    level: FederationConfig | ChildConfig, outer: str, codec: str, privacy: PrivacyConfig
+) -> dict[str, Any]:
     names = ("rounds", "merging_rule", "sample", "sampling", "quorum")
     own = {name: getattr(level, name) for name in names}
-    return own | {"outer": outer, "update_codec": codec}
+    return own | {"outer": outer, "update_codec": codec, "privacy": _noise(privacy)}
+
+
+def _noise(privacy: PrivacyConfig) -> str | None:
+    clips = privacy.mechanism != "none"
+    return f"clip {privacy.clip_norm:g}, noise {privacy.noise_multiplier:g}" if clips else None
 
 
 def _silos(config: RunConfig) -> list[str]:
@@ -101,5 +110,7 @@ def _line(one: dict[str, Any]) -> Text:
     key = f", key layers: {one['key_rule']} up, {one['key_down']} down" if "key_rule" in one else ""
     rounds = f"{one['rounds']} round{'s' * (one['rounds'] != 1)} of {one['steps']} steps"
     drawn = f", {one['sample']} drawn ({one['sampling']})" if one["sample"] else ""
+    for who, name in (("silos", "privacy"), ("its own", "update_privacy")):
+        key += f", {who}: {one[name]}" if one.get(name) else ""
     how = f": {rounds}{drawn}, {one['merging_rule']}, {one['outer']}, {one['update_codec']}{key} "
     return Text.assemble((one["name"], "bold"), how, (f"({one['written_in']})", "dim"))

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from photon.config.link import CodecText, LinkConfig
+from photon.config.link import CodecText
 from photon.config.outer import OuterConfig
+from photon.config.privacy import PrivacyConfig, voided
 from photon.config.section import Positive, Section
 from photon.errors import IncompatibleConfigError, some
 
@@ -76,6 +77,15 @@ class ChildConfig(Section):
         "it. Silos encode theirs by [link], wherever they are.",
     )
 
+    privacy: PrivacyConfig | None = Field(
+        default=None,
+        description="What updates of silos in it go through, as [privacy]. The table nearest to a "
+        "silo holds, stricter or not: those above it can't say otherwise, only what it leaves out.",
+    )
+    update_privacy: PrivacyConfig = Field(
+        default_factory=PrivacyConfig,
+        description="What its own update goes through before it is encoded, as [privacy].",
+    )
     written_in: str | None = Field(
         default=None,
         description="The file that this table came from, where the run file says file = "
@@ -106,13 +116,6 @@ class ChildConfig(Section):
     def at_work(self) -> float:
         """How many of them are at work on average, where not all take part in each round."""
         return at_work(self, self.nodes or len(self.silos), self.children)
-
-    @property
-    def within_recipe(self) -> bool:
-        """Whether its update lies no further away than a silo's of as many steps may."""
-        mean = self.outer.name == "fedavg" and self.outer.lr <= 1
-        exact = not LinkConfig(update_codec=self.update_codec).feeds_back
-        return exact and mean and all(one.within_recipe for one in self.children.values())
 
 
 Children = dict[_Name, ChildConfig]
@@ -157,7 +160,16 @@ def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
         "eval": {"per_silo": False},
     }
     changed = {name: getattr(config, name).model_copy(update=new) for name, new in tables.items()}
-    return config.model_copy(update={**changed, "outer": child.outer})
+    own = {"outer": child.outer, "privacy": child.privacy or config.privacy}
+    return config.model_copy(update={**changed, **own})
+
+
+def privacy_of(config: RunConfig, silo: str) -> PrivacyConfig:
+    """What a silo's update goes through before it leaves its node."""
+    privacy, children = config.privacy, config.federation.children
+    while child := children.get(group_of(children, silo)):
+        privacy, children = child.privacy or privacy, child.children
+    return privacy
 
 
 def branches_of(like: ChildConfig, silos: Collection[str], above: str = "") -> Children:
@@ -223,6 +235,10 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             "parts.personal, or a parts.key_down other than replace, a silo trains in one node"
         )
     names = list(_names(federation.children, config.local.steps, "federation"))
+    for name, child in tables(federation.children):
+        for own in ("privacy", "update_privacy"):
+            if why := voided(getattr(child, own) or PrivacyConfig(), federation):
+                raise _refused(f"has {own} of {name!r}: {why}")
     counts = Counter(name for name, _ in names)
     if twice := [name for name, times in counts.items() if times > 1]:
         raise _refused(f"has {some(twice)} in two places; a silo is in one group only")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from photon.config.section import Section
+
+if TYPE_CHECKING:
+    from photon.config.run import FederationConfig
 
 
 class PrivacyConfig(Section):
@@ -59,27 +62,33 @@ class PrivacyConfig(Section):
         return self
 
 
-def _kept(privacy: PrivacyConfig, info: ValidationInfo) -> PrivacyConfig:
-    """Refuse what would leave beside the mechanism, or undo it."""
-    federation = info.data.get("federation")
-    if privacy.mechanism == "none" or federation is None:
-        return privacy
+def voided(privacy: PrivacyConfig, federation: FederationConfig) -> str | None:
+    """What leaves beside the mechanism, or undoes it, in words; None where nothing does."""
     asked = f'mechanism = "{privacy.mechanism}"'
+    if privacy.mechanism == "none":
+        return None
     if federation.merge == "adopt":
-        raise ValueError(
+        return (
             f'{asked} clips deltas, and federation.merge = "adopt" sends weights; use merge = '
             '"delta"'
         )
     if federation.optimizer_state == "average":
-        raise ValueError(
+        return (
             f'{asked} would be void with federation.optimizer_state = "average": that state leaves '
             'unclipped and without noise; use "reset" or "keep"'
         )
     if federation.normalise:
-        raise ValueError(
+        return (
             f"{asked} would be void with federation.normalise = true, which multiplies the updates "
             "of slow silos, and their noise, after the clip; leave it out"
         )
+    return None
+
+
+def _kept(privacy: PrivacyConfig, info: ValidationInfo) -> PrivacyConfig:
+    federation = info.data.get("federation")
+    if federation is not None and (why := voided(privacy, federation)) is not None:
+        raise ValueError(why)
     return privacy
 
 

@@ -18,10 +18,10 @@ from photon.federation.checkpoint import CheckpointStore, RunState
 from photon.federation.engine import Engine, Version
 from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
-from photon.federation.outbox import Outbox
 from photon.federation.own_parts import own_key
 from photon.federation.sampling import Candidates, FixedFleet
 from photon.federation.server import Server
+from photon.federation.stages import leaving
 from photon.federation.tasks import (
     WEIGHTS,
     FitTask,
@@ -71,8 +71,7 @@ class Group:
         self._config = config.model_copy(update={"run": config.run.model_copy(update=draws)})
         self._engine, self._folder, self._tell = engine, folder, on_event
         self._store = CheckpointStore(folder / name, sys.maxsize)
-        link = config.link.model_copy(update={"update_codec": child.update_codec})
-        self._outbox = Outbox(link, folder)
+        self._link = config.link.model_copy(update={"update_codec": child.update_codec})
         tokens = {silo: silo_tokens[silo] for silo in child.silos_of(name)}
         self._candidates = Candidates(participants(child.children, tokens))
         if child.nodes is not None:
@@ -162,14 +161,15 @@ class Group:
                 drop_node_state(self._folder, name, number)
 
     def _update(self, task: FitTask, old: GlobalState, new: GlobalState) -> Update:
-        """What leaves the group: how far it came from the version it was given, encoded."""
+        """What leaves the group: how far it came from the version it was given, by its stages."""
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name in sorted(new):  # a state from a checkpoint has another order
                 yield name, old[name] - new[name] if name.startswith(WEIGHTS) else new[name]
 
-        update, chunk_bytes = self._outbox.pack(task, tensors), self._config.link.chunk_bytes
-        size = entries_bytes(update_header(task, old), [*update.entries()], chunk_bytes)
+        update = leaving(self._child.update_privacy, self._link, self._folder, task, tensors)
+        header, entries = update_header(task, old), [*update.entries()]
+        size = entries_bytes(header, entries, self._link.chunk_bytes)
         return replace(update, receipt=replace(update.receipt, bytes_up=size))
 
 

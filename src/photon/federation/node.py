@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from photon.config import RunConfig
+from photon.config.children import privacy_of
 from photon.data import PreparedData, held_out_text, open_data, token_stream
 from photon.data.held_out import Window
 from photon.errors import NonFiniteError, RankLostError
@@ -374,7 +375,8 @@ class Node:
         delta = self._published(state)
         if state is None:
             return Update.none(Receipt(task.round, task.silo))
-        return leaving(self._config, self._folder, task, delta)
+        privacy = privacy_of(self._config, task.pooled[0])
+        return leaving(privacy, self._config.link, self._folder, task, delta)
 
     def _bytes_up(self, task: FitTask, state: GlobalState | None, update: Update) -> int:
         """Of the update on the wire, to the byte."""

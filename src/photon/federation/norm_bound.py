@@ -27,12 +27,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from photon.aggregation import square_sum
-from photon.config import RunConfig
+from photon.config import LinkConfig, RunConfig
+from photon.config.children import ChildConfig, inside
 from photon.federation.checkpoint import RunState
 from photon.federation.tasks import OPTIMIZER, WEIGHTS, GlobalState, section
 from photon.training import Schedule, adam_betas
@@ -98,18 +99,21 @@ def norm_bound(config: RunConfig, before: RunState, state: GlobalState) -> NormB
     if given != "auto":
         return NormBound(given, f"federation.max_update_norm = {given:g}", inner)
     local = config.local
-    reach, counted = SLACK * _reach(config, before, state), math.inf
-    children = config.federation.children.values()
-    if config.parts.own_key or not all(child.within_recipe for child in children):
-        # Key tensors of one's own stay away from the global ones; a group's own outer optimizer,
-        # or its feedback, may move it further.
-        reach = math.inf
-    noise = " and its noise" if config.privacy.deviation else ""
+    weights = section(state, WEIGHTS)
+    norm = norm_of(weights) if local.weight_decay else 0.0
+    size = sum(one.numel() for one in weights.values()), norm
+    # Key tensors of one's own stay away from the global ones.
+    reach = math.inf if config.parts.own_key else SLACK * _reach(config, before, size)
+    counted, deviation = math.inf, _deviation(config)
+    noise = " and its noise" if deviation else ""
     words = f"{reach:.4g}, {SLACK:g} times what {local.steps} steps of this recipe{noise} can move"
     if before.merged_norm > 0 and before.merged_lr_sum > 0:
         risen = max(1.0, lr_sum(config, before.global_step) / before.merged_lr_sum)
         usual = FACTOR * before.merged_norm * risen
         counted = COUNTED * before.merged_norm * risen
+        if deviation > config.privacy.deviation:  # than others have, by whom the median may be
+            loud = SLACK * deviation * math.sqrt(size[0])
+            usual, counted = max(usual, loud), max(counted, loud)
         if usual < reach:
             reach = usual
             words = (
@@ -138,12 +142,37 @@ def norm_of(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(math.fsum(square_sum(name, one) for name, one in tensors.items()))
 
 
-def _reach(config: RunConfig, before: RunState, state: GlobalState) -> float:
-    """How far a round's steps can move the weights, and feedback what is sent."""
-    local, schedule, weights = config.local, Schedule.of(config), section(state, WEIGHTS)
-    parameters = sum(weight.numel() for weight in weights.values())
+def _deviation(config: RunConfig) -> float:
+    """Of the noise on a coordinate of any participant's update, the most."""
+    below = config.federation.children.values()
+    inner = [one.rounds * _deviation(inside(config, one)) for one in below]
+    own = [one.update_privacy.deviation for one in below]
+    return max(config.privacy.deviation, *map(sum, zip(inner, own, strict=True)), 0.0)
+
+
+def _group_reach(
+    config: RunConfig, child: ChildConfig, before: RunState, size: tuple[int, float]
+) -> float:
+    """How far a group's update may lie from the version it was given."""
+    inner, moved = inside(config, child), 0.0
+    for index in range(child.rounds):
+        clock = before.global_step + index * inner.local.steps
+        number = before.round * child.rounds + index
+        moved += _reach(inner, replace(before, global_step=clock, round=number), size)
+    if child.outer.name != "fedavg" or child.outer.lr > 1:
+        moved = math.inf
+    moved = child.update_privacy.noised_norm(moved, size[0])
+    return math.inf if LinkConfig(update_codec=child.update_codec).feeds_back else moved
+
+
+def _reach(config: RunConfig, before: RunState, size: tuple[int, float]) -> float:
+    """How far a round's steps can move the weights, and feedback what is sent.
+
+    Args:
+        size: the number of weights, and their norm where they decay.
+    """
+    local, schedule, (parameters, weights_norm) = config.local, Schedule.of(config), size
     step = _step(config, before, parameters)
-    weights_norm = norm_of(weights) if local.weight_decay else 0.0
     feeds_back, moved = config.link.feeds_back, 0.0
     # What comes late was trained when the rate may have been higher.
     peak = feeds_back or config.federation.keeps_late
@@ -155,7 +184,8 @@ def _reach(config: RunConfig, before: RunState, state: GlobalState) -> float:
     if feeds_back:
         beta, rounds = config.link.feedback_decay, before.round + 1
         moved *= rounds if beta == 1 else (1 - beta**rounds) / (1 - beta)
-    return moved
+    groups = config.federation.children.values()
+    return max([moved, *(_group_reach(config, one, before, size) for one in groups)])
 
 
 def _step(config: RunConfig, before: RunState, parameters: int) -> float:

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Size, Tensor
 
 from photon.aggregation import square_sum
-from photon.config import PrivacyConfig, RunConfig
+from photon.config import LinkConfig, PrivacyConfig
 from photon.errors import CheckpointCorruptError
 from photon.federation.outbox import Outbox, Tensors
 from photon.federation.tasks import FitTask, Update
@@ -44,11 +44,12 @@ _SECRET_BYTES = 32
 _PIECE = 1 << 18
 
 
-def leaving(config: RunConfig, folder: Path, task: FitTask, delta: Tensors) -> Update:
-    """What leaves a node as the answer to this task; the same for the same delta.
+def leaving(
+    privacy: PrivacyConfig, link: LinkConfig, folder: Path, task: FitTask, delta: Tensors
+) -> Update:
+    """What leaves a node, or a group, as the answer to this task; the same for the same delta.
 
     Args:
-        config: the run's.
         folder: of the silos' kept states; the node's secret is made there when it is first needed.
         delta: walked more than once.
 
@@ -57,9 +58,9 @@ def leaving(config: RunConfig, folder: Path, task: FitTask, delta: Tensors) -> U
         CheckpointCorruptError: the node's secret is not what was written.
         DiskFullError: no room for the secret, or for what a codec left out.
     """
-    if config.privacy.mechanism == "client":
-        delta = _noised(config.privacy, folder, task, delta)
-    return Outbox(config.link, folder).pack(task, delta)
+    if privacy.mechanism == "client":
+        delta = _noised(privacy, folder, task, delta)
+    return Outbox(link, folder).pack(task, delta)
 
 
 def _noised(privacy: PrivacyConfig, folder: Path, task: FitTask, delta: Tensors) -> Tensors:
