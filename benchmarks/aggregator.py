@@ -1,6 +1,7 @@
 """The streaming aggregator: memory and speed of merging N updates of a model.
 
-    python benchmarks/aggregator.py [--parameters 125] [--updates 2 8 32] [--out FILE.md]
+    python benchmarks/aggregator.py [--parameters 125] [--updates 2 8 32] [--key-rule attention]
+        [--out FILE.md]
 
 A process of its own for each N reads N parcels from a folder, verifies, decodes, checks and merges
 them, as the aggregator of a run does; its peak memory is the kernel's (VmHWM), Python and PyTorch
@@ -12,6 +13,8 @@ sum. Neither reads, hashes, decodes or checks a byte. The medians of their turns
 process also takes the SHA-256 of the same memory with every thread, and does nothing else: whoever
 verifies fp32 updates can't be faster than that.
 
+With --key-rule the last 30% of the parameters are merged by that rule, as [parts] would have it.
+
 The updates are four different ones, over and over: their bytes are read, hashed, decoded and merged
 N times, but disk and memory hold four.
 """
@@ -19,6 +22,7 @@ N times, but disk and memory hold four.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -39,8 +43,9 @@ from torch import Tensor
 from photon.compression import build_codec
 from photon.config import FederationConfig
 from photon.config.codecs import parse_codec
+from photon.config.parts import PartsConfig
 from photon.federation.merging import Merging
-from photon.federation.tasks import Receipt, Update
+from photon.federation.tasks import WEIGHTS, Receipt, Update
 from photon.freed_memory import share_freed_memory
 from photon.link import Entry, Expected, Header, Parcel, Ref, write_parcel
 from photon.store.contract import FolderStore
@@ -70,7 +75,7 @@ def shapes(parameters: float) -> dict[str, tuple[int, ...]]:
         left -= 12 * width * width + width
         layer += 1
     found["rest"] = (max(1, left),)
-    return found
+    return {WEIGHTS + name: shape for name, shape in found.items()}
 
 
 def header(number: int) -> Header:
@@ -165,7 +170,15 @@ def work(options: argparse.Namespace) -> None:
         many = [refs[number % DISTINCT] for number in range(options.count)]
         device = "cpu" if options.state else "meta"
         state = {name: torch.full(shape, 0.5, device=device) for name, shape in sized.items()}
-        merging = Merging(FederationConfig())  # as a run's: from round to round
+        parts, key = None, []
+        if options.key_rule:
+            parts = PartsConfig(key=["*"], key_rule=options.key_rule[0])
+            total = sum(one.numel() for one in state.values())
+            before = itertools.accumulate(one.numel() for one in state.values())
+            late = [name for name, end in zip(state, before, strict=True) if end > 0.7 * total]
+            key = [name.removeprefix(WEIGHTS) for name in late]
+        # As a run's: from round to round.
+        merging = Merging(FederationConfig(), options.folder, parts, key)
         times = [
             merge(merging, options.folder, many, options.codec, state)
             for _ in range(options.repeats)
@@ -185,12 +198,15 @@ def work(options: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
-def measured(work: str, folder: Path, refs: list[Ref], codec: str, count: int, options) -> dict:
+def measured(
+    work: str, folder: Path, refs: list[Ref], codec: str, count: int, options, rule: str | None
+) -> dict:
     given = json.dumps([[ref.key, ref.bytes, ref.sha256, ref.payload_bytes] for ref in refs])
     command = [sys.executable, __file__, "--work", work, "--folder", str(folder), "--refs", given]
     command += ["--codec", codec, "--count", str(count), "--parameters", str(options.parameters)]
     command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
     command += ["--state"] if options.state else []
+    command += ["--key-rule", rule] if rule else []
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     if told.returncode:
         raise SystemExit(told.stderr)
@@ -202,6 +218,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=125, help="of the model, in millions")
     parser.add_argument("--updates", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--codec", action="append", help="fp32, int8 and sparseloco by default")
+    parser.add_argument("--key-rule", action="append", help="of the last 30%%; none by default")
     parser.add_argument("--repeats", type=int, default=3)
     # Not asked of photon.training: this process is to be no larger than an aggregator's.
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -224,15 +241,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for codec in options.codec or ["fp32", "int8", "sparseloco"]:
             refs = written(Path(scratch), shapes(options.parameters), codec)
-            for count in options.updates:
+            turns = itertools.product(options.updates, [None, *(options.key_rule or [])])
+            for count, rule in turns:
                 found: dict[str, float] = {}
                 for process in ("merge", "plain"):
-                    found |= measured(process, Path(scratch), refs, codec, count, options)
-                print(f"{codec}, {count} updates: {found}", file=sys.stderr)
+                    found |= measured(process, Path(scratch), refs, codec, count, options, rule)
+                print(f"{codec}, {rule}, {count} updates: {found}", file=sys.stderr)
                 bound = 2 * found["model_mb"] + 300
                 rows.append(
                     (
                         codec,
+                        rule or "as the rest",
                         str(count),
                         f"{found['wire_mb']:,.0f}",
                         f"{found['peak_mb']:,.0f} of {bound:,.0f}",
@@ -243,7 +262,14 @@ def main() -> None:
                         f"{found['hashed']:.2f}",
                     )
                 )
-    head = ("codec", "updates", "MB read", "peak MB, of model x 2 + 300", "GB/s of fp32")
+    head = (
+        "codec",
+        "key layers",
+        "updates",
+        "MB read",
+        "peak MB, of model x 2 + 300",
+        "GB/s of fp32",
+    )
     head += ("stack and mean in memory", "ratio", "running sum in memory", "SHA-256 in memory")
     text = (
         f"# Streaming aggregator, {options.parameters:g} M parameters, {options.threads} threads, "
