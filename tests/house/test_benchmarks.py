@@ -70,9 +70,11 @@ def test_codecs_take_turns_with_a_copy() -> None:
 
 @pytest.mark.slow
 def test_aggregator_beside_plain_means() -> None:
-    out = run(str(BENCHMARKS / "aggregator.py"), "--quick", "--codec", "int8")
-    assert "| int8 | 2 |" in out
-    assert "| int8 | 4 |" in out
+    out = run(
+        str(BENCHMARKS / "aggregator.py"), "--quick", "--codec", "int8", "--key-rule", "attention"
+    )
+    assert "| int8 | as the rest | 2 |" in out
+    assert "| int8 | attention | 4 |" in out
 
 
 @pytest.mark.slow
