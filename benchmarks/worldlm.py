@@ -33,6 +33,7 @@ import zstandard
 
 from codec_quality import small_llama
 from photon.config import RunConfig, parse_run_config
+from photon.config.baselines import METHODS, as_method
 from photon.data import PrepareOptions, open_data, prepare
 from photon.runs import read_summary, resume, simulate, train
 from trainer import machine, table
@@ -52,22 +53,6 @@ TREES: dict[str, dict[str, list[str]]] = {
         "public": ["speeches", "essays"],
         "reference": ["wiki", "dictionary"],
     },
-}
-
-_KEY = {"key": ["last:0.3"]}
-#: By method: [parts], and whether it is a tree; None: no federation.
-METHODS: dict[str, tuple[dict, bool] | None] = {
-    "flat FL": ({}, False),
-    "HierFAVG": ({}, True),
-    "FedPer": ({"personal": ["last:0.3"]}, False),
-    "FedPer in the tree": ({"personal": ["last:0.3"]}, True),
-    "attention": ({**_KEY, "key_rule": "attention", "key_down": "attention"}, True),
-    "mean in attention's place": ({**_KEY, "key_down": "mean"}, True),
-    "attention up, own kept": ({**_KEY, "key_rule": "attention", "key_down": "keep"}, True),
-    "best of three": ({**_KEY, "key_rule": "attention", "key_down": "best"}, True),
-    "FedAtt": ({**_KEY, "key_rule": "fedatt"}, True),
-    "local only": None,
-    "centralised": None,
 }
 
 #: For kinds of text other than natural, where all methods are run.
@@ -184,26 +169,23 @@ def data_of(options: argparse.Namespace, tree: str, kind: str) -> Path:
 
 
 def config_of(options: argparse.Namespace, case: Case, data: Path, model: Path) -> RunConfig:
-    parts, in_tree = METHODS[case.method] or ({}, False)
-    federation: dict = {"rounds": options.rounds, "optimizer_state": "keep"}
-    if in_tree:
-        silos = iter(sorted(open_data(data).silos))
-        children = {}
-        for name, leaves in TREES[case.tree].items():
-            members = [next(silos) if case.kind == "iid" else _leaf(leaf) for leaf in leaves]
-            children[name] = {"silos": members, "rounds": 2}
-        federation["children"] = children
+    silos = iter(sorted(open_data(data).silos))
+    children = {}
+    for name, leaves in TREES[case.tree].items():
+        members = [next(silos) if case.kind == "iid" else _leaf(leaf) for leaf in leaves]
+        children[name] = {"silos": members, "rounds": 2}
+    federation = {"rounds": options.rounds, "optimizer_state": "keep", "children": children}
     privacy = {}
-    if case.kind.startswith("noise-") and METHODS[case.method] is not None:
+    if case.kind.startswith("noise-"):
         noise = float(case.kind.removeprefix("noise-"))
         privacy = {"mechanism": "client", "clip_norm": 1.0, "noise_multiplier": noise}
-    return parse_run_config(
+    tree = parse_run_config(
         {
             "run": {"seed": case.seed, "keep_checkpoints": 1, "log_every": 1000},
             "model": {"path": str(model)},
             "data": {"path": str(data), "sequence_length": options.sequence_length},
             "compute": {"threads": 1},
-            "parts": parts,
+            "parts": {"key": ["last:0.3"]},
             "federation": federation,
             "privacy": privacy,
             "local": {
@@ -216,6 +198,7 @@ def config_of(options: argparse.Namespace, case: Case, data: Path, model: Path) 
             "eval": {"every": 0, "max_tokens": options.eval_tokens},
         }
     )
+    return as_method(tree, case.method)
 
 
 def scores(

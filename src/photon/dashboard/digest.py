@@ -117,6 +117,10 @@ class RunDigest:
     setup_eval_s: float
     superseded: int
     left_out: float | None = None
+    #: Participants that are federations, and nodes that split a text.
+    groups: dict[str, SiloDigest] = field(default_factory=dict)
+    attention: list[events.KeyMerged] = field(default_factory=list)
+    routes: list[events.ResidualRouted] = field(default_factory=list)
     #: summary.json's, where the run is finished.
     summary: Mapping[str, Any] = field(default_factory=dict)
 
@@ -193,6 +197,8 @@ def read_digest(folder: Path) -> RunDigest:
         # Evaluated again after a resume: the newer one counts.
         target[:] = [old for old in target if old.round != point.round]
         target.append(point)
+    others = sorted(set(silos) - set(started.silos)) if started.kind == "simulate" else ()
+    groups = {name: silos.pop(name) for name in others}
     rounds = {event.round: event for event in history.of(events.RoundFinished)}
     drawn = {event.round: event for event in history.of(events.RoundStarted)}
     # Totals are the aggregator's own: they hold even where a kill cost one round's last line.
@@ -206,6 +212,7 @@ def read_digest(folder: Path) -> RunDigest:
         stop=stop,
         rounds=[rounds[number] for number in sorted(rounds)],
         silos=silos,
+        groups=groups,
         evaluations=points,
         incidents=incidents,
         tasks=sum(len(event.participants) for event in drawn.values() if event.round <= done),
@@ -218,6 +225,8 @@ def read_digest(folder: Path) -> RunDigest:
         ),
         superseded=history.superseded,
         left_out=_left_out(history),
+        attention=history.of(events.KeyMerged),
+        routes=history.of(events.ResidualRouted),
         summary=history.of(events.RunFinished)[-1].summary if state == "finished" else {},
     )
 
@@ -297,8 +306,12 @@ def _silos(history: RunHistory, before: dict[int, int]) -> dict[str, SiloDigest]
         silo = silos.setdefault(name, SiloDigest(name))
         match event:
             case events.LocalProgress() if event.loss is not None:
-                beside = drawn[event.round].participants if event.round in drawn else [name]
-                within = len(beside) * per_task * event.step / max(1, started.local_steps)
+                asked, step = drawn.get(event.round), event.step
+                beside = asked.participants if asked else [name]
+                if asked and not set(beside) <= set(started.silos):
+                    # Groups: all train, and their members count the steps of inner rounds.
+                    beside, step = started.silos, event.global_step - asked.global_step
+                within = len(beside) * per_task * step / max(1, started.local_steps)
                 silo.training.append((before.get(event.round, 0) + within, event.loss))
                 stepwise.add((name, event.round))
             case events.LocalFinished():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from photon.dashboard import palette, wording
+from photon.dashboard import palette, tree, wording
 from photon.dashboard.comparison import ComparisonRow, compared_by, in_words
 from photon.dashboard.digest import STEP_PARTS, EvaluationPoint, RunDigest, read_digest
 from photon.errors import DiskFullError, MachineError, RunError
@@ -107,6 +107,9 @@ def render(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:
             for row, one in zip(rows, [digest, *others.values()], strict=True)
         ],
         measure=_MEASURES[compared_by(rows)],
+        tree=tree.read_tree(digest.folder, digest.started.silos),
+        heard=tree.heard(digest),
+        leaf_scores=tree.leaf_scores(digest, others),
         config=_config(digest.folder),
         formula=baseline_formula(digest),
         light=palette.variables(dark=False),
