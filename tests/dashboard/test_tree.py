@@ -124,6 +124,10 @@ def test_where_residuals_went_is_told_with_both_jurisdictions(tree):
     page = read(write_report(tree))
     assert f"eu/{HOSTILE} EU → boston US taken 3 6.0 kB" in page.text
     assert f"eu/{HOSTILE} EU → – unplaced 3 6.0 kB" in page.text
+    flows = page.raw[page.raw.index('aria-label="Flow diagram') :]
+    flows = flows[: flows.index("</svg>")]
+    assert flows.count("<path") == 2  # a line and its head: what was not placed goes nowhere
+    assert "→ boston: taken, 3" in flows
     assert not [tag for tag, _ in page.tags if tag == "script"]
 
 
@@ -175,7 +179,7 @@ def test_pictures_follow_the_colour_scheme_and_say_what_they_are(tree):
     raw = read(write_report(tree)).raw
     new = raw[raw.index('<ul class="tree">') : raw.index("How it learned")]
     assert not re.findall(r"#[0-9a-f]{6}\b", new)
-    assert new.count("<svg") == new.count('role="img"') == 6
+    assert new.count("<svg") == new.count('role="img"') == 7
 
 
 def test_a_run_file_that_cant_be_read_costs_the_drawing_only(tree):
