@@ -10,11 +10,18 @@ import multiprocessing
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
+#: By name: they need not be imported here. The last two are what nodes would import late, each.
+_PRELOADED = [
+    "photon.runs",
+    "photon.data.quiet_grain",
+    "transformers.models.llama.modeling_llama",
+]
+
 
 def fork_context() -> ForkServerContext:
     """For processes of this machine that train."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["photon.runs"])  # by name: it need not be imported here
+    context.set_forkserver_preload(_PRELOADED)
     return context
 
 

@@ -11,11 +11,9 @@ repeats nor skips.
 
 from __future__ import annotations
 
-import logging
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -171,7 +169,9 @@ def _mixed(
         count = sum(_windows(run, sequence_length) for run in runs)
         datasets.append(_shuffled(first, count, seed + number))
         first += count
-    return _grain().MapDataset.mix(datasets, [mixture[source] for source in pools])
+    from photon.data.quiet_grain import grain
+
+    return grain.MapDataset.mix(datasets, [mixture[source] for source in pools])
 
 
 def _shuffled(first: int, count: int, seed: int) -> Any:
@@ -183,7 +183,9 @@ def _shuffled(first: int, count: int, seed: int) -> Any:
         )
     # .seed() hashes; shuffle(seed=) does not, and would share epochs between neighbouring seeds.
     # Tokens are read afterwards, row by row.
-    numbers = _grain().MapDataset.source(range(first, first + count))
+    from photon.data.quiet_grain import grain
+
+    numbers = grain.MapDataset.source(range(first, first + count))
     return numbers.seed(seed).shuffle().repeat()
 
 
@@ -202,18 +204,3 @@ def _require_window(what: str, runs: Sequence[TokenRun], sequence_length: int) -
             if longest > 1
             else "Give it more text.",
         )
-
-
-@cache
-def _grain() -> Any:
-    """grain, imported when first needed, without the line on JAX that its import logs."""
-    from absl import logging as absl_logging
-
-    logger = absl_logging.get_absl_logger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        import grain
-    finally:
-        logger.setLevel(level)
-    return grain
