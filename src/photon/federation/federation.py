@@ -54,7 +54,12 @@ class Federation:
         self._admission = Admission(config, server, on_event, pooled)
 
     def round(
-        self, before: RunState, candidates: Candidates, costs: RoundCosts | None = None
+        self,
+        before: RunState,
+        candidates: Candidates,
+        costs: RoundCosts | None = None,
+        *,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Closed:
         """Have participants train, merge what they send, and step.
 
@@ -62,6 +67,7 @@ class Federation:
             before: the run so far.
             candidates: who may be drawn.
             costs: what the round costs is added to these.
+            meanwhile: called when tasks are out and before anything is told of them.
 
         Raises:
             QuorumLostError: too few good updates; the version is as it was.
@@ -70,10 +76,12 @@ class Federation:
         new = self.outstanding.ask(before, candidates, self.server.version)
         asked = self.outstanding.silos
         book = self.outstanding.book(before)
-        self._tell(RoundStarted(round=number, global_step=before.global_step, participants=asked))
-        self.server.begin(before)
+        started = RoundStarted(round=number, global_step=before.global_step, participants=asked)
         merged: list[tuple[FitTask, Receipt]] = []
         try:
+            meanwhile()
+            self._tell(started)
+            self.server.begin(before)
             for task, going, update in self.outstanding.arriving(number, book):
                 receipt = self._admission.admit(number, task, going, update, costs)
                 if receipt is not None:
@@ -111,7 +119,7 @@ class Federation:
         Args:
             before: the run before the round that led to that version, as far as that is known.
         """
-        silos = sorted(self.fleet.present()) if self.config.eval.per_silo else []
+        silos = self.fleet.present() if self.config.eval.per_silo else []
         held = None if self._pooled else partial(self.outstanding.held, before)
         version = self.server.version
         return scores(self.config, self._mailbox, version, silos, participants, node_rounds, held)

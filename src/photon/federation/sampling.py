@@ -47,7 +47,7 @@ class Fleet(Protocol):
         ...
 
     def present(self) -> list[str]:
-        """Names of those that are here now, to score versions."""
+        """Names of those that are here now, in the order in which versions are scored."""
         ...
 
 
@@ -71,7 +71,7 @@ class FixedFleet:
         return False
 
     def present(self) -> list[str]:
-        return sorted(self.tokens if self.scored is None else self.scored)
+        return list(sorted(self.tokens) if self.scored is None else self.scored)
 
 
 def sample_participants(

@@ -6,16 +6,22 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from photon.errors import QuorumLostError
 from photon.federation import CheckpointStore, Closed, EvalReceipt, Federation, RunState
+from photon.federation.account import RoundCosts
 from photon.federation.group import needed_states
 from photon.federation.node_state import prune_node_states
 from photon.telemetry import Recorder
 from photon.telemetry.events import CheckpointSaved, Evaluated, RoundFinished
+
+#: Tensors of a checkpoint, by group.
+Groups = dict[str, Mapping[str, Tensor]]
 
 
 class Rounds:
@@ -27,6 +33,8 @@ class Rounds:
         draining: asked before each round; where it is true, the round before was the last for now.
         ended: asked before each round; where it is true, the round before was the last of all.
         clock: what a resume needs of the engine's time, where that is simulated.
+        ahead: whether a round's books are closed while the next one's tasks are at work already:
+            a kill meanwhile has both rounds done again.
 
     Attributes:
         state: as of the last finished round; at first, where to go on.
@@ -43,6 +51,7 @@ class Rounds:
         draining: Callable[[], bool] = lambda: False,
         ended: Callable[[], bool] = lambda: False,
         clock: Callable[[], dict[str, Any]] = dict,
+        ahead: bool = False,
     ) -> None:
         self.state = state
         self.evaluation: dict[str | None, EvalReceipt] = {}
@@ -55,6 +64,8 @@ class Rounds:
         self._draining = draining
         self._ended = ended
         self._clock = clock
+        self._ahead = ahead
+        self._open: tuple[RoundCosts, Groups] | None = None
 
     def run(self) -> bool:
         """Run the rounds that are left, and evaluate what came out.
@@ -69,16 +80,17 @@ class Rounds:
         """
         every = self._config.eval.every
         if self.state.round == 0:
-            self._save()
+            self._save(self._groups())
             if every:
                 self._evaluate(self.state, self.state)
         while self.state.global_step < self._config.total_steps and not self._ended():
             number = self.state.round + 1
             candidates = None if self._draining() else self.federation.fleet.drawn_from(number)
             if candidates is None:
+                self._close_books()
                 return False
             try:
-                closed = self.federation.round(self.state, candidates)
+                closed = self.federation.round(self.state, candidates, meanwhile=self._close_books)
             except QuorumLostError:
                 if not self.federation.fleet.lost(number):
                     raise
@@ -87,18 +99,23 @@ class Rounds:
             if last or (every and number % every == 0):
                 asked = closed.participants
                 closed.costs.eval_s = self._evaluate(self.state, closed.after, asked)
-            self._close(closed)
+            self._add_up(closed)
+            if not self._ahead:
+                self._close_books()
+        self._close_books()
         if self._evaluated_round != self.state.round:
             self._evaluate(self.state, self.state)
         return True
 
-    def _save(self) -> float:
+    def _groups(self) -> Groups:
+        """The server's tensors, and the versions that somebody still works from."""
+        return self.federation.server.groups() | self.federation.outstanding.versions()
+
+    def _save(self, groups: Groups) -> float:
         """Checkpoint the current state; returns the seconds it took."""
         started = time.perf_counter()
         self.state = replace(self.state, elapsed_s=self._recorder.elapsed_s)
-        server, outstanding = self.federation.server, self.federation.outstanding
-        # The server's tensors, and the versions that somebody still works from.
-        size = self._checkpoints.save(self.state, server.groups() | outstanding.versions())
+        size = self._checkpoints.save(self.state, groups)
         save_s = time.perf_counter() - started
         self._recorder.emit(CheckpointSaved(round=self.state.round, bytes=size, save_s=save_s))
         return save_s
@@ -116,8 +133,8 @@ class Rounds:
             self._recorder.emit(scores)
         return time.perf_counter() - started
 
-    def _close(self, closed: Closed) -> None:
-        """Add a round's costs to the totals, checkpoint, tell that it is over, and prune.
+    def _add_up(self, closed: Closed) -> None:
+        """Add a round's costs to the totals, and open its books.
 
         What participants received to evaluate a state counts as the round's in which they did; the
         next round's participants need not receive that state again.
@@ -135,7 +152,14 @@ class Rounds:
             local_train_s=old.local_train_s + costs.local_train_s,
             clock=self._clock(),
         )
-        checkpoint_s = self._save()
+        self._open = costs, self._groups()
+
+    def _close_books(self) -> None:
+        """Checkpoint the round that is over, if its books are open, tell of it, and prune."""
+        if self._open is None:
+            return
+        (costs, groups), self._open = self._open, None
+        checkpoint_s = self._save(groups)
         self._recorder.emit(
             RoundFinished(
                 **vars(costs),  # what else they have is passed over
@@ -149,7 +173,9 @@ class Rounds:
                 total_bytes_down=self.state.bytes_down,
             )
         )
-        kept = self._checkpoints.states(*self._checkpoints.rounds())
+        kept = list(self._checkpoints.states(*self._checkpoints.rounds()))
+        # A task that is out may have left its state already.
+        kept.append(replace(self.state, in_flight=self.federation.outstanding.in_flight()))
         folder = self._checkpoints.folder.parent / "nodes"
         prune_node_states(folder, needed_states(folder, kept))
 

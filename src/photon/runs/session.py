@@ -287,7 +287,10 @@ class Session:
             fleet = FixedFleet({CENTRALISED: sum(tokens.values())}, scored=list(self.data.silos))
         elif self.clock is None:
             engine = with_groups(engine, config, tokens, nodes.folder, on_event, key)
-            fleet = FixedFleet(self._fleet_tokens, scored=sorted(tokens))
+            # The longest first: workers are done at about the same time then.
+            scored = sorted(tokens, key=lambda silo: (-tokens[silo], silo))
+            fleet = FixedFleet(self._fleet_tokens, scored=scored)
+            options["ahead"] = self.nodes.workers > 0 and not config.federation.children
         else:
             spool = self.folder / "arrivals"
             engine = SimulatedEngine(engine, self.clock, sorted(tokens), spool, state.clock)
