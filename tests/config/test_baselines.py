@@ -54,10 +54,20 @@ def test_frozen_and_personal_parts_stay_what_they_are(tree):
     assert as_method(tree, "flat FL").parts.personal == []
 
 
+PRIVATE = {"silos": ["paris"], "privacy": {"mechanism": "none"}}
+
+
 @pytest.mark.parametrize(
-    "tables", [{"parts": {}}, {"federation": {**TREE["federation"], "sample": 2}}]
+    "tables",
+    [
+        {"parts": {}},
+        {"federation": {**TREE["federation"], "sample": 2}},
+        {"federation": {**TREE["federation"], "levels": "in_turn"}},
+        {"federation": {"children": {"eu": PRIVATE}}},
+        {"federation": {"branches": {"sample": 2}}},
+    ],
 )
-def test_without_key_layers_or_with_samples_nothing_can_be_compared(tables):
+def test_without_key_layers_or_with_unlike_silos_nothing_can_be_compared(tables):
     tree = parse_run_config({**TREE, **tables})
     with pytest.raises(IncompatibleConfigError, match=r"parts\.key .* no sample"):
         as_method(tree, "flat FL")

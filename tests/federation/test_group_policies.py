@@ -6,12 +6,18 @@ import pytest
 import torch
 from faulty_nodes import fail, faulty, poison
 
+from photon.config.children import at_work, check_children, with_branches
+from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.errors import ConfigError
-from photon.federation import CheckpointStore, FitTask, stages
+from photon.federation import CheckpointStore, FitTask, Node, NodeSettings, stages
 from photon.federation.checkpoint import RunState
+from photon.federation.engine import Version
+from photon.federation.node import initial_model
 from photon.federation.norm_bound import SLACK, norm_bound
-from photon.runs import resume, simulate
+from photon.federation.tasks import WEIGHTS
+from photon.models import trainable_parameters
+from photon.runs import load_weights, resume, simulate
 from photon.telemetry import read_history
 from photon.telemetry.events import LocalFinished, Notice, UpdateDropped
 
@@ -241,3 +247,98 @@ def test_how_far_a_group_may_move(five_silos, make_config):
     kept = f"outer={{name='nesterov'}}, update_privacy={clip(5)}"
     assert bound(kept) == pytest.approx(5)
     assert bound(f"{kept}, update_codec='int8'") == math.inf
+
+
+IN_TURN = ', levels="in_turn"'
+
+
+def test_who_has_the_turn(run, tasks):
+    """The root's silos, then those of a group, then those of the group in it; steps add up."""
+    result = run("run", *tree(IN_TURN, above=("federation.levels=in_turn", "federation.rounds=4")))
+    order = ["e", "a", "b", "c", "d", "b", "c", "d"]
+    assert [task.silo for task in tasks] == 2 * order
+    clocks = [[4 * 2 * r + at for at in (0, 4, 6, 6, 6, 7, 7, 7)] for r in (0, 1)]
+    assert [task.global_step for task in tasks] == clocks[0] + clocks[1]
+    assert [task.cursor for task in of(tasks, "b")] == [0, 4, 8, 12]
+    state = CheckpointStore(result.folder / "checkpoints", 1).load_latest()[0]
+    assert state.global_step == 16
+
+
+def test_in_turn_is_one_federation_after_another(run, five_silos, make_config, tmp_path):
+    """By hand: the mean of a root's silos, from there a region's, from there an edge's."""
+    edge = 'edge={silos=["d", "e"]}'
+    west = f'federation.children.west={{silos=["c"], rounds=2, children={{{edge}}}{IN_TURN}}}'
+    config = (*SHORT, "federation.levels=in_turn", "federation.rounds=2", west)
+    result = run("run", *config)
+
+    made = make_config(five_silos, *config)
+    node = Node(NodeSettings(made, tmp_path / "nodes"), lambda _: None)
+    model = initial_model(made, open_data(five_silos))
+    state = {WEIGHTS + name: one.detach() for name, one in trainable_parameters(model).items()}
+    for silos, clock, steps in (("ab", 0, 4), ("c", 4, 2), ("de", 6, 2)):
+        version, deltas = Version(clock, state), []
+        for silo in silos:
+            update = node.fit(FitTask("test", 1, silo, clock, steps, None), version)
+            deltas.append({name: tensor.clone() for name, tensor in update.tensors()})
+        state = {
+            name: tensor - sum(delta[name] for delta in deltas) / len(deltas)
+            for name, tensor in state.items()
+        }
+    node.close()
+    found = load_weights(result)[0].state_dict()
+    for name, tensor in state.items():
+        torch.testing.assert_close(found[name.removeprefix(WEIGHTS)], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("silo", "number"), [("a", 3), ("d", 8), ("e", 3)])
+def test_a_kill_at_any_level_changes_nothing_in_turn(silo, number, run, killed_and_resumed):
+    above = ("federation.levels=in_turn", "federation.rounds=4", "federation.sample=1")
+    config = tree(f'{IN_TURN}, outer={{name="nesterov"}}', ", sample=2", above)
+    config = (*config, "federation.optimizer_state=keep")
+    assert_same(killed_and_resumed(silo, number, *config), run("undisturbed", *config))
+
+
+def test_the_baseline_of_levels_in_turn_has_as_many_steps_and_tokens(run, five_silos, make_config):
+    config = tree(IN_TURN, above=("federation.levels=in_turn", "federation.rounds=4"))
+    made = make_config(five_silos, *config)
+    children = made.federation.children
+    assert children["west"].at_work == (1 + 3) / 2
+    assert at_work(made.federation, 1, children) == (1 + 2) / 2
+    sampled = children["west"].model_copy(update={"levels": "at_once", "sample": 1})
+    assert sampled.at_work == 4 / 2
+    assert children["west"].children["coast"].model_copy(update={"sample": 2}).at_work == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["federation.levels=in_turn"], r"silos and groups in \[federation\]"),
+        (
+            ["federation.levels=in_turn", 'federation.children.west={silos=["a","b","c","d","e"]}'],
+            r"silos and groups in \[federation\]",
+        ),
+        (
+            [f'federation.children.west={{silos=["a"], rounds=2{IN_TURN}}}'],
+            r"silos and groups in \[federation.children.west\]",
+        ),
+        (
+            [f'federation.children.west={{rounds=2, children={{b={{silos=["b"]}}}}{IN_TURN}}}'],
+            r"silos and groups in \[federation.children.west\]",
+        ),
+        (
+            [f'federation.children.west={{silos=["a"], children={{b={{silos=["b"]}}}}{IN_TURN}}}'],
+            r"even number of rounds in \[federation.children.west\]",
+        ),
+    ],
+)
+def test_who_has_nobody_to_take_turns_with_is_told(overrides, words, run):
+    with pytest.raises(ConfigError, match=words):
+        run("run", *SHORT, *overrides)
+
+
+def test_groups_by_name_take_turns_where_there_is_somebody_to(make_config, five_silos):
+    config = make_config(five_silos, "federation.branches={rounds=2, levels='in_turn'}")
+    children = with_branches(config, ["eu.rome", "eu.north.oslo", "eu.north.bergen", "us"])
+    eu = children.federation.children["eu"]
+    assert (eu.levels, eu.children["eu.north"].levels) == ("in_turn", "at_once")
+    check_children(children, ["eu.rome", "eu.north.oslo", "eu.north.bergen", "us"])

@@ -65,8 +65,20 @@ TREE = (
 )
 
 
-@pytest.mark.parametrize("more", [(), ("federation.optimizer_state=average",)])
-def test_bytes_of_each_level_are_those_of_a_run(more, prepare_text, make_config, tmp_path):
+AT_ONCE = [(2, 2, 4), (2, 4, 2), (2, 8, 1)]
+IN_TURN = ("federation.levels=in_turn", "federation.children.west.levels=in_turn")
+SAMPLED = "federation.children.west.children.coast.sample=1"
+
+
+@pytest.mark.parametrize(
+    ("more", "levels"),
+    [
+        ((), AT_ONCE),
+        (("federation.optimizer_state=average",), AT_ONCE),
+        ((*IN_TURN, SAMPLED), [(1, 2, 4), (1, 2, 2), (1, 2, 1)]),
+    ],
+)
+def test_bytes_of_each_level_are_those_of_a_run(more, levels, prepare_text, make_config, tmp_path):
     data = prepare_text(tmp_path / "text", dict.fromkeys("abcd", 6))
     config = make_config(data, *TREE, *more)
     opened = open_data(data)
@@ -74,11 +86,7 @@ def test_bytes_of_each_level_are_those_of_a_run(more, prepare_text, make_config,
         config, dict.fromkeys(opened.silos, 1), vocab_size=opened.vocab_size, bytes_per_s=GBIT
     )
     root, west, coast = found["levels"]
-    assert [(one["members"], one["rounds"], one["steps"]) for one in found["levels"]] == [
-        (2, 2, 4),
-        (2, 4, 2),
-        (2, 8, 1),
-    ]
+    assert [(one["members"], one["rounds"], one["steps"]) for one in found["levels"]] == levels
     ran = simulate(config, run_dir=tmp_path / "run").summary
     assert root["bytes"] == pytest.approx(ran["bytes_up"] + ran["bytes_down"], rel=0.03)
     assert west["bytes"] + coast["bytes"] == pytest.approx(ran["bytes_inside"], rel=0.03)

@@ -126,7 +126,8 @@ def _drawn(one: dict[str, Any], branch: Tree) -> Tree:
 def _line(one: dict[str, Any]) -> Text:
     key = f", key layers: {one['key_rule']} up, {one['key_down']} down" if "key_rule" in one else ""
     rounds = f"{one['rounds']} round{'s' * (one['rounds'] != 1)} of {one['steps']} steps"
-    drawn = f", {one['sample']} drawn ({one['sampling']})" if one["sample"] else ""
+    drawn = ", silos and groups in turn" if one["levels"] == "in_turn" else ""
+    drawn += f", {one['sample']} drawn ({one['sampling']})" if one["sample"] else ""
     for who, name in (("silos", "privacy"), ("its own", "update_privacy")):
         key += f", {who}: {one[name]}" if one.get(name) else ""
     how = f": {rounds}{drawn}, {one['merging_rule']}, {one['outer']}, {one['update_codec']}{key} "

@@ -30,11 +30,14 @@ def as_method(config: RunConfig, name: str | None = None) -> RunConfig:
             the method makes of the file can't be.
     """
     parts, told = config.parts, config.model_dump(exclude_none=True)
-    levels = [config.federation, *(one for _, one in tables(config.federation.children))]
-    if not parts.key or any(one.sample for one in levels):
+    like = config.federation.branches
+    groups = [one for _, one in tables(config.federation.children)] + ([like] if like else [])
+    uneven = [one.sample or one.levels == "in_turn" for one in (config.federation, *groups)]
+    if not parts.key or any(uneven) or any(one.privacy for one in groups):
         raise IncompatibleConfigError(
             "baselines differ in what becomes of key layers, and take the same steps in each silo: "
-            f"they need parts.key (found {parts.key}), and no sample anywhere",
+            f"they need parts.key (found {parts.key}), and no sample, levels in turn or privacy of "
+            "groups' own anywhere",
             hint="""WorldLM has the last 30%: --set 'parts.key=["last:0.3"]'.""",
         )
     method = METHODS[name] if name else {"runs": "tree", "key": {}}

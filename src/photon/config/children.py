@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from photon.config.run import FederationConfig, RunConfig
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+Levels = Annotated[
+    Literal["at_once", "in_turn"],
+    Field(
+        description="Whether silos and groups in it train at once, or in turn: silos in one round, "
+        "groups in the next, from what the silos came to. Each is one of its rounds."
+    ),
+]
 
 
 class ChildConfig(Section):
@@ -41,6 +49,7 @@ class ChildConfig(Section):
         description="Local steps of an inner round; rounds x steps are the steps above, as they "
         "are by default.",
     )
+    levels: Levels = "at_once"
     sample: Positive | None = Field(
         default=None,
         description="Members of an inner round; all by default. Not of nodes, each of which reads "
@@ -127,9 +136,22 @@ def at_work(
     level: ChildConfig | FederationConfig, silos: int, children: Mapping[str, ChildConfig]
 ) -> float:
     """How many train at the same time, on average: of silos, or nodes, and of groups."""
-    members = silos + len(children)
-    drawn = min(level.sample or members, members)
-    return (silos + sum(one.at_work for one in children.values())) * drawn / members
+    kinds = [(False, 1.0)] * silos
+    kinds += [(one.nodes is None, one.at_work) for one in children.values()]
+    at_once = level.levels == "at_once"
+    stages = [[n for group, n in kinds if at_once or group == turn] for turn in (False, True)]
+    drawn = [sum(one) * min(level.sample or len(one), len(one)) / len(one) for one in stages if one]
+    return sum(drawn) / len(drawn)
+
+
+def whose_turn(
+    level: ChildConfig | FederationConfig, members: Iterable[str], number: int
+) -> list[str]:
+    """Those of the members who may take part in a round: all, or silos or groups, in turn."""
+    if level.levels == "at_once":
+        return [*members]
+    silos = [one for one in members if level.children.get(one, LEAF).nodes is not None]
+    return silos if number % 2 else [one for one in members if one not in silos]
 
 
 def participants(
@@ -150,7 +172,7 @@ def group_of(children: Mapping[str, ChildConfig], member: str) -> str:
 def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
     """The run file as a group's members have it: the clock is that of the whole run."""
     federation: dict[str, Any] = {"rounds": config.federation.rounds * child.rounds}
-    for key in ("sample", "sampling", "quorum", "weighting", "merging_rule", "children"):
+    for key in ("sample", "sampling", "quorum", "weighting", "merging_rule", "children", "levels"):
         federation[key] = getattr(child, key)
     federation["deadline_s"] = child.deadline_s or config.federation.deadline_s
     tables = {
@@ -183,15 +205,16 @@ def branches_of(like: ChildConfig, silos: Collection[str], above: str = "") -> C
         head, dot, _ = silo.removeprefix(above).partition(".")
         if dot:
             groups.setdefault(f"{above}{head}", []).append(silo)
-    return {
-        name: like.model_copy(
-            update={
-                "silos": [one for one in members if "." not in one.removeprefix(f"{name}.")],
-                "children": branches_of(like, members, f"{name}."),
-            }
-        )
-        for name, members in groups.items()
-    }
+    tree: Children = {}
+    for name, members in groups.items():
+        own = {
+            "silos": [one for one in members if "." not in one.removeprefix(f"{name}.")],
+            "children": branches_of(like, members, f"{name}."),
+        }
+        # Who has only silos, or only groups, has nobody to take turns with.
+        own["levels"] = like.levels if all(own.values()) else "at_once"
+        tree[name] = like.model_copy(update=own)
+    return tree
 
 
 def with_branches(config: RunConfig, silos: Collection[str]) -> RunConfig:
@@ -223,6 +246,8 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             "silos' names: it has no silos, children or nodes of its own"
         )
     if not federation.children:
+        if not like:
+            _check_turns(federation, True, "federation")
         return
     needs = {"merge": "delta", "pace": "synchronous", "unequal_steps": False}
     for key, value in needs.items():
@@ -248,6 +273,8 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             raise _refused(f"names {name!r}; the data's silos are {some(sorted(silos), 8)}")
         if not is_silo and name in silos:
             raise _refused(f"needs another name for {name!r}: the data has a silo of that name")
+    alone = silos is None or not {name for name, is_silo in names if is_silo}.issuperset(silos)
+    _check_turns(federation, alone, "federation")
 
 
 def tables(children: Mapping[str, ChildConfig]) -> Iterator[tuple[str, ChildConfig]]:
@@ -279,6 +306,9 @@ def _names(
 
 def _check_round(child: ChildConfig, place: str) -> None:
     """Raise IncompatibleConfigError where too few can be in an inner round."""
+    _check_turns(child, bool(child.silos), place)
+    if child.levels == "in_turn" and child.rounds % 2:
+        raise _refused(f"needs an even number of rounds in [{place}]: its levels train in turn")
     members = child.nodes or len(child.silos) + len(child.children)
     drawn = child.sample or members
     if child.nodes is not None and child.sample is not None:
@@ -292,6 +322,14 @@ def _check_round(child: ChildConfig, place: str) -> None:
             f'counts data twice in [{place}]: sampling = "weighted" goes with weighting = "tokens" '
             'or "equal"'
         )
+
+
+def _check_turns(level: ChildConfig | FederationConfig, silos: bool, place: str) -> None:
+    kinds = {child.nodes is None for child in level.children.values()} | (
+        {False} if silos else set()
+    )
+    if level.levels == "in_turn" and len(kinds) < 2:
+        raise _refused(f'needs silos and groups in [{place}] to train in turn (levels = "in_turn")')
 
 
 def _refused(why: str) -> IncompatibleConfigError:

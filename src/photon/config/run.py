@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from photon.config.children import ChildConfig, Children
+from photon.config.children import ChildConfig, Children, Levels
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
@@ -211,6 +211,7 @@ class FederationConfig(Section):
         description="Participants that are federations themselves, of silos or of nodes that split "
         "a silo's text: see [federation.children.NAME].",
     )
+    levels: Levels = "at_once"
     branches: ChildConfig | None = Field(
         default=None,
         description="Groups by silos' names in the place of children: those whose names agree up "

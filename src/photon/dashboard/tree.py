@@ -57,7 +57,7 @@ def _children(config: RunConfig, file: str) -> Iterator[dict[str, Any]]:
 def _level(
     level: FederationConfig | ChildConfig, outer: str, codec: str, privacy: PrivacyConfig
 ) -> dict[str, Any]:
-    names = ("rounds", "merging_rule", "sample", "sampling", "quorum")
+    names = ("rounds", "merging_rule", "levels", "sample", "sampling", "quorum")
     own = {name: getattr(level, name) for name in names}
     return own | {"outer": outer, "update_codec": codec, "privacy": _noise(privacy)}
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from photon.config import RunConfig
+from photon.config.children import whose_turn
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Engine, Mailbox, Version
 from photon.federation.pace import Book, left_s, unequal_steps
@@ -119,8 +120,11 @@ class Outstanding:
     def ask(self, before: RunState, candidates: Candidates, version: Version) -> list[FitTask]:
         """Draw participants among those who are idle, and hand their tasks in."""
         config, busy = self._config, set(self.silos)
-        tokens = {silo: count for silo, count in candidates.tokens.items() if silo not in busy}
+        turn = whose_turn(config.federation, candidates.tokens, before.round + 1)
+        tokens = {silo: candidates.tokens[silo] for silo in turn if silo not in busy}
         count = config.federation.sample
+        if count is not None and config.federation.levels == "in_turn":
+            count = min(count, len(tokens))
         if count is not None and config.federation.pace != "synchronous":
             count = max(0, min(len(tokens), count - len(busy) + config.federation.over_sample))
         drawn = sample_participants(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from photon.compression import build_codec
 from photon.config import RunConfig
-from photon.config.children import inside, participants
+from photon.config.children import inside, participants, whose_turn
 from photon.federation.layout import layout_of
 from photon.federation.node import empty_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS, parcel_header
@@ -156,40 +156,52 @@ def plan(
 
 
 def _levels(
-    config: RunConfig, silo_tokens: Mapping[str, int], sizes: _Sizes, way: tuple[str, ...]
+    config: RunConfig,
+    silo_tokens: Mapping[str, int],
+    sizes: _Sizes,
+    way: tuple[str, ...],
+    taken: float = 1.0,
 ) -> Iterator[Level]:
     """A federation and those in it, the outermost first.
 
     Args:
+        taken: the share of rounds of those around it that it is drawn for, and has the turn.
         config: the run file as its members have it; its rounds are all that it merges.
         way: the names of those around it, and its own.
     """
     federation, link, outermost = config.federation, config.link, len(way) == 1
     members = list(participants(federation.children, silo_tokens))
-    asked = min(len(members), federation.sample or len(members))
+    turns = [turn for number in (1, 2) if (turn := whose_turn(federation, members, number))]
+    drawn = [min(len(turn), federation.sample or len(turn)) for turn in turns]
+    shares = dict.fromkeys(members, 0.0)
+    for turn, count in zip(turns, drawn, strict=True):
+        shares |= {name: shares[name] + count / len(turn) / len(turns) for name in turn}
+    asked, rounds = sum(drawn) / len(turns), round(federation.rounds * taken)
     by_group = {name: sizes(child.update_codec) for name, child in federation.children.items()}
-    up = sum(by_group.get(name, sizes(link.update_codec)) for name in members) / len(members)
+    codec = sizes(link.update_codec)
+    up = sum(by_group.get(name, codec) * shares[name] for name in members) / asked
     # The first state is sent whole; silos are scored with the last one.
-    versions = federation.rounds + (config.eval.per_silo and outermost)
+    versions = rounds + (config.eval.per_silo and outermost)
     down = float(sizes("fp32"))
     if link.lossy_broadcast:
         down = (down + (versions - 1) * sizes(link.broadcast_codec)) / versions
     yield Level(
         name=way[-1],
         inside=way[:-1],
-        members=asked,
-        rounds=federation.rounds,
+        members=round(asked),
+        rounds=rounds,
         steps=config.local.steps,
         bytes_up=up,
         bytes_down=down,
-        bytes=asked * (federation.rounds * up + versions * down),
+        bytes=asked * rounds * (up + down) + len(members) * (versions - rounds) * down,
     )
     for name, child in federation.children.items():
         tokens = {silo: silo_tokens[silo] for silo in child.silos_of(name) if silo in silo_tokens}
         if child.nodes is not None:
             tokens = {f"{name}.{index}": 1 for index in range(child.nodes)}
         if tokens:
-            yield from _levels(inside(config, child), tokens, sizes, (*way, name))
+            below = taken * shares.get(name, 0.0)
+            yield from _levels(inside(config, child), tokens, sizes, (*way, name), below)
 
 
 class _Sizes:
