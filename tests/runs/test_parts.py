@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, RoFormerConfig
 
 import photon
+from photon.config import load_run_config
 from photon.errors import ModelError
 from photon.federation.node_state import PERSONAL, read_node_state
 from photon.link import TensorFile
 from photon.runs import load_weights
+from photon.telemetry import read_history
+from photon.telemetry.events import Evaluated
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2}
 SMALL |= {"intermediate_size": 32, "max_position_embeddings": 64}
@@ -191,3 +195,42 @@ def test_key_tensors_are_merged_by_their_rule_and_others_as_ever(llama, run, tmp
     mean, key = (load_weights(tmp_path / name)[0].state_dict() for name in ("mean", "key"))
     differ = {name for name in mean if not torch.equal(mean[name], key[name])}
     assert differ == {name for name in mean if "norm" in name}
+
+
+def test_with_local_embeddings_only_the_body_is_shared(three_silos, tmp_path):
+    """recipes/dept.toml, and DEPT's GLOB, as the recipe says it is had."""
+    recipe = Path(__file__).parents[2] / "recipes/dept.toml"
+    short = [
+        *QUICK,
+        "local.warmup_steps=0",
+        f"data.path={three_silos}",
+        "data.sequence_length=16",
+        "compute.threads=1",
+    ]
+    config = load_run_config(recipe, short)
+    result = photon.simulate(config, run_dir=tmp_path / "run")
+    silos = ("blue", "green", "red")
+    models = [load_weights(tmp_path / "run", silo)[0] for silo in silos]
+    own = {
+        name
+        for name, tensor in models[0].named_parameters()
+        if not all(torch.equal(tensor, other.get_parameter(name)) for other in models[1:])
+    }
+    (name,) = own
+    embedding = models[0].get_input_embeddings().weight
+    assert models[0].get_parameter(name) is embedding
+    assert models[0].get_output_embeddings().weight is embedding
+    with pytest.raises(ModelError, match="has a model of its own"):
+        photon.export(tmp_path / "run", tmp_path / "out")
+    photon.export(tmp_path / "run", tmp_path / "out", of="blue")
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_input_embeddings().weight
+    assert torch.equal(out, embedding)
+    # The silos' own scores as one: of all their text, so it compares over any vocabularies.
+    scores = {one.silo: one for one in read_history(tmp_path / "run").of(Evaluated)}
+    sizes = [one.loss * one.tokens / one.bits_per_byte for one in map(scores.get, silos)]
+    bits = [scores[silo].bits_per_byte * size for silo, size in zip(silos, sizes, strict=True)]
+    assert scores[None].bits_per_byte == pytest.approx(sum(bits) / sum(sizes))
+    shared = load_run_config(recipe, [*short, "parts.personal=[]"])
+    all_of_it = photon.simulate(shared, run_dir=tmp_path / "glob").summary
+    saved = all_of_it["bytes_up"] - result.summary["bytes_up"]
+    assert saved == pytest.approx(2 * 3 * 4 * embedding.numel(), rel=2e-3)  # and names
