@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel
 
-from photon.config.children import ChildConfig
+from photon.config.children import ChildConfig, PolicyConfig
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
 
@@ -79,10 +79,12 @@ _BOUNDS = (
 def reference_page() -> str:
     """docs/configuration.md: a section for each table of both files, a row for each key."""
     run, node = _tables(RunConfig, "## [{}]"), _tables(NodeConfig, "### [{}]")
-    group = "federation.children.NAME"
-    child = RunConfig.model_json_schema()["$defs"][ChildConfig.__name__]
     after = 1 + list(RunConfig.model_fields).index("federation")
-    run.insert(after, _section(group, f"## [{group}]", child))
+    definitions = RunConfig.model_json_schema()["$defs"]
+    inner = {"federation.policy": PolicyConfig, "federation.children.NAME": ChildConfig}
+    run[after:after] = [
+        _section(name, f"## [{name}]", definitions[model.__name__]) for name, model in inner.items()
+    ]
     return "\n".join([_INTRODUCTION, *run, _NODE_INTRODUCTION, *node])
 
 

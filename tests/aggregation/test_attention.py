@@ -41,10 +41,10 @@ def test_what_is_alike_counts_for_more():
     updates = [mixed(direction, random(seed), 0.8) for seed in (2, 3, 4)] + [random(5)]
     rule = AttentionMean(parts())
     merged(rule, updates)
-    for shares in rule.shares().values():
+    for shares in rule.shares.values():
         assert sum(shares) == pytest.approx(1)
         assert shares[3] < 0.6 * min(shares[:3])
-    assert set(rule.shares()) == {"weights/model.layers.0", "weights/model.layers.1"}
+    assert set(rule.shares) == {"weights/model.layers.0", "weights/model.layers.1"}
 
 
 def test_it_is_the_weighted_sum_of_the_updates():
@@ -52,7 +52,7 @@ def test_it_is_the_weighted_sum_of_the_updates():
     rule = AttentionMean(parts())
     result = merged(rule, updates, [1.0, 2.0, 3.0])
     for name in LAYERS:
-        shares = rule.shares()[name.rsplit(".", 2)[0]]
+        shares = rule.shares[name.rsplit(".", 2)[0]]
         wanted = sum(share * one[name] for share, one in zip(shares, updates, strict=True))
         torch.testing.assert_close(result[name], wanted)
 
@@ -89,7 +89,7 @@ def test_fedatt_goes_by_distance():
     ]
     powers = [math.exp(norm) for norm in own]
     wanted = [power / sum(powers) for power in powers]
-    assert rule.shares()["weights/model.layers.0"] == pytest.approx(wanted, rel=1e-5)
+    assert rule.shares["weights/model.layers.0"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_an_update_of_nothing_does_no_harm():

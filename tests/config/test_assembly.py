@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 
 from photon.cli.main import app
 from photon.config import load_run_config, resolved_toml
+from photon.config.baselines import METHODS, as_method
+from photon.config.children import refuse_residuals
 from photon.errors import ConfigError, IncompatibleConfigError, InvalidValueError, UnknownKeyError
 
 RUN = """
@@ -70,6 +72,7 @@ MISTAKES = [
     ({"nordics": NORDICS + "[children.eu]\nfile='federation.toml'"}, ConfigError, "inside itself"),
     ({"nordics": "silo = ['oslo']"}, UnknownKeyError, "nordics.toml: unknown key 'silo'"),
     ({"eu": EU.replace("= 2", "= 'two'")}, InvalidValueError, "federation.toml: rounds = 'two'"),
+    ({"nordics": NORDICS + "[model]\npreset = '75m'"}, UnknownKeyError, "unknown key 'model'"),
     ({"eu": "children = 3"}, InvalidValueError, "children"),
     ({"eu": EU.replace("nordics.toml", "gone.toml")}, ConfigError, "no file of a federation at"),
     ({"nordics": "silos = ['boston']\nrounds = 4"}, IncompatibleConfigError, "in two places"),
@@ -109,3 +112,55 @@ def test_the_tree_says_who_decides_what(write):
     told = json.loads(CliRunner().invoke(app, ["tree", str(write()), "--json"]).output)
     assert [one["name"] for one in told["members"]] == ["eu", "us"]
     assert told["members"][0]["members"][0]["written_in"] == "nordics.toml"
+
+
+LAW = """
+[parts]
+key = ["last:0.3"]
+key_rule = "attention"
+[federation.policy]
+jurisdiction = "UN"
+residuals = "both"
+"""
+OWN_LAW = """
+[children.nordics]
+file = "nordics.toml"
+[policy]
+jurisdiction = "EU"
+never_with = ["US", "CN"]
+"""
+
+
+def test_what_a_policy_leaves_open_is_as_above_and_what_it_says_is_its_owners(write):
+    eu = EU.partition("[children")[0] + OWN_LAW
+    path = write(RUN + LAW, eu, NORDICS + 'policy = { residuals = "none" }\n')
+    out = CliRunner().invoke(app, ["tree", str(path)], env={"COLUMNS": "250"}).output
+    lines = [line.strip("│├└─ ") for line in out.splitlines()]
+    for start, words in {
+        "run:": ", jurisdiction UN, residuals both (",
+        "eu:": ", jurisdiction EU, residuals both, never with US CN (",
+        "nordics:": ", jurisdiction EU, residuals none, never with US CN (",
+        "us:": ", jurisdiction UN, residuals both (",
+    }.items():
+        assert any(one.startswith(start) and words in one for one in lines), (start, lines)
+    with pytest.raises(IncompatibleConfigError, match=r"children\.eu is written in"):
+        load_run_config(path, ["federation.children.eu.policy.never_with=[]"])
+    with pytest.raises(
+        IncompatibleConfigError, match=r"eu\.policy: residuals = \"both\" has no way"
+    ):
+        load_run_config(path, ["federation.policy.jurisdiction=US"])
+
+
+def test_residuals_are_refused_where_there_are_none_yet(write):
+    path = write(RUN + LAW)
+    with pytest.raises(IncompatibleConfigError, match="`photon serve` has no residuals yet"):
+        refuse_residuals(load_run_config(path), "`photon serve`")
+    refuse_residuals(load_run_config(write()), "`photon serve`")
+
+
+def test_what_a_tree_is_held_against_has_no_residuals(write):
+    eu = 'silos = ["paris"]\n[policy]\njurisdiction = "EU"\nresiduals = "out"\n'
+    config = load_run_config(write(RUN + LAW, eu))
+    assert as_method(config).federation.children["eu"].policy.residuals == "out"
+    for name in METHODS:
+        refuse_residuals(as_method(config, name), name)

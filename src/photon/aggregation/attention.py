@@ -11,6 +11,9 @@ participant's own going down. Deltas are compared, as raw weights from one initi
 cosine of about 1. With a very high temperature it is the weighted mean; with a very low one, going
 down, each keeps its own layers.
 
+A residual from elsewhere is one more constituent, with the members' mean weight, as federations
+weigh in units of their own. The query is without it, and it counts as no longer than the longest.
+
 FedAtt (Ji et al. 2019, arXiv 1812.07108) goes by distance: s_j = |D_j|, t = 1, no weights.
 """
 
@@ -40,6 +43,13 @@ class AttentionMean(MergingRule):
     Args:
         parts: the [parts] table: key_rule, key_temperature, key_projection.
         folder: where updates wait.
+
+    Attributes:
+        shares: of the newest result, alpha of each update by layer, in their order.
+        guests: residuals to merge too, by origin: tensors of some layers. Their shares come last.
+        least: rho; a misfit gets less than so many times what its weight alone would give it.
+        misfits: of the newest result, tensors by layer and number of the update.
+        rows: of the newest result, each update's and guest's projections by layer.
     """
 
     def __init__(self, parts: PartsConfig, folder: Path | None = None) -> None:
@@ -47,7 +57,11 @@ class AttentionMean(MergingRule):
         self._spool = Spool(folder)
         self._weights: list[float] = []
         self._rows: list[dict[str, Tensor]] = []
-        self._shares: dict[str, list[float]] = {}
+        self.shares: dict[str, list[float]] = {}
+        self.guests: Mapping[str, Mapping[str, Tensor]] = {}
+        self.least = 0.0
+        self.misfits: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self.rows: list[dict[str, Tensor]] = []
 
     def add(self, tensors: Named, weight: float, norm: float) -> None:
         require_weight(weight)
@@ -63,34 +77,51 @@ class AttentionMean(MergingRule):
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
-        rows, weights = self._rows, self._weights
+        rows, weights, total = self._rows, self._weights, math.fsum(self._weights)
+        for tensors in self.guests.values():
+            row = projections(tensors, self._parts)
+            longest = {name: max(own[name].norm() for own in self._rows) for name in row}
+            lengths = {
+                name: min(1.0, float(longest[name] / one.norm())) for name, one in row.items()
+            }
+            lent = {name: lengths[module_of(name)] * one for name, one in tensors.items()}
+            shapes, rows = self._spool.shapes.items(), [*rows, row]
+            self._spool.add((name, lent.get(name, torch.zeros(of.shape))) for name, of in shapes)
         shares = {}
         for module in rows[0] if rows else ():
-            found = [row[module] for row in rows]
+            found = [row[module] for row in rows if module in row]
             if self._parts.key_rule == "fedatt":
                 shares[module] = _softmax([math.sqrt(float(one)) for one in found])
-            else:
-                total = math.fsum(weights)
-                query = sum((n / total * one for n, one in zip(weights, found, strict=True)))
-                shares[module] = attention(query, found, weights, self._parts.key_temperature)  # pyright: ignore[reportArgumentType]
+                continue
+            query = sum((n / total * one for n, one in zip(weights, found, strict=False)))
+            every = weights + [total / len(weights)] * (len(found) - len(weights))
+            given = iter(attention(query, found, every, self._parts.key_temperature))  # pyright: ignore[reportArgumentType]
+            shares[module] = [next(given) if module in row else 0.0 for row in rows]
+        misfits: dict[tuple[str, int], dict[str, list[Tensor]]] = {}
 
         def across(name: str, values: list[Tensor]) -> Tensor:
-            merged = torch.zeros_like(values[0])
-            for share, one in zip(shares[module_of(name)], values, strict=True):
+            merged, module = torch.zeros_like(values[0]), module_of(name)
+            usual = self.least * math.fsum(shares[module][: len(weights)]) / total
+            for place, (share, one) in enumerate(zip(shares[module], values, strict=True)):
                 merged.add_(one, alpha=share)
+                if place < len(weights) and share < usual * weights[place]:
+                    cut = misfits.setdefault((module, place), {}).setdefault(name, [])
+                    cut.append(one.clone())
             return merged
 
         merged = self._spool.reduce(across)
         self.discard()
-        self._shares = shares
+        self.shares, self.rows = shares, rows
+        self.misfits = {
+            which: {name: torch.cat(cut).view_as(merged[name]) for name, cut in of.items()}
+            for which, of in misfits.items()
+        }
         return merged
-
-    def shares(self) -> dict[str, list[float]]:
-        return self._shares
 
     def discard(self) -> None:
         self._spool.discard()
-        self._weights, self._rows, self._shares = [], [], {}
+        self._weights, self._rows = [], []
+        self.shares, self.misfits, self.rows = {}, {}, []
 
 
 def taken_up(
@@ -117,11 +148,7 @@ def taken_up(
     for both in moved.values():
         shares = [0.5, 0.5]
         if parts.key_down != "mean":
-            rows: list[dict[str, Tensor]] = [{}, {}]
-            for row, deltas in zip(rows, both, strict=True):
-                for name, delta in deltas.items():
-                    _measure(row, name, delta, parts)
-            (mine,), (theirs,) = (row.values() for row in rows)
+            (mine,), (theirs,) = (projections(deltas, parts).values() for deltas in both)
             shares = attention(mine, [mine, theirs], [1.0, 1.0], parts.key_temperature)
         for name in both[0]:
             taken[name] = anchor[name] + shares[0] * both[0][name] + shares[1] * both[1][name]
@@ -137,18 +164,28 @@ def attention(
         query: (projection,) fp64, as all rows.
         weights: n_j > 0.
     """
-    scores = []
-    for row, weight in zip(rows, weights, strict=True):
-        norms = float(query.norm() * row.norm())
-        cosine = float(query @ row) / norms if norms > 0 else 0.0
-        scores.append(math.log(weight) + cosine / temperature)
-    return _softmax(scores)
+    every = zip(rows, weights, strict=True)
+    return _softmax([math.log(weight) + cosine(query, row) / temperature for row, weight in every])
 
 
 def _softmax(scores: list[float]) -> list[float]:
     highest = max(scores)
     powers = [math.exp(score - highest) for score in scores]
     return [power / math.fsum(powers) for power in powers]
+
+
+def projections(tensors: Mapping[str, Tensor], parts: PartsConfig) -> dict[str, Tensor]:
+    """P D (projection,) fp64 of each layer's update."""
+    row: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        _measure(row, name, tensor, parts)
+    return row
+
+
+def cosine(one: Tensor, two: Tensor) -> float:
+    """Of projections; of nothing to anything 0."""
+    norms = float(one.norm() * two.norm())
+    return float(one @ two) / norms if norms > 0 else 0.0
 
 
 def _measure(row: dict[str, Tensor], name: str, tensor: Tensor, parts: PartsConfig) -> None:

@@ -47,9 +47,6 @@ class KeyedRule(MergingRule):
     def result(self) -> dict[str, Tensor]:
         return self._rule.result() | self._key_rule.result()
 
-    def shares(self) -> dict[str, list[float]]:
-        return self._rule.shares() | self._key_rule.shares()
-
     def discard(self) -> None:
         self._rule.discard()
         self._key_rule.discard()

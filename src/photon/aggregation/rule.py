@@ -62,12 +62,6 @@ class MergingRule(ABC):
     def discard(self) -> None:
         """Forget what was added since the last result."""
 
-    def shares(self) -> dict[str, list[float]]:
-        """What each update of the last result counted for, in their order, by module; they add
-        up to 1. Empty where all modules go by the weights alone.
-        """
-        return {}
-
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """What the rule keeps from round to round, for the checkpoint; empty if it keeps nothing.
 

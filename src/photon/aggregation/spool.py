@@ -37,7 +37,7 @@ class Spool:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = str(folder or tempfile.gettempdir())
         self._file: BinaryIO | None = None
-        self._shapes: dict[str, torch.Tensor] = {}
+        self.shapes: dict[str, torch.Tensor] = {}
         self._starts: dict[str, int] = {}
         self._width = 0
         self._rows = 0
@@ -61,7 +61,7 @@ class Spool:
                 self._file = tempfile.TemporaryFile(  # noqa: SIM115
                     prefix="photon-", buffering=0, dir=self._folder
                 )
-        tensors = self._laid_out(tensors) if self._rows == 0 else matching(tensors, self._shapes)
+        tensors = self._laid_out(tensors) if self._rows == 0 else matching(tensors, self.shapes)
         for name, tensor in tensors:
             self._write(tensor, self._rows * self._width + self._starts[name])
         self._rows += 1
@@ -89,7 +89,7 @@ class Spool:
             raise QuorumLostError("no update was merged, so there is nothing to merge them into")
         most = max(1, min(_PIECE, _BLOCK // self._rows))
         block = torch.empty(self._rows, min(most, max(self._width, 1)))
-        merged = {name: torch.empty(shape.shape) for name, shape in self._shapes.items()}
+        merged = {name: torch.empty(shape.shape) for name, shape in self.shapes.items()}
         for name, tensor in merged.items():
             start = self._starts[name]
             for piece in tensor.view(-1).split(most):
@@ -106,7 +106,7 @@ class Spool:
         if self._file is not None:
             self._file.close()
         self._file = None
-        self._shapes, self._starts, self._width = {}, {}, 0
+        self.shapes, self._starts, self._width = {}, {}, 0
         self._rows = 0
         self._broken = False
 
@@ -116,7 +116,7 @@ class Spool:
             if name in self._starts:
                 raise ModelMismatchError(f"tensor {name!r} comes twice in the update")
             require_shape(name, tensor, tensor)
-            self._shapes[name] = torch.empty(tensor.shape, device="meta")
+            self.shapes[name] = torch.empty(tensor.shape, device="meta")
             self._starts[name] = self._width
             yield name, tensor
             # After the yield: the first row starts at 0, and is written as rows x width + start.

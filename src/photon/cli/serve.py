@@ -82,7 +82,7 @@ def serve(
         data = checked("data", lambda: look_at_data(config.data.path))
         _show_checks([data, *preflight(config.serve)], as_json)
         return
-    from photon.config.children import refuse_children
+    from photon.config.children import refuse_children, refuse_residuals
     from photon.data import open_data
     from photon.deploy.serve import Aggregator
     from photon.deploy.served_run import reopen_run
@@ -94,6 +94,7 @@ def serve(
         config = load_run_config(run_file, overrides or [])
         folder = run_dir or Path("runs") / config.run.name
     refuse_children(config, "`photon serve`")
+    refuse_residuals(config, "`photon serve`")
     open_data(config.data.path)  # silos would be waited for first, and then sent away
     log = Path(config.serve.home) / "logs" / "serve.log"
     lines = _Lines(log, config.serve.log, verbose=verbose)

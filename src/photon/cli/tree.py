@@ -41,8 +41,8 @@ def tree(
     """Draw the federations of a run, one inside another, with who decides what.
 
     Each line is a federation: how often it merges, after how many local steps, whom it draws, how
-    it merges, with which clip and noise updates leave its silos and itself, and in which file that
-    is written. Below it are its members; silos take steps.
+    it merges, with which clip and noise updates leave its silos and itself, its policy on
+    residuals, and in which file that is written. Below it are its members; silos take steps.
 
     With `--baselines` it is run, and so is what it is held against, in runs/NAME/baselines; called
     again, it goes on where it stopped. It ends with each leaf's perplexity by method.
@@ -130,5 +130,7 @@ def _line(one: dict[str, Any]) -> Text:
     drawn += f", {one['sample']} drawn ({one['sampling']})" if one["sample"] else ""
     for who, name in (("silos", "privacy"), ("its own", "update_privacy")):
         key += f", {who}: {one[name]}" if one.get(name) else ""
+    for name, said in one["policy"].items():
+        key += f", {name.replace('_', ' ')} {said if isinstance(said, str) else ' '.join(said)}"
     how = f": {rounds}{drawn}, {one['merging_rule']}, {one['outer']}, {one['update_codec']}{key} "
     return Text.assemble((one["name"], "bold"), how, (f"({one['written_in']})", "dim"))

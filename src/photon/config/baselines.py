@@ -46,6 +46,10 @@ def as_method(config: RunConfig, name: str | None = None) -> RunConfig:
         told["parts"] = {**lists, "frozen": parts.frozen}
     else:
         told["parts"] = parts.pooled().model_dump() if key is None else told["parts"] | key
+    todo = [told["federation"]] if name else []
+    for table in todo:  # only the tree itself has residuals
+        table.pop("policy", None)
+        todo += [*table.get("children", {}).values(), *filter(None, [table.get("branches")])]
     if method["runs"] != "tree":  # and no quorum, which is of other participants
         for out in ("children", "branches", "quorum"):
             told["federation"].pop(out, None)

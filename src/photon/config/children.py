@@ -10,6 +10,7 @@ from pydantic import Field
 
 from photon.config.link import CodecText
 from photon.config.outer import OuterConfig
+from photon.config.parts import ATTENTION_RULES
 from photon.config.privacy import PrivacyConfig, voided
 from photon.config.section import Positive, Section
 from photon.errors import IncompatibleConfigError, some
@@ -26,6 +27,35 @@ Levels = Annotated[
         "groups in the next, from what the silos came to. Each is one of its rounds."
     ),
 ]
+
+
+class PolicyConfig(Section):
+    """[federation.policy]: residuals; what is not set here is as in the federation around it."""
+
+    jurisdiction: _Name | None = Field(
+        default=None, description='Whose law holds for it, in a name of your choice: "EU".'
+    )
+    residuals: Literal["none", "out", "in", "both"] | None = Field(
+        default=None,
+        description="out: layers of members, one by one, may leave where they fit badly; in: those "
+        "of others are taken in, and handed on. none, if nobody says.",
+    )
+    never_with: list[_Name] | None = Field(
+        default=None, description="Jurisdictions with which it shares none, directly or not."
+    )
+
+    def lets(self, *ways: str) -> bool:
+        return self.residuals in (*ways, "both")
+
+    def within(self, above: PolicyConfig) -> PolicyConfig:
+        """With what it leaves open from the federation around it."""
+        return above.model_copy(update={name: one for name, one in self if one is not None})
+
+    def bars(self, passed: Collection[str | None], barred: Collection[str] | None) -> bool:
+        """Whether it is kept from what was in these jurisdictions, with these barriers."""
+        return self.jurisdiction in (barred or ()) or any(
+            one in passed for one in self.never_with or ()
+        )
 
 
 class ChildConfig(Section):
@@ -85,6 +115,9 @@ class ChildConfig(Section):
         description="How its update is encoded, as link.update_codec, with feedback as [link] has "
         "it. Silos encode theirs by [link], wherever they are.",
     )
+    policy: PolicyConfig = Field(
+        default_factory=PolicyConfig, description="As [federation.policy]."
+    )
 
     privacy: PrivacyConfig | None = Field(
         default=None,
@@ -93,7 +126,8 @@ class ChildConfig(Section):
     )
     update_privacy: PrivacyConfig = Field(
         default_factory=PrivacyConfig,
-        description="What its own update goes through before it is encoded, as [privacy].",
+        description="What its own update goes through before it is encoded, as [privacy]; and each "
+        "residual of a member of it.",
     )
     written_in: str | None = Field(
         default=None,
@@ -175,6 +209,7 @@ def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
     for key in ("sample", "sampling", "quorum", "weighting", "merging_rule", "children", "levels"):
         federation[key] = getattr(child, key)
     federation["deadline_s"] = child.deadline_s or config.federation.deadline_s
+    federation["policy"] = child.policy.within(config.federation.policy)
     tables = {
         "federation": federation,
         "local": {"steps": config.local.steps // child.rounds},
@@ -231,6 +266,35 @@ def refuse_children(config: RunConfig, where: str) -> None:
         raise _refused(f"is for `photon simulate`, and {where} has no groups yet")
 
 
+def refuse_residuals(config: RunConfig, where: str) -> None:
+    """Raise IncompatibleConfigError if there are residuals, which `where` knows nothing of yet."""
+    inner = (one for _, one in tables(config.federation.children))
+    if any(one.policy.lets("out", "in") for one in (config.federation, *inner)):
+        raise IncompatibleConfigError(f"{where} has no residuals yet, of which a policy lets some")
+
+
+def _check_policies(
+    config: RunConfig, place: str = "federation", above: PolicyConfig | None = None
+) -> None:
+    federation, policy = config.federation, config.federation.policy
+    merging, rule = federation.merging_rule, config.parts.key_rule if config.parts.key else "none"
+    said, why = f'policy: residuals = "{policy.residuals}"', None
+    if rule in ATTENTION_RULES and merging in ("median", "trimmed_mean", "clipped_mean", "edit"):
+        why = f'merging_rule = "{merging}" is robust, and parts.key_rule = "{rule}" is not'
+    elif policy.lets("out", "in") and rule != "attention":
+        why = f'{said} needs parts.key and parts.key_rule = "attention"'
+    elif above and policy.lets("out") and not above.lets("in"):
+        why = f"{said} has no way up: the federation around it lets none in"
+    elif above and policy.lets("out") and above.bars([policy.jurisdiction], policy.never_with):
+        law = f"{policy.jurisdiction} and {above.jurisdiction}"
+        why = f"{said} has no way up: never_with is between {law}, of the federation around it"
+    if why:
+        raise IncompatibleConfigError(f"{place}.{why}")
+    like = {"*": federation.branches} if federation.branches and above is None else {}
+    for name, child in {**federation.children, **like}.items():
+        _check_policies(inside(config, child), f"{place}.children.{name}", policy)
+
+
 def check_children(config: RunConfig, silos: Collection[str] | None = None) -> None:
     """Raise IncompatibleConfigError for groups that can't be.
 
@@ -245,6 +309,7 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             "and federation.branches can't both say who is in which group, and branches goes by "
             "silos' names: it has no silos, children or nodes of its own"
         )
+    _check_policies(config)
     if not federation.children:
         if not like:
             _check_turns(federation, True, "federation")

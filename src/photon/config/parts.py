@@ -87,6 +87,12 @@ class PartsConfig(Section):
     key_projection: Positive = Field(
         default=256, description="Numbers that a layer's update is projected to, to be compared."
     )
+    residual_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5, description="rho: how little of a layer leaves; docs/worldlm.md."
+    )
+    residual_cosine: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.1, description="Who takes a residual is more alike to it than this."
+    )
 
     @property
     def own_key(self) -> bool:
@@ -105,8 +111,9 @@ class PartsConfig(Section):
 
     def require_compatible(self, optimizer_state: str, *, per_silo: bool) -> None:
         """Raise ValueError where roles can't be with the rest of the run file."""
-        for name in ("key_rule", "key_down", "key_temperature", "key_projection"):
-            if getattr(self, name) != type(self).model_fields[name].default and not self.key:
+        for name, value in self:
+            default = type(self).model_fields[name].default
+            if name.startswith(("key_", "residual_")) and value != default and not self.key:
                 raise ValueError(f"parts.{name} only means something with parts.key")
         if self.personal and optimizer_state == "average":
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from photon.config.children import ChildConfig, Children, Levels
+from photon.config.children import ChildConfig, Children, Levels, PolicyConfig
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
@@ -217,6 +217,9 @@ class FederationConfig(Section):
         description="Groups by silos' names in the place of children: those whose names agree up "
         "to a dot are a group, at each dot, and each is like this table: "
         "[federation.branches] rounds = 2. `photon data prepare --silo-tree` names silos so.",
+    )
+    policy: PolicyConfig = Field(
+        default_factory=PolicyConfig, description="See [federation.policy]."
     )
 
     @model_validator(mode="after")

@@ -33,7 +33,8 @@ def described(config: RunConfig, file: str, silos: Sequence[str]) -> dict[str, A
     key = {"key_rule": parts.key_rule, "key_down": parts.key_down} if parts.key else {}
     placed = {silo for name, one in federation.children.items() for silo in one.silos_of(name)}
     members = [*_children(config, file), *({"name": one} for one in sorted({*silos} - placed))]
-    named = {"name": config.run.name, "steps": steps, "written_in": file}
+    named: dict[str, Any] = {"name": config.run.name, "steps": steps, "written_in": file}
+    named["policy"] = federation.policy.model_dump(exclude_none=True)
     return named | top | key | {"members": members}
 
 
@@ -46,6 +47,7 @@ def _children(config: RunConfig, file: str) -> Iterator[dict[str, Any]]:
             "written_in": own,
             **_level(child, child.outer.name, child.update_codec, inner.privacy),
             "update_privacy": _noise(child.update_privacy),
+            "policy": inner.federation.policy.model_dump(exclude_none=True),
             "members": [
                 *_children(inner, own),
                 *({"name": silo} for silo in child.silos),

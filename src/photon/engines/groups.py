@@ -80,12 +80,14 @@ def with_groups(
     folder: Path,
     on_event: Callable[[Event], None],
     key: Sequence[str] = (),
+    above: str = "",
 ) -> Engine:
-    """An engine that reaches groups too, at any depth; see `Group` for the arguments."""
+    """An engine that reaches groups too, at any depth below a path; for arguments see `Group`."""
     groups: dict[str, Group] = {}
     for name, child in config.federation.children.items():
-        below = with_groups(engine, inside(config, child), silo_tokens, folder, on_event, key)
-        groups[name] = Group(name, config, silo_tokens, below, folder, on_event, key)
+        path, within = above + name, inside(config, child)
+        below = with_groups(engine, within, silo_tokens, folder, on_event, key, f"{path}/")
+        groups[name] = Group(path, config, silo_tokens, below, folder, on_event, key)
     return GroupEngine(engine, groups, config, folder) if groups else engine
 
 

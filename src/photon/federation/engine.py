@@ -13,6 +13,7 @@ from photon.federation.tasks import (
     EvalTask,
     FitTask,
     GlobalState,
+    Residual,
     StateRef,
     Task,
     Update,
@@ -34,6 +35,7 @@ class Version:
         once: fp32 tensors by name that no version of the run changes: what is frozen, and what
             personal parts begin with.
         once_sha256: of those; who holds them by it need not be given them again.
+        residuals: for this one participant, to merge with its members' updates.
     """
 
     number: int
@@ -42,6 +44,7 @@ class Version:
     bytes_down: Callable[[int | None], int] = lambda held: 0
     once: Mapping[str, Tensor] = field(default_factory=dict)
     once_sha256: str = ""
+    residuals: Sequence[Residual] = ()
 
 
 #: To a task: an update, scores, or None where there will be none and the engine has said why.

@@ -17,7 +17,7 @@ from photon.federation.pace import running_mean
 from photon.federation.sampling import Candidates, Fleet
 from photon.federation.scoring import scores
 from photon.federation.server import Server
-from photon.federation.tasks import EvalReceipt, FitTask, Receipt
+from photon.federation.tasks import EvalReceipt, FitTask, Receipt, Residual
 from photon.telemetry import Event
 from photon.telemetry.events import KeyMerged, RoundStarted
 
@@ -73,11 +73,11 @@ class Federation:
             QuorumLostError: too few good updates; the version is as it was.
         """
         number, costs = before.round + 1, costs or RoundCosts()
-        new = self.outstanding.ask(before, candidates, self.server.version)
+        new = self.outstanding.ask(before, candidates, self.server)
         asked = self.outstanding.silos
         book = self.outstanding.book(before)
         started = RoundStarted(round=number, global_step=before.global_step, participants=asked)
-        merged: list[tuple[FitTask, Receipt]] = []
+        merged, came = list[tuple[FitTask, Receipt]](), list[Residual]()
         try:
             meanwhile()
             self._tell(started)
@@ -86,6 +86,7 @@ class Federation:
                 receipt = self._admission.admit(number, task, going, update, costs)
                 if receipt is not None:
                     merged.append((task, receipt))
+                    came += update.residuals
                     book.note_good(self.engine.now_s)
             for task, reason in self.outstanding.left_behind(number, book):
                 self._admission.leave(number, task, reason, costs)
@@ -98,11 +99,16 @@ class Federation:
         costs.local_train_s /= self.engine.processes
         started = time.perf_counter()
         norm, changes = self.server.step(keep_version=len(self.outstanding) > 0)
+        ways: list[Event] = []
+        if attention := self.server.attention:
+            tasks, shares = [task for task, _ in merged], attention.shares
+            silos = [*(task.silo for task in tasks), *attention.guests]
+            ways = [KeyMerged(round=number, silo="", participants=silos, shares=shares)]
+            ways += self.server.residuals.route(attention, tasks, came)
         costs.merge_s += time.perf_counter() - started
         self._tell(round_merged(number, merged, norm, costs.merge_s))
-        if shares := self.server.shares:
-            silos = [receipt.silo for _, receipt in merged]
-            self._tell(KeyMerged(round=number, silo="", participants=silos, shares=shares))
+        for event in ways:
+            self._tell(event)
         after = replace(
             after_round(self.config, before, new, merged, len(asked)),
             quorum_s=running_mean(before.quorum_s, book.quorum_s or 0.0),

@@ -33,7 +33,7 @@ from photon.federation.tasks import (
 )
 from photon.link import entries_bytes
 from photon.telemetry import Event
-from photon.telemetry.events import KeyMerged, RoundMerged, RoundStarted
+from photon.telemetry.events import KeyMerged, ResidualRouted, RoundMerged, RoundStarted
 from photon.training import StepTimes
 
 
@@ -46,6 +46,7 @@ class Group:
     and of the inner rounds after which its members kept what they keep, and its codec's feedback.
 
     Args:
+        path: "eu/banks".
         config: the run file as the level above has it.
         silo_tokens: to train on, by silo of the data.
         engine: carries tasks to its members.
@@ -56,7 +57,7 @@ class Group:
 
     def __init__(
         self,
-        name: str,
+        path: str,
         config: RunConfig,
         silo_tokens: Mapping[str, int],
         engine: Engine,
@@ -64,8 +65,9 @@ class Group:
         on_event: Callable[[Event], None],
         key: Sequence[str] = (),
     ) -> None:
-        self._name, self._key = name, key
+        self._path, self._name, self._key = path, (name := path.rpartition("/")[2]), key
         self._child = child = config.federation.children[name]
+        self._around = config.federation.policy
         self._config = config = inside(config, child)
         draws = {"seed": config.run.seed ^ zlib.crc32(name.encode())}  # of its own
         self._config = config.model_copy(update={"run": config.run.model_copy(update=draws)})
@@ -89,10 +91,18 @@ class Group:
         state |= own_key(self._config.parts, tensors, state)
         anchor = {name: state[WEIGHTS + name].clone() for name in self._key}
         server = Server(self._config, self._store.folder, tensors, after, self._key)
+        residuals, guests = server.residuals, dict[str, dict[str, Tensor]]()
+        residuals.path, residuals.above = f"{self._path}/", self._around
+        residuals.privacy = self._child.update_privacy
+        for one in version.residuals:
+            guests.setdefault(one.origin, {}).update(one.tensors)
         federation = Federation(self._config, FixedFleet({}), self._engine, server, self._above)
         costs, receipts = RoundCosts(), list[Sequence[Receipt]]()
         try:
             for index in range(rounds):
+                if server.attention:
+                    server.attention.guests = {} if index else guests
+                    server.attention.least = residuals.least_share * (index == rounds - 1)
                 clock = task.global_step + index * local.steps
                 cursors = self._cursors(task, index, after.cursors)
                 before = replace(after, global_step=clock, cursors=cursors)
@@ -105,7 +115,8 @@ class Group:
             lost = {"tokens_lost": costs.tokens + costs.tokens_lost}
             lost["bytes_inside"] = costs.bytes_up + costs.bytes_down + costs.bytes_inside
             return Update.none(Receipt.failed(task, error, **lost))
-        groups = {name: one for name, one in server.groups().items() if name in ("outer", "rule")}
+        kept_groups = ("outer", "rule", "residuals")
+        groups = {name: one for name, one in server.groups().items() if name in kept_groups}
         if self._config.parts.own_key:
             new = section(server.version.tensors, WEIGHTS)
             groups |= {"key": {name: new[name] for name in self._key}, "anchor": anchor}
@@ -113,11 +124,13 @@ class Group:
         cursors = {**after.cursors, self._name: read}
         self._store.save(replace(after, round=task.round, cursors=cursors), groups)
         state_lost |= update.receipt.state_lost
-        receipt = replace(update.receipt, state_lost=state_lost)
-        return replace(update, receipt=_sum(receipts, costs, receipt))
+        sent = list(residuals.up.values())
+        size = update.receipt.bytes_up + sum(one.bytes for one in sent)
+        receipt = replace(update.receipt, state_lost=state_lost, bytes_up=size)
+        return replace(update, receipt=_sum(receipts, costs, receipt), residuals=sent)
 
     def _above(self, event: Event) -> None:
-        if isinstance(event, KeyMerged) and not event.silo:
+        if isinstance(event, KeyMerged | ResidualRouted) and not event.silo:
             event = event.model_copy(update={"silo": self._name})
         if not isinstance(event, RoundStarted | RoundMerged):
             self._tell(event)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from photon.aggregation import MergingRule, build_key_rule, build_merging_rule, check_update
+from photon.aggregation.attention import AttentionMean
 from photon.aggregation.check import Named, require_weight, square_sum
 from photon.aggregation.keyed import KeyedRule
 from photon.config import FederationConfig
@@ -96,8 +97,10 @@ class Merging:
         key: Collection[str] = (),
     ) -> None:
         self.rule: MergingRule = build_merging_rule(config, folder)
+        self.attention: AttentionMean | None = None
         if key:
             key_rule = build_key_rule(parts or PartsConfig(), config, folder)
+            self.attention = key_rule if isinstance(key_rule, AttentionMean) else None
             self.rule = KeyedRule(self.rule, key_rule, [WEIGHTS + name for name in key])
         self._adopts = config.merge == "adopt"
         self._norms: list[float] = []

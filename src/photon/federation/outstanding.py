@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Outstanding:
         most = min(self._config.federation.sample or asked, asked)
         return Book(most, self._config.quorum_of(asked), self._engine.now_s, before.quorum_s)
 
-    def ask(self, before: RunState, candidates: Candidates, version: Version) -> list[FitTask]:
+    def ask(self, before: RunState, candidates: Candidates, server: Server) -> list[FitTask]:
         """Draw participants among those who are idle, and hand their tasks in."""
         config, busy = self._config, set(self.silos)
         turn = whose_turn(config.federation, candidates.tokens, before.round + 1)
@@ -154,7 +154,11 @@ class Outstanding:
                 texts=tuple(candidates.texts) or self._pooled,
             )
             share = float(times * (tokens[silo] if by_data else 1))
+            version = server.version
+            if mine := server.residuals.waiting(silo):
+                version = replace(version, residuals=mine)
             down = 0 if self._pooled else version.bytes_down(self.held(before, silo, before.round))
+            down += sum(one.bytes for one in version.residuals)
             self._going[task] = Going(version, share, down)
             self._engine.submit(task, version)
             new.append(task)

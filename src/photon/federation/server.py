@@ -17,6 +17,7 @@ from photon.federation.checkpoint import RunState
 from photon.federation.engine import Version
 from photon.federation.merging import Merging, Verdict
 from photon.federation.norm_bound import NormBound, lr_sum, norm_bound, usual_norm
+from photon.federation.residuals import Residuals
 from photon.federation.tasks import OPTIMIZER, WEIGHTS, GlobalState, StateRef, Update, section
 from photon.link import Carrier, Ref, tensors_sha256
 
@@ -49,6 +50,10 @@ class Server:
         self._config = config
         self._state: dict[str, Tensor] = dict(groups["global"])
         self._merging = Merging(config.federation, folder, config.parts, key)
+        self.attention = self._merging.attention
+        self.residuals = Residuals(config, folder, groups.get("residuals", {}))
+        if self.attention:
+            self.attention.least = self.residuals.least_share
         self._bound = NormBound()
         self._before = before
         self._outer: OuterOptimizer = build_outer_optimizer(config.outer)
@@ -69,11 +74,6 @@ class Server:
     def weights(self) -> dict[str, Tensor]:
         """The global weights by parameter name."""
         return section(self._state, WEIGHTS)
-
-    @property
-    def shares(self) -> dict[str, list[float]]:
-        """As `MergingRule.shares`, of the newest step."""
-        return self._merging.rule.shares()
 
     def begin(self, before: RunState) -> None:
         """What the next updates are held against is known from here on."""
@@ -142,6 +142,8 @@ class Server:
             groups["rule"] = rule
         if self._once:
             groups["once"] = self._once
+        if waiting := self.residuals.tensors():
+            groups["residuals"] = waiting
         return groups
 
     def version_of(self, number: int, tensors: GlobalState) -> Version:

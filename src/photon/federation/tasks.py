@@ -155,6 +155,23 @@ class Receipt(Measures):
 
 
 @dataclass(frozen=True)
+class Residual:
+    """One member's update of one layer, away from its federation; see residuals.py.
+
+    origin is the member's path, passed are the jurisdictions that it was in, never_with those that
+    it may not come to; bytes are on the wire, and hops steps up behind it.
+    """
+
+    origin: str
+    module: str
+    tensors: dict[str, Tensor]
+    passed: list[str | None]
+    never_with: list[str]
+    bytes: int
+    hops: int = 0
+
+
+@dataclass(frozen=True)
 class Update:
     """A receipt and the way to its tensors, which are read one at a time, more than once.
 
@@ -165,6 +182,7 @@ class Update:
             next ones'; 0 if they lie in memory.
         let_go: called when the tensors are needed no more; they are valid until then, and in one
             process until the engine is asked for the next answer.
+        residuals: that leave a group with it, and count in its bytes_up.
     """
 
     receipt: Receipt
@@ -172,6 +190,7 @@ class Update:
     packed: Sequence[Entry] | None = None
     wire_bytes: int = 0
     let_go: Callable[[], None] = lambda: None
+    residuals: Sequence[Residual] = ()
 
     @classmethod
     def none(cls, receipt: Receipt) -> Update:

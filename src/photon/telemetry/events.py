@@ -186,7 +186,8 @@ class KeyMerged(Event):
     """What each participant's update counted for in a round's key layers, where not by weight.
 
     silo is the group in which they were merged, "" the federation itself. shares are by layer, in
-    the order of participants.
+    the order of participants; behind the members stand the origins, by their paths ("eu/paris"), of
+    residuals that were merged too.
     """
 
     round: int
@@ -198,28 +199,20 @@ class KeyMerged(Event):
 class ResidualRouted(Event):
     """One federation's decision on one residual: each step of its way is an event.
 
-    Attributes:
-        silo: the federation that decided, as in KeyMerged; at_jurisdiction is its own.
-        module: the layer, as in KeyMerged.shares.
-        origin: by its path, such as "eu/banks", the member whose update it is.
-        origin_jurisdiction: of the federation around that member; "" where none is named.
-        to: by its path, the federation that takes it, is next ("" the root), or is barred; null
-            where it ends.
-        cosine: with the update of the member that fits best; null where nothing was compared.
-        hops: steps up, with the one that is told.
-        bytes: of it on the wire.
-        outcome: "taken" down by a member, "up" to the federation above, "barred" by a policy, or
-            "unplaced".
+    silo is who decides, as in KeyMerged; origin, the member whose update it is, and to are paths:
+    "eu/banks". to is who takes it, is next ("" the root) or is barred, and null where it fits none.
+    cosine is the best member's, of those compared; hops are steps up, with this one. outcome is
+    "taken" by a member, "up", "barred" by a policy, or "unplaced".
     """
 
     round: int
     silo: str
-    at_jurisdiction: str
+    at_jurisdiction: str | None
     module: str
     origin: str
-    origin_jurisdiction: str
+    origin_jurisdiction: str | None
     to: str | None
-    to_jurisdiction: str
+    to_jurisdiction: str | None
     cosine: Figure
     hops: int
     bytes: int
