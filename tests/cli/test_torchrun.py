@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import runpy
@@ -53,10 +54,10 @@ def finish(process, timeout_s=200):
 
 
 @pytest.fixture
-def torchrun(forks, tmp_path_factory):
-    """Runs it to its end as `launch` and `finish` do, but forked, its ranks too."""
+def start(forks, tmp_path_factory):
+    """Starts it as `launch` does, but forked, its ranks too: none of the three imports anything."""
 
-    def run(*words, timeout_s=200):
+    def start(*words):
         folder = tmp_path_factory.mktemp("torchrun")
         given = {
             "argv": [str(PROGRAM), port_option(), *map(str, words)],
@@ -66,15 +67,20 @@ def torchrun(forks, tmp_path_factory):
         }
         process = forks.Process(target=runpy.run_path, args=(str(SEATED), given, "__main__"))
         process.start()
-        try:
-            process.join(timeout_s)
-            code = process.exitcode
-        finally:
-            if process.exitcode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        return code, (folder / "out").read_text(), (folder / "error").read_text()
+        return process, folder
 
-    return run
+    return start
+
+
+def ended(process, folder, timeout_s=200):
+    """As `finish`, of what `start` started."""
+    try:
+        process.join(timeout_s)
+        code = process.exitcode
+    finally:
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return code, (folder / "out").read_text(), (folder / "error").read_text()
 
 
 RECIPE = ("local.optimizer=muon", "local.lr=1e-2", "federation.optimizer_state=keep")
@@ -82,16 +88,15 @@ RECIPE = ("local.optimizer=muon", "local.lr=1e-2", "federation.optimizer_state=k
 
 @pytest.mark.parametrize(("kind", "strategy"), [("simulate", "fsdp"), ("train", "ddp")])
 def test_a_run_under_torchrun_is_the_run_of_one_process(
-    torchrun, three_silos, make_config, tmp_path, kind, strategy
+    start, three_silos, make_config, tmp_path, kind, strategy
 ):
     """Of `train` as a user starts it."""
     config = make_config(three_silos, *RECIPE)
-    start = {"simulate": simulate, "train": train}[kind]
-    alone = start(config, run_dir=tmp_path / "alone").summary
+    alone = {"simulate": simulate, "train": train}[kind](config, run_dir=tmp_path / "alone").summary
     write_resolved(config, tmp_path / "run.toml")
     words = [kind, tmp_path / "run.toml", "--run-dir", tmp_path / "pair"]
     words += ["--set", f"compute.strategy={strategy}", "--json"]
-    code, out, error = finish(launch(*words)) if kind == "train" else torchrun(*words)
+    code, out, error = finish(launch(*words)) if kind == "train" else ended(*start(*words))
     assert code == 0, error[-3000:]
     told = json.loads(out)  # one JSON object: only rank 0 speaks
     assert told["tokens"] == alone["tokens"]
@@ -101,9 +106,7 @@ def test_a_run_under_torchrun_is_the_run_of_one_process(
     assert sum('"event":"run_started"' in line for line in events) == 1
 
 
-def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(
-    torchrun, three_silos, make_config, tmp_path
-):
+def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(start, three_silos, make_config, tmp_path):
     """torchrun ends the others; the newest checkpoint stands, and two ranks or one go on."""
     more = ("federation.rounds=6", "run.log_every=1")
     config = make_config(three_silos, *RECIPE, *more)
@@ -111,19 +114,19 @@ def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(
     write_resolved(config, tmp_path / "run.toml")
     folder = tmp_path / "pair"
     more = ("--run-dir", folder, "--set", "compute.strategy=fsdp", "--quiet")
-    process = launch("simulate", tmp_path / "run.toml", *more)
+    process, told = start("simulate", tmp_path / "run.toml", *more)
     deadline = time.monotonic() + 300
     while not (folder / "checkpoints/round-000001").exists():
-        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert process.is_alive(), (told / "error").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     victim = follower_of(process.pid)
     os.kill(victim, signal.SIGKILL)
-    code, _, error = finish(process)
+    code, _, error = ended(process, told)
     assert code != 0
     assert "rank" in error
     assert not (folder / "summary.json").exists()
-    code, _, error = torchrun("resume", folder, "--quiet")
+    code, _, error = ended(*start("resume", folder, "--quiet"))
     assert code == 0, error[-3000:]
     resumed = json.loads((folder / "summary.json").read_text())
     assert resumed["tokens"] == alone["tokens"]
@@ -131,13 +134,10 @@ def test_a_killed_rank_ends_the_run_and_a_resume_goes_on(
 
 
 def follower_of(launcher: int) -> int:
-    """Process id of rank 1 among the launcher's children."""
+    """Process id of rank 1, the launcher's youngest child."""
+    children = []
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            variables = (entry / "environ").read_text().split("\0")
-        except OSError:
-            continue
-        if int(parent) == launcher and "RANK=1" in variables:
-            return int(entry.name)
-    raise AssertionError("no rank 1 among the launcher's children")
+        with contextlib.suppress(OSError):
+            if int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == launcher:
+                children.append(int(entry.name))
+    return max(children)
