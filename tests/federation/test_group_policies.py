@@ -1,5 +1,6 @@
 """What each group decides for itself: who is drawn, what leaves with noise, who goes first."""
 
+import json
 import math
 
 import pytest
@@ -119,6 +120,21 @@ def test_a_kill_changes_nothing_where_members_are_drawn(run, tasks, killed_and_r
     undisturbed = run("undisturbed", *config)
     last = [task for task in tasks if task.silo in "bcd" and task.round == 8][-1]
     assert_same(killed_and_resumed(last.silo, 8, *config), undisturbed)
+
+
+def test_a_run_of_before_members_kept_their_own_place_goes_on(run, tmp_path, monkeypatch):
+    """Groups' states did not say where the group itself read on: where its members did, then."""
+    undisturbed = run("undisturbed", *tree())
+    with monkeypatch.context() as patch:
+        faulty(patch, "e", 3, fail)
+        with pytest.raises(RuntimeError, match="killed"):
+            run("old", *tree())
+    for group in ("west", "coast"):
+        for path in (tmp_path / "old/nodes" / group).glob("round-*/state.json"):
+            state = json.loads(path.read_text())
+            assert state["cursors"].pop(group)
+            path.write_text(json.dumps(state))
+    assert_same(resume(tmp_path / "old"), undisturbed)
 
 
 def test_a_lost_task_of_a_group_keeps_no_silo_at_its_text(run, tasks, monkeypatch):
