@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from photon.cli.doctor import ASSUMED_MFU, doctor
 from photon.models import SHAPES
-from photon.training import hardware
+from photon.training import hardware, memory
 from photon.training.hardware import Device, inspect_machine
 
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -33,9 +34,14 @@ def findings(*words):
     return json.loads(result.stdout)
 
 
+#: A model's trace, which takes a second, is kept as long as the model, so models are kept.
+kept_skeleton = cache(memory.preset_skeleton)
+
+
 @pytest.fixture(autouse=True)
 def two_presets(monkeypatch):
     monkeypatch.setattr("photon.models.SHAPES", {name: SHAPES[name] for name in ("tiny", "75m")})
+    monkeypatch.setattr(memory, "preset_skeleton", kept_skeleton)
 
 
 @pytest.fixture
