@@ -55,11 +55,15 @@ TREES: dict[str, dict[str, list[str]]] = {
     },
 }
 
+#: Attention, and layers that fit badly at home go where they fit; not among the baselines of a run.
+RESIDUALS = "attention and residuals"
+ALL = (*METHODS, RESIDUALS)
+
 #: For kinds of text other than natural, where all methods are run.
 _MAIN = ("flat FL", "HierFAVG", "attention", "mean in attention's place", "best of three")
 #: By kind: methods, and whether one seed is enough.
 KINDS: dict[str, tuple[Sequence[str], bool]] = {
-    "natural": (tuple(METHODS), False),
+    "natural": (ALL, False),
     "swap-100": (_MAIN, False),
     "iid": (_MAIN, False),
     "noise-0.001": (("flat FL", "HierFAVG", "attention", "attention up, own kept"), True),
@@ -81,6 +85,7 @@ CLAIMS = (
     ("attention", "flat FL", "noise-0.001", "better", "the paper: 102 against 725"),
     ("attention", "flat FL", "noise-0.005", "better", "the paper: 102 against 725"),
     ("attention", "mean in attention's place", "natural", "better", "nobody has published it"),
+    (RESIDUALS, "attention", "natural", "better", "the paper's reason for them"),
     ("best of three", "attention", "natural", "not worse", "ours"),
     ("best of three", "mean in attention's place", "natural", "not worse", "ours"),
     ("best of three", "attention up, own kept", "natural", "not worse", "ours"),
@@ -175,6 +180,10 @@ def config_of(options: argparse.Namespace, case: Case, data: Path, model: Path) 
         members = [next(silos) if case.kind == "iid" else _leaf(leaf) for leaf in leaves]
         children[name] = {"silos": members, "rounds": 2}
     federation = {"rounds": options.rounds, "optimizer_state": "keep", "children": children}
+    parts = {"key": ["last:0.3"]}
+    if case.method == RESIDUALS:
+        parts |= METHODS["attention"]["key"]
+        federation["policy"] = {"residuals": "both"}
     privacy = {}
     if case.kind.startswith("noise-"):
         noise = float(case.kind.removeprefix("noise-"))
@@ -185,7 +194,7 @@ def config_of(options: argparse.Namespace, case: Case, data: Path, model: Path) 
             "model": {"path": str(model)},
             "data": {"path": str(data), "sequence_length": options.sequence_length},
             "compute": {"threads": 1},
-            "parts": {"key": ["last:0.3"]},
+            "parts": parts,
             "federation": federation,
             "privacy": privacy,
             "local": {
@@ -198,7 +207,7 @@ def config_of(options: argparse.Namespace, case: Case, data: Path, model: Path) 
             "eval": {"every": 0, "max_tokens": options.eval_tokens},
         }
     )
-    return as_method(tree, case.method)
+    return as_method(tree, case.method if case.method in METHODS else None)
 
 
 def scores(
@@ -308,7 +317,7 @@ def report(options: argparse.Namespace, found: Found) -> str:
             continue
         leaves = list(next(iter(here.values())))
         rows = []
-        for method in METHODS:
+        for method in ALL:
             told = [one for case, one in here.items() if case.method == method]
             if not told:
                 continue
@@ -335,7 +344,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="runs are kept here")
     parser.add_argument("--tree", choices=list(TREES))
     parser.add_argument("--kind", choices=list(KINDS))
-    parser.add_argument("--method", choices=list(METHODS))
+    parser.add_argument("--method", choices=ALL)
     parser.add_argument("--report", action="store_true", help="of what is there; runs nothing")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=12)
