@@ -76,6 +76,15 @@ def run(run_file):
 
 
 @pytest.fixture(scope="module")
+def pooled(run_file):
+    """A finished centralised run, and what `--json` printed of it."""
+    folder = run_file.parent / "central"
+    result = photon("train", run_file, "--run-dir", folder, "--json", "-q")
+    assert result.exit_code == 0, result.output
+    return folder, json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
 def exported(run):
     out = run[0].parent / "hf"
     result = photon("export", run[0], "--out", out)
@@ -139,14 +148,13 @@ def test_default_folder_and_overrides(run_file, tmp_path, monkeypatch):
     assert (tmp_path / "runs/other/summary.json").exists()
 
 
-def test_one_silo_alone_takes_its_own_steps(run_file, run, tmp_path):
+def test_one_silo_alone_takes_its_own_steps(run_file, run, pooled, tmp_path):
     folder = tmp_path / "alone"
     result = photon("train", run_file, "--run-dir", folder, "--silo", "red", "--json", "-q")
     alone = json.loads(result.stdout)
     assert alone["tokens"] * 3 == run[1]["tokens"]
-    pooled = photon("train", run_file, "--run-dir", tmp_path / "pooled", "--json", "-q")
-    assert json.loads(pooled.stdout)["tokens"] == run[1]["tokens"]
-    assert json.loads(pooled.stdout)["bytes_up"] == 0
+    assert pooled[1]["tokens"] == run[1]["tokens"]
+    assert pooled[1]["bytes_up"] == 0
 
 
 def test_a_run_ends_with_its_silos_and_a_baseline_that_can_be_run(run):
@@ -169,9 +177,8 @@ def test_a_run_ends_with_its_silos_and_a_baseline_that_can_be_run(run):
     assert photon(*shlex.split(beside.group(1))).exit_code == 0
 
 
-def test_a_report_compares(run, run_file, tmp_path):
-    photon("train", run_file, "--run-dir", tmp_path / "central", "-q")
-    result = photon("report", run[0], "--compare", f"centralised={tmp_path / 'central'}")
+def test_a_report_compares(run, pooled):
+    result = photon("report", run[0], "--compare", f"centralised={pooled[0]}")
     assert result.exit_code == 0, result.output
     page = (run[0] / "report.html").read_text()
     assert "centralised" in page
