@@ -5,14 +5,17 @@
 
 The share of the run's wall clock that is neither its silos' training (their busy seconds, over the
 workers that train side by side) nor evaluation: loading states, encoding, merging, checkpoints, and
-waiting for one another. With --against, another checkout of Photon, with an environment of its own
-in .venv, takes its turns between ours.
+waiting for one another. Beside it, the share in which no silo at all trains or is scored: with
+several workers one may wait for another's last step, and the run does not stand still. With
+--against, another checkout of Photon, with an environment of its own in .venv, takes its turns
+between ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -23,8 +26,8 @@ from photon.cli.demo import recipe
 HERE = Path(__file__).resolve().parents[1]
 
 
-def outside(checkout: Path, data: Path, workers: int, rounds: int) -> tuple[float, float]:
-    """Wall seconds of a run, and how many of them are outside."""
+def outside(checkout: Path, data: Path, workers: int, rounds: int) -> tuple[float, float, float]:
+    """Wall seconds of a run, how many of them are outside, and in how many no silo is at work."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         settings = (f"data.path={data}", f"federation.workers={workers}")
@@ -39,7 +42,23 @@ def outside(checkout: Path, data: Path, workers: int, rounds: int) -> tuple[floa
     evaluation_s = sum(event["eval_s"] for event in finished)
     evaluation_s += sum(event["eval_s"] for event in first) / max(1, workers)
     wall_s = summary["wall_s"]
-    return wall_s, wall_s - summary["local_train_s"] - evaluation_s
+    return wall_s, wall_s - summary["local_train_s"] - evaluation_s, wall_s - at_work(events)
+
+
+def at_work(events: list[dict]) -> float:
+    """Seconds in which a silo trained or was scored, in any worker."""
+    spans = []
+    for event in events:
+        if event["event"] == "local_finished":
+            end = event["time_s"] - event["publish_s"]
+            spans.append((end - event["train_s"], end))
+        elif event["event"] == "evaluated":
+            spans.append((event["time_s"] - event["eval_s"], event["time_s"]))
+    total, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def main() -> None:
@@ -53,10 +72,11 @@ def main() -> None:
     for _ in range(options.turns):
         for workers in options.workers or [0, 2]:
             for checkout in filter(None, (HERE, options.against)):
-                wall_s, rest_s = outside(checkout, options.data, workers, options.rounds)
+                wall_s, rest_s, idle_s = outside(checkout, options.data, workers, options.rounds)
                 print(
                     f"{checkout.name}, workers = {workers}: {wall_s:.1f} s, "
-                    f"outside {rest_s:.2f} s, {rest_s / wall_s:.1%}",
+                    f"outside {rest_s:.2f} s, {rest_s / wall_s:.1%}; "
+                    f"no silo at work {idle_s:.2f} s, {idle_s / wall_s:.1%}",
                     flush=True,
                 )
 
