@@ -123,7 +123,7 @@ class Bench:
             self.config,
             self.wire,
             self.roster,
-            Depot(RUN_ID, self.config.link, self.store, self.folder / "arrivals"),
+            Depot(RUN_ID, self.config, self.store, self.folder / "arrivals"),
             Asker(federated.key, lambda: BEGINNING),
             federated.local,
             self.told.append,

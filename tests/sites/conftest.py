@@ -218,14 +218,25 @@ class Federation:
         run_file: TOML; its [serve] is written here.
         data: prepared folder with a silo for each.
         silos: names of the silos, which are the hosts' too.
+        at: host of the aggregator.
+        parent: of a federation inside another, whose silos this one's aggregator is one of.
     """
 
     def __init__(
-        self, folder: Path, network: Network, run_file: str, data: Path, silos: Sequence[str]
+        self,
+        folder: Path,
+        network: Network,
+        run_file: str,
+        data: Path,
+        silos: Sequence[str],
+        *,
+        at: str = "aggregator",
+        parent: Federation | None = None,
     ) -> None:
         self.folder = folder
         self.network = network
-        self.aggregator = network["aggregator"]
+        self.aggregator = network[at]
+        self.parent = parent
         self.silos = list(silos)
         self.home = folder / "server"
         self.run = folder / "run"
@@ -257,7 +268,12 @@ threads = 1
 
     def serve(self) -> None:
         """Start the aggregator, or go on with its run."""
-        if (self.run / "serve.json").exists():
+        if self.parent is not None:
+            node = self.parent.folder / f"{self.aggregator.name}.toml"
+            words = [self.run_file, "--run-dir", self.run, "--parent", node]
+            if not self.home.exists():
+                words += ["--invite", self.parent.invite(self.aggregator.name)]
+        elif (self.run / "serve.json").exists():
             address = f"serve.host={self.aggregator.address}"
             home = f"serve.home={self.home}"
             words = ["--resume", self.run, "--set", address, "--set", home]
@@ -286,7 +302,8 @@ threads = 1
         words = ["members", "rotate"] if rotate else ["invite"]
         file = self.folder / f"{silo}.invitation.toml"
         file.unlink(missing_ok=True)
-        self.aggregator.run(*PHOTON, *words, silo, "--run-file", self.run_file, "--out", file)
+        of = ["--home", self.home] if self.parent else ["--run-file", self.run_file]
+        self.aggregator.run(*PHOTON, *words, silo, *of, "--out", file)
         return file
 
     def join(
@@ -458,6 +475,18 @@ def pair() -> list[str]:
 def pair_data(make_data, pair: list[str]) -> Path:
     """Prepared text of two silos."""
     return make_data(pair)
+
+
+@pytest.fixture
+def network_of(hosts_possible):
+    """Makes a network of these hosts, which is taken down at the end."""
+    with contextlib.ExitStack() as networks:
+        yield lambda *hosts: networks.enter_context(Network(*hosts))
+
+
+@pytest.fixture(scope="session")
+def federation_of() -> type[Federation]:
+    return Federation
 
 
 @pytest.fixture

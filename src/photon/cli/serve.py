@@ -54,6 +54,16 @@ def serve(
         typer.Option("--check", help="Only look at data, certificates, port, disk, store."),
     ] = False,
     overwrite: Overwrite = False,
+    parent: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NODE.toml",
+            help="RUN.toml is a federation's that is a member elsewhere, by this.",
+        ),
+    ] = None,
+    invite: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its invitation; the first time.")
+    ] = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -67,23 +77,32 @@ def serve(
     Examples: `photon serve run.toml --check` and `photon serve run.toml --set serve.min_silos=4`
 
     Invite silos with `photon invite NAME`, see who is here with `photon status`.
+
+    A federation inside another: `photon serve eu.toml --parent node.toml --invite FILE`, later
+    without --invite. It goes on where it was (docs/worldlm.md).
     """
-    from photon.config import load_run_config
+    from photon.config import load_child, load_run_config
     from photon.store.dialling import keep_to_this_machine
-    from photon.store.served import RUN_FILE
+    from photon.store.served import RUN_FILE, SERVE_FILE
 
     if (run_file is None) == (resume is None):
         raise typer.BadParameter("name a run file, or a run folder with --resume")
     keep_to_this_machine(os.environ)
+    read = (
+        functools.partial(load_child, parent=parent.absolute())
+        if parent is not None
+        else load_run_config
+    )
     if check:
         from photon.deploy.checks import checked, look_at_data, preflight
 
-        config = load_run_config(run_file or Path(resume or "") / RUN_FILE, overrides or [])
+        config = read(run_file or Path(resume or "") / RUN_FILE, overrides=overrides or [])
         data = checked("data", lambda: look_at_data(config.data.path))
-        _show_checks([data, *preflight(config.serve)], as_json)
+        _show_checks([*([] if parent else [data]), *preflight(config.serve)], as_json)
         return
-    from photon.config.children import refuse_children, refuse_residuals
+    from photon.config.children import check_served
     from photon.data import open_data
+    from photon.deploy.join import keep_invitation
     from photon.deploy.serve import Aggregator
     from photon.deploy.served_run import reopen_run
 
@@ -91,11 +110,15 @@ def serve(
         folder, config = resume, reopen_run(resume, overrides)
     else:
         assert run_file is not None
-        config = load_run_config(run_file, overrides or [])
+        config = read(run_file, overrides=overrides or [])
         folder = run_dir or Path("runs") / config.run.name
-    refuse_children(config, "`photon serve`")
-    refuse_residuals(config, "`photon serve`")
-    open_data(config.data.path)  # silos would be waited for first, and then sent away
+        if parent is not None and (folder / SERVE_FILE).exists() and not overwrite:
+            resume = folder
+    if config.serve.child is None:
+        check_served(config)
+        open_data(config.data.path)  # silos would be waited for first, and then sent away
+    elif invite is not None:
+        keep_invitation(invite, Path(config.data.path))
     log = Path(config.serve.home) / "logs" / "serve.log"
     lines = _Lines(log, config.serve.log, verbose=verbose)
     aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)
@@ -113,6 +136,9 @@ def serve(
         say(f"Stopped. `photon serve --resume {folder}` goes on.")
         return
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    if config.serve.child is not None:
+        show_json(summary)
+        return
     show_outcome(folder, summary, as_json=as_json)
 
 

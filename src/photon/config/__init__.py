@@ -6,6 +6,7 @@ Unknown keys are errors; no torch in here.
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.load import (
+    load_child,
     load_node_config,
     load_run_config,
     parse_run_config,
@@ -31,6 +32,7 @@ __all__ = [
     "PrivacyConfig",
     "RunConfig",
     "ServeConfig",
+    "load_child",
     "load_node_config",
     "load_run_config",
     "parse_run_config",

@@ -295,6 +295,14 @@ def _check_policies(
         _check_policies(inside(config, child), f"{place}.children.{name}", policy)
 
 
+def check_served(config: RunConfig) -> None:
+    """Raise IncompatibleConfigError for groups that no door has, and what none passes on yet."""
+    split = any(one.nodes for one in config.federation.children.values())
+    if split or config.federation.branches:
+        raise _refused("are members of `photon serve`, with doors of their own; nodes can't be")
+    refuse_residuals(config, "a deployed tree")
+
+
 def check_children(config: RunConfig, silos: Collection[str] | None = None) -> None:
     """Raise IncompatibleConfigError for groups that can't be.
 

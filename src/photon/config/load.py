@@ -58,6 +58,32 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     return parse_run_config(tree, overrides, source=str(path))
 
 
+def load_child(
+    path: str | os.PathLike[str], parent: Path, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Read the file of a federation inside another, with [serve], as its own aggregator does.
+
+    What is trained the parent says, task by task: the result's [model] stands for it.
+
+    Args:
+        parent: serve.parent.
+
+    Raises:
+        ConfigError: as `load_run_config`.
+    """
+    name, hint = Path(path).stem, "It has the keys of [federation.children.NAME]; docs/worldlm.md."
+    own = assembled({name: {"file": str(path)}}, Path(), _read_child)[name]
+    if not (members := [*own.get("silos", []), *own.get("children", {})]):
+        raise IncompatibleConfigError(f"{path} names no members in silos or children", hint=hint)
+    serve = {"silos": members} | _read(path, "file of a federation", hint).get("serve", {})
+    tree: dict[str, Any] = {"run": {"name": name}, "model": {"preset": "tiny"}}
+    tree["federation"] = {key: own[key] for key in ("sample", "quorum") if key in own}
+    tree |= {"data": {"path": "."}, "serve": {**serve, "parent": str(parent), "child": own}}
+    config = _parsed(tree, RunConfig, overrides, str(path))
+    home = str(Path(config.serve.home) / "parent")
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": home})})
+
+
 def load_node_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> NodeConfig:
     """Read a site's node file; as `load_run_config`."""
     hint = (
@@ -86,6 +112,7 @@ def _read_child(path: Path) -> dict[str, Any]:
     """A file with the keys of [federation.children.NAME]; those below it may be files again."""
     hint = "It has the keys of [federation.children.NAME]; docs/groups.md."
     tree = _read(path, "file of a federation", hint)
+    tree.pop("serve", None)  # its own aggregator's
     alone = {name: value for name, value in tree.items() if name != "children"}
     _parsed(alone, ChildConfig, (), str(path))
     return tree

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from photon.config.addresses import host_name
+from photon.config.children import ChildConfig
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.watch import LogForm, Metrics, MetricsOpen, closed_unless_said
 
@@ -90,6 +91,17 @@ class ServeConfig(Section):
     log: LogForm = "text"
 
     _closed = model_validator(mode="after")(closed_unless_said)
+
+    parent: LocalPath | None = Field(
+        default=None,
+        description="Of a federation inside another: the node file by which it is a member there. "
+        "`photon serve --parent` sets it.",
+    )
+    child: ChildConfig | None = Field(
+        default=None,
+        description="What it is like there, as [federation.children.NAME]. Photon writes it, from "
+        "the federation's own file.",
+    )
 
     @field_validator("listen")
     @classmethod

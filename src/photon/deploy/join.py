@@ -35,7 +35,12 @@ from photon.errors import (
     UnreachableError,
     VocabularyMismatchError,
 )
-from photon.membership.invitation import Invitation, SharedTokenizer, certificate_fingerprint
+from photon.membership.invitation import (
+    Invitation,
+    SharedTokenizer,
+    certificate_fingerprint,
+    read_invitation,
+)
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Facts
 from photon.silo.courier import Courier
@@ -59,6 +64,8 @@ from photon.version import photon_version
 KEY_FILE, CA_FILE, RECORD = "node.key", "ca.crt", "join.json"
 #: The key that joining registers, until the aggregator believes it.
 PENDING_KEY_FILE = f"{KEY_FILE}.new"
+#: Of a federation that is to join.
+INVITATION_FILE = "invitation.toml"
 
 #: Between two attempts to join an aggregator that does not answer.
 _ASK_AGAIN_S = 10.0
@@ -69,6 +76,7 @@ def accept_invitation(
     node: NodeConfig,
     home: Path,
     *,
+    facts: Facts | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> Membership:
     """Make this site's key, register it at the aggregator, and keep what joining needs.
@@ -79,6 +87,7 @@ def accept_invitation(
         invitation: from the aggregator's operator.
         node: the site's own file; its text is described, not sent.
         home: of the node; made, and made private.
+        facts: of a federation, which has no text itself.
         tell: an aggregator that is not there yet is waited for until the invitation expires, and
             this is told so; None does not wait.
 
@@ -94,7 +103,23 @@ def accept_invitation(
     invitation.require_unexpired(time.time())
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _alone(home):
-        return _accept(invitation, node, home, tell)
+        return _accept(invitation, node, home, facts, tell)
+
+
+def keep_invitation(file: Path, home: Path) -> None:
+    """Put a federation's invitation where its loop redeems it, and the tokenizer that it carries
+    where `photon invite` finds that of any run.
+
+    Raises:
+        InvitationError: it is none.
+    """
+    shared = read_invitation(file).tokenizer
+    (home / "tokenizer").mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_whole(home / INVITATION_FILE, file.read_bytes(), "the invitation")
+    if shared is not None and shared.json is not None:
+        write_whole(home / "tokenizer" / "tokenizer.json", shared.json, "the tokenizer")
+        named = {"sha256": shared.sha256, "eos_token": shared.eos_token}
+        write_json(home / "manifest.json", {"tokenizer": named}, "the tokenizer")
 
 
 def joining_key(home: Path) -> NodeKey:
@@ -103,8 +128,23 @@ def joining_key(home: Path) -> NodeKey:
     return NodeKey.load_or_create(home / PENDING_KEY_FILE)
 
 
+def _facts(invitation: Invitation, node: NodeConfig) -> Facts:
+    data = own_part(open_data(node.data.path), node.data, invitation.name)
+    require_tokenizer(invitation.tokenizer, data, invitation.name)
+    return Facts(
+        data_sha256=data.sha256,
+        tokenizer_sha256=data.tokenizer_sha256,
+        train_tokens=data.silos[invitation.name].train_tokens,
+        photon_version=photon_version(),
+    )
+
+
 def _accept(
-    invitation: Invitation, node: NodeConfig, home: Path, tell: Callable[[str], None] | None
+    invitation: Invitation,
+    node: NodeConfig,
+    home: Path,
+    facts: Facts | None,
+    tell: Callable[[str], None] | None,
 ) -> Membership:
     if certificate_fingerprint(invitation.ca_pem) != invitation.ca_fingerprint:
         raise CertificateError(
@@ -116,14 +156,7 @@ def _accept(
     with contextlib.suppress(MembershipError):  # of none, or of one that is damaged: it is mended
         member = read_membership(home).name
     require_own_home(home, member, invitation.name)
-    data = own_part(open_data(node.data.path), node.data, invitation.name)
-    require_tokenizer(invitation.tokenizer, data, invitation.name)
-    facts = Facts(
-        data_sha256=data.sha256,
-        tokenizer_sha256=data.tokenizer_sha256,
-        train_tokens=data.silos[invitation.name].train_tokens,
-        photon_version=photon_version(),
-    )
+    facts = facts or _facts(invitation, node)
     key, pending = joining_key(home), home / PENDING_KEY_FILE
     if invitation.key_fingerprint not in (None, key.fingerprint):
         raise InvitationError(

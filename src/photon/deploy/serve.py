@@ -33,6 +33,7 @@ from photon.deploy.figures import Reader, figures_served, tell_desk, tell_machin
 from photon.deploy.freeing import free_leftovers, note_leftover
 from photon.deploy.front_door import READ_AGAIN, DoorSettings, front_door, public_url
 from photon.deploy.front_door import SERVICE as DOOR
+from photon.deploy.logs import readable
 from photon.deploy.renewal import DoorCertificate
 from photon.deploy.served_run import how_it_ended, prepare_run, progress_of, with_whole_paths
 from photon.deploy.service import Service, troubles_to
@@ -44,6 +45,7 @@ from photon.membership.invitation import certificate_fingerprint
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.records import utc
 from photon.membership.roster import ENDED_SETTING, ROSTER_FILE, RUN_SETTING, Roster
+from photon.silo.narrator import SAYS
 from photon.store.disk import write_json
 from photon.store.granted_store import require_origin
 from photon.store.object_store import open_store, presigner_for
@@ -196,7 +198,7 @@ class Aggregator:
         return {
             "name": self._config.run.name,
             "folder": str(self._folder),
-            "rounds": self._config.federation.rounds,
+            "rounds": self._config.federation.rounds if self._serve.child is None else None,
             "waiting": self._roster.setting("waiting", None),
             "lost": self._lost,
             "certificate": self._certificate.status() if self._certificate is not None else None,
@@ -220,6 +222,7 @@ class Aggregator:
         self._roster.set_setting("draining", False)
         self._roster.set_setting("stopping", False)
         self._roster.set_setting("waiting", None)
+        tell_all(self._roster, f"{self._config.run.name} starts")
         self._roster.set_setting(RUN_SETTING, str(self._folder))
         return supervisor
 
@@ -363,11 +366,20 @@ class Aggregator:
         self._roster.set_setting(ENDED_SETTING, None)
         command = (sys.executable, "-m", "photon.deploy.loop", str(self._folder))
         environment = given(store=self._serve.store is not None) | {"PYTHONUNBUFFERED": "1"}
-        self._start(supervisor, Service(_LOOP, command, environment=environment, once=True))
+        own = {"environment": environment, "wording": self._wording}
+        self._start(supervisor, Service(_LOOP, command, once=True, **own))
+
+    def _wording(self, line: str) -> str | None:
+        """Of the loop's output; what a federation hears of its parent is for the screen."""
+        if not line.startswith(SAYS):
+            return readable(line)
+        self._on_event(f"as a member: {line.removeprefix(SAYS)}")
+        return None
 
     def _over(self, words: str, finished: bool = False) -> Outcome:
         self._on_event(words)
-        tell_all(self._roster, f"{self._config.run.name}: {words}")
+        over = "finished" if finished else "drained"
+        tell_all(self._roster, f"{self._config.run.name}: {words}", over=over)
         return Outcome(self._folder, finished)
 
     def _tell(self) -> None:

@@ -109,7 +109,7 @@ def progress_of(folder: Path) -> dict[str, Any]:
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
     data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
-    paths = ("home", "certificate", "key", "ca")
+    paths = ("home", "certificate", "key", "ca", "parent")
     whole = {
         name: str(Path(value).absolute())
         for name in paths

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from photon.config import RunConfig
-from photon.config.children import inside
-from photon.federation import Answer, Engine, EvalTask, FitTask, Task, Version
+from photon.config.children import inside, participants
+from photon.federation import Answer, Engine, EvalTask, FitTask, FixedFleet, Task, Version
 from photon.federation.checkpoint import RunState
 from photon.federation.group import Group
 from photon.federation.own_parts import as_seen, way_to
@@ -82,12 +82,21 @@ def with_groups(
     key: Sequence[str] = (),
     above: str = "",
 ) -> Engine:
-    """An engine that reaches groups too, at any depth below a path; for arguments see `Group`."""
+    """An engine that reaches groups too, at any depth below a path; for arguments see `Group`.
+
+    Args:
+        silo_tokens: to train on, by silo of the data.
+    """
     groups: dict[str, Group] = {}
     for name, child in config.federation.children.items():
         path, within = above + name, inside(config, child)
         below = with_groups(engine, within, silo_tokens, folder, on_event, key, f"{path}/")
-        groups[name] = Group(path, config, silo_tokens, below, folder, on_event, key)
+        tokens = {silo: silo_tokens[silo] for silo in child.silos_of(name)}
+        fleet = FixedFleet(participants(child.children, tokens))
+        if child.nodes is not None:
+            shares = {f"{name}.{j}": tokens[name] // child.nodes for j in range(child.nodes)}
+            fleet = FixedFleet(shares, texts=(name,))
+        groups[name] = Group(path, config, fleet, below, folder, on_event, key)
     return GroupEngine(engine, groups, config, folder) if groups else engine
 
 

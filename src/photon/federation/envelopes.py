@@ -430,6 +430,8 @@ def dictated(config: RunConfig) -> dict[str, Any]:
     for table in _NOT_DICTATED:
         tree.pop(table, None)
     tree["data"].pop("path")
+    # Members here, of whom each knows its own part alone.
+    tree["federation"] |= {"children": {}, "levels": "at_once"}
     return tree
 
 

@@ -11,19 +11,22 @@ from pathlib import Path
 from torch import Tensor
 
 from photon.config import RunConfig
-from photon.config.children import LEAF, inside, participants
-from photon.errors import CheckpointCorruptError, NonFiniteError, RunError
-from photon.federation.account import RoundCosts
+from photon.config.children import LEAF, inside
+from photon.errors import CheckpointCorruptError, NodeError, NonFiniteError, RunError
+from photon.federation.account import Closed, RoundCosts
 from photon.federation.checkpoint import CheckpointStore, RunState
-from photon.federation.engine import Engine, Version
+from photon.federation.engine import Engine, Mailbox, Version
 from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
 from photon.federation.own_parts import own_key
-from photon.federation.sampling import Candidates, FixedFleet
+from photon.federation.sampling import Fleet
+from photon.federation.scoring import mean_score
 from photon.federation.server import Server
 from photon.federation.stages import leaving
 from photon.federation.tasks import (
     WEIGHTS,
+    EvalReceipt,
+    EvalTask,
     FitTask,
     GlobalState,
     Receipt,
@@ -35,6 +38,8 @@ from photon.link import entries_bytes
 from photon.telemetry import Event
 from photon.telemetry.events import KeyMerged, ResidualRouted, RoundMerged, RoundStarted
 from photon.training import StepTimes
+
+_ALL_BYTES = ("bytes_up", "bytes_down", "bytes_inside")
 
 
 class Group:
@@ -48,24 +53,28 @@ class Group:
     Args:
         path: "eu/banks".
         config: the run file as the level above has it.
-        silo_tokens: to train on, by silo of the data.
+        fleet: its members.
         engine: carries tasks to its members.
         folder: of the silos' kept states.
         on_event: told what happens inside, under the numbers of inner rounds.
         key: names of key tensors. Where participants keep their own, so does the group.
+        on_round: of a group that is served: told that an inner round is over, with the version
+            after it; or (None) that a task begins with this round, from this version.
     """
 
     def __init__(
         self,
         path: str,
         config: RunConfig,
-        silo_tokens: Mapping[str, int],
+        fleet: Fleet,
         engine: Engine,
         folder: Path,
         on_event: Callable[[Event], None],
         key: Sequence[str] = (),
+        on_round: Callable[[int, Closed | None, Version], None] | None = None,
     ) -> None:
         self._path, self._name, self._key = path, (name := path.rpartition("/")[2]), key
+        self._fleet, self._on_round = fleet, on_round
         self._child = child = config.federation.children[name]
         self._around = config.federation.policy
         self._config = config = inside(config, child)
@@ -74,46 +83,46 @@ class Group:
         self._engine, self._folder, self._tell = engine, folder, on_event
         self._store = CheckpointStore(folder / name, sys.maxsize)
         self._link = config.link.model_copy(update={"update_codec": child.update_codec})
-        tokens = {silo: silo_tokens[silo] for silo in child.silos_of(name)}
-        self._candidates = Candidates(participants(child.children, tokens))
-        if child.nodes is not None:
-            shares = {f"{name}.{j}": tokens[name] // child.nodes for j in range(child.nodes)}
-            self._candidates = Candidates(shares, texts=(name,))
+        self._scored_bytes, self.close = 0, engine.close
 
     def fit(self, task: FitTask, version: Version) -> Update:
         """The task's steps, in inner rounds; a failure where one of them comes to nothing."""
         rounds, local = self._child.rounds, self._config.local
-        kept, tensors, state_lost = self._kept(task.node_round)
-        after = replace(kept, round=(task.round - 1) * rounds)
-        state = {name: tensor.clone() for name, tensor in version.tensors.items()}
-        self._store.folder.mkdir(parents=True, exist_ok=True)
-        tensors |= {"global": state, "once": dict(version.once)}
-        state |= own_key(self._config.parts, tensors, state)
-        anchor = {name: state[WEIGHTS + name].clone() for name in self._key}
-        server = Server(self._config, self._store.folder, tensors, after, self._key)
+        kept, state_lost, server = self._begin(task.node_round, (task.round - 1) * rounds, version)
+        after = replace(kept, round=server.version.number)
+        new = section(server.version.tensors, WEIGHTS)
+        anchor = {name: new[name].clone() for name in self._key}
         residuals, guests = server.residuals, dict[str, dict[str, Tensor]]()
         residuals.path, residuals.above = f"{self._path}/", self._around
         residuals.privacy = self._child.update_privacy
         for one in version.residuals:
             guests.setdefault(one.origin, {}).update(one.tensors)
-        federation = Federation(self._config, FixedFleet({}), self._engine, server, self._above)
-        costs, receipts = RoundCosts(), list[Sequence[Receipt]]()
+        federation = Federation(self._config, self._fleet, self._engine, server, self._above)
+        costs, receipts = list[RoundCosts](), list[Sequence[Receipt]]()
+        if self._on_round is not None:
+            self._on_round(after.round + 1, None, server.version)
         try:
             for index in range(rounds):
                 if server.attention:
                     server.attention.guests = {} if index else guests
                     server.attention.least = residuals.least_share * (index == rounds - 1)
-                clock = task.global_step + index * local.steps
-                cursors = self._cursors(task, index, after.cursors)
+                costs.append(RoundCosts(bytes_down=self._scored_bytes))
+                self._scored_bytes, clock = 0, task.global_step + index * local.steps
+                members = self._fleet.drawn_from(after.round + 1)
+                assert members is not None  # they are waited for
+                cursors = self._cursors(task, index, members.tokens, after.cursors)
                 before = replace(after, global_step=clock, cursors=cursors)
-                closed = federation.round(before, self._candidates, costs)
+                closed = federation.round(before, members, costs[-1])
                 after = closed.after
                 receipts.append(closed.receipts)
                 self._drop_inner(before, after, kept)
+                if self._on_round is not None:
+                    self._on_round(after.round, closed, server.version)
             update = self._update(task, version.tensors, server.version.tensors)
         except (RunError, NonFiniteError) as error:
-            lost = {"tokens_lost": costs.tokens + costs.tokens_lost}
-            lost["bytes_inside"] = costs.bytes_up + costs.bytes_down + costs.bytes_inside
+            self._fleet.lost(after.round + 1)
+            lost = {"tokens_lost": _total(costs, "tokens", "tokens_lost")}
+            lost["bytes_inside"] = _total(costs, *_ALL_BYTES)
             return Update.none(Receipt.failed(task, error, **lost))
         kept_groups = ("outer", "rule", "residuals")
         groups = {name: one for name, one in server.groups().items() if name in kept_groups}
@@ -129,11 +138,44 @@ class Group:
         receipt = replace(update.receipt, state_lost=state_lost, bytes_up=size)
         return replace(update, receipt=_sum(receipts, costs, receipt), residuals=sent)
 
+    def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
+        """Its members' score of the version as it hands it on: a mean, weighted by tokens.
+
+        Raises:
+            NodeError: none of them gave one.
+        """
+        number = task.round * self._child.rounds
+        kept, _, server = self._begin(task.node_round, number, version)
+        own = kept.node_rounds if self._config.parts.kept else {}
+        tasks = [EvalTask(number, one, own.get(one)) for one in self._fleet.present()]
+        answers = Mailbox(self._engine).in_task_order(tasks, server.version)
+        scores = [one for one in answers if isinstance(one, EvalReceipt)]
+        if not scores:
+            raise NodeError(f"no member of {self._name} scores the state after round {task.round}")
+        self._scored_bytes += sum(one.bytes_down or 0 for one in scores)
+        return replace(mean_score(scores), silo=self._name)
+
+    def settle(self) -> None:
+        """What it keeps is on disk when it answers."""
+
     def _above(self, event: Event) -> None:
         if isinstance(event, KeyMerged | ResidualRouted) and not event.silo:
             event = event.model_copy(update={"silo": self._name})
-        if not isinstance(event, RoundStarted | RoundMerged):
+        if self._on_round is not None or not isinstance(event, RoundStarted | RoundMerged):
             self._tell(event)
+
+    def _begin(
+        self, node_round: int | None, number: int, version: Version
+    ) -> tuple[RunState, bool, Server]:
+        """What it kept after its task of a round; whether that is gone; and its server, with a
+        version from above as its own of this number."""
+        kept, tensors, lost = self._kept(node_round)
+        state = {name: tensor.clone() for name, tensor in version.tensors.items()}
+        tensors |= {"global": state, "once": dict(version.once)}
+        state |= own_key(self._config.parts, tensors, state)
+        self._store.folder.mkdir(parents=True, exist_ok=True)
+        before = replace(kept, round=number)
+        return kept, lost, Server(self._config, self._store.folder, tensors, before, self._key)
 
     def _kept(self, number: int | None) -> tuple[RunState, dict[str, Mapping[str, Tensor]], bool]:
         """What it kept after its task of a round, and whether that is gone."""
@@ -145,7 +187,9 @@ class Group:
                 pass
         return RunState(), {}, number is not None
 
-    def _cursors(self, task: FitTask, index: int, ended: Mapping[str, int]) -> Mapping[str, int]:
+    def _cursors(
+        self, task: FitTask, index: int, members: Iterable[str], ended: Mapping[str, int]
+    ) -> Mapping[str, int]:
         """Where members read on: where each ended, or past what lost tasks of the group were given.
 
         Nodes of one silo each read a contiguous block of an inner round's sequences.
@@ -153,7 +197,7 @@ class Group:
         Args:
             ended: cursors so far, the group's own among them if they are of a task that was merged.
         """
-        members, nodes = self._candidates.tokens, self._child.nodes
+        nodes = self._child.nodes
         if nodes is not None:
             block = self._config.local.steps * self._config.local.batch_size
             first = task.cursor + index * nodes * block
@@ -164,7 +208,7 @@ class Group:
         lost, children = task.cursor - ended.get(self._name, 0), self._config.federation.children
         return {
             name: ended.get(name, 0) + lost * (children.get(name, LEAF).nodes or 1)
-            for name in members
+            for name in {*members, *ended} - {self._name}
         }
 
     def _drop_inner(self, before: RunState, after: RunState, kept: RunState) -> None:
@@ -205,7 +249,13 @@ def needed_states(folder: Path, states: Iterable[RunState]) -> dict[str, set[int
     return needed
 
 
-def _sum(rounds: Sequence[Sequence[Receipt]], costs: RoundCosts, receipt: Receipt) -> Receipt:
+def _total(costs: Iterable[RoundCosts], *names: str) -> int:
+    return sum(getattr(one, name) for one in costs for name in names)
+
+
+def _sum(
+    rounds: Sequence[Sequence[Receipt]], costs: Sequence[RoundCosts], receipt: Receipt
+) -> Receipt:
     """A group's receipt: times and tokens of all its members, losses weighted by tokens."""
     every = [one for receipts in rounds for one in receipts]
 
@@ -223,6 +273,6 @@ def _sum(rounds: Sequence[Sequence[Receipt]], costs: RoundCosts, receipt: Receip
         last_loss=mean(rounds[-1], "last_loss"),
         peak_memory_bytes=max(one.peak_memory_bytes for one in every),
         micro_batch_size=every[0].micro_batch_size,
-        bytes_inside=costs.bytes_up + costs.bytes_down + costs.bytes_inside,
-        tokens_lost=costs.tokens_lost,
+        bytes_inside=_total(costs, *_ALL_BYTES),
+        tokens_lost=_total(costs, "tokens_lost"),
     )

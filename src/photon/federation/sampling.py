@@ -58,13 +58,15 @@ class FixedFleet:
     Attributes:
         tokens: to train on, by silo.
         scored: the silos on whose held-out text versions are scored; the same by default.
+        texts: as Candidates.
     """
 
     tokens: Mapping[str, int]
     scored: Sequence[str] | None = None
+    texts: Sequence[str] = ()
 
     def drawn_from(self, round_number: int) -> Candidates:
-        return Candidates(self.tokens)
+        return Candidates(self.tokens, texts=self.texts)
 
     def lost(self, round_number: int) -> bool:
         """The round can be attempted with the same silos only."""

@@ -53,10 +53,10 @@ def scores(
         own.append(receipt)
         yield replace(receipt, bytes_down=bytes_down)
     if personal:
-        yield _mean_score(own)
+        yield mean_score(own)
 
 
-def _mean_score(own: Sequence[EvalReceipt]) -> EvalReceipt:
+def mean_score(own: Sequence[EvalReceipt]) -> EvalReceipt:
     """The silos' own scores as one, weighted by tokens; its loss is NaN where there are none."""
     tokens = sum(one.tokens for one in own)
     nats = [one.loss * one.tokens for one in own]

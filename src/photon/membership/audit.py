@@ -35,6 +35,8 @@ AUDIT_FILE = "audit.jsonl"
 
 AGGREGATOR = "aggregator"
 MEMBER, ROUND, LOST, RESUMED, TORN = "member", "round", "lost", "resumed", "torn"
+#: Of a federation inside another: its parent has a task, and the next round starts from its state.
+ASKED = "asked"
 
 #: What to do about a log that can't be true.
 DAMAGE_HINT = (

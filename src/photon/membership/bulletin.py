@@ -17,9 +17,9 @@ _RUN, _SILOS = "told-of-run", "told-of-silos"
 _MOST_CHARACTERS = 500
 
 
-def tell_all(roster: Roster, words: str) -> None:
-    """How the run is now, for every silo."""
-    roster.set_setting(_RUN, _note(words))
+def tell_all(roster: Roster, words: str, **more: Any) -> None:
+    """How the run is now, for every silo, and for federations: over = "finished" or "drained"."""
+    roster.set_setting(_RUN, _note(words) | more)
 
 
 def tell_silos(roster: Roster, silos: Iterable[str], words: str) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from photon.errors import AuditError, MembershipError, RunNotFoundError
 from photon.membership.audit import (
     AGGREGATOR,
+    ASKED,
     AUDIT_FILE,
     DAMAGE_HINT,
     LOST,
@@ -168,6 +169,7 @@ class _Story:
             ROUND: (RoundRecord, self._round),
             LOST: (LostRecord, self._lost),
             RESUMED: (ResumedRecord, self._resumed),
+            ASKED: (ResumedRecord, self._asked),
         }
         if record["kind"] == TORN:
             _add(self._report.remarks, f"{where}: a line cut short was removed before it")
@@ -356,6 +358,12 @@ class _Story:
             del rounds[later]
             _add(self._report.remarks, f"{where}: round {later} was taken back by a restart")
         self._after[body.run] = body.round
+
+    def _asked(self, where: str, body: ResumedRecord) -> None:
+        """The state is the parent's, whose rounds need not all be this federation's too."""
+        self._after[body.run] = max(body.round, self._after.get(body.run, 0))
+        self._resumed(where, body.model_copy(update={"state_sha256": None}))
+        self._states[body.run][body.round] = body.state_sha256
 
     def _problem(self, where: str, text: str) -> None:
         _add(self._report.problems, f"{where}: {text}")

@@ -52,10 +52,11 @@ class Draws:
 
     Args:
         folder: of the run.
+        kept: rounds before the newest that the run may go back to.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / DRAWS_FILE
+    def __init__(self, folder: Path, kept: int = _KEPT) -> None:
+        self._path, self._kept = folder / DRAWS_FILE, kept
 
     def of(self, number: int) -> Drawn | None:
         """The newest draw of a round; None before the first.
@@ -72,7 +73,7 @@ class Draws:
             CheckpointCorruptError: the file can't be read.
             DiskFullError: no room; the draws are as they were.
         """
-        rounds = {old: one for old, one in self._read().items() if old >= number - _KEPT}
+        rounds = {old: one for old, one in self._read().items() if old >= number - self._kept}
         rounds[number] = drawn
         record = {str(each): asdict(rounds[each]) for each in sorted(rounds)}
         write_json(self._path, {"rounds": record}, "a round's draw")

@@ -8,6 +8,7 @@ from pathlib import Path
 from photon.errors import MembershipError
 from photon.link import TensorFile
 from photon.membership.audit import (
+    ASKED,
     LOST,
     RESUMED,
     ROUND,
@@ -90,13 +91,29 @@ class Notary:
         )
         self._log.append(LOST, body)
 
+    def write_asked(self, number: int, sha256: str) -> None:
+        """The level above begins a task: round `number` starts from its state."""
+        self._log.append(ASKED, {"run": self._run_id, "round": number - 1, "state_sha256": sha256})
+
     def close(self) -> None:
         """Nothing is open between two lines."""
 
     def _close_round(self, number: int) -> None:
-        folder, merged = self._checkpoint(number), []
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name, begun in state["merged"].items():
+        text = (self._checkpoint(number) / "state.json").read_text(encoding="utf-8")
+        state = json.loads(text)
+        self.write_round(number, state["merged"], self._state_sha256(number), state["files"])
+        # Who is still at work may be merged later.
+        going = [one["task"]["round"] for one in state["in_flight"]]
+        self._roster.tasks.prune(self._run_id, before_round=min([number - 1, *going]))
+
+    def write_round(
+        self, number: int, silos: dict[str, int], sha256: str, files: dict[str, str] | None = None
+    ) -> None:
+        """A round has merged these silos' tasks, of the rounds named; sha256 is the next state's,
+        `files` those of a checkpoint.
+        """
+        merged = []
+        for name, begun in silos.items():
             reply = self._roster.tasks.reply(f"{self._run_id}/fit/{begun}/{name}")
             if reply is None:
                 raise MembershipError(f"round {number} merged {name}, whose receipt is not there")
@@ -114,15 +131,12 @@ class Notary:
         record = RoundRecord(
             run=self._run_id,
             round=number,
-            state_sha256=self._state_sha256(number),
-            checkpoint=state["files"],
+            state_sha256=sha256,
+            checkpoint=files,
             merged=merged,
             dropped=self._dropped,
         )
         self._log.append("round", record)
-        # Who is still at work may be merged later.
-        going = [one["task"]["round"] for one in state["in_flight"]]
-        self._roster.tasks.prune(self._run_id, before_round=min([number - 1, *going]))
 
     def _settle(self, checkpoint: int) -> None:
         """Make the log end where the run goes on.

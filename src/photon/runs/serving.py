@@ -73,7 +73,7 @@ def continue_run(folder: Path, post: Post | None = None) -> RunResult:
                 config,
                 post or roster.letters,
                 roster,
-                Depot(serving.run_id, config.link, serving.open_store(), folder / "arrivals"),
+                Depot(serving.run_id, config, serving.open_store(), folder / "arrivals"),
                 Asker(key, notary.head),
                 evaluator,
                 on_event,

@@ -17,7 +17,7 @@ from torch import Tensor
 from photon.config import RunConfig
 from photon.data import PreparedData
 from photon.errors import DiskFullError, ModelMismatchError, PhotonError, RankLostError
-from photon.federation import Node, Version
+from photon.federation import Node, Participant, Version
 from photon.federation.broadcast import Inbox
 from photon.federation.envelopes import Ask, RunPart
 from photon.federation.layout import layout_of
@@ -130,7 +130,7 @@ class HeldNode:
             )
         if (least := least_merged(ask, config)) < 3:
             reporter.note(f"warning: {few_silos(least)}; policy.min_participants can refuse it")
-        if config.data.verify:
+        if config.data.verify and data.silos:
             site.verify(data)
         layout, carried = layout_of(skeleton), carried_tensors(skeleton)
         #: Of the global state's tensors, and of those that come once.
@@ -144,7 +144,11 @@ class HeldNode:
         settings = site.settings(ask.run, config, team.seat)
         settings.folder.mkdir(parents=True, exist_ok=True)
         team.begin(ask.run.model_dump(mode="json"))
-        self._node = Node(settings, self._heard, data=data, model=skeleton)
+        self._node: Participant
+        if site.federation is not None:
+            self._node = site.federation(ask.run, settings, skeleton, self._heard)
+        else:
+            self._node = Node(settings, self._heard, data=data, model=skeleton)
         self._inbox = Inbox(self._line, config.run.name, self._shapes, config.link.specs)
         # What is being trained here, for who looks into the home.
         record = {
@@ -205,7 +209,7 @@ class HeldNode:
         return Version(ref.round, state, once=once, once_sha256=once_sha256)
 
     @contextmanager
-    def at_work(self) -> Iterator[Node]:
+    def at_work(self) -> Iterator[Participant]:
         """What raises in here leaves the node as nobody knows."""
         self.sound = False
         yield self._node
@@ -242,7 +246,7 @@ def follow(site: Site, team: Team) -> None:
         run = RunPart.model_validate(order)
         try:
             config = site.config(run)
-            node = Node(site.settings(run, config, team.seat), lambda _: None, data=site.data())
+            node = Node(site.settings(run, config, team.seat), lambda _: None, data=site.data(run))
         except RankLostError:
             raise
         except PhotonError as error:

@@ -57,6 +57,8 @@ class Reporter:
         self._trouble: str | None = None
         #: The desk wants this node to take no new task.
         self.draining = False
+        #: As photon.membership.bulletin.tell_all has it.
+        self.over = ""
         #: When the desk took a report last (seconds since the epoch); what was moved, in bytes.
         self.heard_at: float | None = None
         self.bytes_up = self.bytes_down = 0
@@ -112,6 +114,8 @@ class Reporter:
             try:
                 answer = self._desk.presence(self.now)
                 self.draining = bool(answer.get("draining"))
+                run = (answer.get("told") or {}).get("run") or {}
+                self.over = str(run.get("over", ""))
                 self.key_in_use, trouble, self.heard_at = None, None, time.time()
                 self._idle_s = min(max(_EVERY_S, float(answer.get("next_s", 0))), _MOST_IDLE_S)
                 self._narrator.heard(answer)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+from torch import nn
+
 from photon.config import NodeConfig, RunConfig
-from photon.data import PreparedData, open_data
-from photon.federation import NodeSettings
+from photon.data import PreparedData, SiloData, open_data
+from photon.federation import NodeSettings, Participant
 from photon.federation.envelopes import RunPart, node_config
 from photon.silo.policy import Membership, own_part
 from photon.store.disk import file_sha256
+from photon.telemetry import Event
 from photon.training import Seat
+
+#: Makes who works for a run, of its settings and model, where that is no node; told what happens.
+Build = Callable[[RunPart, NodeSettings, nn.Module, Callable[[Event], None]], Participant]
 
 
 class Site:
@@ -21,13 +29,20 @@ class Site:
         home: folder of the node.
         node: node.toml.
         membership: who it is.
+        federation: of a site that has members in the place of text.
 
     Attributes:
         registered: sha256 of the data that this site takes part with.
     """
 
-    def __init__(self, home: Path, node: NodeConfig, membership: Membership) -> None:
-        self.home = home
+    def __init__(
+        self,
+        home: Path,
+        node: NodeConfig,
+        membership: Membership,
+        federation: Build | None = None,
+    ) -> None:
+        self.home, self.federation = home, federation
         self.node = node
         self.membership = membership
         self._data: PreparedData | None = None
@@ -46,13 +61,17 @@ class Site:
         }
         return node_config(run, site)
 
-    def data(self) -> PreparedData:
-        """This site's text, as the one silo that is called as the member is.
+    def data(self, run: RunPart) -> PreparedData:
+        """This site's text, as the one silo that is called as the member is; none of a federation,
+        whose members each check the run's tokenizer.
 
         Raises:
             DataError: it can't be used, or no silo of it is this site's.
         """
         path = Path(self.node.data.path)
+        if self.federation is not None:
+            cut = (path, run.tokenizer, run.vocab_size, run.eos_id, np.dtype("<u4"))
+            return PreparedData(path, {}, SiloData("", path, {}), *cut, str(self.registered))
         with suppress(OSError):
             if self._data is not None and file_sha256(path / "manifest.json") == self._data.sha256:
                 return self._data

@@ -234,7 +234,7 @@ class SiloTrainer:
                 self._answers.begin(ask)
         self._require_willing(ask, left_s)
         self._say(ask, "loading", detail=f"{config.run.name}, {config.federation.rounds} rounds")
-        data = site.data()
+        data = site.data(ask.run)
         require_data(ask, data, site.registered)
         held = self._node_for(ask, config, data)
         if ask.evaluate is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from photon.config import LinkConfig
+from photon.config import LinkConfig, RunConfig
 from photon.errors import LinkError, ManifestError
 from photon.federation import FitTask, Version
 from photon.federation.tasks import GlobalState, StateRef, update_header
@@ -42,15 +42,18 @@ class Depot:
 
     Args:
         run_id: of the run.
-        config: which codecs its parcels may name.
+        config: which codecs its parcels may name; those of members that are federations too.
         store: the aggregator's own way to it.
         spool: folder for updates on their way to be merged; emptied, and closed to other users:
             what was verified as it came is read from there without being hashed again.
     """
 
-    def __init__(self, run_id: str, config: LinkConfig, store: Store, spool: Path) -> None:
+    def __init__(self, run_id: str, config: RunConfig, store: Store, spool: Path) -> None:
         self._run_id = run_id
-        self._config = config
+        links = [
+            LinkConfig(update_codec=one.update_codec) for one in config.federation.children.values()
+        ]
+        self._specs = config.link.specs.union(*(link.specs for link in links))
         self._store = store
         self._spool = spool
         self._memory = ReusedMemory()
@@ -130,7 +133,7 @@ class Depot:
 
     def _parcel(self, task: FitTask, ref: Ref, state: GlobalState) -> Parcel:
         shapes = {name: tensor.shape for name, tensor in state.items()}
-        expected = Expected(update_header(task, state), shapes, self._config.specs)
+        expected = Expected(update_header(task, state), shapes, self._specs)
         return Parcel(self._carrier(), ref, expected, self._memory)
 
     def _carrier(self) -> Transfer:

@@ -95,7 +95,7 @@ class RemoteEngine:
         roster: who is a member, what each says it does, which tasks are open.
         depot: updates and states.
         asker: signs what is asked.
-        evaluator: scores the global held-out set on this machine.
+        evaluator: scores the global held-out set on this machine; None where there is none.
         on_event: told of local progress and of what goes wrong.
     """
 
@@ -107,7 +107,7 @@ class RemoteEngine:
         roster: Roster,
         depot: Depot,
         asker: Asker,
-        evaluator: Engine,
+        evaluator: Engine | None,
         on_event: Callable[[Event], None],
     ) -> None:
         self._run = run
@@ -141,6 +141,7 @@ class RemoteEngine:
     def submit(self, task: Task, version: Version) -> None:
         """Hand in a task; silos are asked when answers are, as an Ask names all that are asked."""
         if task.silo is None:
+            assert self._evaluator is not None
             self._evaluator.submit(task, version)
             self._own += 1
         else:
@@ -157,6 +158,7 @@ class RemoteEngine:
             ]
             if self._own:  # silos work while this machine does
                 self._messenger.turn(self._errands)
+                assert self._evaluator is not None
                 own = self._evaluator.arrivals(timeout_s)
                 self._own -= len(own)
                 came += own
@@ -177,7 +179,7 @@ class RemoteEngine:
         for place in [place for place in self._going if place.task == task]:
             last = place.errand.because
             self._finish(place)
-        if task.silo is None:
+        if task.silo is None and self._evaluator is not None:
             self._evaluator.cancel(task)
             self._own = 0
         return last
@@ -190,7 +192,8 @@ class RemoteEngine:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._messenger.close(self._errands)
-        self._evaluator.close()
+        if self._evaluator is not None:
+            self._evaluator.close()
         self._depot.close()
 
     def _ask_new(self) -> None:
@@ -310,7 +313,8 @@ class RemoteEngine:
         members = [member.name for member in self._roster.members()]
         going = [place.task.round for place in self._going]
         oldest = min([number - self._config.serve.keep_rounds, *(begun - 1 for begun in going)])
-        for begun in {number, *going}:
+        # Of later ones too: a group does all of its task again where its process was killed.
+        for begun in {*range(number, number + self._config.serve.keep_rounds), *going}:
             for reply in self._roster.tasks.replies(self._run.id, begun):
                 with contextlib.suppress(ProtocolError):  # of another version
                     fit = parse_reply(reply.text).fit

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from photon.config import RunConfig
+from photon.config.children import LEAF
 from photon.engines.remote.depot import silo_folder
 from photon.errors import PhotonError, ProtocolError
 from photon.federation.envelopes import Ask, Reply
@@ -72,11 +73,13 @@ class Errand:
             ProtocolError: names the figure, and the most that it can be.
         """
         ask, bounds = self.ask, []
+        leaves = config.federation.children.get(ask.silo, LEAF).leaves
         down = sum(ref.wire_bytes for ref in ask.state.parcels)
         if reply.fit is not None and ask.fit is not None:
             batch = config.local.batch_size
+            read = ask.fit.steps * batch * config.data.sequence_length
             bounds = [
-                ("tokens", reply.fit.tokens, ask.fit.steps * batch * config.data.sequence_length),
+                ("tokens", reply.fit.tokens, read * leaves),
                 ("micro_batch_size", reply.fit.micro_batch_size, batch),
                 ("bytes_down", reply.fit.bytes_down, down),
             ]
@@ -90,13 +93,13 @@ class Errand:
         if reply.evaluate is not None:
             bounds = [("bytes_down", reply.evaluate.bytes_down, down)]
             if config.eval.max_tokens is not None:
-                bounds.append(("tokens", reply.evaluate.tokens, config.eval.max_tokens))
+                bounds.append(("tokens", reply.evaluate.tokens, config.eval.max_tokens * leaves))
         for name, said, most in bounds:
             if said > most:
                 raise ProtocolError(
                     f"{ask.silo} answered {name} = {said}; what it was asked has at most {most}",
                     hint="A node of another version, or one that means harm: nothing of its answer "
-                    "is used.",
+                    f"is used. A federation needs [federation.children.{ask.silo}] here.",
                 )
 
     @property

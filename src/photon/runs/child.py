@@ -1,0 +1,150 @@
+"""A federation inside another, served: a member of its parent, with members of its own.
+
+In the place of rounds it has its parent's tasks, as photon.silo brings them; a Group does each with
+the members at this federation's own door. A task whose process was killed is done again, of answers
+that the roster and the store keep until it is over: members are asked for the others only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from photon.config import ServeConfig
+from photon.config.children import check_children, check_served, inside
+from photon.engines.remote import Asker, Depot, Post, RemoteEngine
+from photon.errors import IncompatibleConfigError
+from photon.federation import Closed, NodeSettings, Participant, Version
+from photon.federation.account import RoundCosts
+from photon.federation.envelopes import RunPart, dictated
+from photon.federation.group import Group
+from photon.federation.layout import layout_of
+from photon.link import tensors_sha256
+from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
+from photon.membership.roster import Roster
+from photon.runs.fleet import Draws, JoinedFleet
+from photon.runs.notary import Notary
+from photon.store.served import Serving
+from photon.telemetry import Event, JsonlWriter, Recorder, read_history
+from photon.telemetry.events import LocalProgress, RoundFinished
+from photon.training import plan_compute
+
+
+@dataclass(frozen=True)
+class ServedFederation:
+    """What works for a run of the parent: photon.silo.site.Build.
+
+    Attributes:
+        name: as the parent calls this federation.
+        folder: of its run, with serve.json.
+        serve: its own [serve], with what it is like inside the parent.
+        post: to its members; None: letters, which its desk hands out.
+        ends: what to close.
+    """
+
+    name: str
+    folder: Path
+    serve: ServeConfig
+    roster: Roster
+    post: Post | None = None
+    ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __call__(
+        self,
+        run: RunPart,
+        settings: NodeSettings,
+        model: nn.Module,
+        on_event: Callable[[Event], None],
+    ) -> Participant:
+        served, serving, roster = self.serve.child, Serving.read(self.folder), self.roster
+        assert served is not None
+        here = settings.config.federation.model_copy(update={"children": {self.name: served}})
+        config = settings.config.model_copy(update={"federation": here})
+        check_children(config)
+        check_served(config)
+        part_of = self.folder / "parent-run"
+        if part_of.exists() and part_of.read_text() != run.id:
+            raise IncompatibleConfigError(
+                f"{self.folder} is the part of {self.name} in another run of its parent's",
+                hint="Begin another: `photon serve` with another --run-dir, or --overwrite.",
+            )
+        part_of.write_text(run.id)
+        keep = {"keep_rounds": max(self.serve.keep_rounds, served.rounds + 1)}
+        serve = self.serve.model_copy(update=keep)
+        inner = inside(config, served).model_copy(update={"serve": serve})
+        torch.set_num_threads(plan_compute(config.compute).threads)
+        key = NodeKey.load(Path(serving.home) / AGGREGATOR_KEY_FILE)
+        notary = Notary(self.folder, roster, serving.run_id, key)
+        recorder = Recorder([JsonlWriter(self.folder / "events.jsonl")])
+        self.ends.callback(recorder.close)
+        rounds = _rounds_of(self.folder)
+
+        def tell(event: Event) -> None:
+            recorder.emit(event)
+            notary.on_event(event)
+            if isinstance(event, LocalProgress):  # as a step of the parent's task
+                done = (event.round - 1) % served.rounds * inner.local.steps
+                on_event(event.model_copy(update={"step": done + event.step}))
+
+        def on_round(number: int, closed: Closed | None, version: Version) -> None:
+            sha256 = tensors_sha256(version.tensors)
+            if closed is None:
+                notary.write_asked(number, sha256)
+                return
+            notary.write_round(number, closed.after.merged, sha256)
+            costs = closed.costs
+            rounds.setdefault(number, costs)
+            totals = _sums(rounds)
+            recorder.emit(
+                RoundFinished(
+                    **vars(costs),
+                    round=number,
+                    global_step=closed.after.global_step,
+                    round_s=time.perf_counter() - costs.started,
+                    checkpoint_s=0.0,
+                    total_tokens=totals["tokens"],
+                    total_bytes_up=totals["bytes_up"],
+                    total_bytes_down=totals["bytes_down"],
+                )
+            )
+            roster.tasks.prune(serving.run_id, before_round=number - serve.keep_rounds)
+
+        told = {"id": serving.run_id, "config": dictated(inner)}
+        engine = RemoteEngine(
+            run.model_copy(update=told),
+            inner,
+            self.post or roster.letters,
+            roster,
+            Depot(serving.run_id, inner, serving.open_store(), self.folder / "arrivals"),
+            Asker(key, notary.head),
+            None,
+            tell,
+        )
+        draws = Draws(self.folder, served.rounds)
+        fleet = JoinedFleet(roster, inner, serving.run_id, draws, on_lost=notary.write_lost)
+        named, folder = layout_of(model).named("key"), settings.folder
+        return Group(self.name, config, fleet, engine, folder, tell, named, on_round)
+
+
+def totals_inside(folder: Path) -> dict[str, int]:
+    """Of a served federation so far: inner rounds, tokens, bytes from its members and to them."""
+    return _sums(_rounds_of(folder))
+
+
+def _rounds_of(folder: Path) -> dict[int, RoundCosts | RoundFinished]:
+    rounds: dict[int, RoundCosts | RoundFinished] = {}
+    for one in read_history(folder).of(RoundFinished):
+        rounds.setdefault(one.round, one)  # done again, it takes what had come
+    return rounds
+
+
+def _sums(rounds: Mapping[int, RoundCosts | RoundFinished]) -> dict[str, int]:
+    names = ("tokens", "bytes_up", "bytes_down")
+    sums = {name: sum(getattr(one, name) for one in rounds.values()) for name in names}
+    return {"rounds": len(rounds), **sums}
