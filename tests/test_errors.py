@@ -67,6 +67,10 @@ CODES = {
     "UnreachableError": 95,
     "KeyInUseError": 96,
     "DataChangedError": 97,
+    "CardError": 100,
+    "LawError": 101,
+    "NotCompliantError": 102,
+    "UndecidedError": 103,
 }
 
 

@@ -276,6 +276,25 @@ class DataChangedError(DeployError, exit_code=97):
     """A node's data is not what it registered with."""
 
 
+# --- 100-109: cards and law ----------------------------------------------------------------------
+
+
+class CardError(PhotonError, exit_code=100):
+    """A card that can't be read, or has a key or an answer that nobody knows."""
+
+
+class LawError(PhotonError, exit_code=101):
+    """A law file that can't be read, or contradicts itself."""
+
+
+class NotCompliantError(PhotonError, exit_code=102):
+    """By the cards, something that the law asks is not met."""
+
+
+class UndecidedError(PhotonError, exit_code=103):
+    """The cards leave open whether all that the law asks is met."""
+
+
 #: Exit code after Ctrl-C: 128 + SIGINT, as shells expect. The run can be resumed.
 INTERRUPTED_EXIT_CODE = 130
 

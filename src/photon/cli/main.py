@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from photon.cli.backup import backup, restore
+from photon.cli.cards import cards_app, comply
 from photon.cli.data import data_app
 from photon.cli.demo import demo
 from photon.cli.doctor import doctor
@@ -387,6 +388,7 @@ _PANELS: dict[str, dict[str, Any]] = {
         "generate": generate,
         "export": export,
     },
+    "Answer to an auditor": {"cards": cards_app, "comply": comply},
     "Across organisations: the aggregator's operator": {
         "serve": serve,
         "invite": invite,

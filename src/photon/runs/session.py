@@ -65,7 +65,7 @@ from photon.telemetry.events import (
     finite,
 )
 from photon.telemetry.tensorboard import TensorBoardWriter
-from photon.training import decayed_names, plan_compute
+from photon.training import count_flops, decayed_names, plan_compute
 from photon.version import photon_version
 
 #: A run folder's copy of the clock that its time is simulated by.
@@ -333,6 +333,7 @@ class Session:
         workers = self.nodes.workers
         plan = plan_compute(config.compute, processes=max(1, workers) * self.nodes.ranks)
         central = self.kind == "train"
+        flops = count_flops(model, config.data.sequence_length)
         return RunStarted(
             kind=self.kind,
             run=config.run.name,
@@ -352,6 +353,8 @@ class Session:
             workers=workers,
             update_codec=config.link.update_codec,
             broadcast_codec=config.link.broadcast_codec,
+            flops_per_token=flops.per_token,
+            flops_method=flops.explain(),
             resumed_from_round=resumed_from,
         )
 

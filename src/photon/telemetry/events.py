@@ -47,7 +47,10 @@ class Event(BaseModel):
 
 
 class RunStarted(Event):
-    """The first line of a run, and of each process that works on it."""
+    """The first line of a run, and of each process that works on it.
+
+    flops_method says in words how flops_per_token was counted; 0 where nobody has.
+    """
 
     kind: Kind
     run: str
@@ -67,6 +70,8 @@ class RunStarted(Event):
     workers: int
     update_codec: str = "fp32"
     broadcast_codec: str = "fp32"
+    flops_per_token: int = 0
+    flops_method: str = ""
     resumed_from_round: int | None = None
 
 

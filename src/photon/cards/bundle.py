@@ -1,0 +1,93 @@
+"""All cards of one project together, as the prediction takes them. Nothing here reads a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from photon.errors import some
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a data card can be relied on.
+
+    Attributes:
+        fresh: it is of the data that was trained on; False where that moved; None where nobody here
+            can tell.
+        signature: "good" of the site's key, "forged" (another's, or over other bytes), or "none".
+        why: in words.
+    """
+
+    fresh: bool | None = True
+    signature: Literal["good", "forged", "none"] = "none"
+    why: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Whether what people answered in it may be used."""
+        return self.fresh is True and self.signature != "forged"
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Cards of a project.
+
+    Attributes:
+        project: its ProjectCard, with the entities in it.
+        data: DataCards by silo.
+        models: ModelCards by name.
+        standings: of data cards, by silo; one without is fresh and not signed.
+    """
+
+    project: Any
+    data: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, Any] = field(default_factory=dict)
+    standings: dict[str, Standing] = field(default_factory=dict)
+
+    def standing(self, silo: str) -> Standing:
+        """Of a data card."""
+        return self.standings.get(silo, Standing())
+
+    def subjects(self, kind: str) -> list[tuple[str, str, Any]]:
+        """(name for findings, name among its kind, card) of each card of a kind."""
+        if kind == "project":
+            return [("project", "", self.project)]
+        if kind == "entity":
+            names = [
+                one.about.name or f"entity {n}" for n, one in enumerate(self.project.entities, 1)
+            ]
+            listed = zip(names, names, self.project.entities, strict=True)
+            return [(f"entity/{shown}", name, card) for shown, name, card in listed]
+        cards = self.data if kind == "data" else self.models
+        return [(f"{kind}/{name}", name, card) for name, card in sorted(cards.items())]
+
+    def names(self, what: str) -> list[str]:
+        """Lists that rules compare with: silos, entities, providers, checkpoints."""
+        entities = self.project.entities
+        if what == "silos":
+            return sorted(self.data)
+        if what == "entities":
+            return [one.about.name for one in entities if one.about.name]
+        if what == "providers":
+            return [
+                name
+                for _, name, one in self.subjects("entity")
+                if "provider" in (one.about.roles or ())
+            ]
+        return [one.facts.what for one in self.models.values()]
+
+
+#: What `Cards.names` knows.
+NAMES = ("silos", "entities", "providers", "checkpoints")
+
+
+def in_words(answer: Any) -> str:
+    """An answer or a fact, for people."""
+    if isinstance(answer, bool):
+        return "yes" if answer else "no"
+    if isinstance(answer, dict):
+        return "; ".join(f"{key or 'global'}: {in_words(one)}" for key, one in answer.items())
+    if isinstance(answer, list):
+        return some(map(str, answer), 8) or "none"
+    return f"{answer:.4g}" if isinstance(answer, float) else str(answer)

@@ -1,0 +1,190 @@
+"""`photon cards` and `photon comply`: what is said of a project, and what the law says of it."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from photon.cli.options import AsJson, Folder
+from photon.cli.screen import say, show, show_json, show_table
+from photon.errors import CardError, LawError, NotCompliantError, UndecidedError, some
+
+if TYPE_CHECKING:
+    from photon.law.prediction import Prediction
+
+_NOTE = "Prediction, not legal advice."
+
+cards_app = typer.Typer(
+    name="cards",
+    no_args_is_help=True,
+    help="Cards of a project, its data and its models: what Photon knows, and what people say.",
+)
+
+LawDate = Annotated[
+    str | None,
+    typer.Option("--law", metavar="YYYY-MM-DD", help="The law as it is, or will be, on that day."),
+]
+
+
+@cards_app.command("init")
+def cards_init(
+    folder: Annotated[Path, typer.Argument(help="The run folder; a site's: any.", metavar="DIR")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="At a site: the prepared text. Writes the data card alone."),
+    ] = None,
+    silo: Annotated[str | None, typer.Option(help="With --data: which silo of it.")] = None,
+) -> None:
+    """Write the cards of a run into DIR/cards, with what Photon knows and with the questions.
+
+    Answers that are there stay. A data card whose data moved becomes SILO.v1.toml, and a new one
+    without answers takes its place.
+
+    Example: `photon cards init runs/demo`, or at a site
+    `photon cards init . --data data/prepared --silo north`
+    """
+    from photon.cards.filling import facts_of_data
+    from photon.cards.folder import data_card_of, write_cards, write_data_card
+
+    if data is None:
+        written = write_cards(folder)
+    elif silo is None:
+        raise CardError("--data needs --silo", hint="Name the silo whose card it is.")
+    else:
+        written = write_data_card(data_card_of(folder, silo), facts_of_data(data, silo))
+    for path in written:
+        show(str(path))
+    say(f"Answer the questions in {folder / 'cards'}, then `photon cards check {folder}`.")
+
+
+@cards_app.command("check")
+def cards_check(folder: Folder, as_json: AsJson = False) -> None:
+    """Read all cards: what is answered, and how far data cards can be relied on.
+
+    Example: `photon cards check runs/demo`
+    """
+    from photon.cards.folder import read_cards
+    from photon.cards.questions import questions
+
+    cards, rows = read_cards(folder), []
+    for kind in ("project", "entity", "data", "model"):
+        for label, name, card in cards.subjects(kind):
+            asked = questions(kind)
+            done = sum(getattr(getattr(card, one.section), one.key) is not None for one in asked)
+            rows.append((label, done, len(asked), cards.standing(name).why * (kind == "data")))
+    if as_json:
+        names = ("card", "answered", "asked", "standing")
+        show_json([dict(zip(names, row, strict=True)) for row in rows])
+        return
+    told = [(label, f"{done} of {asked}", why) for label, done, asked, why in rows]
+    show_table(("card", "answered", "standing"), told)
+    show(_NOTE)
+
+
+@cards_app.command("show")
+def cards_show(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option("--out", help="Where; DIR/cards.html.")] = None,
+    law: LawDate = None,
+) -> None:
+    """Write one page with all cards and the prediction, readable without Photon.
+
+    Example: `photon cards show runs/demo --out cards.html`
+    """
+    from photon.cards.folder import read_cards
+    from photon.cards.page import cards_page
+    from photon.store.disk import write_whole
+
+    path = out or folder / "cards.html"
+    write_whole(path, cards_page(read_cards(folder), _predicted(folder, law)), "the page")
+    show(f"Cards: {path}")
+
+
+@cards_app.command("sign")
+def cards_sign(
+    card: Annotated[Path, typer.Argument(help="The data card.", metavar="CARD.toml")],
+    key: Annotated[Path, typer.Option("--key", help="The site's key: node.key of its home.")],
+) -> None:
+    """Sign a data card as it is; the signature is CARD.toml.sig.
+
+    Example: `photon cards sign cards/data/north.toml --key photon-node/node.key`
+    """
+    from photon.cards.folder import read_card
+    from photon.cards.signing import sign_card
+    from photon.membership.keys import NodeKey
+
+    read_card(card, "data")
+    show(f"Signature: {sign_card(card, NodeKey.load(key))}")
+
+
+@cards_app.command("schema")
+def cards_schema(
+    kind: Annotated[str, typer.Argument(help="project, data or model.", metavar="KIND")],
+) -> None:
+    """Print the JSON Schema of a card.
+
+    Example: `photon cards schema data`
+    """
+    from photon.cards.questions import CARDS
+
+    if kind not in CARDS:
+        raise CardError(f"no card is called {kind!r}", hint=f"There are {', '.join(CARDS)}.")
+    draft = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    show_json(draft | {"$id": f"photon:card:{kind}:1"} | CARDS[kind].model_json_schema())
+
+
+def comply(
+    folder: Folder,
+    law: LawDate = None,
+    rules: Annotated[
+        Path | None, typer.Option(help="A law file of your own; the EU's AI Act by default.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also what is met, and what does not apply.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict from the cards whether the law is met. Prediction, not legal advice.
+
+    The exit code is 0 where all is met or nothing applies, 102 where something is not met or is
+    prohibited, and 103 where the cards leave it open.
+
+    Example: `photon comply runs/demo --law 2027-12-02`
+    """
+    found = _predicted(folder, law, rules)
+    if as_json:
+        show_json(found.as_json())
+    else:
+        quiet = () if everything else ("met", "not_applicable")
+        shown = [one for one in found.findings if one.status not in quiet]
+        rows = [(one.id, one.subject, one.status, one.evidence, one.todo) for one in shown]
+        if rows:
+            show_table(("requirement", "of", "status", "evidence", "what to do"), rows)
+        counts = Counter(one.status for one in found.findings)
+        show(", ".join(f"{number} {status}" for status, number in sorted(counts.items())))
+        show(f"Verdict on {found.law}, by {found.rules}: {found.verdict}. {_NOTE}")
+    if found.verdict in ("met", "out_of_scope"):
+        return
+    kind, worst = (NotCompliantError, "not_met")
+    if found.verdict == "unknown":
+        kind, worst = (UndecidedError, "unknown")
+    names = [f"{one.id} ({one.subject})" for one in found.findings if one.status == worst]
+    hint = f"{_NOTE} Each finding says what to do."
+    raise kind(f"{found.verdict} on {found.law}: {some(names, 5)}", hint=hint)
+
+
+def _predicted(folder: Path, law: str | None, rules: Path | None = None) -> Prediction:
+    from photon.cards.folder import read_cards
+    from photon.law.prediction import predict
+    from photon.law.rules import load_law
+
+    try:
+        day = datetime.datetime.now(datetime.UTC).date()
+        on = datetime.date.fromisoformat(law) if law is not None else day
+    except ValueError:
+        raise LawError(f"--law {law}: not a date", hint="Write it as 2027-12-02.") from None
+    return predict(read_cards(folder), load_law(rules), on)

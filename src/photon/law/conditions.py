@@ -1,0 +1,240 @@
+"""Conditions of a law file over cards, in three-valued logic: true, false, unknown.
+
+A condition is data, never code:
+
+    "project.scope.military_only"       that answer is true
+    "@in_scope"                         a condition of that name in the same file
+    [A, B]  {all = [A, B]}              all of them;  {any = [A, B]}: one;  {not = A}
+    {some = "entity", where = A}        A holds for one of the project's entities (data, models)
+    {path = P, OPERATOR = VALUE}        see _OPERATORS; with unanswered = CONDITION or true or false
+    {answered = P}                      somebody answered
+
+What nobody answered is unknown, and so is what depends on it. The logic is Kleene's: a result that
+is true or false stays so whatever the missing answers are.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from photon.cards.bundle import NAMES, Cards, in_words
+from photon.cards.questions import Kind, questions
+from photon.errors import some
+
+Condition = str | list[Any] | dict[str, Any]
+
+#: Operator -> (kinds of the answer, types of its value in the file, what it asks of answer, value,
+#: and share or law date).
+_OPERATORS: dict[str, tuple[set[str], tuple[type, ...], Callable[[Any, Any, Any], bool | None]]] = {
+    "is": ({"yes", "text"}, (bool, str), lambda found, wanted, _: found == wanted),
+    "claimed": ({"yes"}, (bool,), lambda found, *_: found or None),  # true or unknown, never false
+    "above": ({"number"}, (int, float), lambda found, wanted, _: found > wanted),
+    "above_share_of": ({"number"}, (str,), lambda found, of, share: found > of * share),
+    "before": ({"date"}, (datetime.date,), lambda found, wanted, _: found < wanted),
+    "passed": ({"date"}, (bool,), lambda found, _, on: found <= on),
+    "any_of": ({"list"}, (list,), lambda found, wanted, _: bool(set(found) & set(wanted))),
+    "includes": ({"list"}, (list,), lambda found, wanted, _: set(found) >= set(wanted)),
+    "within": ({"list", "text"}, (str, list), lambda found, of, _: _set(found) <= set(of)),
+    "exactly": ({"list"}, (int,), lambda found, wanted, _: len(found) == wanted),
+}
+_BESIDE = {"path", "unanswered", "share"}
+#: Of a data card: what its Standing says, not what people do.
+_STANDING = "standing"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a condition comes to, and the answers that decide it.
+
+    Attributes:
+        truth: None where missing answers decide.
+    """
+
+    truth: bool | None
+    because: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a condition is asked.
+
+    Attributes:
+        here: the card at hand by kind, with its name among its kind and its name for findings.
+        on: the law date.
+        named: the file's conditions; known: what they came to, by name and cards at hand.
+    """
+
+    cards: Cards
+    here: Mapping[str, tuple[str, str, Any]]
+    on: datetime.date
+    named: Mapping[str, Condition]
+    known: dict[tuple[str, ...], Finding]
+
+
+def evaluate(condition: Condition, place: Place) -> Finding:
+    """What a condition that `fault_in` found none in comes to."""
+    match condition:
+        case str() if condition.startswith("@"):
+            key = (condition, *(label for label, _, _ in place.here.values()))
+            if key not in place.known:
+                place.known[key] = evaluate(place.named[condition[1:]], place)
+            return place.known[key]
+        case str():
+            return _compared({"path": condition, "is": True}, place)
+        case list():
+            return _joined((evaluate(one, place) for one in condition), decisive=False)
+        case {"all": parts}:
+            return evaluate(parts, place)
+        case {"any": parts}:
+            return _joined((evaluate(one, place) for one in parts), decisive=True)
+        case {"not": part}:
+            found = evaluate(part, place)
+            return Finding(None if found.truth is None else not found.truth, found.because)
+        case {"some": kind, "where": part}:
+            at = [
+                replace(place, here={**place.here, kind: one}) for one in place.cards.subjects(kind)
+            ]
+            if not at:
+                return Finding(None, (f"there is no {kind} card",))
+            return _joined((evaluate(part, one) for one in at), decisive=True)
+        case {"answered": path}:
+            value, told = _read(path, place)
+            return Finding(True if value or value in (False, 0) else None, (told,))
+    return _compared(condition, place)
+
+
+def _joined(parts: Iterable[Finding], *, decisive: bool) -> Finding:
+    """Or (decisive is true) and and (false): the first that decides, else what is missing."""
+    found: list[Finding] = []
+    for one in parts:
+        if one.truth is decisive:
+            return one
+        found.append(one)
+    missing = [one for one in found if one.truth is None]
+    because = dict.fromkeys(told for one in missing or found for told in one.because)
+    return Finding(None if missing else not decisive, tuple(because))
+
+
+def _compared(condition: Mapping[str, Any], place: Place) -> Finding:
+    value, told = _read(condition["path"], place)
+    operator = next(name for name in condition if name not in _BESIDE)
+    wanted = condition[operator]
+    if operator in ("above_share_of", "within") and isinstance(wanted, str):
+        wanted, other = _read(wanted, place)
+        told = f"{told}; {other}"
+    if value is None or wanted is None:
+        otherwise = condition.get("unanswered")
+        if otherwise is None or isinstance(otherwise, bool):
+            return Finding(otherwise, (told,))
+        return evaluate(otherwise, place)
+    holds = _OPERATORS[operator][2]
+    return Finding(holds(value, wanted, condition.get("share", place.on)), (told,))
+
+
+def _set(answer: str | list[str]) -> set[str]:
+    return {answer} if isinstance(answer, str) else set(answer)
+
+
+def _read(path: str, place: Place) -> tuple[Any, str]:
+    """(answer or None, what to say of it)."""
+    kind, section, *key = path.split(".")
+    if kind == "names":
+        value = place.cards.names(section)
+        return value, f"{section}: {some(value, 6) or 'none'}"
+    label, name, card = place.here[kind]
+    at = f"{label}: {'.'.join([section, *key])}"
+    if kind == "data":
+        standing = place.cards.standing(name)
+        if section == _STANDING:
+            value = getattr(standing, key[0])
+            return value, f"{label}: {standing.why or f'{key[0]} = {value}'}"
+        if section != "facts" and not standing.counts:
+            return None, f"{at} is not relied on: {standing.why or 'the card is not fresh'}"
+    value = getattr(getattr(card, section), key[0])
+    if value is None or value == "":
+        return None, f"{at} is not answered"
+    return value, f"{at} = {in_words(value)}"
+
+
+def fault_in(
+    condition: Any, named: Mapping[str, Any], kinds: set[str], seen: tuple[str, ...] = ()
+) -> str | None:
+    """What is wrong with a condition, in words; None where nothing is.
+
+    Args:
+        named: the file's conditions.
+        kinds: of the cards that are at hand where it is asked.
+        seen: names that led here.
+    """
+    parts: list[Any] = []
+    match condition:
+        case str() if condition.startswith("@"):
+            name = condition[1:]
+            if name not in named or name in seen:
+                return f"condition {name!r} {'asks for itself' if name in seen else 'is not there'}"
+            parts, seen = [named[name]], (*seen, name)
+        case str():
+            return _wrong_path(condition, {"yes"}, kinds)
+        case list():
+            parts = condition
+        case {"all": list() as parts, **rest} | {"any": list() as parts, **rest} if not rest:
+            pass
+        case {"not": part, **rest} if not rest:
+            parts = [part]
+        case {"some": ("entity" | "data" | "model") as kind, "where": part, **rest} if not rest:
+            parts, kinds = [part], kinds | {kind}
+        case {"answered": str() as path, **rest} if not rest:
+            return _wrong_path(path, set(), kinds)
+        case {"path": str()}:
+            if (wrong := _wrong_comparison(condition, kinds)) is not None:
+                return wrong
+            otherwise = condition.get("unanswered", True)
+            parts = [] if isinstance(otherwise, bool) else [otherwise]
+        case _:
+            return f"{condition!r:.200} is no condition"
+    return next((wrong for one in parts if (wrong := fault_in(one, named, kinds, seen))), None)
+
+
+def _wrong_comparison(condition: Mapping[str, Any], kinds: set[str]) -> str | None:
+    path, operators = condition["path"], set(condition) - _BESIDE
+    if len(operators) != 1 or (operator := operators.pop()) not in _OPERATORS:
+        return f"{condition!r:.200} must have one of {', '.join(_OPERATORS)}"
+    fits, types, _ = _OPERATORS[operator]
+    wanted = condition[operator]
+    shared = operator == "above_share_of"
+    if not isinstance(wanted, types) or shared is not isinstance(condition.get("share"), float):
+        return f"{path}: {operator} = {wanted!r:.80} is of the wrong type, or has the wrong share"
+    wrong = _wrong_path(path, fits, kinds)
+    if wrong is None and (shared or operator == "within") and isinstance(wanted, str):
+        wrong = _wrong_path(wanted, {"number"} if shared else {"list"}, kinds)
+    if wrong is None and isinstance(wanted, list) and (choices := _paths()[path][1]):
+        unknown = [repr(one) for one in wanted if one not in choices]
+        wrong = f"{path} can't hold {some(unknown)}" if unknown else None
+    return wrong
+
+
+def _wrong_path(path: str, fits: set[str], kinds: set[str]) -> str | None:
+    kind, found = path.partition(".")[0], _paths().get(path)
+    if found is None:
+        return f"no card has {path!r}"
+    if kind not in kinds | {"names"}:
+        return f"{path!r} is asked where no {kind} card is at hand"
+    if fits and found[0] not in fits:
+        return f"{path!r} is a {found[0]}, not a {' or '.join(sorted(fits))}"
+    return None
+
+
+@functools.cache
+def _paths() -> dict[str, tuple[str, Container[str]]]:
+    """Every path: what sort of answer it leads to, and its choices."""
+    found: dict[str, tuple[str, Container[str]]] = {f"names.{one}": ("list", ()) for one in NAMES}
+    found |= {f"data.{_STANDING}.fresh": ("yes", ()), f"data.{_STANDING}.signature": ("text", ())}
+    for kind in get_args(Kind):
+        for one in (*questions(kind), *questions(kind, facts=True)):
+            sort = "number" if one.kind == "count" else one.kind
+            found[f"{kind}.{one.section}.{one.key}"] = (sort, one.choices or ())
+    return found

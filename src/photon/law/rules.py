@@ -1,0 +1,155 @@
+"""A law file: dated rules with their sources, checked when it is read."""
+
+from __future__ import annotations
+
+import datetime
+import re
+import tomllib
+from importlib.resources import files
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from photon.cards.questions import Kind, Strict
+from photon.errors import LawError
+from photon.law.conditions import fault_in
+
+_ID = re.compile(r"(cards\.[a-z_]+|art_(\d+[a-z]?)(\.par_\d+[a-z]?)?(\.pt_[a-z]+)?)")
+_LAST = datetime.date.max
+
+_Title = Annotated[str, Field(min_length=1)]
+
+
+class _Dated(Strict):
+    """Law from one date until another, on which it is no more; whichever is absent is open."""
+
+    begins: datetime.date | None = Field(default=None, alias="from")
+    until: datetime.date | None = None
+
+    def holds(self, on: datetime.date) -> bool:
+        return (self.begins or datetime.date.min) <= on < (self.until or _LAST)
+
+
+class Start(_Dated):
+    """From when a rule binds, for whom."""
+
+    applies: datetime.date
+    when: Any = Field(default_factory=list)
+
+
+class Rule(_Dated):
+    """One requirement.
+
+    Attributes:
+        id: such as art_50.par_1; what is about cards themselves begins with cards.
+        subject: kind of card that it is asked of, one after the other.
+        applies: name of its dates; none: as long as the law is in force.
+        says: what the law asks, in a paraphrase.
+        when: for whom it holds. needs: what must be true then.
+        otherwise: the status where needs are false; not_applicable: also where they are unknown, as
+            it then frees nobody.
+        banned: not a duty but a prohibition.
+        do: what to do where it is not met.
+    """
+
+    id: str
+    subject: Kind
+    applies: str | None = None
+    says: _Title
+    when: Any = Field(default_factory=list)
+    needs: list[Any] = Field(default_factory=list)
+    otherwise: Literal["not_met", "unknown", "not_applicable"] = "not_met"
+    banned: bool = False
+    do: str = ""
+
+
+class _Head(Strict):
+    id: _Title
+    title: _Title
+    version: _Title
+    in_force: datetime.date
+    wording: Literal["paraphrase", "quoted"]
+
+
+class Source(Strict):
+    """Where it stands: an address, the date of what stands there, and who read it."""
+
+    title: _Title
+    address: _Title
+    date: datetime.date
+    read: _Title
+
+
+class Law(Strict):
+    """A whole law file."""
+
+    law: _Head
+    sources: Annotated[list[Source], Field(min_length=1)]
+    articles: dict[str, str]
+    dates: dict[str, list[Start]] = Field(default_factory=dict)
+    conditions: dict[str, Any] = Field(default_factory=dict)
+    rule: list[Rule]
+
+
+def load_law(path: Path | None = None) -> Law:
+    """Read a law file; the AI Act of this version of Photon by default.
+
+    Raises:
+        LawError: it can't be read, or has a key, article, condition, card field or name that nobody
+            knows, or dates of one requirement that overlap.
+    """
+    try:
+        text = (path or files("photon.law").joinpath("eu_ai_act.toml")).read_text(encoding="utf-8")
+        law = Law.model_validate(tomllib.loads(text))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise LawError(f"can't read the law file {path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise LawError(f"law file {path}: {where}: {first['msg']}") from None
+    fault = _fault(law)
+    if fault is not None:
+        raise LawError(
+            f"law file {path or 'eu_ai_act.toml'}: {fault}",
+            hint="docs/compliance.md has the form of a law file.",
+        )
+    return law
+
+
+def _fault(law: Law) -> str | None:
+    for rule in law.rule:
+        shape = _ID.fullmatch(rule.id)
+        if shape is None:
+            return f"rule {rule.id!r}: an id is like art_50.par_1.pt_a, or cards.fresh"
+        if shape[2] is not None and shape[2] not in law.articles:
+            return f"rule {rule.id!r}: article {shape[2]} is not in [articles]"
+        if rule.applies is not None and rule.applies not in law.dates:
+            return f"rule {rule.id!r}: [[dates.{rule.applies}]] does not exist"
+        starts = [one.when for one in law.dates.get(rule.applies or "", ())]
+        for condition in (rule.when, rule.needs, *starts):
+            fault = fault_in(condition, law.conditions, {"project", rule.subject})
+            if fault is not None:
+                return f"rule {rule.id!r}: {fault}"
+    return _overlap(law)
+
+
+def _overlap(law: Law) -> str | None:
+    spans: dict[tuple[str, str], list[_Dated]] = {}
+    for rule in law.rule:
+        spans.setdefault((rule.id, f" of {rule.subject}"), []).append(rule)
+    for name, starts in law.dates.items():
+        for one in starts:
+            spans.setdefault((f"dates.{name}", f" for {one.when}" if one.when else ""), []).append(
+                one
+            )
+    for (name, of), dated in spans.items():
+        for one in dated:
+            if one.begins and one.until and one.begins >= one.until:
+                return f"{name}: from {one.begins} until {one.until} is no time"
+        ordered = sorted(dated, key=lambda one: one.begins or datetime.date.min)
+        for before, after in pairwise(ordered):
+            if (before.until or _LAST) > (after.begins or datetime.date.min):
+                return f"{name}{of[:80]}: two versions overlap on {after.begins or before.until}"
+    return None
