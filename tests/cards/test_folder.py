@@ -22,7 +22,7 @@ from photon.cards.signing import sign_card, signature_file
 from photon.cards.text import card_text
 from photon.cli.main import app
 from photon.data import open_data
-from photon.errors import CardError, DataError, LawError, NotCompliantError, UndecidedError
+from photon.errors import CardError, DataError, NotCompliantError, UndecidedError
 from photon.membership.audit import AUDIT_FILE, MEMBER, AuditLog
 from photon.membership.keys import NodeKey
 from photon.membership.records import Signer
@@ -204,7 +204,7 @@ def test_a_site_writes_its_own_card_alone(run: Path, tmp_path: Path) -> None:
         ("# purposes = []", 'purposes = ["annex_iv"]', "purposes"),
         ("# placed_on = 2026-12-31", "placed_on = 2026", "valid date"),
         ("[scope]", "[scope", "can't read"),
-        ("rounds = 1", "rounds = -1", "greater than or equal"),
+        ("\nrounds = 1", "\nrounds = -1", "greater than or equal"),
     ],
 )
 def test_bad_cards_are_refused_by_key(run: Path, old: str, new: str, problem: str) -> None:
@@ -213,6 +213,21 @@ def test_bad_cards_are_refused_by_key(run: Path, old: str, new: str, problem: st
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(CardError, match=problem):
         read_cards(run)
+
+
+def test_facts_are_the_runs_whatever_a_hand_wrote_there(run: Path) -> None:
+    path = run / "cards/models/round-1.toml"
+    flops = read_cards(run).models["round-1"].facts.training_flops
+    path.write_text(path.read_text().replace(f"training_flops = {flops}", "training_flops = 1.0"))
+    assert read_card(path, "model").facts.training_flops == 1.0
+    assert read_cards(run).models["round-1"].facts.training_flops == flops
+
+
+def test_two_entities_of_one_name_are_told_apart(run: Path) -> None:
+    path = run / "cards/project.toml"
+    path.write_text(path.read_text().replace('name = "green"', 'name = "red"'))
+    labels = [label for label, _, _ in read_cards(run).subjects("entity")]
+    assert labels == ["entity/aggregator", "entity/blue", "entity/red (3)", "entity/red (4)"]
 
 
 def test_a_card_under_another_name_is_refused(run: Path) -> None:
@@ -257,7 +272,7 @@ def test_comply_tells_its_verdict_by_exit_code_and_json(run: Path) -> None:
     assert "art_5.par_1.pt_c" in banned.output
     before = photon("comply", run, "--law", "2025-02-01")
     assert before.exit_code == 0
-    assert photon("comply", run, "--law", "tomorrow").exit_code == LawError.exit_code
+    assert photon("comply", run, "--law", "tomorrow").exit_code == 2
     for done in (opened, met, banned, before, photon("comply", run, "--all")):
         assert "Prediction, not legal advice" in done.output
     move(run, "red")

@@ -34,9 +34,7 @@ class Cards:
     """Cards of a project.
 
     Attributes:
-        project: its ProjectCard, with the entities in it.
-        data: DataCards by silo.
-        models: ModelCards by name.
+        project: with the entities in it. data: by silo. models: by name.
         standings: of data cards, by silo; one without is fresh and not signed.
     """
 
@@ -54,11 +52,13 @@ class Cards:
         if kind == "project":
             return [("project", "", self.project)]
         if kind == "entity":
-            names = [
-                one.about.name or f"entity {n}" for n, one in enumerate(self.project.entities, 1)
+            given = [one.about.name for one in self.project.entities]
+            names = [  # told apart, so that no finding is another's
+                name if name and given.count(name) == 1 else f"{name or 'entity'} ({n})"
+                for n, name in enumerate(given, 1)
             ]
-            listed = zip(names, names, self.project.entities, strict=True)
-            return [(f"entity/{shown}", name, card) for shown, name, card in listed]
+            listed = zip(names, self.project.entities, strict=True)
+            return [(f"entity/{name}", name, card) for name, card in listed]
         cards = self.data if kind == "data" else self.models
         return [(f"{kind}/{name}", name, card) for name, card in sorted(cards.items())]
 

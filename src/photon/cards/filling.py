@@ -121,12 +121,12 @@ def _checkpoint(
     scores = {one.silo or "": one for one in history.of(Evaluated) if one.round <= number}
     merged = [name for one in history.of(RoundMerged) for name in one.participants]
     flops = started.flops_per_token
-    summary = history.summary or {}
+    summary = history.summary or {"rounds": None}
     privacy = config.privacy.model_dump(exclude_none=True)
     return _known(
         what="checkpoint",
         round=number,
-        weights_sha256=summary.get("weights_sha256") if summary.get("rounds") == number else None,
+        weights_sha256=summary["weights_sha256"] if summary["rounds"] == number else None,
         files=state.get("files"),
         architecture=config.model.preset and f"{config.model.family}, {config.model.preset}",
         parameters=started.parameters,

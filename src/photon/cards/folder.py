@@ -83,7 +83,9 @@ def read_cards(run: Path) -> Cards:
             f"no cards in {run}: {folder / PROJECT} does not exist",
             hint=f"`photon cards init {run}` writes them, with the questions in them.",
         )
-    project = read_card(folder / PROJECT, "project")
+    # Facts are the run's as it is now, whatever a hand wrote there or has happened since.
+    project = _with_facts(read_card(folder / PROJECT, "project"), project_facts(run))
+    known = model_facts(run)
     found: dict[str, dict[str, Any]] = {DATA: {}, MODELS: {}}
     standings: dict[str, Standing] = {}
     truth = truth_of(run)
@@ -95,7 +97,9 @@ def read_cards(run: Path) -> Cards:
                 if place == DATA and path.name.startswith(f"{name}.v"):
                     continue  # an older version
                 raise CardError(f"{path} is the card of {name!r}", hint=f"Call it {name}.toml.")
-            cards[name] = card
+            cards[name] = (
+                _with_facts(card, known[name]) if place == MODELS and name in known else card
+            )
             if place == DATA:
                 standings[name] = standing_of(path, card, truth)
     return Cards(project, found[DATA], found[MODELS], standings)
@@ -138,6 +142,10 @@ def read_card(path: Path, kind: Kind) -> Any:
             hint = f"Did you mean {near[0]}?" if near else "See `photon cards schema`."
             raise CardError(f"{path}: nobody asks for {at!r}", hint=hint) from None
         raise CardError(f"{path}: {at} = {first.get('input')!r:.100}: {first['msg']}") from None
+
+
+def _with_facts(card: Any, facts: Mapping[str, Any]) -> Any:
+    return card.model_copy(update={"facts": type(card.facts).model_validate(facts)})
 
 
 def _answers(path: Path, kind: Kind) -> dict[str, Any]:

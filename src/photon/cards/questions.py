@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 import functools
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -93,12 +93,10 @@ def questions(kind: Kind, *, facts: bool = False) -> tuple[Question, ...]:
     )
 
 
-def sections(kind: Kind) -> Iterator[tuple[str, list[Question]]]:
+def sections(kind: Kind) -> list[tuple[str, list[Question]]]:
     """Questions by section, in order."""
-    found: dict[str, list[Question]] = {}
-    for one in questions(kind):
-        found.setdefault(one.section, []).append(one)
-    yield from found.items()
+    groups = groupby(questions(kind), key=lambda one: one.section)
+    return [(section, list(asked)) for section, asked in groups]
 
 
 def _card(kind: Kind, **more: Any) -> Any:
@@ -111,13 +109,11 @@ def _card(kind: Kind, **more: Any) -> Any:
     return create_model(f"{kind.title()}Card", __base__=Strict, **tables, **more)
 
 
-EntityCard = _card("entity")
-_Entities = Annotated[list[EntityCard], Field(default_factory=list, max_length=1000)]
-ProjectCard, DataCard, ModelCard = (
-    _card("project", entities=(_Entities, ...)),
-    _card("data"),
-    _card("model"),
-)
+_Entities = Annotated[list[_card("entity")], Field(default_factory=list, max_length=1000)]
 
 #: By kind; entities stand in the project's.
-CARDS: dict[str, Any] = {"project": ProjectCard, "data": DataCard, "model": ModelCard}
+CARDS: dict[str, Any] = {
+    "project": _card("project", entities=(_Entities, ...)),
+    "data": _card("data"),
+    "model": _card("model"),
+}

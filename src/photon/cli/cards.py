@@ -11,7 +11,7 @@ import typer
 
 from photon.cli.options import AsJson, Folder
 from photon.cli.screen import say, show, show_json, show_table
-from photon.errors import CardError, LawError, NotCompliantError, UndecidedError, some
+from photon.errors import CardError, NotCompliantError, UndecidedError, some
 
 if TYPE_CHECKING:
     from photon.law.prediction import Prediction
@@ -25,8 +25,8 @@ cards_app = typer.Typer(
 )
 
 LawDate = Annotated[
-    str | None,
-    typer.Option("--law", metavar="YYYY-MM-DD", help="The law as it is, or will be, on that day."),
+    datetime.datetime | None,
+    typer.Option("--law", formats=["%Y-%m-%d"], help="The law as it is, or will be, on that day."),
 ]
 
 
@@ -75,13 +75,14 @@ def cards_check(folder: Folder, as_json: AsJson = False) -> None:
         for label, name, card in cards.subjects(kind):
             asked = questions(kind)
             done = sum(getattr(getattr(card, one.section), one.key) is not None for one in asked)
-            rows.append((label, done, len(asked), cards.standing(name).why * (kind == "data")))
+            why = cards.standing(name).why if kind == "data" else ""
+            told = {"card": label, "answered": done, "asked": len(asked), "standing": why}
+            rows.append(told)
     if as_json:
-        names = ("card", "answered", "asked", "standing")
-        show_json([dict(zip(names, row, strict=True)) for row in rows])
+        show_json(rows)
         return
-    told = [(label, f"{done} of {asked}", why) for label, done, asked, why in rows]
-    show_table(("card", "answered", "standing"), told)
+    done = ((one["card"], f"{one['answered']} of {one['asked']}", one["standing"]) for one in rows)
+    show_table(("card", "answered", "standing"), done)
     show(_NOTE)
 
 
@@ -169,22 +170,20 @@ def comply(
         show(f"Verdict on {found.law}, by {found.rules}: {found.verdict}. {_NOTE}")
     if found.verdict in ("met", "out_of_scope"):
         return
-    kind, worst = (NotCompliantError, "not_met")
+    kind, worst = NotCompliantError, "not_met"
     if found.verdict == "unknown":
-        kind, worst = (UndecidedError, "unknown")
+        kind, worst = UndecidedError, "unknown"
     names = [f"{one.id} ({one.subject})" for one in found.findings if one.status == worst]
     hint = f"{_NOTE} Each finding says what to do."
     raise kind(f"{found.verdict} on {found.law}: {some(names, 5)}", hint=hint)
 
 
-def _predicted(folder: Path, law: str | None, rules: Path | None = None) -> Prediction:
+def _predicted(
+    folder: Path, law: datetime.datetime | None, rules: Path | None = None
+) -> Prediction:
     from photon.cards.folder import read_cards
     from photon.law.prediction import predict
     from photon.law.rules import load_law
 
-    try:
-        day = datetime.datetime.now(datetime.UTC).date()
-        on = datetime.date.fromisoformat(law) if law is not None else day
-    except ValueError:
-        raise LawError(f"--law {law}: not a date", hint="Write it as 2027-12-02.") from None
-    return predict(read_cards(folder), load_law(rules), on)
+    on = law or datetime.datetime.now(datetime.UTC)
+    return predict(read_cards(folder), load_law(rules), on.date())

@@ -48,11 +48,7 @@ _STANDING = "standing"
 
 @dataclass(frozen=True)
 class Finding:
-    """What a condition comes to, and the answers that decide it.
-
-    Attributes:
-        truth: None where missing answers decide.
-    """
+    """What a condition comes to (None: missing answers decide), and the answers that decide it."""
 
     truth: bool | None
     because: tuple[str, ...] = ()

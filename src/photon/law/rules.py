@@ -46,12 +46,9 @@ class Rule(_Dated):
         id: such as art_50.par_1; what is about cards themselves begins with cards.
         subject: kind of card that it is asked of, one after the other.
         applies: name of its dates; none: as long as the law is in force.
-        says: what the law asks, in a paraphrase.
         when: for whom it holds. needs: what must be true then.
         otherwise: the status where needs are false; not_applicable: also where they are unknown, as
             it then frees nobody.
-        banned: not a duty but a prohibition.
-        do: what to do where it is not met.
     """
 
     id: str

@@ -47,10 +47,7 @@ class Event(BaseModel):
 
 
 class RunStarted(Event):
-    """The first line of a run, and of each process that works on it.
-
-    flops_method says in words how flops_per_token was counted; 0 where nobody has.
-    """
+    """The first line of a run, and of each process that works on it; of flops, 0 is unknown."""
 
     kind: Kind
     run: str
