@@ -12,7 +12,7 @@ from photon.config import LinkConfig
 from photon.engines.local import LocalEngine
 from photon.errors import ChunkCorruptError, PhotonError
 from photon.federation.broadcast import Broadcast, Inbox
-from photon.federation.outbox import Outbox, feedback_path
+from photon.federation.outbox import feedback_path, pack
 from photon.federation.tasks import WEIGHTS, FitTask
 from photon.link import TensorFile
 from photon.runs import resume, simulate
@@ -101,12 +101,12 @@ def update(number):
 @pytest.mark.parametrize("codec", ["int4", "topk(density=0.01)", "sparseloco", "sign"])
 def test_what_is_left_out_comes_later(codec, tmp_path):
     """Without decay all that was sent, and what is left, is all there was to send."""
-    outbox = Outbox(LinkConfig(update_codec=codec, feedback_decay=1.0), tmp_path)
+    link = LinkConfig(update_codec=codec, feedback_decay=1.0)
     given, sent = {}, {}
     for number in range(1, 8):
         last = number - 1 or None
         named = update(number)
-        packed = outbox.pack(task(number, last), lambda t=named: iter(t.items()))
+        packed = pack(link, tmp_path, task(number, last), lambda t=named: iter(t.items()))
         for entry in packed.entries():
             given[entry.name] = given.get(entry.name, 0) + named[entry.name].double()
             sent[entry.name] = sent.get(entry.name, 0) + entry.decoded().double()
@@ -122,10 +122,9 @@ def test_what_is_left_out_comes_later(codec, tmp_path):
 
 
 def test_decay_forgets(tmp_path):
-    config = LinkConfig(update_codec="sign", feedback_decay=0.5)
-    outbox = Outbox(config, tmp_path)
+    link = LinkConfig(update_codec="sign", feedback_decay=0.5)
     named = update(1)
-    packed = outbox.pack(task(1, None), lambda: iter(named.items()))
+    packed = pack(link, tmp_path, task(1, None), lambda: iter(named.items()))
     with TensorFile(feedback_path(tmp_path, "red", 1)) as file:
         left = file.read()
     name = WEIGHTS + "matrix"
@@ -135,16 +134,16 @@ def test_decay_forgets(tmp_path):
 
 @pytest.mark.parametrize(("decay", "added"), [(0.5, 0.5**3), (1.0, 1.0), (0.0, 0.0)])
 def test_what_was_left_out_fades_with_every_round_missed(decay, added, tmp_path):
-    outbox = Outbox(LinkConfig(update_codec="sign", feedback_decay=decay), tmp_path)
+    link = LinkConfig(update_codec="sign", feedback_decay=decay)
     named, name = update(1), WEIGHTS + "matrix"
-    outbox.pack(task(1, None), lambda: iter(named.items()))
+    pack(link, tmp_path, task(1, None), lambda: iter(named.items()))
     with TensorFile(feedback_path(tmp_path, "red", 1)) as file:
         left = file.read()["residual/" + name]
     nothing = {key: torch.zeros_like(tensor) for key, tensor in named.items()}
-    late = outbox.pack(task(5, 1), lambda: iter(nothing.items()))
+    late = pack(link, tmp_path, task(5, 1), lambda: iter(nothing.items()))
     sent = next(entry.decoded() for entry in late.entries() if entry.name == name)
     # A sign codec sends the mean magnitude of each block.
-    at_once = outbox.pack(task(2, 1), lambda: iter(nothing.items()))
+    at_once = pack(link, tmp_path, task(2, 1), lambda: iter(nothing.items()))
     soon = next(entry.decoded() for entry in at_once.entries() if entry.name == name)
     assert bool(left.any()) == (decay > 0)
     torch.testing.assert_close(sent, added * soon)
@@ -152,8 +151,8 @@ def test_what_was_left_out_fades_with_every_round_missed(decay, added, tmp_path)
 
 def test_a_codec_without_feedback_keeps_nothing(tmp_path):
     for codec in ("bf16", "zstd", "fp16+zstd"):
-        outbox = Outbox(LinkConfig(update_codec=codec), tmp_path)
-        packed = outbox.pack(task(1, None), lambda: iter(update(1).items()))
+        link = LinkConfig(update_codec=codec)
+        packed = pack(link, tmp_path, task(1, None), lambda: iter(update(1).items()))
         assert packed.receipt.left_out is None
     assert not list(tmp_path.rglob("*"))
 

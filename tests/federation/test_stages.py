@@ -16,7 +16,7 @@ from photon.federation.engine import Version
 from photon.federation.merging import Merging
 from photon.federation.node import initial_model
 from photon.federation.norm_bound import norm_bound, norm_of
-from photon.federation.outbox import Outbox, feedback_path
+from photon.federation.outbox import feedback_path, pack
 from photon.federation.stages import SECRET_FILE, gaussian
 from photon.federation.tasks import WEIGHTS, FitTask
 from photon.link import TensorFile
@@ -39,8 +39,12 @@ def config(*overrides):
 
 def leaving(folder, *overrides, task=TASK, delta=DELTA):
     run = config(*(overrides or CLIENT))
-    found = stages.leaving(run.privacy, run.link, folder, task, lambda: iter(delta.items()))
-    return dict(found.tensors())
+    return dict(sent(run, folder, task, delta).tensors())
+
+
+def sent(run, folder, task=TASK, delta=DELTA):
+    shapes = {name: tensor.shape for name, tensor in delta.items()}
+    return stages.leaving(run.privacy, run.link, folder, task, lambda: iter(delta.items()), shapes)
 
 
 def same(one, other):
@@ -114,15 +118,14 @@ def test_two_answers_under_one_name_have_no_noise_in_common(tmp_path):
 def test_feedback_sees_noised_updates_only(tmp_path):
     noised = leaving(tmp_path)
     coded = config(*CLIENT, "link.update_codec=int4")
-    sent = stages.leaving(coded.privacy, coded.link, tmp_path, TASK, lambda: iter(DELTA.items()))
-    outbox = Outbox(coded.link, tmp_path / "plain")
-    outbox.pack(TASK, lambda: iter(noised.items()))
+    left = sent(coded, tmp_path).receipt.left_out
+    pack(coded.link, tmp_path / "plain", TASK, lambda: iter(noised.items()))
     with (
         TensorFile(feedback_path(tmp_path, "red", 3)) as kept,
         TensorFile(feedback_path(tmp_path / "plain", "red", 3)) as expected,
     ):
         assert kept.sha256() == expected.sha256()
-    assert sent.receipt.left_out > 0
+    assert left > 0
 
 
 def test_bad_deltas_and_bad_secrets_are_named(tmp_path):
@@ -139,7 +142,7 @@ def test_the_aggregator_s_own_bound_takes_noised_updates(codec, tmp_path):
     state = {name: torch.zeros_like(tensor) for name, tensor in DELTA.items()}
     before = RunState(0, 0, "model", "data")
     bound = norm_bound(run, before, state)
-    update = stages.leaving(run.privacy, run.link, tmp_path, TASK, lambda: iter(DELTA.items()))
+    update = sent(run, tmp_path)
     verdict = Merging(run.federation).offer(update, state, 1.0, bound)
     assert verdict.refused is None
     noise = 0.05 * math.sqrt(PARAMETERS)

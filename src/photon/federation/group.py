@@ -32,9 +32,7 @@ from photon.federation.tasks import (
     Receipt,
     Update,
     section,
-    update_header,
 )
-from photon.link import entries_bytes
 from photon.telemetry import Event
 from photon.telemetry.events import KeyMerged, ResidualRouted, RoundMerged, RoundStarted
 from photon.training import StepTimes
@@ -224,10 +222,11 @@ class Group:
             for name in sorted(new):  # a state from a checkpoint has another order
                 yield name, old[name] - new[name] if name.startswith(WEIGHTS) else new[name]
 
-        update = leaving(self._child.update_privacy, self._link, self._folder, task, tensors)
-        header, entries = update_header(task, old), [*update.entries()]
-        size = entries_bytes(header, entries, self._link.chunk_bytes)
-        return replace(update, receipt=replace(update.receipt, bytes_up=size))
+        shapes, privacy = (
+            {name: new[name].shape for name in sorted(new)},
+            self._child.update_privacy,
+        )
+        return leaving(privacy, self._link, self._folder, task, tensors, shapes)
 
 
 def needed_states(folder: Path, states: Iterable[RunState]) -> dict[str, set[int]]:

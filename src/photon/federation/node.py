@@ -37,9 +37,7 @@ from photon.federation.tasks import (
     Receipt,
     Update,
     section,
-    update_header,
 )
-from photon.link import entries_bytes, plain_bytes
 from photon.models import (
     build_model,
     build_skeleton,
@@ -267,7 +265,7 @@ class Node:
             task.round,
             task.silo,
             **{name: value for name, value in vars(result).items() if name != "cursor"},
-            bytes_up=self._bytes_up(task, state, update),
+            bytes_up=update.receipt.bytes_up,
             load_s=load_s,
             publish_s=time.perf_counter() - published,
             worker=self._worker,
@@ -376,21 +374,11 @@ class Node:
         if state is None:
             return Update.none(Receipt(task.round, task.silo))
         privacy = privacy_of(self._config, task.pooled[0])
-        return leaving(privacy, self._config.link, self._folder, task, delta)
-
-    def _bytes_up(self, task: FitTask, state: GlobalState | None, update: Update) -> int:
-        """Of the update on the wire, to the byte."""
-        if state is None:
-            return 0
-        header, chunk_bytes = update_header(task, state), self._config.link.chunk_bytes
-        if update.packed is not None:
-            return entries_bytes(header, update.packed, chunk_bytes)
-        # In the order in which they leave: a manifest's offsets have more or fewer digits by it.
         shapes = {WEIGHTS + name: one.shape for name, one in self._merged().items()}
         if self._config.federation.optimizer_state == "average":
             for name, one in self._trainer.optimizer.averaged_state().items():
                 shapes[OPTIMIZER + name] = one.shape
-        return plain_bytes(header, shapes, chunk_bytes)
+        return leaving(privacy, self._config.link, self._folder, task, delta, shapes)
 
     def _published(self, state: GlobalState | None) -> Callable[[], Iterator[tuple[str, Tensor]]]:
         """The way to what leaves the node; with several ranks it is gathered once, on rank 0."""

@@ -18,8 +18,7 @@ from photon.aggregation.attention import AttentionMean, cosine, projections
 from photon.config import LinkConfig, PrivacyConfig, RunConfig
 from photon.config.children import PolicyConfig
 from photon.federation.stages import leaving
-from photon.federation.tasks import FitTask, Residual, update_header
-from photon.link import entries_bytes
+from photon.federation.tasks import FitTask, Residual
 from photon.telemetry.events import ResidualRouted
 
 
@@ -120,8 +119,8 @@ class Residuals:
             law, barriers = [policy.jurisdiction], policy.never_with or []
             if policy.lets("out") and not self._own.bars(law, barriers):
                 delta = tensors.items().__iter__
-                left = leaving(self.privacy, LinkConfig(), self._folder, task, delta)
-                header, chunk_bytes = update_header(task, tensors), self._config.link.chunk_bytes
-                size = entries_bytes(header, left.entries(), chunk_bytes)
-                sent = dict(left.tensors())
+                shapes = {name: tensor.shape for name, tensor in tensors.items()}
+                plain = LinkConfig(chunk_mib=self._config.link.chunk_mib)
+                left = leaving(self.privacy, plain, self._folder, task, delta, shapes)
+                sent, size = dict(left.tensors()), left.receipt.bytes_up
                 yield Residual(self.path + task.silo, module, sent, law, barriers, size)

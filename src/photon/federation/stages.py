@@ -22,7 +22,8 @@ import hmac
 import json
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,9 @@ from torch import Size, Tensor
 from photon.aggregation import square_sum
 from photon.config import LinkConfig, PrivacyConfig
 from photon.errors import CheckpointCorruptError
-from photon.federation.outbox import Outbox, Tensors
-from photon.federation.tasks import FitTask, Update
+from photon.federation.outbox import Tensors, pack
+from photon.federation.tasks import FitTask, Update, update_header
+from photon.link import entries_bytes, plain_bytes
 from photon.link.tensorfile import stream_sha256
 from photon.store.disk import write_new
 
@@ -45,13 +47,20 @@ _PIECE = 1 << 18
 
 
 def leaving(
-    privacy: PrivacyConfig, link: LinkConfig, folder: Path, task: FitTask, delta: Tensors
+    privacy: PrivacyConfig,
+    link: LinkConfig,
+    folder: Path,
+    task: FitTask,
+    delta: Tensors,
+    shapes: Mapping[str, Size],
 ) -> Update:
     """What leaves a node, or a group, as the answer to this task; the same for the same delta.
 
     Args:
         folder: of the silos' kept states; the node's secret is made there when it is first needed.
         delta: walked more than once.
+        shapes: of its tensors, in their order: a manifest's offsets have more or fewer digits by
+            it, and its receipt says what it takes on the wire, to the byte.
 
     Raises:
         NonFiniteError: it holds NaN or infinity, and is clipped or encoded.
@@ -60,7 +69,12 @@ def leaving(
     """
     if privacy.mechanism == "client":
         delta = _noised(privacy, folder, task, delta)
-    return Outbox(link, folder).pack(task, delta)
+    update, header = pack(link, folder, task, delta), update_header(task, shapes)
+    if update.packed is None:
+        size = plain_bytes(header, shapes, link.chunk_bytes)
+    else:
+        size = entries_bytes(header, update.packed, link.chunk_bytes)
+    return replace(update, receipt=replace(update.receipt, bytes_up=size))
 
 
 def _noised(privacy: PrivacyConfig, folder: Path, task: FitTask, delta: Tensors) -> Tensors:

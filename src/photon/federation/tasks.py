@@ -230,11 +230,11 @@ def parcel_header(
     return Header(kind=kind, run=run, round=number, silo=silo, model=model, base=base)
 
 
-def update_header(task: FitTask, state: GlobalState) -> Header:
+def update_header(task: FitTask, state: Mapping[str, Tensor | Size]) -> Header:
     """Of the update that answers this task.
 
     Args:
-        state: that the task starts from: an update has its names and shapes.
+        state: that the task starts from, or shapes: an update has its names and shapes.
     """
     return parcel_header("update", task.run, task.round, state, silo=task.silo)
 
