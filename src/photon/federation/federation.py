@@ -8,18 +8,25 @@ from dataclasses import replace
 from functools import partial
 
 from photon.config import RunConfig
-from photon.federation.account import Closed, RoundCosts, after_round, round_merged
-from photon.federation.admission import Admission
+from photon.config.children import LEAF
+from photon.errors import NonFiniteError, QuorumLostError, error_of
+from photon.federation.account import Closed, RoundCosts, after_round, implausible, round_merged
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Engine, Mailbox
-from photon.federation.outstanding import Order, Outstanding
-from photon.federation.pace import running_mean
+from photon.federation.outstanding import Going, Order, Outstanding
+from photon.federation.pace import running_mean, staleness_weight
 from photon.federation.sampling import Candidates, Fleet
 from photon.federation.scoring import scores
 from photon.federation.server import Server
-from photon.federation.tasks import EvalReceipt, FitTask, Receipt, Residual
+from photon.federation.tasks import EvalReceipt, FitTask, Receipt, Residual, Update
 from photon.telemetry import Event
-from photon.telemetry.events import KeyMerged, RoundStarted
+from photon.telemetry.events import KeyMerged, LocalFinished, Notice, RoundStarted, UpdateDropped
+
+#: Where training diverged: the same rounds again would diverge again.
+WAY_OUT = (
+    "Where the loss diverged, go on with another recipe: `photon resume DIR --set local.lr=...`, "
+    "or local.clip_norm, local.warmup_steps."
+)
 
 
 class Federation:
@@ -51,7 +58,6 @@ class Federation:
         self.server, self._tell, self._pooled = server, on_event, pooled
         self._mailbox = Mailbox(engine)
         self.outstanding = Outstanding(config, self._mailbox, order or Order(), pooled)
-        self._admission = Admission(config, server, on_event, pooled)
 
     def round(
         self,
@@ -83,15 +89,15 @@ class Federation:
             self._tell(started)
             self.server.begin(before)
             for task, going, update in self.outstanding.arriving(number, book):
-                receipt = self._admission.admit(number, task, going, update, costs)
+                receipt = self._admit(number, task, going, update, costs)
                 if receipt is not None:
                     merged.append((task, receipt))
                     came += update.residuals
                     book.note_good(self.engine.now_s)
             for task, reason in self.outstanding.left_behind(number, book):
-                self._admission.leave(number, task, reason, costs)
+                self._leave(number, task, reason, costs)
             self.engine.settle()
-            self._admission.require_quorum(number, len(merged), len(asked), costs)
+            self._require_quorum(number, len(merged), len(asked), costs)
         except BaseException:
             self.server.discard()
             self.outstanding.give_up()
@@ -129,3 +135,102 @@ class Federation:
         held = None if self._pooled else partial(self.outstanding.held, before)
         version = self.server.version
         return scores(self.config, self._mailbox, version, silos, participants, node_rounds, held)
+
+    # --- which answers count ------------------------------------------------------------------
+
+    def _admit(
+        self, number: int, task: FitTask, going: Going, update: Update, costs: RoundCosts
+    ) -> Receipt | None:
+        """Merge an answer into round `number`; its receipt, or None where it is dropped."""
+        receipt = update.receipt
+        if self._pooled:
+            receipt = replace(receipt, bytes_up=0, bytes_down=0)
+        elif receipt.bytes_down is None:  # nothing was carried: what a wire would have
+            receipt = replace(receipt, bytes_down=going.bytes_down)
+        reason = self._merge(task, going, replace(update, receipt=receipt), number, costs)
+        update.let_go()
+        if reason is None:
+            return receipt
+        met = error_of(receipt.failure_code).__name__ if receipt.failure == reason else "refused"
+        self._drop(number, receipt, reason, costs, met)
+        return None
+
+    def _leave(self, number: int, task: FitTask, reason: str, costs: RoundCosts) -> None:
+        """Drop a task whose answer is not waited for any more."""
+        step_tokens = self.config.local.batch_size * self.config.data.sequence_length
+        costs.tokens_lost += task.steps * step_tokens
+        self._drop(number, Receipt(task.round, task.silo, failure=reason), reason, costs, "late")
+
+    def _drop(
+        self, number: int, receipt: Receipt, reason: str, costs: RoundCosts, cause: str
+    ) -> None:
+        """Note that an update is not merged, and tell why."""
+        costs.dropped.append(receipt.silo)
+        named = reason.startswith(receipt.silo)
+        costs.reasons.append(reason if named else f"{receipt.silo}: {reason}")
+        costs.diverged += receipt.failure_code == NonFiniteError.exit_code
+        self._tell(UpdateDropped(round=number, silo=receipt.silo, reason=reason, cause=cause))
+
+    def _require_quorum(self, number: int, good: int, asked: int, costs: RoundCosts) -> None:
+        """Raise QuorumLostError unless enough of those asked gave good updates."""
+        quorum = self.config.quorum_of(asked)
+        if good >= quorum:
+            return
+        raise QuorumLostError(
+            f"round {number} has {good} good updates of {asked}, the quorum is {quorum}; "
+            f"dropped: {'; '.join(costs.reasons) or 'none'}",
+            hint=f"Round {number - 1} is saved. See update_dropped in events.jsonl, mend the "
+            "silo, then `photon resume DIR`."
+            + (f" {WAY_OUT}" if costs.diverged == len(costs.dropped) else ""),
+        )
+
+    def _merge(
+        self, task: FitTask, going: Going, update: Update, number: int, costs: RoundCosts
+    ) -> str | None:
+        """Check and add one update; the reason if it is refused."""
+        receipt, config = update.receipt, self.config
+        if receipt.failure is not None and self._pooled:
+            hint = f"{receipt.failure_hint or ''} {WAY_OUT}".lstrip()
+            raise error_of(receipt.failure_code)(receipt.failure, hint=hint)
+        if receipt.state_lost:
+            self._notice(
+                receipt,
+                f"{task.silo} has lost what it kept after round {task.node_round}: its inner "
+                "optimizer and error feedback started afresh, its text went on where it was",
+            )
+        leaves = config.federation.children.get(task.silo, LEAF).leaves
+        step_tokens = leaves * config.local.batch_size * config.data.sequence_length
+        if (reason := implausible(receipt, task.steps * step_tokens)) is not None:
+            return reason
+        costs.local_train_s += receipt.train_s
+        costs.bytes_inside += receipt.bytes_inside
+        costs.tokens_lost += receipt.tokens_lost
+        costs.bytes_down += receipt.bytes_down or 0
+        costs.bytes_up += receipt.bytes_up
+        if receipt.failure is not None:
+            return receipt.failure
+        started = time.perf_counter()
+        weight = going.share * staleness_weight(number - task.round)
+        if config.federation.weighting == "tokens":
+            weight *= receipt.tokens
+        scale = config.local.steps / task.steps if config.federation.normalise else 1.0
+        verdict = self.server.offer(update, weight, scale)
+        costs.merge_s += time.perf_counter() - started
+        if verdict.refused is not None:
+            costs.tokens_lost += receipt.tokens
+            if self._pooled:
+                raise NonFiniteError(verdict.refused, hint=WAY_OUT)
+            return verdict.refused
+        costs.tokens += receipt.tokens
+        figures = vars(receipt) | vars(receipt.times)  # what else there is is passed over
+        self._tell(LocalFinished(**figures, update_norm=verdict.norm))
+        if verdict.share < 1:
+            self._notice(
+                receipt,
+                f"the update of {receipt.silo} is merged {1 / verdict.share:.3g} times smaller: "
+                f"its norm {verdict.norm:.4g} is far above the last round's median",
+            )
+        return None
+
+    def _notice(self, receipt: Receipt, text: str) -> None:
+        self._tell(Notice(text=text, round=receipt.round, silo=receipt.silo))
