@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -16,17 +16,9 @@ from photon.config.section import Positive, Section
 from photon.errors import IncompatibleConfigError, some
 
 if TYPE_CHECKING:
-    from photon.config.run import FederationConfig, RunConfig
+    from photon.config.run import RunConfig
 
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-Levels = Annotated[
-    Literal["at_once", "in_turn"],
-    Field(
-        description="Whether silos and groups in it train at once, or in turn: silos in one round, "
-        "groups in the next, from what the silos came to. Each is one of its rounds."
-    ),
-]
 
 
 class PolicyConfig(Section):
@@ -58,7 +50,46 @@ class PolicyConfig(Section):
         )
 
 
-class ChildConfig(Section):
+class Level(Section):
+    """What any federation says, the whole one and those inside it."""
+
+    sample: Positive | None = Field(
+        default=None,
+        description="Participants of a round; all of them by default. Not of a group's nodes, each "
+        "of which reads its part of the text.",
+    )
+    sampling: Literal["uniform", "weighted"] = Field(
+        default="uniform",
+        description="How participants are drawn: alike, or by their training tokens. weighted: a "
+        "silo with 0.7 of the text has 0.7 of the merge in expectation: it is drawn so often, and "
+        "its update counts once for each time.",
+    )
+    weighting: Literal["tokens", "equal", "data"] = Field(
+        default="tokens",
+        description="Weight of an update. tokens: those it was trained on this round, the same for "
+        "all while tau and batch are; data: all training tokens of its silo; equal: one each.",
+    )
+    quorum: Positive | None = Field(
+        default=None,
+        description="Fewest good updates of any merge; half of the participants by default. With "
+        "fewer a round is lost, and a group's whole update comes to nothing.",
+    )
+    levels: Literal["at_once", "in_turn"] = Field(
+        default="at_once",
+        description="Whether silos and groups in it train at once, or in turn: silos in one round, "
+        "groups in the next, from what the silos came to. Each is one of its rounds.",
+    )
+    children: dict[_Name, ChildConfig] = Field(
+        default_factory=dict,
+        description="Participants that are federations themselves, of silos or of nodes that split "
+        "a silo's text: see [federation.children.NAME].",
+    )
+    policy: PolicyConfig = Field(
+        default_factory=PolicyConfig, description="See [federation.policy]."
+    )
+
+
+class ChildConfig(Level):
     """[federation.children.NAME]: a group that merges by itself and answers as one participant."""
 
     nodes: Positive | None = Field(
@@ -68,9 +99,6 @@ class ChildConfig(Section):
         default_factory=list,
         description="NAME is a new name; these silos of the data are its members.",
     )
-    children: dict[_Name, ChildConfig] = Field(
-        default_factory=dict, description="Groups that are members of it, as this table."
-    )
     rounds: Positive = Field(
         default=1, description="Inner rounds for each round of the level above."
     )
@@ -79,20 +107,6 @@ class ChildConfig(Section):
         description="Local steps of an inner round; rounds x steps are the steps above, as they "
         "are by default.",
     )
-    levels: Levels = "at_once"
-    sample: Positive | None = Field(
-        default=None,
-        description="Members of an inner round; all by default. Not of nodes, each of which reads "
-        "its part of the text.",
-    )
-    sampling: Literal["uniform", "weighted"] = Field(
-        default="uniform", description="How they are drawn, as federation.sampling."
-    )
-    quorum: Positive | None = Field(
-        default=None,
-        description="Fewest good updates of an inner round, half by default; with fewer its whole "
-        "update comes to nothing.",
-    )
     pace: Literal["synchronous"] = Field(
         default="synchronous",
         description="An inner round waits for all who were drawn, or for deadline_s. Any other "
@@ -100,9 +114,6 @@ class ChildConfig(Section):
     )
     deadline_s: Annotated[float, Field(gt=0, le=30 * 86_400)] | None = Field(
         default=None, description="Of an inner round; as the level above it by default."
-    )
-    weighting: Literal["tokens", "equal", "data"] = Field(
-        default="tokens", description="Weight of a member's update, as federation.weighting."
     )
     merging_rule: Literal["mean", "median", "trimmed_mean"] = Field(
         default="mean", description="How members' updates become one, as federation.merging_rule."
@@ -114,9 +125,6 @@ class ChildConfig(Section):
         default="fp32",
         description="How its update is encoded, as link.update_codec, with feedback as [link] has "
         "it. Silos encode theirs by [link], wherever they are.",
-    )
-    policy: PolicyConfig = Field(
-        default_factory=PolicyConfig, description="As [federation.policy]."
     )
 
     privacy: PrivacyConfig | None = Field(
@@ -161,14 +169,13 @@ class ChildConfig(Section):
         return at_work(self, self.nodes or len(self.silos), self.children)
 
 
+Level.model_rebuild()  # it names ChildConfig
 Children = dict[_Name, ChildConfig]
 #: What a silo in no group is like.
 LEAF = ChildConfig(nodes=1)
 
 
-def at_work(
-    level: ChildConfig | FederationConfig, silos: int, children: Mapping[str, ChildConfig]
-) -> float:
+def at_work(level: Level, silos: int, children: Mapping[str, ChildConfig]) -> float:
     """How many train at the same time, on average: of silos, or nodes, and of groups."""
     kinds = [(False, 1.0)] * silos
     kinds += [(one.nodes is None, one.at_work) for one in children.values()]
@@ -178,9 +185,7 @@ def at_work(
     return sum(drawn) / len(drawn)
 
 
-def whose_turn(
-    level: ChildConfig | FederationConfig, members: Iterable[str], number: int
-) -> list[str]:
+def whose_turn(level: Level, members: Iterable[str], number: int) -> list[str]:
     """Those of the members who may take part in a round: all, or silos or groups, in turn."""
     if level.levels == "at_once":
         return [*members]
@@ -205,9 +210,8 @@ def group_of(children: Mapping[str, ChildConfig], member: str) -> str:
 
 def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
     """The run file as a group's members have it: the clock is that of the whole run."""
-    federation: dict[str, Any] = {"rounds": config.federation.rounds * child.rounds}
-    for key in ("sample", "sampling", "quorum", "weighting", "merging_rule", "children", "levels"):
-        federation[key] = getattr(child, key)
+    federation = {key: getattr(child, key) for key in (*Level.model_fields, "merging_rule")}
+    federation["rounds"] = config.federation.rounds * child.rounds
     federation["deadline_s"] = child.deadline_s or config.federation.deadline_s
     federation["policy"] = child.policy.within(config.federation.policy)
     tables = {
@@ -397,7 +401,7 @@ def _check_round(child: ChildConfig, place: str) -> None:
         )
 
 
-def _check_turns(level: ChildConfig | FederationConfig, silos: bool, place: str) -> None:
+def _check_turns(level: Level, silos: bool, place: str) -> None:
     kinds = {child.nodes is None for child in level.children.values()} | (
         {False} if silos else set()
     )

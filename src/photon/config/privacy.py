@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import Field, model_validator
 
 from photon.config.section import Section
 
@@ -83,14 +83,3 @@ def voided(privacy: PrivacyConfig, federation: FederationConfig) -> str | None:
             "of slow silos, and their noise, after the clip; leave it out"
         )
     return None
-
-
-def _kept(privacy: PrivacyConfig, info: ValidationInfo) -> PrivacyConfig:
-    federation = info.data.get("federation")
-    if federation is not None and (why := voided(privacy, federation)) is not None:
-        raise ValueError(why)
-    return privacy
-
-
-#: As a run file has it, behind [federation].
-Privacy = Annotated[PrivacyConfig, AfterValidator(_kept)]

@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from photon.config.children import ChildConfig, Children, Levels, PolicyConfig
+from photon.config.children import ChildConfig, Level
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
 from photon.config.parts import PartsConfig
-from photon.config.privacy import Privacy, PrivacyConfig
+from photon.config.privacy import PrivacyConfig, voided
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.serve import ServeConfig
 from photon.plugins import MERGING_RULES
@@ -93,28 +93,14 @@ class DataConfig(Section):
     verify: bool = Field(default=True, description="Check every shard's sha256 before training.")
 
 
-class FederationConfig(Section):
+class FederationConfig(Level):
     """[federation]: rounds, who takes part, and what happens to their updates."""
 
     rounds: Positive = Field(default=10, description="Exchanges between silos and aggregator.")
-    sample: Positive | None = Field(
-        default=None, description="Participants of a round; every silo by default."
-    )
-    sampling: Literal["uniform", "weighted"] = Field(
-        default="uniform",
-        description="How participants are drawn: alike, or by their training tokens. weighted: a "
-        "silo with 0.7 of the text has 0.7 of the merge in expectation: it is drawn so often, and "
-        "its update counts once for each time.",
-    )
     merge: Literal["delta", "adopt"] = Field(
         default="delta",
         description="What is averaged: deltas through the outer optimizer, or the nodes' weights "
         "themselves (adopt; bit-exact for one participant).",
-    )
-    weighting: Literal["tokens", "equal", "data"] = Field(
-        default="tokens",
-        description="Weight of an update. tokens: those it was trained on this round, the same for "
-        "all while tau and batch are; data: all training tokens of its silo; equal: one each.",
     )
     merging_rule: Annotated[str, known_name(MERGING_RULE_NAMES, MERGING_RULES)] = Field(
         default="mean",
@@ -163,10 +149,6 @@ class FederationConfig(Section):
         description="Seconds after which a silo that is there and training, but whose local step "
         "is still the same, is left out of its round. Silos tell every run.log_every steps.",
     )
-    quorum: Positive | None = Field(
-        default=None,
-        description="Fewest good updates of any merge; half of the participants by default.",
-    )
     pace: Literal["synchronous", "quorum", "buffered"] = Field(
         default="synchronous",
         description="When a round closes. synchronous: everybody asked has answered. quorum: a "
@@ -206,20 +188,11 @@ class FederationConfig(Section):
         description="Divide each update by its local steps, and multiply what they merge to by the "
         "mean of the steps (FedNova, arXiv 2007.07481): who takes fewer counts as much.",
     )
-    children: Children = Field(
-        default_factory=dict,
-        description="Participants that are federations themselves, of silos or of nodes that split "
-        "a silo's text: see [federation.children.NAME].",
-    )
-    levels: Levels = "at_once"
     branches: ChildConfig | None = Field(
         default=None,
         description="Groups by silos' names in the place of children: those whose names agree up "
         "to a dot are a group, at each dot, and each is like this table: "
         "[federation.branches] rounds = 2. `photon data prepare --silo-tree` names silos so.",
-    )
-    policy: PolicyConfig = Field(
-        default_factory=PolicyConfig, description="See [federation.policy]."
     )
 
     @model_validator(mode="after")
@@ -357,7 +330,7 @@ class RunConfig(Section):
     compute: ComputeConfig = ComputeConfig()
     outer: OuterConfig = OuterConfig()
     link: LinkConfig = LinkConfig()
-    privacy: Privacy = PrivacyConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
@@ -405,6 +378,8 @@ class RunConfig(Section):
             )
         self.parts.require_compatible(federation.optimizer_state, per_silo=self.eval.per_silo)
         self._check_merging()
+        if why := voided(self.privacy, federation):
+            raise ValueError(f"[privacy]: {why}")
         if federation.sampling == "weighted" and federation.weighting == "data":
             raise ValueError(
                 'federation.sampling = "weighted" draws silos by their data already, so '
