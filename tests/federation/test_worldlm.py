@@ -145,9 +145,9 @@ def test_whose_model_is_had_by_its_path(run, four_silos):
 def test_each_layer_is_the_best_of_three_on_the_text_to_come(run, monkeypatch):
     choose, told = Kept._choose, []
 
-    def noted(self, kept, version, score):
+    def noted(self, ways, score):
         before = score()
-        choose(self, kept, version, score)
+        choose(self, ways, score)
         told.append((before, score()))
 
     monkeypatch.setattr(Kept, "_choose", noted)

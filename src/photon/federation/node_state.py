@@ -183,9 +183,7 @@ class Kept:
         found = bool(self._trainer.ranks.least(kept is not None))
         if self._optimizer_state != "average" and not (found and keeps):
             optimizer.reset()
-        self._place(kept if found else None, version, self._parts)
-        if self._key and found and kept and self._parts.key_down == "best":
-            self._choose(kept, version, score)
+        self._place(kept if found else None, version, self._parts, score)
         self._anchor = {name: self._trainer.weights()[name].clone() for name in self._key}
         return found
 
@@ -234,7 +232,11 @@ class Kept:
         return bool(self._personal or self._key)
 
     def _place(
-        self, kept: dict[str, Tensor] | None, version: Version | None, parts: PartsConfig
+        self,
+        kept: dict[str, Tensor] | None,
+        version: Version | None,
+        parts: PartsConfig,
+        score: Callable[[], float] | None = None,
     ) -> None:
         """Give personal and key tensors the silo's values, or those that every silo begins with."""
         if self._personal and kept:
@@ -242,28 +244,22 @@ class Kept:
         elif self._personal:
             first = version and {name: version.once[name] for name in self._personal}
             self._trainer.load_weights(first, self._personal)
-        if self._key:
-            taken = version and {name: version.tensors[WEIGHTS + name] for name in self._key}
-            if kept:
-                own, anchor = self._kept_key(kept)
-                taken = taken and taken_up(parts, anchor, own, taken)
-            self._trainer.load_weights(taken, self._key)
+        if not self._key:
+            return
+        above = version and {name: version.tensors[WEIGHTS + name] for name in self._key}
+        taken, own = above, None
+        if kept:
+            own, anchor = (  # as they are, and as they were when the newest task began; whole
+                dict(self._trainer.whole({name: kept[name + end] for name in self._key}))
+                for end in (KEY, ANCHOR)
+            )
+            taken = above and taken_up(parts, anchor, own, above)
+        self._trainer.load_weights(taken, self._key)
+        if own and score is not None and parts.key_down == "best":
+            self._choose([taken, own, above] if above else [None] * 3, score)
 
-    def _kept_key(self, kept: State) -> list[dict[str, Tensor]]:
-        """Key tensors as they are, and as they were when the newest task began; whole."""
-        return [
-            dict(self._trainer.whole({name: kept[name + end] for name in self._key}))
-            for end in (KEY, ANCHOR)
-        ]
-
-    def _choose(self, kept: State, version: Version | None, score: Callable[[], float]) -> None:
-        """Of each layer its own, the version's, or what is in place, whichever scores best."""
-        own, _ = self._kept_key(kept)
-        mixed = {name: self._trainer.weights()[name].clone() for name in self._key}
-        mixed = dict(self._trainer.whole(mixed))
-        ways = (
-            [mixed, own, section(version.tensors, WEIGHTS)] if version is not None else [None] * 3
-        )
+    def _choose(self, ways: Sequence[dict[str, Tensor] | None], score: Callable[[], float]) -> None:
+        """Of each layer what is in place, its own, or the version's, whichever scores best."""
         best, modules = score(), dict[str, list[str]]()
         for name in self._key:
             modules.setdefault(module_of(name), []).append(name)
