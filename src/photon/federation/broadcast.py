@@ -207,7 +207,11 @@ class Inbox:
         if self._sha256 == ref.sha256:
             return self._held
         if ref.update is not None and ref.base is not None and ref.base == self._sha256:
-            state = self._updated(ref, ref.update)
+            # Weights get the decoded change added; the rest is sent as it is.
+            state = {
+                name: self._held[name] + tensor if name.startswith(WEIGHTS) else tensor
+                for name, tensor in self._open(ref, ref.update, "outer_update").tensors()
+            }
         elif ref.whole is not None:
             state = dict(self._open(ref, ref.whole, "state").tensors())
         else:
@@ -232,13 +236,6 @@ class Inbox:
         header = parcel_header("once", self._run, 0, shapes)
         expected = Expected(header, shapes, frozenset({"fp32"}))
         return dict(Parcel(self._carrier, ref, expected).tensors())
-
-    def _updated(self, ref: StateRef, update: Ref) -> dict[str, Tensor]:
-        """Weights get the decoded change added; the rest is sent as it is."""
-        state = {}
-        for name, tensor in self._open(ref, update, "outer_update").tensors():
-            state[name] = self._held[name] + tensor if name.startswith(WEIGHTS) else tensor
-        return state
 
     def _open(self, ref: StateRef, parcel: Ref, kind: Kind) -> Parcel:
         base = ref.base if kind == "outer_update" else None

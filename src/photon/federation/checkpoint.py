@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from photon.errors import CheckpointCorruptError, RunNotFoundError
 from photon.link import TensorFile, write_tensors
-from photon.store.disk import file_sha256, sync_to_disk, writing
+from photon.store.disk import file_sha256, put_whole, sync_to_disk, writing
 
 FORMAT = 1
 
@@ -107,9 +106,8 @@ class CheckpointStore:
                     f"{group}.safetensors": file_sha256(partial / f"{group}.safetensors")
                     for group in groups
                 }
-                _write_json(
-                    partial / "state.json", {"format": FORMAT, "files": hashes, **asdict(state)}
-                )
+                record = {"format": FORMAT, "files": hashes, **asdict(state)}
+                put_whole(partial / "state.json", json.dumps(record, indent=1).encode())
                 shutil.rmtree(final, ignore_errors=True)
                 partial.rename(final)
                 sync_to_disk(self.folder)
@@ -143,7 +141,19 @@ class CheckpointStore:
             CheckpointCorruptError: it is missing, or not what was written.
         """
         state, hashes = self._read_state(number)
-        return state, self._read_groups(number, hashes)
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, expected in hashes.items():
+            path = self.folder / _name(number) / name
+            if not path.is_file():
+                raise CheckpointCorruptError(f"{path} is missing")
+            found = file_sha256(path)
+            if found != expected:
+                raise CheckpointCorruptError(
+                    f"{path} has sha256 {found[:12]}..., its state.json says {expected[:12]}..."
+                )
+            with TensorFile(path) as file:
+                groups[path.stem] = file.read()
+        return state, groups
 
     def load_latest(self) -> tuple[RunState, dict[str, dict[str, Tensor]], list[str]]:
         """The newest checkpoint whose files pass their hashes.
@@ -179,28 +189,6 @@ class CheckpointStore:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointCorruptError(f"can't read {path}: {error}") from error
 
-    def _read_groups(self, number: int, hashes: dict[str, str]) -> dict[str, dict[str, Tensor]]:
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, expected in hashes.items():
-            path = self.folder / _name(number) / name
-            if not path.is_file():
-                raise CheckpointCorruptError(f"{path} is missing")
-            found = file_sha256(path)
-            if found != expected:
-                raise CheckpointCorruptError(
-                    f"{path} has sha256 {found[:12]}..., its state.json says {expected[:12]}..."
-                )
-            with TensorFile(path) as file:
-                groups[path.stem] = file.read()
-        return groups
-
 
 def _name(number: int) -> str:
     return f"round-{number:06d}"
-
-
-def _write_json(path: Path, record: dict) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())

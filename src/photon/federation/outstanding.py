@@ -33,32 +33,26 @@ class Order:
 
     def __init__(self, path: Path | None = None) -> None:
         self._path = path
-        self._number = 0
+        self._number = 0  # of what is on disk, as far as that is known
 
     def of(self, number: int, tasks: Sequence[FitTask]) -> list[FitTask]:
         """Those of the tasks whose updates round `number` is known to have begun with, in order."""
         if self._path is None or not self._path.is_file():
             return []
         lines = self._path.read_text(encoding="utf-8").splitlines()
+        if lines and lines[0].startswith(f"[{number},"):
+            self._number = number
         named = {_line(number, task): task for task in tasks}
         return list(dict.fromkeys(named[line] for line in lines if line in named))
 
     def note(self, number: int, task: FitTask) -> None:
-        """The update of this task is merged next into round `number`."""
+        """The update of this task is merged next into round `number`, which `of` was asked for."""
         if self._path is None:
             return
-        mode = "a" if number == self._number or self._of(number) else "w"
+        mode = "a" if number == self._number else "w"
         self._number = number
         with self._path.open(mode, encoding="utf-8") as file:
             file.write(_line(number, task) + "\n")
-
-    def _of(self, number: int) -> bool:
-        """Whether what is on disk is of this round."""
-        assert self._path is not None
-        if not self._path.is_file():
-            return False
-        first = self._path.read_text(encoding="utf-8").partition("\n")[0]
-        return first.startswith(f"[{number},")
 
 
 def _line(number: int, task: FitTask) -> str:

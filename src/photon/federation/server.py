@@ -132,19 +132,14 @@ class Server:
 
     def groups(self) -> dict[str, Mapping[str, Tensor]]:
         """All tensors that a checkpoint needs, by group."""
-        groups: dict[str, Mapping[str, Tensor]] = {
-            "global": self._state,
-            "outer": self._outer.state_tensors(),
+        some = {
+            "broadcast": self._broadcast.left_out,
+            "rule": self._merging.rule.state_tensors(),
+            "once": self._once,
+            "residuals": self.residuals.tensors(),
         }
-        if self._broadcast.lossy:
-            groups["broadcast"] = self._broadcast.left_out
-        if rule := self._merging.rule.state_tensors():
-            groups["rule"] = rule
-        if self._once:
-            groups["once"] = self._once
-        if waiting := self.residuals.tensors():
-            groups["residuals"] = waiting
-        return groups
+        some = {name: tensors for name, tensors in some.items() if tensors}
+        return {"global": self._state, "outer": self._outer.state_tensors(), **some}
 
     def version_of(self, number: int, tensors: GlobalState) -> Version:
         """A version of before, from a checkpoint."""
