@@ -14,6 +14,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from photon.config.clock import ClockConfig
 from photon.errors import ConfigError
-from photon.federation import Answer, Candidates, Engine, FitTask, Task, Update, Version
+from photon.federation import Answer, Candidates, Engine, FitTask, Mailbox, Task, Update, Version
 from photon.link import TensorFile, write_tensors
 
 _MBIT = 1e6 / 8
@@ -71,10 +72,7 @@ class Failures:
 
     def until(self, silo: str, time_s: float) -> Iterator[tuple[float, float]]:
         """The failures that begin before this time."""
-        for begin_s, end_s in self._of(silo):
-            if begin_s >= time_s:
-                return
-            yield begin_s, end_s
+        return takewhile(lambda failure: failure[0] < time_s, self._of(silo))
 
     def _of(self, silo: str) -> Iterator[tuple[float, float]]:
         own = self._clock.of(silo)
@@ -136,7 +134,7 @@ class SimulatedEngine:
         self._begun = {tuple(key): Times(**times) for key, times in state.get("begun", [])}
         self._held: dict[str, int] = state.get("held", {})
         self._going: dict[Task, tuple[Version, Times]] = {}
-        self._ready: dict[Task, Answer] = {}
+        self._mailbox = Mailbox(engine)
         self._scoring = 0
 
     def clock(self) -> dict[str, Any]:
@@ -207,8 +205,7 @@ class SimulatedEngine:
         return [(first, replace(answer, receipt=receipt))]
 
     def cancel(self, task: Task) -> str:
-        if task in self._going:
-            del self._going[task]
+        self._going.pop(task, None)
         self._engine.cancel(task)
         return ""
 
@@ -242,13 +239,9 @@ class SimulatedEngine:
     def _answer(self, task: Task, version: Version) -> Update:
         if self._engine.processes <= 1:
             self._engine.submit(task, version)
-        while True:
-            for one, answer in self._engine.arrivals():
-                self._ready[one] = answer
-            if task in self._ready:
-                answer = self._ready.pop(task)
-                assert isinstance(answer, Update)
-                return answer
+        ((_, answer),) = self._mailbox.take([task])
+        assert isinstance(answer, Update)
+        return answer
 
     def _times(self, task: FitTask, version: Version) -> Times:
         own, silo = self._clock.of(task.silo), task.silo

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -277,21 +277,27 @@ class Node:
 
     def _coming_loss(self, task: FitTask) -> float:
         """Loss of the weights of now on a task's first two batches, a mean over tokens."""
-        trainer, ranks, size = self._trainer, self._ranks, self._config.local.batch_size
+        size = self._config.local.batch_size
         with open_stream(self._config, self._data, task.pooled) as stream:
             rows = stream.batch(task.cursor, 2 * size)
+        windows = [Window(row, None, 0, 0) for row in rows]
+        own = self._loss(windows, min(size, self._scored_at_once.size))
+        nats, tokens = self._ranks.total([own.nats, own.tokens])
+        return nats / tokens
+
+    def _loss(self, windows: Iterable[Window], sequences: int) -> LossSum:
+        """Of the weights of now on this rank's part of the windows, so many at a time."""
+        trainer, ranks = self._trainer, self._ranks
         with trainer.evaluating() as model:
-            own = evaluate_loss(
+            return evaluate_loss(
                 model,
-                [Window(row, None, 0, 0) for row in rows],
+                windows,
                 device=trainer.plan.device,
-                batch_size=min(size, self._scored_at_once.size),
+                batch_size=sequences,
                 autocast_dtype=trainer.autocast_dtype,
                 head=trainer.placed.head,
                 part=(ranks.seat.rank, ranks.size),
             )
-        nats, tokens = ranks.total([own.nats, own.tokens])
-        return nats / tokens
 
     def _train(self, task: FitTask) -> LocalResult:
         config = self._config
@@ -333,20 +339,9 @@ class Node:
         text = held_out_text(self._data, task.silo)
 
         def scored(sequences: int) -> LossSum:
-            with trainer.evaluating() as model:
-                return evaluate_loss(
-                    model,
-                    text.windows(
-                        config.data.sequence_length,
-                        config.eval.max_tokens,
-                        documents=config.local.document_mask,
-                    ),
-                    device=trainer.plan.device,
-                    batch_size=sequences,
-                    autocast_dtype=trainer.autocast_dtype,
-                    head=trainer.placed.head,
-                    part=(ranks.seat.rank, ranks.size),
-                )
+            length, most = config.data.sequence_length, config.eval.max_tokens
+            windows = text.windows(length, most, documents=config.local.document_mask)
+            return self._loss(windows, sequences)
 
         own = within_memory(
             scored,

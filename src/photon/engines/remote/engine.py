@@ -342,11 +342,5 @@ class RemoteEngine:
         if isinstance(task, EvalTask):
             part = EvalPart(round=task.round, node_round=task.node_round)
             return Ask(kind="evaluate", evaluate=part, **common)
-        part = FitPart(
-            round=task.round,
-            global_step=task.global_step,
-            steps=task.steps,
-            node_round=task.node_round,
-            cursor=task.cursor,
-        )
+        part = FitPart(**{name: getattr(task, name) for name in FitPart.model_fields})
         return Ask(kind="fit", fit=part, **common)
