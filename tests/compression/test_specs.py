@@ -19,7 +19,7 @@ from photon.compression.nested import Nesting
 from photon.compression.sparseloco import SparseLoco
 from photon.compression.topk import TopK
 from photon.compression.zstd import Zstd
-from photon.config.codecs import MAX_SPEC, STAGES, parse_codec, stage_text
+from photon.config.codecs import MAX_SPEC, STAGES, StageSpec, parse_codec
 from photon.errors import PluginError
 
 CANONICAL = {
@@ -41,7 +41,7 @@ CANONICAL = {
 def written(codec):
     """The spec that a codec is of."""
     known = STAGES[codec.name].parameters if codec.name in STAGES else vars(codec)
-    own = stage_text(codec.name, {key: getattr(codec, key) for key in known})
+    own = str(StageSpec(codec.name, {key: getattr(codec, key) for key in known}))
     if not isinstance(codec, Nesting):
         return own
     inner = written(codec.inner)

@@ -107,7 +107,9 @@ class StageSpec:
         return self.name not in STAGES
 
     def __str__(self) -> str:
-        return stage_text(self.name, self.parameters)
+        """In canonical form, `name(parameter=value, ...)`."""
+        given = ", ".join(f"{key}={value!r}" for key, value in self.parameters.items())
+        return f"{self.name}({given})" if given else self.name
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,6 @@ class CodecSpec:
 
     def __str__(self) -> str:
         return "+".join(map(str, self))
-
-
-def stage_text(name: str, parameters: Mapping[str, Number]) -> str:
-    """A stage in canonical form, `name(parameter=value, ...)`."""
-    given = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
-    return f"{name}({given})" if given else name
 
 
 def parse_codec(spec: str) -> CodecSpec:

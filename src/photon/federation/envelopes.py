@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic.dataclasses import dataclass as checked
 
 from photon.config import RunConfig, parse_run_config
@@ -37,7 +37,7 @@ from photon.federation.tasks import (
     Whole,
 )
 from photon.link import Ref
-from photon.link.manifest import CLOSED, SEGMENT, Bytes, Sha256
+from photon.link.manifest import CLOSED, SEGMENT, Bytes, Record, Sha256
 from photon.membership.keys import NodeKey
 from photon.membership.records import printable
 from photon.membership.signing import ASK, sign_document, verify_document
@@ -58,11 +58,7 @@ _Name = Annotated[str, Field(min_length=1, max_length=100, pattern=f"^{SEGMENT}$
 _Version = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9.+!_-]*$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class RunPart(_Part):
+class RunPart(Record):
     """What is being trained. A silo holds it against its policy before it does anything else.
 
     Attributes:
@@ -94,7 +90,7 @@ class RunPart(_Part):
         raise ValueError(f"it is nested more than {_MOST_DEPTH} deep")
 
 
-class FitPart(_Part):
+class FitPart(Record):
     """photon.federation.FitTask without the names of run and silo."""
 
     round: Annotated[int, Field(ge=1, lt=2**31)]
@@ -104,14 +100,14 @@ class FitPart(_Part):
     cursor: Whole = 0
 
 
-class EvalPart(_Part):
+class EvalPart(Record):
     """Score the state on the silo's own held-out text, with the personal part of `node_round`."""
 
     round: Count
     node_round: Count | None = None
 
 
-class _Letter(_Part):
+class _Letter(Record):
     protocol: Literal[3] = PROTOCOL
     photon_version: _Version
     kind: Literal["fit", "evaluate"]
@@ -239,7 +235,7 @@ class EvalAnswer(Score):
         return cls(**_figures(Score, receipt))
 
 
-class Refusal(_Part):
+class Refusal(Record):
     """A silo will not, or can't, and says why in words that reach the aggregator's operator."""
 
     code: Code
@@ -379,7 +375,7 @@ def parsed(data: bytes, kind: Any) -> Any:
         raise ProtocolError(f"no {kind.__name__}: {str(error)[:200]}") from error
 
 
-class SealedAsk(_Part):
+class SealedAsk(Record):
     """An Ask as it travels, the same bytes all the way: the text that was signed, and the
     signature over it (base64)."""
 

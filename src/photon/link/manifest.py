@@ -43,11 +43,13 @@ SEGMENT = "[A-Za-z0-9][A-Za-z0-9._-]*"
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class _Row(BaseModel):
+class Record(BaseModel):
+    """What is read from outside: a key that it does not know, or another type, is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Part(_Row):
+class Part(Record):
     """Some of a tensor's encoded bytes: what the codec calls it, its numbers, its size."""
 
     name: Annotated[str, Field(max_length=100)]
@@ -55,7 +57,7 @@ class Part(_Row):
     bytes: _Whole
 
 
-class TensorRow(_Row):
+class TensorRow(Record):
     """One tensor: `codec` indexes the manifest's codecs, `offset` counts payload bytes."""
 
     name: Annotated[str, Field(min_length=1, max_length=500)]
@@ -69,14 +71,14 @@ class TensorRow(_Row):
         return sum(part.bytes for part in self.parts)
 
 
-class Chunk(_Row):
+class Chunk(Record):
     """A run of payload bytes, an object of its own."""
 
     sha256: Sha256
     bytes: Annotated[int, Field(gt=0, le=LARGEST_CHUNK)]
 
 
-class Header(_Row):
+class Header(Record):
     """Whose parcel it is.
 
     Attributes:
@@ -94,7 +96,7 @@ class Header(_Row):
     base: Annotated[str, Field(max_length=100)] | None = None
 
 
-class Manifest(_Row):
+class Manifest(Record):
     """A parcel's table of contents. All of it is checked when it is read."""
 
     format: Literal["photon-link"] = FORMAT
