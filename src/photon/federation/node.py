@@ -365,7 +365,9 @@ class Node:
 
     def _update(self, task: FitTask, state: GlobalState | None) -> Update:
         """What leaves the node; on ranks other than 0, nothing."""
-        delta = self._published(state)
+        delta = partial(self._shared, state)
+        if self._ranks.size > 1:
+            delta = list(delta()).__iter__  # gathered once, on rank 0
         if state is None:
             return Update.none(Receipt(task.round, task.silo))
         privacy = privacy_of(self._config, task.pooled[0])
@@ -374,14 +376,6 @@ class Node:
             for name, one in self._trainer.optimizer.averaged_state().items():
                 shapes[OPTIMIZER + name] = one.shape
         return leaving(privacy, self._config.link, self._folder, task, delta, shapes)
-
-    def _published(self, state: GlobalState | None) -> Callable[[], Iterator[tuple[str, Tensor]]]:
-        """The way to what leaves the node; with several ranks it is gathered once, on rank 0."""
-        if self._ranks.size == 1:
-            assert state is not None
-            return lambda: self._shared(state)
-        gathered = [(name, tensor) for name, tensor in self._shared(state) if tensor is not None]
-        return lambda: iter(gathered)
 
     def _merged(self) -> dict[str, Tensor]:
         """The weights that others' are merged with, as this rank holds them."""
