@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from photon.config import RunConfig
-from photon.config.children import LEAF
+from photon.config.children import LEAF, group_of
 from photon.errors import NonFiniteError, QuorumLostError, error_of
 from photon.federation.account import Closed, RoundCosts, after_round, implausible, round_merged
 from photon.federation.checkpoint import RunState
@@ -16,9 +16,8 @@ from photon.federation.engine import Engine, Mailbox
 from photon.federation.outstanding import Going, Order, Outstanding
 from photon.federation.pace import running_mean, staleness_weight
 from photon.federation.sampling import Candidates, Fleet
-from photon.federation.scoring import scores
 from photon.federation.server import Server
-from photon.federation.tasks import EvalReceipt, FitTask, Receipt, Residual, Update
+from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, Residual, Update
 from photon.telemetry import Event
 from photon.telemetry.events import KeyMerged, LocalFinished, Notice, RoundStarted, UpdateDropped
 
@@ -126,15 +125,40 @@ class Federation:
     def evaluate(
         self, before: RunState, participants: Collection[str], node_rounds: Mapping[str, int]
     ) -> Iterator[EvalReceipt]:
-        """Score the version of now; see `scores`.
+        """Score the version of now: on the global held-out set, and on each silo's own.
+
+        Where silos have personal parts nobody has a whole model but for their own text, and the
+        global score, which then comes last, is the mean of theirs.
 
         Args:
             before: the run before the round that led to that version, as far as that is known.
+            participants: of that round, who hold the version before.
+            node_rounds: RunState.node_rounds of now: with which parts of its own each silo scores.
         """
         silos = self.fleet.present() if self.config.eval.per_silo else []
-        held = None if self._pooled else partial(self.outstanding.held, before)
-        version = self.server.version
-        return scores(self.config, self._mailbox, version, silos, participants, node_rounds, held)
+        own, told, parts = list[EvalReceipt](), set[str](), self.config.parts
+        version, number = self.server.version, self.server.version.number
+        tasks = [] if parts.personal else [EvalTask(number, None)]
+        # Of a group's member, the group knows what it keeps.
+        whole = partial(group_of, self.config.federation.children)
+        kept = {one: node_rounds.get(whole(one)) for one in silos if parts.kept}
+        tasks += [EvalTask(number, one, kept.get(one)) for one in silos]
+        for receipt in self._mailbox.in_task_order(tasks, version):
+            if not isinstance(receipt, EvalReceipt):
+                continue
+            bytes_down, last = receipt.bytes_down or 0, number - 1
+            # A group gets it once, and hands it on; and here nothing was carried.
+            member = whole(receipt.silo or "")
+            unknown = receipt.bytes_down is None and receipt.silo is not None
+            if unknown and not self._pooled and member not in told:
+                told.add(member)
+                asked = member in participants
+                held = last if asked else self.outstanding.held(before, member, last)
+                bytes_down = version.bytes_down(held)
+            own.append(receipt)
+            yield replace(receipt, bytes_down=bytes_down)
+        if parts.personal:
+            yield EvalReceipt.mean(own)
 
     # --- which answers count ------------------------------------------------------------------
 

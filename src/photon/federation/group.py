@@ -20,7 +20,6 @@ from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
 from photon.federation.own_parts import own_key
 from photon.federation.sampling import Fleet
-from photon.federation.scoring import mean_score
 from photon.federation.server import Server
 from photon.federation.stages import leaving
 from photon.federation.tasks import (
@@ -151,7 +150,7 @@ class Group:
         if not scores:
             raise NodeError(f"no member of {self._name} scores the state after round {task.round}")
         self._scored_bytes += sum(one.bytes_down or 0 for one in scores)
-        return replace(mean_score(scores), silo=self._name)
+        return replace(EvalReceipt.mean(scores), silo=self._name)
 
     def settle(self) -> None:
         """What it keeps is on disk when it answers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -306,6 +307,20 @@ class EvalReceipt(Score):
     @property
     def perplexity(self) -> float:
         return perplexity(self.loss)
+
+    @classmethod
+    def mean(cls, own: Sequence[EvalReceipt]) -> EvalReceipt:
+        """Silos' scores as one, weighted by tokens; its loss is NaN where there are none."""
+        tokens = sum(one.tokens for one in own)
+        nats = [one.loss * one.tokens for one in own]
+        loss = math.fsum(nats) / tokens if tokens else math.nan
+        bits_per_byte = None
+        # Nats over bits a byte are bytes, but for a factor that is the same for all.
+        if own and all(one.bits_per_byte for one in own):
+            sizes = [part / (one.bits_per_byte or 1) for part, one in zip(nats, own, strict=True)]
+            bits_per_byte = math.fsum(nats) / math.fsum(sizes)
+        figures = {"loss": loss, "bits_per_byte": bits_per_byte, "tokens": tokens}
+        return cls(silo=None, **figures, eval_s=0.0, bytes_down=0)
 
 
 Task = FitTask | EvalTask
