@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from photon.aggregation.check import Named, require_same_names, require_weight, square_sum
@@ -128,7 +129,7 @@ class EditMean(MergingRule):
             # nothing, and no reference norm has to be guessed before the smallest has come.
             large, usual = math.sqrt(squares[module]), self._usual.get(module, 0.0)
             mine = own - (large / usual if usual > 0 else 0.0)
-            total = _log_of_sum(self._log_weights.get(module, -math.inf), mine)
+            total = float(np.logaddexp(self._log_weights.get(module, -math.inf), mine))
             shares[module] = math.exp(mine - total)
             self._log_weights[module] = total
             self._norms.setdefault(module, []).append(large)
@@ -218,9 +219,3 @@ def module_of(name: str) -> str:
     """
     layer = _LAYER.match(name)
     return layer[0] if layer else name.rpartition(".")[0] or name
-
-
-def _log_of_sum(one: float, two: float) -> float:
-    """log(exp(one) + exp(two)), of which one at most may be -inf."""
-    high, low = max(one, two), min(one, two)
-    return high + math.log1p(math.exp(low - high))

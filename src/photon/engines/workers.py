@@ -97,10 +97,6 @@ class _Worker:
     def pipe(self) -> Connection:
         return self.ranks[0].pipe
 
-    @property
-    def pipes(self) -> list[Connection]:
-        return [rank.pipe for rank in self.ranks]
-
     def end(self) -> None:
         for rank in self.ranks:
             rank.process.kill()
@@ -224,7 +220,7 @@ class WorkerEngine:
         busy = [worker for worker in self._workers if worker.job is not None]
         deadlines = [worker.heard_s + self._patience_s(worker) for worker in busy]
         left_s = max(0.0, min(deadlines) - time.monotonic()) + 0.01
-        pipes = [pipe for worker in busy for pipe in worker.pipes]
+        pipes = [rank.pipe for worker in busy for rank in worker.ranks]
         spoke = set(wait(pipes, timeout=left_s if most_s is None else min(left_s, most_s)))
         for worker, deadline in zip(busy, deadlines, strict=True):
             talking = next((rank for rank in worker.ranks if rank.pipe in spoke), None)

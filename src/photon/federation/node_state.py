@@ -79,14 +79,12 @@ class NodeStates:
         self._cache: OrderedDict[Path, _Packed] = OrderedDict()
         self._pending: PendingSnapshot | None = None
 
-    def load(self, silo: str, node_round: int | None) -> State:
-        """The state saved after `node_round`; an empty one for None.
+    def load(self, silo: str, node_round: int) -> State:
+        """The state saved after `node_round`.
 
         Raises:
             CheckpointCorruptError: that snapshot is missing or unreadable.
         """
-        if node_round is None:
-            return {}
         self.settle()
         path = _path(self._folder, silo, node_round)
         if path in self._cache:

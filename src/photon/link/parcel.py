@@ -88,16 +88,12 @@ def write_parcel(
     manifest = writer.manifest(header)
     data = manifest.encoded()
     digest = hashlib.sha256(data).hexdigest()
-    key = manifest_key(folder, header, digest)
+    if header.silo is not None:
+        key = update_keys(folder, header.round, header.silo)[1].format(sha256=digest)
+    else:  # its hash is in the name, as keys are never written twice
+        key = f"{folder}/{header.kind}/round-{header.round:06d}/{digest}.json"
     carrier.send([(key, data)])
     return Ref(key, len(data), digest, manifest.payload_bytes)
-
-
-def manifest_key(folder: str, header: Header, sha256: str) -> str:
-    """Where a manifest lies. Its hash is in the name: keys are never written twice."""
-    if header.silo is not None:
-        return update_keys(folder, header.round, header.silo)[1].format(sha256=sha256)
-    return f"{folder}/{header.kind}/round-{header.round:06d}/{sha256}.json"
 
 
 def update_keys(folder: str, number: int, silo: str) -> tuple[str, str]:

@@ -229,16 +229,14 @@ class RemoteEngine:
         ref = place.errand.update
         if ref is None or place.fetching is not None or not isinstance(place.task, FitTask):
             return
-        if place is not self._going[0] and ref.payload_bytes > self._room_bytes():
+        held = sum(one.payload_bytes for one in self._held.values())
+        # Half of what is free on this disk with none of those here that wait.
+        room_bytes = (self._depot.free_bytes() - held) // 2
+        if place is not self._going[0] and ref.payload_bytes > room_bytes:
             return
         self._held[place.task] = ref
         fetch = partial(self._depot.fetch, place.task, ref, place.version.tensors)
         place.fetching = self._pool.submit(fetch)
-
-    def _room_bytes(self) -> int:
-        """Of this disk, for updates that wait; half of what is free with none of them here."""
-        held = sum(ref.payload_bytes for ref in self._held.values())
-        return (self._depot.free_bytes() - held) // 2
 
     def _of(self, place: _Place) -> Iterator[Answer]:
         """The answer to a task, if it is here."""
