@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -166,23 +167,17 @@ class Group:
     ) -> tuple[RunState, bool, Server]:
         """What it kept after its task of a round; whether that is gone; and its server, with a
         version from above as its own of this number."""
-        kept, tensors, lost = self._kept(node_round)
+        kept, tensors, lost = RunState(), dict[str, Mapping[str, Tensor]](), node_round is not None
+        if node_round is not None:
+            with contextlib.suppress(CheckpointCorruptError):
+                kept, found = self._store.load(node_round)
+                tensors, lost = {**found}, False
         state = {name: tensor.clone() for name, tensor in version.tensors.items()}
         tensors |= {"global": state, "once": dict(version.once)}
         state |= own_key(self._config.parts, tensors, state)
         self._store.folder.mkdir(parents=True, exist_ok=True)
         before = replace(kept, round=number)
         return kept, lost, Server(self._config, self._store.folder, tensors, before, self._key)
-
-    def _kept(self, number: int | None) -> tuple[RunState, dict[str, Mapping[str, Tensor]], bool]:
-        """What it kept after its task of a round, and whether that is gone."""
-        if number is not None:
-            try:
-                state, tensors = self._store.load(number)
-                return state, {**tensors}, False
-            except CheckpointCorruptError:
-                pass
-        return RunState(), {}, number is not None
 
     def _cursors(
         self, task: FitTask, index: int, members: Iterable[str], ended: Mapping[str, int]
