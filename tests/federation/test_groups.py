@@ -252,7 +252,7 @@ def test_only_a_simulation_on_real_time_has_groups(four_silos, make_config, tmp_
     write_resolved(config, run_file)
     result = CliRunner().invoke(app, ["serve", str(run_file)])
     assert result.exit_code == IncompatibleConfigError.exit_code
-    assert "`photon serve` has no groups yet" in " ".join(result.output.split())
+    assert "nodes can't be" in " ".join(result.output.split())
 
 
 def test_the_baseline_reads_as_many_tokens_as_groups_do(
