@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from audit_rounds import UPDATE, finished
+from audit_rounds import UPDATE, finished, merged_update
 
-from photon.membership.audit import MEMBER, ROUND, AuditLog, MergedUpdate
+from photon.membership.audit import MEMBER, ROUND, AuditLog
 from photon.membership.keys import NodeKey
 from photon.membership.records import SignedReply
 from photon.membership.roster import Facts, Roster
@@ -87,7 +87,7 @@ def merged(keys, signed_reply):
 
     def merged(silo="lab", round=1, *, key=None, **reply):
         key = key or keys[("lab", "bank").index(silo)]
-        return MergedUpdate.of(silo, UPDATE, 1000, signed_reply(key, silo, round, **reply))
+        return merged_update(silo, UPDATE, 1000, signed_reply(key, silo, round, **reply))
 
     return merged
 

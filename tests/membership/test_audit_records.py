@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from audit_rounds import RUN, STATE, UPDATE, canonical, finished, problems
+from audit_rounds import RUN, STATE, UPDATE, canonical, finished, last, merged_update, problems
 from rotation import rotate
 
 from photon.membership.audit import (
@@ -14,7 +14,6 @@ from photon.membership.audit import (
     ROUND,
     AuditLog,
     DroppedSilo,
-    MergedUpdate,
     ResumedRecord,
 )
 from photon.membership.chain import BEGINNING
@@ -57,7 +56,7 @@ def test_an_unsigned_or_foreign_update_is_found(log, path, merged, keys, signed_
 def test_a_signed_reply_to_another_question_is_found(log, path, keys, signed_reply, reply, words):
     fields = {"silo": "lab", "round": 1} | reply
     signed = signed_reply(keys[0], **fields)
-    log.append(ROUND, finished(1, MergedUpdate.of("lab", UPDATE, 1000, signed)))
+    log.append(ROUND, finished(1, merged_update("lab", UPDATE, 1000, signed)))
     (found,) = problems(path)
     assert words in found
 
@@ -237,7 +236,7 @@ def test_merged_and_dropped_at_once_is_found(log, path, merged):
 
 def test_words_of_ones_own_are_welcome(log, path):
     log.append("note", {"what": "anything", "nested": [1, {"a": None}]})
-    assert log.last("note") == {"what": "anything", "nested": [1, {"a": None}]}
+    assert last(log, "note") == {"what": "anything", "nested": [1, {"a": None}]}
     assert problems(path) == []
     with pytest.raises(ValueError, match="not JSON compliant"):
         log.append("note", {"value": float("nan")})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from photon.membership.audit import RoundRecord
+from photon.membership.audit import MergedUpdate, RoundRecord
 from photon.membership.verification import verify_audit
 
 RUN = "a" * 32
@@ -16,6 +16,24 @@ def finished(round, *merged, run=RUN, state=STATE, dropped=()):
     return RoundRecord(
         run=run, round=round, state_sha256=state, merged=list(merged), dropped=list(dropped)
     )
+
+
+def merged_update(silo, update, tokens, reply):
+    """As logs of earlier versions have it: what was counted stands beside the reply."""
+    return MergedUpdate(
+        silo=silo,
+        update=update,
+        tokens=tokens,
+        reply=reply.text.decode(),
+        signature=reply.signature,
+        fingerprint=reply.fingerprint,
+    )
+
+
+def last(log, kind):
+    """The body of the newest line of a kind in an AuditLog's file."""
+    records = [json.loads(line) for line in log.path.read_bytes().splitlines()]
+    return ([None] + [one["body"] for one in records if one["kind"] == kind])[-1]
 
 
 def problems(path):

@@ -43,6 +43,8 @@ members_app = typer.Typer(
     no_args_is_help=True,
 )
 
+_PROVE = typer.Option(metavar="LINE", help="Print that line's proof, for `photon verify`.")
+
 #: Invitations are for the coming days, not for keeping.
 _MOST_HOURS = 24 * 90
 
@@ -227,6 +229,7 @@ def audit(
             help="Head noted at an earlier audit: the log must still hold that line.",
         ),
     ] = None,
+    prove: Annotated[int | None, _PROVE] = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify a run's log: no line changed, every update signed by its silo, none counted twice.
@@ -237,12 +240,15 @@ def audit(
 
     Example: `photon audit runs/med --json`
     """
+    from photon.membership.proof import prove_line
     from photon.membership.verification import verify_audit
 
     report = verify_audit(run, head=head)
-    if as_json:
+    if prove is not None:
+        show_json(prove_line(report.path, prove))
+    elif as_json:
         record = {**asdict(report), "path": str(report.path), "ok": not report.problems}
-        show_json(record)
+        show_json({name: record[name] for name in record if name not in ("keys", "trace")})
     else:
         _show_audit(report)
     report.require_good()
@@ -475,6 +481,7 @@ def _show_audit(report: AuditReport) -> None:
     signed = f"signed by the aggregator's key {report.aggregator}"
     typer.echo(signed if report.aggregator else "The lines are not signed by the aggregator.")
     typer.echo(f"head {report.head}")
+    typer.echo(f"root {report.root}")
     for text in report.remarks:
         say(f"note: {text}")
     for text in report.problems:

@@ -72,9 +72,12 @@ class TensorFile:
         for name in self._file.keys():  # noqa: SIM118 - not a mapping
             yield name, self._file.get_tensor(name)
 
-    def sha256(self) -> str:
-        """As `tensors_sha256` of what is in it."""
-        return stream_sha256((name, self._file.get_tensor(name)) for name in sorted(self.names()))
+    def sha256(self, prefix: str = "") -> str:
+        """As `tensors_sha256` of what is in it: of names with a prefix, which is taken off."""
+        found = sorted(name for name in self.names() if name.startswith(prefix))
+        return stream_sha256(
+            (name.removeprefix(prefix), self._file.get_tensor(name)) for name in found
+        )
 
     def read(self) -> dict[str, Tensor]:
         """All tensors, in memory of their own (the file may go away afterwards)."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
 import threading
 import time
@@ -27,7 +26,7 @@ from pydantic_core import to_jsonable_python
 from photon.errors import AuditError, DiskFullError
 from photon.membership.chain import Chain, raw_lines
 from photon.membership.keys import NodeKey
-from photon.membership.records import MemberName, Sha256, SignedReply, Signer
+from photon.membership.records import MemberName, Sha256, Signer
 from photon.store.disk import sync_to_disk
 
 #: The log's name in a run folder.
@@ -75,17 +74,6 @@ class MergedUpdate(_Record):
     signature: str
     fingerprint: str
 
-    @classmethod
-    def of(cls, silo: str, update: str, tokens: int, reply: SignedReply) -> MergedUpdate:
-        return cls(
-            silo=silo,
-            update=update,
-            tokens=tokens,
-            reply=reply.text.decode(),
-            signature=reply.signature,
-            fingerprint=reply.fingerprint,
-        )
-
 
 class DroppedSilo(_Record):
     """A silo that was asked and is not part of the round, and why."""
@@ -99,6 +87,7 @@ class RoundRecord(_Record):
 
     Attributes:
         state_sha256: of the global state after it: the one that the next round starts from.
+        weights_sha256: of its weights alone, by their names in the model: what a release must have.
         checkpoint: its files, name -> sha256, as state.json of the checkpoint has them.
     """
 
@@ -106,6 +95,7 @@ class RoundRecord(_Record):
     round: Annotated[int, Field(ge=1)]
     merged: list[MergedUpdate]
     state_sha256: Sha256 | None = None
+    weights_sha256: Sha256 | None = None
     checkpoint: dict[str, str] | None = None
     dropped: list[DroppedSilo] = []
 
@@ -154,12 +144,12 @@ class AuditLog:
         self._lock = threading.Lock()
         self._size = 0
         self._chain = Chain(key)
-        self._last: dict[str, dict[str, Any]] = {}
+        self._signer: dict[str, Any] | None = None
         with self._held() as file:
             self._catch_up(file)
             if key is not None:
                 its = {"fingerprint": key.fingerprint, "public_key": key.public_pem}
-                if self._last.get(AGGREGATOR) != its:
+                if self._signer != its:
                     self._write(file, AGGREGATOR, its)
 
     def append(self, kind: str, body: dict[str, Any] | BaseModel | Signer) -> None:
@@ -176,12 +166,6 @@ class AuditLog:
         with self._held() as file:
             self._catch_up(file)
             self._write(file, kind, to_jsonable_python(body))
-
-    def last(self, kind: str) -> dict[str, Any] | None:
-        """The body of the newest line of that kind."""
-        with self._held() as file:
-            self._catch_up(file)
-            return self._last.get(kind)
 
     @property
     def head(self) -> str:
@@ -223,7 +207,8 @@ class AuditLog:
                 raise AuditError(
                     f"{self.path} line {self._chain.lines + 1}: {error}", hint=DAMAGE_HINT
                 ) from error
-            self._last[record["kind"]] = record["body"]
+            if record["kind"] == AGGREGATOR:
+                self._signer = record["body"]
             self._size += len(raw)
         if torn:
             file.truncate(self._size)
@@ -245,6 +230,4 @@ class AuditLog:
                 ) from error
             raise AuditError(f"can't write {self.path}: {error.strerror}") from error
         self._size += len(line)
-        self._chain.advance(head)
-        # As it will be read, and not the caller's own object.
-        self._last[kind] = json.loads(line)["body"]
+        self._chain.advance(head, line)

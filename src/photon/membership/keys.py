@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
@@ -27,7 +28,8 @@ AGGREGATOR_KEY_FILE = "aggregator.key"
 _MOST_PEM_CHARACTERS = 2000
 _MOST_SIGNATURE_CHARACTERS = 200
 
-_ECDSA = ec.ECDSA(hashes.SHA256())
+#: Photon's own signatures are over SHA-256; those of OpenSSF model-signing over SHA-384.
+_ECDSA = {256: ec.ECDSA(hashes.SHA256()), 384: ec.ECDSA(hashes.SHA384())}
 
 #: What a key is called.
 FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
@@ -132,12 +134,12 @@ class NodeKey:
                     raise
         return cls.load(path)
 
-    def sign(self, data: bytes) -> str:
-        """ECDSA over SHA-256, DER, as base64.
+    def sign(self, data: bytes, sha: Literal[256, 384] = 256) -> str:
+        """ECDSA over SHA-256 or SHA-384, DER, as base64.
 
         Use `signing.sign_document`: a bare signature does not say what it was made for.
         """
-        return base64.b64encode(self._private.sign(data, _ECDSA)).decode()
+        return base64.b64encode(self._private.sign(data, _ECDSA[sha])).decode()
 
     def encrypted_pem(self, passphrase: str) -> bytes:
         """The private key for a TLS library that reads keys from files only.
@@ -151,7 +153,7 @@ class NodeKey:
         )
 
 
-def verify(public_pem: str, data: bytes, signature: str) -> None:
+def verify(public_pem: str, data: bytes, signature: str, sha: Literal[256, 384] = 256) -> None:
     """Check a signature of `NodeKey.sign`.
 
     Raises:
@@ -162,7 +164,7 @@ def verify(public_pem: str, data: bytes, signature: str) -> None:
     try:
         if len(signature) > _MOST_SIGNATURE_CHARACTERS:
             raise ValueError
-        public.verify(base64.b64decode(signature, validate=True), data, _ECDSA)
+        public.verify(base64.b64decode(signature, validate=True), data, _ECDSA[sha])
     except (InvalidSignature, ValueError, binascii.Error):
         raise SignatureError(
             f"the signature over {len(data)} bytes is not that of key {fingerprint_of(public_pem)}",

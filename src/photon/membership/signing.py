@@ -19,8 +19,9 @@ from photon.membership.keys import FINGERPRINT, NodeKey, verify
 from photon.membership.roster import Member
 
 #: Purposes of signatures: the aggregator's over an Ask and over a line of its log, a silo's over
-#: its Reply, and over which of Flower's nodes is its own.
+#: its Reply, over which of Flower's nodes is its own, and over its data card.
 ASK, LOG, RECEIPT, SEAT = "photon-ask-v1", "photon-log-v1", "photon-receipt-v1", "photon-seat-v1"
+CARD = "photon-card-v1"
 
 _REQUEST = "photon-request-v2"
 _PURPOSE = re.compile(r"[a-z0-9-]{1,64}")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -48,6 +48,10 @@ class AuditReport:
         aggregator: fingerprint of the key that signed the last line; None: it is not signed. Silos
             compare it with the one that they pinned.
         members: name -> fingerprint of the key recorded last. Silos compare it with their own.
+        keys: fingerprint -> whose it is or was.
+        trace: line -> a round that counts, without the texts of replies; in order.
+        began_from: state before the first round, as silos signed it.
+        root: Merkle root of all lines (photon.membership.merkle); None if one is wrong.
         head: sha256 of the last line: whoever keeps it can tell later that nothing before it
             changed, and that it was not cut off.
         problems: what must not be; empty if all is well. The first hundred.
@@ -61,6 +65,10 @@ class AuditReport:
     last_round: int = 0
     aggregator: str | None = None
     members: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, Signer] = field(default_factory=dict)
+    trace: dict[int, RoundRecord] = field(default_factory=dict)
+    began_from: str | None = None
+    root: str | None = None
     head: str = BEGINNING
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -122,24 +130,11 @@ def verify_audit(path: str | os.PathLike[str], *, head: str | None = None) -> Au
         raise AuditError(f"can't read {file}: {error.strerror}") from error
     if not seen_head:
         _add(report.problems, f"{file}: no line has the sha256 {head!r}")
-    report.head = chain.head if report.lines else BEGINNING
+    report.head, report.root = chain.head, chain.root
     story.finish()
     if folder is not None:
         story.compare_with(folder / "checkpoints")
     return report
-
-
-class _Round(NamedTuple):
-    state_sha256: str | None
-    checkpoint: dict[str, str] | None
-    updates: int
-
-    def led_to(self, state_sha256: str | None, checkpoint: dict[str, str] | None) -> bool:
-        """Whether that is the state after it, as far as both sides say anything."""
-        return all(
-            None in pair or pair[0] == pair[1]
-            for pair in ((self.state_sha256, state_sha256), (self.checkpoint, checkpoint))
-        )
 
 
 class _Story:
@@ -148,7 +143,8 @@ class _Story:
     def __init__(self, report: AuditReport) -> None:
         self._report = report
         self._keys: dict[tuple[str, str], Signer] = {}  # by name and fingerprint
-        self._rounds: dict[str, dict[int, _Round]] = {}  # by run and number
+        #: By run and number: its line, and the record without texts of replies.
+        self._rounds: dict[str, dict[int, tuple[int, RoundRecord]]] = {}
         self._after: dict[str, int] = {}  # the round that a run stands after
         #: By run and round: the state that it led to, where told.
         self._states: dict[str, dict[int, str | None]] = {}
@@ -187,9 +183,11 @@ class _Story:
 
     def finish(self) -> None:
         for run, rounds in self._rounds.items():
-            self._report.rounds += len(rounds)
-            self._report.updates += sum(one.updates for one in rounds.values())
+            self._report.trace |= dict(sorted(rounds.values(), key=lambda one: one[0]))
+            self._report.began_from = self._states[run].get(0)
             self._report.last_round = max(self._report.last_round, self._after.get(run, 0))
+        self._report.rounds = len(self._report.trace)
+        self._report.updates = sum(len(one.merged) for one in self._report.trace.values())
 
     def compare_with(self, checkpoints: Path) -> None:
         """Hold the log against the checkpoints that are kept.
@@ -212,7 +210,7 @@ class _Story:
         for number, path in sorted(kept.items()):
             found = _files_of(path)
             told = [rounds[number] for rounds in self._rounds.values() if number in rounds]
-            if told and not any(one.led_to(None, found) for one in told):
+            if told and not any(_led_to(one, None, found) for _, one in told):
                 _add(report.problems, f"{path} is not the state that the log tells of")
 
     def _aggregator(self, where: str, body: AggregatorRecord) -> None:
@@ -245,7 +243,7 @@ class _Story:
     def _member(self, where: str, body: Signer) -> None:
         if not self._is_key_of(where, body.name, body):
             return
-        self._keys[body.name, body.fingerprint] = body
+        self._keys[body.name, body.fingerprint] = self._report.keys[body.fingerprint] = body
         self._report.members[body.name] = body.fingerprint
 
     def _round(self, where: str, body: RoundRecord) -> None:
@@ -255,7 +253,8 @@ class _Story:
         rounds = self._rounds.setdefault(body.run, {})
         if body.round in rounds:
             self._problem(where, f"round {body.round} was merged before")
-        rounds[body.round] = _Round(body.state_sha256, body.checkpoint, len(body.merged))
+        merged: list[MergedUpdate] = []
+        rounds[body.round] = self._report.lines, body.model_copy(update={"merged": merged})
         self._after[body.run] = body.round
         silos: set[str] = set()
         states = self._states.setdefault(body.run, {})
@@ -272,7 +271,8 @@ class _Story:
                     where, f"an update of {update.silo} counts twice in round {body.round}"
                 )
             silos.add(update.silo)
-            state = self._update(where, body, update)
+            state, sent = self._update(where, body, update)
+            merged.append(update.model_copy(update={"reply": "", "update": sent}))
             known = states.get(begun - 1)
             if state is not None and known not in (None, state):
                 self._problem(
@@ -286,8 +286,10 @@ class _Story:
             if dropped.silo in silos:
                 self._problem(where, f"{dropped.silo} is both merged and dropped")
 
-    def _update(self, where: str, body: RoundRecord, update: MergedUpdate) -> str | None:
-        """Check an update; returns the state that it was trained from, as signed."""
+    def _update(
+        self, where: str, body: RoundRecord, update: MergedUpdate
+    ) -> tuple[str | None, str | None]:
+        """Check an update; returns the state that it was trained from and its hash, as signed."""
         silo = update.silo
         member = self._keys.get((silo, update.fingerprint))
         if member is None:
@@ -295,17 +297,17 @@ class _Story:
                 where,
                 f"no key {update.fingerprint[:80]} of {silo} is recorded before this round",
             )
-            return None
+            return None, None
         text = update.reply.encode()
         try:
             verify_document(member.public_key, RECEIPT, text, update.signature)
         except MembershipError:
             self._problem(where, f"the signature of {silo} does not hold")
-            return None
+            return None, None
         signed = _signed(text)
         if signed is None:
             self._problem(where, f"the reply of {silo} is no answer to a training task")
-            return None
+            return None, None
         said, told = signed
         for name, value in _counted(body, update).items():
             if value is None:
@@ -324,7 +326,7 @@ class _Story:
                 f"{silo} was told that the log's head is {repr(told['log_head'])[:20]}, which it "
                 "never was: this log was changed since, or it is not the only one",
             )
-        return told["state"] if isinstance(told["state"], str) else None
+        return told["state"] if isinstance(told["state"], str) else None, said["update"]
 
     def _lost(self, where: str, body: LostRecord) -> None:
         wanted = self._after.get(body.run, 0) + 1
@@ -344,8 +346,8 @@ class _Story:
             self._problem(
                 where, f"resumed after round {body.round}, but the log ends at round {after}"
             )
-        before = rounds.get(body.round)
-        if before is not None and not before.led_to(body.state_sha256, body.checkpoint):
+        _, before = rounds.get(body.round, (0, None))
+        if before and not _led_to(before, body.state_sha256, body.checkpoint):
             self._problem(
                 where, f"resumed from another state than the one after round {body.round}"
             )
@@ -367,6 +369,12 @@ class _Story:
 
     def _problem(self, where: str, text: str) -> None:
         _add(self._report.problems, f"{where}: {text}")
+
+
+def _led_to(one: RoundRecord, state_sha256: str | None, checkpoint: dict[str, str] | None) -> bool:
+    """Whether that is the state after a round, as far as both sides say anything."""
+    pairs = ((one.state_sha256, state_sha256), (one.checkpoint, checkpoint))
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
 def _signed(reply: bytes) -> tuple[dict[str, Any], dict[str, Any]] | None:

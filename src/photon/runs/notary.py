@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from photon.errors import MembershipError
+from photon.federation.tasks import WEIGHTS
 from photon.link import TensorFile
 from photon.membership.audit import (
     ASKED,
@@ -132,6 +133,7 @@ class Notary:
             run=self._run_id,
             round=number,
             state_sha256=sha256,
+            weights_sha256=self._state_sha256(number, WEIGHTS) if files else None,
             checkpoint=files,
             merged=merged,
             dropped=self._dropped,
@@ -183,10 +185,10 @@ class Notary:
             self._named.add(signer.fingerprint)
             self._log.append("member", signer)
 
-    def _state_sha256(self, number: int) -> str:
-        """Of the global state in a checkpoint: what Asks and Replies call it by."""
+    def _state_sha256(self, number: int, section: str = "") -> str:
+        """Of the global state in a checkpoint, as Asks and Replies call it, or of one section."""
         with TensorFile(self._checkpoint(number) / "global.safetensors") as file:
-            return file.sha256()
+            return file.sha256(section)
 
     def _checkpoint(self, number: int) -> Path:
         return self._folder / "checkpoints" / f"round-{number:06d}"
