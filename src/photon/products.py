@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, load_tokenizer, open_data
 from photon.errors import ModelError, VocabularyMismatchError, some
 from photon.evaluation import HeldOutScore, evaluate_loss, score
+from photon.membership.keys import NodeKey
 from photon.models import (
     HUB_PREFIX,
     HeadLoss,
@@ -27,6 +29,8 @@ from photon.models import (
     sequences_at_once,
     tokenizer_file_of,
 )
+from photon.release.check import verify_release
+from photon.release.seal import seal
 from photon.runs import (
     load_weights,
     read_record,
@@ -34,6 +38,7 @@ from photon.runs import (
     require_same_tokenizer,
     tokenizer_folder,
 )
+from photon.store.disk import put_in_place
 from photon.telemetry import read_history
 from photon.telemetry.events import RunStarted
 from photon.training import MicroBatch, Ranks, plan_compute, within_memory
@@ -108,6 +113,25 @@ def export(
         overwrite=overwrite,
     )
     return Path(out)
+
+
+def release(
+    run_folder: str | os.PathLike[str], out: str | os.PathLike[str], key: NodeKey, **exported: Any
+) -> None:
+    """`export` (which takes more arguments) and `seal` a run into `out`, whole or not at all.
+
+    Raises:
+        ModelError, RunError, AuditError: see both; or the key is not the one that signed the log.
+    """
+    run, out = Path(run_folder), Path(out)
+    if out.exists():
+        raise ModelError(f"{out} already exists", hint="Name another --out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as part:
+        made = export(run, Path(part) / "release", **exported)
+        seal(made, run, key)
+        verify_release(made, key.fingerprint).require_good()
+        put_in_place(made, out)
 
 
 def evaluate(

@@ -9,11 +9,8 @@ from pydantic import ValidationError
 from photon.cards.questions import Strict
 from photon.errors import PhotonError
 from photon.membership.keys import NodeKey, fingerprint_of
-from photon.membership.signing import sign_document, verify_document
+from photon.membership.signing import CARD, sign_document, verify_document
 from photon.store.disk import write_json
-
-#: Purpose of a signature over a card's bytes.
-CARD = "photon-card-v1"
 
 
 class _Signature(Strict):

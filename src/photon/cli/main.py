@@ -22,6 +22,7 @@ from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, Ru
 from photon.cli.outcome import show_outcome, show_study
 from photon.cli.plan import plan
 from photon.cli.profile import profile
+from photon.cli.release import release, verify
 from photon.cli.screen import console, guard_output, say, show, show_json, show_table, view_of_run
 from photon.cli.serve import join, serve, status, stop
 from photon.cli.tree import tree
@@ -387,6 +388,8 @@ _PANELS: dict[str, dict[str, Any]] = {
         "eval": evaluate,
         "generate": generate,
         "export": export,
+        "release": release,
+        "verify": verify,
     },
     "Answer to an auditor": {"cards": cards_app, "comply": comply},
     "Across organisations: the aggregator's operator": {
