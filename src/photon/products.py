@@ -46,9 +46,9 @@ from photon.training import MicroBatch, Ranks, plan_compute, within_memory
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores on the global held-out set and on each silo's own."""
+    """Scores on the global held-out set and each silo's own: those that its tokenizer cut."""
 
-    overall: HeldOutScore
+    overall: HeldOutScore | None
     per_silo: dict[str, HeldOutScore]
 
 
@@ -106,7 +106,7 @@ def export(
     export_model(
         model,
         Path(out),
-        tokenizer_folder=tokenizer_folder(run_folder),
+        tokenizer_folder=tokenizer_folder(run_folder, of),
         card=card,
         dtype=dtype,
         max_shard_size=max_shard_size,
@@ -158,17 +158,15 @@ def evaluate(
         ModelError: neither a run nor a model is there. The hub is asked for "hf:OWNER/NAME" only.
         VocabularyMismatchError: the data was cut by another tokenizer than the model's.
     """
-    text = open_data(data, only_to_score=True)
+    text = open_data(data, only_to_score=True, own_vocabularies=True)
     if is_run(folder):
-        require_same_tokenizer(tokenizer_folder(folder) / "tokenizer.json", text)
         model, config = load_weights(folder, of)
+        names = require_same_tokenizer(tokenizer_folder(folder, of) / "tokenizer.json", text)
         length = sequence_length or config.data.sequence_length
         documents = config.local.document_mask
     else:
-        _require_model(folder)
-        if of is not None:
-            raise ModelError(f"{folder} is one model, not a run with one for each silo")
-        require_same_tokenizer(tokenizer_file_of(str(folder)), text)
+        _require_model(folder, of)
+        names = require_same_tokenizer(tokenizer_file_of(str(folder)), text)
         model = load_pretrained(str(folder))
         length = sequence_length or min(1024, context_length(model.config) or 1024)
         documents = False
@@ -197,7 +195,8 @@ def evaluate(
         )
         return score(total)
 
-    return Evaluation(scored(None), {silo: scored(silo) for silo in sorted(text.silos)})
+    overall = scored(None) if None in names else None
+    return Evaluation(overall, {silo: scored(silo) for silo in names if silo is not None})
 
 
 def generate(
@@ -209,11 +208,13 @@ def generate(
     top_k: int = 50,
     top_p: float = 0.95,
     seed: int = 0,
+    of: str | None = None,
 ) -> str:
     """Continue a prompt with a run's model or one in a Hugging Face folder.
 
     Args:
         prompt: text to continue; empty begins a document.
+        of: whose model, where silos or groups have parts of their own.
 
     Returns:
         The continuation alone: `prompt + generate(...)` is the whole text.
@@ -224,10 +225,10 @@ def generate(
         InvalidValueError: a sampling setting is out of bounds.
     """
     if is_run(folder):
-        model, _ = load_weights(folder)
-        tokenizer = load_tokenizer(tokenizer_folder(folder))
+        model, _ = load_weights(folder, of)
+        tokenizer = load_tokenizer(tokenizer_folder(folder, of))
     else:
-        _require_model(folder)
+        _require_model(folder, of)
         model = load_pretrained(str(folder))
         tokenizer = load_tokenizer(folder)
     network: Any = model
@@ -251,13 +252,15 @@ def generate(
     return whole[len(before) :] if whole.startswith(before) else decode(ids[len(start) :])
 
 
-def _require_model(folder: str | os.PathLike[str]) -> None:
+def _require_model(folder: str | os.PathLike[str], of: str | None) -> None:
     if not Path(folder).exists() and not str(folder).startswith(HUB_PREFIX):
         raise ModelError(
             f"no run or model in {folder}: there is no such folder",
             hint="Name the folder of a run or of a Hugging Face model. A model on the hub is named "
             f"{HUB_PREFIX}OWNER/NAME; nothing else is looked up there.",
         )
+    if of is not None:
+        raise ModelError(f"{folder} is one model, not a run with one for each silo")
 
 
 def _require_vocabulary(model: nn.Module, data: PreparedData, folder: object) -> None:

@@ -109,6 +109,9 @@ class _Prepare:
         _tokens("tokenizer.json, its folder, or a federation's invitation; else one is trained."),
     ] = None
     vocab_size: Annotated[int, _tokens("Of the tokenizer that is trained.")] = 4096
+    own_vocabulary: Annotated[
+        bool, _tokens("Train one for each silo, on its own text.", "--own-vocabulary")
+    ] = False
     train_bytes: Annotated[int, _tokens("Most text it is trained on.")] = 50_000_000
     max_document_bytes: Annotated[
         int, _tokens("Longest stretch of a document without a place to cut it at.")
@@ -170,7 +173,7 @@ def show_command(
     """What a prepared folder holds. Example: `photon data show data/speeches --verify`"""
     from photon.data import open_data
 
-    data = open_data(folder, only_to_score=True)
+    data = open_data(folder, only_to_score=True, own_vocabularies=True)
     if verify:
         with progress_bar(console()) as report:
             data.verify(lambda done, total: report("verifying", done, total))

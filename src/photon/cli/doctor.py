@@ -111,7 +111,7 @@ def roles_of(run_file: Path) -> list[dict[str, Any]]:
     from photon.models import carried_tensors
 
     config = load_run_config(run_file)
-    data = open_data(config.data.path)
+    data = open_data(config.data.path, own_vocabularies=True)
     model = empty_model(config, vocab_size=data.vocab_size, eos_id=data.eos_id)
     layout, carried = layout_of(model), carried_tensors(model)
     rows = []

@@ -313,12 +313,12 @@ def evaluate(
     scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens, of=of)
     if as_json:
         told = {
-            "global": vars(scores.overall),
+            "global": scores.overall and vars(scores.overall),
             "per_silo": {silo: vars(one) for silo, one in scores.per_silo.items()},
         }
         show_json(finite(told))
         return
-    rows = {"global": scores.overall, **scores.per_silo}
+    rows = ({"global": scores.overall} if scores.overall else {}) | scores.per_silo
     show_table(
         ("held-out text", "perplexity", "bits per byte", "loss", "tokens"),
         (
@@ -353,6 +353,7 @@ def generate(
         float, typer.Option(help="Choose among the likeliest tokens that have this share together.")
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    of: Of = None,
 ) -> None:
     """Let the model continue a text.
 
@@ -369,6 +370,7 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        of=of,
     )
     typer.echo(prompt + words)
 

@@ -56,7 +56,7 @@ def _planned(run_file, overrides, mbit, steps_per_s, silos, vocab_size) -> dict[
         silo for name, one in config.federation.children.items() for silo in one.silos_of(name)
     }
     try:
-        data = open_data(config.data.path)
+        data = open_data(config.data.path, own_vocabularies=True)
         names, vocab_size = sorted(data.silos), data.vocab_size
     except PhotonError:
         if silos is None and not named:

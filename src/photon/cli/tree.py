@@ -109,7 +109,7 @@ def _silos(config: RunConfig) -> list[str]:
     from photon.errors import PhotonError
 
     try:
-        return list(open_data(config.data.path).silos)
+        return list(open_data(config.data.path, own_vocabularies=True).silos)
     except PhotonError:
         return []
 

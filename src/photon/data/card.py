@@ -42,7 +42,11 @@ def data_card(data: PreparedData, manifest: Mapping[str, Any]) -> str:
         "",
         f"{data.vocab_size:,} tokens, {_origin(options)}. Documents end with "
         f"`{manifest['tokenizer']['eos_token']}` (id {data.eos_id}). sha256 of "
-        f"`tokenizer/tokenizer.json`: `{data.tokenizer_sha256}`.",
+        + "; ".join(
+            f"`{file.relative_to(data.path).as_posix()}`: `{sha256}`"
+            for file, sha256 in data.tokenizers.items()
+        )
+        + ".",
     ]
     if data.remarks:
         lines += ["", "## Remarks", "", *(f"- {remark}" for remark in data.remarks)]
@@ -106,6 +110,6 @@ def _origin(options: Mapping[str, Any]) -> str:
     if options["tokenizer"] is not None:
         return f"given as `{options['tokenizer']}`"
     return (
-        "a byte-level BPE trained on training text only (at most "
-        f"{options['train_bytes'] / 1e6:g} MB, spread over the input)"
+        f"a byte-level BPE{' for each silo,' * options['own_vocabulary']} trained on training text "
+        f"only (at most {options['train_bytes'] / 1e6:g} MB, spread over the input)"
     )

@@ -117,11 +117,11 @@ def held_out_text(data: PreparedData, silo: str | None) -> HeldOut:
             hint="Prepare the data again with more text held out (--global-fraction, "
             "--silo-fraction).",
         )
-    sizes = token_bytes(data.tokenizer_file, data.tokenizer_sha256, data.vocab_size, data.eos_id)
+    sizes = token_bytes(part.tokenizer_file, part.tokenizer_sha256, data.vocab_size, data.eos_id)
     return HeldOut(part, data.dtype, sizes)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=64)
 def token_bytes(file: Path, sha256: str, vocab_size: int, eos_id: int) -> TokenBytes:
     """Of a tokenizer.json. Exact where tokens are pieces of the text's bytes (byte-level BPE).
 

@@ -48,6 +48,7 @@ class PrepareOptions:
             default.
         eos: end-of-text token of that tokenizer, where it can't be told.
         vocab_size: of the tokenizer that is trained.
+        own_vocabulary: train one for each silo, on its own text (DEPT, arXiv 2410.05021).
         train_bytes: most text it is trained on.
         max_document_bytes: a longer stretch of a document must have a place where it can be cut for
             the tokenizer; memory is about 220 times as much.
@@ -82,6 +83,7 @@ class PrepareOptions:
     tokenizer: str | os.PathLike[str] | None = None
     eos: str | None = None
     vocab_size: int = 4096
+    own_vocabulary: bool = False
     train_bytes: int = 50_000_000
     max_document_bytes: int = 16_000_000
     global_fraction: float = 0.03
@@ -213,6 +215,11 @@ class PrepareOptions:
                     f"{_option(name)} means nothing without {_option(needed)}",
                     hint=f"Add {_option(needed)}, or leave {_option(name)} away.",
                 )
+        if self.own_vocabulary and (self.tokenizer is not None or self.held_out_only):
+            raise IncompatibleConfigError(
+                "--own-vocabulary trains a tokenizer for each silo, so neither --tokenizer nor "
+                "--held-out-only goes with it"
+            )
         if self.held_out_only and self.tokenizer is None:
             raise IncompatibleConfigError(
                 "--held-out-only needs a --tokenizer: a model is scored on text as its own cuts it",

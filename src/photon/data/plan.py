@@ -47,8 +47,8 @@ class Plan:
     seed: int
     remarks: list[str]
 
-    def replay(self, source: Source) -> Iterator[tuple[int, Document]]:
-        """Read the input again: (number, document); raises DataError if it changed in between."""
+    def replay(self, source: Source, silo: str = "") -> Iterator[tuple[int, Document]]:
+        """The input again, or what is a silo's alone: (number, document); DataError if changed."""
         number = -1
         for number, document in enumerate(source.documents()):
             if (
@@ -56,7 +56,8 @@ class Plan:
                 or position_of(document.text, self.seed) != self.positions[number]
             ):
                 break
-            yield number, document
+            if not silo or (self.silos[number] == silo and self.splits[number] != GLOBAL):
+                yield number, document
         else:
             if number + 1 == len(self.sizes):
                 return
@@ -66,9 +67,9 @@ class Plan:
             hint="Run again once nothing writes to it.",
         )
 
-    def training(self, number: int) -> bool:
-        """Whether a document is trained on."""
-        return self.splits[number] not in (GLOBAL, LOCAL)
+    def training(self, number: int, silo: str = "") -> bool:
+        """Whether a document is trained on, by that silo if one is named."""
+        return self.splits[number] not in (GLOBAL, LOCAL) and silo in ("", self.silos[number])
 
 
 def make_plan(

@@ -19,7 +19,7 @@ from photon.data.ingest import Source
 from photon.data.options import PrepareOptions
 from photon.data.pieces import batches, pieces
 from photon.data.plan import Plan, Reporter, make_plan
-from photon.data.prepared import PreparedData, open_data
+from photon.data.prepared import OWN, PreparedData, open_data
 from photon.data.scratch import scratch_folder
 from photon.data.shards import FORMAT, HELD_OUT, TRAIN, Shard, ShardWriter, Splits, write_manifest
 from photon.data.splits import GLOBAL, LOCAL
@@ -71,17 +71,20 @@ def prepare(options: PrepareOptions, progress: Reporter | None = None) -> Prepar
             needed, hint = sum(plan.sizes), "Free space or choose another --out."
             require_disk(scratch, needed, "the text as tokens", hint)
             with parallel():
-                tokenizer = given or _train(source, plan, options, report)
-                shards, in_global = _write(source, plan, tokenizer, options, scratch, report)
-            _describe(shards, tokenizer, plan, in_global, options, scratch)
+                silos = sorted({*plan.silos} - {""}) if options.own_vocabulary else [""]
+                made = {one: given or _train(source, plan, options, report, one) for one in silos}
+                shards, in_global = _write(source, plan, made, options, scratch, report)
+            _describe(shards, made, plan, in_global, options, scratch)
             scratch.chmod(0o755)
             put_in_place(scratch, out)
-    return open_data(out, only_to_score=options.held_out_only)
+    return open_data(out, only_to_score=options.held_out_only, own_vocabularies=True)
 
 
-def _train(source: Source, plan: Plan, options: PrepareOptions, report: Reporter) -> TextTokenizer:
+def _train(
+    source: Source, plan: Plan, options: PrepareOptions, report: Reporter, silo: str
+) -> TextTokenizer:
     # Evenly spread over the input: every n-th training text once there is more than enough.
-    total = sum(size for number, size in enumerate(plan.sizes) if plan.training(number))
+    total = sum(size for number, size in enumerate(plan.sizes) if plan.training(number, silo))
     stride = max(1, -(-total // options.train_bytes))
     budget = min(total, options.train_bytes)
     untrained = byte_level(BPE())
@@ -89,7 +92,7 @@ def _train(source: Source, plan: Plan, options: PrepareOptions, report: Reporter
     def sample() -> Iterator[str]:
         left, seen = budget, 0
         for number, document in plan.replay(source):
-            if not plan.training(number):
+            if not plan.training(number, silo):
                 continue
             if seen % stride == 0 and left > 0:
                 text = document.text
@@ -107,39 +110,40 @@ def _train(source: Source, plan: Plan, options: PrepareOptions, report: Reporter
 def _write(
     source: Source,
     plan: Plan,
-    tokenizer: TextTokenizer,
+    tokenizers: Mapping[str, TextTokenizer],
     options: PrepareOptions,
     root: Path,
     report: Reporter,
 ) -> tuple[dict[_Key, list[Shard]], dict[int, int]]:
     """Tokenise everything into shards under `root`; also the tokens of each globally held out."""
-    dtype = _dtype(tokenizer)
+    dtype = _dtype(tokenizers)
     writers: dict[_Key, ShardWriter] = {}
     done, total = 0, sum(plan.sizes)
     in_global: dict[int, int] = {}
     begun: list[np.ndarray] = []  # pieces of a document whose last is yet to come
-    texts = ((n, one.text, one.place) for n, one in plan.replay(source))
-    for batch in batches(texts, tokenizer.tokenizer, options.max_document_bytes):
-        encoded = tokenizer.encode([text for _, text, _ in batch])
-        for (number, _, ends), ids in zip(batch, encoded, strict=True):
-            begun.append(np.array([*ids, tokenizer.eos_id] if ends else ids, dtype=dtype))
-            if not ends:
-                continue
-            key = _place(plan, number)
-            if key not in writers:
-                folder = _folder(root, key[0])
-                folder.mkdir(parents=True, exist_ok=True)
-                stem = key[1] if key[2] == "text" else f"{key[1]}-{key[2]}"
-                writers[key] = ShardWriter(folder, stem, dtype, options.shard_tokens)
-            tokens = np.concatenate(begun) if len(begun) > 1 else begun[0]
-            begun.clear()
-            writers[key].add(tokens, plan.sizes[number])
-            if plan.splits[number] == GLOBAL:
-                in_global[number] = len(tokens)
-        for key in {_place(plan, number) for number, _, ends in batch if ends}:
-            writers[key].flush()
-        done += sum(len(text.encode("utf-8")) for _, text, _ in batch)
-        report("tokenising", done, total)
+    for silo, tokenizer in tokenizers.items():
+        texts = ((n, one.text, one.place) for n, one in plan.replay(source, silo))
+        for batch in batches(texts, tokenizer.tokenizer, options.max_document_bytes):
+            encoded = tokenizer.encode([text for _, text, _ in batch])
+            for (number, _, ends), ids in zip(batch, encoded, strict=True):
+                begun.append(np.array([*ids, tokenizer.eos_id] if ends else ids, dtype=dtype))
+                if not ends:
+                    continue
+                key = _place(plan, number)
+                if key not in writers:
+                    folder = _folder(root, key[0])
+                    folder.mkdir(parents=True, exist_ok=True)
+                    stem = key[1] if key[2] == "text" else f"{key[1]}-{key[2]}"
+                    writers[key] = ShardWriter(folder, stem, dtype, options.shard_tokens)
+                tokens = np.concatenate(begun) if len(begun) > 1 else begun[0]
+                begun.clear()
+                writers[key].add(tokens, plan.sizes[number])
+                if plan.splits[number] == GLOBAL:
+                    in_global[number] = len(tokens)
+            for key in {_place(plan, number) for number, _, ends in batch if ends}:
+                writers[key].flush()
+            done += sum(len(text.encode("utf-8")) for _, text, _ in batch)
+            report("tokenising", done, total)
     for writer in writers.values():
         writer.close()
     return {key: writers[key].shards for key in sorted(writers)}, in_global
@@ -156,27 +160,38 @@ def _folder(root: Path, silo: str) -> Path:
     return root / "silos" / silo if silo else root / HELD_OUT
 
 
-def _dtype(tokenizer: TextTokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+def _dtype(tokenizers: Mapping[str, TextTokenizer]) -> np.dtype:
+    largest = max(one.vocab_size for one in tokenizers.values())
+    return np.dtype("<u2" if largest <= 2**16 else "<u4")
 
 
 def _describe(
     shards: dict[_Key, list[Shard]],
-    tokenizer: TextTokenizer,
+    tokenizers: Mapping[str, TextTokenizer],
     plan: Plan,
     in_global: Mapping[int, int],
     options: PrepareOptions,
     root: Path,
 ) -> None:
-    """Write the tokenizer, all manifests and the data card."""
+    """Write the tokenizers, all manifests and the data card."""
+    saved = {
+        silo: one.save((_folder(root, silo) if silo else root) / "tokenizer")
+        for silo, one in tokenizers.items()
+    }
+    tokenizer = next(iter(tokenizers.values()))  # those trained here end texts alike
     tokenizer_record = {
-        "sha256": tokenizer.save(root / "tokenizer"),
-        "vocab_size": tokenizer.vocab_size,
+        "sha256": saved.get("", OWN),
+        "vocab_size": max(one.vocab_size for one in tokenizers.values()),
         "eos_id": tokenizer.eos_id,
         "eos_token": tokenizer.eos_token,
     }
+    _folder(root, "").mkdir(exist_ok=True)
+    if options.own_vocabulary:
+        plan.remarks.append(
+            "no vocabulary is all silos', so the global held-out set is neither trained on nor kept"
+        )
     sets: dict[str, dict[str, Any]] = {}
-    for silo in sorted({key[0] for key in shards}):
+    for silo in sorted({"", *(key[0] for key in shards)}):
         splits: Splits = {}
         for (name, split, source), written in shards.items():
             if name == silo:
@@ -185,8 +200,8 @@ def _describe(
         record = {
             "format": FORMAT,
             "name": silo or HELD_OUT,
-            "dtype": _dtype(tokenizer).str,
-            "tokenizer_sha256": tokenizer_record["sha256"],
+            "dtype": _dtype(tokenizers).str,
+            "tokenizer_sha256": saved.get(silo, tokenizer_record["sha256"]),
             "splits": splits,
         }
         write_manifest(path, record)
@@ -200,7 +215,7 @@ def _describe(
     manifest = {
         "format": FORMAT,
         "photon_version": photon_version(),
-        "dtype": _dtype(tokenizer).str,
+        "dtype": _dtype(tokenizers).str,
         "tokenizer": tokenizer_record,
         "held_out": sets.pop(""),
         "held_out_from": _held_out_from(plan, in_global),
@@ -211,7 +226,7 @@ def _describe(
     }
     write_manifest(root / "manifest.json", manifest)
     card = root / "README.md"
-    opened = open_data(root, only_to_score=options.held_out_only)
+    opened = open_data(root, only_to_score=options.held_out_only, own_vocabularies=True)
     card.write_bytes(data_card(opened, manifest).encode("utf-8", "backslashreplace"))
     sync_to_disk(card)
 
@@ -227,7 +242,7 @@ def _held_out_from(plan: Plan, tokens: Mapping[int, int]) -> dict[str, Any]:
     return {
         kind: {name: {what: count[what] for what in _COUNTED} for name, count in parts.items()}
         for kind, parts in counts.items()
-        if 1 < len(parts) <= _MOST_PARTS and "" not in parts
+        if tokens and 1 < len(parts) <= _MOST_PARTS and "" not in parts
     }
 
 

@@ -23,6 +23,8 @@ from photon.errors import (
 from photon.store.disk import file_sha256
 
 _AGAIN = "Copy it again from where it was made, or prepare the data again."
+#: In place of a tokenizer's hash, where each silo has one of its own.
+OWN = "own"
 _CHUNK_BYTES = 1 << 22
 _DTYPES = ("<u2", "<u4")
 
@@ -42,11 +44,14 @@ class SiloData:
         name: of the silo; "held_out" for the global set.
         path: its folder.
         splits: "train" and "held_out", each by source; the global set has no "train".
+        tokenizer_file, tokenizer_sha256: of what cut it: the folder's, or the silo's own.
     """
 
     name: str
     path: Path
     splits: Splits
+    tokenizer_file: Path
+    tokenizer_sha256: str
 
     def shards(self, split: str) -> list[Shard]:
         """Shards of a split, source by source in the order of their names."""
@@ -79,9 +84,9 @@ class PreparedData:
     Attributes:
         path: its folder.
         silos: by name, sorted; none where all text is held out.
-        held_out: the global held-out set.
+        held_out: the global held-out set; empty where silos have vocabularies of their own.
         tokenizer_file: tokenizer.json; its folder is what transformers reads.
-        tokenizer_sha256: of that file.
+        tokenizer_sha256: of that file; OWN where there is none but those of SiloData.
         vocab_size: every token id is below it.
         eos_id: the token that ends each document.
         dtype: of the token files, little-endian.
@@ -103,6 +108,16 @@ class PreparedData:
     def __repr__(self) -> str:
         silos = ", ".join(f"{name}: {one.train_tokens:,}" for name, one in self.silos.items())
         return f"PreparedData({str(self.path)!r}, tokens of silos {{{silos[:200]}}})"
+
+    @property
+    def own_vocabularies(self) -> bool:
+        """Whether a token id means something else in each silo."""
+        return self.tokenizer_sha256 == OWN
+
+    @property
+    def tokenizers(self) -> dict[Path, str]:
+        """sha256 of each tokenizer.json that cut something here."""
+        return {one.tokenizer_file: one.tokenizer_sha256 for one in self.sets() if one.splits}
 
     def silo(self, name: str) -> SiloData:
         """One by its name; raises EmptySiloError where there is none of it."""
@@ -137,7 +152,8 @@ class PreparedData:
         """
         files = list(self.shards())
         with _in_words(self.path):
-            _require_same(self.tokenizer_file, self.tokenizer_sha256)
+            for file, sha256 in self.tokenizers.items():
+                _require_same(file, sha256)
             for done, (folder, shard) in enumerate(files, start=1):
                 path = folder / shard.file
                 found, top = _read_through(path, self.dtype)
@@ -145,7 +161,7 @@ class PreparedData:
                 _require_same(folder / shard.index_file, shard.index_sha256)
                 if top >= self.vocab_size:
                     raise VocabularyMismatchError(
-                        f"{path} holds token id {top}, but {self.tokenizer_file} has "
+                        f"{path} holds token id {top}, but the vocabulary in {self.path} has "
                         f"{self.vocab_size} tokens (0 to {self.vocab_size - 1})",
                         hint="These shards were made with another tokenizer; prepare the data "
                         "again.",
@@ -154,7 +170,9 @@ class PreparedData:
                     progress(done, len(files))
 
 
-def open_data(path: str | os.PathLike[str], *, only_to_score: bool = False) -> PreparedData:
+def open_data(
+    path: str | os.PathLike[str], *, only_to_score: bool = False, own_vocabularies: bool = False
+) -> PreparedData:
     """Open a folder made by `photon data prepare`; checks that every file is there and whole.
 
     Sizes are checked, and the hashes of manifests; `PreparedData.verify` checks the rest.
@@ -162,12 +180,13 @@ def open_data(path: str | os.PathLike[str], *, only_to_score: bool = False) -> P
     Args:
         path: the folder; "~" is a home.
         only_to_score: nothing is trained, so a folder without silos (--held-out-only) will do.
+        own_vocabularies: a folder with one for each silo (--own-vocabulary) will do.
 
     Raises:
         DataNotFoundError: no such folder, or not a prepared one.
         DataError: of a format this version does not read.
         ShardCorruptError: a manifest or file is damaged, truncated or missing.
-        VocabularyMismatchError: a silo's tokens were made with another tokenizer.
+        VocabularyMismatchError: a silo's tokens were made with another tokenizer, or may be.
         EmptySiloError: there is no silo, or one without training text.
         MachineError: it may not be read.
     """
@@ -190,10 +209,10 @@ def open_data(path: str | os.PathLike[str], *, only_to_score: bool = False) -> P
             opened = PreparedData(
                 path=root,
                 silos={
-                    name: _open_set(name, root / "silos", names[name], made_with)
+                    name: _open_set(name, root / "silos" / name, names[name], root, made_with)
                     for name in sorted(names)
                 },
-                held_out=_open_set(HELD_OUT, root, record["held_out"], made_with),
+                held_out=_open_set(HELD_OUT, root / HELD_OUT, record["held_out"], root, made_with),
                 tokenizer_file=root / "tokenizer" / "tokenizer.json",
                 tokenizer_sha256=made_with,
                 vocab_size=int(tokenizer["vocab_size"]),
@@ -204,6 +223,11 @@ def open_data(path: str | os.PathLike[str], *, only_to_score: bool = False) -> P
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardCorruptError(f"{manifest} is damaged: {error!r}", hint=_AGAIN) from error
+        if opened.own_vocabularies and not own_vocabularies:
+            raise VocabularyMismatchError(
+                f"each silo in {root} has a vocabulary of its own, and this takes one for all",
+                hint="That is text for `photon simulate`; prepare it without --own-vocabulary.",
+            )
         _require_whole(opened, only_to_score)
         return opened
 
@@ -220,24 +244,25 @@ def _in_words(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def _open_set(name: str, parent: Path, entry: Any, tokenizer_sha256: str) -> SiloData:
+def _open_set(name: str, folder: Path, entry: Any, root: Path, tokenizer_sha256: str) -> SiloData:
     if Path(name).name != name:
         raise ValueError(f"silo {name!r}")
     # The first folders of this format gave the bare hash, without a summary beside it.
     expected = entry if isinstance(entry, str) else entry["sha256"]
-    path = parent / name / "manifest.json"
+    path = folder / "manifest.json"
     if not path.is_file():
         raise ShardCorruptError(f"{path} is missing", hint=_AGAIN)
     _require_same(path, expected)
     record = read_manifest(path)
-    if record.get("tokenizer_sha256") != tokenizer_sha256:
+    if tokenizer_sha256 not in (OWN, record.get("tokenizer_sha256")):
         raise VocabularyMismatchError(
             f"the tokens of {path} were made with the tokenizer "
             f"{str(record.get('tokenizer_sha256'))[:12]}..., the folder's is "
             f"{tokenizer_sha256[:12]}...",
             hint="Silos of one folder share a tokenizer; prepare the data again.",
         )
-    return SiloData(name, parent / name, read_splits(record, path))
+    file = (folder if tokenizer_sha256 == OWN else root) / "tokenizer" / "tokenizer.json"
+    return SiloData(name, folder, read_splits(record, path), file, record["tokenizer_sha256"])
 
 
 def _require_whole(data: PreparedData, only_to_score: bool) -> None:
@@ -246,8 +271,8 @@ def _require_whole(data: PreparedData, only_to_score: bool) -> None:
             f"{data.path} holds no silo: its text is held out to score models with",
             hint="Prepare text to train on without --held-out-only.",
         )
-    if not data.tokenizer_file.is_file():
-        raise ShardCorruptError(f"{data.tokenizer_file} is missing", hint=_AGAIN)
+    if lost := [file for file in data.tokenizers if not file.is_file()]:
+        raise ShardCorruptError(f"{lost[0]} is missing", hint=_AGAIN)
     for folder, shard in data.shards():
         size = shard.tokens * data.dtype.itemsize
         _require_size(folder / shard.file, size, f"{shard.tokens} tokens")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -110,6 +111,27 @@ def lay_out(model: nn.Module, parts: PartsConfig) -> Layout:
             trained[name].requires_grad_(False)
     _LAYOUTS[model] = layout
     return layout
+
+
+def require_own_rows(model: nn.Module, init: str) -> None:
+    """For silos with vocabularies of their own, in each of which an id means other words.
+
+    Raises:
+        IncompatibleConfigError: embedding and head are not personal, or model.init is "pretrained".
+    """
+    network: Any = model
+    ends = [network.get_input_embeddings(), network.get_output_embeddings()]
+    rows = {id(one) for end in ends if end is not None for one in end.parameters()}
+    personal, carried = layout_of(model).personal, carried_tensors(model)
+    left = [name for name in carried if id(carried[name]) in rows and name not in personal]
+    if left or init == "pretrained":
+        wrong = f"parts.personal does not name {some(map(repr, left))}"
+        wrong = wrong if left else 'model.init = "pretrained" brings one for all'
+        raise IncompatibleConfigError(
+            f"each silo of the data has a vocabulary of its own, and {wrong}",
+            hint="Make embedding and head personal, and model.init random; or prepare the data "
+            "without --own-vocabulary.",
+        )
 
 
 def _matching(

@@ -113,7 +113,7 @@ class Node:
         fault: FaultHook | None = None,
     ) -> None:
         self._config = config = settings.config
-        self._data = data or open_data(config.data.path)
+        self._data = data or open_data(config.data.path, own_vocabularies=True)
         self._on_event = on_event
         self._worker = settings.worker
         self._folder = settings.folder

@@ -203,23 +203,30 @@ def with_own_model(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"model": own})
 
 
-def tokenizer_folder(folder: str | os.PathLike[str]) -> Path:
-    """Where a run keeps the tokenizer of its data."""
-    return Path(folder) / "tokenizer"
+def tokenizer_folder(folder: str | os.PathLike[str], of: str | None = None) -> Path:
+    """Where a run keeps its data's tokenizer; or a silo's own, of whom `of` names as anywhere."""
+    shared = Path(folder) / "tokenizer"
+    own = shared / (of or "").split("/")[-1]
+    return own if own.is_dir() else shared
 
 
-def require_same_tokenizer(file: Path | None, data: PreparedData) -> None:
-    """Tokens mean something to a model only if its own tokenizer cut them; sizes prove nothing.
+def require_same_tokenizer(file: Path | None, data: PreparedData) -> list[str | None]:
+    """Whose held-out text means something to a model: silos, None for the global set.
+
+    That is what its own tokenizer cut; sizes prove nothing.
 
     Args:
         file: tokenizer.json of a run or a model; None where it has none, so that nothing is known.
-        data: cut by the same one, or refused.
+        data: some of it cut by the same one, or refused.
 
     Raises:
         VocabularyMismatchError: another tokenizer cut the data.
     """
-    if file is None or tokenizer_identity(file) == tokenizer_identity(data.tokenizer_file):
-        return
+    own = file and tokenizer_identity(file)
+    cut = {one for one in data.tokenizers if own in (None, tokenizer_identity(one))}
+    if file is None or cut:
+        sets = {None: data.held_out, **data.silos}
+        return [name for name, one in sets.items() if one.tokenizer_file in cut]
     raise VocabularyMismatchError(
         f"the data at {data.path} was prepared with another tokenizer than {file}",
         hint=f"Prepare it again with --tokenizer {file.parent}.",

@@ -36,7 +36,7 @@ from photon.federation import (
     Server,
     sample_participants,
 )
-from photon.federation.layout import layout_of
+from photon.federation.layout import layout_of, require_own_rows
 from photon.federation.node import empty_model, initial_model, open_stream
 from photon.federation.outstanding import Order
 from photon.models import model_fingerprint, tokenizer_file_of, trainable_parameters
@@ -123,7 +123,7 @@ class Session:
         self.listener = listener
         kept = folder / CLOCK_FILE
         self.clock = load_clock(kept) if begun and kept.is_file() else clock
-        self.data = open_data(config.data.path)
+        self.data = open_data(config.data.path, own_vocabularies=kind == "simulate")
         self._guests = guests
         if guests is None:
             self.silos = _chosen_silos(self.data, silos)
@@ -160,6 +160,8 @@ class Session:
         if config.model.init == "pretrained" and not self._begun:
             require_same_tokenizer(tokenizer_file_of(str(config.model.path)), data)
         shape = self.nodes.skeleton()
+        if data.own_vocabularies:
+            require_own_rows(shape, config.model.init)
         self.nodes.fit(shape)
         decayed_names(trainable_parameters(shape), config.local.no_decay)
         weights_bytes = 4 * sum(parameter.numel() for parameter in shape.parameters())
@@ -377,7 +379,9 @@ class Session:
         if self.clock is not None:
             write_resolved(self.clock, self.folder / CLOCK_FILE)
         # With the tokenizer beside it, a run can be exported where its data is not.
-        shutil.copytree(self.data.tokenizer_file.parent, self.folder / "tokenizer")
+        for file in self.data.tokenizers:
+            own = file.parent.parent.name if self.data.own_vocabularies else ""
+            shutil.copytree(file.parent, self.folder / "tokenizer" / own)
         if self.config.model.path is not None:
             keep_model(self._model, self.folder)
         write_json(

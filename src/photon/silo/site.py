@@ -70,8 +70,9 @@ class Site:
         """
         path = Path(self.node.data.path)
         if self.federation is not None:
-            cut = (path, run.tokenizer, run.vocab_size, run.eos_id, np.dtype("<u4"))
-            return PreparedData(path, {}, SiloData("", path, {}), *cut, str(self.registered))
+            by, size = (path, run.tokenizer), (run.vocab_size, run.eos_id, np.dtype("<u4"))
+            nothing = SiloData("", path, {}, *by)
+            return PreparedData(path, {}, nothing, *by, *size, str(self.registered))
         with suppress(OSError):
             if self._data is not None and file_sha256(path / "manifest.json") == self._data.sha256:
                 return self._data
