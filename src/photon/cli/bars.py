@@ -42,7 +42,7 @@ def run_bars(console: Console, names: Mapping[str, str]) -> Iterator[dict[str, L
 
 
 @dataclass(frozen=True)
-class _Bar:
+class _Bar(Listener):
     """One run's bar: how much of it is done, and the perplexity it has come to."""
 
     progress: Progress
@@ -56,9 +56,6 @@ class _Bar:
         self.progress.update(self.task, completed=self.run.share_done, standing=self._standing())
         if self.run.finished:
             self.progress.stop_task(self.task)
-
-    def close(self) -> None:
-        """The bars of all runs are put away together."""
 
     def _standing(self) -> str:
         told = f"round {self.run.round}/{self.run.rounds}"

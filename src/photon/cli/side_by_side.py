@@ -158,7 +158,7 @@ def _stop(running: Sequence[_Process]) -> None:
 
 
 @dataclass(frozen=True)
-class _Told:
+class _Told(Listener):
     """Sends a run's events to the process that shows them, which may be gone."""
 
     send: Callable[[Event], None]
@@ -166,9 +166,6 @@ class _Told:
     def on_event(self, event: Event) -> None:
         with contextlib.suppress(OSError):
             self.send(event)
-
-    def close(self) -> None:
-        """The pipe closes with its process."""
 
 
 def _work(training: Training, pipe: Connection) -> None:

@@ -122,7 +122,7 @@ class LiveView:
         self.frames += 1
 
 
-class PlainView:
+class PlainView(Listener):
     """A listener that prints one readable line per milestone, and some on the way, for logs.
 
     Args:
@@ -149,9 +149,6 @@ class PlainView:
                     emoji=False,
                     soft_wrap=True,
                 )
-
-    def close(self) -> None:
-        """Nothing to put away."""
 
     def _line(self, event: Event) -> str | None:
         match event:

@@ -16,7 +16,8 @@ class Listener(Protocol):
 
     def on_event(self, event: Event) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Put away what is open; by default nothing is."""
 
 
 class Recorder:
