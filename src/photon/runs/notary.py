@@ -8,33 +8,14 @@ from pathlib import Path
 from photon.errors import MembershipError
 from photon.federation.tasks import WEIGHTS
 from photon.link import TensorFile
-from photon.membership.audit import (
-    ASKED,
-    LOST,
-    RESUMED,
-    ROUND,
-    AuditLog,
-    DroppedSilo,
-    LostRecord,
-    MergedUpdate,
-    ResumedRecord,
-    RoundRecord,
-)
+from photon.membership import audit
 from photon.membership.bulletin import tell_silos
 from photon.membership.keys import NodeKey
 from photon.membership.roster import Roster, Signer
-from photon.telemetry import Event, read_history
-from photon.telemetry.events import (
-    RoundFinished,
-    RoundMerged,
-    RoundStarted,
-    RunChanged,
-    RunStarted,
-    UpdateDropped,
-)
+from photon.telemetry import Event, Listener, events, read_history
 
 
-class Notary:
+class Notary(Listener):
     """Writes RUN/audit.jsonl: who sent what, signed, and what became of it, once it is on disk.
 
     Silos are told in words what became of their updates (photon.membership.bulletin).
@@ -50,32 +31,32 @@ class Notary:
         self._folder = folder
         self._roster = roster
         self._run_id = run_id
-        self._log = AuditLog(folder / "audit.jsonl", key)
+        self._log = audit.AuditLog(folder / "audit.jsonl", key)
         self._named: set[str] = set()
         self._asked: list[str] = []
-        self._dropped: list[DroppedSilo] = []
+        self._dropped: list[audit.DroppedSilo] = []
 
     def head(self) -> str:
         """sha256 of the log's last line."""
         return self._log.head
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, RunStarted):
-            if event.resumed_from_round is not None:
-                self._settle(event.resumed_from_round)
-        elif isinstance(event, RunChanged):
-            self._log.append("changed", {"run": self._run_id, **event.model_dump(mode="json")})
-        elif isinstance(event, RoundStarted):
-            self._asked, self._dropped = list(event.participants), []
-        elif isinstance(event, UpdateDropped):
-            self._dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
-            words = f"round {event.round}: this silo's update was dropped: {event.reason}"
-            tell_silos(self._roster, [event.silo], words)
-        elif isinstance(event, RoundMerged):
-            words = f"round {event.round}: this silo's update was merged"
-            tell_silos(self._roster, event.participants, words)
-        elif isinstance(event, RoundFinished):
-            self._close_round(event.round)
+        match event:
+            case events.RunStarted(resumed_from_round=int(number)):
+                self._settle(number)
+            case events.RunChanged():
+                self._log.append("changed", {"run": self._run_id, **event.model_dump(mode="json")})
+            case events.RoundStarted():
+                self._asked, self._dropped = list(event.participants), []
+            case events.UpdateDropped():
+                self._dropped.append(audit.DroppedSilo(silo=event.silo, reason=event.reason))
+                words = f"round {event.round}: this silo's update was dropped: {event.reason}"
+                tell_silos(self._roster, [event.silo], words)
+            case events.RoundMerged():
+                words = f"round {event.round}: this silo's update was merged"
+                tell_silos(self._roster, event.participants, words)
+            case events.RoundFinished():
+                self._close_round(event.round)
 
     def write_lost(self, number: int, attempt: int) -> None:
         """Too few of those asked gave good updates: none of this attempt's is merged.
@@ -83,21 +64,20 @@ class Notary:
         Written before the loss is: an attempt whose process dies in between is made, and written
         down, twice.
         """
-        body = LostRecord(
+        body = audit.LostRecord(
             run=self._run_id,
             round=number,
             attempt=attempt,
             asked=self._asked,
             dropped=self._dropped,
         )
-        self._log.append(LOST, body)
+        self._log.append(audit.LOST, body)
 
     def write_asked(self, number: int, sha256: str) -> None:
         """The level above begins a task: round `number` starts from its state."""
-        self._log.append(ASKED, {"run": self._run_id, "round": number - 1, "state_sha256": sha256})
-
-    def close(self) -> None:
-        """Nothing is open between two lines."""
+        self._log.append(
+            audit.ASKED, {"run": self._run_id, "round": number - 1, "state_sha256": sha256}
+        )
 
     def _close_round(self, number: int) -> None:
         text = (self._checkpoint(number) / "state.json").read_text(encoding="utf-8")
@@ -121,7 +101,7 @@ class Notary:
             # The key that signed: the member may have another by now.
             self._name(self._roster.signer(reply.fingerprint))
             merged.append(
-                MergedUpdate(
+                audit.MergedUpdate(
                     silo=name,
                     begun=None if begun == number else begun,
                     reply=reply.text.decode(),
@@ -129,7 +109,7 @@ class Notary:
                     fingerprint=reply.fingerprint,
                 )
             )
-        record = RoundRecord(
+        record = audit.RoundRecord(
             run=self._run_id,
             round=number,
             state_sha256=sha256,
@@ -138,7 +118,7 @@ class Notary:
             merged=merged,
             dropped=self._dropped,
         )
-        self._log.append("round", record)
+        self._log.append(audit.ROUND, record)
 
     def _settle(self, checkpoint: int) -> None:
         """Make the log end where the run goes on.
@@ -151,10 +131,10 @@ class Notary:
         """
         written = self._written()
         if written > checkpoint:
-            record = ResumedRecord(
+            record = audit.ResumedRecord(
                 run=self._run_id, round=checkpoint, state_sha256=self._state_sha256(checkpoint)
             )
-            self._log.append("resumed", record)
+            self._log.append(audit.RESUMED, record)
         elif written == checkpoint - 1:
             self._dropped = self._dropped_in(checkpoint)
             self._close_round(checkpoint)
@@ -165,18 +145,21 @@ class Notary:
         with self._log.path.open(encoding="utf-8") as lines:
             for line in lines:
                 record = json.loads(line)
-                if record["kind"] in (ROUND, RESUMED) and record["body"]["run"] == self._run_id:
+                if (
+                    record["kind"] in (audit.ROUND, audit.RESUMED)
+                    and record["body"]["run"] == self._run_id
+                ):
                     after = record["body"]["round"]
         return after
 
-    def _dropped_in(self, number: int) -> list[DroppedSilo]:
+    def _dropped_in(self, number: int) -> list[audit.DroppedSilo]:
         """Who an earlier process's events say was dropped."""
-        dropped: list[DroppedSilo] = []
+        dropped: list[audit.DroppedSilo] = []
         for event in read_history(self._folder).events:
-            if isinstance(event, RoundStarted) and event.round == number:
+            if isinstance(event, events.RoundStarted) and event.round == number:
                 dropped = []
-            elif isinstance(event, UpdateDropped) and event.round == number:
-                dropped.append(DroppedSilo(silo=event.silo, reason=event.reason))
+            elif isinstance(event, events.UpdateDropped) and event.round == number:
+                dropped.append(audit.DroppedSilo(silo=event.silo, reason=event.reason))
         return dropped
 
     def _name(self, signer: Signer) -> None:

@@ -54,16 +54,7 @@ from photon.runs.rounds import Rounds, stopping_on_sigterm
 from photon.runs.summary import summary_of
 from photon.store.disk import require_disk, write_json, writing
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
-from photon.telemetry import JsonlWriter, Listener, Recorder
-from photon.telemetry.events import (
-    Kind,
-    Notice,
-    RunChanged,
-    RunFinished,
-    RunStarted,
-    RunStopped,
-    finite,
-)
+from photon.telemetry import JsonlWriter, Listener, Recorder, events
 from photon.telemetry.tensorboard import TensorBoardWriter
 from photon.training import count_flops, decayed_names, plan_compute
 from photon.version import photon_version
@@ -108,7 +99,7 @@ class Session:
 
     def __init__(
         self,
-        kind: Kind,
+        kind: events.Kind,
         config: RunConfig,
         silos: list[str] | None,
         folder: Path,
@@ -118,7 +109,7 @@ class Session:
         begun: bool = False,
         clock: ClockConfig | None = None,
     ) -> None:
-        self.kind: Kind = kind
+        self.kind: events.Kind = kind
         self.folder = folder
         self.listener = listener
         kept = folder / CLOCK_FILE
@@ -225,14 +216,16 @@ class Session:
             try:
                 recorder.emit(self._started(state.round if record is not None else None))
                 if changed:
-                    recorder.emit(RunChanged(round=state.round, changes=changed))
+                    recorder.emit(events.RunChanged(round=state.round, changes=changed))
                     notices.append(_in_words(changed, state.round))
                 if record is not None:
                     go_on_with(self.folder, self.config, state.round, changed=bool(changed))
                 for text in notices:
-                    recorder.emit(Notice(text=text, round=state.round, silo=""))
+                    recorder.emit(events.Notice(text=text, round=state.round, silo=""))
                 for problem in problems:
-                    recorder.emit(RunStopped(round=state.round, reason=f"skipped: {problem}"))
+                    recorder.emit(
+                        events.RunStopped(round=state.round, reason=f"skipped: {problem}")
+                    )
                 loop = self._loop(state, recorder, checkpoints, tensors)
                 tensors.clear()
                 return self._run_loop(loop, recorder)
@@ -244,9 +237,9 @@ class Session:
             with stopping_on_sigterm():
                 over = loop.run()
             if not over:
-                recorder.emit(RunStopped(round=loop.state.round, reason="drained"))
+                recorder.emit(events.RunStopped(round=loop.state.round, reason="drained"))
                 return RunResult(self.folder, {})
-            summary = finite(
+            summary = events.finite(
                 summary_of(
                     loop.state,
                     loop.evaluation,
@@ -260,11 +253,11 @@ class Session:
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             with contextlib.suppress(OSError):
-                recorder.emit(RunStopped(round=loop.state.round, reason=reason))
+                recorder.emit(events.RunStopped(round=loop.state.round, reason=reason))
             raise
         finally:
             loop.federation.engine.close()
-        recorder.emit(RunFinished(summary=summary))
+        recorder.emit(events.RunFinished(summary=summary))
         write_json(self.folder / "summary.json", summary)
         return RunResult(self.folder, summary)
 
@@ -329,14 +322,14 @@ class Session:
             )
         )
 
-    def _started(self, resumed_from: int | None) -> RunStarted:
+    def _started(self, resumed_from: int | None) -> events.RunStarted:
         config, model = self.config, self._model
         assert model is not None
         workers = self.nodes.workers
         plan = plan_compute(config.compute, processes=max(1, workers) * self.nodes.ranks)
         central = self.kind == "train"
         flops = count_flops(model, config.data.sequence_length)
-        return RunStarted(
+        return events.RunStarted(
             kind=self.kind,
             run=config.run.name,
             started_at=datetime.now(UTC).isoformat(timespec="seconds"),
