@@ -14,7 +14,7 @@ from photon.federation import FitTask, Receipt, Version, fitted
 from photon.federation.layout import layout_of
 from photon.federation.node import initial_model
 from photon.runs.session import Session
-from photon.telemetry import Event, Listener
+from photon.telemetry import Event
 from photon.telemetry.events import ComputeChosen, Notice
 from photon.training import Seat, count_flops
 from photon.training.device import cores
@@ -28,7 +28,6 @@ def profile(
     *,
     silo: str | None = None,
     steps: int = 20,
-    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Take some local steps as a run would, and measure them; nothing is kept.
 
@@ -36,7 +35,6 @@ def profile(
         config: the run file; one node trains, with the ranks and strategy it would have.
         silo: whose text; the first by name by default.
         steps: measured ones, after WARM_UP_STEPS.
-        listener: told what the node says meanwhile.
 
     Returns:
         strategy and its reason, ranks, tokens/s, seconds a step by phase, share of collectives,
@@ -53,24 +51,18 @@ def profile(
         if Seat.from_environment().rank:
             session.follow()
             return {}
-        return _measure(session, steps, listener)
+        return _measure(session, steps)
 
 
-def _measure(session: Session, steps: int, listener: Listener | None) -> dict[str, Any]:
+def _measure(session: Session, steps: int) -> dict[str, Any]:
     config, nodes = session.config, session.nodes
     told: list[Event] = []
-
-    def hear(event: Event) -> None:
-        told.append(event)
-        if listener is not None:
-            listener.on_event(event)
-
     skeleton = nodes.skeleton()
     fit = nodes.fit(skeleton)
     model = initial_model(config, session.data)
     once = layout_of(model).once_of(model)
     version = Version(0, nodes.initial_state(model), once=once, once_sha256="profile")
-    engine = nodes.engine(model, hear)
+    engine = nodes.engine(model, told.append)
     task = FitTask("profile", 1, session.silos[0], 0, WARM_UP_STEPS, None)
     try:
         _only(fitted(engine, [task], version))
