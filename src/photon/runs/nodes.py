@@ -51,14 +51,22 @@ class Nodes:
     elsewhere: Elsewhere | None = None
 
     @property
+    def seat(self) -> Seat:
+        """This process's place: torchrun's; an aggregator has none, it may share a silo's shell."""
+        return Seat() if self.kind == "serve" else Seat.from_environment()
+
+    @property
     def workers(self) -> int:
         """Nodes in processes of their own; 0: one node in this process."""
-        return workers_of(self.kind, self.config)
+        return self.config.federation.workers if self.kind == "simulate" else 0
 
     @property
     def ranks(self) -> int:
-        """Processes of each node."""
-        return ranks_of(self.kind, self.config)
+        """Processes of each node; one in an aggregator."""
+        launched = self.seat.world_size
+        if launched > 1 or self.kind == "serve":
+            return launched
+        return ranks_of_a_node(self.config.compute, workers=self.workers)
 
     @property
     def batch_size(self) -> int:
@@ -87,7 +95,7 @@ class Nodes:
             config,
             self.folder / "nodes",
             processes=max(1, self.workers),
-            seat=seat_of(self.kind),
+            seat=self.seat,
             scores_only=self.kind == "serve",
         )
 
@@ -139,24 +147,6 @@ class Nodes:
         Node(self.settings(), lambda _: None, data=self.data).follow()
 
 
-def seat_of(kind: Kind) -> Seat:
-    """This process's place: torchrun's, but for an aggregator, which may share a silo's shell."""
-    return Seat() if kind == "serve" else Seat.from_environment()
-
-
-def ranks_of(kind: Kind, config: RunConfig) -> int:
-    """Processes of each node here; one in an aggregator."""
-    launched = seat_of(kind).world_size
-    if launched > 1 or kind == "serve":
-        return launched
-    return ranks_of_a_node(config.compute, workers=workers_of(kind, config))
-
-
-def workers_of(kind: Kind, config: RunConfig) -> int:
-    """Nodes in processes of their own; 0: one node in the aggregator's."""
-    return config.federation.workers if kind == "simulate" else 0
-
-
 def central_config(config: RunConfig, batch_size: int) -> RunConfig:
     """The run file of a federation of one: a node that trains alone on pooled text.
 
@@ -191,14 +181,10 @@ def central_config(config: RunConfig, batch_size: int) -> RunConfig:
 def resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     """Pin what this machine decides and the maths depends on: threads, precision; whole paths."""
     config = with_branches(config, data.silos)
-    seat, workers = seat_of(kind), workers_of(kind, config)
-    here = seat.local_world_size if seat.world_size > 1 else ranks_of(kind, config)
-    plan = plan_compute(config.compute, processes=max(1, workers) * here)
-    decided = {
-        "threads": plan.threads,
-        "precision": plan.precision,
-        "device": plan.device.type,
-    }
+    nodes = Nodes(kind, config, data, (), Path())
+    here = nodes.seat.local_world_size if nodes.seat.world_size > 1 else nodes.ranks
+    plan = plan_compute(config.compute, processes=max(1, nodes.workers) * here)
+    decided = {"threads": plan.threads, "precision": plan.precision, "device": plan.device.type}
     compute = config.compute.model_copy(update=decided)
     resolved = {"compute": compute, "data": config.data.model_copy(update={"path": str(data.path)})}
     if kind == "train":
