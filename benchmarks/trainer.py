@@ -56,7 +56,7 @@ from peers.contest import (
 )
 from peers.photon_loop import make_trainer
 from peers.turns import Work
-from photon.config import RunConfig, parse_run_config
+from photon.config import ModelConfig, RunConfig, parse_run_config
 from photon.data import open_data
 from photon.federation.node import initial_model, open_stream
 from photon.models import training_loss
@@ -93,9 +93,8 @@ SIZES = {
 def write_model(size: Size, vocab_size: int, eos_id: int, seed: int, folder: Path) -> None:
     """Initial weights for every contestant, as a Hugging Face folder."""
     # The preset's configuration, stretched, so that the contest trains what `photon train` does.
-    config = preset_config(
-        "tiny", "llama", vocab_size=vocab_size, sequence_length=size.sequence_length, eos_id=eos_id
-    )
+    tiny = ModelConfig(preset="tiny")
+    config = preset_config(tiny, vocab_size, size.sequence_length, eos_id)
     assert isinstance(config, LlamaConfig)
     shape = {
         "hidden_size": size.d_model,

@@ -262,14 +262,7 @@ def _hf_config(
     config: ModelConfig, vocab_size: int, sequence_length: int, eos_id: int
 ) -> PretrainedConfig:
     if config.preset is not None:
-        return preset_config(
-            config.preset,
-            config.family,
-            vocab_size=vocab_size,
-            sequence_length=sequence_length,
-            eos_id=eos_id,
-            qk_norm=config.qk_norm,
-        )
+        return preset_config(config, vocab_size, sequence_length, eos_id)
     path = str(config.path)
     hf_config = load_config(path)
     text = hf_config.get_text_config()

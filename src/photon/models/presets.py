@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig, MptConfig, PretrainedConfig, Qwen3Config
 
+from photon.config import ModelConfig
+
 #: ALiBi extrapolates past the trained length, but transformers' MPT stops hard at max_seq_len.
 _MPT_CONTEXT = 2048
 
@@ -45,22 +47,16 @@ SHAPES: dict[str, Shape] = {
 
 
 def preset_config(
-    preset: str,
-    family: str,
-    *,
-    vocab_size: int,
-    sequence_length: int,
-    eos_id: int,
-    qk_norm: bool = False,
+    config: ModelConfig, vocab_size: int, sequence_length: int, eos_id: int
 ) -> PretrainedConfig:
     """A preset as a Hugging Face configuration, embeddings tied, for sequences of that length.
 
     Args:
-        family: "llama" (RoPE, SwiGLU, RMSNorm) or "mpt" (ALiBi, GELU at expansion 4, no biases).
+        config: its family is "llama" (RoPE, SwiGLU, RMSNorm) or "mpt" (ALiBi, GELU at expansion 4,
+            no biases); qk_norm is RMSNorm on each head's queries and keys: what Qwen3 is to Llama.
         eos_id: the token between documents; it starts a text as well as it ends one.
-        qk_norm: RMSNorm on each head's queries and keys (llama only): what Qwen3 is to Llama.
     """
-    shape = SHAPES[preset]
+    shape = SHAPES[str(config.preset)]
     # No pad_token_id: transformers would freeze that row of the embedding.
     tokens = {
         "vocab_size": vocab_size,
@@ -69,7 +65,7 @@ def preset_config(
         "tie_word_embeddings": True,
         "use_cache": False,
     }
-    if family == "mpt":
+    if config.family == "mpt":
         return MptConfig(
             d_model=shape.d_model,
             n_heads=shape.heads,
@@ -88,6 +84,6 @@ def preset_config(
         "num_key_value_heads": shape.heads,
         "max_position_embeddings": sequence_length,
     }
-    if qk_norm:
+    if config.qk_norm:
         return Qwen3Config(head_dim=shape.d_model // shape.heads, **sizes, **tokens)
     return LlamaConfig(**sizes, **tokens)
