@@ -15,7 +15,7 @@ from photon.config import LocalConfig
 from photon.errors import IncompatibleConfigError, ModelMismatchError, some
 from photon.models import hidden_matrices, trainable_parameters
 from photon.training.eight_bit import EightBitAdamW
-from photon.training.elementwise import Adopt, Amsgrad
+from photon.training.elementwise import Adopt, Amsgrad, Elementwise
 from photon.training.local_tensors import copy_as
 from photon.training.muon import Muon
 
@@ -53,13 +53,8 @@ _STATES: dict[type[torch.optim.Optimizer], _State] = {
     torch.optim.SGD: _State(),
 }
 
-#: beta2 and epsilon where the run file leaves them out; muon's are those of its AdamW.
-_DEFAULTS: dict[str, tuple[float, float]] = {
-    "adamw": (0.95, 1e-8),
-    "muon": (0.95, 1e-8),
-    "adopt": (0.9999, 1e-6),
-    "amsgrad": (0.99, 1e-3),
-}
+#: Whose beta2 and epsilon hold where the run file leaves them out; of muon, its AdamW's.
+_ADAPTIVE: dict[str, type[Elementwise]] = {"adopt": Adopt, "amsgrad": Amsgrad}
 
 
 class InnerOptimizer:
@@ -276,21 +271,18 @@ def _build(
 
 
 def _adaptive(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.Optimizer:
-    epsilon = _DEFAULTS[config.optimizer][1]
-    options: dict[str, Any] = {
-        "lr": config.lr,
-        "betas": adam_betas(config),
-        "eps": epsilon if config.epsilon is None else config.epsilon,
-    }
-    ours = {"adopt": Adopt, "amsgrad": Amsgrad}.get(config.optimizer)
-    if ours is None and config.optimizer_bits == 32:
+    ours = _ADAPTIVE.get(config.optimizer, EightBitAdamW)
+    epsilon = ours.eps if config.epsilon is None else config.epsilon
+    options: dict[str, Any] = {"lr": config.lr, "betas": adam_betas(config), "eps": epsilon}
+    if ours is EightBitAdamW and config.optimizer_bits == 32:
         return torch.optim.AdamW(groups, **options, fused=True)
-    return (ours or EightBitAdamW)(groups, **options)
+    return ours(groups, **options)
 
 
 def adam_betas(config: LocalConfig) -> tuple[float, float]:
     """beta1 and beta2 of adamw, muon's AdamW, adopt and amsgrad."""
-    return config.beta1, _DEFAULTS[config.optimizer][0] if config.beta2 is None else config.beta2
+    usual = _ADAPTIVE.get(config.optimizer, EightBitAdamW).betas[1]
+    return config.beta1, usual if config.beta2 is None else config.beta2
 
 
 def decayed_names(parameters: Mapping[str, nn.Parameter], patterns: Iterable[str]) -> set[str]:
