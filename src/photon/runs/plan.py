@@ -6,8 +6,9 @@ the topology takes to exchange S bytes among K participants over the slowest lin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -98,7 +99,6 @@ def plan(
     silo_tokens: Mapping[str, int],
     *,
     vocab_size: int,
-    eos_id: int = 0,
     bytes_per_s: float,
     steps_per_s: float | None = None,
 ) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def plan(
         for --json. memory_bytes is of one device that takes one sequence at a time; link_s is that
         of the longest way from a silo to the outermost aggregator, each level in turn.
     """
-    model = empty_model(config, vocab_size=vocab_size, eos_id=eos_id)
-    levels = list(_levels(config, silo_tokens, _Sizes(config, model), (config.run.name,)))
+    model = empty_model(config, vocab_size=vocab_size, eos_id=0)
+    levels = list(_levels(config, silo_tokens, _sizes(config, model), (config.run.name,)))
     root = levels[0]
     fit = plan_fit(model, config, plan_compute(config.compute), Seat(), scores_only=True)
     flops = count_flops(model, config.data.sequence_length).per_token
@@ -158,7 +158,7 @@ def plan(
 def _levels(
     config: RunConfig,
     silo_tokens: Mapping[str, int],
-    sizes: _Sizes,
+    sizes: Callable[[str], int],
     way: tuple[str, ...],
     taken: float = 1.0,
 ) -> Iterator[Level]:
@@ -204,31 +204,23 @@ def _levels(
             yield from _levels(inside(config, child), tokens, sizes, (*way, name), below)
 
 
-class _Sizes:
-    """Bytes of a state or update on the wire, by codec, manifest and all."""
+def _sizes(config: RunConfig, model: nn.Module) -> Callable[[str], int]:
+    """Bytes of a state or update on the wire, manifest and all, by the codec's name."""
+    shapes = {WEIGHTS + name: model.get_parameter(name).shape for name in layout_of(model).merged}
+    as_it_is = []
+    if config.federation.optimizer_state == "average":
+        for name, one in InnerOptimizer(model, config.local).initial_state().items():
+            values = {"values": torch.empty(one.shape, device="meta")}
+            as_it_is.append(Entry(OPTIMIZER + name, one.shape, "fp32", values))
 
-    def __init__(self, config: RunConfig, model: nn.Module) -> None:
-        self._run, self._chunk_bytes = config.run.name, config.link.chunk_bytes
-        self._shapes = {
-            WEIGHTS + name: model.get_parameter(name).shape for name in layout_of(model).merged
-        }
-        self._state: dict[str, torch.Size] = {}
-        if config.federation.optimizer_state == "average":
-            inner = InnerOptimizer(model, config.local).initial_state()
-            self._state = {OPTIMIZER + name: one.shape for name, one in inner.items()}
-        self._known: dict[str, int] = {}
+    @cache
+    def size(text: str) -> int:
+        made = {shape: _parts(text, shape) for shape in set(shapes.values())}
+        entries = [Entry(name, one, text, made[one]) for name, one in shapes.items()]
+        header = parcel_header("update", config.run.name, 1, shapes, silo="a-silo")
+        return entries_bytes(header, entries + as_it_is, config.link.chunk_bytes)
 
-    def __call__(self, text: str) -> int:
-        """Args: text: of the codec, as in a run file; averaged optimizer state goes as it is."""
-        if text not in self._known:
-            made = {shape: _parts(text, shape) for shape in set(self._shapes.values())}
-            entries = [Entry(name, one, text, made[one]) for name, one in self._shapes.items()]
-            for name, one in self._state.items():
-                values = {"values": torch.empty(one, device="meta")}
-                entries.append(Entry(name, one, "fp32", values))
-            header = parcel_header("update", self._run, 1, self._shapes, silo="a-silo")
-            self._known[text] = entries_bytes(header, entries, self._chunk_bytes)
-        return self._known[text]
+    return size
 
 
 def _parts(text: str, shape: torch.Size) -> dict[str, Tensor]:
