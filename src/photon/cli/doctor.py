@@ -228,10 +228,8 @@ def _presets(
         model = preset_skeleton(preset, sequence_length, vocab_size)
         settings = MemorySettings(
             optimizer=optimizer,
-            optimizer_bits=32,
             sequence_length=sequence_length,
             bf16=first["peak_precision"] == "bf16",
-            activation_checkpointing="none",
             device_type=first["type"],
             accumulates=True,
         )

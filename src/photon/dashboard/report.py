@@ -57,7 +57,13 @@ def write_report(
     others = {label: read_digest(Path(path)) for label, path in (compare or {}).items()}
     target = Path(out) if out is not None else folder / "report.html"
     text = picture(digest, others) if target.suffix == ".svg" else render(digest, others)
-    _write(target, text)
+    hint = "Free some space, or write the report elsewhere: --out FILE."
+    try:
+        write_whole(target, text, "the report")
+    except DiskFullError as error:
+        raise DiskFullError(error.message, hint=hint) from error
+    except OSError as error:
+        raise MachineError(f"{target}: {error.strerror}", hint=hint) from error
     return target
 
 
@@ -213,13 +219,3 @@ def _config(folder: Path) -> str | None:
     except OSError:
         return None
     return "".join(c if c.isprintable() or c in "\n\t" else " " for c in text)
-
-
-def _write(path: Path, text: str) -> None:
-    hint = "Free some space, or write the report elsewhere: --out FILE."
-    try:
-        write_whole(path, text, "the report")
-    except DiskFullError as error:
-        raise DiskFullError(error.message, hint=hint) from error
-    except OSError as error:
-        raise MachineError(f"{path}: {error.strerror}", hint=hint) from error

@@ -61,7 +61,7 @@ def build_model(
             for name, parameter in _skeleton(hf_config, config, attention).named_parameters():
                 model.get_parameter(name).requires_grad_(parameter.requires_grad)
         else:
-            model = _from_config(hf_config, _name(config), attention)
+            model = _from_config(hf_config, config, attention)
     model.config.use_cache = False
     # Bidirectional models (BERT) load as causal LMs, then learn by reading the answer.
     path, one, other = config.path, [0, 0, 0, 0], [0, 0, 0, 1]
@@ -95,11 +95,7 @@ def build_skeleton(
 
 def _skeleton(hf_config: PretrainedConfig, config: ModelConfig, attention: str) -> Any:
     with _parameters_on_meta():
-        return _from_config(hf_config, _name(config), attention)
-
-
-def _name(config: ModelConfig) -> str:
-    return str(config.path or config.preset)
+        return _from_config(hf_config, config, attention)
 
 
 @contextmanager
@@ -293,10 +289,10 @@ def context_length(config: PretrainedConfig) -> int | None:
     return None
 
 
-def _from_config(config: PretrainedConfig, name: str, attention: str) -> Any:
-    with _model_errors(name), quiet_transformers():
+def _from_config(hf_config: PretrainedConfig, config: ModelConfig, attention: str) -> Any:
+    with _model_errors(str(config.path or config.preset)), quiet_transformers():
         return AutoModelForCausalLM.from_config(
-            config,
+            hf_config,
             dtype=torch.float32,
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=False,

@@ -123,9 +123,10 @@ def export_model(
         _save_weights(model, part, max_shard_size, torch_dtype, ids)
         (part / "README.md").write_text(render_card(card, model), encoding="utf-8")
         # What writes safetensors lets nobody else read them.
+        os.umask(mask := os.umask(0))
         for file in part.iterdir():
-            file.chmod(0o666 & ~_umask())
-        part.chmod(0o777 & ~_umask())
+            file.chmod(0o666 & ~mask)
+        part.chmod(0o777 & ~mask)
         put_in_place(part, out)
     except (ModelError, MemoryError):
         raise
@@ -253,12 +254,6 @@ def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
         if number is not None:
             ids[f"{name}_id"] = number
     return ids
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _show(value: Any) -> str:

@@ -61,18 +61,15 @@ def count_flops(model: Any, sequence_length: int) -> FlopCount:
     below it is trained that is 2 too many.
     """
     config = model.config.get_text_config()
-    trained = frozen = 0.0
+    met = {True: 0.0, False: 0.0}  # by whether they are trained
     for parameter, share in _met_weights(model, config):
-        if parameter.requires_grad:
-            trained += parameter.numel() * share
-        else:
-            frozen += parameter.numel() * share
+        met[parameter.requires_grad] += parameter.numel() * share
     # State-space models have no attention to count.
     heads = int(getattr(config, "num_attention_heads", None) or 0)
     head_width = getattr(config, "head_dim", None) or int(config.hidden_size) // max(1, heads)
     return FlopCount(
-        trained_weights=round(trained),
-        frozen_weights=round(frozen),
+        trained_weights=round(met[True]),
+        frozen_weights=round(met[False]),
         layers=int(config.num_hidden_layers),
         attention_width=heads * int(head_width),
         sequence_length=sequence_length,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -222,9 +223,14 @@ def _devices(ram_total: int, ram_available: int) -> tuple[Device, ...]:
         return tuple(_cuda_device(index) for index in range(torch.cuda.device_count()))
     if torch.backends.mps.is_available():
         return (Device("mps", "Apple GPU", ram_total, ram_available, has_bf16=False),)
+    told = ""
+    with contextlib.suppress(OSError):
+        told = Path("/proc/cpuinfo").read_text()
     # Without AMX or AVX512-BF16 it is emulated, many times slower than fp32.
-    has_bf16 = re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", _cpuinfo()) is not None
-    return (Device("cpu", _cpu_name(), ram_total, ram_available, has_bf16=has_bf16),)
+    has_bf16 = re.search(r"\b(amx_bf16|avx512_bf16|bf16)\b", told) is not None
+    found = re.search(r"^model name\s*:\s*(.*\S)", told, re.MULTILINE)
+    name = found[1] if found else platform.processor() or platform.machine()
+    return (Device("cpu", name, ram_total, ram_available, has_bf16=has_bf16),)
 
 
 def _cuda_device(index: int) -> Device:
@@ -234,18 +240,6 @@ def _cuda_device(index: int) -> Device:
     return Device(
         "cuda", torch.cuda.get_device_name(index), total, free, major >= 8, f"{major}.{minor}"
     )
-
-
-def _cpu_name() -> str:
-    found = re.search(r"^model name\s*:\s*(.*\S)", _cpuinfo(), re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
 
 
 def _interconnect() -> str | None:

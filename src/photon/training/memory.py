@@ -59,13 +59,13 @@ class MemorySettings:
     """
 
     optimizer: str
-    optimizer_bits: int
+    optimizer_bits: int = 32
     strategy: str = "single"
     shards: int = 1
     micro_batch_size: int = 1
     sequence_length: int
     bf16: bool
-    activation_checkpointing: str
+    activation_checkpointing: str = "none"
     device_type: str
     accumulates: bool = False
 
