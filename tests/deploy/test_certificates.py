@@ -34,7 +34,7 @@ def made(tmp_path):
 
 
 def problems(files, host="fed.example.org", **more) -> str:
-    return "; ".join(check_certificate(files.certificate, files.key, files.ca, host, **more))
+    return "; ".join(check_certificate(files, host, **more))
 
 
 def handshake(files, host: str) -> None:
@@ -113,9 +113,9 @@ def test_another_authority_with_the_same_name(made, tmp_path) -> None:
     mixed = replace(made, ca=tmp_path / "other" / "ca.crt")
     assert f"was not signed by the authority in {mixed.ca}" in problems(mixed)
     with pytest.raises(CertificateError, match="was not signed by") as caught:
-        require_certificate(mixed.certificate, mixed.key, mixed.ca, "fed.example.org")
+        require_certificate(mixed, "fed.example.org")
     assert "serve.host" in (caught.value.hint or "")
-    require_certificate(made.certificate, made.key, made.ca, "fed.example.org")
+    require_certificate(made, "fed.example.org")
 
 
 def test_files_that_are_none(made, tmp_path) -> None:

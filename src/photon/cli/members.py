@@ -451,19 +451,17 @@ def _address(typed: str | None, serve: ServeConfig) -> tuple[str, int]:
 def _authority(serve: ServeConfig, host: str) -> str:
     """Certificate of the authority that silos are to trust; made if there is none yet."""
     from photon.deploy.certificates import (
-        CertificateFiles,
         check_certificate,
+        given_files,
         make_authority,
         server_files,
     )
 
-    if serve.ca and serve.certificate and serve.key:
-        files = CertificateFiles(Path(serve.certificate), Path(serve.key), Path(serve.ca))
-    else:
+    if (files := given_files(serve)) is None:
         files = server_files(Path(serve.home))
         make_authority(Path(serve.home))
     if files.certificate.exists():
-        for problem in check_certificate(files.certificate, files.key, files.ca, host):
+        for problem in check_certificate(files, host):
             say(f"note: {problem}; `photon serve` will not start with it, or makes another")
     try:
         return files.ca.read_text(encoding="ascii")

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from photon.config.serve import ServeConfig
 from photon.errors import CertificateError
 from photon.store.disk import write_whole
 
@@ -38,6 +39,11 @@ MEMBER_DAYS = 30
 _AUTHORITY_DAYS = 3650
 #: Clocks of silos may be a little behind.
 _BACKDATED = timedelta(hours=1)
+#: What no certificate of ours is used for.
+_UNUSED = (
+    *("content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *("encipher_only", "decipher_only"),
+)
 #: Services on this machine meet each other by these names.
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -49,6 +55,13 @@ class CertificateFiles:
     certificate: Path
     key: Path
     ca: Path
+
+
+def given_files(serve: ServeConfig) -> CertificateFiles | None:
+    """The operator's own; None where Photon makes them."""
+    if serve.certificate is None or serve.key is None or serve.ca is None:
+        return None
+    return CertificateFiles(Path(serve.certificate), Path(serve.key), Path(serve.ca))
 
 
 def server_files(home: Path) -> CertificateFiles:
@@ -77,15 +90,7 @@ def make_authority(home: Path) -> Path:
     key = ec.generate_private_key(ec.SECP256R1())
     # A serial in its name keeps two authorities apart where a system is given both.
     name = _name(f"Photon aggregator {secrets.token_hex(4)}")
-    identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
-    now = datetime.now(UTC)
-    until = now + timedelta(days=_AUTHORITY_DAYS)
-    certificate = (
-        _builder(key.public_key(), name, name, (now - _BACKDATED, until), identifier)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(signs_certificates=True), critical=True)
-        .sign(key, hashes.SHA256())
-    )
+    certificate = _signed(key, key.public_key(), name, _AUTHORITY_DAYS)
     # The certificate last: whoever sees it finds the key.
     _write(key_path, _key_pem(key), 0o600)
     _write(certificate_path, certificate.public_bytes(serialization.Encoding.PEM), 0o644)
@@ -116,11 +121,8 @@ def make_certificate(
         purposes.append(ExtendedKeyUsageOID.CLIENT_AUTH)
     key = ec.generate_private_key(ec.SECP256R1())
     name = _name(str(names[0].value)[:64])
-    certificate = (
-        _leaf(authority, key.public_key(), name, days, purposes)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .sign(authority_key, hashes.SHA256())
-    )
+    own = (x509.ExtendedKeyUsage(purposes), x509.SubjectAlternativeName(names))
+    certificate = _signed(authority_key, key.public_key(), name, days, authority, own)
     files = server_files(home)
     # A crash between the two leaves a pair that doesn't match: check_certificate sees it, and
     # keep_certificate makes another.
@@ -145,7 +147,7 @@ def keep_certificate(home: Path, host: str, days: float = MOST_DAYS) -> Certific
     found = files.certificate.exists() and files.key.exists()
     if (
         not found
-        or check_certificate(files.certificate, files.key, files.ca, host)
+        or check_certificate(files, host)
         or renewal_is_due(files.certificate)
         or days_left(files.certificate) < min(RENEW_DAYS, RENEW_PART * days)
     ):
@@ -195,9 +197,8 @@ def member_certificate(
     public = serialization.load_pem_public_key(public_pem.encode())
     assert isinstance(public, ec.EllipticCurvePublicKey)  # a member's always is
     subject = _name(fingerprint.partition(":")[2])
-    certificate = _leaf(issuer, public, subject, days, [ExtendedKeyUsageOID.CLIENT_AUTH]).sign(
-        issuer_key, hashes.SHA256()
-    )
+    purpose = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH])
+    certificate = _signed(issuer_key, public, subject, days, issuer, (purpose,))
     pem = certificate.public_bytes(serialization.Encoding.PEM).decode()
     return pem, certificate.not_valid_after_utc
 
@@ -214,24 +215,22 @@ def valid_until(certificate: Path) -> datetime:
     return _read_chain(certificate)[0].not_valid_after_utc
 
 
-def days_left(certificate: Path, *, at: datetime | None = None) -> float:
+def days_left(certificate: Path) -> float:
     """Days until a certificate expires; negative afterwards. Raises CertificateError."""
-    leaf = _read_chain(certificate)[0]
-    return (leaf.not_valid_after_utc - (at or datetime.now(UTC))) / timedelta(days=1)
+    return (valid_until(certificate) - datetime.now(UTC)) / timedelta(days=1)
 
 
 def check_certificate(
-    certificate: Path, key: Path, ca: Path, host: str, *, at: datetime | None = None
+    files: CertificateFiles, host: str, *, at: datetime | None = None
 ) -> list[str]:
     """What is wrong with a certificate, as sentences; empty: nothing.
 
     Args:
-        certificate: PEM, with intermediate certificates behind it where there are any.
-        key: its private key, PEM.
-        ca: authorities, PEM.
+        files: intermediate certificates are behind the certificate, where there are any.
         host: name or address by which it must be known.
         at: a moment other than now.
     """
+    certificate, key, ca = files.certificate, files.key, files.ca
     try:
         chain = _read_chain(certificate)
         roots = _read_chain(ca)
@@ -244,7 +243,7 @@ def check_certificate(
         _date_problem(leaf, now, str(certificate)),
         authority[0] if all(authority) else None,
         f"{key} is not the key of {certificate}"
-        if _public_bytes(private.public_key()) != _public_bytes(leaf.public_key())
+        if private.public_key() != leaf.public_key()
         else None,
         f"{key} may be read by others than its owner (chmod 600 {key})"
         if key.stat().st_mode & 0o077
@@ -252,18 +251,18 @@ def check_certificate(
     ]
     problems = [one for one in found if one is not None]
     # What remains is as OpenSSL sees it; it takes the present for granted.
-    if not problems and at is None and (problem := _handshake_problem(certificate, key, ca, host)):
+    if not problems and at is None and (problem := _handshake_problem(files, host)):
         problems.append(f"{certificate} {problem}")
     return problems
 
 
-def require_certificate(certificate: Path, key: Path, ca: Path, host: str) -> None:
-    """Raise CertificateError, with all that is wrong, unless the door can use it."""
-    if problems := check_certificate(certificate, key, ca, host):
+def require_certificate(files: CertificateFiles, host: str) -> None:
+    """Raise CertificateError, with all that is wrong, unless the door can use the operator's."""
+    if problems := check_certificate(files, host):
         raise CertificateError(
             "; ".join(problems),
-            hint="Make it anew: give serve.host the name that silos use, and remove server.crt "
-            "from serve.home where Photon makes it.",
+            hint="Correct serve.certificate, serve.key and serve.ca, or give serve.host the name "
+            "that silos use.",
         )
 
 
@@ -273,9 +272,10 @@ def require_certificate(certificate: Path, key: Path, ca: Path, host: str) -> No
 def _authority(home: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     certificate = _read_chain(home / "ca.crt")[0]
     key = _read_key(home / "ca.key")
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or _public_bytes(
-        key.public_key()
-    ) != _public_bytes(certificate.public_key()):
+    if (
+        not isinstance(key, ec.EllipticCurvePrivateKey)
+        or key.public_key() != certificate.public_key()
+    ):
         raise CertificateError(
             f"{home / 'ca.key'} is not the key of {home / 'ca.crt'}",
             hint="Restore both from one backup.",
@@ -287,47 +287,49 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-def _leaf(
-    authority: x509.Certificate,
+def _signed(
+    signer: ec.EllipticCurvePrivateKey,
     public: ec.EllipticCurvePublicKey,
     subject: x509.Name,
     days: float,
-    purposes: list[x509.ObjectIdentifier],
-) -> x509.CertificateBuilder:
-    """A certificate that signs no other, valid from now for no longer than its authority."""
+    authority: x509.Certificate | None = None,
+    more: Iterable[x509.ExtensionType] = (),
+) -> x509.Certificate:
+    """A certificate, valid from now for no longer than its authority; None makes an authority."""
     now = datetime.now(UTC)
-    issuer = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
-    begin = max(now - _BACKDATED, authority.not_valid_before_utc)
-    until = min(now + timedelta(days=days), authority.not_valid_after_utc)
-    return (
-        _builder(public, subject, authority.subject, (begin, until), issuer)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
-    )
-
-
-def _builder(
-    public: ec.EllipticCurvePublicKey,
-    subject: x509.Name,
-    issuer: x509.Name,
-    valid: tuple[datetime, datetime],
-    issuer_key: x509.SubjectKeyIdentifier,
-) -> x509.CertificateBuilder:
-    """What every certificate of ours has."""
-    own = x509.SubjectKeyIdentifier.from_public_key(public)
-    theirs = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_key)
-    return (
+    begin, until, issuer = now - _BACKDATED, now + timedelta(days=days), subject
+    own = theirs = x509.SubjectKeyIdentifier.from_public_key(public)
+    if authority is not None:
+        theirs = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        begin = max(begin, authority.not_valid_before_utc)
+        until, issuer = min(until, authority.not_valid_after_utc), authority.subject
+    signs = authority is None
+    builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(public)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(valid[0])
-        .not_valid_after(valid[1])
+        .not_valid_before(begin)
+        .not_valid_after(until)
         .add_extension(own, critical=False)
-        .add_extension(theirs, critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(theirs), critical=False
+        )
+        .add_extension(x509.BasicConstraints(signs, 0 if signs else None), critical=True)
+        .add_extension(
+            x509.KeyUsage(
+                digital_signature=not signs,
+                key_cert_sign=signs,
+                crl_sign=signs,
+                **dict.fromkeys(_UNUSED, False),
+            ),
+            critical=True,
+        )
     )
+    for one in more:
+        builder = builder.add_extension(one, critical=False)
+    return builder.sign(signer, hashes.SHA256())
 
 
 def _general_name(host: str) -> x509.GeneralName:
@@ -343,20 +345,6 @@ def _general_name(host: str) -> x509.GeneralName:
             f"{host!r} is neither the name of a host nor an address",
             hint="Set serve.host to the name or address by which silos reach this machine.",
         ) from None
-
-
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -401,12 +389,6 @@ def _read_key(path: Path):
         ) from error
 
 
-def _public_bytes(key) -> bytes:
-    return key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-
-
 def _date_problem(certificate: x509.Certificate, now: datetime, what: str) -> str | None:
     if now > certificate.not_valid_after_utc:
         return f"{what} expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC"
@@ -429,13 +411,13 @@ def _hosts(leaf: x509.Certificate) -> list[str]:
     ]
 
 
-def _handshake_problem(certificate: Path, key: Path, ca: Path, host: str) -> str | None:
+def _handshake_problem(files: CertificateFiles, host: str) -> str | None:
     """Let OpenSSL be both sides, in memory."""
     server_in, server_out = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
         serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        serving.load_cert_chain(certificate, key)
-        asking = ssl.create_default_context(cafile=str(ca))
+        serving.load_cert_chain(files.certificate, files.key)
+        asking = ssl.create_default_context(cafile=str(files.ca))
         server = serving.wrap_bio(server_in, server_out, server_side=True)
         client = asking.wrap_bio(server_out, server_in, server_hostname=host)
         for side in (client, server, client, server):
@@ -444,10 +426,10 @@ def _handshake_problem(certificate: Path, key: Path, ca: Path, host: str) -> str
     except ssl.SSLCertVerificationError as error:
         match error.verify_code:  # OpenSSL's X509_V_ERR_...
             case 62 | 64:  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
-                named = ", ".join(_hosts(_read_chain(certificate)[0])) or "no host at all"
+                named = ", ".join(_hosts(_read_chain(files.certificate)[0])) or "no host at all"
                 return f"is for {named}, not for {host}"
             case 7 | 18 | 19 | 20 | 21:  # what signed it is not there, or another one
-                return f"was not signed by the authority in {ca}"
+                return f"was not signed by the authority in {files.ca}"
         return f"can't be used: {error.verify_message}"
     except (ssl.SSLError, OSError, ValueError) as error:
         return f"can't be used: {error}"

@@ -28,10 +28,11 @@ from photon.config.serve import ServeConfig
 from photon.data import open_data
 from photon.deploy.certificates import (
     RENEW_DAYS,
-    CertificateFiles,
     check_certificate,
     days_left,
+    given_files,
     make_authority,
+    require_certificate,
     server_files,
 )
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
@@ -162,12 +163,8 @@ def look_at_data(path: str) -> str:
 
 def _certificates(serve: ServeConfig, home: Path) -> str | Doubt:
     host = public_host(serve)
-    if serve.certificate is not None and serve.key is not None and serve.ca is not None:
-        files = CertificateFiles(Path(serve.certificate), Path(serve.key), Path(serve.ca))
-        if problems := check_certificate(files.certificate, files.key, files.ca, host):
-            raise CertificateError(
-                "; ".join(problems), hint="Correct serve.certificate, serve.key and serve.ca."
-            )
+    if (files := given_files(serve)) is not None:
+        require_certificate(files, host)
         left = days_left(files.certificate)
         found = f"{files.certificate} is for {host} and valid for {left:.0f} days"
         return found if left >= RENEW_DAYS else Doubt(found, "Renew it, then start serve again.")
@@ -182,7 +179,7 @@ def _certificates(serve: ServeConfig, home: Path) -> str | Doubt:
         )
     if not files.certificate.exists():
         return f"one for {host} is made at the next start"
-    if problems := check_certificate(files.certificate, files.key, files.ca, host):
+    if problems := check_certificate(files, host):
         return Doubt("; ".join(problems), "It is made anew at the next start.")
     left = days_left(files.certificate)
     return f"{files.certificate} is for {host}, valid for {left:.0f} days"

@@ -20,7 +20,7 @@ from photon.config.serve import ServeConfig
 from photon.deploy.certificates import (
     MOST_DAYS,
     CertificateFiles,
-    check_certificate,
+    given_files,
     keep_certificate,
     read,
     renewal_is_due,
@@ -28,7 +28,7 @@ from photon.deploy.certificates import (
     valid_until,
 )
 from photon.deploy.front_door import public_host
-from photon.errors import CertificateError, PhotonError
+from photon.errors import PhotonError
 from photon.store.disk import write_whole
 
 #: Between two looks at the files.
@@ -70,17 +70,11 @@ class DoorCertificate:
         self._next_look_s = time.monotonic() + look_s
         self._told: tuple[str, float] = ("", 0.0)
         self._trouble: str | None = None
-        self._given: CertificateFiles | None = None
-        if serve.certificate is not None:
-            assert serve.key is not None
-            assert serve.ca is not None
-            self._given = CertificateFiles(Path(serve.certificate), Path(serve.key), Path(serve.ca))
-            require_certificate(
-                self._given.certificate, self._given.key, self._given.ca, self._host
-            )
+        self._given = given_files(serve)
+        if self._given is not None:
+            self.files = self._take_over(self._given)
             # Invitations carry the authority from here.
             write_whole(home / "ca.crt", self._given.ca.read_bytes(), "the authority")
-            self.files = self._take_over(self._given)
         else:
             self.files = keep_certificate(home, self._host, days)
         self._until = valid_until(self.files.certificate)
@@ -140,12 +134,11 @@ class DoorCertificate:
         names = ("certificate", "key")
         if all(read(getattr(given, name)) == read(getattr(self.files, name)) for name in names):
             return False
-        if problems := check_certificate(given.certificate, given.key, given.ca, self._host):
-            raise CertificateError("; ".join(problems))
         self._take_over(given)
         return True
 
     def _take_over(self, given: CertificateFiles) -> CertificateFiles:
+        require_certificate(given, self._host)
         folder = self._home / _GIVEN
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         own = CertificateFiles(folder / "server.crt", folder / "server.key", given.ca)
