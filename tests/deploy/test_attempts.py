@@ -12,7 +12,7 @@ import pytest
 from photon.config import parse_run_config
 from photon.deploy import attempts as attempts_module
 from photon.deploy import serve as serve_module
-from photon.deploy.attempts import Attempts, Ended
+from photon.deploy.attempts import Attempts
 from photon.deploy.desk import Desk
 from photon.deploy.serve import Aggregator
 from photon.deploy.service import Service
@@ -35,37 +35,37 @@ def attempts(gather_s: float = 86_400.0) -> Attempts:
 def test_a_lost_quorum_is_waited_for_with_growing_pauses_and_then_given_up() -> None:
     tried, now_s = attempts(gather_s=4000.0), 100.0
     for pause_s in (30.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1800.0):
-        again = tried.after(Ended(44, LOST), IN_ROUND, now_s)
+        again = tried.after(44, LOST, IN_ROUND, now_s)
         assert (again.pause_s, again.lost) == (pause_s, True)
         assert "the round is drawn again in" in again.words
         now_s += again.pause_s + 10.0
     assert now_s < 100.0 + 4000.0
     with pytest.raises(QuorumLostError, match="dropped: lab-b; tried for") as caught:
-        tried.after(Ended(44, LOST), IN_ROUND, now_s)
+        tried.after(44, LOST, IN_ROUND, now_s)
     assert "--resume runs/med" in (caught.value.hint or "")
 
 
 def test_a_round_that_is_closed_after_all_begins_a_new_count() -> None:
     tried = attempts()
     for _ in range(4):
-        tried.after(Ended(44, LOST), IN_ROUND, 0.0)
-    assert tried.after(Ended(44, LOST), {"round": 3, "in_round": 4}, 9e9).pause_s == 30.0
+        tried.after(44, LOST, IN_ROUND, 0.0)
+    assert tried.after(44, LOST, {"round": 3, "in_round": 4}, 9e9).pause_s == 30.0
 
 
 def test_silos_that_never_came_were_waited_for_by_the_loop() -> None:
     words = "1 silos are here (lab-a), round 3 needs 2; waited 86400 s"
     with pytest.raises(QuorumLostError, match=r"^1 silos are here"):
-        attempts().after(Ended(44, words), BETWEEN, 0.0)
+        attempts().after(44, words, BETWEEN, 0.0)
 
 
 def test_deaths_go_on_at_once_until_they_are_too_many() -> None:
     tried = attempts()
     for number in range(9):
-        assert tried.after(Ended(None, "killed by SIGKILL"), IN_ROUND, float(number)).pause_s == 0
+        assert tried.after(None, "killed by SIGKILL", IN_ROUND, float(number)).pause_s == 0
     with pytest.raises(ServiceLostError, match="died 10 times in round 3"):
-        tried.after(Ended(71, "the store"), IN_ROUND, 9.0)
+        tried.after(71, "the store", IN_ROUND, 9.0)
     with pytest.raises(InvalidValueError, match=r"^no such key"):
-        attempts().after(Ended(12, "no such key"), IN_ROUND, 0.0)
+        attempts().after(12, "no such key", IN_ROUND, 0.0)
 
 
 # --- with the rest of serve ---
@@ -74,7 +74,7 @@ def test_deaths_go_on_at_once_until_they_are_too_many() -> None:
 class Script:
     """Loops that end as they are told to: None in order, a number by that signal."""
 
-    def __init__(self, made: Aggregator, *ends: Ended | int | None) -> None:
+    def __init__(self, made: Aggregator, *ends: tuple[int, str] | int | None) -> None:
         self.ends = list(ends)
         self.started = 0
         self._made = made
@@ -83,9 +83,11 @@ class Script:
     def begin(self, supervisor: Supervisor) -> None:
         self.started += 1
         end = self.ends.pop(0)
-        told = vars(end) if isinstance(end, Ended) else None
+        code, told = 0, None
+        if isinstance(end, tuple):
+            code, told = end[0], {"exit_code": end[0], "words": end[1]}
         self._made._roster.set_setting(ENDED_SETTING, told)
-        words = f"kill -{end} $$" if isinstance(end, int) else f"exit {end.exit_code if end else 0}"
+        words = f"kill -{end} $$" if isinstance(end, int) else f"exit {code}"
         supervisor.start(Service("loop", ("sh", "-c", words), once=True))
 
 
@@ -169,10 +171,10 @@ def test_a_lost_round_is_tried_again_and_everybody_told(serving, home) -> None:
     event = {"event": "round_started", "round": 3, "participants": ["lab-a", "lab-b"]}
     (home / "run" / "events.jsonl").write_text(json.dumps(event) + "\n")
     (home / "run" / "summary.json").write_text('{"rounds": 4, "global_perplexity": 12.345}')
-    script = Script(made, Ended(44, LOST), Ended(44, LOST), 9, None)
+    script = Script(made, (44, LOST), (44, LOST), 9, None)
     with Supervisor(home / "serve.json", home / "logs") as supervisor:
-        outcome = made._see_through(supervisor, desk)
-    assert outcome.finished
+        finished = made._see_through(supervisor, desk)
+    assert finished
     assert script.started == 4
     assert sum("died (killed by SIGKILL); it goes on" in line for line in said) == 1
     assert sum("the round is drawn again in 0 s" in line for line in said) == 2
@@ -198,9 +200,9 @@ def test_a_run_that_is_drained_while_it_waits_to_draw_again_ends(serving, home, 
     made._on_event = lambda words: (said.append(words), made._roster.set_setting("draining", True))
     with Supervisor(home / "serve.json", home / "logs") as supervisor:
         made._serve = made._serve.model_copy(update={"gather_s": 1e9})
-        Script(made, Ended(44, LOST))
-        outcome = made._see_through(supervisor, desk)
-    assert not outcome.finished
+        Script(made, (44, LOST))
+        finished = made._see_through(supervisor, desk)
+    assert not finished
     assert "the run is drained; it can be resumed" in said
 
 

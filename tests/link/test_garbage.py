@@ -53,13 +53,6 @@ def test_what_nobody_names_goes(kind: str, tmp_path: Path) -> None:
     assert names(store) == before
 
 
-def test_chunks_in_use_stay() -> None:
-    store = MemoryStore()
-    fill(store)
-    collect(store, "run", keep=lambda _: False, chunks_of=lambda _: "", in_use={"e", "a"})
-    assert names(store) == ["chunks/a", "chunks/e"]
-
-
 def test_an_upload_while_it_runs_is_left_alone() -> None:
     store = MemoryStore()
     fill(store)

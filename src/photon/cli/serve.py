@@ -131,8 +131,8 @@ def serve(
             view.enter_context(following(folder, shown, look, lines.event))
             _welcome(config, folder, lines)
 
-        outcome = aggregator.run(fresh=resume is None, overwrite=overwrite, on_ready=ready)
-    if not outcome.finished:
+        finished = aggregator.run(fresh=resume is None, overwrite=overwrite, on_ready=ready)
+    if not finished:
         say(f"Stopped. `photon serve --resume {folder}` goes on.")
         return
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

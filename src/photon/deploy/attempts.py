@@ -15,19 +15,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 30.0, 1800.0
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How the loop ended, not in order.
-
-    Attributes:
-        exit_code: of the PhotonError that ended it; None: it died otherwise, by being killed, say.
-        words: why.
-    """
-
-    exit_code: int | None
-    words: str
-
-
-@dataclass(frozen=True)
 class Again:
     """What follows.
 
@@ -63,11 +50,15 @@ class Attempts:
         self._lost_since_s: float | None = None
         self._pause_s = _FIRST_PAUSE_S
 
-    def after(self, ended: Ended, progress: Mapping[str, Any], now_s: float) -> Again:
+    def after(
+        self, exit_code: int | None, words: str, progress: Mapping[str, Any], now_s: float
+    ) -> Again:
         """What follows an end that was not in order.
 
         Args:
-            ended: how it ended.
+            exit_code: of the PhotonError that ended it; None: it died otherwise, by being killed,
+                say.
+            words: why.
             progress: as `progress_of` says.
             now_s: of a clock that never goes back.
 
@@ -80,12 +71,11 @@ class Attempts:
         if reached > self._last_round:
             self._last_round, self._deaths = reached, []
             self._lost_since_s, self._pause_s = None, _FIRST_PAUSE_S
-        code, words = ended.exit_code, ended.words
-        if code == QuorumLostError.exit_code and progress.get("in_round") is not None:
+        if exit_code == QuorumLostError.exit_code and progress.get("in_round") is not None:
             return self._after_loss(words, now_s)
         # Killed; or the link and services, whose trouble may pass.
-        if code is not None and not (70 <= code < 80 or code >= 90):
-            raise error_of(code)(
+        if exit_code is not None and not (70 <= exit_code < 80 or exit_code >= 90):
+            raise error_of(exit_code)(
                 words, hint=f"Mend it, then `photon serve --resume {self._folder}` goes on."
             )
         self._deaths = [at for at in self._deaths if now_s - at < _WITHIN_S] + [now_s]

@@ -325,7 +325,7 @@ class Node:
             facts={"name": self._membership.name, "aggregator": self._membership.address},
         )
 
-    def run(self, *, on_ready: Callable[[], None] | None = None) -> None:
+    def run(self, *, on_ready: Callable[[], None]) -> None:
         """Take part until stopped.
 
         Args:
@@ -346,8 +346,7 @@ class Node:
                 supervisor.start(self._trainer())
                 courier.start()
             ends.enter_context(figures_served(self._watch.metrics, self._figures))
-            if on_ready is not None:
-                on_ready()
+            on_ready()
             supervisor.wait()
 
     def _courier(self) -> Courier:

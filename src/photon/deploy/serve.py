@@ -18,14 +18,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from photon.config import RunConfig, write_resolved
 from photon.config.serve import ServeConfig
-from photon.deploy.attempts import Attempts, Ended
+from photon.deploy.attempts import Attempts
 from photon.deploy.certificates import keep_member_authority
 from photon.deploy.desk import Desk, DeskLimits
 from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
@@ -68,18 +68,6 @@ _LOOK_S = 1.0
 _LAST_DELETION_S = 10.0
 #: Silos say that they are here every few seconds; so long they are given to hear of the end.
 _LAST_WORDS_S = 12.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How serving ended.
-
-    Attributes:
-        finished: the run reached its end (else it was stopped or drained).
-    """
-
-    folder: Path
-    finished: bool
 
 
 class Aggregator:
@@ -135,10 +123,10 @@ class Aggregator:
     def run(
         self,
         *,
-        fresh: bool = False,
-        overwrite: bool = False,
-        on_ready: Callable[[], None] | None = None,
-    ) -> Outcome:
+        fresh: bool,
+        overwrite: bool,
+        on_ready: Callable[[], None],
+    ) -> bool:
         """Serve until the run is over, or somebody stops it.
 
         Nothing is written to the run's folder, or removed, before home and run are held.
@@ -147,6 +135,9 @@ class Aggregator:
             fresh: begin a new run in the folder; else go on with the one there.
             overwrite: a fresh one may replace another.
             on_ready: called once silos can join.
+
+        Returns:
+            Whether the run reached its end; else it was stopped or drained.
 
         Raises:
             PhotonError: what can't be brought up or kept up, or what ended the run.
@@ -176,10 +167,9 @@ class Aggregator:
                 ),
             )
             ends.enter_context(figures_served(self._serve.metrics, lambda: self._figures(desk)))
-            if on_ready is not None:
-                on_ready()
+            on_ready()
             try:
-                outcome = self._see_through(supervisor, desk)
+                finished = self._see_through(supervisor, desk)
             except PhotonError as error:
                 # Not the message: it may quote other silos, or files of this machine.
                 ended = f"ended with exit code {error.exit_code}; its operator can resume it"
@@ -188,10 +178,10 @@ class Aggregator:
                 raise
             if not supervisor.stopping:
                 self._tell_end(desk)
-            if outcome.finished:
+            if finished:
                 self._free_finished(supervisor)
             self._on_event("stopping the services; the store may take half a minute")
-            return outcome
+            return finished
 
     def status(self) -> dict[str, Any]:
         """What `photon status` shows of the run."""
@@ -327,8 +317,8 @@ class Aggregator:
 
     # --- while it runs -----------------------------------------------------------------------
 
-    def _see_through(self, supervisor: Supervisor, desk: Desk) -> Outcome:
-        """Start the loop, and again where it died, until the run is over."""
+    def _see_through(self, supervisor: Supervisor, desk: Desk) -> bool:
+        """Start the loop, and again where it died, until the run is over; as `run` returns."""
         log = str(self._home / "logs" / f"{_LOOP}.log")
         attempts = Attempts(self._serve.gather_s, str(self._folder), log)
         self._begin(supervisor)
@@ -354,7 +344,9 @@ class Aggregator:
                 words = "the run is drained; it can be resumed"
                 return self._over(how_it_ended(self._folder) if finished else words, finished)
             last = self._roster.setting(ENDED_SETTING) or {"exit_code": None, "words": loop.detail}
-            again = attempts.after(Ended(**last), progress_of(self._folder), time.monotonic())
+            again = attempts.after(
+                **last, progress=progress_of(self._folder), now_s=time.monotonic()
+            )
             self._on_event(again.words)
             going, again_s = False, time.monotonic() + again.pause_s
             if again.lost:
@@ -376,11 +368,11 @@ class Aggregator:
         self._on_event(f"as a member: {line.removeprefix(SAYS)}")
         return None
 
-    def _over(self, words: str, finished: bool = False) -> Outcome:
+    def _over(self, words: str, finished: bool = False) -> bool:
         self._on_event(words)
         over = "finished" if finished else "drained"
         tell_all(self._roster, f"{self._config.run.name}: {words}", over=over)
-        return Outcome(self._folder, finished)
+        return finished
 
     def _tell(self) -> None:
         """Say what is waited for, here and to silos, when that has changed."""

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from types import TracebackType
 from typing import IO, Any
 
 from photon.deploy import tether
@@ -89,12 +88,7 @@ class Supervisor:
         self._write_record()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def start(self, service: Service, *, wait: bool = True) -> None:
@@ -226,7 +220,8 @@ class Supervisor:
         except OSError as error:
             lock.close()
             raise DeployError(
-                f"another Photon ({self._recorded_owner()}) runs in {self._record.parent}",
+                f"another Photon (pid {_owner(self._record) or 'unknown'}) runs in "
+                f"{self._record.parent}",
                 hint="Stop it first (photon stop), or use another home folder.",
             ) from error
         # The mark names this very folder: not a copy of it elsewhere, nor one of the same path in
@@ -243,11 +238,6 @@ class Supervisor:
         self._home_lock = lock
         self._mark = f"{home}.{secrets.token_hex(6)}."
         self._end_former(f"{home}.")
-
-    def _recorded_owner(self) -> str:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return f"pid {json.loads(self._record.read_text(encoding='utf-8'))['pid']}"
-        return "pid unknown"
 
     def _end_former(self, home: str) -> None:
         """End what a supervisor that was killed left in this home."""
@@ -319,7 +309,8 @@ def _dismiss(guard: subprocess.Popen[bytes]) -> None:
 
 
 def runner(record: Path) -> int | None:
-    """The id of the process that supervises a home folder now; None if nobody does.
+    """The id of the process that supervises a home folder now, 0 if that is not known; None if
+    nobody does.
 
     Args:
         record: as given to Supervisor.
@@ -330,7 +321,11 @@ def runner(record: Path) -> int | None:
     except FileNotFoundError:
         return None
     except OSError:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return int(json.loads(record.read_text(encoding="utf-8"))["pid"])
-        return 0
+        return _owner(record)
     return None
+
+
+def _owner(record: Path) -> int:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads(record.read_text(encoding="utf-8"))["pid"])
+    return 0

@@ -2,15 +2,15 @@
 
 Invariant: at every moment, whatever a manifest in the store names is in the store. A crash between
 the two steps leaves chunks that nobody names, and the next collection removes them. It breaks if a
-chunk is promised to a writer (who finds it there and does not send it again) and is not in
-`in_use`.
+chunk is promised to a writer (who finds it there and does not send it again) before its manifest is
+there.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from photon.errors import ManifestError
@@ -44,7 +44,6 @@ def collect(
     *,
     keep: Callable[[str], bool],
     chunks_of: Callable[[str], Iterable[str]],
-    in_use: Collection[str] = (),
 ) -> None:
     """Remove what is not kept, then chunks that nothing kept names.
 
@@ -53,21 +52,20 @@ def collect(
         folder: of the run, in the store.
         keep: whether a key stays, which is a manifest's then; asked about all but FOLDER/chunks/,
             also about what was written just now.
-        chunks_of: sha256 of each chunk that the manifest of a key names.
-        in_use: sha256 of chunks that stay though no manifest names them yet: those of uploads
-            under way. Chunks that arrive while this runs stay in any case.
+        chunks_of: sha256 of each chunk that the manifest of a key names. Chunks that arrive while
+            this runs stay in any case.
 
     Raises:
         LinkError: the store fails, or a kept manifest can't be read; nothing is removed then, or
             less than could be. Running it again is safe.
     """
     # Chunks are listed before manifests are read: one that arrives later is not in the list, and
-    # one that is in it either has its manifest by now or is in use.
+    # one that is in it has its manifest by now, or is of an upload that was cut, or is under way.
     inside = f"{folder}/chunks/"
     chunks = [key for key, _ in store.keys(inside.rstrip("/"))]
     manifests = [key for key, _ in store.keys(folder) if not key.startswith(inside)]
     dropped = [key for key in manifests if not keep(key)]
-    named = set(in_use)
+    named = set[str]()
     for key in sorted({*manifests} - {*dropped}):
         named.update(chunks_of(key))
     unnamed = [key for key in chunks if key.removeprefix(inside) not in named]
