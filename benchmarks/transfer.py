@@ -84,7 +84,7 @@ def store(names: Namespaces) -> Iterator[tuple[dict[str, Any], int]]:
 
     Gives what S3Presigner needs to know about it, and its process.
     """
-    from photon.deploy.embedded_store import StoreOptions
+    from photon.deploy.embedded_store import memory_mib
 
     with tempfile.TemporaryDirectory(prefix="photon-transfer-") as scratch:
         folder = Path(scratch)
@@ -109,7 +109,7 @@ def store(names: Namespaces) -> Iterator[tuple[dict[str, Any], int]]:
         log = folder / "log.txt"
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(log.open("w", encoding="utf-8"))
-            limit = f"{StoreOptions().memory_mib}MiB"  # as `photon serve` starts it
+            limit = f"{memory_mib()}MiB"  # as `photon serve` starts it
             options = {"cwd": folder, "env": os.environ | {"GOMEMLIMIT": limit}}
             command = inside(names.aggregator, *command)
             server = stack.enter_context(child(command, stdout=output, stderr=output, **options))

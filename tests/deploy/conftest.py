@@ -27,7 +27,7 @@ from photon.deploy.certificates import (
     member_certificate,
 )
 from photon.deploy.desk import Desk, DeskLimits
-from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
+from photon.deploy.embedded_store import EmbeddedStore
 from photon.deploy.front_door import DoorSettings, front_door
 from photon.deploy.ports import free_ports
 from photon.deploy.service import Service, ServiceEvent
@@ -117,7 +117,7 @@ class RunningStore:
 def running_store(short_folder) -> Iterator[RunningStore]:
     """One for all tests of a session: use a prefix of your own."""
     found = _watched(short_folder("weed"))
-    store = EmbeddedStore(found.home / "store", StoreOptions(min_free_gib=0.1, volume_mib=64))
+    store = EmbeddedStore(found.home / "store", min_free_gib=0.1, volume_mib=64)
     with found.supervisor as supervisor:
         # Its own way to stop takes a quarter of a minute.
         supervisor.start(replace(store.service(), stop_signal=signal.SIGKILL))

@@ -22,7 +22,7 @@ import pytest
 from aws import environment_of
 
 from photon.deploy import embedded_store
-from photon.deploy.embedded_store import BUCKET, EmbeddedStore, StoreOptions, weed_words
+from photon.deploy.embedded_store import BUCKET, EmbeddedStore, weed_words
 from photon.deploy.front_door import find_program
 from photon.deploy.ports import holder
 from photon.errors import DeployError, DiskFullError, LinkError, PhotonError, PortInUseError
@@ -215,7 +215,7 @@ def test_kill_9_while_objects_are_written_loses_none_that_was_acknowledged(runni
 def test_the_same_store_after_a_restart_on_other_ports_and_on_a_full_disk(watched) -> None:
     """Full: more must stay free than the disk has at all."""
     folder = watched.home / "store"
-    first = EmbeddedStore(folder, StoreOptions(min_free_gib=0.1, volume_mib=64))
+    first = EmbeddedStore(folder, min_free_gib=0.1, volume_mib=64)
     first.require_room()
     again = EmbeddedStore(folder)
     assert (first.access_key_id, first.secret) == (again.access_key_id, again.secret)
@@ -225,7 +225,7 @@ def test_the_same_store_after_a_restart_on_other_ports_and_on_a_full_disk(watche
     watched.supervisor._keeper("store").stop()
 
     total_gib = shutil.disk_usage(folder).total / 2**30
-    full = EmbeddedStore(folder, replace(first.options, min_free_gib=total_gib + 1))
+    full = EmbeddedStore(folder, total_gib + 1, 64)
     assert full.free_bytes() == 0
     with pytest.raises(DiskFullError, match="takes no more") as caught:
         full.require_room()
@@ -267,8 +267,7 @@ def test_a_damaged_folder_is_told_in_words(short_folder) -> None:
 @pytest.mark.parametrize(("machine_gib", "mib"), [(1, 512), (8, 1024), (24, 2048), (500, 2048)])
 def test_its_memory_goes_by_the_machines(machine_gib, mib, monkeypatch) -> None:
     monkeypatch.setattr(embedded_store, "main_memory", lambda: (machine_gib * 2**30, 0))
-    assert StoreOptions().memory_mib == mib
-    assert StoreOptions(memory_mib=700).memory_mib == 700
+    assert embedded_store.memory_mib() == mib
 
 
 def test_words() -> None:

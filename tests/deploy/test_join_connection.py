@@ -16,6 +16,7 @@ from photon.deploy import join_checks
 from photon.deploy.certificates import keep_certificate
 from photon.deploy.checks import Check
 from photon.deploy.desk import Desk
+from photon.deploy.embedded_store import BUCKET
 from photon.deploy.front_door import front_door
 from photon.deploy.ports import free_ports
 from photon.errors import (
@@ -194,7 +195,7 @@ def test_a_store_that_refuses(member, another_door, running_store) -> None:
     store = running_store.store
     wrong = S3Presigner(
         f"https://127.0.0.1:{port}",
-        store.bucket,
+        BUCKET,
         region="us-east-1",
         access_key_id=store.access_key_id,
         secret="0" * 40,

@@ -20,7 +20,7 @@ import pytest
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from photon.deploy.embedded_store import REGION, EmbeddedStore, StoreOptions
+from photon.deploy.embedded_store import BUCKET, REGION, EmbeddedStore
 from photon.errors import DeployError
 from photon.store.object_store import ObjectStore
 from photon.store.presign import S3Presigner
@@ -36,14 +36,13 @@ class Seaweed:
         folder: data, configuration and log; short, as unix sockets lie in it.
     """
 
-    bucket = "photon-test"
+    bucket = BUCKET
     region = REGION
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
-        options = StoreOptions(bucket=self.bucket, min_free_gib=0.1, volume_mib=64)
-        self._embedded = EmbeddedStore(folder, options)
+        self._embedded = EmbeddedStore(folder, min_free_gib=0.1, volume_mib=64)
         self.port = self._embedded.port
         self.endpoint = self._embedded.endpoint
         self.access_key_id = self._embedded.access_key_id

@@ -24,7 +24,7 @@ from forked_process import ForkedProcess
 
 from photon.deploy.certificates import keep_certificate, keep_member_authority
 from photon.deploy.desk import Desk
-from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
+from photon.deploy.embedded_store import EmbeddedStore
 from photon.deploy.front_door import DoorSettings, front_door
 from photon.deploy.ports import free_ports
 from photon.deploy.supervisor import Supervisor
@@ -57,7 +57,7 @@ class World:
         files = keep_certificate(folder / "server", "127.0.0.1")
         self.ca = files.ca
         self.key = NodeKey.create(folder / "aggregator.key")
-        self.store = EmbeddedStore(folder / "weed", StoreOptions(min_free_gib=0.1, volume_mib=64))
+        self.store = EmbeddedStore(folder / "weed", min_free_gib=0.1, volume_mib=64)
         self.roster = Roster(folder / "members.sqlite")
         (port,) = free_ports(1)
         self.address = f"127.0.0.1:{port}"

@@ -35,7 +35,7 @@ from photon.deploy.certificates import (
     require_certificate,
     server_files,
 )
-from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
+from photon.deploy.embedded_store import EmbeddedStore
 from photon.deploy.front_door import find_caddy, find_program, public_host
 from photon.deploy.ports import require_free
 from photon.deploy.supervisor import Supervisor, runner
@@ -348,19 +348,18 @@ def skew(theirs: datetime, ours: datetime, who: str) -> str | Doubt:
 
 
 def _embedded_store(serve: ServeConfig, home: Path, running: bool) -> str:
-    options = StoreOptions(min_free_gib=serve.min_free_gib)
     if running:
-        store = EmbeddedStore(home / "store", options)
+        store = EmbeddedStore(home / "store", serve.min_free_gib)
         return f"the one that runs took an object in {_probe(store.open()):.1f} s"
     if (home / "store").exists():
-        return _started(home, options)
+        return _started(home, serve.min_free_gib)
     # A short path: unix sockets lie in it.
     with tempfile.TemporaryDirectory(prefix="photon-check-") as folder:
-        return _started(Path(folder), options)
+        return _started(Path(folder), serve.min_free_gib)
 
 
-def _started(home: Path, options: StoreOptions) -> str:
-    store = EmbeddedStore(home / "store", options)
+def _started(home: Path, min_free_gib: float) -> str:
+    store = EmbeddedStore(home / "store", min_free_gib)
     store.require_room()
     store.move_if_taken()
     began = time.monotonic()

@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
@@ -42,35 +41,15 @@ _PORTS = (
 )
 #: What calls what over gRPC.
 _PARTS = ("master", "volume", "filer", "s3", "client")
+#: How long it may take to end, 16 to 26 s most often. Killed, it loses nothing that it acknowledged
+#: either, but leaves parts of uploads behind.
+_STOP_S = 30.0
 #: A unix socket's path is at most so long (Linux: 108 with the zero at its end).
 _MOST_SOCKET_PATH = 100
 _ANSWER_S = 5.0
 _PROBE = "photon-probe"
 #: Stays in the store, for a start on a full disk to read.
 _KEPT_PROBE = f"{_PROBE}/kept"
-
-
-@dataclass(frozen=True)
-class StoreOptions:
-    """What can be chosen.
-
-    Attributes:
-        bucket: its only one.
-        min_free_gib: it takes no more once so little disk is free; what it holds stays readable.
-        volume_mib: size of the files that it keeps objects in; a file's space comes back when it is
-            vacuumed, which needs room for a copy.
-        memory_mib: what its garbage collector aims at; some 100 MiB come on top. It holds tens of
-            MiB for each object that is being written: with less than all of them need, the
-            collector takes half of its CPU time.
-        stop_s: how long it may take to end, 16 to 26 s most often. Killed, it loses nothing that it
-            acknowledged either, but leaves parts of uploads behind.
-    """
-
-    bucket: str = BUCKET
-    min_free_gib: float = 2.0
-    volume_mib: int = 1024
-    memory_mib: int = field(default_factory=lambda: _memory_mib(main_memory()[0]))
-    stop_s: float = 30.0
 
 
 class EmbeddedStore:
@@ -80,15 +59,17 @@ class EmbeddedStore:
 
     Args:
         folder: data, configuration; made private. Nothing else may be in it.
-        options: see StoreOptions.
+        min_free_gib: it takes no more once so little disk is free; what it holds stays readable.
+        volume_mib: size of the files that it keeps objects in; a file's space comes back when it is
+            vacuumed, which needs room for a copy.
 
     Raises:
         DeployError: the folder's configuration is damaged, or can't be written.
     """
 
-    def __init__(self, folder: Path, options: StoreOptions | None = None) -> None:
+    def __init__(self, folder: Path, min_free_gib: float = 2.0, volume_mib: int = 1024) -> None:
         self.folder = folder.absolute()
-        self.options = options or StoreOptions()
+        self._min_free_gib, self._volume_mib = min_free_gib, volume_mib
         try:
             (self.folder / "data").mkdir(parents=True, exist_ok=True, mode=0o700)
             self.folder.chmod(0o700)
@@ -96,10 +77,6 @@ class EmbeddedStore:
             raise DeployError(f"can't make the store's folder {folder}: {error}") from error
         self.access_key_id, self.secret = self._credentials()
         self._ports = self._kept_ports()
-
-    @property
-    def bucket(self) -> str:
-        return self.options.bucket
 
     @property
     def port(self) -> int:
@@ -119,7 +96,7 @@ class EmbeddedStore:
     @property
     def url(self) -> str:
         """As `photon.store.object_store.open_store` takes it, with `place` and `credentials`."""
-        return f"s3://{self.bucket}"
+        return f"s3://{BUCKET}"
 
     @property
     def place(self) -> dict[str, str]:
@@ -140,7 +117,7 @@ class EmbeddedStore:
         """Grants for those who see it at `public_url` (the front door)."""
         return S3Presigner(
             public_url,
-            self.bucket,
+            BUCKET,
             region=REGION,
             access_key_id=self.access_key_id,
             secret=self.secret,
@@ -163,7 +140,7 @@ class EmbeddedStore:
             healthy=lambda: self._ask("HEAD")[0] == 200,
             silence_s=120.0,
             restarts=RestartPolicy(longest_pause_s=30.0, most_deaths=20),
-            stop_s=self.options.stop_s,
+            stop_s=_STOP_S,
             ports=tuple(("127.0.0.1", port) for port in self.ports),
             folder=self.folder,
             wording=weed_words,
@@ -171,7 +148,7 @@ class EmbeddedStore:
 
     def command(self) -> tuple[str, ...]:
         """SeaweedFS's command line; raises as `service`."""
-        options, sockets = self.options, {"filer": "filer.sock", "s3": "s3.sock"}
+        sockets = {"filer": "filer.sock", "s3": "s3.sock"}
         for name in sockets.values():
             path = self.folder / name
             if len(os.fsencode(path)) > _MOST_SOCKET_PATH:
@@ -187,8 +164,8 @@ class EmbeddedStore:
             *("-master.telemetry=false", "-master.electionTimeout=1s"),
             # Space of what was deleted comes back within a minute or two.
             *("-master.vacuumIntervalSeconds=60", "-master.garbageThreshold=0.1"),
-            f"-master.volumeSizeLimitMB={options.volume_mib}",
-            *("-volume.max=0", f"-volume.minFreeSpace={_free_space(options.min_free_gib)}"),
+            f"-master.volumeSizeLimitMB={self._volume_mib}",
+            *("-volume.max=0", f"-volume.minFreeSpace={_free_space(self._min_free_gib)}"),
             "-volume.preStopSeconds=1",
             # Its web pages, which take writes from anybody on this machine.
             *("-filer.disableHttp", f"-filer.localSocket={self.folder / sockets['filer']}"),
@@ -209,7 +186,7 @@ class EmbeddedStore:
     def free_bytes(self) -> int:
         """Room on its disk before it takes no more; 0: it takes none now."""
         free = shutil.disk_usage(self.folder).free
-        return max(0, free - int(self.options.min_free_gib * 2**30))
+        return max(0, free - int(self._min_free_gib * 2**30))
 
     def require_room(self) -> None:
         """Raise DiskFullError if it takes no more."""
@@ -217,7 +194,7 @@ class EmbeddedStore:
             free = shutil.disk_usage(self.folder).free
             raise DiskFullError(
                 f"the store in {self.folder} takes no more: {free / 2**30:.1f} GiB are free on its "
-                f"disk, {self.options.min_free_gib:g} must stay free",
+                f"disk, {self._min_free_gib:g} must stay free",
                 hint="Make room, move serve.home to a larger disk, lower serve.keep_rounds, or "
                 "set serve.store to a store elsewhere.",
             )
@@ -258,7 +235,7 @@ class EmbeddedStore:
         return answer.status_code, code[1] if code else ""
 
     def _environment(self) -> dict[str, str]:
-        home, memory = str(self.folder), f"{self.options.memory_mib}MiB"
+        home, memory = str(self.folder), f"{memory_mib()}MiB"
         return given(computes=False) | {"HOME": home, "GOMEMLIMIT": memory}
 
     def _close_inside(self) -> None:
@@ -336,9 +313,13 @@ def weed_words(line: str) -> str | None:
     return readable(f"{level}: {re.sub(r'[?]X-Amz-[^ ]*', '', found[3])}")
 
 
-def _memory_mib(main_memory_bytes: int) -> int:
-    """An eighth of the machine's, or the container's, within bounds."""
-    return min(max(main_memory_bytes // 8 >> 20, 512), 2048)
+def memory_mib() -> int:
+    """What its garbage collector aims at; some 100 MiB come on top.
+
+    It holds tens of MiB for each object that is being written: with less than all of them need, the
+    collector takes half of its CPU time. An eighth of the machine's, or the container's, memory.
+    """
+    return min(max(main_memory()[0] // 8 >> 20, 512), 2048)
 
 
 def _free_space(gib: float) -> str:

@@ -28,7 +28,7 @@ from photon.config.serve import ServeConfig
 from photon.deploy.attempts import Attempts
 from photon.deploy.certificates import keep_member_authority
 from photon.deploy.desk import Desk, DeskLimits
-from photon.deploy.embedded_store import EmbeddedStore, StoreOptions
+from photon.deploy.embedded_store import EmbeddedStore
 from photon.deploy.figures import Reader, figures_served, tell_desk, tell_machine
 from photon.deploy.freeing import free_leftovers, note_leftover
 from photon.deploy.front_door import READ_AGAIN, DoorSettings, front_door, public_url
@@ -228,8 +228,7 @@ class Aggregator:
             presigner = presigner_for(open_store(self._serve.store))
             own.write(self._folder)
             return presigner, None
-        options = StoreOptions(min_free_gib=self._serve.min_free_gib)
-        store = EmbeddedStore(self._home / "store", options)
+        store = EmbeddedStore(self._home / "store", self._serve.min_free_gib)
         store.require_room()
         store.move_if_taken()
         self._start(supervisor, store.service())

@@ -20,8 +20,8 @@ _MAY_CHANGE = ("serve.", "data.path=")
 _TAIL_BYTES = 1 << 18
 
 
-def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> RunConfig:
-    """Make a run folder for a new run: the run file with whole paths, and its id.
+def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> None:
+    """Make a run folder for a new run: the run file, whose paths are whole, and its id.
 
     Called while the run is held (`Aggregator.run`): what is there may be another's, at work.
 
@@ -50,11 +50,9 @@ def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> 
         raise RunExistsError(
             f"{folder} is not empty and holds no run", hint="Choose another --run-dir."
         )
-    config = with_whole_paths(config)
     folder.mkdir(parents=True, exist_ok=True)
     write_resolved(config, folder / RUN_FILE)
     Serving(secrets.token_hex(16), config.serve.home, "", {}).write(folder)
-    return config
 
 
 def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
