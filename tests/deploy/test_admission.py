@@ -125,7 +125,7 @@ def place(short_folder, running_store, watch, host) -> Iterator[Place]:
 def test_a_member_gets_a_certificate_by_itself_and_shows_it_everywhere(place: Place) -> None:
     """Nothing of it is in the node's home: one of an older Photon needs nothing new."""
     blue = place.member("blue")
-    assert blue.standing().status == "active"
+    assert blue.standing().member_status == "active"
     data = b"x" * 1000
     task, key = place.task("blue"), f"run/silos/blue/{hashlib.sha256(data).hexdigest()}"
     with contextlib.closing(place.store(blue, task)) as store:
@@ -165,7 +165,7 @@ def test_a_suspended_member_comes_back_with_the_certificate_it_has(place: Place)
     with pytest.raises(UnknownMemberError, match="suspended"):
         blue.standing()
     place.roster.reinstate("blue")
-    assert blue.standing().status == "active"
+    assert blue.standing().member_status == "active"
 
 
 def test_another_members_certificate_with_ones_own_signature(place: Place, monkeypatch) -> None:
@@ -229,7 +229,7 @@ def test_an_authority_that_is_lost_is_made_anew_and_nodes_find_their_way(place: 
     until = time.monotonic() + 60
     while True:
         try:
-            assert blue.standing().status == "active"
+            assert blue.standing().member_status == "active"
             break
         except UnreachableError:
             assert time.monotonic() < until

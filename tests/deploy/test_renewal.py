@@ -353,14 +353,14 @@ def test_a_member_goes_on_past_the_end_of_the_certificate_it_joined_with(serving
     while datetime.now(UTC) < joined_with + timedelta(seconds=2):
         found.certificate.look(found.read_again)
         try:
-            assert client.standing().status == "active"
+            assert client.standing().member_status == "active"
         except UnreachableError:
             # A connection that nobody used just then is closed: asked again, as every caller does.
             again += 1
-            assert client.standing().status == "active"
+            assert client.standing().member_status == "active"
         # And who comes anew, with what it got when it joined.
         fresh = DeskClient(f"127.0.0.1:{found.port}", tmp_path / "ca.crt", key)
-        assert fresh.standing().status == "active"
+        assert fresh.standing().member_status == "active"
         fresh.close()
         asked += 1
         time.sleep(0.3)

@@ -4,6 +4,7 @@ import json
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -154,7 +155,7 @@ def test_invite_says_when_the_certificate_is_for_another_host(run_file, tmp_path
 
 
 def test_list(joined, run_file, keys):
-    joined.seen("hospital-a", Presence("training", "r", 2, 3, 9, boot="b"))
+    joined.all_seen({"hospital-a": (Presence("training", "r", 2, 3, 9, boot="b"), time.time())})
     photon("invite", "lab", "--run-file", run_file)
     shown = photon("members", "list", "--run-file", run_file).stdout
     assert "hospital-a" in shown

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -388,7 +389,7 @@ def test_what_was_said_outlives_the_process(tmp_path, keys, facts):
     with Roster(path) as roster:
         roster.redeem(roster.invite("lab", 60), "lab", keys[0].public_pem, facts)
         roster.tasks.open(task())
-        roster.seen("lab", Presence("training", "r", 1, 3, 9, "r/fit/1/lab", "", "b"), now=NOW)
+        roster.all_seen({"lab": (Presence("training", "r", 1, 3, 9, "r/fit/1/lab", "", "b"), NOW)})
         # As a crash leaves it: the files as they are, the write-ahead log not yet moved over.
         shutil.copytree(tmp_path, tmp_path / "crashed", ignore=shutil.ignore_patterns("crashed"))
     with Roster(tmp_path / "crashed" / "members.sqlite") as roster:
@@ -461,7 +462,9 @@ def test_nothing_from_outside_breaks_it(roster, keys, facts, token, name, pem, t
         lambda: roster.by_fingerprint(token),
         lambda: roster.active(token),
         lambda: roster.tasks.close(task_id, None),
-        lambda: roster.seen(name, Presence(presence, detail=presence, boot=presence)),
+        lambda: roster.all_seen(
+            {name: (Presence(presence, detail=presence, boot=presence), time.time())}
+        ),
         lambda: roster.tasks.reply(task_id),
     ):
         with contextlib.suppress(PhotonError):

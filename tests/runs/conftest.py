@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from served_in_process import RUN_ID, SMALL, Served
 
@@ -62,7 +64,7 @@ def roster(tmp_path):
             key = NodeKey.create(tmp_path / f"{name}.key")
             facts = Facts("d" * 64, "e" * 64, 100 * number, "0.1.0")
             roster.redeem(roster.invite(name, 60), name, key.public_pem, facts)
-            roster.seen(name, Presence("idle", boot=name))
+            roster.all_seen({name: (Presence("idle", boot=name), time.time())})
         yield roster
 
 

@@ -35,7 +35,7 @@ def leave(run, *names):
     for name in names:
         with run.telling:
             run.wire.quiet.add(name)
-            run.roster.seen(name, Presence("stopping", boot=name))
+            run.roster.all_seen({name: (Presence("stopping", boot=name), time.time())})
 
 
 @pytest.mark.parametrize("word", ["draining", "stopping"])

@@ -83,7 +83,7 @@ def without_red(make_served):
     run.wire.fault = drain
     run.go_on()
     run.wire.quiet.add("red")
-    run.roster.seen("red", Presence("stopping", boot="red"))
+    run.roster.all_seen({"red": (Presence("stopping", boot="red"), time.time())})
     run.roster.set_setting("draining", False)
     come_back(run)
     return run.go_on().summary

@@ -234,7 +234,7 @@ def test_a_run_that_is_over_waits_for_no_silo(make_served, calm):
     same(served.go_on().summary, calm)
     for name in served.silos:
         served.wire.quiet.add(name)
-        served.roster.seen(name, Presence("stopping", boot=name))
+        served.roster.all_seen({name: (Presence("stopping", boot=name), time.time())})
     asked = len(served.wire.asked)
     same(served.go_on().summary, calm)
     assert len(served.wire.asked) == asked
@@ -245,7 +245,7 @@ def killed_before_its_summary(served):
     summary = served.go_on().summary
     (served.folder / "summary.json").unlink()
     served.wire.quiet.add("red")
-    served.roster.seen("red", Presence("stopping", boot="red"))
+    served.roster.all_seen({"red": (Presence("stopping", boot="red"), time.time())})
     return summary
 
 
@@ -299,12 +299,12 @@ def test_who_is_suspended_expelled_silent_or_stopping_is_not_drawn(fleet, roster
     roster.reinstate("green")
     roster.expel("red")
     assert fleet().present() == ["blue", "green"]
-    roster.seen("blue", Presence("stopping", boot="blue"))
+    roster.all_seen({"blue": (Presence("stopping", boot="blue"), time.time())})
     assert sorted(fleet().drawn_from(1).tokens) == ["green"]
-    roster.seen("green", Presence("training", boot="green"), now=time.time() - 61)
+    roster.all_seen({"green": (Presence("training", boot="green"), time.time() - 61)})
     with pytest.raises(QuorumLostError, match=r"0 silos are here \(none\)"):
         fleet("serve.gather_s=0.1").drawn_from(2)
-    roster.seen("green", Presence("idle", boot="green"), now=time.time() - 10)
+    roster.all_seen({"green": (Presence("idle", boot="green"), time.time() - 10)})
     assert fleet().present() == ["green"]
     assert fleet("federation.silence_s=5").present() == []
 
@@ -314,7 +314,7 @@ def test_a_begun_round_has_the_silos_it_was_given_to(fleet, roster):
     assert fleet().drawn_from(4).tokens == {"blue": 100, "red": 300}
     roster.reinstate("green")
     # Silent, suspended or expelled since: the round is the same, and the engine leaves them out.
-    roster.seen("blue", Presence("idle", boot="blue"), now=time.time() - 600)
+    roster.all_seen({"blue": (Presence("idle", boot="blue"), time.time() - 600)})
     roster.expel("red")
     another = fleet("federation.sample=2", "serve.min_silos=3", "serve.gather_s=0.05")
     assert another.drawn_from(4) == Candidates({"blue": 100, "red": 300}, attempt=1)
@@ -334,7 +334,7 @@ def test_last_scores_are_waited_for_only_from_silos_that_may_come(fleet, roster,
     drawn = {"blue": 100, "green": 200, "red": 300}
     over = fleet("federation.rounds=7", "serve.min_silos=3")
     assert over.expected(8) == drawn  # blue and green are here, red won't be
-    roster.seen("blue", Presence("stopping", boot="blue"))
+    roster.all_seen({"blue": (Presence("stopping", boot="blue"), time.time())})
     no_scores = fleet("federation.rounds=7", "serve.min_silos=3", "eval.per_silo=false")
     assert no_scores.expected(8) == drawn
     ending = fleet("federation.rounds=7", "serve.min_silos=3", ending=lambda: True)
@@ -346,7 +346,7 @@ def test_last_scores_are_waited_for_only_from_silos_that_may_come(fleet, roster,
 
 
 def test_it_waits_for_silos_and_says_so(fleet, roster, monkeypatch):
-    roster.seen("red", Presence("stopping", boot="red"))
+    roster.all_seen({"red": (Presence("stopping", boot="red"), time.time())})
     told, written, sleep = [], [], time.sleep
     set_setting = roster.set_setting
 
@@ -357,7 +357,7 @@ def test_it_waits_for_silos_and_says_so(fleet, roster, monkeypatch):
     def look(seconds):
         told.append(roster.setting("waiting"))
         if len(told) == 3:
-            roster.seen("red", Presence("idle", boot="red"))
+            roster.all_seen({"red": (Presence("idle", boot="red"), time.time())})
         sleep(seconds)
 
     monkeypatch.setattr(roster, "set_setting", counted)

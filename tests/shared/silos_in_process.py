@@ -132,8 +132,13 @@ class Wire:
 
     def be_here(self, name: str, **what) -> None:
         """What a silo tells the desk."""
-        self.roster.seen(
-            name, Presence(**({"state": "idle", "boot": self.boots.get(name, name)} | what))
+        self.roster.all_seen(
+            {
+                name: (
+                    Presence(**({"state": "idle", "boot": self.boots.get(name, name)} | what)),
+                    time.time(),
+                )
+            }
         )
 
 
@@ -141,4 +146,4 @@ def join_all(roster: Roster, silos: Mapping[str, Silo]) -> None:
     """Make members of them, and say that they are here."""
     for name, silo in silos.items():
         roster.redeem(roster.invite(name, 60), name, silo.key.public_pem, silo.facts)
-        roster.seen(name, Presence("idle", boot=name))
+        roster.all_seen({name: (Presence("idle", boot=name), time.time())})

@@ -199,7 +199,7 @@ def test_a_node_takes_what_the_desk_of_the_version_before_answers(
     assert [getattr(one, "grant", one).__class__ for one in grants[:2]] == [Grant, Grant]
     assert isinstance(grants[2], PhotonError)
     standing = ask("check", lambda desk, body: desk.standing())
-    assert (standing.name, standing.status) == ("red", "active")
+    assert (standing.name, standing.member_status) == ("red", "active")
     signed = SignedReply("", b"{}", "c2lnbmVk", key.fingerprint)
     ask("reply", lambda desk, body: desk.reply("boot-1", letter.id, signed))
     assert ask("health", lambda desk, body: desk.health())["ok"] is True

@@ -44,9 +44,8 @@ from photon.errors import (
     ProtocolError,
     SignatureError,
     UnreachableError,
-    error_of,
 )
-from photon.membership.desk_documents import error_record
+from photon.membership.desk_documents import Failure, error_record
 from photon.membership.records import printable
 
 logger = logging.getLogger("photon.desk")
@@ -466,6 +465,5 @@ def ask_operator(
             hint="Is it running, on this machine, as this user, with this home?",
         ) from error
     if "error" in document:
-        told = document["error"]
-        raise error_of(told["code"])(told["message"], hint=told["hint"])
+        raise Failure.model_validate(document).error.raised()
     return document

@@ -46,9 +46,9 @@ from photon.errors import (
     CertificateError,
     DeployError,
     InvitationError,
-    PhotonError,
     UnreachableError,
 )
+from photon.membership.desk_documents import CheckAnswer
 from photon.membership.invitation import (
     Invitation,
     certificate_fingerprint,
@@ -56,7 +56,7 @@ from photon.membership.invitation import (
 )
 from photon.membership.keys import NodeKey
 from photon.membership.records import printable
-from photon.silo.desk_client import DeskClient, Standing
+from photon.silo.desk_client import DeskClient
 from photon.silo.policy import (
     MEMBERSHIP_FILE,
     Membership,
@@ -67,6 +67,7 @@ from photon.silo.policy import (
 )
 from photon.store.dialling import http_client, proxy_to
 from photon.store.granted_store import GrantedStore
+from photon.store.presign import Grant
 
 _ANSWER_S = 10.0
 #: The aggregator makes its own anew long before.
@@ -151,7 +152,7 @@ class _Site:
         self._known: Invitation | Membership | None = None
         self._ca_pem, self._ca_source = "", home / CA_FILE
         self._health: dict[str, Any] = {}
-        self._standing: Standing | None = None
+        self._standing: CheckAnswer | None = None
         self._trust: Callable[[], ssl.SSLContext] | None = None
 
     # --- here --------------------------------------------------------------------------------
@@ -381,14 +382,15 @@ class _Site:
             standing = self._standing = client.standing()
             trust = client.trust()
         self._trust = lambda: trust
-        return f"{standing.name} is {standing.status}"
+        return f"{standing.name} is {standing.member_status}"
 
     def store(self) -> str | Doubt:
         membership, standing = self._its, self._standing
         if isinstance(membership, Invitation) or standing is None:
             return Doubt(_LATER, verdict="skip")
-        probe = standing.probe
-        if isinstance(probe, PhotonError):
+        probe = standing.store.leave()
+        if not isinstance(probe, Grant):
+            assert probe is not None  # DeskClient.standing
             raise probe
         network = self._node.network if self._node is not None else NetworkConfig()
         origin = membership.store_origin
@@ -403,7 +405,7 @@ class _Site:
         )
         began = time.monotonic()
         with closing(store):
-            store.size(standing.probe_key)
+            store.size(standing.store.key)
         return f"{store} answers, in {time.monotonic() - began:.1f} s"
 
     def _client(self, key: NodeKey | None) -> DeskClient:

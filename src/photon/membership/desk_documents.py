@@ -9,7 +9,15 @@ from __future__ import annotations
 import functools
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    Base64Bytes,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from photon.errors import PhotonError, ProtocolError, error_of
 from photon.membership.records import Facts, MemberName, Presence, SignedReply, printable
@@ -196,9 +204,11 @@ class GrantPart(_Answer):
 
 
 class CheckAnswer(_Answer):
+    """How a member stands, by its name; leave to look at the store."""
+
     server_time: float
-    name: str
-    member_status: Annotated[str, Field(max_length=100)]
+    name: Annotated[str, AfterValidator(lambda name: printable(name)[:100])]
+    member_status: Annotated[str, Field(max_length=100), AfterValidator(printable)]
     store: GrantPart
 
 

@@ -336,16 +336,10 @@ class Roster:
 
     # --- presence ---------------------------------------------------------------------------------
 
-    def seen(self, name: str, presence: Presence, *, now: float | None = None) -> None:
-        """Note that a node is here, and what it does. `photon.deploy.attendance` decides whether.
-
-        Args:
-            now: seconds since the epoch, of this machine's clock.
-        """
-        self.all_seen({name: (presence, _now(now))})
-
     def all_seen(self, said: Mapping[str, tuple[Presence, float]]) -> None:
-        """`seen`, of many at once. A power cut may take it back: they say it again."""
+        """Note what each of these nodes does, and when it said so (seconds since the epoch, of this
+        machine's clock). A power cut may take it back: they say it again.
+        """
         rows = [(name, at, json.dumps(vars(one))) for name, (one, at) in said.items()]
         with self._file.changing(durable=False) as db:
             db.executemany("INSERT OR REPLACE INTO presence VALUES (?, ?, ?)", rows)

@@ -13,7 +13,7 @@ import ssl
 import time
 import weakref
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -197,8 +197,9 @@ class DeskClient:
         """Leave for the objects of one task: photon.store.granted_store.Grants."""
         return GrantBook(self, task_id)
 
-    def standing(self) -> Standing:
-        """How this node stands with the aggregator; changes nothing there.
+    def standing(self) -> CheckAnswer:
+        """How this node stands with the aggregator; changes nothing there. Its `store` is leave to
+        ask for an object that is in none (HEAD), or why there is no leave.
 
         Raises:
             PhotonError: as `presence`.
@@ -208,12 +209,7 @@ class DeskClient:
         probe = part.leave()
         if probe is None or (isinstance(probe, Grant) and (probe.verb != "HEAD" or not part.key)):
             raise ProtocolError(f"the desk of {self} gives no leave to look at the store")
-        return Standing(
-            printable(answer.name)[:100],
-            printable(answer.member_status),
-            part.key,
-            probe,
-        )
+        return answer
 
     def health(self) -> dict[str, Any]:
         """Whether the desk is there: ok, version, server_time (not of Photon 0.1's first desks).
@@ -353,23 +349,6 @@ class DeskClient:
 
     def __str__(self) -> str:
         return self._address
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A node as its aggregator knows it.
-
-    Attributes:
-        name: of the member that holds this node's key.
-        status: "active".
-        probe_key: of an object that is in no store.
-        probe: leave to ask the store for it (HEAD), or why there is none.
-    """
-
-    name: str
-    status: str
-    probe_key: str
-    probe: Grant | PhotonError
 
 
 def _origin(address: str) -> str:

@@ -24,7 +24,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from photon.errors import PhotonError, ProtocolError, WorkerLostError, error_of
+from pydantic import ValidationError
+
+from photon.errors import PhotonError, ProtocolError, WorkerLostError
+from photon.membership.desk_documents import Failure, error_record
 from photon.membership.records import SignedReply
 
 #: The trainer's socket, in the node's home.
@@ -168,7 +171,7 @@ def answer_of(reply: SignedReply) -> dict[str, Any]:
 
 def refusal_of(error: PhotonError) -> dict[str, Any]:
     """An answer where none can be signed, as a record to be framed."""
-    return {"error": {"code": error.exit_code, "message": error.message, "hint": error.hint}}
+    return {"error": error_record(error)}
 
 
 @contextlib.contextmanager
@@ -214,13 +217,10 @@ def _read(trainer: socket.socket) -> dict[str, Any] | None:
 
 def error_in(record: Mapping[str, Any]) -> PhotonError | None:
     """What `refusal_of` made a record of; None if it is another."""
-    error = record.get("error")
-    if not isinstance(error, dict):
-        return None
-    code, hint = error.get("code"), error.get("hint")
-    kind = error_of(code) if isinstance(code, int) else PhotonError
-    message = str(error.get("message"))[:4000]
-    return kind(message, hint=str(hint)[:4000] if hint is not None else None)
+    try:
+        return Failure.model_validate(record).error.raised()
+    except ValidationError:
+        return PhotonError(str(record["error"])[:2000]) if "error" in record else None
 
 
 def reply_of(record: Mapping[str, Any]) -> SignedReply:

@@ -106,7 +106,7 @@ def _prepared(roster: Roster, keys: dict[str, NodeKey]) -> str:
     kept = SignedReply("", text, signature, keys["red"].fingerprint, encoded(ask()))
     roster.tasks.close(f"{RUN_ID}/fit/3/red", kept)
     roster.letters.push(f"{RUN_ID}/fit/4/red", sealed(ask(), keys["asker"]))
-    roster.seen("red", Presence("idle", boot="boot-1"), now=now)
+    roster.all_seen({"red": (Presence("idle", boot="boot-1"), now)})
     roster.set_setting("run", "/srv/runs/med")
     roster.journal.note("198.51.100.7", "refused join", "no such invitation", refusal=True)
     roster.journal.note("operator", "drain", "")
