@@ -8,6 +8,7 @@ import time
 
 import pytest
 import rotation
+import torch
 
 from photon.config import load_run_config
 from photon.dashboard.digest import read_digest
@@ -20,6 +21,7 @@ from photon.errors import (
     RunNotFoundError,
 )
 from photon.federation import Candidates
+from photon.link import write_tensors
 from photon.membership.bulletin import told, whom_and_what_for
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import Presence
@@ -388,7 +390,9 @@ def test_a_merged_silo_without_a_receipt_is_never_written_down(roster, run_id, t
     notary = Notary(tmp_path, roster, run_id, NodeKey.create(tmp_path / "aggregator.key"))
     checkpoint = tmp_path / "checkpoints/round-000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text('{"merged": {"red": 1}, "in_flight": []}')
+    state = {"merged": {"red": 1}, "in_flight": [], "files": {}}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    write_tensors(checkpoint / "global.safetensors", {"weights/one": torch.zeros(1)})
     with pytest.raises(MembershipError, match="round 1 merged red, whose receipt is not there"):
         notary._close_round(1)
     shutil.rmtree(checkpoint)
