@@ -8,10 +8,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,8 +33,8 @@ from photon.deploy.certificates import (
     require_certificate,
     server_files,
 )
-from photon.deploy.embedded_store import EmbeddedStore
-from photon.deploy.front_door import find_caddy, find_program, public_host
+from photon.deploy.embedded_store import PROBE, EmbeddedStore, probe
+from photon.deploy.front_door import find_caddy, find_program, public_host, ran
 from photon.deploy.ports import require_free
 from photon.deploy.supervisor import Supervisor, runner
 from photon.environment import given
@@ -65,7 +63,6 @@ KEEP_IT_RIGHT = (
 _SWITCH_ON = "Switch time synchronisation on (`timedatectl set-ntp true`)."
 _NOTED_SKEW_S = 10.0
 _STORE_SILENCE_S = 10.0
-_PROBE = "photon-probe"
 _BYTES_PER_GIB = 2**30
 #: No clock that was ever set shows an earlier time than this program's own making.
 _EARLIEST = datetime(2026, 1, 1, tzinfo=UTC)
@@ -269,12 +266,7 @@ def _weed() -> str:
 
 
 def _said(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, env=given(computes=False), capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise DeployError(f"{command[0]} does not run: {error}") from error
+    done = ran(command, given(computes=False))
     if done.returncode != 0:
         raise DeployError(f"{command[0]} does not run: {done.stderr.strip()[:200]}")
     return done.stdout.strip().partition("\n")[0]
@@ -293,9 +285,9 @@ def _own_store(url: str) -> list[Check]:
     def look() -> str | Doubt:
         store = open_store(url, silence_s=_STORE_SILENCE_S)
         opened.append(store)
-        seconds = _probe(store)
+        seconds = probe(store)
         signer = presigner_for(store)
-        require_origin(signer.grant("HEAD", f"{_PROBE}/none", 60).url)
+        require_origin(signer.grant("HEAD", f"{PROBE}/none", 60).url)
         found = f"{store} took, gave back and removed an object in {seconds:.1f} s"
         if isinstance(signer, ObstorePresigner):
             return Doubt(
@@ -311,22 +303,8 @@ def _own_store(url: str) -> list[Check]:
     return found
 
 
-def _probe(store: Store) -> float:
-    """Write, read and delete an object; how long it took, in seconds."""
-    key = f"{_PROBE}/{secrets.token_hex(8)}"
-    data = secrets.token_bytes(64)
-    began = time.monotonic()
-    store.put(key, data)
-    try:
-        if store.get(key, max_bytes=1024) != data:
-            raise DeployError(f"{store} gave back other bytes than it took, under {key}")
-    finally:
-        store.delete([key])
-    return time.monotonic() - began
-
-
 def _store_clock(store: Store) -> str | Doubt:
-    grant = presigner_for(store).grant("HEAD", f"{_PROBE}/none", 60)
+    grant = presigner_for(store).grant("HEAD", f"{PROBE}/none", 60)
     try:
         with http_client(grant.url, None, httpx2.Timeout(_STORE_SILENCE_S)) as client:
             answer = client.head(grant.url, headers=dict(grant.headers))
@@ -350,7 +328,7 @@ def skew(theirs: datetime, ours: datetime, who: str) -> str | Doubt:
 def _embedded_store(serve: ServeConfig, home: Path, running: bool) -> str:
     if running:
         store = EmbeddedStore(home / "store", serve.min_free_gib)
-        return f"the one that runs took an object in {_probe(store.open()):.1f} s"
+        return f"the one that runs took an object in {probe(store.open()):.1f} s"
     if (home / "store").exists():
         return _started(home, serve.min_free_gib)
     # A short path: unix sockets lie in it.
@@ -367,7 +345,7 @@ def _started(home: Path, min_free_gib: float) -> str:
         # A store that nobody uses loses nothing when it is killed, and that is quicker.
         supervisor.start(replace(store.service(), stop_signal=signal.SIGKILL))
         started_s = time.monotonic() - began
-        seconds = _probe(store.open(silence_s=_STORE_SILENCE_S))
+        seconds = probe(store.open(silence_s=_STORE_SILENCE_S))
     return (
         f"SeaweedFS was up after {started_s:.1f} s; it took, gave back and removed an object in "
         f"{seconds:.1f} s"

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from pathlib import Path
 
 import httpx2
@@ -47,9 +48,10 @@ _STOP_S = 30.0
 #: A unix socket's path is at most so long (Linux: 108 with the zero at its end).
 _MOST_SOCKET_PATH = 100
 _ANSWER_S = 5.0
-_PROBE = "photon-probe"
+#: Folder of what is written to see whether a store does its work.
+PROBE = "photon-probe"
 #: Stays in the store, for a start on a full disk to read.
-_KEPT_PROBE = f"{_PROBE}/kept"
+_KEPT_PROBE = f"{PROBE}/kept"
 
 
 class EmbeddedStore:
@@ -134,7 +136,8 @@ class EmbeddedStore:
         return Service(
             SERVICE,
             self.command(),
-            environment=self._environment(),
+            environment=given(computes=False)
+            | {"HOME": str(self.folder), "GOMEMLIMIT": f"{memory_mib()}MiB"},
             ready=self._ready,
             ready_s=120.0,
             healthy=lambda: self._ask("HEAD")[0] == 200,
@@ -165,7 +168,9 @@ class EmbeddedStore:
             # Space of what was deleted comes back within a minute or two.
             *("-master.vacuumIntervalSeconds=60", "-master.garbageThreshold=0.1"),
             f"-master.volumeSizeLimitMB={self._volume_mib}",
-            *("-volume.max=0", f"-volume.minFreeSpace={_free_space(self._min_free_gib)}"),
+            # Sizes are whole numbers with a unit; a bare number is a percentage.
+            f"-volume.minFreeSpace={max(1, round(self._min_free_gib * 1024))}MiB",
+            "-volume.max=0",
             "-volume.preStopSeconds=1",
             # Its web pages, which take writes from anybody on this machine.
             *("-filer.disableHttp", f"-filer.localSocket={self.folder / sockets['filer']}"),
@@ -201,27 +206,17 @@ class EmbeddedStore:
 
     def _ready(self) -> bool:
         self.make_bucket()
-        if self.free_bytes() == 0:
-            # That it takes nothing is said elsewhere, and a restart would not help.
-            return self._gives_an_object()
-        return self._takes_an_object()
-
-    def _gives_an_object(self) -> bool:
-        """Its S3 side answers some time before its volumes are found again."""
-        with contextlib.suppress(ObjectMissingError):  # it was full from the start
-            self.open(silence_s=_ANSWER_S).get(_KEPT_PROBE, max_bytes=16)
-        return True
-
-    def _takes_an_object(self) -> bool:
         store = self.open(silence_s=_ANSWER_S)
-        key = f"{_PROBE}/{secrets.token_hex(8)}"
-        try:
-            if store.size(_KEPT_PROBE) is None:
-                store.put(_KEPT_PROBE, b"ready")
-            store.put(key, b"ready")
-            return store.get(key, max_bytes=16) == b"ready"
-        finally:
-            store.delete([key])
+        if self.free_bytes() == 0:
+            # That it takes nothing is said elsewhere, and a restart would not help. Its S3 side
+            # answers some time before its volumes are found again.
+            with contextlib.suppress(ObjectMissingError):  # it was full from the start
+                store.get(_KEPT_PROBE, max_bytes=16)
+            return True
+        if store.size(_KEPT_PROBE) is None:
+            store.put(_KEPT_PROBE, b"ready")
+        probe(store)
+        return True
 
     def _ask(self, verb: Verb) -> tuple[int, str]:
         """A request about the bucket, which no call of obstore's sends."""
@@ -233,10 +228,6 @@ class EmbeddedStore:
             raise DeployError(f"the store does not answer: {error}") from error
         code = re.search(r"<Code>([A-Za-z]{1,60})</Code>", answer.text)
         return answer.status_code, code[1] if code else ""
-
-    def _environment(self) -> dict[str, str]:
-        home, memory = str(self.folder), f"{memory_mib()}MiB"
-        return given(computes=False) | {"HOME": home, "GOMEMLIMIT": memory}
 
     def _close_inside(self) -> None:
         """Have its parts know each other, by keys that are made anew at each start.
@@ -301,6 +292,25 @@ class EmbeddedStore:
         self._ports = self._kept_ports()
 
 
+def probe(store: Store) -> float:
+    """Write, read and delete an object in any store; how long it took, in seconds.
+
+    Raises:
+        LinkError: the store does not take it, or give it back.
+        DeployError: it gives back other bytes.
+    """
+    key = f"{PROBE}/{secrets.token_hex(8)}"
+    data = secrets.token_bytes(64)
+    began = time.monotonic()
+    store.put(key, data)
+    try:
+        if store.get(key, max_bytes=1024) != data:
+            raise DeployError(f"{store} gave back other bytes than it took, under {key}")
+    finally:
+        store.delete([key])
+    return time.monotonic() - began
+
+
 def weed_words(line: str) -> str | None:
     """A line of SeaweedFS's as a person reads it; None for what nobody needs (its "I" lines)."""
     found = re.match(r"^([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +(?:\d+ )?(\S+:\d+)\]? ?(.*)$", line)
@@ -320,11 +330,6 @@ def memory_mib() -> int:
     collector takes half of its CPU time. An eighth of the machine's, or the container's, memory.
     """
     return min(max(main_memory()[0] // 8 >> 20, 512), 2048)
-
-
-def _free_space(gib: float) -> str:
-    """SeaweedFS takes sizes as whole numbers with a unit; a bare number is a percentage."""
-    return f"{max(1, round(gib * 1024))}MiB"
 
 
 def _keep(path: Path, text: str) -> None:

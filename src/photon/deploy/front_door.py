@@ -21,9 +21,11 @@ import socket
 import ssl
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -227,6 +229,15 @@ def find_program(name: str, package: str) -> Path:
     )
 
 
+def ran(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """A program that ran to its end. Raises DeployError where it can't."""
+    piped: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    try:
+        return subprocess.run(command, env=environment, timeout=60, **piped)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise DeployError(f"{command[0]} does not run: {error}") from error
+
+
 def answers_as(settings: DoorSettings) -> bool:
     """Whether a door with this very certificate answers: not one that took the port before it."""
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.address, settings.address)
@@ -264,17 +275,7 @@ def caddy_words(line: str) -> str | None:
 def _require_valid(command: tuple[str, ...], environment: dict[str, str]) -> None:
     # `caddy run` ends without a word where it can't use its configuration; this says why.
     validate = [command[0], "validate", *command[2:]]
-    try:
-        done = subprocess.run(
-            validate,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise DeployError(f"{command[0]} does not run: {error}") from error
+    done = ran(validate, environment)
     if done.returncode != 0:
         said = [words for line in done.stderr.splitlines() if (words := caddy_words(line))]
         raise DeployError(

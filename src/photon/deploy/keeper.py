@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -336,11 +336,8 @@ class Keeper:
             return None
         pause_s *= 1 + _JITTER * (2 * secrets.randbelow(1000) / 1000 - 1)
         with self._change:
-            before = self._status
-            self._status = ServiceStatus(
-                before.name, "pausing", None, time.time(), before.restarts + 1, words
-            )
-            self._change.notify_all()
+            self._status = replace(self._status, restarts=self._status.restarts + 1)
+            self._become("pausing", detail=words)
         text = f"died: {words}; starting it again in {pause_s:.0f} s"
         self._event("died", text, exit_code=exit_code, pause_s=pause_s)
         return pause_s

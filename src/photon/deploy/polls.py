@@ -91,10 +91,8 @@ class Polls:
             UnknownMemberError: it may not take part, any more.
         """
         loop = self._loop = asyncio.get_running_loop()
-        poll, until_s = (
-            _Poll(member, body.boot, frozenset(body.have), loop.create_future()),
-            loop.time() + wait_s,
-        )
+        poll = _Poll(member, body.boot, frozenset(body.have), loop.create_future())
+        until_s = loop.time() + wait_s
         held = self._held.setdefault(member.name, deque())
         held.append(poll)
         while len(held) > self._most:

@@ -152,17 +152,15 @@ class DoorCertificate:
         if left < timedelta(0):
             words = f"the door's certificate expired at {_shown(self._until)}: no silo comes in"
             return f"{words}; {self._remedy()}"
-        if self._given is None or not self._ends_soon(left):
+        # Of one that is renewed by a robot, more than a third of its life is left at any time.
+        soon = left < timedelta(days=_TOLD_DAYS) and renewal_is_due(self.files.certificate)
+        if self._given is None or not soon:
             return None
         days = left / timedelta(days=1)
         return (
             f"the door's certificate {self._given.certificate} is valid for {days:.1f} more days, "
             f"until {_shown(self._until)}; {self._remedy()}"
         )
-
-    def _ends_soon(self, left: timedelta) -> bool:
-        # Of one that is renewed by a robot, more than a third of its life is left at any time.
-        return left < timedelta(days=_TOLD_DAYS) and renewal_is_due(self.files.certificate)
 
     def _remedy(self) -> str:
         if self._given is None:

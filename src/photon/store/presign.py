@@ -62,7 +62,12 @@ class Presigner(ABC):
         Args:
             valid_s: seconds from now; 7 days at most.
             bytes, sha256: how long what is written is, and its hash, hexadecimal; for PUT only.
+
+        Raises:
+            LinkError: a time that no store accepts, or no length or sha256 of what is written.
         """
+        if not 1 <= valid_s <= MAX_VALID_S:
+            raise LinkError(f"a grant can be valid for 1 to {MAX_VALID_S} seconds, not {valid_s}")
         if verb != "PUT":
             return self._sign(verb, key, {}, valid_s)
         if bytes is None or sha256 is None:
@@ -140,7 +145,6 @@ class S3Presigner(Presigner):
         return self._sign_path(verb, path, headers, valid_s)
 
     def _sign_path(self, verb: Verb, path: str, headers: Mapping[str, str], valid_s: int) -> Grant:
-        require_valid_s(valid_s)
         now = time.time()
         query = self.signed_query(verb, path, headers, datetime.fromtimestamp(now, UTC), valid_s)
         url = f"{self._origin}{quote(path)}?{query}"
@@ -193,9 +197,3 @@ class S3Presigner(Presigner):
             signing_key = hmac.digest(signing_key, part.encode(), "sha256")
         signature = hmac.digest(signing_key, to_sign.encode(), "sha256").hex()
         return f"{query}&X-Amz-Signature={signature}"
-
-
-def require_valid_s(valid_s: int) -> None:
-    """Raise LinkError unless stores accept a grant of that many seconds."""
-    if not 1 <= valid_s <= MAX_VALID_S:
-        raise LinkError(f"a grant can be valid for 1 to {MAX_VALID_S} seconds, not {valid_s}")
