@@ -75,6 +75,7 @@ _SWITCH_S = 0.0005
 
 _START_S = 20.0
 _STOP_S = 10.0
+_OPERATOR_S = 20.0
 
 
 @dataclass
@@ -436,12 +437,7 @@ def _answers(path: Path) -> bool:
 
 
 def ask_operator(
-    path: Path,
-    method: str,
-    what: str,
-    body: Mapping[str, Any] | None = None,
-    *,
-    timeout_s: float = 20.0,
+    path: Path, method: str, what: str, body: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Ask a serve that runs on this machine: `photon status`, `photon stop`.
 
@@ -457,7 +453,7 @@ def ask_operator(
     try:
         if not _answers(path):  # httpx leaves a socket open that did not connect
             raise httpx2.ConnectError("nobody listens")
-        with httpx2.Client(transport=transport, timeout=timeout_s) as client:
+        with httpx2.Client(transport=transport, timeout=_OPERATOR_S) as client:
             document = client.request(method, f"http://desk{what}", json=body).json()
     except (httpx2.HTTPError, ValueError) as error:
         raise UnreachableError(

@@ -75,8 +75,6 @@ class Keeper:
         log: BoundedLog,
         line: Callable[[str, str], None],
         tell: Callable[[ServiceEvent, PhotonError | None], None],
-        *,
-        awaited: bool,
     ) -> None:
         self.service = service
         self.failure: PhotonError | None = None
@@ -87,7 +85,6 @@ class Keeper:
         self._change = threading.Condition()
         self._goal: Literal["up", "down", "closed"] = "up"
         self._status = ServiceStatus(service.name, "starting", None, time.time(), 0, "")
-        self._awaited = awaited
         self._ever_up = False
         self._up: _Life | None = None
         self._deaths: list[float] = []
@@ -98,11 +95,9 @@ class Keeper:
 
     # --- called from other threads -----------------------------------------------------------
 
-    def begin(self) -> None:
-        self._thread.start()
-
-    def await_up(self, stopping: Callable[[], bool]) -> None:
+    def begin(self, stopping: Callable[[], bool]) -> None:
         """Return when it is up or nobody wants it any more; raise what kept it from coming up."""
+        self._thread.start()
         with self._change:
             while self._status.state not in ("up", "stopped", "lost") and not stopping():
                 self._change.wait(0.25)
@@ -359,7 +354,7 @@ class Keeper:
             self.failure = error
         self._become("lost", detail=error.message.partition("\n")[0])
         # Whoever waits in `start` gets it there; everybody else by `Supervisor.wait`.
-        failure = None if self._awaited and not self._ever_up else error
+        failure = error if self._ever_up else None
         self._event("given up", error.message, exit_code=exit_code, failure=failure)
 
     def _pause(self, pause_s: float) -> None:

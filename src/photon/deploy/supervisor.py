@@ -91,15 +91,12 @@ class Supervisor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def start(self, service: Service, *, wait: bool = True) -> None:
-        """Start a service and keep it up from now on.
+    def start(self, service: Service) -> None:
+        """Start a service and keep it up from now on; returns when it is ready.
 
         One of the same name that is stopped or lost is replaced. Does nothing once asked to stop.
 
-        Args:
-            wait: return when it is ready; else at once.
-
-        Raises (with wait):
+        Raises:
             PortInUseError: as said.
             ServiceLostError: it died thrice, or was not ready in time so often.
             DeployError: no such program; or the name is taken by a service that runs.
@@ -112,15 +109,13 @@ class Supervisor:
                 raise DeployError(f"service {service.name} runs already")
             log = BoundedLog(self._log_folder / f"{service.name}.log")
             mark = f"{self._mark}{service.name}."
-            keeper = Keeper(service, mark, log, self._line, self._tell, awaited=wait)
+            keeper = Keeper(service, mark, log, self._line, self._tell)
             # Replaced ones go to the end: services stop in the reverse order of their start.
             self._keepers.pop(service.name, None)
             self._keepers[service.name] = keeper
         if before is not None:
             before.close()
-        keeper.begin()
-        if wait:
-            keeper.await_up(lambda: self._stopping)
+        keeper.begin(lambda: self._stopping)
 
     def signal_one(self, name: str, number: signal.Signals) -> bool:
         """Send a signal to a service that is up, for instance to read its configuration again.
