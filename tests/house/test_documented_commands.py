@@ -150,7 +150,7 @@ def test_keys_that_pages_hints_and_errors_name_exist() -> None:
         for table, field in config.model_fields.items():
             known.setdefault(table, set()).update(getattr(field.annotation, "model_fields", {}))
     named = re.compile(rf"(?<![\w./`-])({'|'.join(known)})\.([a-z_]+)\b(?!\()")
-    files = {"json", "jsonl", "log", "md", "safetensors", "toml"}
+    files = {"json", "jsonl", "log", "md", "safetensors", "sig", "toml"}
     texts = {page.name: [page.read_text(encoding="utf-8")] for page in PROMISES}
     texts |= {str(source): strings_in(source) for source in SOURCES}
     for name, parts in texts.items():

@@ -81,44 +81,18 @@ def serve(
     A federation inside another: `photon serve eu.toml --parent node.toml --invite FILE`, later
     without --invite. It goes on where it was (docs/worldlm.md).
     """
-    from photon.config import load_child, load_run_config
     from photon.store.dialling import keep_to_this_machine
-    from photon.store.served import RUN_FILE, SERVE_FILE
 
     if (run_file is None) == (resume is None):
         raise typer.BadParameter("name a run file, or a run folder with --resume")
     keep_to_this_machine(os.environ)
-    read = (
-        functools.partial(load_child, parent=parent.absolute())
-        if parent is not None
-        else load_run_config
-    )
     if check:
-        from photon.deploy.checks import checked, look_at_data, preflight
-
-        config = read(run_file or Path(resume or "") / RUN_FILE, overrides=overrides or [])
-        data = checked("data", lambda: look_at_data(config.data.path))
-        _show_checks([*([] if parent else [data]), *preflight(config.serve)], as_json)
+        _check(run_file, resume, overrides or [], parent, as_json)
         return
-    from photon.config.children import check_served
-    from photon.data import open_data
-    from photon.deploy.join import keep_invitation
     from photon.deploy.serve import Aggregator
-    from photon.deploy.served_run import reopen_run
 
-    if resume is not None:
-        folder, config = resume, reopen_run(resume, overrides)
-    else:
-        assert run_file is not None
-        config = read(run_file, overrides=overrides or [])
-        folder = run_dir or Path("runs") / config.run.name
-        if parent is not None and (folder / SERVE_FILE).exists() and not overwrite:
-            resume = folder
-    if config.serve.child is None:
-        check_served(config)
-        open_data(config.data.path)  # silos would be waited for first, and then sent away
-    elif invite is not None:
-        keep_invitation(invite, Path(config.data.path))
+    config, folder, begun = _begun(run_file, resume, overrides, run_dir, parent, overwrite)
+    _require_data(config, invite)
     log = Path(config.serve.home) / "logs" / "serve.log"
     lines = _Lines(log, config.serve.log, verbose=verbose)
     aggregator = Aggregator(config, folder, log=lines.service, on_event=lines.event)
@@ -131,7 +105,7 @@ def serve(
             view.enter_context(following(folder, shown, look, lines.event))
             _welcome(config, folder, lines)
 
-        finished = aggregator.run(fresh=resume is None, overwrite=overwrite, on_ready=ready)
+        finished = aggregator.run(fresh=not begun, overwrite=overwrite, on_ready=ready)
     if not finished:
         say(f"Stopped. `photon serve --resume {folder}` goes on.")
         return
@@ -140,6 +114,65 @@ def serve(
         show_json(summary)
         return
     show_outcome(folder, summary, as_json=as_json)
+
+
+def _read(run_file: Path, overrides: list[str], parent: Path | None) -> RunConfig:
+    """A run file, or a federation's that is a member elsewhere, by the node.toml `parent`."""
+    from photon.config import load_child, load_run_config
+
+    if parent is None:
+        return load_run_config(run_file, overrides=overrides)
+    return load_child(run_file, parent=parent.absolute(), overrides=overrides)
+
+
+def _check(
+    run_file: Path | None,
+    resume: Path | None,
+    overrides: list[str],
+    parent: Path | None,
+    as_json: bool,
+) -> None:
+    from photon.deploy.checks import checked, look_at_data, preflight
+    from photon.store.served import RUN_FILE
+
+    config = _read(run_file or Path(resume or "") / RUN_FILE, overrides, parent)
+    data = checked("data", lambda: look_at_data(config.data.path))
+    _show_checks([*([] if parent else [data]), *preflight(config.serve)], as_json)
+
+
+def _begun(
+    run_file: Path | None,
+    resume: Path | None,
+    overrides: list[str] | None,
+    run_dir: Path | None,
+    parent: Path | None,
+    overwrite: bool,
+) -> tuple[RunConfig, Path, bool]:
+    """The run file, the run folder, and whether the run goes on there."""
+    from photon.deploy.served_run import reopen_run
+    from photon.store.served import SERVE_FILE
+
+    if run_file is None:
+        assert resume is not None
+        return reopen_run(resume, overrides), resume, True
+    config = _read(run_file, overrides or [], parent)
+    folder = run_dir or Path("runs") / config.run.name
+    # A federation inside another goes on where it was.
+    begun = parent is not None and (folder / SERVE_FILE).exists() and not overwrite
+    return config, folder, begun
+
+
+def _require_data(config: RunConfig, invite: Path | None) -> None:
+    """Before silos are waited for, and then sent away."""
+    from photon.config.children import check_served
+    from photon.data import open_data
+    from photon.deploy.join import keep_invitation
+
+    if config.serve.child is None:
+        check_served(config)
+        open_data(config.data.path)
+    elif invite is not None:
+        keep_invitation(invite, Path(config.data.path))
 
 
 def _welcome(config: RunConfig, folder: Path, lines: _Lines) -> None:
