@@ -352,22 +352,23 @@ def test_a_member_goes_on_past_the_end_of_the_certificate_it_joined_with(serving
     asked, again = 0, 0
     while datetime.now(UTC) < joined_with + timedelta(seconds=2):
         found.certificate.look(found.read_again)
-        try:
-            assert client.standing().member_status == "active"
-        except UnreachableError:
-            # A connection that nobody used just then is closed: asked again, as every caller does.
-            again += 1
-            assert client.standing().member_status == "active"
         # And who comes anew, with what it got when it joined.
         fresh = DeskClient(f"127.0.0.1:{found.port}", tmp_path / "ca.crt", key)
-        assert fresh.standing().member_status == "active"
+        for one in (client, fresh):
+            try:
+                assert one.standing().member_status == "active"
+            except UnreachableError:
+                # A connection that nobody used just then is closed: asked again, as every caller
+                # does.
+                again += 1
+                assert one.standing().member_status == "active"
         fresh.close()
         asked += 1
         time.sleep(0.3)
     client.close()
     assert asked > 3
     assert found.told, "it was renewed"
-    assert again <= len(found.told)
+    assert again <= 2 * len(found.told)
     assert valid_until(found.certificate.files.certificate) > joined_with
 
 

@@ -82,12 +82,13 @@ def serve(
     without --invite. It goes on where it was (docs/worldlm.md).
     """
     from photon.store.dialling import keep_to_this_machine
+    from photon.store.served import RUN_FILE
 
     if (run_file is None) == (resume is None):
         raise typer.BadParameter("name a run file, or a run folder with --resume")
     keep_to_this_machine(os.environ)
     if check:
-        _check(run_file, resume, overrides or [], parent, as_json)
+        _check(run_file or Path(resume or "") / RUN_FILE, overrides or [], parent, as_json=as_json)
         return
     from photon.deploy.serve import Aggregator
 
@@ -125,17 +126,10 @@ def _read(run_file: Path, overrides: list[str], parent: Path | None) -> RunConfi
     return load_child(run_file, parent=parent.absolute(), overrides=overrides)
 
 
-def _check(
-    run_file: Path | None,
-    resume: Path | None,
-    overrides: list[str],
-    parent: Path | None,
-    as_json: bool,
-) -> None:
+def _check(path: Path, overrides: list[str], parent: Path | None, *, as_json: bool) -> None:
     from photon.deploy.checks import checked, look_at_data, preflight
-    from photon.store.served import RUN_FILE
 
-    config = _read(run_file or Path(resume or "") / RUN_FILE, overrides, parent)
+    config = _read(path, overrides, parent)
     data = checked("data", lambda: look_at_data(config.data.path))
     _show_checks([*([] if parent else [data]), *preflight(config.serve)], as_json)
 
@@ -148,7 +142,7 @@ def _begun(
     parent: Path | None,
     overwrite: bool,
 ) -> tuple[RunConfig, Path, bool]:
-    """The run file, the run folder, and whether the run goes on there."""
+    """Run file and folder, and whether the run goes on there, as one inside another does."""
     from photon.deploy.served_run import reopen_run
     from photon.store.served import SERVE_FILE
 
@@ -157,7 +151,6 @@ def _begun(
         return reopen_run(resume, overrides), resume, True
     config = _read(run_file, overrides or [], parent)
     folder = run_dir or Path("runs") / config.run.name
-    # A federation inside another goes on where it was.
     begun = parent is not None and (folder / SERVE_FILE).exists() and not overwrite
     return config, folder, begun
 
