@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from faulty_nodes import fail, faulty, poison
+from faulty_nodes import fail, faulty, poison, tasks_of
 
 from photon.config.children import at_work, check_children, with_branches
 from photon.data import open_data
-from photon.engines.local import LocalEngine
 from photon.errors import ConfigError
 from photon.federation import CheckpointStore, FitTask, Node, NodeSettings, stages
 from photon.federation.checkpoint import RunState
@@ -61,15 +60,7 @@ def killed_and_resumed(run, tmp_path, monkeypatch):
 @pytest.fixture
 def tasks(monkeypatch):
     """Every task that a node is given."""
-    tasks, submit = [], LocalEngine.submit
-
-    def noted(self, task, version):
-        if isinstance(task, FitTask):
-            tasks.append(task)
-        submit(self, task, version)
-
-    monkeypatch.setattr(LocalEngine, "submit", noted)
-    return tasks
+    return tasks_of(monkeypatch)
 
 
 def clip(norm, noise=0):

@@ -4,16 +4,15 @@ import shutil
 
 import pytest
 import torch
-from faulty_nodes import fail, faulty, poison
+from faulty_nodes import fail, faulty, poison, tasks_of
 from typer.testing import CliRunner
 
 from photon.cli.main import app
 from photon.config import parse_run_config, write_resolved
 from photon.config.clock import ClockConfig
 from photon.data import open_data
-from photon.engines.local import LocalEngine
 from photon.errors import IncompatibleConfigError, UnknownKeyError
-from photon.federation import CheckpointStore, FitTask
+from photon.federation import CheckpointStore
 from photon.runs import load_weights, resume, simulate, train
 from photon.telemetry import read_history
 from photon.telemetry.events import Evaluated, LocalFinished, UpdateDropped
@@ -43,19 +42,6 @@ def four_silos(prepare_text, tmp_path_factory):
 def undisturbed(four_silos, make_config, small_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("deep") / "run"
     return simulate(make_config(four_silos, *DEEP, model=small_model), run_dir=folder)
-
-
-def tasks_of(monkeypatch):
-    """Notes every task that a node was given."""
-    tasks, submit = [], LocalEngine.submit
-
-    def noted(self, task, version):
-        if isinstance(task, FitTask):
-            tasks.append(task)
-        submit(self, task, version)
-
-    monkeypatch.setattr(LocalEngine, "submit", noted)
-    return tasks
 
 
 def states_kept(folder):

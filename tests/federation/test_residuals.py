@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 import torch
+from faulty_nodes import fail, faulty
 
 from photon.aggregation.attention import AttentionMean, cosine, projections
 from photon.config import PrivacyConfig, RunConfig
 from photon.config.children import PolicyConfig, inside
-from photon.engines.local import LocalEngine
 from photon.errors import IncompatibleConfigError, UnknownKeyError
 from photon.federation import CheckpointStore, FitTask
 from photon.federation.residuals import Residuals
@@ -140,18 +140,8 @@ def undisturbed(run):
 def test_a_kill_while_residuals_wait_changes_nothing(
     silo, number, after, undisturbed, run, monkeypatch
 ):
-    build = LocalEngine.__init__
-
-    def kill(task, trainer):
-        if (task.silo, task.round) == (silo, number):
-            raise RuntimeError("killed")
-
-    def with_fault(self, node):
-        node._fault = kill
-        build(self, node)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LocalEngine, "__init__", with_fault)
+        faulty(patch, silo, number, fail)
         with pytest.raises(RuntimeError, match="killed"):
             run(f"killed-{silo}", *DEEP)
     folder = undisturbed.folder.parent / f"killed-{silo}"

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from faulty_nodes import fail, faulty
 
 from photon.config import load_run_config
 from photon.data import PrepareOptions, prepare
-from photon.engines.local import LocalEngine
 from photon.errors import IncompatibleConfigError, ModelError
 from photon.federation.node_state import Kept
 from photon.products import evaluate
@@ -104,18 +104,8 @@ def test_each_level_tells_what_counted_for_how_much(run):
 )
 def test_a_kill_at_any_level_changes_nothing(parts, silo, number, run, tmp_path, monkeypatch):
     undisturbed = run("undisturbed", *TREE, *parts)
-    build = LocalEngine.__init__
-
-    def kill(task, trainer):
-        if (task.silo, task.round) == (silo, number):
-            raise RuntimeError("killed")
-
-    def with_fault(self, node):
-        node._fault = kill
-        build(self, node)
-
     with monkeypatch.context() as patch:
-        patch.setattr(LocalEngine, "__init__", with_fault)
+        faulty(patch, silo, number, fail)
         with pytest.raises(RuntimeError, match="killed"):
             run("run", *TREE, *parts)
     resumed = resume(tmp_path / "run")

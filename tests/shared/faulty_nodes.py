@@ -1,8 +1,9 @@
-"""Nodes in this process that fail once, where a test says so."""
+"""Nodes in this process: they fail once, where a test says so, and what they are asked is noted."""
 
 import torch
 
 from photon.engines.local import LocalEngine
+from photon.federation import FitTask
 
 
 def faulty(monkeypatch, silo, number, act):
@@ -29,3 +30,16 @@ def fail(trainer):
 def poison(trainer):
     with torch.no_grad():
         next(iter(trainer.optimizer.parameters.values())).view(-1)[0] = torch.nan
+
+
+def tasks_of(monkeypatch):
+    """Notes every task that a node is given."""
+    tasks, submit = [], LocalEngine.submit
+
+    def noted(self, task, version):
+        if isinstance(task, FitTask):
+            tasks.append(task)
+        submit(self, task, version)
+
+    monkeypatch.setattr(LocalEngine, "submit", noted)
+    return tasks

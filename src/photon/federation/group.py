@@ -216,10 +216,8 @@ class Group:
             for name in sorted(new):  # a state from a checkpoint has another order
                 yield name, old[name] - new[name] if name.startswith(WEIGHTS) else new[name]
 
-        shapes, privacy = (
-            {name: new[name].shape for name in sorted(new)},
-            self._child.update_privacy,
-        )
+        shapes = {name: new[name].shape for name in sorted(new)}
+        privacy = self._child.update_privacy
         return leaving(privacy, self._link, self._folder, task, tensors, shapes)
 
 
