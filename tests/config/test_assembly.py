@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from photon.cli.main import app
 from photon.config import load_run_config, resolved_toml
 from photon.config.baselines import METHODS, as_method
-from photon.config.children import refuse_residuals
+from photon.config.children import check_served, lets_residuals
 from photon.errors import ConfigError, IncompatibleConfigError, InvalidValueError, UnknownKeyError
 
 RUN = """
@@ -153,9 +153,9 @@ def test_what_a_policy_leaves_open_is_as_above_and_what_it_says_is_its_owners(wr
 
 def test_residuals_are_refused_where_there_are_none_yet(write):
     path = write(RUN + LAW)
-    with pytest.raises(IncompatibleConfigError, match="`photon serve` has no residuals yet"):
-        refuse_residuals(load_run_config(path), "`photon serve`")
-    refuse_residuals(load_run_config(write()), "`photon serve`")
+    with pytest.raises(IncompatibleConfigError, match="a deployed tree has no residuals yet"):
+        check_served(load_run_config(path))
+    check_served(load_run_config(write()))
 
 
 def test_what_a_tree_is_held_against_has_no_residuals(write):
@@ -163,4 +163,4 @@ def test_what_a_tree_is_held_against_has_no_residuals(write):
     config = load_run_config(write(RUN + LAW, eu))
     assert as_method(config).federation.children["eu"].policy.residuals == "out"
     for name in METHODS:
-        refuse_residuals(as_method(config, name), name)
+        assert not lets_residuals(as_method(config, name)), name

@@ -309,11 +309,13 @@ def test_the_baseline_of_levels_in_turn_has_as_many_steps_and_tokens(run, five_s
     config = tree(IN_TURN, above=("federation.levels=in_turn", "federation.rounds=4"))
     made = make_config(five_silos, *config)
     children = made.federation.children
-    assert children["west"].at_work == (1 + 3) / 2
+    west = children["west"]
+    assert at_work(west, len(west.silos), west.children) == (1 + 3) / 2
     assert at_work(made.federation, 1, children) == (1 + 2) / 2
-    sampled = children["west"].model_copy(update={"levels": "at_once", "sample": 1})
-    assert sampled.at_work == 4 / 2
-    assert children["west"].children["coast"].model_copy(update={"sample": 2}).at_work == 2
+    sampled = west.model_copy(update={"levels": "at_once", "sample": 1})
+    assert at_work(sampled, len(west.silos), west.children) == 4 / 2
+    coast = west.children["coast"].model_copy(update={"sample": 2})
+    assert at_work(coast, len(coast.silos), coast.children) == 2
 
 
 @pytest.mark.parametrize(

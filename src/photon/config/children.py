@@ -163,11 +163,6 @@ class ChildConfig(Level):
         """How many train at the same time, at any depth."""
         return self.nodes or len(self.silos) + sum(one.leaves for one in self.children.values())
 
-    @property
-    def at_work(self) -> float:
-        """How many of them are at work on average, where not all take part in each round."""
-        return at_work(self, self.nodes or len(self.silos), self.children)
-
 
 Level.model_rebuild()  # it names ChildConfig
 Children = dict[_Name, ChildConfig]
@@ -178,7 +173,8 @@ LEAF = ChildConfig(nodes=1)
 def at_work(level: Level, silos: int, children: Mapping[str, ChildConfig]) -> float:
     """How many train at the same time, on average: of silos, or nodes, and of groups."""
     kinds = [(False, 1.0)] * silos
-    kinds += [(one.nodes is None, one.at_work) for one in children.values()]
+    for one in children.values():
+        kinds.append((one.nodes is None, at_work(one, one.nodes or len(one.silos), one.children)))
     at_once = level.levels == "at_once"
     stages = [[n for group, n in kinds if at_once or group == turn] for turn in (False, True)]
     drawn = [sum(one) * min(level.sample or len(one), len(one)) / len(one) for one in stages if one]
@@ -270,11 +266,10 @@ def refuse_children(config: RunConfig, where: str) -> None:
         raise _refused(f"is for `photon simulate`, and {where} has no groups yet")
 
 
-def refuse_residuals(config: RunConfig, where: str) -> None:
-    """Raise IncompatibleConfigError if there are residuals, which `where` knows nothing of yet."""
+def lets_residuals(config: RunConfig) -> bool:
+    """Whether a policy anywhere in the tree lets some out or in."""
     inner = (one for _, one in tables(config.federation.children))
-    if any(one.policy.lets("out", "in") for one in (config.federation, *inner)):
-        raise IncompatibleConfigError(f"{where} has no residuals yet, of which a policy lets some")
+    return any(one.policy.lets("out", "in") for one in (config.federation, *inner))
 
 
 def _check_policies(
@@ -304,7 +299,11 @@ def check_served(config: RunConfig) -> None:
     split = any(one.nodes for one in config.federation.children.values())
     if split or config.federation.branches:
         raise _refused("are members of `photon serve`, with doors of their own; nodes can't be")
-    refuse_residuals(config, "a deployed tree")
+    if lets_residuals(config):
+        raise IncompatibleConfigError(
+            "a deployed tree has no residuals yet, and a policy lets some out or in",
+            hint='Leave policy.residuals out, or "none": simulate has them (docs/worldlm.md).',
+        )
 
 
 def check_children(config: RunConfig, silos: Collection[str] | None = None) -> None:

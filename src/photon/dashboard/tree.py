@@ -6,11 +6,11 @@ tree.html.j2 draws it.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from photon.config import FederationConfig, PrivacyConfig, RunConfig, load_run_config
+from photon.config import PrivacyConfig, RunConfig, load_run_config
 from photon.config.baselines import METHODS, folder_of
 from photon.config.children import ChildConfig, inside
 from photon.dashboard.comparison import SAME_TOKENIZER
@@ -22,46 +22,42 @@ BASELINES = "baselines"
 #: Under which a mean stands among what it is of: leaves, layers.
 MEAN = ""
 _MOST_COLUMNS = 40
+#: What a federation says of itself, under the names of its keys.
+_SAID = ("rounds", "merging_rule", "levels", "sample", "sampling", "quorum")
 #: By group ("": the federation itself), layer (and MEAN, of all), member and round.
 Heard = dict[str, dict[str, dict[str, dict[int, list[float]]]]]
 
 
-def described(config: RunConfig, file: str, silos: Sequence[str]) -> dict[str, Any]:
-    """The tree as nested tables, of a run file and the data's silos; a leaf has a name only."""
-    federation, parts, steps = config.federation, config.parts, config.local.steps
-    top = _level(federation, config.outer.name, config.link.update_codec, config.privacy)
-    key = {"key_rule": parts.key_rule, "key_down": parts.key_down} if parts.key else {}
-    placed = {silo for name, one in federation.children.items() for silo in one.silos_of(name)}
-    members = [*_children(config, file), *({"name": one} for one in sorted({*silos} - placed))]
-    named: dict[str, Any] = {"name": config.run.name, "steps": steps, "written_in": file}
-    named["policy"] = federation.policy.model_dump(exclude_none=True)
-    return named | top | key | {"members": members}
-
-
-def _children(config: RunConfig, file: str) -> Iterator[dict[str, Any]]:
-    for name, child in config.federation.children.items():
-        own, inner = child.written_in or file, inside(config, child)
-        yield {
-            "name": name,
-            "steps": inner.local.steps,
-            "written_in": own,
-            **_level(child, child.outer.name, child.update_codec, inner.privacy),
-            "update_privacy": _noise(child.update_privacy),
-            "policy": inner.federation.policy.model_dump(exclude_none=True),
-            "members": [
-                *_children(inner, own),
-                *({"name": silo} for silo in child.silos),
-                *({"name": f"{name}.{index}"} for index in range(child.nodes or 0)),
-            ],
-        }
-
-
-def _level(
-    level: FederationConfig | ChildConfig, outer: str, codec: str, privacy: PrivacyConfig
+def described(
+    config: RunConfig,
+    file: str,
+    silos: Sequence[str],
+    name: str | None = None,
+    child: ChildConfig | None = None,
 ) -> dict[str, Any]:
-    names = ("rounds", "merging_rule", "levels", "sample", "sampling", "quorum")
-    own = {name: getattr(level, name) for name in names}
-    return own | {"outer": outer, "update_codec": codec, "privacy": _noise(privacy)}
+    """A federation as nested tables, of a run file and the data's silos; a leaf has a name only.
+
+    Args:
+        name, child: of one that is inside another; `config` is the run file as it has it.
+    """
+    level, parts, children = child or config.federation, config.parts, config.federation.children
+    own: dict[str, Any] = {"name": name or config.run.name, "steps": config.local.steps}
+    own |= {"written_in": file} | {one: getattr(level, one) for one in _SAID}
+    own |= {"outer": config.outer.name, "privacy": _noise(config.privacy)}
+    own["update_codec"] = (child or config.link).update_codec
+    own["policy"] = config.federation.policy.model_dump(exclude_none=True)
+    if child:
+        own["update_privacy"] = _noise(child.update_privacy)
+        leaves = [*child.silos, *(f"{name}.{index}" for index in range(child.nodes or 0))]
+    else:
+        own |= {"key_rule": parts.key_rule, "key_down": parts.key_down} if parts.key else {}
+        placed = {silo for key, one in children.items() for silo in one.silos_of(key)}
+        leaves = sorted({*silos} - placed)
+    members = [
+        described(inside(config, one), one.written_in or file, (), key, one)
+        for key, one in children.items()
+    ]
+    return own | {"members": [*members, *({"name": one} for one in leaves)]}
 
 
 def _noise(privacy: PrivacyConfig) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from photon.config.children import check_children, check_served, inside
 from photon.engines.remote import Asker, Depot, Post, RemoteEngine
 from photon.errors import IncompatibleConfigError
 from photon.federation import Closed, NodeSettings, Participant, Version
-from photon.federation.account import RoundCosts
 from photon.federation.envelopes import RunPart, dictated
 from photon.federation.group import Group
 from photon.federation.layout import layout_of
@@ -34,6 +33,9 @@ from photon.store.served import Serving
 from photon.telemetry import Event, JsonlWriter, Recorder, read_history
 from photon.telemetry.events import LocalProgress, RoundFinished
 from photon.training import plan_compute
+
+#: Figures of a round, and of all so far.
+_TOTALS = {name: f"total_{name}" for name in ("tokens", "bytes_up", "bytes_down")}
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class ServedFederation:
         notary = Notary(self.folder, roster, serving.run_id, key)
         recorder = Recorder([JsonlWriter(self.folder / "events.jsonl")])
         self.ends.callback(recorder.close)
-        rounds = _rounds_of(self.folder)
+        rounds = read_history(self.folder).of(RoundFinished)
 
         def tell(event: Event) -> None:
             recorder.emit(event)
@@ -98,21 +100,18 @@ class ServedFederation:
                 notary.write_asked(number, sha256)
                 return
             notary.write_round(number, closed.after.merged, sha256)
-            costs = closed.costs
-            rounds.setdefault(number, costs)
-            totals = _sums(rounds)
-            recorder.emit(
-                RoundFinished(
-                    **vars(costs),
-                    round=number,
-                    global_step=closed.after.global_step,
-                    round_s=time.perf_counter() - costs.started,
-                    checkpoint_s=0.0,
-                    total_tokens=totals["tokens"],
-                    total_bytes_up=totals["bytes_up"],
-                    total_bytes_down=totals["bytes_down"],
-                )
+            finished = RoundFinished(
+                **vars(closed.costs),
+                **dict.fromkeys(_TOTALS.values(), 0),
+                round=number,
+                global_step=closed.after.global_step,
+                round_s=time.perf_counter() - closed.costs.started,
+                checkpoint_s=0.0,
             )
+            rounds.append(finished)
+            sums = _sums(rounds)
+            totals = {total: sums[name] for name, total in _TOTALS.items()}
+            recorder.emit(finished.model_copy(update=totals))
             roster.tasks.prune(serving.run_id, before_round=number - serve.keep_rounds)
 
         told = {"id": serving.run_id, "config": dictated(inner)}
@@ -134,17 +133,10 @@ class ServedFederation:
 
 def totals_inside(folder: Path) -> dict[str, int]:
     """Of a served federation so far: inner rounds, tokens, bytes from its members and to them."""
-    return _sums(_rounds_of(folder))
+    return _sums(read_history(folder).of(RoundFinished))
 
 
-def _rounds_of(folder: Path) -> dict[int, RoundCosts | RoundFinished]:
-    rounds: dict[int, RoundCosts | RoundFinished] = {}
-    for one in read_history(folder).of(RoundFinished):
-        rounds.setdefault(one.round, one)  # done again, it takes what had come
-    return rounds
-
-
-def _sums(rounds: Mapping[int, RoundCosts | RoundFinished]) -> dict[str, int]:
-    names = ("tokens", "bytes_up", "bytes_down")
-    sums = {name: sum(getattr(one, name) for one in rounds.values()) for name in names}
-    return {"rounds": len(rounds), **sums}
+def _sums(rounds: Sequence[RoundFinished]) -> dict[str, int]:
+    first = {one.round: one for one in reversed(rounds)}  # done again, it takes what had come
+    sums = {name: sum(getattr(one, name) for one in first.values()) for name in _TOTALS}
+    return {"rounds": len(first), **sums}
