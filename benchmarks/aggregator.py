@@ -14,6 +14,8 @@ process also takes the SHA-256 of the same memory with every thread, and does no
 verifies fp32 updates can't be faster than that.
 
 With --key-rule the last 30% of the parameters are merged by that rule, as [parts] would have it.
+With --turns N each of several such rules takes N turns, one after another, each time in a process
+of its own; what is compared is the seconds of turns of one number with those of the first rule.
 
 The updates are four different ones, over and over: their bytes are read, hashed, decoded and merged
 N times, but disk and memory hold four.
@@ -184,6 +186,7 @@ def work(options: argparse.Namespace) -> None:
             for _ in range(options.repeats)
         ]
         found |= {"gb_per_s": values_bytes / statistics.median(times) / 1e9}
+        found |= {"seconds": statistics.median(times)}
         found |= {"peak_mb": peak_mb(), "wire_mb": sum(ref.wire_bytes for ref in many) / 1e6}
     else:
         distinct = [dict(values(sized, number)) for number in range(min(DISTINCT, options.count))]
@@ -213,12 +216,32 @@ def measured(
     return json.loads(told.stdout)
 
 
+def in_turns(folder: Path, refs: list[Ref], codec: str, count: int, options) -> list[list[str]]:
+    """Rows: each rule's seconds, and how many times the first's, with the least and the most."""
+    found: dict[str, list[dict]] = {rule: [] for rule in options.key_rule}
+    for turn, rule in itertools.product(range(options.turns), found):
+        found[rule].append(measured("merge", folder, refs, codec, count, options, rule))
+        print(f"{codec}, {rule}, turn {turn + 1}: {found[rule][-1]}", file=sys.stderr)
+    first, rows = [one["seconds"] for one in found[options.key_rule[0]]], []
+    for rule, turns in found.items():
+        seconds = [one["seconds"] for one in turns]
+        ratios = [mine / its for mine, its in zip(seconds, first, strict=True)]
+        spread = [
+            f"{statistics.median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
+            for some in (seconds, ratios)
+        ]
+        peak_mb = max(one["peak_mb"] for one in turns)
+        rows.append([codec, rule, str(count), *spread, f"{peak_mb:,.0f}"])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parameters", type=float, default=125, help="of the model, in millions")
     parser.add_argument("--updates", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--codec", action="append", help="fp32, int8 and sparseloco by default")
     parser.add_argument("--key-rule", action="append", help="of the last 30%%; none by default")
+    parser.add_argument("--turns", type=int, default=0, help="of each --key-rule, and nothing else")
     parser.add_argument("--repeats", type=int, default=3)
     # Not asked of photon.training: this process is to be no larger than an aggregator's.
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -241,6 +264,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for codec in options.codec or ["fp32", "int8", "sparseloco"]:
             refs = written(Path(scratch), shapes(options.parameters), codec)
+            if options.turns:
+                for count in options.updates:
+                    rows += in_turns(Path(scratch), refs, codec, count, options)
+                continue
             turns = itertools.product(options.updates, [None, *(options.key_rule or [])])
             for count, rule in turns:
                 found: dict[str, float] = {}
@@ -271,6 +298,8 @@ def main() -> None:
         "GB/s of fp32",
     )
     head += ("stack and mean in memory", "ratio", "running sum in memory", "SHA-256 in memory")
+    if options.turns:
+        head = (*head[:3], "seconds", "times the first", "peak MB")
     text = (
         f"# Streaming aggregator, {options.parameters:g} M parameters, {options.threads} threads, "
         f"{machine()}\n\n{table(head, rows)}\n"

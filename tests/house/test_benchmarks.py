@@ -75,6 +75,10 @@ def test_aggregator_beside_plain_means() -> None:
     )
     assert "| int8 | as the rest | 2 |" in out
     assert "| int8 | attention | 4 |" in out
+    rules = ("--key-rule", "mean", "--key-rule", "attention", "--turns", "2")
+    out = run(str(BENCHMARKS / "aggregator.py"), "--quick", "--codec", "fp32", *rules)
+    assert "| fp32 | mean | 2 |" in out
+    assert out.count("| 1.00 (1.00 to 1.00) |") == 2  # the first rule, of itself
 
 
 @pytest.mark.slow
