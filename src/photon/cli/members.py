@@ -57,7 +57,8 @@ RunFile = Annotated[
         "--run-file",
         metavar="RUN.toml",
         help="The run's own file: its [serve] says where the aggregator lives, its [data] has the "
-        "tokenizer. By default the run that was served last from --home.",
+        "tokenizer; or that of a federation inside another. By default the run that was served "
+        "last from --home.",
     ),
 ]
 Home = Annotated[
@@ -280,11 +281,11 @@ def _place(run_file: Path | None, home: Path | None, *, new: bool = False) -> _P
     Raises:
         MembershipError: there is none.
     """
-    from photon.config import ServeConfig, load_run_config
+    from photon.config import ServeConfig, load_run_config, load_served
 
     run, source = None, ""
     if run_file is not None:
-        run, source = load_run_config(run_file), str(run_file)
+        run, source = load_served(run_file), str(run_file)
     serve = run.serve if run is not None else ServeConfig()
     at = Path(home) if home is not None else Path(serve.home)
     made = new and not (at / ROSTER_FILE).exists()

@@ -117,19 +117,11 @@ def serve(
     show_outcome(folder, summary, as_json=as_json)
 
 
-def _read(run_file: Path, overrides: list[str], parent: Path | None) -> RunConfig:
-    """A run file, or a federation's that is a member elsewhere, by the node.toml `parent`."""
-    from photon.config import load_child, load_run_config
-
-    if parent is None:
-        return load_run_config(run_file, overrides=overrides)
-    return load_child(run_file, parent=parent.absolute(), overrides=overrides)
-
-
 def _check(path: Path, overrides: list[str], parent: Path | None, *, as_json: bool) -> None:
+    from photon.config import load_served
     from photon.deploy.checks import checked, look_at_data, preflight
 
-    config = _read(path, overrides, parent)
+    config = load_served(path, parent, overrides)
     data = checked("data", lambda: look_at_data(config.data.path))
     _show_checks([*([] if parent else [data]), *preflight(config.serve)], as_json)
 
@@ -143,13 +135,19 @@ def _begun(
     overwrite: bool,
 ) -> tuple[RunConfig, Path, bool]:
     """Run file and folder, and whether the run goes on there, as one inside another does."""
+    from photon.config import load_served
     from photon.deploy.served_run import reopen_run
     from photon.store.served import SERVE_FILE
 
     if run_file is None:
         assert resume is not None
         return reopen_run(resume, overrides), resume, True
-    config = _read(run_file, overrides or [], parent)
+    config = load_served(run_file, parent, overrides or [])
+    if config.serve.child is not None and parent is None:
+        raise IncompatibleConfigError(
+            f"{run_file} is the file of a federation that is a member elsewhere",
+            hint="Name the node file by which it is one: --parent NODE.toml (docs/worldlm.md).",
+        )
     folder = run_dir or Path("runs") / config.run.name
     begun = parent is not None and (folder / SERVE_FILE).exists() and not overwrite
     return config, folder, begun

@@ -6,9 +6,9 @@ Unknown keys are errors; no torch in here.
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.load import (
-    load_child,
     load_node_config,
     load_run_config,
+    load_served,
     parse_run_config,
     resolved_toml,
     write_resolved,
@@ -32,9 +32,9 @@ __all__ = [
     "PrivacyConfig",
     "RunConfig",
     "ServeConfig",
-    "load_child",
     "load_node_config",
     "load_run_config",
+    "load_served",
     "parse_run_config",
     "resolved_toml",
     "write_resolved",

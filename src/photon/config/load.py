@@ -58,28 +58,32 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     return parse_run_config(tree, overrides, source=str(path))
 
 
-def load_child(
-    path: str | os.PathLike[str], parent: Path, overrides: Sequence[str] = ()
+def load_served(
+    path: str | os.PathLike[str], parent: Path | None = None, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """Read the file of a federation inside another, with [serve], as its own aggregator does.
+    """Read what an aggregator serves: a run file, or a federation's that is inside another.
 
-    What is trained the parent says, task by task: the result's [model] stands for it.
+    Of the latter, which has [serve] beside its own keys, the parent says what is trained, task by
+    task: the result's [model] stands for it.
 
     Args:
-        parent: serve.parent.
+        parent: serve.parent, of a federation inside another.
 
     Raises:
         ConfigError: as `load_run_config`.
     """
     name, hint = Path(path).stem, "It has the keys of [federation.children.NAME]; docs/worldlm.md."
+    tree = _read(path, "run file", "`photon init DIR` writes one to start from.")
+    if parent is None and not tree.keys() & {"silos", "children"}:
+        return load_run_config(path, overrides)
     own = assembled({name: {"file": str(path)}}, Path(), _read_child)[name]
     if not (members := [*own.get("silos", []), *own.get("children", {})]):
         raise IncompatibleConfigError(f"{path} names no members in silos or children", hint=hint)
-    serve = {"silos": members} | _read(path, "file of a federation", hint).get("serve", {})
-    tree: dict[str, Any] = {"run": {"name": name}, "model": {"preset": "tiny"}}
+    serve = {"silos": members, **tree.get("serve", {}), "child": own}
+    serve |= {"parent": str(parent.absolute())} if parent else {}
+    tree = {"run": {"name": name}, "model": {"preset": "tiny"}, "data": {"path": "."}}
     tree["federation"] = {key: own[key] for key in ("sample", "quorum") if key in own}
-    tree |= {"data": {"path": "."}, "serve": {**serve, "parent": str(parent), "child": own}}
-    config = _parsed(tree, RunConfig, overrides, str(path))
+    config = _parsed(tree | {"serve": serve}, RunConfig, overrides, str(path))
     home = str(Path(config.serve.home) / "parent")
     return config.model_copy(update={"data": config.data.model_copy(update={"path": home})})
 
