@@ -87,3 +87,26 @@ def test_a_region_killed_on_the_way_and_the_weights_of_the_simulated_tree(make_t
     with contextlib.suppress(ProcessLookupError):
         for silo in ("lab-a", "lab-d"):
             os.kill(root.network[silo]._started[0].pid, 0)  # members go on waiting for a next run
+
+
+def test_a_parent_that_is_away_for_a_while_is_waited_for_and_named(make_tree) -> None:
+    root, regions, expected = make_tree(3)
+    root.serve()
+    root.await_door()
+    for region in regions.values():
+        region.begin()
+    eu = regions["eu"]
+    eu.wait("its first task", lambda: bool(eu.events("round_started")), within_s=400)
+    root.kill_aggregator()
+    away = "as a member: no answer from the aggregator since"
+    eu.wait("that its parent is away", lambda: away in eu.log(), within_s=120)
+    said = next(line for line in eu.log().splitlines() if away in line)
+    assert "waits for it, for as long as it takes; what is under way goes on" in said
+    root.serve()
+    again = "as a member: the aggregator answers again (it was away since"
+    eu.wait("that its parent is back", lambda: again in eu.log(), within_s=180)
+    assert root.await_end(within_s=400)["weights_sha256"] == expected["weights_sha256"]
+    for region in regions.values():
+        region.await_end(within_s=60)
+        region.audit()
+        assert region.serving.wait(60) == 0
