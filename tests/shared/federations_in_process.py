@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Region:
         silos_in_process.join_all(self.roster, self.silos)
         self.wire = silos_in_process.Wire(self.silos, self.roster)
         self.key = NodeKey.create(self.home / "node.key")
+        self.serve: dict[str, Any] = {"silos": [*self.silos], "min_silos": len(self.silos)}
         self.store: Store = FolderStore(self.folder / "nowhere")
         opened = open_data(data)
         tokens = sum(one.facts.train_tokens for one in self.silos.values())
@@ -65,6 +67,7 @@ class Region:
             "data_sha256": self.facts.data_sha256,
         }
         (self.home / "membership.json").write_text(json.dumps(record))
+        shutil.copytree(opened.tokenizer_file.parent, self.home / "tokenizer")  # as invited
         (self.home / "node.toml").write_text(
             f'[data]\npath = "{self.home}"\n[compute]\nthreads = 1\n[disk]\nmin_free_gib = 0.0\n'
             '[policy]\nmodel_paths = ["*"]\n'
@@ -75,7 +78,7 @@ class Region:
         """As another process, in the place of one that was killed."""
         self.let_go()
         node = load_node_config(self.home / "node.toml", overrides)
-        serve = ServeConfig(silos=[*self.silos], child=self.served, min_silos=len(self.silos))
+        serve = ServeConfig(child=self.served, **self.serve)
         self.own = own = ServedFederation(self.name, self.run, serve, self.roster, self.wire)
         site = Site(self.home, node, read_membership(self.home), own)
         self.trainer = SiloTrainer(
@@ -96,7 +99,7 @@ class Region:
         self.roster.close()
 
     def answer(self, ask):
-        for name in self.silos:
+        for name in self.silos.keys() - self.wire.quiet:
             self.wire.be_here(name)
         return replace(self.trainer.answer(ask, lambda: math.inf), task_id="")
 

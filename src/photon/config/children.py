@@ -214,7 +214,7 @@ def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
         "federation": federation,
         "local": {"steps": config.local.steps // child.rounds},
         "link": {"broadcast_codec": "fp32"},
-        "eval": {"per_silo": False},
+        "eval": {"per_silo": bool(config.parts.personal)},  # which nobody else can score
     }
     changed = {name: getattr(config, name).model_copy(update=new) for name, new in tables.items()}
     own = {"outer": child.outer, "privacy": child.privacy or config.privacy}

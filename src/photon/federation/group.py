@@ -57,7 +57,8 @@ class Group:
         on_event: told what happens inside, under the numbers of inner rounds.
         key: names of key tensors. Where participants keep their own, so does the group.
         on_round: of a group that is served: told that an inner round is over, with the version
-            after it; or (None) that a task begins with this round, from this version.
+            after it; that the version after it was scored as the group hands it on; or (None) that
+            a task begins with this round, from this version.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Group:
         folder: Path,
         on_event: Callable[[Event], None],
         key: Sequence[str] = (),
-        on_round: Callable[[int, Closed | None, Version], None] | None = None,
+        on_round: Callable[[int, Closed | EvalReceipt | None, Version], None] | None = None,
     ) -> None:
         self._path, self._name, self._key = path, (name := path.rpartition("/")[2]), key
         self._fleet, self._on_round = fleet, on_round
@@ -151,7 +152,10 @@ class Group:
         if not scores:
             raise NodeError(f"no member of {self._name} scores the state after round {task.round}")
         self._scored_bytes += sum(one.bytes_down or 0 for one in scores)
-        return replace(EvalReceipt.mean(scores), silo=self._name)
+        mean = replace(EvalReceipt.mean(scores), silo=self._name)
+        if self._on_round is not None:
+            self._on_round(number, mean, server.version)
+        return mean
 
     def settle(self) -> None:
         """What it keeps is on disk when it answers."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,15 @@ from photon.config import ServeConfig
 from photon.config.children import check_children, check_served, inside
 from photon.engines.remote import Asker, Depot, Post, RemoteEngine
 from photon.errors import IncompatibleConfigError
-from photon.federation import Closed, NodeSettings, Participant, Version
+from photon.federation import (
+    CheckpointStore,
+    Closed,
+    EvalReceipt,
+    NodeSettings,
+    Participant,
+    RunState,
+    Version,
+)
 from photon.federation.envelopes import RunPart, dictated
 from photon.federation.group import Group
 from photon.federation.layout import layout_of
@@ -28,6 +37,7 @@ from photon.link import tensors_sha256
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import Roster
 from photon.runs.fleet import Draws, JoinedFleet
+from photon.runs.folder import describe_run
 from photon.runs.notary import Notary
 from photon.store.served import Serving
 from photon.telemetry import Event, JsonlWriter, Recorder, read_history
@@ -36,6 +46,7 @@ from photon.training import plan_compute
 
 #: Figures of a round, and of all so far.
 _TOTALS = {name: f"total_{name}" for name in ("tokens", "bytes_up", "bytes_down")}
+_ZEROS: dict[str, Any] = dict.fromkeys(_TOTALS.values(), 0)
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ class ServedFederation:
         recorder = Recorder([JsonlWriter(self.folder / "events.jsonl")])
         self.ends.callback(recorder.close)
         rounds = read_history(self.folder).of(RoundFinished)
+        newest = CheckpointStore(self.folder / "checkpoints", 1)
 
         def tell(event: Event) -> None:
             recorder.emit(event)
@@ -94,18 +106,22 @@ class ServedFederation:
                 done = (event.round - 1) % served.rounds * inner.local.steps
                 on_event(event.model_copy(update={"step": done + event.step}))
 
-        def on_round(number: int, closed: Closed | None, version: Version) -> None:
-            sha256 = tensors_sha256(version.tensors)
-            if closed is None:
-                notary.write_asked(number, sha256)
+        def on_round(number: int, over: Closed | EvalReceipt | None, version: Version) -> None:
+            if over is None:
+                notary.write_asked(number, tensors_sha256(version.tensors))
                 return
-            notary.write_round(number, closed.after.merged, sha256)
+            if number % served.rounds == 0:  # its own model, as its members go on with it
+                once = {"once": version.once} if version.once else {}
+                newest.save(RunState(number), {"global": version.tensors, **once})
+            if isinstance(over, EvalReceipt):
+                return
+            notary.write_round(number, over.after.merged, tensors_sha256(version.tensors))
             finished = RoundFinished(
-                **vars(closed.costs),
-                **dict.fromkeys(_TOTALS.values(), 0),
+                **vars(over.costs),
+                **_ZEROS,
                 round=number,
-                global_step=closed.after.global_step,
-                round_s=time.perf_counter() - closed.costs.started,
+                global_step=over.after.global_step,
+                round_s=time.perf_counter() - over.costs.started,
                 checkpoint_s=0.0,
             )
             rounds.append(finished)
@@ -128,6 +144,12 @@ class ServedFederation:
         draws = Draws(self.folder, served.rounds)
         fleet = JoinedFleet(roster, inner, serving.run_id, draws, on_lost=notary.write_lost)
         named, folder = layout_of(model).named("key"), settings.folder
+        if not (self.folder / "run.json").exists():
+            cut_by = Path(config.data.path) / "tokenizer"  # it came with the invitation
+            about = {"kind": "serve", "name": self.name, "silos": serve.silos}
+            about |= {"vocab_size": run.vocab_size, "eos_id": run.eos_id}
+            tokenizers = {"": cut_by} if cut_by.is_dir() else {}
+            describe_run(self.folder, inner, model, tokenizers, **about)
         return Group(self.name, config, fleet, engine, folder, tell, named, on_round)
 
 

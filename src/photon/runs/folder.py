@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from photon.config import RunConfig, load_run_config
+from photon.config import RunConfig, load_run_config, write_resolved
 from photon.config.children import tables
 from photon.data import PreparedData, tokenizer_identity
 from photon.errors import (
@@ -31,7 +32,7 @@ from photon.federation.node import empty_model
 from photon.federation.own_parts import way_to, weights_of
 from photon.federation.tasks import WEIGHTS, section
 from photon.models import carried_tensors
-from photon.store.disk import held_alone, writing
+from photon.store.disk import held_alone, write_json, writing
 from photon.store.run_folder import usable
 from photon.store.served import LOCK_FILE, hold_run
 from photon.training import difference, materialise
@@ -159,6 +160,8 @@ def _way(
 ) -> list[str] | None:
     """The way to who has the model that is asked for; None for the federation's own."""
     children, silos = config.federation.children, record["silos"]
+    if of and (name := record.get("name")) in (asked := of.split("/")):  # as its parent calls it
+        of = "/".join(asked[asked.index(name) + 1 :]) or None
     members = [*silos, *(name for name, one in tables(children) if one.nodes is None)]
     named = f"Its silos{' and groups' * bool(children)}: {some(sorted(members), 8)}."
     if of is None:
@@ -182,21 +185,39 @@ def _way(
         )
     if record["kind"] == "serve":
         raise ModelError(
-            f"each silo of the run in {folder} has a model of its own",
-            hint="What it keeps never left its site.",
+            f"each silo of the run in {folder} has a model of its own, and what {of!r} keeps of it "
+            "(parts.personal, key layers) never left its site",
+            hint="It is exported there, if it is a federation: it has a run folder of its own.",
         )
     return way
 
 
-def keep_model(model: Any, folder: Path) -> None:
-    """Write a model's config.json into the run folder: a run owns its architecture."""
-    (folder / MODEL).mkdir()
-    # Whole: defaults that another version of transformers may have are no part of the run.
-    model.config.to_json_file(folder / MODEL / "config.json", use_diff=False)
+def describe_run(
+    folder: Path, config: RunConfig, model: Any, tokenizers: Mapping[str, Path], **record: Any
+) -> None:
+    """Write what a run is into its folder: it can be exported where its data and model are not.
+
+    Args:
+        tokenizers: a folder by the silo whose own it is; "": all silos'.
+        record: of run.json, which is written last.
+    """
+    write_resolved(config, folder / "config.resolved.toml")
+    for own, source in tokenizers.items():
+        shutil.copytree(source, folder / "tokenizer" / own, dirs_exist_ok=True)
+    if config.model.path is not None:  # a run owns its architecture
+        (folder / MODEL).mkdir(exist_ok=True)
+        # Whole: defaults that another version of transformers may have are no part of the run.
+        model.config.to_json_file(folder / MODEL / "config.json", use_diff=False)
+    write_json(folder / "run.json", {"format": RUN_FORMAT, **record, **versions()})
+
+
+def versions() -> dict[str, str]:
+    """Of what decides how numbers are rounded."""
+    return {"photon_version": photon_version(), "torch_version": str(torch.__version__)}
 
 
 def with_own_model(config: RunConfig, folder: Path) -> RunConfig:
-    """The run file with model.path at the copy that `keep_model` made in the run's folder."""
+    """The run file with model.path at the copy that `describe_run` made in the run's folder."""
     if config.model.path is None or not (folder / MODEL / "config.json").is_file():
         return config
     own = config.model.model_copy(update={"path": str(folder / MODEL)})

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from photon.aggregation.rules import SPOOLING
@@ -42,11 +41,11 @@ from photon.federation.outstanding import Order
 from photon.models import model_fingerprint, tokenizer_file_of, trainable_parameters
 from photon.runs.changes import changes, go_on_with
 from photon.runs.folder import (
-    RUN_FORMAT,
     RunResult,
-    keep_model,
+    describe_run,
     only_process,
     require_same_tokenizer,
+    versions,
     with_own_model,
 )
 from photon.runs.nodes import CENTRALISED, Elsewhere, Nodes, resolved
@@ -368,27 +367,20 @@ class Session:
         for path in self.folder.iterdir():
             if path.name not in KEPT:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_resolved(self.config, self.folder / "config.resolved.toml")
         if self.clock is not None:
             write_resolved(self.clock, self.folder / CLOCK_FILE)
-        # With the tokenizer beside it, a run can be exported where its data is not.
-        for file in self.data.tokenizers:
-            own = file.parent.parent.name if self.data.own_vocabularies else ""
-            shutil.copytree(file.parent, self.folder / "tokenizer" / own)
-        if self.config.model.path is not None:
-            keep_model(self._model, self.folder)
-        write_json(
-            self.folder / "run.json",
-            {
-                "format": RUN_FORMAT,
-                "kind": self.kind,
-                "silos": self.silos,
-                "vocab_size": self.data.vocab_size,
-                "eos_id": self.data.eos_id,
-                "model_fingerprint": fingerprint,
-                "data_sha256": self.data.sha256,
-                **_versions(),
-            },
+        own = self.data.own_vocabularies
+        describe_run(
+            self.folder,
+            self.config,
+            self._model,
+            {file.parent.parent.name * own: file.parent for file in self.data.tokenizers},
+            kind=self.kind,
+            silos=self.silos,
+            vocab_size=self.data.vocab_size,
+            eos_id=self.data.eos_id,
+            model_fingerprint=fingerprint,
+            data_sha256=self.data.sha256,
         )
 
     def _check_same(self, record: dict[str, Any], fingerprint: str) -> None:
@@ -417,7 +409,7 @@ class Session:
 
     def _note_versions(self, record: dict[str, Any]) -> list[str]:
         """What is to be told where this process has other versions than the one before it."""
-        here = _versions()
+        here = versions()
         there = {key: record.get(key, "unknown") for key in here}
         if there == here:
             return []
@@ -433,11 +425,6 @@ class Session:
 def _in_words(changed: dict[str, tuple[Any, Any]], number: int) -> str:
     said = ", ".join(f"{key} = {now} (was {was})" for key, (was, now) in changed.items())
     return f"changed on purpose, for the rounds after round {number}: {said}"
-
-
-def _versions() -> dict[str, str]:
-    """Of what decides how numbers are rounded."""
-    return {"photon_version": photon_version(), "torch_version": str(torch.__version__)}
 
 
 def _chosen_silos(data: PreparedData, silos: Sequence[str] | None) -> list[str]:
