@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from photon.config import RunConfig, load_run_config
 from photon.data.shards import HELD_OUT, TRAIN, read_manifest, read_splits
-from photon.errors import DataError, RunNotFoundError
+from photon.errors import CardError, DataError, RunNotFoundError
+from photon.examine.exchange import read_examination
 from photon.membership.audit import AUDIT_FILE, MEMBER
 from photon.store.disk import file_sha256
 from photon.telemetry.events import Evaluated, LocalFinished, RoundFinished, RoundMerged
@@ -97,6 +99,23 @@ def facts_of_data(root: Path, silo: str) -> dict[str, Any]:
         "sources": tokens,
         "shards": {one.file: one.sha256 for one in shards},
     }
+
+
+def facts_of_examination(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `photon data examine` let out of the data that these facts are of.
+
+    Raises:
+        DataError: it can't be read.
+        CardError: it is of another silo, or of other data than is here now.
+    """
+    record = read_examination(path)
+    for key in ("silo", "data_sha256"):
+        if getattr(record, key) != facts[key]:
+            raise CardError(
+                f"{path} is stale: it is of {key} {getattr(record, key)}, the card of {facts[key]}",
+                hint="Examine the text as it is now: `photon data examine`.",
+            )
+    return {"examined": record.figures(), "examination_sha256": file_sha256(path)}
 
 
 def model_facts(run: Path) -> dict[str, dict[str, Any]]:

@@ -57,11 +57,14 @@ def data_card_of(folder: Path, silo: str) -> Path:
 
 
 def write_data_card(path: Path, facts: Mapping[str, Any]) -> list[Path]:
-    """Write a silo's data card for what its data is now; nothing if there is one for it."""
+    """Write a silo's data card for what its data is now; nothing if there is one that says so."""
     was = _answers(path, "data")
     before = was.get("facts", {})
     if was and before.get("data_sha256") == facts["data_sha256"]:
-        return []
+        if before == before | facts:
+            return []
+        signature_file(path).unlink(missing_ok=True)  # it was over other facts
+        return [_write(path, card_text("data", was | {"facts": before | facts}))]
     version = before.get("version", 0)
     for file in (path, signature_file(path)) if was else ():
         if file.exists():

@@ -38,6 +38,9 @@ def cards_init(
         typer.Option(help="At a site: the prepared text. Writes the data card alone."),
     ] = None,
     silo: Annotated[str | None, typer.Option(help="With --data: which silo of it.")] = None,
+    examined: Annotated[
+        Path | None, typer.Option(help="With --data: what `photon data examine` wrote of it.")
+    ] = None,
 ) -> None:
     """Write the cards of a run into DIR/cards, with what Photon knows and with the questions.
 
@@ -47,15 +50,19 @@ def cards_init(
     Example: `photon cards init runs/demo`, or at a site
     `photon cards init . --data data/prepared --silo north`
     """
-    from photon.cards.filling import facts_of_data
+    from photon.cards.filling import facts_of_data, facts_of_examination
     from photon.cards.folder import data_card_of, write_cards, write_data_card
 
+    if data is None and examined is not None:
+        raise CardError("--examined needs --data", hint="Name the text that was examined.")
     if data is None:
         written = write_cards(folder)
     elif silo is None:
         raise CardError("--data needs --silo", hint="Name the silo whose card it is.")
     else:
-        written = write_data_card(data_card_of(folder, silo), facts_of_data(data, silo))
+        facts = facts_of_data(data, silo)
+        facts |= facts_of_examination(examined, facts) if examined is not None else {}
+        written = write_data_card(data_card_of(folder, silo), facts)
     for path in written:
         show(str(path))
     say(f"Answer the questions in {folder / 'cards'}, then `photon cards check {folder}`.")

@@ -16,6 +16,7 @@ from photon.cli.cards import cards_app, comply
 from photon.cli.data import data_app
 from photon.cli.demo import demo
 from photon.cli.doctor import doctor
+from photon.cli.examine import compare, examine
 from photon.cli.init import init
 from photon.cli.members import audit, invite, members_app
 from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, RunDir, RunFile, Sets
@@ -46,7 +47,7 @@ Of = Annotated[
 
 
 #: Packages that not everybody has, and the extra that brings each.
-_EXTRAS = {"obstore": "serve"}
+_EXTRAS = {"obstore": "serve", "py3langid": "examine", "glin-profanity": "examine"}
 
 
 class _Photon(TyperGroup):
@@ -374,6 +375,9 @@ def generate(
     )
     typer.echo(prompt + words)
 
+
+data_app.command()(examine)
+data_app.command()(compare)
 
 #: Commands as a person comes to need them; `photon --help` shows them so.
 _PANELS: dict[str, dict[str, Any]] = {

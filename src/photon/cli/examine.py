@@ -1,0 +1,107 @@
+"""`photon data examine` and `photon data compare`: what text is, without showing it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from photon.cli.data import progress_bar
+from photon.cli.options import AsJson
+from photon.cli.screen import console, say, show, show_json, show_table
+from photon.errors import InvalidValueError
+
+_PROBES = "Prepared text that all sites have, a silo a group; with --model."
+_HELD_OUT = "Prepared folder whose global held-out set to look for; DATA by default."
+
+
+def _told(words: str) -> Any:
+    return typer.Option(help=words)
+
+
+def examine(
+    folder: Annotated[Path, typer.Argument(help="Prepared text.", metavar="DATA")],
+    silo: Annotated[str, _told("Which silo of it.")],
+    out: Annotated[Path | None, _told("Where to write what is shown: SILO.json.")] = None,
+    key: Annotated[Path | None, _told("The sites' key, to find copies across sites.")] = None,
+    held_out: Annotated[Path | None, _told(_HELD_OUT)] = None,
+    probes: Annotated[Path | None, _told(_PROBES)] = None,
+    model: Annotated[Path | None, _told("Run or Hugging Face folder, for --probes.")] = None,
+    min_cell: Annotated[int, _told("No count of fewer documents leaves.")] = 10,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Write without asking.")] = False,
+) -> None:
+    """Count what a silo's text holds: languages, domains, copies, personal data, licences.
+
+    All that would leave is shown first. No text does, and no count below `--min-cell` documents.
+
+    Example: `photon data examine data/prepared --silo north --key sites.key --out north.json`
+    """
+    from photon.data import open_data
+    from photon.examine import examination
+    from photon.examine.exchange import write_examination
+    from photon.examine.signatures import read_key
+
+    if (probes is None) != (model is None):
+        raise InvalidValueError("--probes and --model go together", hint="Give both, or neither.")
+    if out is not None and out.suffix != ".json":
+        raise InvalidValueError(f"--out {out} does not end in .json", hint="Name it SILO.json.")
+    secret = None if key is None else read_key(key)
+    data = open_data(folder, own_vocabularies=True)
+    apart = None if held_out is None else open_data(held_out, only_to_score=True)
+    losses = {}
+    if probes is not None and model is not None:
+        from photon.products import evaluate  # torch
+
+        losses = {name: one.loss for name, one in evaluate(model, probes).per_silo.items()}
+    with progress_bar(console()) as report:
+        record, signatures = examination.examine(
+            data,
+            silo,
+            key=secret,
+            held_out=apart,
+            min_cell=min_cell,
+            losses=losses,
+            workers=len(os.sched_getaffinity(0)),
+            progress=report,
+        )
+    shown = {name: n for name, n in record.figures().items() if "not found" not in name}
+    show_table(("figure", record.silo), ((name, f"{n:,g}") for name, n in shown.items()))
+    few = [name for name, table in record.tables.items() if table.joined == ["not found"]]
+    show(f"In fewer than {min_cell} documents, or none: {', '.join(few) or 'nothing'}.")
+    if out is None:
+        say("Nothing is written without --out.")
+    elif yes or typer.confirm(f"Write this to {out}?", err=True):
+        write_examination(out, record, signatures)
+        say(f"Written: {out}" + (", and its signatures beside it" if key else ""))
+
+
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Examinations.", metavar="A.json B.json")],
+    run: Annotated[Path | None, _told("Also whose loss stayed behind in this run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold silos' examinations side by side: gaps, copies, held-out text that was trained on.
+
+    Signatures are those beside an examination (A.signatures.npy), if it has any.
+
+    Example: `photon data compare north.json south.json --run runs/demo`
+    """
+    from photon.examine import exchange
+    from photon.telemetry import read_history
+
+    figures, told = exchange.compare(files)
+    told += exchange.behind(read_history(run)) if run is not None else []
+    if as_json:
+        rows = [{"of": of, "what": what, "silos": by} for (of, what), by in figures.items()]
+        show_json({"figures": rows, "findings": [{"of": of, "what": one} for of, one in told]})
+        return
+    silos = sorted({silo for by_silo in figures.values() for silo in by_silo})
+    rows = [
+        (of, what, *(f"{by[one]:.3f}" if one in by else "-" for one in silos))
+        for (of, what), by in sorted(figures.items())
+        if what != "not found"
+    ]
+    show_table(("of", "what", *silos), rows)
+    show_table(("of", "finding"), told)

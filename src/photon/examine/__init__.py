@@ -1,0 +1,1 @@
+"""What a silo's text is, as counts that may leave the site, and several sites' side by side."""

@@ -1,0 +1,209 @@
+"""One silo's text, examined document by document, and the record of what may leave."""
+
+import functools
+import multiprocessing
+import secrets
+import signal
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, Field, model_validator
+
+from photon.data import PreparedData, SiloData
+from photon.data.shards import HELD_OUT, TRAIN, TokenRun
+from photon.data.tokenizer import read_tokenizer
+from photon.errors import DataError, EmptySiloError
+from photon.examine import cells
+from photon.examine.cells import LEAST_CELL, MOST_CELL, Name, Table
+from photon.examine.detect import FOUND, NOT, detect, method, tables
+from photon.examine.signatures import BANDS, Signer, alike, key_name, words_of
+from photon.store.disk import file_sha256
+
+COPIES, SEEN = ["alone", "copy of an earlier one"], ["apart", "in training text"]
+#: Tables of held-out documents; all others are of documents to train on.
+_HELD = ("held out by the silo", "global held-out set")
+#: Characters that are looked at at a time, and tokens that a process is given.
+_PIECE, _BATCH_TOKENS = 1 << 20, 1 << 20
+_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
+_Silo = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,200}\z")]
+_Counts = Counter[tuple[str, str]]
+_Text = tuple[PreparedData, SiloData, str]  # whose, and which split of it
+_Progress = Callable[[str, int, int], None]
+
+
+class Examination(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
+    """Counts that `photon.examine.cells` lets out; a table that is absent may not leave.
+
+    Attributes:
+        method: the detectors.
+        silo, data_sha256, folder_sha256: whose text, and which: as in a data card.
+        documents: to train on.
+        held_out_sha256: manifest of the global held-out set that was looked for.
+        losses: nats a token on probe texts, by group.
+        key, signatures_sha256: name of the sites' key, and the file beside; None without.
+    """
+
+    format: Literal[1] = 1
+    method: Annotated[str, Field(max_length=100)]
+    silo: _Silo
+    data_sha256: _Sha256
+    folder_sha256: _Sha256
+    min_cell: Annotated[int, Field(ge=LEAST_CELL, le=MOST_CELL)]
+    documents: cells.Count
+    tables: Annotated[dict[Name, Table], Field(max_length=200)]
+    held_out_sha256: _Sha256
+    losses: Annotated[dict[_Silo, Annotated[float, Field(ge=0, lt=1e4)]], Field(max_length=1000)]
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{16}\z")] | None = None
+    signatures_sha256: _Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Examination":
+        for name, table in self.tables.items():
+            counts = [*table.cells.values(), *[table.joined_documents] * bool(table.joined)]
+            if min(counts, default=0) < self.min_cell:
+                raise ValueError(f"{name} has a count below the cell size of {self.min_cell}")
+            if name not in _HELD and sum(counts) != self.documents:
+                raise ValueError(f"{name} has {sum(counts)} documents of {self.documents}")
+        return self
+
+    def figures(self) -> dict[str, float]:
+        """As people and data cards have them; joined cells are "A + rest"."""
+        found: dict[str, float] = {"documents": self.documents, "min_cell": self.min_cell}
+        for name, table in self.tables.items():
+            joined = " + ".join([*table.joined, "rest"])
+            counts = table.cells | ({joined: table.joined_documents} if table.joined else {})
+            found |= {f"{name}: {cell}": count for cell, count in counts.items()}
+        return found | {f"loss: {group}": loss for group, loss in self.losses.items()}
+
+
+def examine(
+    data: PreparedData,
+    silo: str,
+    *,
+    key: bytes | None = None,
+    held_out: PreparedData | None = None,
+    min_cell: int = cells.DEFAULT_CELL,
+    losses: Mapping[str, float] | None = None,
+    workers: int = 1,
+    progress: _Progress = lambda *_: None,
+) -> tuple[Examination, np.ndarray | None]:
+    """Examine a silo's training text. What is written meanwhile goes again, Ctrl-C or not.
+
+    Args:
+        key: the sites', of `read_key`; without it copies are found under one that nobody keeps.
+        held_out: whose global held-out set is looked for; that of `data` by default.
+        losses: of a model on probe texts, nats a token, by group.
+        progress: told (stage, tokens done, of how many).
+
+    Returns:
+        The record; and with a key signatures in no order, uint64 [documents, BANDS].
+
+    Raises:
+        EmptySiloError: no such silo, or so few documents that nothing may leave.
+        DataError: min_cell is out of bounds.
+    """
+    part, apart = data.silo(silo), held_out or data
+    documents = part.train_documents
+    if not LEAST_CELL <= min_cell <= MOST_CELL:
+        raise DataError(f"--min-cell {min_cell} is not from {LEAST_CELL} to {MOST_CELL:,}")
+    if documents < 2 * min_cell:
+        few = f"silo {silo!r} has {documents} documents to train on"
+        raise EmptySiloError(f"{few}: below twice the cell size of {min_cell} nothing may leave")
+    detectors = method()  # an error here where they are not installed
+    names, found = tables() | {COPIES[1]: COPIES}, defaultdict[str, Counter[str]](Counter)
+    with tempfile.TemporaryDirectory(prefix="photon-examine-") as scratch:
+        signing = key or secrets.token_bytes(64)
+        walk = functools.partial(_walked, Path(scratch), signing, workers, progress)
+        counts, signed = walk((data, part, TRAIN))
+        for (name, cell), count in counts.items():
+            found[name][cell] = count
+        found[COPIES[1]].update(COPIES[int(one)] for one in alike(signed, signed, earlier=True))
+        for name, text in zip(_HELD, ((data, part), (apart, apart.held_out)), strict=True):
+            if text[1].held_out_documents:
+                names[name], others = SEEN, walk((*text, HELD_OUT))[1]
+                found[name].update(SEEN[int(one)] for one in alike(others, signed))
+        kept = None if key is None else signed[np.argsort(signed[:, 0], kind="stable")]
+    for name in (name for name, every in names.items() if FOUND in every):
+        found[name][NOT] = documents - found[name][FOUND]
+    let_out = {name: cells.publish(found[name], every, min_cell) for name, every in names.items()}
+    record = Examination(
+        method=detectors,
+        silo=silo,
+        data_sha256=file_sha256(part.path / "manifest.json"),
+        folder_sha256=data.sha256,
+        min_cell=min_cell,
+        documents=documents,
+        tables={name: table for name, table in let_out.items() if table is not None},
+        held_out_sha256=file_sha256(apart.held_out.path / "manifest.json"),
+        losses=dict(losses or {}),
+        key=None if key is None else key_name(key),
+    )
+    return record, kept
+
+
+def _walked(
+    scratch: Path, key: bytes, workers: int, progress: _Progress, text: _Text
+) -> tuple[_Counts, np.ndarray]:
+    """What documents count, of text to train on, and their signatures in order."""
+    _, part, split = text
+    shards = part.shards(split)
+    total, documents = sum(one.tokens for one in shards), sum(one.documents for one in shards)
+    # On disk, so that many short documents take no memory.
+    file = scratch / f"{split}-{part.name}.npy"
+    signed = np.lib.format.open_memmap(file, "w+", "<u8", (documents, BANDS))
+    counts, row = _Counts(), 0
+    look, batches = functools.partial(_look, key, text), list(_batches(part, split))
+    # Ctrl-C is heard by this process alone.
+    quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), *quiet)
+    mapped = pool.map if min(workers, len(batches)) > 1 else map
+    try:
+        for end, found, rows in mapped(look, batches):
+            counts.update(found)
+            signed[row : row + len(rows)] = rows
+            row += len(rows)
+            progress("examining" if split == TRAIN else "looking for held-out text", end, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return counts, signed
+
+
+def _batches(part: SiloData, split: str) -> Iterator[tuple[int, list[int]]]:
+    """(first token, ends of documents) of the tokens of a split, end to end, some at a time."""
+    first = 0
+    for shard in part.shards(split):
+        ends = np.load(part.path / shard.index_file).astype(np.int64)
+        for some in np.split(ends + first, np.flatnonzero(np.diff(ends // _BATCH_TOKENS)) + 1):
+            yield first, some.tolist()
+            first = int(some[-1])
+
+
+@functools.cache
+def _tokenizer(file: Path) -> Any:
+    return read_tokenizer(file)
+
+
+def _look(key: bytes, text: _Text, batch: tuple[int, list[int]]) -> tuple[int, _Counts, np.ndarray]:
+    """(last token, what documents count, their signatures) of a batch."""
+    data, part, split = text
+    (start, ends), signer, counts = batch, Signer(key), _Counts()
+    rows = np.empty((len(ends), BANDS), dtype=np.uint64)
+    decode = _tokenizer(part.tokenizer_file).decode
+    with closing(TokenRun(part.path, part.shards(split), data.dtype)) as run:
+        for row, end in enumerate(ends):
+            tokens = np.empty(end - start - 1, dtype=data.dtype)  # without its end-of-text
+            run.read(start, tokens)
+            start = end
+            told = decode(tokens.tolist(), skip_special_tokens=False)
+            at = range(0, max(1, len(told)), _PIECE)
+            words = [words_of(told[one : one + _PIECE]) for one in at]
+            rows[row] = signer.signature(words)
+            if split == TRAIN:
+                counts.update(detect(told, words))
+    return start, counts, rows
