@@ -131,8 +131,8 @@ lock: ## resolve requirements.lock again; ARGS=--upgrade takes the newest versio
 	$(PYTHON) -m pip install --quiet --upgrade --target build/lock uv==$(UV_VERSION)
 	echo torch > build/lock/excluded.txt
 	printf '%s\n' $(TORCH_NEEDS) | build/lock/bin/uv pip compile pyproject.toml - --extra dev \
-		--extra serve --excludes build/lock/excluded.txt --universal --python-version 3.11 --generate-hashes \
-		--no-annotate --no-header --no-emit-index-url --no-emit-find-links \
+		--extra serve --extra cards --excludes build/lock/excluded.txt --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --no-header --no-emit-index-url --no-emit-find-links \
 		--no-python-downloads --quiet --output-file requirements.lock $(ARGS)
 	printf '%s\n' $(TORCH_NEEDS) | build/lock/bin/uv pip compile pyproject.toml - --extra serve \
 		--constraints requirements.lock --excludes build/lock/excluded.txt --universal --python-version 3.11 --generate-hashes \

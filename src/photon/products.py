@@ -68,7 +68,7 @@ def export(
     languages: Sequence[str] = (),
     of: str | None = None,
 ) -> Path:
-    """Write a run's newest checkpoint as a Hugging Face folder.
+    """Write a run's newest checkpoint as a Hugging Face folder; with cards, its README is theirs.
 
     Args:
         of: whose model, where silos or groups have parts of their own: a name, or a path such as
@@ -79,6 +79,7 @@ def export(
     Raises:
         RunNotFoundError: no run there.
         ModelError: `out` exists and `overwrite` is not set, or see `load_weights`.
+        CardError: the run has cards that can't be read, or none of the newest checkpoint.
     """
     model, config = load_weights(run_folder, of)
     record, summary = read_record(Path(run_folder)), read_summary(run_folder) or {}
@@ -86,6 +87,7 @@ def export(
     begun = [event.started_at for event in read_history(run_folder).of(RunStarted)]
     base = config.model.path if config.model.init == "pretrained" else None
     on_hub = base is not None and base.startswith(HUB_PREFIX)
+    license = license or (license_of(Path(base)) if base else None)
     card = ModelCard(
         run=config.run.name,
         photon_version=record["photon_version"],
@@ -100,19 +102,30 @@ def export(
         weights_sha256=summary.get("weights_sha256"),
         # A path of this machine is nobody else's business.
         base_model=base and (base.removeprefix(HUB_PREFIX) if on_hub else Path(base).name),
-        license=license or (base and license_of(Path(base))),
+        license=license,
         languages=tuple(languages),
     )
     export_model(
         model,
         Path(out),
         tokenizer_folder=tokenizer_folder(run_folder, of),
-        card=card,
+        card=_readme_of_cards(Path(run_folder), license, languages) or card,
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
     return Path(out)
+
+
+def _readme_of_cards(run: Path, license: str | None, languages: Sequence[str]) -> str | None:
+    from photon.cards.folder import has_cards  # neither a run nor its model needs cards
+    from photon.forms.export import current_cards
+    from photon.forms.model_card import model_card
+    from photon.forms.reading import Reading
+
+    if not has_cards(run):
+        return None
+    return model_card(Reading(current_cards(run), public=True), license, languages)
 
 
 def release(

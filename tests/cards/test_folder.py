@@ -313,10 +313,11 @@ def test_the_schema_has_every_question(kind: str) -> None:
     assert photon("cards", "schema", "nothing").exit_code == CardError.exit_code
 
 
-def test_neither_photon_nor_a_run_loads_cards_and_law_loads_no_torch() -> None:
+def test_neither_photon_nor_a_run_loads_cards_or_forms_and_law_loads_no_torch() -> None:
     code = (
         "import sys, photon, photon.runs, photon.cli.main\n"
-        "assert not [one for one in sys.modules if one.startswith(('photon.cards', 'photon.law'))]"
+        "names = ('photon.cards', 'photon.law', 'photon.forms', 'cyclonedx', 'spdx_python_model')\n"
+        "assert not [one for one in sys.modules if one.startswith(names)]"
     )
     light = (
         "import sys, photon.law.prediction, photon.cards.folder; assert 'torch' not in sys.modules"

@@ -74,6 +74,11 @@ def write_data_card(path: Path, facts: Mapping[str, Any]) -> list[Path]:
     return [_write(path, card_text("data", answers, was))]
 
 
+def has_cards(run: Path) -> bool:
+    """Whether a run has cards."""
+    return (run / CARDS_FOLDER / PROJECT).is_file()
+
+
 def read_cards(run: Path) -> Cards:
     """All cards of a run, each checked, with the standing of data cards.
 
@@ -81,7 +86,7 @@ def read_cards(run: Path) -> Cards:
         CardError: there are none, or one can't be read, or has a key or answer nobody knows.
     """
     folder = run / CARDS_FOLDER
-    if not (folder / PROJECT).is_file():
+    if not has_cards(run):
         raise CardError(
             f"no cards in {run}: {folder / PROJECT} does not exist",
             hint=f"`photon cards init {run}` writes them, with the questions in them.",

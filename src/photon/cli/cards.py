@@ -112,6 +112,33 @@ def cards_show(
     show(f"Cards: {path}")
 
 
+@cards_app.command("export")
+def cards_export(
+    folder: Folder,
+    form: Annotated[
+        str,
+        typer.Option(help="cyclonedx, spdx, croissant, hf, mdf, summary, annex4 or oscal."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The file; of croissant a folder.")],
+    law: LawDate = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that are there.")
+    ] = False,
+) -> None:
+    """Write the cards in a form that others read: a bill of materials, a model card, a legal form.
+
+    What no card answers is "not answered" in a form for people, and left out of one for programs.
+
+    Example: `photon cards export runs/demo --form cyclonedx --out demo.cdx.json`
+    """
+    from photon.forms.export import export_cards
+
+    for path in export_cards(folder, form, out, on=_date(law), overwrite=overwrite):
+        show(f"{form}: {path}")
+    if form in ("mdf", "summary", "annex4", "oscal"):
+        say(_NOTE)
+
+
 @cards_app.command("sign")
 def cards_sign(
     card: Annotated[Path, typer.Argument(help="The data card.", metavar="CARD.toml")],
@@ -192,5 +219,8 @@ def _predicted(
     from photon.law.prediction import predict
     from photon.law.rules import load_law
 
-    on = law or datetime.datetime.now(datetime.UTC)
-    return predict(read_cards(folder), load_law(rules), on.date())
+    return predict(read_cards(folder), load_law(rules), _date(law))
+
+
+def _date(law: datetime.datetime | None) -> datetime.date:
+    return (law or datetime.datetime.now(datetime.UTC)).date()

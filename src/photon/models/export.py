@@ -78,7 +78,7 @@ def export_model(
     out: Path,
     *,
     tokenizer_folder: Path,
-    card: ModelCard,
+    card: ModelCard | str,
     max_shard_size: str = "5GB",
     dtype: Literal["float32", "bfloat16"] = "float32",
     overwrite: bool = False,
@@ -92,6 +92,7 @@ def export_model(
         model: a Hugging Face causal LM, fp32.
         out: folder to make; its parents are made too.
         tokenizer_folder: holds tokenizer.json and whatever else belongs to the tokenizer.
+        card: what README.md says; a string: README.md itself.
         max_shard_size: of one safetensors file, a number with unit.
         dtype: of the weights written; bfloat16 rounds them and halves the size.
 
@@ -121,7 +122,8 @@ def export_model(
     try:
         ids = _write_tokenizer(tokenizer_folder, part)
         _save_weights(model, part, max_shard_size, torch_dtype, ids)
-        (part / "README.md").write_text(render_card(card, model), encoding="utf-8")
+        readme = card if isinstance(card, str) else render_card(card, model)
+        (part / "README.md").write_text(readme, encoding="utf-8")
         # What writes safetensors lets nobody else read them.
         os.umask(mask := os.umask(0))
         for file in part.iterdir():

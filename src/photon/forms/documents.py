@@ -1,0 +1,163 @@
+"""Forms as documents: fields kept as data and answered from the cards, and templates of JSON."""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import re
+import tomllib
+from importlib.resources import files
+from typing import Any
+
+from pydantic import Field
+
+from photon.cards.questions import Strict
+from photon.forms.reading import Reading, Told, one_line
+
+#: Stands in the place of what no card answers.
+NOT_ANSWERED = "not answered"
+
+_MARKS = re.compile(r"([\\`*_{}\[\]|~$#!])")
+
+
+class _Band(Strict):
+    """What is said of a figure below a bound; the last of a list has none."""
+
+    says: str
+    below: float | None = None
+
+
+class _Field(Strict):
+    """One field of a form.
+
+    Attributes:
+        id, name: as the form has them. part: the section it stands in.
+        paths: what answers it (`Reading.told`); none where no card asks for it.
+        views: who sees it; none: everybody.
+        total: the sum over all cards, if all have it.
+        band: the list of bands that says it. times, unit, digits: a factor, the unit, precision.
+    """
+
+    part: str
+    name: str
+    id: str = ""
+    paths: list[str] = Field(default_factory=list, alias="from")
+    views: list[str] = Field(default_factory=list)
+    total: bool = False
+    band: str | None = None
+    times: float = 1
+    unit: str = ""
+    digits: int | None = None
+
+
+class Form(Strict):
+    """A whole form; views by id, for whom: one without has one part for everybody."""
+
+    title: str
+    about: str
+    views: dict[str, str] = Field(default_factory=dict)
+    bands: dict[str, list[_Band]] = Field(default_factory=dict)
+    after: str = ""
+    fields: list[_Field] = Field(alias="field")
+
+    def lines(self, field: _Field, reading: Reading) -> list[str]:
+        """A field's answers: of each card that is asked, also what it does not say."""
+        told = [one for path in field.paths for one in reading.told(path)]
+        if field.total and told and all(one.value is not None for one in told):
+            return [self._figure(field, sum(one.value for one in told))]
+        if not any(one.value is not None or one.doubt for one in told):
+            return [NOT_ANSWERED]
+        return [f"{marked(one.of)}, {_asked(one)} {self._answer(field, one)}" for one in told]
+
+    def _answer(self, field: _Field, told: Told) -> str:
+        if told.doubt:
+            return f"{NOT_ANSWERED}: the card can't be relied on ({marked(told.doubt)})"
+        if told.value is None:
+            return NOT_ANSWERED
+        if isinstance(told.value, int | float) and not isinstance(told.value, bool):
+            return self._figure(field, told.value)
+        return in_full(told.value, told.question.choices or {}) or "none"
+
+    def _figure(self, field: _Field, value: float) -> str:
+        if field.band:
+            bands = self.bands[field.band]
+            return next(one.says for one in bands if one.below is None or value < one.below)
+        value = value if field.times == 1 else value * field.times
+        if field.digits:
+            return f"{value:.{field.digits - 1}e} {field.unit}".strip()
+        return f"{value:,} {field.unit}".strip() if isinstance(value, int) else f"{value:.6g}"
+
+
+@functools.cache
+def form(name: str) -> Form:
+    """The form in NAME.toml."""
+    text = files("photon.forms").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return Form.model_validate(tomllib.loads(text))
+
+
+def document(name: str, reading: Reading) -> str:
+    """A form as Markdown."""
+    return rendered("form.md.j2", form=form(name), reading=reading, marked=marked)
+
+
+def from_template(name: str, reading: Reading, **more: Any) -> Any:
+    """A template of JSON, filled in; what is null or empty in it is left out."""
+    given = {"reading": reading, "line": one_line, "plain": plain, **more}
+    return _pruned(json.loads(rendered(f"{name}.json.j2", **given)))
+
+
+def rendered(template: str, **names: Any) -> str:
+    """A template of this room as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # slow to import
+
+    environment = Environment(
+        loader=PackageLoader("photon.forms", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**names)
+
+
+def _pruned(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key: _pruned(one) for key, one in value.items()}
+        return {key: one for key, one in kept.items() if one not in (None, "", [], {})}
+    if isinstance(value, list):
+        return [_pruned(one) for one in value if one is not None]
+    return value
+
+
+def _asked(told: Told) -> str:
+    asked = told.question.ask or f"{told.question.key.replace('_', ' ')}:"
+    pick = (told.question.choices or {}).get(told.pick, told.pick)
+    return f"{asked} {marked(pick)}:" if pick else asked
+
+
+def in_full(value: Any, choices: dict[str, str]) -> str:
+    """An answer or a fact as Markdown, nothing left out, names of a list with what they mean."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return "; ".join(
+            f"{marked(key or 'all')}: {in_full(one, {})}" for key, one in value.items()
+        )
+    if isinstance(value, list):
+        return "; ".join(in_full(one, choices) for one in value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return marked(f"{value} ({choices[value]})" if value in choices else str(value))
+
+
+def plain(value: Any) -> str:
+    """An answer or a fact as text for a program."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str).strip('"')
+
+
+def marked(text: str) -> str:
+    """Text in Markdown, on one line, none of it markup."""
+    return _MARKS.sub(r"\\\1", html.escape(one_line(text), quote=False))

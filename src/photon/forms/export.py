@@ -1,0 +1,101 @@
+"""`photon cards export`: the cards of a run in one of eight forms."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from photon.cards.bundle import Cards
+from photon.cards.filling import model_facts
+from photon.cards.folder import read_cards
+from photon.errors import CardError, some
+from photon.forms.documents import document, from_template
+from photon.forms.reading import Reading
+from photon.store.disk import write_whole
+
+FORMS = ("cyclonedx", "spdx", "croissant", "hf", "mdf", "summary", "annex4", "oscal")
+#: These are published.
+_PUBLIC = ("hf", "summary")
+
+
+def export_cards(
+    run: Path, form: str, out: Path, *, on: datetime.date, overwrite: bool = False
+) -> list[Path]:
+    """Write the cards of a run in a form; returns the files written.
+
+    Args:
+        out: the file; of croissant the folder, for a file of each silo.
+        on: the law as it is on that day, of oscal.
+
+    Raises:
+        CardError: no such form, no cards, a card that can't be read, or a file is there already.
+        ModuleNotFoundError: of cyclonedx and spdx, without the extra `cards`.
+        OSError: it can't be written.
+    """
+    texts = documents(current_cards(run), form, on)
+    found = {out / name if name else out: text for name, text in texts.items()}
+    there = [path for path in found if path.exists()]
+    if there and not overwrite:
+        hint = "Name another --out, or replace it with --overwrite."
+        raise CardError(f"{there[0]} already exists", hint=hint)
+    for path, text in found.items():
+        write_whole(path, text, "the cards")
+    return list(found)
+
+
+def current_cards(run: Path) -> Cards:
+    """The cards of a run, the newest checkpoint's among them.
+
+    Raises:
+        CardError: as `read_cards`, or that one is missing: the run went on.
+    """
+    cards = read_cards(run)
+    missing = sorted(model_facts(run).keys() - cards.models.keys())
+    if missing:
+        hint = f"`photon cards init {run}` writes it; answers in other cards stay."
+        raise CardError(f"{run} has no card of {some(missing)}", hint=hint)
+    return cards
+
+
+def documents(cards: Cards, form: str, on: datetime.date) -> dict[str, str]:
+    """The texts of a form by file name, "" of the only one; the same for the same cards."""
+    if form not in FORMS:
+        raise CardError(f"no form is called {form!r}", hint=f"There are {', '.join(FORMS)}.")
+    reading = Reading(cards, public=form in _PUBLIC)
+    if form == "croissant":
+        found = {one.name: from_template(form, reading, data=one) for one in reading.sheets("data")}
+        if not found:
+            raise CardError("no data card to export", hint="Sites' cards belong in RUN/cards/data.")
+        return {f"{name}.json": _json(one) for name, one in found.items()}
+    return {"": _document(reading, form, on)}
+
+
+def _document(reading: Reading, form: str, on: datetime.date) -> str:
+    # What an extra has, or takes long, is imported where it is asked for.
+    match form:
+        case "hf":
+            from photon.forms.model_card import model_card
+
+            return model_card(reading)
+        case "cyclonedx":
+            from photon.forms.cyclonedx import bill_of_materials
+
+            return _json(bill_of_materials(reading))
+        case "spdx":
+            from photon.forms.spdx import spdx
+
+            return _json(spdx(reading))
+        case "oscal":
+            from photon.law.prediction import NOTE, predict
+            from photon.law.rules import load_law
+
+            law = load_law()
+            found = predict(reading.cards, law, on)
+            return _json(from_template(form, reading, prediction=found, law=law, note=NOTE))
+    return document(form, reading)
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
