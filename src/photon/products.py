@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from photon.cards.folder import cards_folder
 from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, load_tokenizer, open_data
 from photon.errors import ModelError, VocabularyMismatchError, some
@@ -142,7 +143,7 @@ def release(
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as part:
         made = export(run, Path(part) / "release", **exported)
-        seal(made, run, key)
+        seal(made, run, key, cards_folder(run))
         verify_release(made, key.fingerprint).require_good()
         put_in_place(made, out)
 

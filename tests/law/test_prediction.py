@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,17 @@ from made_cards import answered, best, cards_of, change, tree, worst
 
 from photon.cards.bundle import Cards, Standing
 from photon.cards.questions import CARDS, Kind, questions
-from photon.law.prediction import VERDICTS, Prediction, changes, of_tree, predict
+from photon.errors import CardError
+from photon.law.claims import read_claims
+from photon.law.prediction import (
+    VERDICTS,
+    Claim,
+    Prediction,
+    changes,
+    of_tree,
+    predict,
+    with_children,
+)
 from photon.law.rules import load_law
 
 LAW = load_law()
@@ -400,3 +412,26 @@ def test_every_answer_alone(kind: str, one: Any) -> None:
     ranks = [rank(asked(LATER, **{**base, path: step})) for step in steps]
     assert ranks == sorted(ranks, reverse=True), ranks
     assert answered("project")  # the helper answers something at all
+
+
+def test_a_child_says_what_its_own_law_asks_and_not_for_ever(tmp_path: Path) -> None:
+    own, folder = asked(), tmp_path / "children"
+    assert own.verdict == "met"
+    assert with_children(own, {}) == own
+    folder.mkdir()
+    lines = {"eu": json.dumps(own.as_json()), "us": json.dumps(own.as_json() | {"verdict": "met"})}
+    for name, text in lines.items():
+        (folder / f"{name}.json").write_text(text)
+    claims = read_claims(tmp_path, [])
+    assert with_children(own, claims).verdict == "met"
+    # A jurisdiction of its own, and nothing said.
+    silent = with_children(own, read_claims(tmp_path, ["eu", "ch"]))
+    assert (silent.verdict, silent.findings[-3].subject) == ("unknown", "child/ch")
+    for days, verdict in ((-1, "unknown"), (0, "met"), (31, "met"), (32, "unknown")):
+        later = asked(TODAY + datetime.timedelta(days))
+        assert with_children(later, claims).verdict == verdict
+    banned = {"us": Claim.model_validate(own.as_json() | {"verdict": "prohibited"})}
+    assert with_children(own, claims | banned).verdict == "prohibited"
+    (folder / "us.json").write_text('{"verdict": "fine", "law": "2026-11-30", "rules": "x"}')
+    with pytest.raises(CardError, match=r"us\.json is no prediction: verdict"):
+        read_claims(tmp_path, [])

@@ -15,22 +15,48 @@ from photon.cards.filling import Truth, data_facts, model_facts, project_facts, 
 from photon.cards.questions import CARDS, Kind, questions
 from photon.cards.signing import signature_file, signer_of
 from photon.cards.text import card_text
+from photon.config import load_run_config
 from photon.errors import CardError
 from photon.store.disk import write_whole
 
 CARDS_FOLDER = "cards"
+#: The card of the model that a run is to make, before there is a checkpoint.
+PLANNED = "planned"
 PROJECT, DATA, MODELS = "project.toml", "data", "models"
 _KINDS: dict[str, Kind] = {DATA: "data", MODELS: "model"}
+
+
+def cards_folder(run: Path) -> Path:
+    """Where the cards of a run lie: comply.cards of its run file, or RUN/cards."""
+    resolved = run / "config.resolved.toml"
+    named = load_run_config(resolved).comply.cards if resolved.is_file() else None
+    return Path(named) if named is not None else run / CARDS_FOLDER
 
 
 def write_cards(run: Path) -> list[Path]:
     """Write or renew the cards of a run; answers stay. Returns what was written.
 
     A data card whose data moved becomes SILO.vN.toml, and a next version without answers takes its
-    place. One whose data is the same is left as it is, so that its signature holds.
+    place. One whose data is the same is left as it is, so that its signature holds. What was said
+    of the planned model is said of the first checkpoint.
     """
-    folder = run / CARDS_FOLDER
-    facts = project_facts(run)
+    folder, facts, models = cards_folder(run), project_facts(run), model_facts(run)
+    written = write_first_cards(folder, facts, {})
+    for silo in facts["silos"]:
+        known = data_facts(run, silo)
+        if known is not None:
+            written += write_data_card(folder / DATA / f"{silo}.toml", known)
+    planned = folder / MODELS / f"{PLANNED}.toml"
+    made = [folder / MODELS / f"{name}.toml" for name in models if name.startswith("round-")]
+    if planned.exists() and made:
+        planned.replace(made[-1])
+    return written + _write_models(folder, models)
+
+
+def write_first_cards(
+    folder: Path, facts: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]
+) -> list[Path]:
+    """Write or renew the cards of a project and its models; data cards are the sites' own."""
     silos = facts["silos"]
     old = _answers(folder / PROJECT, "project")
     entities = old.get("entities") or [{"about": {"name": name}} for name in ["aggregator", *silos]]
@@ -39,12 +65,13 @@ def write_cards(run: Path) -> list[Path]:
             entity["about"]["silos"] = [name]
     about = {"title": facts["run"], "law": "eu_ai_act"} | old.get("about", {})
     project = old | {"about": about, "entities": entities, "facts": facts}
-    written = [_write(folder / PROJECT, card_text("project", project))]
-    for silo in silos:
-        known = data_facts(run, silo)
-        if known is not None:
-            written += write_data_card(data_card_of(run, silo), known)
-    for name, known in model_facts(run).items():
+    written = _write(folder / PROJECT, card_text("project", project))
+    return [written, *_write_models(folder, models)]
+
+
+def _write_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[Path]:
+    written = []
+    for name, known in models.items():
         path = folder / MODELS / f"{name}.toml"
         answers = _answers(path, "model") | {"facts": known}
         written.append(_write(path, card_text("model", answers)))
@@ -76,7 +103,7 @@ def write_data_card(path: Path, facts: Mapping[str, Any]) -> list[Path]:
 
 def has_cards(run: Path) -> bool:
     """Whether a run has cards."""
-    return (run / CARDS_FOLDER / PROJECT).is_file()
+    return (cards_folder(run) / PROJECT).is_file()
 
 
 def read_cards(run: Path) -> Cards:
@@ -85,28 +112,53 @@ def read_cards(run: Path) -> Cards:
     Raises:
         CardError: there are none, or one can't be read, or has a key or answer nobody knows.
     """
-    folder = run / CARDS_FOLDER
+    folder = cards_folder(run)
     if not has_cards(run):
         raise CardError(
             f"no cards in {run}: {folder / PROJECT} does not exist",
             hint=f"`photon cards init {run}` writes them, with the questions in them.",
         )
     # Facts are the run's as it is now, whatever a hand wrote there or has happened since.
-    project = _with_facts(read_card(folder / PROJECT, "project"), project_facts(run))
-    known = model_facts(run)
+    return read_cards_in(folder, project_facts(run), model_facts(run), truth_of(run))
+
+
+def read_cards_in(
+    folder: Path,
+    facts: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Any]],
+    truth: Truth,
+    damaged: dict[str, str] | None = None,
+) -> Cards:
+    """Likewise, of a folder of cards.
+
+    Args:
+        facts, models: take the place of those in the project's card, and in models' of these names.
+        damaged: gets, by silo, why a data card can't be read, and the others are read all the same;
+            None: that is an error.
+    """
+    project = _with_facts(read_card(folder / PROJECT, "project"), facts)
     found: dict[str, dict[str, Any]] = {DATA: {}, MODELS: {}}
     standings: dict[str, Standing] = {}
-    truth = truth_of(run)
     for place, cards in found.items():
         for path in sorted((folder / place).glob("*.toml")):
-            card = read_card(path, _KINDS[place])
+            try:
+                card = read_card(path, _KINDS[place])
+            except CardError as error:
+                if damaged is None or place != DATA:
+                    raise
+                damaged[path.stem] = f" ({error.message[:300]})"
+                continue
             name = card.facts.silo if place == DATA else card.facts.name
             if path.name != f"{name}.toml":
                 if place == DATA and path.name.startswith(f"{name}.v"):
                     continue  # an older version
-                raise CardError(f"{path} is the card of {name!r}", hint=f"Call it {name}.toml.")
+                text = f"{path} is the card of {name!r}"
+                if damaged is None or place != DATA:
+                    raise CardError(text, hint=f"Call it {name}.toml.")
+                damaged[path.stem] = f" ({text})"
+                continue
             cards[name] = (
-                _with_facts(card, known[name]) if place == MODELS and name in known else card
+                _with_facts(card, models[name]) if place == MODELS and name in models else card
             )
             if place == DATA:
                 standings[name] = standing_of(path, card, truth)

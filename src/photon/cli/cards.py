@@ -41,22 +41,45 @@ def cards_init(
     examined: Annotated[
         Path | None, typer.Option(help="With --data: what `photon data examine` wrote of it.")
     ] = None,
+    run_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN.toml",
+            help="Before the run: the cards of the project and of the planned model.",
+        ),
+    ] = None,
 ) -> None:
     """Write the cards of a run into DIR/cards, with what Photon knows and with the questions.
 
     Answers that are there stay. A data card whose data moved becomes SILO.v1.toml, and a new one
     without answers takes its place.
 
-    Example: `photon cards init runs/demo`, or at a site
-    `photon cards init . --data data/prepared --silo north`
+    Example: `photon cards init runs/demo`, at a site
+    `photon cards init . --data data/prepared --silo north`,
+    before a served run `photon cards init . --run-file run.toml`
     """
     from photon.cards.filling import facts_of_data, facts_of_examination
-    from photon.cards.folder import data_card_of, write_cards, write_data_card
+    from photon.cards.folder import (
+        CARDS_FOLDER,
+        cards_folder,
+        data_card_of,
+        write_cards,
+        write_data_card,
+        write_first_cards,
+    )
 
+    place = folder / CARDS_FOLDER
     if data is None and examined is not None:
         raise CardError("--examined needs --data", hint="Name the text that was examined.")
-    if data is None:
-        written = write_cards(folder)
+    if run_file is not None:
+        from photon.config import load_run_config
+        from photon.runs.compliance import planned_facts
+
+        config = load_run_config(run_file)
+        facts = {"run": config.run.name, "how": "serve", "silos": sorted(config.serve.silos)}
+        written = write_first_cards(place, facts, planned_facts(config))
+    elif data is None:
+        written, place = write_cards(folder), cards_folder(folder)
     elif silo is None:
         raise CardError("--data needs --silo", hint="Name the silo whose card it is.")
     else:
@@ -65,7 +88,7 @@ def cards_init(
         written = write_data_card(data_card_of(folder, silo), facts)
     for path in written:
         show(str(path))
-    say(f"Answer the questions in {folder / 'cards'}, then `photon cards check {folder}`.")
+    say(f"Answer the questions in {place}, then `photon cards check {folder}`.")
 
 
 @cards_app.command("check")
@@ -215,11 +238,16 @@ def comply(
 def _predicted(
     folder: Path, law: datetime.datetime | None, rules: Path | None = None
 ) -> Prediction:
-    from photon.cards.folder import read_cards
-    from photon.law.prediction import predict
+    from photon.cards.folder import cards_folder, read_cards
+    from photon.config import load_run_config
+    from photon.law.claims import read_claims
+    from photon.law.prediction import predict, with_children
     from photon.law.rules import load_law
 
-    return predict(read_cards(folder), load_law(rules), _date(law))
+    config = load_run_config(folder / "config.resolved.toml")
+    own = rules or (Path(config.comply.law) if config.comply.law else None)
+    found = predict(read_cards(folder), load_law(own), _date(law))
+    return with_children(found, read_claims(cards_folder(folder), config.own_jurisdictions))
 
 
 def _date(law: datetime.datetime | None) -> datetime.date:

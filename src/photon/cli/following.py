@@ -108,6 +108,8 @@ def waits_for(run: dict[str, Any]) -> str | None:
         return None
     refusing = [f"{silo} ({why})" for silo, why in waiting.get("refusing", {}).items()]
     out = f"; not asked until it starts anew: {', '.join(refusing)}" if refusing else ""
+    refused = [f"{silo} ({why})" for silo, why in waiting.get("refused", {}).items()]
+    out += f"; not asked until its cards say more: {', '.join(refused)}" if refused else ""
     return (
         f"for {whom_and_what_for(waiting)}, here: {', '.join(waiting['here']) or 'none'}; "
         f"until {utc(waiting['until'])}{out}"

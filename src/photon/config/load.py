@@ -81,9 +81,10 @@ def load_served(
         raise IncompatibleConfigError(f"{path} names no members in silos or children", hint=hint)
     serve = {"silos": members, **tree.get("serve", {}), "child": own}
     serve |= {"parent": str(parent.absolute())} if parent else {}
+    mine = {"serve": serve, "comply": tree.get("comply", {})}
     tree = {"run": {"name": name}, "model": {"preset": "tiny"}, "data": {"path": "."}}
     tree["federation"] = {key: own[key] for key in ("sample", "quorum") if key in own}
-    config = _parsed(tree | {"serve": serve}, RunConfig, overrides, str(path))
+    config = _parsed(tree | mine, RunConfig, overrides, str(path))
     home = str(Path(config.serve.home) / "parent")
     return config.model_copy(update={"data": config.data.model_copy(update={"path": home})})
 
@@ -116,7 +117,8 @@ def _read_child(path: Path) -> dict[str, Any]:
     """A file with the keys of [federation.children.NAME]; those below it may be files again."""
     hint = "It has the keys of [federation.children.NAME]; docs/groups.md."
     tree = _read(path, "file of a federation", hint)
-    tree.pop("serve", None)  # its own aggregator's
+    for section in ("serve", "comply"):
+        tree.pop(section, None)  # its own aggregator's
     alone = {name: value for name, value in tree.items() if name != "children"}
     _parsed(alone, ChildConfig, (), str(path))
     return tree

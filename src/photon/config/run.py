@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from photon.config.children import ChildConfig, Level
+from photon.config.comply import ComplyConfig
 from photon.config.compute import ComputeConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
@@ -334,11 +335,18 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
+    comply: ComplyConfig = ComplyConfig()
 
     @property
     def total_steps(self) -> int:
         """Global steps of the whole run: rounds x tau. Schedules stretch over it."""
         return self.federation.rounds * self.local.steps
+
+    @property
+    def own_jurisdictions(self) -> list[str]:
+        """Federations in it that have a jurisdiction of their own."""
+        children = self.federation.children.items()
+        return [name for name, child in children if child.policy.jurisdiction is not None]
 
     @property
     def most_rounds(self) -> int:

@@ -74,7 +74,7 @@ class Attempts:
         if exit_code == QuorumLostError.exit_code and progress.get("in_round") is not None:
             return self._after_loss(words, now_s)
         # Killed; or the link and services, whose trouble may pass.
-        if exit_code is not None and not (70 <= exit_code < 80 or exit_code >= 90):
+        if exit_code is not None and not (70 <= exit_code < 80 or 90 <= exit_code < 100):
             raise error_of(exit_code)(
                 words, hint=f"Mend it, then `photon serve --resume {self._folder}` goes on."
             )

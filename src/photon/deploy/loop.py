@@ -14,7 +14,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from photon.config import NodeConfig, ServeConfig, load_node_config, load_run_config
+from photon.config import (
+    NodeConfig,
+    RunConfig,
+    ServeConfig,
+    load_node_config,
+    load_run_config,
+)
 from photon.deploy.join import CA_FILE, INVITATION_FILE, KEY_FILE, accept_invitation
 from photon.errors import PhotonError
 from photon.membership.invitation import read_invitation
@@ -46,8 +52,9 @@ _LOOK_S = 1.0
 def main(folder: Path) -> int:
     """Go on with a run until it is over or drained; the exit code."""
     try:
-        if (serve := load_run_config(folder / RUN_FILE).serve).child is not None:
-            take_part(folder, serve)
+        config = load_run_config(folder / RUN_FILE)
+        if config.serve.child is not None:
+            take_part(folder, config)
         else:
             continue_run(folder)
     except PhotonError as error:
@@ -63,12 +70,13 @@ def main(folder: Path) -> int:
     return 0
 
 
-def take_part(folder: Path, serve: ServeConfig) -> None:
+def take_part(folder: Path, config: RunConfig) -> None:
     """Be the member that a federation is inside another, until that one's run is over.
 
     Raises:
         PhotonError: it can't join, or what it keeps can't be read.
     """
+    serve = config.serve
     home = Path(serve.home) / "parent"
     node = load_node_config(str(serve.parent), [f"data.path={home}"])
     os.environ[BOOT] = f"{os.getppid():016x}"  # of all loops of this `photon serve`
@@ -78,7 +86,7 @@ def take_part(folder: Path, serve: ServeConfig) -> None:
         membership, key = read_membership(home), NodeKey.load(home / KEY_FILE)
         desk, carriers = outside(home / CA_FILE, node, membership, key)
         reporter = Reporter(desk, narrator=Narrator(_show))
-        own = ServedFederation(membership.name, folder, serve, roster)
+        own = ServedFederation(membership.name, folder, serve, roster, comply=config.comply)
         site = Site(home, node, membership, own)
         trainer = SiloTrainer(site, key, carriers, reporter, Team(Seat()))
         end_on_signals(lambda: say_goodbye(home, reporter))

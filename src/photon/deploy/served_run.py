@@ -15,7 +15,7 @@ from photon.errors import RunExistsError, RunNotFoundError
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE, Serving
 
 #: Keys that a start may change, as they begin.
-_MAY_CHANGE = ("serve.", "data.path=")
+_MAY_CHANGE = ("serve.", "comply.", "data.path=")
 #: How much of the end of events.jsonl is read for the round that a run is in.
 _TAIL_BYTES = 1 << 18
 
@@ -56,7 +56,7 @@ def prepare_run(config: RunConfig, folder: Path, *, overwrite: bool = False) -> 
 
 
 def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
-    """The run file of a run that was served before; [serve] may change, and where the data is.
+    """The run file of a run that was served before; some of it may change (_MAY_CHANGE).
 
     It is read only; what changed is written once the run is held (`Aggregator.run`).
 
@@ -73,7 +73,7 @@ def reopen_run(folder: Path, overrides: list[str] | None = None) -> RunConfig:
     if changed:
         raise RunExistsError(
             f"{changed[0].partition('=')[0].strip()} can't change in a run that has begun",
-            hint="Only data.path and keys of [serve] can; for anything else start a new run.",
+            hint="Only data.path and keys of [serve] and [comply] can; else start a new run.",
         )
     return with_whole_paths(load_run_config(folder / RUN_FILE, overrides or []))
 
@@ -106,15 +106,19 @@ def progress_of(folder: Path) -> dict[str, Any]:
 
 
 def with_whole_paths(config: RunConfig) -> RunConfig:
-    data = config.data.model_copy(update={"path": str(Path(config.data.path).absolute())})
-    paths = ("home", "certificate", "key", "ca", "parent")
-    whole = {
-        name: str(Path(value).absolute())
-        for name in paths
-        if (value := getattr(config.serve, name)) is not None
+    """The same, with paths that hold wherever a process of the run starts."""
+    paths = {
+        "data": ("path",),
+        "serve": ("home", "certificate", "key", "ca", "parent"),
+        "comply": ("cards", "law"),
     }
-    serve = config.serve.model_copy(update=whole)
-    return config.model_copy(update={"data": data, "serve": serve})
+    whole: dict[str, Any] = {}
+    for name, keys in paths.items():
+        section = getattr(config, name)
+        given = {key: getattr(section, key) for key in keys if getattr(section, key) is not None}
+        absolute = {key: str(Path(value).absolute()) for key, value in given.items()}
+        whole[name] = section.model_copy(update=absolute)
+    return config.model_copy(update=whole)
 
 
 def how_it_ended(folder: Path) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from photon.cards.bundle import Cards
 from photon.law.conditions import Condition, Finding, Place, evaluate
@@ -19,6 +21,18 @@ Verdict = Literal["prohibited", "not_met", "unknown", "met", "out_of_scope"]
 
 #: Worst first.
 VERDICTS: tuple[Verdict, ...] = ("prohibited", "not_met", "unknown", "met", "out_of_scope")
+
+
+#: For so long a child's own prediction is relied on.
+MOST_DAYS = 31
+_STATUS_OF: dict[Verdict, Status] = {
+    "prohibited": "not_met",
+    "not_met": "not_met",
+    "unknown": "unknown",
+    "met": "met",
+    "out_of_scope": "not_applicable",
+}
+_CHILD_TODO = "Have it mend what its own `photon comply` names, and send its --json anew."
 
 
 @dataclass(frozen=True)
@@ -160,3 +174,38 @@ def of_tree(own: Verdict, children: Mapping[str, Verdict | None]) -> Verdict:
     The worst of them. A child that claims no law, or has no verdict, is unknown.
     """
     return min([own, *(one or "unknown" for one in children.values())], key=VERDICTS.index)
+
+
+class Claim(BaseModel):
+    """What a federation inside another is predicted: its own `photon comply --json`.
+
+    Attributes:
+        law: the date. rules: id and version of its law file.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    verdict: Verdict
+    law: datetime.date
+    rules: Annotated[str, Field(max_length=200)]
+
+
+def with_children(found: Prediction, claims: Mapping[str, Claim | None]) -> Prediction:
+    """The same, with a finding for each child; None: it has not said.
+
+    A claim is good for MOST_DAYS from its date.
+    """
+    more, verdicts = [], {}
+    for name, claim in sorted(claims.items()):
+        good = claim is not None and 0 <= (found.law - claim.law).days <= MOST_DAYS
+        verdicts[name] = claim.verdict if claim is not None and good else None
+        evidence = "there is none"
+        if claim is not None:
+            evidence = f"{claim.verdict} on {claim.law}, by {claim.rules}"
+            evidence += "" if good else f"; it is good for {MOST_DAYS} days from then"
+        status = _STATUS_OF[verdicts[name] or "unknown"]
+        do = "" if status in ("met", "not_applicable") else _CHILD_TODO
+        says = f"A federation inside says what its own law asks of it. {evidence}"
+        more.append(Requirement("cards.child", f"child/{name}", status, says, do))
+    verdict = of_tree(found.verdict, verdicts)
+    return replace(found, verdict=verdict, findings=(*found.findings, *more))

@@ -36,6 +36,8 @@ AGGREGATOR = "aggregator"
 MEMBER, ROUND, LOST, RESUMED, TORN = "member", "round", "lost", "resumed", "torn"
 #: Of a federation inside another: its parent has a task, and the next round starts from its state.
 ASKED = "asked"
+#: What is predicted of the cards of the run, and who takes no part for it.
+VERDICT = "verdict"
 
 #: What to do about a log that can't be true.
 DAMAGE_HINT = (

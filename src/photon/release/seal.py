@@ -35,8 +35,11 @@ def key_file(run: Path) -> Path:
     return Path.home() / ".config" / "photon" / "release.key"
 
 
-def seal(folder: Path, run: Path, key: NodeKey) -> None:
+def seal(folder: Path, run: Path, key: NodeKey, cards: Path | None = None) -> None:
     """Add to an exported model what makes it a release of a run's newest checkpoint.
+
+    Args:
+        cards: the folder of the run's cards, which there may not be; RUN/cards.
 
     Raises:
         RunError: the model is not that checkpoint's.
@@ -67,8 +70,9 @@ def seal(folder: Path, run: Path, key: NodeKey) -> None:
         config = tomllib.loads(path.read_text(encoding="utf-8"))
         name = path.name.replace("config", "run").replace(".resolved", "")
         (folder / name).write_text(tomli_w.dumps(_without_places(config)), "utf-8")
-    if (run / check.CARDS).is_dir():
-        shutil.copytree(run / check.CARDS, folder / check.CARDS)
+    cards = cards or run / check.CARDS
+    if cards.is_dir():
+        shutil.copytree(cards, folder / check.CARDS)
     (folder / check.KEY_FILE).write_text(key.public_pem, "utf-8")
     manifest = {
         "format": "photon-release-1",

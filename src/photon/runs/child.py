@@ -19,6 +19,7 @@ from torch import nn
 
 from photon.config import ServeConfig
 from photon.config.children import check_children, check_served, inside
+from photon.config.comply import ComplyConfig
 from photon.engines.remote import Asker, Depot, Post, RemoteEngine
 from photon.errors import IncompatibleConfigError
 from photon.federation import (
@@ -36,6 +37,7 @@ from photon.federation.layout import layout_of
 from photon.link import tensors_sha256
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import Roster
+from photon.runs.compliance import refused_by
 from photon.runs.fleet import Draws, JoinedFleet
 from photon.runs.folder import describe_run
 from photon.runs.notary import Notary
@@ -58,6 +60,7 @@ class ServedFederation:
         folder: of its run, with serve.json.
         serve: its own [serve], with what it is like inside the parent.
         post: to its members; None: letters, which its desk hands out.
+        comply: its own [comply].
         ends: what to close.
     """
 
@@ -66,6 +69,7 @@ class ServedFederation:
     serve: ServeConfig
     roster: Roster
     post: Post | None = None
+    comply: ComplyConfig = field(default_factory=ComplyConfig)
     ends: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __call__(
@@ -90,7 +94,7 @@ class ServedFederation:
         part_of.write_text(run.id)
         keep = {"keep_rounds": max(self.serve.keep_rounds, served.rounds + 1)}
         serve = self.serve.model_copy(update=keep)
-        inner = inside(config, served).model_copy(update={"serve": serve})
+        inner = inside(config, served).model_copy(update={"serve": serve, "comply": self.comply})
         torch.set_num_threads(plan_compute(config.compute).threads)
         key = NodeKey.load(Path(serving.home) / AGGREGATOR_KEY_FILE)
         notary = Notary(self.folder, roster, serving.run_id, key)
@@ -142,7 +146,14 @@ class ServedFederation:
             tell,
         )
         draws = Draws(self.folder, served.rounds)
-        fleet = JoinedFleet(roster, inner, serving.run_id, draws, on_lost=notary.write_lost)
+        fleet = JoinedFleet(
+            roster,
+            inner,
+            serving.run_id,
+            draws,
+            on_lost=notary.write_lost,
+            refused=refused_by(inner, notary.write_verdict),
+        )
         named, folder = layout_of(model).named("key"), settings.folder
         if not (self.folder / "run.json").exists():
             cut_by = Path(config.data.path) / "tokenizer"  # it came with the invitation

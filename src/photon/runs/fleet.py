@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from photon.config import RunConfig
 from photon.errors import CheckpointCorruptError, QuorumLostError
 from photon.federation import Candidates
+from photon.membership.records import Member
 from photon.membership.refusals import refusing
 from photon.membership.roster import Roster
 from photon.store.disk import write_json
@@ -110,6 +111,7 @@ class JoinedFleet:
         ending: whether the run is to end once its round is over: nobody is waited for then.
         on_lost: told of a round, and which attempt at it, that lost its quorum, before another
             draw may follow.
+        refused: of these members, those who may not take part, each with the reason.
     """
 
     roster: Roster
@@ -118,6 +120,7 @@ class JoinedFleet:
     draws: Draws
     ending: Callable[[], bool] = lambda: False
     on_lost: Callable[[int, int], None] = lambda number, attempt: None
+    refused: Callable[[Sequence[Member]], Mapping[str, str]] = lambda members: {}
 
     def expected(self, round_number: int) -> Mapping[str, int] | None:
         """Tokens of those that a round will be drawn from, as far as can be known before it.
@@ -224,6 +227,7 @@ class JoinedFleet:
                     "round": round_number,
                     "here": sorted(here),
                     "refusing": refusing(self.roster, self.run_id),
+                    "refused": self.refused(self._members()),
                     "until": until,
                 }
                 if waiting != told:
@@ -233,13 +237,18 @@ class JoinedFleet:
         finally:
             self.roster.set_setting("waiting", None)  # also what a killed process left there
 
-    def _tokens(self) -> dict[str, int]:
+    def _members(self) -> list[Member]:
         wanted = self.config.serve.silos
-        return {
-            member.name: member.facts.train_tokens
+        return [
+            member
             for member in self.roster.members()
             if member.status == "active" and (not wanted or member.name in wanted)
-        }
+        ]
+
+    def _tokens(self) -> dict[str, int]:
+        members = self._members()
+        out = self.refused(members)
+        return {one.name: one.facts.train_tokens for one in members if one.name not in out}
 
     def _here(self) -> dict[str, int]:
         seen, now = self.roster.presences(), time.time()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from photon.errors import MembershipError
 from photon.federation.tasks import WEIGHTS
@@ -72,6 +73,12 @@ class Notary(Listener):
             dropped=self._dropped,
         )
         self._log.append(audit.LOST, body)
+
+    def write_verdict(self, body: dict[str, Any]) -> None:
+        """What is predicted of the cards has changed, and who takes no part for it."""
+        for silo, why in body["refused"].items():
+            tell_silos(self._roster, [silo], f"this silo is not asked: {why}")
+        self._log.append(audit.VERDICT, {"run": self._run_id, **body})
 
     def write_asked(self, number: int, sha256: str) -> None:
         """The level above begins a task: round `number` starts from its state."""

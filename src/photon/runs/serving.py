@@ -19,6 +19,7 @@ from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, Roster
 from photon.models import model_fingerprint
 from photon.runs.changes import config_to_go_on_with
+from photon.runs.compliance import refused_by
 from photon.runs.fleet import Draws, JoinedFleet
 from photon.runs.folder import RunResult, finished_summary, read_record, with_own_model
 from photon.runs.notary import Notary
@@ -43,7 +44,8 @@ def continue_run(folder: Path, post: Post | None = None) -> RunResult:
     if begun:  # what is trained stays as it was resolved; where things are may change
         resolved = config_to_go_on_with(folder)
         data = resolved.data.model_copy(update={"path": config.data.path})
-        config = resolved.model_copy(update={"serve": config.serve, "data": data})
+        here = {"serve": config.serve, "comply": config.comply, "data": data}
+        config = resolved.model_copy(update=here)
         if (finished := finished_summary(folder, config)) is not None:
             return RunResult(folder, finished)
     with Roster(Path(serving.home) / ROSTER_FILE) as roster:
@@ -60,6 +62,7 @@ def continue_run(folder: Path, post: Post | None = None) -> RunResult:
             Draws(folder),
             ending=ending,
             on_lost=notary.write_lost,
+            refused=refused_by(config, notary.write_verdict),
         )
         rounds = CheckpointStore(folder / "checkpoints", 1).rounds() if begun else []
         silo_tokens = fleet.expected(1 + max(rounds, default=0))
