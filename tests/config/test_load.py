@@ -180,7 +180,7 @@ def test_override_of_a_whole_table_must_be_a_table() -> None:
         ("run.lr=3", "lr belongs to another table: local.lr or outer.lr or train.lr."),
         (
             "zzz=3",
-            "Valid keys of a run file: comply, compute, data, eval, federation, link, local,",
+            "Valid keys of a run file: comply, compute, data, energy, eval, federation, link,",
         ),
     ],
 )

@@ -6,6 +6,7 @@ import copy
 
 from hypothesis import strategies as st
 
+from photon.energy.account import Spent
 from photon.federation.envelopes import (
     Ask,
     EvalAnswer,
@@ -44,9 +45,16 @@ RECEIPT = Receipt(
     peak_memory_bytes=1 << 30,
     micro_batch_size=4,
     left_out=0.01,
+    energy=Spent(how="measured", training_j=120.5, idle_j=3.25),
 )
 SCORE = EvalReceipt(
-    "red", loss=5.5, bits_per_byte=2.25, tokens=1_990, eval_s=0.75, bytes_down=4_500
+    "red",
+    loss=5.5,
+    bits_per_byte=2.25,
+    tokens=1_990,
+    eval_s=0.75,
+    bytes_down=4_500,
+    energy=Spent(how="estimated", evaluation_j=8.5),
 )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from photon.telemetry.events import (
     CheckpointSaved,
+    EnergySpent,
     Evaluated,
     Event,
     KeyMerged,
@@ -86,6 +87,7 @@ def round_events(number: int, shift: float = 0.0) -> Iterator[Event]:
     yield evaluated(number, 9 - number + shift)
     for silo in SILOS:
         yield evaluated(number, 9 - number + shift, silo)
+    yield EnergySpent(round=number, silo="north", how="estimated", joules={"training": 12.5})
     yield CheckpointSaved(round=number, bytes=120, save_s=0.1)
     yield RoundFinished(
         round=number, global_step=number * STEPS, round_s=5.0, local_train_s=4.0, eval_s=0.3,

@@ -10,6 +10,7 @@ from typing import Any
 
 from photon.config import RunConfig, load_run_config
 from photon.data.shards import HELD_OUT, TRAIN, read_manifest, read_splits
+from photon.energy.account import figures
 from photon.errors import CardError, DataError, RunNotFoundError
 from photon.examine.exchange import read_examination
 from photon.membership.audit import AUDIT_FILE, MEMBER
@@ -63,6 +64,7 @@ def project_facts(run: Path) -> dict[str, Any]:
         rounds=finished[-1].round if finished else 0,
         silos=sorted(trained) or sorted(record["silos"]),
         data_sha256=record["data_sha256"],
+        **_energy(_newest_state(run), _config(run), history),
     )
 
 
@@ -126,9 +128,7 @@ def model_facts(run: Path) -> dict[str, dict[str, Any]]:
     if config.model.init == "pretrained":
         begun = {"what": "initial", "architecture": config.model.path}
         found["initial"] = begun | _known(files=_hashes(run / "model"))
-    states = sorted((run / "checkpoints").glob("round-*/state.json"))
-    if states:
-        state = json.loads(states[-1].read_text(encoding="utf-8"))
+    if state := _newest_state(run):
         found[f"round-{state['round']}"] = _checkpoint(state, config, history, record)
     return {name: {"name": name, **facts} for name, facts in found.items()}
 
@@ -164,7 +164,24 @@ def _checkpoint(
             for silo, one in scores.items()
         },
         privacy={key: str(value) for key, value in privacy.items()},
+        **_energy(state, config, history),
     )
+
+
+def _newest_state(run: Path) -> dict[str, Any]:
+    states = sorted((run / "checkpoints").glob("round-*/state.json"))
+    return json.loads(states[-1].read_text(encoding="utf-8")) if states else {}
+
+
+def _energy(state: dict[str, Any], config: RunConfig, history: RunHistory) -> dict[str, Any]:
+    """Up to a checkpoint; of the last one, with what came after it."""
+    told, summary = state.get("energy"), history.summary
+    if told and summary is not None and summary["rounds"] == state["round"]:
+        told = summary["energy"]
+    elif told:
+        moved = state["bytes_up"] + state["bytes_down"] + state["bytes_inside"]
+        told = figures(told, state["energy_untold"], moved, config.energy)
+    return {"energy_kwh": told["kwh"], "energy_method": told["how"]} if told else {}
 
 
 def _recipe(config: RunConfig) -> dict[str, str]:

@@ -74,9 +74,12 @@ def examine(sequence_length: int | None, vocab_size: int | None, optimizer: str)
     """All findings as JSON's types; bytes, seconds and FLOP/s are in the names."""
     import torch
 
+    from photon.energy.counters import counters_here
+    from photon.training.device import nvml_name
     from photon.training.hardware import inspect_machine
 
     machine = inspect_machine()
+    nvidia = map(nvml_name, range(torch.cuda.device_count()))
     precision = _precision(machine.devices[0])
     devices = [_device(device, precision) for device in machine.devices]
     return {
@@ -85,6 +88,7 @@ def examine(sequence_length: int | None, vocab_size: int | None, optimizer: str)
         "precision": precision,
         "compile": _compile(machine),
         "strategies": _strategies(machine),
+        "energy": counters_here(nvidia),
         "assumptions": {
             "optimizer": optimizer,
             "sequence_length": sequence_length or _USUAL[0],
@@ -328,6 +332,9 @@ def _show(findings: dict[str, Any]) -> None:
     facts["compile"] = f"{'yes' if compiles['available'] else 'no'}: {compiles['why']}"
     strategies = findings["strategies"]
     facts["strategies"] = f"{', '.join(strategies['possible'])}: {strategies['reason']}"
+    counted, hidden = (", ".join(names) for names in findings["energy"].values())
+    facts["energy"] = f"measured by {counted}" if counted else "no counter: estimated by [energy]"
+    facts["energy"] += f"; only root may read {hidden}" if hidden else ""
     facts["distributed"] = ", ".join(machine["backends"]) or "none in this PyTorch"
     show_table((), facts.items(), frame=False)
     _show_presets(findings)

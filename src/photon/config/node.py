@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from photon.config.addresses import network_or_host
 from photon.config.compute import ComputeConfig
+from photon.config.energy import PowerConfig
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.watch import WatchConfig
 
@@ -134,4 +135,5 @@ class NodeConfig(Section):
     network: NetworkConfig = NetworkConfig()
     disk: DiskConfig = DiskConfig()
     watch: WatchConfig = WatchConfig()
+    energy: PowerConfig = PowerConfig()
     gateway: GatewayConfig = GatewayConfig()

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from photon.config.children import ChildConfig, Level
 from photon.config.comply import ComplyConfig
 from photon.config.compute import ComputeConfig
+from photon.config.energy import EnergyConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
 from photon.config.parts import PartsConfig
@@ -333,6 +334,7 @@ class RunConfig(Section):
     link: LinkConfig = LinkConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     eval: EvalConfig = EvalConfig()
+    energy: EnergyConfig = EnergyConfig()
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
     comply: ComplyConfig = ComplyConfig()

@@ -121,6 +121,7 @@ class RunDigest:
     groups: dict[str, SiloDigest] = field(default_factory=dict)
     attention: list[events.KeyMerged] = field(default_factory=list)
     routes: list[events.ResidualRouted] = field(default_factory=list)
+    energy: list[events.EnergySpent] = field(default_factory=list)
     #: summary.json's, where the run is finished.
     summary: Mapping[str, Any] = field(default_factory=dict)
 
@@ -227,6 +228,7 @@ def read_digest(folder: Path) -> RunDigest:
         left_out=_left_out(history),
         attention=history.of(events.KeyMerged),
         routes=history.of(events.ResidualRouted),
+        energy=history.of(events.EnergySpent),
         summary=history.of(events.RunFinished)[-1].summary if state == "finished" else {},
     )
 

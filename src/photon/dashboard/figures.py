@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +41,11 @@ _BYTES = (
     (1e3, 1e3, "kilobytes"),
     (0, 1, "bytes"),
 )
+_JOULES = ((3.6e6, 3.6e6, "kWh"), (3.6e3, 3.6e3, "Wh"), (0, 1, "joules"))
+#: Colours of phases of energy.
+_ENERGY = {"training": "phase-0", "evaluation": "phase-1", "merging": "phase-2"}
+_ENERGY |= {"privacy": "phase-3", "other": "phase-4", "idle": "muted", "communication": "silo-1"}
+_SAID = {"privacy": "compression and privacy", "idle": "waiting"}
 _SCORES: dict[Measure, tuple[str, str]] = {
     "perplexity": ("Perplexity", "silos"),
     "bits_per_byte": ("Bits per byte", "bytes-of-silos"),
@@ -87,6 +93,7 @@ def all_drawings(digest: RunDigest, compare: Mapping[str, RunDigest]) -> list[Dr
             time_per_round(digest),
             bytes_per_round(digest),
             throughput(digest),
+            *energy(digest),
         ]
     return [drawing for drawing in drawings if drawing is not None]
 
@@ -334,6 +341,34 @@ def throughput(digest: RunDigest) -> Drawing | None:
         slowest, fastest = wording.one_line(rows[0].name), wording.one_line(rows[-1].name)
         caption += f" Slowest: {slowest}. Fastest: {fastest}."
     return Drawing.of(figure, "throughput", "Training speed of each silo", "Dot plot", caption)
+
+
+def energy(digest: RunDigest) -> Iterator[Drawing]:
+    """Joules by phase, stacked: of each round, and of each silo and the aggregator."""
+    told = [one for one in digest.energy if one.silo is None or one.silo in digest.silos]
+    known, colours = sorted({one.how for one in told if one.how}), palette.variables(dark=False)
+    for by in ("round", "silo") if known else ():
+        rows: dict[Any, Counter[str]] = {}
+        for one in told:
+            rows.setdefault(getattr(one, by), Counter()).update(one.joules)
+        names = sorted(rows, key=lambda name: (name is None, name))
+        most = max(row.total() for row in rows.values())
+        scale, unit = next((scale, unit) for least, scale, unit in _JOULES if most >= least)
+        figure, axes = canvas.new_axes(canvas.HALF)
+        places, bottom = names if by == "round" else range(len(names)), [0.0] * len(names)
+        for phase, colour in _ENERGY.items():
+            heights = [rows[name][phase] / scale for name in names]
+            axes.bar(places, heights, _bar_width(names), bottom, color=colours[colour])
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        if by == "round":
+            canvas.round_ticks(axes, names)
+        else:
+            shown = wording.distinct([name or "aggregator" for name in names], 60 // len(names) + 2)
+            axes.set_xticks(places, shown.values() if len(names) <= 16 else [""] * len(names))
+        canvas.name_axes(axes, by if by == "round" else "", f"{unit} per {by}")
+        legend = [(_SAID.get(one, one), f"var(--{colour})") for one, colour in _ENERGY.items()]
+        caption = f"What it was spent on: {' and '.join(known)}; communication always modelled."
+        yield Drawing.of(figure, f"energy-{by}", f"Energy by {by}", "Stacked bars", caption, legend)
 
 
 def _axes_for(

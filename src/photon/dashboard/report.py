@@ -21,6 +21,7 @@ _FILTERS = (
     wording.count,
     wording.decimal,
     wording.duration,
+    wording.energy,
     wording.one_line,
     wording.percent,
     wording.perplexity,

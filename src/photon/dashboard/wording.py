@@ -21,6 +21,13 @@ def size(value: float) -> str:
     return _scaled(value, " B", (" kB", " MB", " GB", " TB"))
 
 
+def energy(kwh: float) -> str:
+    """In joules below a watt-hour: 340 J, 2.4 kJ; else 12 Wh, 1.3 kWh."""
+    if kwh < 1e-3:
+        return _scaled(kwh * 3.6e6, " J", (" kJ",))
+    return _scaled(kwh * 1e3, " Wh", (" kWh", " MWh", " GWh"))
+
+
 def _scaled(value: float, unit: str, larger: Sequence[str]) -> str:
     """In the unit that leaves at most four figures; each larger one is a thousand of the last."""
     # The limits allow for rounding: 999,960 is 1.0M, not 1000.0k.

@@ -24,6 +24,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from photon.energy.account import Spent, process_times
+from photon.energy.meter import METER
 from photon.errors import PhotonError, RankLostError, WorkerLostError
 from photon.federation import (
     Answer,
@@ -52,6 +54,9 @@ STARTUP_S = 120.0
 
 #: A worker's first message: it is up.
 _READY = "ready"
+
+#: A question to idle workers: what they used since their last answers.
+_UNTOLD = "untold"
 
 #: When one rank is lost the others complain at once; the dead one shows within this time.
 _POST_MORTEM_S = 2.0
@@ -145,6 +150,21 @@ class WorkerEngine:
         """Ids of the worker processes alive now: each worker's ranks in order."""
         return [rank.process.pid for worker in self._workers for rank in worker.ranks]
 
+    def lived(self) -> tuple[float, float]:
+        """CPU seconds of its processes that are alive, and core-seconds that they had."""
+        each = [process_times(one) for one in self.process_ids]
+        threads = self._settings.config.compute.threads
+        return sum(cpu_s for cpu_s, _ in each), sum(age_s for _, age_s in each) * threads
+
+    def untold(self) -> list[Spent]:
+        """What idle workers used since their last answers: they waited, most of all."""
+        idle = [worker for worker in self._workers if worker.job is None and worker.ready]
+        with contextlib.suppress(OSError, EOFError):  # one is dead, which matters no more
+            for worker in idle:
+                worker.pipe.send(_UNTOLD)
+            return [worker.pipe.recv() for worker in idle]
+        return []
+
     @property
     def now_s(self) -> float:
         return time.monotonic()
@@ -221,7 +241,8 @@ class WorkerEngine:
         deadlines = [worker.heard_s + self._patience_s(worker) for worker in busy]
         left_s = max(0.0, min(deadlines) - time.monotonic()) + 0.01
         pipes = [rank.pipe for worker in busy for rank in worker.ranks]
-        spoke = set(wait(pipes, timeout=left_s if most_s is None else min(left_s, most_s)))
+        with METER.phase("idle"):
+            spoke = set(wait(pipes, timeout=left_s if most_s is None else min(left_s, most_s)))
         for worker, deadline in zip(busy, deadlines, strict=True):
             talking = next((rank for rank in worker.ranks if rank.pipe in spoke), None)
             if talking is not None:
@@ -299,9 +320,10 @@ class WorkerEngine:
             ours, theirs = self._context.Pipe()
             local = index * self._ranks + number  # every worker takes devices of its own
             seat = Seat(number, local, self._ranks, self._ranks)
+            settings = replace(self._settings, worker=index, seat=seat, apart=True)
             process = self._context.Process(
                 target=_work,
-                args=(replace(self._settings, worker=index, seat=seat), self._exchange, theirs),
+                args=(settings, self._exchange, theirs),
                 kwargs={"port": port},
                 name=f"photon-worker-{index}-rank-{number}",
                 daemon=True,
@@ -352,7 +374,10 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
         pipe.send(_READY)
         with contextlib.ExitStack() as opened:
             version, read = None, None
-            while (message := pipe.recv()) is not None:
+            while (message := _waited(pipe)) is not None:
+                if message == _UNTOLD:
+                    pipe.send(node.untold())
+                    continue
                 task, *files = message
                 try:
                     if read != files:
@@ -375,6 +400,11 @@ def _version(
         for path in (state, once)
     )
     return Version(number, tensors, once=first, once_sha256=once_sha256)
+
+
+def _waited(pipe: Connection) -> Any:
+    with METER.phase("idle"):
+        return pipe.recv()
 
 
 def _answered(node: Node, task: Task, version: Version, exchange: Path) -> Any:

@@ -44,6 +44,9 @@ class RunState:
         good_s, exposed_s: of all silos together, on updates that were merged: in local steps, and
             with the version and the update on their way while nothing was trained.
         bytes_inside: that groups' members received and sent.
+        energy: fields of the Spent of all answers and of the aggregator; energy_untold: answers
+            without figures; witness_j: the joules of `energy`, counted another way.
+        first_loss: of the global model before the first round.
     """
 
     round: int = 0
@@ -69,6 +72,10 @@ class RunState:
     good_s: float = 0.0
     exposed_s: float = 0.0
     bytes_inside: int = 0
+    energy: dict[str, Any] = field(default_factory=dict)
+    energy_untold: int = 0
+    witness_j: float = 0.0
+    first_loss: float | None = None
 
 
 class CheckpointStore:

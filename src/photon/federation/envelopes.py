@@ -417,7 +417,7 @@ def text_of(found: SealedAsk) -> bytes:
 
 
 #: Tables of a run file that are the aggregator's own, or the site's: never sent.
-_NOT_DICTATED = ("compute", "serve", "train")
+_NOT_DICTATED = ("compute", "energy", "serve", "train")
 
 
 def dictated(config: RunConfig) -> dict[str, Any]:
@@ -436,8 +436,8 @@ def node_config(run: RunPart, site: Mapping[str, Any]) -> RunConfig:
 
     Args:
         run: from an Ask.
-        site: tables "compute" and "data" (its path) of the site's own; the former may not be in
-            `run`.
+        site: tables "compute", "energy" and "data" (its path) of the site's own; the first two may
+            not be in `run`.
 
     Raises:
         ProtocolError: the run dictates what is the site's to decide.

@@ -9,6 +9,8 @@ from functools import partial
 
 from photon.config import RunConfig
 from photon.config.children import LEAF, group_of
+from photon.energy.account import Spent, energy_spent
+from photon.energy.meter import METER
 from photon.errors import NonFiniteError, QuorumLostError, error_of
 from photon.federation.account import Closed, RoundCosts, after_round, implausible, round_merged
 from photon.federation.checkpoint import RunState
@@ -40,6 +42,9 @@ class Federation:
         pooled: the silos on whose text the fleet's only participant trains: centralised training.
             Nothing leaves the machine then, and where the participant fails the run has failed.
         order: in which updates were merged by a process before this one.
+
+    Attributes:
+        energy: behind each answer, whatever became of it; who keeps the books takes it away.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Federation:
         self.config, self.fleet, self.engine = config, fleet, engine
         self.server, self._tell, self._pooled = server, on_event, pooled
         self._mailbox = Mailbox(engine)
+        self.energy: list[Spent | None] = []
         self.outstanding = Outstanding(config, self._mailbox, order or Order(), pooled)
 
     def round(
@@ -103,7 +109,8 @@ class Federation:
             raise
         costs.local_train_s /= self.engine.processes
         started = time.perf_counter()
-        norm, changes = self.server.step(keep_version=len(self.outstanding) > 0)
+        with METER.phase("merging"):
+            norm, changes = self.server.step(keep_version=len(self.outstanding) > 0)
         ways: list[Event] = []
         if attention := self.server.attention:
             tasks, shares = [task for task, _ in merged], attention.shares
@@ -156,6 +163,7 @@ class Federation:
                 held = last if asked else self.outstanding.held(before, member, last)
                 bytes_down = version.bytes_down(held)
             own.append(receipt)
+            self._note_energy(number, receipt, bytes_down)
             yield replace(receipt, bytes_down=bytes_down)
         if parts.personal:
             yield EvalReceipt.mean(own)
@@ -231,6 +239,7 @@ class Federation:
         costs.tokens_lost += receipt.tokens_lost
         costs.bytes_down += receipt.bytes_down or 0
         costs.bytes_up += receipt.bytes_up
+        self._note_energy(number, receipt, receipt.bytes_up + (receipt.bytes_down or 0))
         if receipt.failure is not None:
             return receipt.failure
         started = time.perf_counter()
@@ -238,7 +247,8 @@ class Federation:
         if config.federation.weighting == "tokens":
             weight *= receipt.tokens
         scale = config.local.steps / task.steps if config.federation.normalise else 1.0
-        verdict = self.server.offer(update, weight, scale)
+        with METER.phase("merging"):
+            verdict = self.server.offer(update, weight, scale)
         costs.merge_s += time.perf_counter() - started
         if verdict.refused is not None:
             costs.tokens_lost += receipt.tokens
@@ -255,6 +265,10 @@ class Federation:
                 f"its norm {verdict.norm:.4g} is far above the last round's median",
             )
         return None
+
+    def _note_energy(self, number: int, receipt: Receipt | EvalReceipt, carried: int) -> None:
+        self.energy.append(receipt.energy)
+        self._tell(energy_spent(number, receipt.silo, receipt.energy, carried, self.config.energy))
 
     def _notice(self, receipt: Receipt, text: str) -> None:
         self._tell(Notice(text=text, round=receipt.round, silo=receipt.silo))

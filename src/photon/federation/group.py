@@ -13,6 +13,7 @@ from torch import Tensor
 
 from photon.config import RunConfig
 from photon.config.children import LEAF, inside
+from photon.energy.account import Spent
 from photon.errors import CheckpointCorruptError, NodeError, NonFiniteError, RunError
 from photon.federation.account import Closed, RoundCosts
 from photon.federation.checkpoint import CheckpointStore, RunState
@@ -122,7 +123,8 @@ class Group:
             self._fleet.lost(after.round + 1)
             lost = {"tokens_lost": _total(costs, "tokens", "tokens_lost")}
             lost["bytes_inside"] = _total(costs, *_ALL_BYTES)
-            return Update.none(Receipt.failed(task, error, **lost))
+            energy = Spent.sum(federation.energy)
+            return Update.none(Receipt.failed(task, error, **lost, energy=energy))
         kept_groups = ("outer", "rule", "residuals")
         groups = {name: one for name, one in server.groups().items() if name in kept_groups}
         if self._config.parts.own_key:
@@ -134,7 +136,8 @@ class Group:
         state_lost |= update.receipt.state_lost
         sent = list(residuals.up.values())
         size = update.receipt.bytes_up + sum(one.bytes for one in sent)
-        receipt = replace(update.receipt, state_lost=state_lost, bytes_up=size)
+        energy = Spent.sum(federation.energy)
+        receipt = replace(update.receipt, state_lost=state_lost, bytes_up=size, energy=energy)
         return replace(update, receipt=_sum(receipts, costs, receipt), residuals=sent)
 
     def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
@@ -153,6 +156,7 @@ class Group:
             raise NodeError(f"no member of {self._name} scores the state after round {task.round}")
         self._scored_bytes += sum(one.bytes_down or 0 for one in scores)
         mean = replace(EvalReceipt.mean(scores), silo=self._name)
+        mean = replace(mean, energy=Spent.sum(one.energy for one in scores))
         if self._on_round is not None:
             self._on_round(number, mean, server.version)
         return mean

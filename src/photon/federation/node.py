@@ -21,6 +21,8 @@ from photon.config import RunConfig
 from photon.config.children import privacy_of
 from photon.data import PreparedData, held_out_text, open_data, token_stream
 from photon.data.held_out import Window
+from photon.energy.account import JOULES, Spent
+from photon.energy.meter import METER
 from photon.errors import NonFiniteError, RankLostError
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
@@ -58,6 +60,7 @@ from photon.training import (
     mfu,
     plan_compute,
     plan_fit,
+    power_of,
     stated_peak,
     within_memory,
 )
@@ -77,6 +80,7 @@ class NodeSettings:
         worker: number of this node, for receipts.
         seat: this process's place among the node's ranks.
         scores_only: it will be given no text to train on, and needs no room for that.
+        apart: its process does nothing else, so that all the energy of it is the node's.
     """
 
     config: RunConfig
@@ -85,6 +89,7 @@ class NodeSettings:
     worker: int = 0
     seat: Seat = field(default_factory=Seat)
     scores_only: bool = False
+    apart: bool = False
 
 
 class Node:
@@ -127,6 +132,11 @@ class Node:
         plan = plan_compute(
             config.compute, processes=settings.processes * seat.local_world_size, seat=seat
         )
+        sharing = settings.processes * seat.local_world_size
+        self._power = power_of(config.energy, plan, sharing=sharing)
+        # Beside an aggregator, what else this process does is the aggregator's.
+        beside = not settings.apart and not seat.rank
+        self._phases = ("training", "evaluation", "privacy") if beside else ()
         self._ranks = Ranks.join(seat, plan.device, collective_s=config.federation.silence_s)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._ranks.close)
@@ -219,13 +229,16 @@ class Node:
         """
         with contextlib.closing(self._ranks):
             while True:
-                call, task = self._ranks.announce(None)
+                with METER.phase("idle"):
+                    call, task = self._ranks.announce(None)
                 if call == "fit":
                     self._fit(task, None)
                 elif call == "load":
                     self._trainer.load_weights(None, task)
                 elif call == "evaluate":
                     self._evaluate(task, None)
+                elif call == "untold":
+                    self._spent()
                 elif call == "settle":
                     self._kept.settle()
                 else:
@@ -248,10 +261,12 @@ class Node:
         if self._fault is not None:
             self._fault(task, trainer)
         try:
-            result = self._train(task)
+            with METER.phase("training"):
+                result = self._train(task)
             published = time.perf_counter()
             self._kept.leave(task)
-            update = self._update(task, state)
+            with METER.phase("privacy"):
+                update = self._update(task, state)
         except NonFiniteError as error:
             receipt = Receipt.failed(
                 task,
@@ -259,6 +274,7 @@ class Node:
                 load_s=load_s,
                 worker=self._worker,
                 state_lost=state_lost,
+                energy=self._spent(),
             )
             return Update.none(receipt)
         receipt = Receipt(
@@ -272,8 +288,21 @@ class Node:
             mfu=self._mfu(result),
             left_out=update.receipt.left_out,
             state_lost=state_lost or update.receipt.state_lost,
+            energy=self._spent(),
         )
         return replace(update, receipt=receipt)
+
+    def untold(self) -> Spent:
+        """What all ranks used since the last answer."""
+        self._ranks.announce(("untold", None))
+        return self._spent()
+
+    def _spent(self) -> Spent:
+        """By all ranks, since they last said."""
+        own = self._power.taken(*self._phases)
+        *joules, unsure = self._ranks.total([*own.by_phase.values(), own.how != "measured"])
+        sums = dict(zip(JOULES, joules, strict=True))
+        return Spent(how="estimated" if unsure else "measured", **sums)
 
     def _coming_loss(self, task: FitTask) -> float:
         """Loss of the weights of now on a task's first two batches, a mean over tokens."""
@@ -343,16 +372,17 @@ class Node:
             windows = text.windows(length, most, documents=config.local.document_mask)
             return self._loss(windows, sequences)
 
-        own = within_memory(
-            scored,
-            self._scored_at_once,
-            trainer.plan.device,
-            ranks,
-            cut=trainer.placed.strategy.shards,
-            on_notice=lambda words: self._tell(
-                Notice(text=words, round=task.round, silo=task.silo or "")
-            ),
-        )
+        with METER.phase("evaluation"):
+            own = within_memory(
+                scored,
+                self._scored_at_once,
+                trainer.plan.device,
+                ranks,
+                cut=trainer.placed.strategy.shards,
+                on_notice=lambda words: self._tell(
+                    Notice(text=words, round=task.round, silo=task.silo or "")
+                ),
+            )
         nats, *counts = ranks.total([own.nats, own.tokens, own.bytes, own.unknown])
         one = score(LossSum(nats, *map(int, counts)))
         return EvalReceipt(
@@ -361,6 +391,7 @@ class Node:
             bits_per_byte=one.bits_per_byte,
             tokens=one.tokens,
             eval_s=time.perf_counter() - started,
+            energy=self._spent(),
         )
 
     def _update(self, task: FitTask, state: GlobalState | None) -> Update:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, Strict
 from torch import Size, Tensor
 
+from photon.energy.account import Spent
 from photon.errors import NodeError, PhotonError
 from photon.evaluation.perplexity import perplexity
 from photon.link import Entry, Header, Ref, plain_entries
@@ -102,6 +103,8 @@ class Measures:
         left_out: what the codec left out of this update, as a share of its norm; None where
             nothing is fed back.
         state_lost: the kept state that the task names is gone; the silo started without one.
+        energy: since the answer before it, waiting and failed attempts included; None where the
+            participant says nothing of it.
     """
 
     tokens: Whole = 0
@@ -122,6 +125,7 @@ class Measures:
     micro_batch_size: Count = 0
     left_out: Ratio | None = None
     state_lost: Annotated[bool, Strict()] = False
+    energy: Spent | None = None
 
 
 @dataclass(frozen=True)
@@ -289,6 +293,7 @@ class Score:
         bits_per_byte: None where the text is mostly unknown to its tokenizer.
         bytes_down: that the participant received for it: a state that it did not hold yet; None
             where nothing was carried, as in a Receipt.
+        energy: as in a Receipt.
     """
 
     loss: Loss
@@ -296,6 +301,7 @@ class Score:
     tokens: Tokens
     eval_s: Seconds
     bytes_down: Bytes | None = None
+    energy: Spent | None = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ RESUMABLE_KEYS = (
     "compute.threads",
     "eval.every",
     "data.path",
+    "energy.network_kwh_per_gb",
+    "energy.carbon_g_per_kwh",
 )
 
 #: What rounds to come may do otherwise: all that a run keeps (weights, optimizer states, cursors,

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from photon.energy.account import Power, Spent, energy_spent
 from photon.errors import QuorumLostError
 from photon.federation import CheckpointStore, Closed, EvalReceipt, Federation, RunState
 from photon.federation.account import RoundCosts
@@ -35,6 +36,9 @@ class Rounds:
         clock: what a resume needs of the engine's time, where that is simulated.
         ahead: whether a round's books are closed while the next one's tasks are at work already:
             a kill meanwhile has both rounds done again.
+        power: of this process; without it no account of energy is kept.
+        witness: joules of the whole run since this process began it, counted another way.
+        untold: energy that no answer told of, at the end.
 
     Attributes:
         state: as of the last finished round; at first, where to go on.
@@ -52,8 +56,13 @@ class Rounds:
         ended: Callable[[], bool] = lambda: False,
         clock: Callable[[], dict[str, Any]] = dict,
         ahead: bool = False,
+        power: Power | None = None,
+        witness: Callable[[], float] = lambda: 0.0,
+        untold: Callable[[], list[Spent]] = list,
     ) -> None:
         self.state = state
+        self._power, self._untold = power, untold
+        self._witness, self._witnessed_j = witness, state.witness_j
         self.evaluation: dict[str | None, EvalReceipt] = {}
         self._evaluated_round: int | None = None
         self._evaluation_bytes = 0
@@ -105,6 +114,7 @@ class Rounds:
         self._close_books()
         if self._evaluated_round != self.state.round:
             self._evaluate(self.state, self.state)
+        self.state = self._with_energy(self.state, *self._untold())
         return True
 
     def _groups(self) -> Groups:
@@ -128,6 +138,8 @@ class Rounds:
         self.evaluation, self._evaluated_round = {}, number
         for receipt in self.federation.evaluate(before, participants, after.node_rounds):
             self.evaluation[receipt.silo] = receipt
+            if number == 0 and receipt.silo is None:
+                self.state = replace(self.state, first_loss=receipt.loss)
             self._evaluation_bytes += receipt.bytes_down or 0
             scores = Evaluated(round=number, perplexity=receipt.perplexity, **vars(receipt))
             self._recorder.emit(scores)
@@ -143,7 +155,7 @@ class Rounds:
         costs.bytes_down += self._evaluation_bytes
         self._evaluation_bytes = 0
         self.state = replace(
-            closed.after,
+            self._with_energy(closed.after),
             total_tokens=old.total_tokens + costs.tokens,
             tokens_lost=old.tokens_lost + costs.tokens_lost,
             bytes_inside=old.bytes_inside + costs.bytes_inside,
@@ -153,6 +165,17 @@ class Rounds:
             clock=self._clock(),
         )
         self._open = costs, self._groups()
+
+    def _with_energy(self, state: RunState, *untold: Spent) -> RunState:
+        """With what answers told of, and what else was used, since the last time."""
+        if self._power is None:
+            return state
+        told, self.federation.energy = self.federation.energy, []
+        own = Spent.sum([self._power.taken(), *untold])
+        self._recorder.emit(energy_spent(state.round, None, own, 0, self._config.energy))
+        all_j = vars(Spent.sum([own, *told, Spent(**state.energy) if state.energy else None]))
+        count, joules = state.energy_untold + told.count(None), self._witnessed_j + self._witness()
+        return replace(state, energy=all_j, energy_untold=count, witness_j=joules)
 
     def _close_books(self) -> None:
         """Checkpoint the round that is over, if its books are open, tell of it, and prune."""

@@ -18,8 +18,11 @@ from photon.config.children import LEAF, check_children, participants, refuse_ch
 from photon.config.clock import ClockConfig
 from photon.config.load import load_clock
 from photon.data import PreparedData, open_data
+from photon.energy.account import Power, Witness
+from photon.energy.meter import METER
 from photon.engines.groups import in_the_round, with_groups
 from photon.engines.simulated import SimulatedEngine, SimulatedFleet
+from photon.engines.workers import WorkerEngine
 from photon.errors import (
     EmptySiloError,
     IncompatibleConfigError,
@@ -28,6 +31,7 @@ from photon.errors import (
 )
 from photon.federation import (
     CheckpointStore,
+    Engine,
     Federation,
     FixedFleet,
     Fleet,
@@ -55,7 +59,7 @@ from photon.store.disk import require_disk, write_json, writing
 from photon.store.served import LOCKS, RUN_FILE, SERVE_FILE
 from photon.telemetry import JsonlWriter, Listener, Recorder, events
 from photon.telemetry.tensorboard import TensorBoardWriter
-from photon.training import count_flops, decayed_names, plan_compute
+from photon.training import count_flops, decayed_names, plan_compute, power_of
 from photon.version import photon_version
 
 #: A run folder's copy of the clock that its time is simulated by.
@@ -184,6 +188,8 @@ class Session:
         Raises:
             PhotonError: all that can be known before training is checked first.
         """
+        METER.take()  # what this process did before is not the run's
+        self._witness = Witness()
         self._check()
         with (
             only_process(self.folder, served=self.kind == "serve"),
@@ -273,7 +279,7 @@ class Session:
         if self.config.federation.children:
             on_event = in_the_round(on_event)
         engine, tokens = self.nodes.engine(model, on_event), self._silo_tokens
-        config, pooled, options = self.config, (), dict[str, Any]()
+        config, pooled, options = self.config, (), self._energy_options(engine)
         if self._guests is not None:
             fleet, options["draining"] = self._guests.fleet, self._guests.ending
         elif self.kind == "train":
@@ -296,6 +302,22 @@ class Session:
         federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
         federation.outstanding.go_on_with(state.in_flight, tensors, server)
         return Rounds(federation, state, recorder, checkpoints, **options)
+
+    def _energy_options(self, engine: Engine) -> dict[str, Any]:
+        """Of Rounds: none where time is simulated; a witness where all that trains is on this
+        machine's cores, in processes that this one knows."""
+        if self.clock is not None:
+            return {}
+        watts, compute, seat = self.config.energy, self.config.compute, self.nodes.seat
+        here = self._guests is None and seat.world_size == 1 and compute.device == "cpu"
+        if isinstance(engine, WorkerEngine):
+            power, lived, untold = Power(watts, 0), engine.lived, engine.untold
+        else:
+            power, lived, untold = power_of(watts, plan_compute(compute, seat=seat)), tuple, list
+        options = {"power": power, "untold": untold}
+        if here:
+            options["witness"] = lambda: self._witness.joules(power, *lived())
+        return options
 
     @property
     def _at_once(self) -> int:

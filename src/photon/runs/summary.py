@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from photon.config import RunConfig
+from photon.energy.account import JOULES, KWH_J, figures
 from photon.federation import EvalReceipt, RunState
 from photon.link import tensors_sha256
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
@@ -54,6 +55,7 @@ def summary_of(
         "train_share": state.local_train_s / time_s if time_s > 0 else 0.0,
         **shares_of_time(state, time_s, at_once),
         "tokens_lost": state.tokens_lost,
+        **({"energy": _energy(state, config, overall.loss)} if state.energy else {}),
         "weights_sha256": tensors_sha256(weights),
         "photon_version": photon_version(),
     }
@@ -70,6 +72,26 @@ def shares_of_time(state: RunState, time_s: float, at_once: int) -> dict[str, fl
     return {
         "utilisation": state.good_s / told if told > 0 else 0.0,
         "goodput": state.good_s / (at_once * time_s) if time_s > 0 else 0.0,
+    }
+
+
+def _energy(state: RunState, config: RunConfig, loss: float) -> dict[str, Any]:
+    """What the run took and what that was good for; docs/energy.md."""
+    moved = state.bytes_up + state.bytes_down + state.bytes_inside
+    told = figures(state.energy, state.energy_untold, moved, config.energy)
+    kwh, tokens, sent_s = told["kwh"], state.total_tokens, state.exposed_s if moved else 0.0
+    gained = loss if state.first_loss is None else state.first_loss - loss
+    own_j, witness_j = sum(state.energy[name] for name in JOULES), state.witness_j
+    return {
+        **told,
+        "kwh_per_million_tokens": kwh / tokens * 1e6 if tokens else None,
+        "kwh_per_nat": kwh / gained if gained > 0 and state.first_loss is not None else None,
+        # Tokens a second and watt: a watt-second is a joule.
+        "tokens_per_s_per_w": tokens / (kwh * KWH_J) if kwh else None,
+        "granularity": state.good_s / sent_s if sent_s else None,
+        "link_utilisation": sent_s / (state.good_s + sent_s) if sent_s else None,
+        "independent_kwh": witness_j / KWH_J if witness_j else None,
+        "unexplained": 1 - own_j / witness_j if witness_j else None,
     }
 
 

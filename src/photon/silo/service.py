@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from photon.energy.meter import METER
 from photon.errors import PhotonError, RunBusyError
 from photon.federation.envelopes import Ask
 from photon.silo.presence import Reporter
@@ -63,7 +64,8 @@ def serve(home: Path, trainer: SiloTrainer, reporter: Reporter) -> None:
     log.info("listening at %s", home / SOCKET_FILE)
     reporter.say("idle")
     while True:
-        question = listener.next()
+        with METER.phase("idle"):
+            question = listener.next()
         reply = trainer.answer(question.ask, question.left_s)
         listener.settle(question, answer_of(reply))
 

@@ -58,6 +58,7 @@ class Site:
         site = {
             "compute": self.node.compute.model_dump(mode="json", exclude_none=True),
             "data": {"path": self.node.data.path},
+            "energy": self.node.energy.model_dump(mode="json"),
         }
         return node_config(run, site)
 
@@ -92,4 +93,4 @@ class Site:
 
     def settings(self, run: RunPart, config: RunConfig, seat: Seat) -> NodeSettings:
         """Of this site's node in a run."""
-        return NodeSettings(config, self.home / "nodes" / run.id, seat=seat)
+        return NodeSettings(config, self.home / "nodes" / run.id, seat=seat, apart=True)

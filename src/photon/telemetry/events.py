@@ -31,6 +31,9 @@ def finite(value: Any) -> Any:
 Figure = Annotated[float | None, AfterValidator(finite)]
 #: Three centuries are no span of a run either; a sum of such spans would be infinite.
 Seconds = Annotated[float, AfterValidator(lambda given: given if 0 <= given < 1e10 else 0.0)]
+Joules = Annotated[float, AfterValidator(lambda given: given if 0 <= given <= 1e15 else 0.0)]
+#: How joules are known: docs/energy.md.
+How = Literal["measured", "estimated", "modelled"]
 
 
 class Event(BaseModel):
@@ -238,6 +241,19 @@ class Evaluated(Event):
     tokens: int
     eval_s: Seconds
     bytes_down: int = 0
+
+
+class EnergySpent(Event):
+    """Joules by phase of a silo's answer, or (silo null) of the aggregator; a round's add up.
+
+    how is null where the silo told nothing; joules of "communication" are always modelled. A
+    group's are those of its members, who are told of as well.
+    """
+
+    round: int
+    silo: str | None
+    how: How | None
+    joules: dict[str, Joules]
 
 
 class CheckpointSaved(Event):

@@ -1,6 +1,6 @@
 """Local training: one loop, useful with no federation at all."""
 
-from photon.training.device import plan_compute, ranks_of_a_node
+from photon.training.device import plan_compute, power_of, ranks_of_a_node
 from photon.training.fit import Fit, plan_fit
 from photon.training.flops import count_flops
 from photon.training.hardware import mfu, stated_peak

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from photon.config import ComputeConfig
+from photon.config.energy import PowerConfig
+from photon.energy.account import Power
+from photon.energy.meter import METER
 from photon.errors import DeviceError, IncompatibleConfigError
 from photon.freed_memory import keep_freed_memory
 from photon.training.ranks import Seat
@@ -64,6 +67,19 @@ def plan_compute(
     if device.type == "cuda":
         device = _cuda_device(seat or Seat())
     return ComputePlan(device, _autocast_dtype(section.precision, device), threads, section)
+
+
+def nvml_name(device: torch.device | int) -> str:
+    """What NVML calls a CUDA device."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def power_of(watts: PowerConfig, plan: ComputePlan, *, sharing: int = 1) -> Power:
+    """Of a process with this plan, one of so many that share this machine's devices."""
+    if plan.device.type == "cuda":
+        METER.watch_device(nvml_name(plan.device))
+    devices = max(1, torch.cuda.device_count()) if plan.device.type != "cpu" else 0
+    return Power(watts, plan.threads, min(1.0, devices / sharing))
 
 
 def ranks_of_a_node(section: ComputeConfig, *, workers: int) -> int:

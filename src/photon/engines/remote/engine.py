@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from photon.config import RunConfig
+from photon.energy.meter import METER
 from photon.engines.remote.depot import Depot
 from photon.engines.remote.errand import ATTEMPTS, Errand
 from photon.engines.remote.messenger import Messenger, Post
@@ -168,10 +169,11 @@ class RemoteEngine:
             if not self._messenger.turn(self._errands):
                 pause_s = min(left_s, self._messenger.pause_s(self._errands))
                 fetching = [place.fetching for place in self._going if place.fetching is not None]
-                if not fetching:
-                    self._post.wait(pause_s)
-                else:
-                    wait(fetching, min(pause_s, _GLANCE_S), FIRST_COMPLETED)
+                with METER.phase("idle"):
+                    if not fetching:
+                        self._post.wait(pause_s)
+                    else:
+                        wait(fetching, min(pause_s, _GLANCE_S), FIRST_COMPLETED)
 
     def cancel(self, task: Task) -> str:
         self._new = [one for one in self._new if one[0] != task]

@@ -1,0 +1,1 @@
+"""What a run takes of machines and networks, in joules: counted where it can be, else estimated."""
