@@ -117,6 +117,10 @@ def test_figures_that_contradict_the_question_cost_the_silo_its_update(forge, wo
         {"tokens": 0},
         {"times": [0.0, 0.0, 0.0, math.inf]},
         {"peak_memory_bytes": 2**60},
+        {"energy": {"how": "measured", "training_j": math.inf}},
+        {"energy": {"how": "measured", "idle_j": 2e15}},
+        {"energy": {"how": "guessed", "idle_j": 1.0}},
+        {"energy": {"how": "measured", "of_mine_j": 1.0}},
     ],
 )
 def test_figures_that_nothing_can_have_cost_the_silo_its_update(figures, bench):

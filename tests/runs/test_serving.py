@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import rotation
@@ -21,6 +22,7 @@ from photon.errors import (
     RunNotFoundError,
 )
 from photon.federation import Candidates
+from photon.federation.envelopes import parse_reply
 from photon.link import write_tensors
 from photon.membership.bulletin import told, whom_and_what_for
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
@@ -32,7 +34,7 @@ from photon.runs.notary import Notary
 from photon.store.contract import FolderStore
 from photon.store.served import Serving
 from photon.telemetry import read_history
-from photon.telemetry.events import RunStopped, UpdateDropped
+from photon.telemetry.events import EnergySpent, RunStopped, UpdateDropped
 from photon.training import fit
 
 
@@ -56,6 +58,29 @@ def crash_before_the_record(monkeypatch, number):
 
 
 # --- whole runs ------------------------------------------------------------------------------
+
+
+def test_silos_tell_their_own_energy_and_one_without_figures_is_as_good(served, calm):
+    def of_an_older_version(silo, ask, times):
+        if silo.name != "green":
+            return silo.answer(ask)
+        reply = parse_reply(silo.answer(ask).text)
+        part = "fit" if ask.fit else "evaluate"
+        told = {part: replace(getattr(reply, part), energy=None)}
+        return silo.sign(reply.model_copy(update=told))
+
+    served.wire.fault = of_an_older_version
+    summary = served.go_on().summary
+    same(summary, calm)
+    told = read_history(served.folder).of(EnergySpent)
+    assert {one.how for one in told if one.silo in ("red", "blue", None)} == {"estimated"}
+    green = [one for one in told if one.silo == "green"]
+    assert {one.how for one in green} == {None}
+    assert all(list(one.joules) == ["communication"] for one in green)
+    energy = summary["energy"]
+    assert energy["how"].endswith(f"{len(green)} answers came without figures")
+    assert energy["kwh_by_phase"]["training"] > 0
+    assert energy["independent_kwh"] is None
 
 
 def test_a_key_that_changes_in_mid_round_and_the_weights_of_one_process(

@@ -15,8 +15,7 @@ class PowerConfig(Section):
     """[energy]: what a site's machines draw. docs/energy.md says where defaults are from."""
 
     core_busy_w: Amount = Field(
-        default=3.5,
-        description="Watts of a logical core at work, with its share of memory and power supply.",
+        default=3.5, description="Watts of a logical core at work, with its share of the server."
     )
     core_idle_w: Amount = Field(default=0.74, description="Watts of one that waits.")
     device_busy_w: Amount = Field(
@@ -32,7 +31,5 @@ class EnergyConfig(PowerConfig):
         default=0.001, description="kWh that networks take for 1e9 bytes; always modelled."
     )
     carbon_g_per_kwh: Amount | None = Field(
-        default=None,
-        description="Grams of CO2 equivalent for a kWh where the run is; without it nothing is "
-        "said of carbon.",
+        default=None, description="Grams of CO2 equivalent a kWh; without it none is claimed."
     )

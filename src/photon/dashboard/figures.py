@@ -365,10 +365,12 @@ def energy(digest: RunDigest) -> Iterator[Drawing]:
         else:
             shown = wording.distinct([name or "aggregator" for name in names], 60 // len(names) + 2)
             axes.set_xticks(places, shown.values() if len(names) <= 16 else [""] * len(names))
+        axes.set_xlim(min(places) - 0.7, max(places) + 0.7)
         canvas.name_axes(axes, by if by == "round" else "", f"{unit} per {by}")
         legend = [(_SAID.get(one, one), f"var(--{colour})") for one, colour in _ENERGY.items()]
-        caption = f"What it was spent on: {' and '.join(known)}; communication always modelled."
-        yield Drawing.of(figure, f"energy-{by}", f"Energy by {by}", "Stacked bars", caption, legend)
+        caption = f"Joules by phase: {' and '.join(known)}; communication always modelled."
+        title = "Energy, round by round" if by == "round" else "Energy of each silo"
+        yield Drawing.of(figure, f"energy-{by}", title, "Stacked bars", caption, legend)
 
 
 def _axes_for(

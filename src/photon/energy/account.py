@@ -21,7 +21,6 @@ KWH_J = 3.6e6
 
 #: From the best word to the weakest; a sum is as good as its weakest part.
 _HOW: tuple[How, ...] = ("measured", "estimated", "modelled")
-
 #: More than a power station gives in a week.
 _MOST_J = 1e15
 Joules = Annotated[float, Field(ge=0, le=_MOST_J, allow_inf_nan=False, strict=True)]

@@ -36,7 +36,7 @@ from photon.federation.tasks import (
 )
 from photon.telemetry import Event
 from photon.telemetry.events import KeyMerged, ResidualRouted, RoundMerged, RoundStarted
-from photon.training import StepTimes
+from photon.training import StepTimes, plan_compute, power_of
 
 _ALL_BYTES = ("bytes_up", "bytes_down", "bytes_inside")
 
@@ -84,6 +84,9 @@ class Group:
         self._store = CheckpointStore(folder / name, sys.maxsize)
         self._link = config.link.model_copy(update={"update_codec": child.update_codec})
         self._scored_bytes, self.close = 0, engine.close
+        # Served, it has a process of its own; else what it takes beside its members is the run's.
+        served = power_of(config.energy, plan_compute(config.compute)) if on_round else None
+        self._own_energy = served.taken if served is not None else lambda: None
 
     def fit(self, task: FitTask, version: Version) -> Update:
         """The task's steps, in inner rounds; a failure where one of them comes to nothing."""
@@ -123,7 +126,7 @@ class Group:
             self._fleet.lost(after.round + 1)
             lost = {"tokens_lost": _total(costs, "tokens", "tokens_lost")}
             lost["bytes_inside"] = _total(costs, *_ALL_BYTES)
-            energy = Spent.sum(federation.energy)
+            energy = Spent.sum([*federation.energy, self._own_energy()])
             return Update.none(Receipt.failed(task, error, **lost, energy=energy))
         kept_groups = ("outer", "rule", "residuals")
         groups = {name: one for name, one in server.groups().items() if name in kept_groups}
@@ -136,7 +139,7 @@ class Group:
         state_lost |= update.receipt.state_lost
         sent = list(residuals.up.values())
         size = update.receipt.bytes_up + sum(one.bytes for one in sent)
-        energy = Spent.sum(federation.energy)
+        energy = Spent.sum([*federation.energy, self._own_energy()])
         receipt = replace(update.receipt, state_lost=state_lost, bytes_up=size, energy=energy)
         return replace(update, receipt=_sum(receipts, costs, receipt), residuals=sent)
 
@@ -156,7 +159,9 @@ class Group:
             raise NodeError(f"no member of {self._name} scores the state after round {task.round}")
         self._scored_bytes += sum(one.bytes_down or 0 for one in scores)
         mean = replace(EvalReceipt.mean(scores), silo=self._name)
-        mean = replace(mean, energy=Spent.sum(one.energy for one in scores))
+        mean = replace(
+            mean, energy=Spent.sum([*(one.energy for one in scores), self._own_energy()])
+        )
         if self._on_round is not None:
             self._on_round(number, mean, server.version)
         return mean
