@@ -88,7 +88,6 @@ def export(
     begun = [event.started_at for event in read_history(run_folder).of(RunStarted)]
     base = config.model.path if config.model.init == "pretrained" else None
     on_hub = base is not None and base.startswith(HUB_PREFIX)
-    license = license or (license_of(Path(base)) if base else None)
     card = ModelCard(
         run=config.run.name,
         photon_version=record["photon_version"],
@@ -103,7 +102,7 @@ def export(
         weights_sha256=summary.get("weights_sha256"),
         # A path of this machine is nobody else's business.
         base_model=base and (base.removeprefix(HUB_PREFIX) if on_hub else Path(base).name),
-        license=license,
+        license=license or (base and license_of(Path(base))),
         languages=tuple(languages),
     )
     export_model(
@@ -119,13 +118,12 @@ def export(
 
 
 def _readme_of_cards(run: Path, license: str | None, languages: Sequence[str]) -> str | None:
-    from photon.cards.folder import has_cards  # neither a run nor its model needs cards
-    from photon.forms.export import current_cards
+    if not (run / "cards" / "project.toml").is_file():
+        return None
+    from photon.forms.export import current_cards  # most runs have no cards
     from photon.forms.model_card import model_card
     from photon.forms.reading import Reading
 
-    if not has_cards(run):
-        return None
     return model_card(Reading(current_cards(run), public=True), license, languages)
 
 

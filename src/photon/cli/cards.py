@@ -139,14 +139,11 @@ def cards_show(
 def cards_export(
     folder: Folder,
     form: Annotated[
-        str,
-        typer.Option(help="cyclonedx, spdx, croissant, hf, mdf, summary, annex4 or oscal."),
+        str, typer.Option(help="cyclonedx, spdx, croissant, hf, mdf, summary, annex4, oscal.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The file; of croissant a folder.")],
+    out: Annotated[Path, typer.Option(help="The file; of croissant a folder.")],
     law: LawDate = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that are there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Write the cards in a form that others read: a bill of materials, a model card, a legal form.
 
@@ -158,8 +155,7 @@ def cards_export(
 
     for path in export_cards(folder, form, out, on=_date(law), overwrite=overwrite):
         show(f"{form}: {path}")
-    if form in ("mdf", "summary", "annex4", "oscal"):
-        say(_NOTE)
+    say(_NOTE)
 
 
 @cards_app.command("sign")

@@ -47,13 +47,8 @@ Of = Annotated[
 
 
 #: Packages that not everybody has, and the extra that brings each.
-_EXTRAS = {
-    "obstore": "serve",
-    "py3langid": "examine",
-    "glin-profanity": "examine",
-    "cyclonedx": "cards",
-    "spdx_python_model": "cards",
-}
+_EXTRAS = {"obstore": "serve", "py3langid": "examine", "glin-profanity": "examine"}
+_EXTRAS |= {"cyclonedx": "cards", "spdx_python_model": "cards"}
 
 
 class _Photon(TyperGroup):

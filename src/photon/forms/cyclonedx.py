@@ -66,15 +66,6 @@ def _component(sheet: Sheet) -> Component:
         ],
         hashes=_hashes(sheet["facts.data_sha256" if data else "facts.weights_sha256"]),
         properties=_properties(sheet),
-        components=[
-            Component(
-                name=file,
-                type=ComponentType.FILE,
-                bom_ref=f"{sheet.label}#{file}",
-                hashes=_hashes(sha256),
-            )
-            for file, sha256 in (sheet["facts.shards" if data else "facts.files"] or {}).items()
-        ],
     )
 
 

@@ -21,13 +21,6 @@ NOT_ANSWERED = "not answered"
 _MARKS = re.compile(r"([\\`*_{}\[\]|~$#!])")
 
 
-class _Band(Strict):
-    """What is said of a figure below a bound; the last of a list has none."""
-
-    says: str
-    below: float | None = None
-
-
 class _Field(Strict):
     """One field of a form.
 
@@ -36,7 +29,7 @@ class _Field(Strict):
         paths: what answers it (`Reading.told`); none where no card asks for it.
         views: who sees it; none: everybody.
         total: the sum over all cards, if all have it.
-        band: the list of bands that says it. times, unit, digits: a factor, the unit, precision.
+        band: of the form, says it in words. times, unit, digits: a factor, the unit, precision.
     """
 
     part: str
@@ -52,12 +45,12 @@ class _Field(Strict):
 
 
 class Form(Strict):
-    """A whole form; views by id, for whom: one without has one part for everybody."""
+    """A whole form: views by id, for whom; bands by name, [bound, what is said below it]."""
 
     title: str
     about: str
     views: dict[str, str] = Field(default_factory=dict)
-    bands: dict[str, list[_Band]] = Field(default_factory=dict)
+    bands: dict[str, list[list[Any]]] = Field(default_factory=dict)
     after: str = ""
     fields: list[_Field] = Field(alias="field")
 
@@ -66,13 +59,15 @@ class Form(Strict):
         told = [one for path in field.paths for one in reading.told(path)]
         if field.total and told and all(one.value is not None for one in told):
             return [self._figure(field, sum(one.value for one in told))]
-        if not any(one.value is not None or one.doubt for one in told):
+        if not any(one.value is not None or one.sheet.doubt for one in told):
             return [NOT_ANSWERED]
-        return [f"{marked(one.of)}, {_asked(one)} {self._answer(field, one)}" for one in told]
+        return [
+            f"{marked(one.sheet.label)}, {_asked(one)} {self._answer(field, one)}" for one in told
+        ]
 
     def _answer(self, field: _Field, told: Told) -> str:
-        if told.doubt:
-            return f"{NOT_ANSWERED}: the card can't be relied on ({marked(told.doubt)})"
+        if told.sheet.doubt:
+            return f"{NOT_ANSWERED}: the card can't be relied on ({marked(told.sheet.doubt)})"
         if told.value is None:
             return NOT_ANSWERED
         if isinstance(told.value, int | float) and not isinstance(told.value, bool):
@@ -81,12 +76,10 @@ class Form(Strict):
 
     def _figure(self, field: _Field, value: float) -> str:
         if field.band:
-            bands = self.bands[field.band]
-            return next(one.says for one in bands if one.below is None or value < one.below)
+            return next(says for bound, says in self.bands[field.band] if value < bound)
         value = value if field.times == 1 else value * field.times
-        if field.digits:
-            return f"{value:.{field.digits - 1}e} {field.unit}".strip()
-        return f"{value:,} {field.unit}".strip() if isinstance(value, int) else f"{value:.6g}"
+        kind = f".{field.digits - 1}e" if field.digits else "," if isinstance(value, int) else ".6g"
+        return f"{value:{kind}} {field.unit}".strip()
 
 
 @functools.cache
@@ -111,14 +104,9 @@ def rendered(template: str, **names: Any) -> str:
     """A template of this room as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined  # slow to import
 
-    environment = Environment(
-        loader=PackageLoader("photon.forms", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(template).render(**names)
+    here = PackageLoader("photon.forms", ".")
+    made = Environment(loader=here, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return made.get_template(template).render(**names) + "\n"
 
 
 def _pruned(value: Any) -> Any:
@@ -133,7 +121,7 @@ def _pruned(value: Any) -> Any:
 def _asked(told: Told) -> str:
     asked = told.question.ask or f"{told.question.key.replace('_', ' ')}:"
     pick = (told.question.choices or {}).get(told.pick, told.pick)
-    return f"{asked} {marked(pick)}:" if pick else asked
+    return f"{asked} {pick}:" if pick else asked
 
 
 def in_full(value: Any, choices: dict[str, str]) -> str:
@@ -141,9 +129,8 @@ def in_full(value: Any, choices: dict[str, str]) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return "; ".join(
-            f"{marked(key or 'all')}: {in_full(one, {})}" for key, one in value.items()
-        )
+        entries = ((marked(key or "all"), in_full(one, {})) for key, one in value.items())
+        return "; ".join(map(": ".join, entries))
     if isinstance(value, list):
         return "; ".join(in_full(one, choices) for one in value)
     if isinstance(value, float):

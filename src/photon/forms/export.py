@@ -13,6 +13,8 @@ from photon.cards.folder import read_cards
 from photon.errors import CardError, some
 from photon.forms.documents import document, from_template
 from photon.forms.reading import Reading
+from photon.law.prediction import NOTE, predict
+from photon.law.rules import load_law
 from photon.store.disk import write_whole
 
 FORMS = ("cyclonedx", "spdx", "croissant", "hf", "mdf", "summary", "annex4", "oscal")
@@ -64,37 +66,32 @@ def documents(cards: Cards, form: str, on: datetime.date) -> dict[str, str]:
     if form not in FORMS:
         raise CardError(f"no form is called {form!r}", hint=f"There are {', '.join(FORMS)}.")
     reading = Reading(cards, public=form in _PUBLIC)
-    if form == "croissant":
-        found = {one.name: from_template(form, reading, data=one) for one in reading.sheets("data")}
-        if not found:
-            raise CardError("no data card to export", hint="Sites' cards belong in RUN/cards/data.")
-        return {f"{name}.json": _json(one) for name, one in found.items()}
-    return {"": _document(reading, form, on)}
-
-
-def _document(reading: Reading, form: str, on: datetime.date) -> str:
-    # What an extra has, or takes long, is imported where it is asked for.
-    match form:
+    match form:  # what an extra has, or takes long, is imported where it is asked for
+        case "croissant":
+            sheets = reading.sheets("data")
+            if not sheets:
+                hint = "The sites' cards belong in RUN/cards/data."
+                raise CardError("there is no data card to export", hint=hint)
+            return {
+                f"{one.name}.json": _json(from_template(form, reading, data=one)) for one in sheets
+            }
         case "hf":
             from photon.forms.model_card import model_card
 
-            return model_card(reading)
+            return {"": model_card(reading)}
         case "cyclonedx":
             from photon.forms.cyclonedx import bill_of_materials
 
-            return _json(bill_of_materials(reading))
+            return {"": _json(bill_of_materials(reading))}
         case "spdx":
             from photon.forms.spdx import spdx
 
-            return _json(spdx(reading))
+            return {"": _json(spdx(reading))}
         case "oscal":
-            from photon.law.prediction import NOTE, predict
-            from photon.law.rules import load_law
-
             law = load_law()
-            found = predict(reading.cards, law, on)
-            return _json(from_template(form, reading, prediction=found, law=law, note=NOTE))
-    return document(form, reading)
+            found = predict(cards, law, on)
+            return {"": _json(from_template(form, reading, prediction=found, law=law, note=NOTE))}
+    return {"": document(form, reading)}
 
 
 def _json(record: dict[str, Any]) -> str:

@@ -26,19 +26,10 @@ def model_card(reading: Reading, license: str | None = None, languages: Sequence
     hubs = license or next((one.lower() for one in said if one.lower() in known), None)
     spoken = {code for one in reading.sheets("data") for code in one["about.languages"] or ()}
     base = next((one["facts.architecture"] for one in reading.sheets("initial")), None)
-    scores = [one["facts.held_out"] or {} for one in reading.sheets("model")]
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type="held-out",
-            dataset_name="held-out text of all silos",
-            metric_type=kind,
-            metric_value=value,
-        )
-        for one in scores
-        for kind, value in one.get("", {}).items()
-        if kind in ("loss", "perplexity")
-    ]
+    scores = [(one["facts.held_out"] or {}).get("", {}) for one in reading.sheets("model")]
+    of = ("text-generation", "held-out", "held-out text of all silos")
+    kinds = [(kind, one) for kind in ("loss", "perplexity") for one in scores if kind in one]
+    results = [EvalResult(*of, kind, one[kind]) for kind, one in kinds]
     front = ModelCardData(
         language=list(languages) or sorted(filter(_LANGUAGE.fullmatch, spoken)) or None,
         license=hubs or ("other" if said else None),

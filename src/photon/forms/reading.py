@@ -22,23 +22,7 @@ _MODELS = {"model": "checkpoint", "initial": "initial", "tokenizer": "tokenizer"
 #: Hashes by file: machine forms have a place for them, and nobody reads them in prose.
 _HASHES = ("files", "shards")
 _HUB_PREFIX = "hf:"
-
-
-@dataclass(frozen=True)
-class Told:
-    """One answer or fact, or the lack of it.
-
-    Attributes:
-        of: label of the card, such as data/north.
-        value: None where nobody answered, or where doubt says why it can't be relied on.
-        pick: the entry that was asked for, of a list or a table.
-    """
-
-    of: str
-    question: Question
-    value: Any
-    doubt: str
-    pick: str
+_UTC = datetime.UTC
 
 
 @dataclass(frozen=True)
@@ -74,7 +58,7 @@ class Sheet:
                 if picks and value is not None:
                     value = value.get(pick) if isinstance(value, dict) else pick in value
                 if value is not None or "*" not in key or section != FACTS:
-                    yield Told(self.label, one, value, self.doubt, pick)
+                    yield Told(self, one, value, pick)
 
     def answered(self) -> Iterator[tuple[str, Any]]:
         """(SECTION.KEY, value) of every answer and fact, hashes by file apart."""
@@ -82,6 +66,16 @@ class Sheet:
             value = self[f"{one.section}.{one.key}"]
             if value is not None and one.key not in _HASHES:
                 yield f"{one.section}.{one.key}", value
+
+
+@dataclass(frozen=True)
+class Told:
+    """One answer or fact of a card, or the lack of it; pick: which entry of a list or table."""
+
+    sheet: Sheet
+    question: Question
+    value: Any
+    pick: str
 
 
 class Reading:
@@ -154,11 +148,10 @@ class Reading:
         """
         given = self.project["facts.started_at"] or ""
         try:
-            found = datetime.datetime.fromisoformat(given)
+            found = datetime.datetime.fromisoformat(given).replace(microsecond=0)
         except ValueError:
             raise CardError(f"project card: facts.started_at = {given!r} is no ISO time") from None
-        found = found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
-        return found.astimezone(datetime.UTC).replace(microsecond=0)
+        return found.astimezone(_UTC) if found.tzinfo else found.replace(tzinfo=_UTC)
 
 
 def _no_path(key: str, value: str) -> str:
