@@ -81,7 +81,7 @@ def wholes(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", FORMS)
 @given(whole=wholes())
-@examples(12)
+@examples(6)
 def test_any_text_keeps_the_form(form: str, whole: dict[str, Any]) -> None:
     for text in documents(cards_of(whole), form, datetime.date(2026, 12, 15)).values():
         text.encode()
