@@ -118,9 +118,11 @@ def export(
 
 
 def _readme_of_cards(run: Path, license: str | None, languages: Sequence[str]) -> str | None:
-    if not (run / "cards" / "project.toml").is_file():
+    from photon.cards.folder import has_cards  # training and evaluating take none of this
+
+    if not has_cards(run):
         return None
-    from photon.forms.export import current_cards  # most runs have no cards
+    from photon.forms.export import current_cards
     from photon.forms.model_card import model_card
     from photon.forms.reading import Reading
 
