@@ -130,11 +130,13 @@ def test_cyclonedx_has_hashes_licences_metrics_and_what_was_trained_on(answered:
     assert data["data/blue"]["licenses"] == [{"license": {"name": "terms of blue"}}]
     owner = {"organization": {"name": "Consortium"}}
     assert data["data/red"]["data"][0]["governance"]["custodians"] == [owner]
-    assert "energyConsumptions" not in json.dumps(bill)
+    (used,) = card["considerations"]["environmentalConsiderations"]["energyConsumptions"]
+    assert used["activityEnergyCost"]["value"] == facts.energy_kwh
 
 
 def test_energy_is_told_where_a_card_has_it() -> None:
     whole = tree()
+    assert "energyConsumptions" not in json.dumps(made("cyclonedx", whole))
     change(whole, {"model.facts.energy_kwh": 1.5e-7, "model.facts.energy_method": "modelled"})
     considered = made("cyclonedx", whole)["metadata"]["component"]["modelCard"]["considerations"]
     (used,) = considered["environmentalConsiderations"]["energyConsumptions"]
