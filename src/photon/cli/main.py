@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from photon.cli.backup import backup, restore
+from photon.cli.bench import bench
 from photon.cli.cards import cards_app, comply
 from photon.cli.data import data_app
 from photon.cli.demo import demo
@@ -398,6 +399,7 @@ _PANELS: dict[str, dict[str, Any]] = {
         "release": release,
         "verify": verify,
     },
+    "Compare": {"bench": bench},
     "Answer to an auditor": {"cards": cards_app, "comply": comply},
     "Across organisations: the aggregator's operator": {
         "serve": serve,
