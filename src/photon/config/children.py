@@ -302,7 +302,7 @@ def check_served(config: RunConfig) -> None:
     if lets_residuals(config):
         raise IncompatibleConfigError(
             "a deployed tree has no residuals yet, and a policy lets some out or in",
-            hint='Leave policy.residuals out, or "none": simulate has them (docs/worldlm.md).',
+            hint='Leave residuals out of a policy, or "none"; simulate has them (docs/worldlm.md).',
         )
 
 
