@@ -23,7 +23,17 @@ from torch import Tensor
 
 from photon.config.clock import ClockConfig
 from photon.errors import ConfigError
-from photon.federation import Answer, Candidates, Engine, FitTask, Mailbox, Task, Update, Version
+from photon.federation import (
+    Answer,
+    Candidates,
+    Engine,
+    EvalReceipt,
+    FitTask,
+    Mailbox,
+    Task,
+    Update,
+    Version,
+)
 from photon.link import TensorFile, write_tensors
 
 _MBIT = 1e6 / 8
@@ -184,7 +194,11 @@ class SimulatedEngine:
         if self._scoring:
             came = self._engine.arrivals()
             self._scoring -= len(came)
-            return [(one, at and replace(at, energy=None)) for one, at in came]
+            # What this machine took says nothing of machines that the clock makes up.
+            return [
+                (task, replace(at, energy=None) if isinstance(at, EvalReceipt) else at)
+                for task, at in came
+            ]
         first = min(self._going, key=lambda task: self._going[task][1].due_s, default=None)
         last_s = math.inf if timeout_s is None else self.now_s + timeout_s
         due_s = self._going[first][1].due_s if first is not None else math.inf
@@ -199,7 +213,6 @@ class SimulatedEngine:
         if self._going and answer.receipt.failure is None:
             answer = self._kept(first, version, answer)
         simulated = {"train_s": times.train_s, "load_s": times.down_s, "publish_s": times.up_s}
-        # What this machine took says nothing of machines that the clock makes up.
         receipt = replace(answer.receipt, **simulated, energy=None)
         self._bytes_up = receipt.bytes_up or self._bytes_up
         return [(first, replace(answer, receipt=receipt))]
