@@ -122,6 +122,10 @@ def test_another_key_tells_nothing_in_common() -> None:
     words = words_of(sentences(1))
     one, other = (Signer(key).signature([words]) for key in (b"a" * 64, b"b" * 64))
     assert not np.intersect1d(one, other).size
+    # Both the hash of a band and what is hashed depend on it.
+    same = Signer(b"b" * 64)
+    same._factors = Signer(b"a" * 64)._factors
+    assert not np.intersect1d(one, same.signature([words])).size
     assert np.array_equal(one, Signer(b"a" * 64).signature([words]))
     assert key_name(b"a" * 64) != key_name(b"b" * 64)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import random
 import re
 import tempfile
@@ -68,6 +69,24 @@ def test_processes_agree_with_one(
     assert alone == together
     assert here is not None
     assert np.array_equal(here, there)
+
+
+def test_ctrl_c_leaves_neither_files_nor_processes(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = prepare_texts(tmp_path / "data", tokenizer, {"north": [*map(sentences, range(40))]})
+    monkeypatch.setattr("photon.examine.examination._BATCH_TOKENS", 200)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+
+    def stopped(*_: object) -> None:
+        assert list((tmp_path / "scratch").glob("*/*.npy"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        examine(data, "north", key=KEY, workers=2, progress=stopped)
+    assert not list((tmp_path / "scratch").iterdir())
+    assert not multiprocessing.active_children()
 
 
 def test_long_documents_and_many_batches(

@@ -23,6 +23,8 @@ from photon.errors import DataError, DataNotFoundError, error_of
 from photon.examine.examination import Examination
 from photon.examine.exchange import behind, compare, read_examination
 from photon.membership.keys import NodeKey
+from photon.products import evaluate
+from photon.runs import simulate
 from photon.store.disk import file_sha256
 from photon.telemetry.events import Evaluated
 from photon.telemetry.history import RunHistory
@@ -283,3 +285,26 @@ def test_who_stays_behind() -> None:
     assert "rose 2 times" in told["loss: c"]
     assert "rose 0 times" in told["loss: a"]
     assert not list(behind(RunHistory(Path("run"), [])))
+
+
+def test_losses_on_probes_and_who_stays_behind_in_a_run(
+    three_silos: Path, make_config: Any, tmp_path: Path
+) -> None:
+    config = make_config(three_silos, "federation.rounds=1", "local.steps=2", "eval.max_tokens=200")
+    simulate(config, run_dir=tmp_path / "run")
+    for silo in ("blue", "red"):
+        words = ("data", "examine", three_silos, "--silo", silo, "--min-cell", 3, "--yes")
+        more = ("--model", tmp_path / "run", "--probes", three_silos)
+        result = photon(*words, *more, "--out", tmp_path / f"{silo}.json")
+        assert result.exit_code == 0, result.output
+        assert "loss: green" in result.stdout
+    files = [tmp_path / "blue.json", tmp_path / "red.json"]
+    losses = read_examination(files[0]).losses
+    scored = evaluate(tmp_path / "run", three_silos).per_silo
+    assert losses == {group: one.loss for group, one in scored.items()}
+    figures, _ = compare(files)
+    away = [figures["loss less mean", group]["blue"] for group in losses]
+    assert abs(sum(away)) < 1e-9
+    shown = photon("data", "compare", *files, "--run", tmp_path / "run", "--json")
+    told = [one["of"] for one in json.loads(shown.stdout)["findings"]]
+    assert {"loss: blue", "loss: green", "loss: red"} <= set(told)

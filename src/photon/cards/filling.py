@@ -104,19 +104,11 @@ def facts_of_data(root: Path, silo: str) -> dict[str, Any]:
 
 
 def facts_of_examination(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `photon data examine` let out of the data that these facts are of.
-
-    Raises:
-        DataError: it can't be read.
-        CardError: it is of another silo, or of other data than is here now.
-    """
-    record = read_examination(path)
+    """What an examination of the data that these facts are of let out; CardError of other data."""
+    record, hint = read_examination(path), "Examine the text as it is now: `photon data examine`."
     for key in ("silo", "data_sha256"):
-        if getattr(record, key) != facts[key]:
-            raise CardError(
-                f"{path} is stale: it is of {key} {getattr(record, key)}, the card of {facts[key]}",
-                hint="Examine the text as it is now: `photon data examine`.",
-            )
+        if (was := getattr(record, key)) != facts[key]:
+            raise CardError(f"{path} is stale: its {key} is {was}, not {facts[key]}", hint=hint)
     return {"examined": record.figures(), "examination_sha256": file_sha256(path)}
 
 

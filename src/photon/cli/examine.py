@@ -13,12 +13,12 @@ from photon.cli.options import AsJson
 from photon.cli.screen import console, say, show, show_json, show_table
 from photon.errors import InvalidValueError
 
-_PROBES = "Prepared text that all sites have, a silo a group; with --model."
+_PROBES = "With --model: prepared text that all sites have, a silo a group."
 _HELD_OUT = "Prepared folder whose global held-out set to look for; DATA by default."
 
 
-def _told(words: str) -> Any:
-    return typer.Option(help=words)
+def _told(words: str, *names: str) -> Any:
+    return typer.Option(*names, help=words)
 
 
 def examine(
@@ -30,7 +30,7 @@ def examine(
     probes: Annotated[Path | None, _told(_PROBES)] = None,
     model: Annotated[Path | None, _told("Run or Hugging Face folder, for --probes.")] = None,
     min_cell: Annotated[int, _told("No count of fewer documents leaves.")] = 10,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Write without asking.")] = False,
+    yes: Annotated[bool, _told("Write without asking.", "--yes", "-y")] = False,
 ) -> None:
     """Count what a silo's text holds: languages, domains, copies, personal data, licences.
 
@@ -47,33 +47,26 @@ def examine(
         raise InvalidValueError("--probes and --model go together", hint="Give both, or neither.")
     if out is not None and out.suffix != ".json":
         raise InvalidValueError(f"--out {out} does not end in .json", hint="Name it SILO.json.")
-    secret = None if key is None else read_key(key)
+    given: dict[str, Any] = {"key": key and read_key(key), "min_cell": min_cell}
     data = open_data(folder, own_vocabularies=True)
-    apart = None if held_out is None else open_data(held_out, only_to_score=True)
-    losses = {}
+    given["held_out"] = held_out and open_data(held_out, only_to_score=True)
     if probes is not None and model is not None:
         from photon.products import evaluate  # torch
 
-        losses = {name: one.loss for name, one in evaluate(model, probes).per_silo.items()}
+        scores = evaluate(model, probes).per_silo
+        given["losses"] = {group: one.loss for group, one in scores.items()}
     with progress_bar(console()) as report:
-        record, signatures = examination.examine(
-            data,
-            silo,
-            key=secret,
-            held_out=apart,
-            min_cell=min_cell,
-            losses=losses,
-            workers=len(os.sched_getaffinity(0)),
-            progress=report,
-        )
-    shown = {name: n for name, n in record.figures().items() if "not found" not in name}
-    show_table(("figure", record.silo), ((name, f"{n:,g}") for name, n in shown.items()))
-    few = [name for name, table in record.tables.items() if table.joined == ["not found"]]
+        workers = len(os.sched_getaffinity(0))
+        found = examination.examine(data, silo, **given, workers=workers, progress=report)
+    figures = found[0].figures().items()
+    rows = ((name, f"{number:,g}") for name, number in figures if "not found" not in name)
+    show_table(("figure", silo), rows)
+    few = [name for name, table in found[0].tables.items() if table.joined == ["not found"]]
     show(f"In fewer than {min_cell} documents, or none: {', '.join(few) or 'nothing'}.")
     if out is None:
         say("Nothing is written without --out.")
     elif yes or typer.confirm(f"Write this to {out}?", err=True):
-        write_examination(out, record, signatures)
+        write_examination(out, *found)
         say(f"Written: {out}" + (", and its signatures beside it" if key else ""))
 
 
@@ -94,8 +87,8 @@ def compare(
     figures, told = exchange.compare(files)
     told += exchange.behind(read_history(run)) if run is not None else []
     if as_json:
-        rows = [{"of": of, "what": what, "silos": by} for (of, what), by in figures.items()]
-        show_json({"figures": rows, "findings": [{"of": of, "what": one} for of, one in told]})
+        shown = [{"of": of, "what": what, "silos": one} for (of, what), one in figures.items()]
+        show_json({"figures": shown, "findings": [{"of": of, "what": one} for of, one in told]})
         return
     silos = sorted({silo for by_silo in figures.values() for silo in by_silo})
     rows = [

@@ -1,14 +1,13 @@
 """Small detectors that need no network: language, domain, personal data, abuse, licences.
 
-What they tell is only ever a name of `tables`; nothing of a text. They are rough: a count of theirs
-is of what looks like it.
+What they tell is only ever a name of `tables`, nothing of a text: of what looks like it, roughly.
 """
 
-import functools
 import ipaddress
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
@@ -18,22 +17,18 @@ from photon.examine.signatures import words_of
 #: Goes up when a detector finds something else than before.
 _METHOD = 1
 #: Characters from a text's middle that tell its language, and words that tell its domain.
-_CHARACTERS, _WORDS = 800, 2000
+_CHARACTERS, _WORDS, _AROUND = 800, 2000, 12
 #: Different words of the list of abuse that make a text count: this many, and one in so many words.
 _LEAST_ABUSIVE, _WORDS_AN_ABUSIVE = 2, 300
-_AROUND = 12
 FOUND, NOT, GENERAL = "found", "not found", "general"
-_AT = re.compile(r"@(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.)+[a-zA-Z]{2,24}")
 
 
 def method() -> str:
     """Which detectors these are: figures of others can't be compared with theirs."""
-    return ", ".join(
-        [str(_METHOD), *(f"{p} {version(p)}" for p in ("py3langid", "glin-profanity"))]
-    )
+    return f"{_METHOD}, py3langid {version('py3langid')}, lists {version('glin-profanity')}"
 
 
-@functools.cache
+@cache
 def _lists() -> dict[str, Any]:
     found = tomllib.loads(files("photon.examine").joinpath("detectors.toml").read_text("utf-8"))
     for kind in ("stretches", "personal"):
@@ -42,14 +37,14 @@ def _lists() -> dict[str, Any]:
     return found
 
 
-@functools.cache
+@cache
 def _identifier() -> Any:
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
-@functools.cache
+@cache
 def _abuse(language: str) -> frozenset[str]:
     """Single words of its list; the English one where there is none."""
     from glin_profanity.data.dictionary import DictionaryLoader
@@ -63,16 +58,15 @@ def tables() -> dict[str, list[str]]:
     # The last of a table are the last to be joined: most text is in English.
     languages = sorted(_identifier().labels, key=lambda name: (name == "en", name))
     found = {"languages": languages, "domains": [*_lists()["domains"], GENERAL]}
-    flags = ("e-mail", *_lists()["personal"], "abuse", *_lists()["licences"])
+    flags = (*_lists()["personal"], "abuse", *_lists()["licences"])
     return found | {"lengths": [*_lists()["lengths"]]} | {flag: [NOT, FOUND] for flag in flags}
 
 
 def detect(text: str, parts: Sequence[list[str]]) -> Iterator[tuple[str, str]]:
     """(table, cell) of a document, whose words are given by piece; what is not found is not."""
-    middle = max(0, (len(text) - _CHARACTERS) // 2)
+    middle, size = max(0, (len(text) - _CHARACTERS) // 2), len(text.encode())
     language = _identifier().classify(text[middle : middle + _CHARACTERS])[0]
     yield "languages", language
-    size = len(text.encode())
     yield "lengths", next(name for name, end in _lists()["lengths"].items() if size < end)
     words = parts[len(parts) // 2]
     yield "domains", _domain(words[max(0, (len(words) - _WORDS) // 2) :][:_WORDS])
@@ -81,9 +75,8 @@ def detect(text: str, parts: Sequence[list[str]]) -> Iterator[tuple[str, str]]:
     if len(abusive) >= max(_LEAST_ABUSIVE, sum(map(len, parts)) / _WORDS_AN_ABUSIVE):
         yield "abuse", FOUND
     lowered = " ".join(text.lower().split())
-    for name, phrases in _lists()["licences"].items():
-        if any(phrase in lowered for phrase in phrases):
-            yield name, FOUND
+    licences = _lists()["licences"].items()
+    yield from ((name, FOUND) for name, one in licences if any(map(lowered.__contains__, one)))
 
 
 def _domain(words: Sequence[str]) -> str:
@@ -95,18 +88,13 @@ def _domain(words: Sequence[str]) -> str:
 
 def personal(text: str) -> set[str]:
     """Kinds of personal data in a text, by what they look like and their check digits."""
-    befores = (text[one.start() - 1 : one.start()] for one in _AT.finditer(text))
-    found = {"e-mail"} if any(one.isalnum() or one in {*"_.%+-"} for one in befores) else set()
-    for stretch in _lists()["stretches"]["any"]:
-        for at in stretch.finditer(text):
-            near = text[max(0, at.start() - _AROUND) : at.end() + _AROUND]
-            for name, patterns in _lists()["personal"].items():
-                if name not in found and any(
-                    all(_CHECKS[check](one) for check, one in match.groupdict().items())
-                    for pattern in patterns
-                    for match in pattern.finditer(near)
-                ):
-                    found.add(name)
+    found: set[str] = set()
+    for at in (at for one in _lists()["stretches"]["any"] for at in one.finditer(text)):
+        near = text[max(0, at.start() - _AROUND) : at.end() + _AROUND]
+        for name in _lists()["personal"].keys() - found:
+            matches = (m for one in _lists()["personal"][name] for m in one.finditer(near))
+            if any(all(_CHECKS[k](one) for k, one in m.groupdict().items()) for m in matches):
+                found.add(name)
     return found
 
 
@@ -116,10 +104,8 @@ def _luhn(number: str) -> bool:
 
 
 def _iban(number: str) -> bool:
-    plain = number.replace(" ", "")
-    return (
-        len(plain) > 14 and int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
-    )
+    plain = number[4:] + number[:4]
+    return int("".join(str(int(one, 36)) for one in plain if one != " ")) % 97 == 1
 
 
 def _address(number: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, model_validator
@@ -40,13 +40,9 @@ _Progress = Callable[[str, int, int], None]
 class Examination(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf_nan=False):
     """Counts that `photon.examine.cells` lets out; a table that is absent may not leave.
 
-    Attributes:
-        method: the detectors.
-        silo, data_sha256, folder_sha256: whose text, and which: as in a data card.
-        documents: to train on.
-        held_out_sha256: manifest of the global held-out set that was looked for.
-        losses: nats a token on probe texts, by group.
-        key, signatures_sha256: name of the sites' key, and the file beside; None without.
+    method is the detectors, documents those to train on; held_out_sha256 is the manifest of the
+    global held-out set that was looked for; losses are nats a token on probe texts, by group; key
+    is the sites' key by name, and signatures_sha256 the file beside, None without.
     """
 
     format: Literal[1] = 1
@@ -132,15 +128,15 @@ def examine(
     for name in (name for name, every in names.items() if FOUND in every):
         found[name][NOT] = documents - found[name][FOUND]
     let_out = {name: cells.publish(found[name], every, min_cell) for name, every in names.items()}
+    hashes = (file_sha256(one.path / "manifest.json") for one in (part, apart.held_out))
     record = Examination(
         method=detectors,
         silo=silo,
-        data_sha256=file_sha256(part.path / "manifest.json"),
-        folder_sha256=data.sha256,
         min_cell=min_cell,
         documents=documents,
         tables={name: table for name, table in let_out.items() if table is not None},
-        held_out_sha256=file_sha256(apart.held_out.path / "manifest.json"),
+        folder_sha256=data.sha256,
+        **dict(zip(("data_sha256", "held_out_sha256"), hashes, strict=True)),
         losses=dict(losses or {}),
         key=None if key is None else key_name(key),
     )
@@ -184,9 +180,7 @@ def _batches(part: SiloData, split: str) -> Iterator[tuple[int, list[int]]]:
             first = int(some[-1])
 
 
-@functools.cache
-def _tokenizer(file: Path) -> Any:
-    return read_tokenizer(file)
+_tokenizer = functools.cache(read_tokenizer)
 
 
 def _look(key: bytes, text: _Text, batch: tuple[int, list[int]]) -> tuple[int, _Counts, np.ndarray]:
