@@ -15,7 +15,7 @@ verifies fp32 updates can't be faster than that.
 
 With --key-rule the last 30% of the parameters are merged by that rule, as [parts] would have it.
 With --turns N each of several such rules takes N turns, one after another, each time in a process
-of its own; what is compared is the seconds of turns of one number with those of the first rule.
+of its own; the seconds of turns of one number, wall and process, are held against the first rule's.
 
 The updates are four different ones, over and over: their bytes are read, hashed, decoded and merged
 N times, but disk and memory hold four.
@@ -181,10 +181,12 @@ def work(options: argparse.Namespace) -> None:
             key = [name.removeprefix(WEIGHTS) for name in late]
         # As a run's: from round to round.
         merging = Merging(FederationConfig(), options.folder, parts, key)
+        began_s = time.process_time()
         times = [
             merge(merging, options.folder, many, options.codec, state)
             for _ in range(options.repeats)
         ]
+        found |= {"cpu_s": (time.process_time() - began_s) / options.repeats}
         found |= {"gb_per_s": values_bytes / statistics.median(times) / 1e9}
         found |= {"seconds": statistics.median(times)}
         found |= {"peak_mb": peak_mb(), "wire_mb": sum(ref.wire_bytes for ref in many) / 1e6}
@@ -222,14 +224,18 @@ def in_turns(folder: Path, refs: list[Ref], codec: str, count: int, options) -> 
     for turn, rule in itertools.product(range(options.turns), found):
         found[rule].append(measured("merge", folder, refs, codec, count, options, rule))
         print(f"{codec}, {rule}, turn {turn + 1}: {found[rule][-1]}", file=sys.stderr)
-    first, rows = [one["seconds"] for one in found[options.key_rule[0]]], []
+    rows = []
     for rule, turns in found.items():
-        seconds = [one["seconds"] for one in turns]
-        ratios = [mine / its for mine, its in zip(seconds, first, strict=True)]
-        spread = [
-            f"{statistics.median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
-            for some in (seconds, ratios)
-        ]
+        spread = []
+        for name in ("seconds", "cpu_s"):
+            mine, its = (
+                [one[name] for one in some] for some in (turns, found[options.key_rule[0]])
+            )
+            ratios = [a / b for a, b in zip(mine, its, strict=True)]
+            spread += [
+                f"{statistics.median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
+                for some in (mine, ratios)
+            ]
         peak_mb = max(one["peak_mb"] for one in turns)
         rows.append([codec, rule, str(count), *spread, f"{peak_mb:,.0f}"])
     return rows
@@ -299,7 +305,7 @@ def main() -> None:
     )
     head += ("stack and mean in memory", "ratio", "running sum in memory", "SHA-256 in memory")
     if options.turns:
-        head = (*head[:3], "seconds", "times the first", "peak MB")
+        head = (*head[:3], "wall, s", "times the first", "CPU, s", "times the first", "peak MB")
     text = (
         f"# Streaming aggregator, {options.parameters:g} M parameters, {options.threads} threads, "
         f"{machine()}\n\n{table(head, rows)}\n"

@@ -78,7 +78,7 @@ def test_aggregator_beside_plain_means() -> None:
     rules = ("--key-rule", "mean", "--key-rule", "attention", "--turns", "2")
     out = run(str(BENCHMARKS / "aggregator.py"), "--quick", "--codec", "fp32", *rules)
     assert "| fp32 | mean | 2 |" in out
-    assert out.count("| 1.00 (1.00 to 1.00) |") == 2  # the first rule, of itself
+    assert out.count("| 1.00 (1.00 to 1.00) |") == 2 * 2  # the first rule, of itself
 
 
 @pytest.mark.slow
@@ -178,3 +178,17 @@ def test_one_hostile_silo(three_silos: Path) -> None:
         str(BENCHMARKS / "hostile.py"), "--data", str(three_silos), "--vocabulary", "300", "--quick"
     )
     assert "| mean | +" in out
+
+
+@pytest.mark.slow
+def test_vocabularies_of_silos_own(tmp_path: Path) -> None:
+    for silo, words in (("one", "der die das und nicht"), ("two", "el la los y no")):
+        folder = tmp_path / "text" / silo
+        folder.mkdir(parents=True)
+        for number in range(40):
+            (folder / f"{number}.txt").write_text(f"{words} {number} " * 60)
+    where = ("--text", str(tmp_path / "text"), "--work", str(tmp_path / "work"), "--quick")
+    out = run(str(BENCHMARKS / "dept.py"), *where)
+    rows = {line.split(" | ")[0]: line for line in out.splitlines() if line.startswith("| ")}
+    assert {"| own", "| local", "| shared", "| longer"} <= rows.keys()
+    assert "undecided" in rows["| own against local"]  # of one seed
