@@ -321,9 +321,11 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             "silos' names: it has no silos, children or nodes of its own"
         )
     _check_policies(config)
-    if not federation.children:
-        if not like:
-            _check_turns(federation, True, "federation")
+    names = list(_names(federation.children, config.local.steps, "federation"))
+    placed = {name for name, is_silo in names if is_silo}
+    if not like:
+        _check_turns(federation, silos is None or not placed.issuperset(silos), "federation")
+    if not names:
         return
     needs = {"merge": "delta", "pace": "synchronous", "unequal_steps": False}
     for key, value in needs.items():
@@ -335,7 +337,6 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             f"has nodes in {some(nodes)}, which would each keep parts of their own: with "
             "parts.personal, or a parts.key_down other than replace, a silo trains in one node"
         )
-    names = list(_names(federation.children, config.local.steps, "federation"))
     for name, child in tables(federation.children):
         for own in ("privacy", "update_privacy"):
             if why := voided(getattr(child, own) or PrivacyConfig(), federation):
@@ -343,14 +344,11 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
     counts = Counter(name for name, _ in names)
     if twice := [name for name, times in counts.items() if times > 1]:
         raise _refused(f"has {some(twice)} in two places; a silo is in one group only")
-    for name, is_silo in [] if silos is None else names:
-        assert silos is not None
-        if is_silo and name not in silos:
-            raise _refused(f"names {name!r}; the data's silos are {some(sorted(silos), 8)}")
-        if not is_silo and name in silos:
-            raise _refused(f"needs another name for {name!r}: the data has a silo of that name")
-    alone = silos is None or not {name for name, is_silo in names if is_silo}.issuperset(silos)
-    _check_turns(federation, alone, "federation")
+    there = placed if silos is None else {*silos}
+    if unknown := sorted(placed - there):
+        raise _refused(f"names {unknown[0]!r}; the data's silos are {some(sorted(there), 8)}")
+    if twice := [name for name, is_silo in names if name in there and not is_silo]:
+        raise _refused(f"needs another name for {twice[0]!r}: the data has a silo of that name")
 
 
 def tables(children: Mapping[str, ChildConfig]) -> Iterator[tuple[str, ChildConfig]]:
@@ -401,10 +399,8 @@ def _check_round(child: ChildConfig, place: str) -> None:
 
 
 def _check_turns(level: Level, silos: bool, place: str) -> None:
-    kinds = {child.nodes is None for child in level.children.values()} | (
-        {False} if silos else set()
-    )
-    if level.levels == "in_turn" and len(kinds) < 2:
+    groups = [child.nodes is None for child in level.children.values()]
+    if level.levels == "in_turn" and not (any(groups) and (silos or not all(groups))):
         raise _refused(f'needs silos and groups in [{place}] to train in turn (levels = "in_turn")')
 
 

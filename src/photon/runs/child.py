@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from photon.federation import (
     RunState,
     Version,
 )
+from photon.federation.account import RoundCosts
 from photon.federation.envelopes import RunPart, dictated
 from photon.federation.group import Group
 from photon.federation.layout import layout_of
@@ -45,10 +46,6 @@ from photon.store.served import Serving
 from photon.telemetry import Event, JsonlWriter, Recorder, read_history
 from photon.telemetry.events import LocalProgress, RoundFinished
 from photon.training import plan_compute
-
-#: Figures of a round, and of all so far.
-_TOTALS = {name: f"total_{name}" for name in ("tokens", "bytes_up", "bytes_down")}
-_ZEROS: dict[str, Any] = dict.fromkeys(_TOTALS.values(), 0)
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ class ServedFederation:
         notary = Notary(self.folder, roster, serving.run_id, key)
         recorder = Recorder([JsonlWriter(self.folder / "events.jsonl")])
         self.ends.callback(recorder.close)
-        rounds = read_history(self.folder).of(RoundFinished)
+        rounds = _rounds_of(self.folder)
         newest = CheckpointStore(self.folder / "checkpoints", 1)
 
         def tell(event: Event) -> None:
@@ -120,18 +117,17 @@ class ServedFederation:
             if isinstance(over, EvalReceipt):
                 return
             notary.write_round(number, over.after.merged, tensors_sha256(version.tensors))
-            finished = RoundFinished(
-                **vars(over.costs),
-                **_ZEROS,
-                round=number,
-                global_step=over.after.global_step,
-                round_s=time.perf_counter() - over.costs.started,
-                checkpoint_s=0.0,
+            rounds.setdefault(number, over.costs)
+            recorder.emit(
+                RoundFinished(
+                    **vars(over.costs),
+                    **{f"total_{name}": total for name, total in _sums(rounds).items()},
+                    round=number,
+                    global_step=over.after.global_step,
+                    round_s=time.perf_counter() - over.costs.started,
+                    checkpoint_s=0.0,
+                )
             )
-            rounds.append(finished)
-            sums = _sums(rounds)
-            totals = {total: sums[name] for name, total in _TOTALS.items()}
-            recorder.emit(finished.model_copy(update=totals))
             roster.tasks.prune(serving.run_id, before_round=number - serve.keep_rounds)
 
         told = {"id": serving.run_id, "config": dictated(inner)}
@@ -157,19 +153,25 @@ class ServedFederation:
         named, folder = layout_of(model).named("key"), settings.folder
         if not (self.folder / "run.json").exists():
             cut_by = Path(config.data.path) / "tokenizer"  # it came with the invitation
-            about = {"kind": "serve", "name": self.name, "silos": serve.silos}
-            about |= {"vocab_size": run.vocab_size, "eos_id": run.eos_id}
-            tokenizers = {"": cut_by} if cut_by.is_dir() else {}
-            describe_run(self.folder, inner, model, tokenizers, **about)
+            about = {name: getattr(run, name) for name in ("vocab_size", "eos_id")}
+            about |= {"kind": "serve", "name": self.name, "silos": serve.silos}
+            describe_run(
+                self.folder, inner, model, {"": cut_by} if cut_by.is_dir() else {}, **about
+            )
         return Group(self.name, config, fleet, engine, folder, tell, named, on_round)
 
 
 def totals_inside(folder: Path) -> dict[str, int]:
     """Of a served federation so far: inner rounds, tokens, bytes from its members and to them."""
-    return _sums(read_history(folder).of(RoundFinished))
+    rounds = _rounds_of(folder)
+    return {"rounds": len(rounds), **_sums(rounds)}
 
 
-def _sums(rounds: Sequence[RoundFinished]) -> dict[str, int]:
-    first = {one.round: one for one in reversed(rounds)}  # done again, it takes what had come
-    sums = {name: sum(getattr(one, name) for one in first.values()) for name in _TOTALS}
-    return {"rounds": len(first), **sums}
+def _rounds_of(folder: Path) -> dict[int, RoundCosts | RoundFinished]:
+    told = read_history(folder).of(RoundFinished)
+    return {one.round: one for one in reversed(told)}  # done again, it takes what had come
+
+
+def _sums(rounds: Mapping[int, RoundCosts | RoundFinished]) -> dict[str, Any]:
+    names = ("tokens", "bytes_up", "bytes_down")
+    return {name: sum(getattr(one, name) for one in rounds.values()) for name in names}
