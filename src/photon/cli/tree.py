@@ -71,7 +71,7 @@ def _against(config: RunConfig, folder: Path, only: Sequence[str], *, quiet: boo
     config = with_branches(config, silos)
     if (folder / "run.json").exists():  # it is what the others are held against
         kept = load_run_config(folder / "config.resolved.toml")
-        config = kept.model_copy(update={"compute": config.compute})
+        config = kept.having(compute=config.compute)
     trainings, known = dict[str, Training](), [as_method(config)]
     for name in [name for name in METHODS if not only or name in only]:
         changed, base = as_method(config, name), folder / BASELINES / folder_of(name)

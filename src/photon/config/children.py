@@ -210,15 +210,14 @@ def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
     federation["rounds"] = config.federation.rounds * child.rounds
     federation["deadline_s"] = child.deadline_s or config.federation.deadline_s
     federation["policy"] = child.policy.within(config.federation.policy)
-    tables = {
-        "federation": federation,
-        "local": {"steps": config.local.steps // child.rounds},
-        "link": {"broadcast_codec": "fp32"},
-        "eval": {"per_silo": bool(config.parts.personal)},  # which nobody else can score
-    }
-    changed = {name: getattr(config, name).model_copy(update=new) for name, new in tables.items()}
-    own = {"outer": child.outer, "privacy": child.privacy or config.privacy}
-    return config.model_copy(update={**changed, **own})
+    return config.having(
+        federation=federation,
+        local={"steps": config.local.steps // child.rounds},
+        link={"broadcast_codec": "fp32"},
+        eval={"per_silo": bool(config.parts.personal)},  # which nobody else can score
+        outer=child.outer,
+        privacy=child.privacy or config.privacy,
+    )
 
 
 def privacy_of(config: RunConfig, silo: str) -> PrivacyConfig:
@@ -257,7 +256,7 @@ def with_branches(config: RunConfig, silos: Collection[str]) -> RunConfig:
     if (like := config.federation.branches) is None:
         return config
     groups = {"children": branches_of(like, silos), "branches": None}
-    return config.model_copy(update={"federation": config.federation.model_copy(update=groups)})
+    return config.having(federation=groups)
 
 
 def refuse_children(config: RunConfig, where: str) -> None:

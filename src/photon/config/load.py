@@ -86,7 +86,7 @@ def load_served(
     tree["federation"] = {key: own[key] for key in ("sample", "quorum") if key in own}
     config = _parsed(tree | mine, RunConfig, overrides, str(path))
     home = str(Path(config.serve.home) / "parent")
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": home})})
+    return config.having(data={"path": home})
 
 
 def load_node_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> NodeConfig:

@@ -6,7 +6,7 @@ Each field's description is the documentation: docs/configuration.md is written 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -338,6 +338,13 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     serve: ServeConfig = ServeConfig()
     comply: ComplyConfig = ComplyConfig()
+
+    def having(self, **tables: Section | dict[str, Any]) -> RunConfig:
+        """With other tables, or other values of some of their keys; nothing is checked again."""
+        own = {
+            k: getattr(self, k).model_copy(update=v) for k, v in tables.items() if type(v) is dict
+        }
+        return self.model_copy(update=tables | own)
 
     @property
     def total_steps(self) -> int:

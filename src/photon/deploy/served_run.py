@@ -116,9 +116,8 @@ def with_whole_paths(config: RunConfig) -> RunConfig:
     for name, keys in paths.items():
         section = getattr(config, name)
         given = {key: getattr(section, key) for key in keys if getattr(section, key) is not None}
-        absolute = {key: str(Path(value).absolute()) for key, value in given.items()}
-        whole[name] = section.model_copy(update=absolute)
-    return config.model_copy(update=whole)
+        whole[name] = {key: str(Path(value).absolute()) for key, value in given.items()}
+    return config.having(**whole)
 
 
 def how_it_ended(folder: Path) -> str:

@@ -79,7 +79,7 @@ class Group:
         self._around = config.federation.policy
         self._config = config = inside(config, child)
         draws = {"seed": config.run.seed ^ zlib.crc32(name.encode())}  # of its own
-        self._config = config.model_copy(update={"run": config.run.model_copy(update=draws)})
+        self._config = config.having(run=draws)
         self._engine, self._folder, self._tell = engine, folder, on_event
         self._store = CheckpointStore(folder / name, sys.maxsize)
         self._link = config.link.model_copy(update={"update_codec": child.update_codec})

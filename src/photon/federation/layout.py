@@ -124,10 +124,9 @@ def require_own_rows(model: nn.Module, init: str) -> None:
     rows = {id(one) for end in ends if end is not None for one in end.parameters()}
     personal, carried = layout_of(model).personal, carried_tensors(model)
     left = [name for name in carried if id(carried[name]) in rows and name not in personal]
-    wrong = f"parts.personal does not name {some(map(repr, left))}" if left else ""
-    if init == "pretrained":
-        wrong = 'model.init = "pretrained" brings one for all'
-    if wrong:
+    if left or init == "pretrained":
+        wrong = f"parts.personal does not name {some(map(repr, left))}"
+        wrong = wrong if left else 'model.init = "pretrained" brings one for all'
         raise IncompatibleConfigError(
             f"each silo of the data has a vocabulary of its own, and {wrong}",
             hint="Make embedding and head personal, and model.init random; or prepare the data "

@@ -25,7 +25,6 @@ arXiv 1911.07963): one that is turned round can then slow a mean of four down, n
 from __future__ import annotations
 
 import math
-import operator
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -146,9 +145,9 @@ def norm_of(tensors: Mapping[str, Tensor]) -> float:
 def _deviation(config: RunConfig) -> float:
     """Of the noise on a coordinate of any participant's update, the most."""
     below = config.federation.children.values()
-    inner = (one.rounds * _deviation(inside(config, one)) for one in below)
-    own = (one.update_privacy.deviation for one in below)
-    return max([config.privacy.deviation, *map(operator.add, inner, own)])
+    inner = [one.rounds * _deviation(inside(config, one)) for one in below]
+    own = [one.update_privacy.deviation for one in below]
+    return max(config.privacy.deviation, *map(sum, zip(inner, own, strict=True)), 0.0)
 
 
 def _group_reach(

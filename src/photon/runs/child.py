@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from photon.config import ServeConfig
+from photon.config import RunConfig, ServeConfig
 from photon.config.children import check_children, check_served, inside
 from photon.config.comply import ComplyConfig
 from photon.engines.remote import Asker, Depot, Post, RemoteEngine
@@ -40,7 +40,7 @@ from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import Roster
 from photon.runs.compliance import refused_by
 from photon.runs.fleet import Draws, JoinedFleet
-from photon.runs.folder import describe_run
+from photon.runs.folder import describe_run, read_record
 from photon.runs.notary import Notary
 from photon.store.served import Serving
 from photon.telemetry import Event, JsonlWriter, Recorder, read_history
@@ -78,20 +78,13 @@ class ServedFederation:
     ) -> Participant:
         served, serving, roster = self.serve.child, Serving.read(self.folder), self.roster
         assert served is not None
-        here = settings.config.federation.model_copy(update={"children": {self.name: served}})
-        config = settings.config.model_copy(update={"federation": here})
+        config = settings.config.having(federation={"children": {self.name: served}})
         check_children(config)
         check_served(config)
-        part_of = self.folder / "parent-run"
-        if part_of.exists() and part_of.read_text() != run.id:
-            raise IncompatibleConfigError(
-                f"{self.folder} is the part of {self.name} in another run of its parent's",
-                hint="Begin another: `photon serve` with another --run-dir, or --overwrite.",
-            )
-        part_of.write_text(run.id)
         keep = {"keep_rounds": max(self.serve.keep_rounds, served.rounds + 1)}
         serve = self.serve.model_copy(update=keep)
-        inner = inside(config, served).model_copy(update={"serve": serve, "comply": self.comply})
+        inner = inside(config, served).having(serve=serve, comply=self.comply)
+        self._describe(run, inner, model)
         torch.set_num_threads(plan_compute(config.compute).threads)
         key = NodeKey.load(Path(serving.home) / AGGREGATOR_KEY_FILE)
         notary = Notary(self.folder, roster, serving.run_id, key)
@@ -151,14 +144,21 @@ class ServedFederation:
             refused=refused_by(inner, notary.write_verdict),
         )
         named, folder = layout_of(model).named("key"), settings.folder
-        if not (self.folder / "run.json").exists():
-            cut_by = Path(config.data.path) / "tokenizer"  # it came with the invitation
-            about = {name: getattr(run, name) for name in ("vocab_size", "eos_id")}
-            about |= {"kind": "serve", "name": self.name, "silos": serve.silos}
-            describe_run(
-                self.folder, inner, model, {"": cut_by} if cut_by.is_dir() else {}, **about
-            )
         return Group(self.name, config, fleet, engine, folder, tell, named, on_round)
+
+    def _describe(self, run: RunPart, inner: RunConfig, model: nn.Module) -> None:
+        """Make it a run folder, which is exported as any other; or see that it is this run's."""
+        if not (self.folder / "run.json").exists():
+            cut_by = Path(inner.data.path) / "tokenizer"  # it came with the invitation
+            tokenizers = {"": cut_by} if cut_by.is_dir() else {}
+            about = {"kind": "serve", "name": self.name, "silos": self.serve.silos}
+            about |= {"part_of": run.id, "vocab_size": run.vocab_size, "eos_id": run.eos_id}
+            describe_run(self.folder, inner, model, tokenizers, **about)
+        if read_record(self.folder)["part_of"] != run.id:
+            raise IncompatibleConfigError(
+                f"{self.folder} is the part of {self.name} in another run of its parent's",
+                hint="Begin another: `photon serve` with another --run-dir, or --overwrite.",
+            )
 
 
 def totals_inside(folder: Path) -> dict[str, int]:

@@ -220,8 +220,7 @@ def with_own_model(config: RunConfig, folder: Path) -> RunConfig:
     """The run file with model.path at the copy that `describe_run` made in the run's folder."""
     if config.model.path is None or not (folder / MODEL / "config.json").is_file():
         return config
-    own = config.model.model_copy(update={"path": str(folder / MODEL)})
-    return config.model_copy(update={"model": own})
+    return config.having(model={"path": str(folder / MODEL)})
 
 
 def tokenizer_folder(folder: str | os.PathLike[str], of: str | None = None) -> Path:

@@ -89,8 +89,7 @@ class Nodes:
         if self.kind == "train":
             config = central_config(config, self.batch_size)
         elif self.kind == "serve":
-            alone = config.compute.model_copy(update={"processes": 1, "strategy": "auto"})
-            config = config.model_copy(update={"compute": alone})
+            config = config.having(compute={"processes": 1, "strategy": "auto"})
         return NodeSettings(
             config,
             self.folder / "nodes",
@@ -168,14 +167,8 @@ def central_config(config: RunConfig, batch_size: int) -> RunConfig:
         "children": {},
         "weighting": "tokens",
     }
-    return config.model_copy(
-        update={
-            "local": config.local.model_copy(update=local),
-            "federation": config.federation.model_copy(update=alone),
-            "link": LinkConfig(),  # nothing leaves the machine
-            "privacy": PrivacyConfig(),
-        }
-    )
+    link = LinkConfig()  # nothing leaves the machine
+    return config.having(local=local, federation=alone, link=link, privacy=PrivacyConfig())
 
 
 def resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
@@ -185,11 +178,10 @@ def resolved(kind: Kind, config: RunConfig, data: PreparedData) -> RunConfig:
     here = nodes.seat.local_world_size if nodes.seat.world_size > 1 else nodes.ranks
     plan = plan_compute(config.compute, processes=max(1, nodes.workers) * here)
     decided = {"threads": plan.threads, "precision": plan.precision, "device": plan.device.type}
-    compute = config.compute.model_copy(update=decided)
-    resolved = {"compute": compute, "data": config.data.model_copy(update={"path": str(data.path)})}
+    config = config.having(compute=decided, data={"path": str(data.path)})
     if kind == "train":
-        resolved["parts"] = config.parts.pooled()
+        config = config.having(parts=config.parts.pooled())
     if config.model.path is not None and Path(config.model.path).expanduser().exists():
         path = str(Path(config.model.path).expanduser().resolve())
-        resolved["model"] = config.model.model_copy(update={"path": path})
-    return config.model_copy(update=resolved)
+        config = config.having(model={"path": path})
+    return config

@@ -44,8 +44,7 @@ def profile(
     Raises:
         PhotonError: as `simulate`.
     """
-    nodes_only = config.federation.model_copy(update={"workers": 0})
-    config = config.model_copy(update={"federation": nodes_only})
+    config = config.having(federation={"workers": 0})
     with tempfile.TemporaryDirectory(prefix="photon-profile-") as folder:
         session = Session("simulate", config, [silo] if silo else None, Path(folder), None)
         if Seat.from_environment().rank:

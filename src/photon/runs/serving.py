@@ -43,9 +43,8 @@ def continue_run(folder: Path, post: Post | None = None) -> RunResult:
     config = load_run_config(folder / RUN_FILE)
     if begun:  # what is trained stays as it was resolved; where things are may change
         resolved = config_to_go_on_with(folder)
-        data = resolved.data.model_copy(update={"path": config.data.path})
-        here = {"serve": config.serve, "comply": config.comply, "data": data}
-        config = resolved.model_copy(update=here)
+        here = {"serve": config.serve, "comply": config.comply}
+        config = resolved.having(data={"path": config.data.path}, **here)
         if (finished := finished_summary(folder, config)) is not None:
             return RunResult(folder, finished)
     with Roster(Path(serving.home) / ROSTER_FILE) as roster:

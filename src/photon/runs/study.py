@@ -82,8 +82,7 @@ def study_time(config: RunConfig, clock: ClockConfig) -> dict[str, Any]:
         )
     size = 4 * clock.parameters
     settings = {"max_update_norm": "none", "merging_rule": "mean", "optimizer_state": "reset"}
-    federation = config.federation.model_copy(update=settings)
-    plain = config.model_copy(update={"federation": federation, "link": LinkConfig()})
+    plain = config.having(federation=settings, link=LinkConfig())
     with tempfile.TemporaryDirectory(prefix="photon-study-") as folder:
         state = RunState()
         server = _Sized(plain, Path(folder), {"global": {WEIGHTS + "none": torch.zeros(1)}}, state)
