@@ -91,8 +91,7 @@ def take_part(folder: Path, config: RunConfig) -> None:
         trainer = SiloTrainer(site, key, carriers, reporter, Team(Seat()))
         end_on_signals(lambda: say_goodbye(home, reporter))
         Courier(desk, home / SOCKET_FILE, reporter.now.boot, _show).start()
-        ends = threading.Thread(target=_until_over, args=(own, home, reporter), daemon=True)
-        ends.start()
+        threading.Thread(target=_until_over, args=(own, home, reporter), daemon=True).start()
         answer_questions(home, trainer, reporter)
 
 

@@ -74,7 +74,8 @@ class Group:
         on_round: Callable[[int, Closed | EvalReceipt | None, Version], None] | None = None,
     ) -> None:
         self._path, self._name, self._key = path, (name := path.rpartition("/")[2]), key
-        self._fleet, self._on_round = fleet, on_round
+        self._fleet, self._served = fleet, on_round is not None
+        self._on_round = on_round or (lambda number, over, version: None)
         self._child = child = config.federation.children[name]
         self._around = config.federation.policy
         self._config = config = inside(config, child)
@@ -102,8 +103,7 @@ class Group:
             guests.setdefault(one.origin, {}).update(one.tensors)
         federation = Federation(self._config, self._fleet, self._engine, server, self._above)
         costs, receipts = list[RoundCosts](), list[Sequence[Receipt]]()
-        if self._on_round is not None:
-            self._on_round(after.round + 1, None, server.version)
+        self._on_round(after.round + 1, None, server.version)
         try:
             for index in range(rounds):
                 if server.attention:
@@ -119,8 +119,7 @@ class Group:
                 after = closed.after
                 receipts.append(closed.receipts)
                 self._drop_inner(before, after, kept)
-                if self._on_round is not None:
-                    self._on_round(after.round, closed, server.version)
+                self._on_round(after.round, closed, server.version)
             update = self._update(task, version.tensors, server.version.tensors)
         except (RunError, NonFiniteError) as error:
             self._fleet.lost(after.round + 1)
@@ -162,8 +161,7 @@ class Group:
         mean = replace(
             mean, energy=Spent.sum([*(one.energy for one in scores), self._own_energy()])
         )
-        if self._on_round is not None:
-            self._on_round(number, mean, server.version)
+        self._on_round(number, mean, server.version)
         return mean
 
     def settle(self) -> None:
@@ -172,7 +170,7 @@ class Group:
     def _above(self, event: Event) -> None:
         if isinstance(event, KeyMerged | ResidualRouted) and not event.silo:
             event = event.model_copy(update={"silo": self._name})
-        if self._on_round is not None or not isinstance(event, RoundStarted | RoundMerged):
+        if self._served or not isinstance(event, RoundStarted | RoundMerged):
             self._tell(event)
 
     def _begin(

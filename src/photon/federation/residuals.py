@@ -75,12 +75,10 @@ class Residuals:
         rows = dict(zip((task.silo for task in tasks), attention.rows, strict=False))
         self._waiting = {key: one for key, one in self._waiting.items() if key[0] not in rows}
         own, least, up = self._own, self._config.parts.residual_cosine, self.above
+        own_barriers = own.never_with or []
         every = [*came, *self._misfits(attention, tasks)]
         for one in sorted(every, key=lambda found: (found.origin, found.module)):
-            passed, barriers = (
-                [*one.passed, own.jurisdiction],
-                one.never_with + (own.never_with or []),
-            )
+            passed, barriers = [*one.passed, own.jurisdiction], one.never_with + own_barriers
             one = replace(one, passed=passed, never_with=barriers)
             row = projections(one.tensors, self._config.parts)[one.module]
             by = one.origin.removeprefix(self.path).partition("/")[0]
