@@ -79,19 +79,29 @@ def documents(cards: Cards, form: str, on: datetime.date) -> dict[str, str]:
             from photon.forms.model_card import model_card
 
             return {"": model_card(reading)}
-        case "cyclonedx":
-            from photon.forms.cyclonedx import bill_of_materials
+        case "cyclonedx" | "spdx":
+            from cyclonedx.spdx import fixup_id, is_expression
 
-            return {"": _json(bill_of_materials(reading))}
-        case "spdx":
-            from photon.forms.spdx import spdx
-
-            return {"": _json(spdx(reading))}
+            names = {"spdx_id": fixup_id, "is_expression": is_expression}
+            bill = from_template(form, reading, **names)
+            return {"": _json(_checked(bill) if form == "spdx" else bill)}
         case "oscal":
             law = load_law()
             found = predict(cards, law, on)
             return {"": _json(from_template(form, reading, prediction=found, law=law, note=NOTE))}
     return {"": document(form, reading)}
+
+
+def _checked(bill: dict[str, Any]) -> dict[str, Any]:
+    """A bill of SPDX that lists its elements, after the SPDX project's model has read it."""
+    from spdx_python_model import v3_0_1 as spdx3
+
+    *elements, document = bill["@graph"]
+    document["element"] = [one["spdxId"] for one in elements if "spdxId" in one]
+    objects = spdx3.SHACLObjectSet()
+    spdx3.JSONLDDeserializer().deserialize_data(bill, objects)
+    spdx3.JSONLDSerializer().serialize_data(objects)  # what is missing shows here
+    return bill
 
 
 def _json(record: dict[str, Any]) -> str:
