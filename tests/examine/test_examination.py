@@ -92,6 +92,8 @@ def test_ctrl_c_leaves_neither_files_nor_processes(
 def test_long_documents_and_many_batches(
     tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
     texts = {"north": [sentences(n, 40 + 400 * (n % 3)) for n in range(40)]}
     data = prepare_texts(tmp_path / "data", tokenizer, texts)
     whole, here = examine(data, "north", key=KEY)
@@ -102,7 +104,7 @@ def test_long_documents_and_many_batches(
     assert np.array_equal(here, there)
     assert len(said) > 10
     assert data.silo("north").train_tokens in said
-    assert not list(Path(tempfile.gettempdir()).glob("photon-examine-*"))
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 @settings(max_examples=8)

@@ -5,10 +5,10 @@ import multiprocessing
 import secrets
 import signal
 import tempfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,13 +16,14 @@ import numpy as np
 from pydantic import BaseModel, Field, model_validator
 
 from photon.data import PreparedData, SiloData
-from photon.data.shards import HELD_OUT, TRAIN, TokenRun
+from photon.data.shards import HELD_OUT, TRAIN
 from photon.data.tokenizer import read_tokenizer
 from photon.errors import DataError, EmptySiloError
 from photon.examine import cells
 from photon.examine.cells import LEAST_CELL, MOST_CELL, Name, Table
 from photon.examine.detect import FOUND, NOT, detect, method, tables
 from photon.examine.signatures import BANDS, Signer, alike, key_name, words_of
+from photon.membership.records import Sha256
 from photon.store.disk import file_sha256
 
 COPIES, SEEN = ["alone", "copy of an earlier one"], ["apart", "in training text"]
@@ -30,10 +31,10 @@ COPIES, SEEN = ["alone", "copy of an earlier one"], ["apart", "in training text"
 _HELD = ("held out by the silo", "global held-out set")
 #: Characters that are looked at at a time, and tokens that a process is given.
 _PIECE, _BATCH_TOKENS = 1 << 20, 1 << 20
-_Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 _Silo = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{1,200}\z")]
 _Counts = Counter[tuple[str, str]]
 _Text = tuple[PreparedData, SiloData, str]  # whose, and which split of it
+_Batch = tuple[Path, list[int]]  # a shard, and where in it documents begin; at last, where one ends
 _Progress = Callable[[str, int, int], None]
 
 
@@ -48,15 +49,15 @@ class Examination(BaseModel, frozen=True, strict=True, extra="forbid", allow_inf
     format: Literal[1] = 1
     method: Annotated[str, Field(max_length=100)]
     silo: _Silo
-    data_sha256: _Sha256
-    folder_sha256: _Sha256
+    data_sha256: Sha256
+    folder_sha256: Sha256
     min_cell: Annotated[int, Field(ge=LEAST_CELL, le=MOST_CELL)]
     documents: cells.Count
     tables: Annotated[dict[Name, Table], Field(max_length=200)]
-    held_out_sha256: _Sha256
+    held_out_sha256: Sha256
     losses: Annotated[dict[_Silo, Annotated[float, Field(ge=0, lt=1e4)]], Field(max_length=1000)]
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{16}\z")] | None = None
-    signatures_sha256: _Sha256 | None = None
+    signatures_sha256: Sha256 | None = None
 
     @model_validator(mode="after")
     def _possible(self) -> "Examination":
@@ -112,31 +113,33 @@ def examine(
         few = f"silo {silo!r} has {documents} documents to train on"
         raise EmptySiloError(f"{few}: below twice the cell size of {min_cell} nothing may leave")
     detectors = method()  # an error here where they are not installed
-    names, found = tables() | {COPIES[1]: COPIES}, defaultdict[str, Counter[str]](Counter)
+    names = tables() | {COPIES[1]: COPIES}
     with tempfile.TemporaryDirectory(prefix="photon-examine-") as scratch:
         signing = key or secrets.token_bytes(64)
         walk = functools.partial(_walked, Path(scratch), signing, workers, progress)
         counts, signed = walk((data, part, TRAIN))
-        for (name, cell), count in counts.items():
-            found[name][cell] = count
-        found[COPIES[1]].update(COPIES[int(one)] for one in alike(signed, signed, earlier=True))
+        twice = alike(signed, signed, earlier=True)
+        counts.update((COPIES[1], COPIES[int(one)]) for one in twice)
         for name, text in zip(_HELD, ((data, part), (apart, apart.held_out)), strict=True):
             if text[1].held_out_documents:
                 names[name], others = SEEN, walk((*text, HELD_OUT))[1]
-                found[name].update(SEEN[int(one)] for one in alike(others, signed))
+                counts.update((name, SEEN[int(one)]) for one in alike(others, signed))
         kept = None if key is None else signed[np.argsort(signed[:, 0], kind="stable")]
-    for name in (name for name, every in names.items() if FOUND in every):
-        found[name][NOT] = documents - found[name][FOUND]
-    let_out = {name: cells.publish(found[name], every, min_cell) for name, every in names.items()}
-    hashes = (file_sha256(one.path / "manifest.json") for one in (part, apart.held_out))
+    let_out: dict[str, Table] = {}
+    for name, every in names.items():
+        told = {cell: counts[name, cell] for cell in every}
+        told |= {NOT: documents - told[FOUND]} if FOUND in told else {}
+        if (table := cells.publish(told, every, min_cell)) is not None:
+            let_out[name] = table
     record = Examination(
         method=detectors,
         silo=silo,
         min_cell=min_cell,
         documents=documents,
-        tables={name: table for name, table in let_out.items() if table is not None},
+        tables=let_out,
         folder_sha256=data.sha256,
-        **dict(zip(("data_sha256", "held_out_sha256"), hashes, strict=True)),
+        data_sha256=file_sha256(part.path / "manifest.json"),
+        held_out_sha256=file_sha256(apart.held_out.path / "manifest.json"),
         losses=dict(losses or {}),
         key=None if key is None else key_name(key),
     )
@@ -153,51 +156,47 @@ def _walked(
     # On disk, so that many short documents take no memory.
     file = scratch / f"{split}-{part.name}.npy"
     signed = np.lib.format.open_memmap(file, "w+", "<u8", (documents, BANDS))
-    counts, row = _Counts(), 0
+    counts, row, done = _Counts(), 0, 0
     look, batches = functools.partial(_look, key, text), list(_batches(part, split))
     # Ctrl-C is heard by this process alone.
     quiet = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), *quiet)
     mapped = pool.map if min(workers, len(batches)) > 1 else map
     try:
-        for end, found, rows in mapped(look, batches):
+        for tokens, found, rows in mapped(look, batches):
             counts.update(found)
             signed[row : row + len(rows)] = rows
-            row += len(rows)
-            progress("examining" if split == TRAIN else "looking for held-out text", end, total)
+            row, done = row + len(rows), done + tokens
+            progress("examining" if split == TRAIN else "looking for held-out text", done, total)
     finally:
         pool.shutdown(cancel_futures=True)
     return counts, signed
 
 
-def _batches(part: SiloData, split: str) -> Iterator[tuple[int, list[int]]]:
-    """(first token, ends of documents) of the tokens of a split, end to end, some at a time."""
-    first = 0
+def _batches(part: SiloData, split: str) -> Iterator[_Batch]:
+    """Documents of a split, shard by shard, some at a time."""
     for shard in part.shards(split):
         ends = np.load(part.path / shard.index_file).astype(np.int64)
-        for some in np.split(ends + first, np.flatnonzero(np.diff(ends // _BATCH_TOKENS)) + 1):
-            yield first, some.tolist()
-            first = int(some[-1])
+        borders = [0]
+        for some in np.split(ends, np.flatnonzero(np.diff(ends // _BATCH_TOKENS)) + 1):
+            borders = [borders[-1], *some.tolist()]
+            yield part.path / shard.file, borders
 
 
 _tokenizer = functools.cache(read_tokenizer)
 
 
-def _look(key: bytes, text: _Text, batch: tuple[int, list[int]]) -> tuple[int, _Counts, np.ndarray]:
-    """(last token, what documents count, their signatures) of a batch."""
+def _look(key: bytes, text: _Text, batch: _Batch) -> tuple[int, _Counts, np.ndarray]:
+    """(tokens, what documents count, their signatures) of a batch."""
     data, part, split = text
-    (start, ends), signer, counts = batch, Signer(key), _Counts()
-    rows = np.empty((len(ends), BANDS), dtype=np.uint64)
-    decode = _tokenizer(part.tokenizer_file).decode
-    with closing(TokenRun(part.path, part.shards(split), data.dtype)) as run:
-        for row, end in enumerate(ends):
-            tokens = np.empty(end - start - 1, dtype=data.dtype)  # without its end-of-text
-            run.read(start, tokens)
-            start = end
-            told = decode(tokens.tolist(), skip_special_tokens=False)
-            at = range(0, max(1, len(told)), _PIECE)
-            words = [words_of(told[one : one + _PIECE]) for one in at]
-            rows[row] = signer.signature(words)
-            if split == TRAIN:
-                counts.update(detect(told, words))
-    return start, counts, rows
+    (file, borders), signer, counts = batch, Signer(key), _Counts()
+    tokens = np.memmap(file, dtype=data.dtype, mode="r")
+    decode, rows = _tokenizer(part.tokenizer_file).decode, []
+    for start, end in pairwise(borders):
+        told = decode(tokens[start : end - 1].tolist(), skip_special_tokens=False)
+        at = range(0, max(1, len(told)), _PIECE)
+        words = [words_of(told[one : one + _PIECE]) for one in at]
+        rows.append(signer.signature(words))
+        if split == TRAIN:
+            counts.update(detect(told, words))
+    return borders[-1] - borders[0], counts, np.array(rows)

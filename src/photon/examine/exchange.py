@@ -106,17 +106,16 @@ def _gaps(figures: Figures, silos: dict[str, Examination]) -> Iterator[tuple[str
 
 
 def _shared(records: dict[Path, Examination]) -> Iterator[tuple[str, str]]:
-    given = {path: _read_signatures(path, one) for path, one in records.items()}
-    for ours, theirs in permutations(given, 2):
-        if (mine := given[ours]) is None or (others := given[theirs]) is None:
-            continue
-        one, other = records[ours], records[theirs]
+    read = ((one, _read_signatures(path, one)) for path, one in records.items())
+    signed = [(one, signatures) for one, signatures in read if signatures is not None]
+    for (one, mine), (other, others) in permutations(signed, 2):
         count = int(alike(mine, others).sum())
         counts = {"alone": len(mine) - count, "there": count}
         table = publish(counts, [*counts], max(one.min_cell, other.min_cell))
-        told = "nearly all" if table is None or "there" in table.joined else "hardly any"
-        if table is not None and "there" in table.cells:
-            told = f"{count:,}"
+        if table is None or "there" in table.joined:
+            told = "nearly all"
+        else:
+            told = f"{count:,}" if "there" in table.cells else "hardly any"
         yield f"copies: {one.silo}", f"{told} of {one.documents:,} are in {other.silo} too"
 
 

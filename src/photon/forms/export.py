@@ -37,7 +37,7 @@ def export_cards(
         OSError: it can't be written.
     """
     texts = documents(current_cards(run), form, on)
-    found = {out / name if name else out: text for name, text in texts.items()}
+    found = {out / name: text for name, text in texts.items()}
     there = [path for path in found if path.exists()]
     if there and not overwrite:
         hint = "Name another --out, or replace it with --overwrite."
