@@ -160,7 +160,7 @@ def make_config(small_model):
             "data": {"path": str(data), "sequence_length": 32},
             "federation": {"rounds": 3},
             "local": {"steps": 4, "batch_size": 4, "lr": 3e-3},
-            "eval": {"max_tokens": 2000},
+            "eval": {"max_tokens": 600},
         }
         return parse_run_config(tree, overrides)
 

@@ -50,7 +50,7 @@ lr = 1e-2
 name = "nesterov"
 lr = 0.7
 [eval]
-max_tokens = 2000
+max_tokens = 600
 """
     )
     return path

@@ -293,8 +293,10 @@ def test_in_turn_is_one_federation_after_another(run, five_silos, make_config, t
         }
     node.close()
     found = load_weights(result)[0].state_dict()
+    # Training goes on, twice, from a mean that another processor rounds otherwise: 3e-6 were seen.
+    # A step moves a weight by 3e-3.
     for name, tensor in state.items():
-        torch.testing.assert_close(found[name.removeprefix(WEIGHTS)], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[name.removeprefix(WEIGHTS)], tensor, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize(("silo", "number"), [("a", 3), ("d", 8), ("e", 3)])
