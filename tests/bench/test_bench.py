@@ -37,7 +37,8 @@ about = "Two ways."
 "run.keep_checkpoints" = 1
 [scales.small]
 points = 3
-set = { "federation.rounds" = 2, "local.steps" = 2 }
+steps = 4
+set = { "local.steps" = 2 }
 [methods.ours]
 grid = { "local.lr" = [6e-3, 1.2e-2, 2.4e-2] }
 [methods.pooled]

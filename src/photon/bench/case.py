@@ -74,13 +74,16 @@ class Case:
         `curve` is [tokens, loss] after each round, tokens of all silos; `flops` are the model's and
         the inner optimizer's; `bytes` those on the wire, of a centralised run what an all-reduce
         of fp32 gradients at each step sends. `exchanges` is how often a model's gradients were
-        exchanged by each participant, in all-reduces of the same bytes.
+        exchanged by each participant, in all-reduces of the same bytes. `step_tokens` are those of
+        a step of all who are at work at a time.
 
         Raises:
             RunError: one is not finished.
         """
         told = [_read(folder) for folder, _ in self.runs(work)]
-        parts = len(self.silos)
+        parts = len(self.silos)  # that are at work at a time
+        if self.kind == "federated":
+            parts = min(parts, self.config.federation.sample or parts)
         curves = [one["curve"] for one in told]
         curve = [
             [sum(point[0] for point in points), sum(point[1] for point in points) / len(points)]

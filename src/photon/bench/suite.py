@@ -56,6 +56,8 @@ class Scale(Section):
     """How large the runs of a suite are.
 
     Attributes:
+        steps: of a silo, where all take part: rounds are as many as each method's local.steps and
+            federation.sample make of them.
         points: most points of its grid that a method may try; the same for all.
         silos: into which text without silos of its own is cut; None: text has folders for them.
         exchange_steps: seconds in which a model's fp32 gradients are all-reduced, in seconds of a
@@ -64,6 +66,7 @@ class Scale(Section):
         note: what a reader must know of it.
     """
 
+    steps: Positive
     set: Settings = Field(default_factory=dict)
     points: Positive = 5
     silos: Positive | None = None
@@ -125,6 +128,8 @@ class Suite(Section):
         told = self.methods[method]
         settings = self.base | self.scales[scale].set | told.set
         settings |= {**point, "run.seed": seed, "data.path": str(data)}
+        tau, drawn = settings.get("local.steps", 1), settings.get("federation.sample") or silos
+        settings["federation.rounds"] = max(1, self.scales[scale].steps * silos // (tau * drawn))
         if told.small_batch:
             settings["train.batch_size"] = settings["local.batch_size"]
             for key in ("local.steps", "local.warmup_steps"):
