@@ -27,20 +27,26 @@ def finished(three_silos: Path, make_config: Any, tmp_path_factory: pytest.TempP
     return folder
 
 
+def copy(folder: Path, to: Path) -> Path:
+    """The run folder of a copy of `run` and `data`."""
+    shutil.copytree(folder / "data", to / "data")
+    shutil.copytree(folder / "run", to / "run")
+    resolved = to / "run" / "config.resolved.toml"
+    text = resolved.read_text().replace(str(folder / "data"), str(to / "data"))
+    resolved.write_text(text)
+    return to / "run"
+
+
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     """The run folder, with data of its own."""
-    shutil.copytree(finished / "data", tmp_path / "data")
-    shutil.copytree(finished / "run", tmp_path / "run")
-    resolved = tmp_path / "run" / "config.resolved.toml"
-    text = resolved.read_text().replace(str(finished / "data"), str(tmp_path / "data"))
-    resolved.write_text(text)
-    return tmp_path / "run"
+    return copy(finished, tmp_path)
 
 
-@pytest.fixture
-def answered(run: Path) -> Path:
-    """The same, with answers: a licence that is known, and of a silo one that is not."""
+@pytest.fixture(scope="module")
+def kept(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with answers, a licence that is known and of a silo one that is not: only to read."""
+    run = copy(finished, tmp_path_factory.mktemp("kept"))
     whole = tree(("blue", "green", "red"))
     whole["project"]["entities"] = whole["entity"]
     whole["model"]["round-8"]["about"] |= {"licence": "apache-2.0", "provider": "Consortium"}
@@ -54,3 +60,9 @@ def answered(run: Path) -> Path:
         facts = read_card(path, kind).model_dump(exclude_none=True)["facts"]
         path.write_text(tomli_w.dumps(answers | {"facts": facts}))
     return run
+
+
+@pytest.fixture
+def answered(kept: Path, tmp_path: Path) -> Path:
+    """The same, to change."""
+    return copy(kept.parent, tmp_path)

@@ -29,7 +29,7 @@ class _Field(Strict):
         paths: what answers it (`Reading.told`); none where no card asks for it.
         views: who sees it; none: everybody.
         total: the sum over all cards, if all have it.
-        band: of the form, says it in words. times, unit, digits: a factor, the unit, precision.
+        band: of the form, says it in words. times, says: a factor, and the pattern of a figure.
     """
 
     part: str
@@ -40,8 +40,7 @@ class _Field(Strict):
     total: bool = False
     band: str | None = None
     times: float = 1
-    unit: str = ""
-    digits: int | None = None
+    says: str = ""
 
 
 class Form(Strict):
@@ -77,9 +76,8 @@ class Form(Strict):
     def _figure(self, field: _Field, value: float) -> str:
         if field.band:
             return next(says for bound, says in self.bands[field.band] if value < bound)
-        value = value if field.times == 1 else value * field.times
-        kind = f".{field.digits - 1}e" if field.digits else "," if isinstance(value, int) else ".6g"
-        return f"{value:{kind}} {field.unit}".strip()
+        says = field.says or ("{:,}" if isinstance(value, int) else "{:.6g}")
+        return says.format(value if field.times == 1 else value * field.times)
 
 
 @functools.cache

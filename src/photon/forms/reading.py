@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import hashlib
 import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import PurePath
-from typing import Any
+from typing import Any, get_args
 
 from photon.cards.bundle import Cards
 from photon.cards.questions import FACTS, Kind, Question, questions
 from photon.errors import CardError
 
-_KINDS: tuple[Kind, ...] = ("project", "entity", "data", "model")
 _MODELS = {"model": "checkpoint", "initial": "initial", "tokenizer": "tokenizer"}
 #: Hashes by file: machine forms have a place for them, and nobody reads them in prose.
 _HASHES = ("files", "shards")
-_HUB_PREFIX = "hf:"
-_UTC = datetime.UTC
 
 
 @dataclass(frozen=True)
@@ -87,24 +84,18 @@ class Reading:
     """
 
     def __init__(self, cards: Cards, *, public: bool = False) -> None:
-        self.cards = cards
-        self._sheets = {
-            kind: [
-                Sheet(label, name, kind, card, self._doubt(name) if kind == "data" else "")
-                for label, name, card in cards.subjects(kind)
-            ]
-            for kind in _KINDS
-        }
+        self._sheets: dict[str, list[Sheet]] = {kind: [] for kind in get_args(Kind)}
+        for kind in get_args(Kind):
+            for label, name, card in cards.subjects(kind):
+                standing = cards.standing(name if kind == "data" else "")
+                doubt = "" if standing.counts else standing.why or "not current"
+                self._sheets[kind].append(Sheet(label, name, kind, card, doubt))
         self.project = self._sheets["project"][0]
         if public and self.project["facts.how"] == "serve":
             self._sheets["data"] = [
                 replace(one, label=f"data/{n}", name=str(n), doubt=one.doubt and "not current")
                 for n, one in enumerate(self._sheets["data"], 1)
             ]
-
-    def _doubt(self, silo: str) -> str:
-        standing = self.cards.standing(silo)
-        return "" if standing.counts else standing.why or "not current"
 
     def sheets(self, subject: str) -> list[Sheet]:
         """Of project, entity, provider, data, models, and of them model, initial or tokenizer.
@@ -140,7 +131,7 @@ class Reading:
         return str(uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(["photon", self.sha256, *what])))
 
     @property
-    def begun(self) -> datetime.datetime:
+    def begun(self) -> datetime:
         """When the run began, UTC, in whole seconds: the time that documents bear.
 
         Raises:
@@ -148,17 +139,16 @@ class Reading:
         """
         given = self.project["facts.started_at"] or ""
         try:
-            found = datetime.datetime.fromisoformat(given).replace(microsecond=0)
+            found = datetime.fromisoformat(given).replace(microsecond=0)
         except ValueError:
             raise CardError(f"project card: facts.started_at = {given!r} is no ISO time") from None
-        return found.astimezone(_UTC) if found.tzinfo else found.replace(tzinfo=_UTC)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
 
 
 def _no_path(key: str, value: str) -> str:
     """A path of the machine that trained is nobody else's business: its last name stays."""
-    if not key.endswith(".path") or value.startswith(_HUB_PREFIX):
-        return value
-    return PurePath(value).name
+    path = key.endswith(".path") and not value.startswith("hf:")
+    return PurePath(value).name if path else value
 
 
 def one_line(text: str) -> str:
