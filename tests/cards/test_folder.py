@@ -18,12 +18,12 @@ from photon.cards.filling import facts_of_data
 from photon.cards.folder import data_card_of, read_card, read_cards, write_cards, write_data_card
 from photon.cards.page import cards_page
 from photon.cards.questions import CARDS, questions
-from photon.cards.signing import sign_card, signature_file
 from photon.cards.text import card_text
 from photon.cli.main import app
 from photon.data import open_data
 from photon.errors import CardError, DataError, NotCompliantError, UndecidedError
 from photon.membership.audit import AUDIT_FILE, MEMBER, AuditLog
+from photon.membership.card_signing import sign_card, signature_file
 from photon.membership.keys import NodeKey
 from photon.membership.records import Signer
 from photon.runs import load_weights, simulate

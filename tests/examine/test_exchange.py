@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from photon.cards.filling import facts_of_data
 from photon.cards.folder import data_card_of, read_card
-from photon.cards.signing import sign_card, signature_file, signer_of
 from photon.cli.main import app
 from photon.errors import DataError, DataNotFoundError, error_of
 from photon.examine.examination import Examination
 from photon.examine.exchange import behind, compare, read_examination
+from photon.membership.card_signing import sign_card, signature_file, signer_of
 from photon.membership.keys import NodeKey
 from photon.products import evaluate
 from photon.runs import simulate

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from photon.cards.filling import facts_of_data
 from photon.cards.folder import data_card_of, read_card, read_cards, write_cards
-from photon.cards.signing import sign_card
 from photon.cards.text import card_text
 from photon.cli.main import app
 from photon.errors import CardError, ConfigError, NotCompliantError
 from photon.membership.bulletin import told
+from photon.membership.card_signing import sign_card
 from photon.membership.keys import NodeKey
 from photon.membership.records import Facts, Member
 from photon.runs.compliance import Compliance, planned_facts, refused_by

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,24 +63,19 @@ class Cards:
         cards = self.data if kind == "data" else self.models
         return [(f"{kind}/{name}", name, card) for name, card in sorted(cards.items())]
 
-    def names(self, what: str) -> list[str]:
-        """Lists that rules compare with: silos, entities, providers, checkpoints."""
-        entities = self.project.entities
-        if what == "silos":
-            return sorted(self.data)
-        if what == "entities":
-            return [one.about.name for one in entities if one.about.name]
-        if what == "providers":
-            return [
-                name
-                for _, name, one in self.subjects("entity")
-                if "provider" in (one.about.roles or ())
-            ]
-        return [one.facts.what for one in self.models.values()]
+
+def _providers(cards: Cards) -> list[str]:
+    entities = cards.subjects("entity")
+    return [name for _, name, one in entities if "provider" in (one.about.roles or ())]
 
 
-#: What `Cards.names` knows.
-NAMES = ("silos", "entities", "providers", "checkpoints")
+#: Lists that rules compare with.
+NAMES: dict[str, Callable[[Cards], list[str]]] = {
+    "silos": lambda cards: sorted(cards.data),
+    "entities": lambda cards: [one.about.name for one in cards.project.entities if one.about.name],
+    "providers": _providers,
+    "checkpoints": lambda cards: [one.facts.what for one in cards.models.values()],
+}
 
 
 def in_words(answer: Any) -> str:

@@ -167,13 +167,12 @@ def _newest_state(run: Path) -> dict[str, Any]:
 
 def _energy(state: dict[str, Any], config: RunConfig, history: RunHistory) -> dict[str, Any]:
     """Up to a checkpoint; of the last one, with what came after it."""
-    told, summary = state.get("energy"), history.summary
-    if told and summary is not None and summary["rounds"] == state["round"]:
-        told = summary["energy"]
-    elif told:
-        moved = state["bytes_up"] + state["bytes_down"] + state["bytes_inside"]
-        told = figures(told, state["energy_untold"], moved, config.energy)
-    return {"energy_kwh": told["kwh"], "energy_method": told["how"]} if told else {}
+    if not state.get("energy"):
+        return {}
+    summary = history.summary or {"rounds": None}
+    over = summary["rounds"] == state["round"]
+    told = summary["energy"] if over else figures(state, config.energy)
+    return {"energy_kwh": told["kwh"], "energy_method": told["how"]}
 
 
 def _recipe(config: RunConfig) -> dict[str, str]:

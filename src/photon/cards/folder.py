@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from photon.cards.bundle import Cards, Standing
 from photon.cards.filling import Truth, data_facts, model_facts, project_facts, truth_of
 from photon.cards.questions import CARDS, Kind, questions
-from photon.cards.signing import signature_file, signer_of
 from photon.cards.text import card_text
 from photon.config import load_run_config
 from photon.errors import CardError
+from photon.membership.card_signing import signature_file, signer_of
 from photon.store.disk import write_whole
 
 CARDS_FOLDER = "cards"
@@ -143,25 +143,21 @@ def read_cards_in(
         for path in sorted((folder / place).glob("*.toml")):
             try:
                 card = read_card(path, _KINDS[place])
+                name = card.facts.silo if place == DATA else card.facts.name
+                if place == DATA and path.name.startswith(f"{name}.v"):
+                    continue  # an older version
+                if path.name != f"{name}.toml":
+                    raise CardError(f"{path} is the card of {name!r}", hint=f"Call it {name}.toml.")
             except CardError as error:
                 if damaged is None or place != DATA:
                     raise
                 damaged[path.stem] = f" ({error.message[:300]})"
                 continue
-            name = card.facts.silo if place == DATA else card.facts.name
-            if path.name != f"{name}.toml":
-                if place == DATA and path.name.startswith(f"{name}.v"):
-                    continue  # an older version
-                text = f"{path} is the card of {name!r}"
-                if damaged is None or place != DATA:
-                    raise CardError(text, hint=f"Call it {name}.toml.")
-                damaged[path.stem] = f" ({text})"
-                continue
-            cards[name] = (
-                _with_facts(card, models[name]) if place == MODELS and name in models else card
-            )
             if place == DATA:
                 standings[name] = standing_of(path, card, truth)
+            elif name in models:
+                card = _with_facts(card, models[name])
+            cards[name] = card
     return Cards(project, found[DATA], found[MODELS], standings)
 
 

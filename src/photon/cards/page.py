@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from photon.cards.bundle import Cards, in_words
 from photon.cards.questions import Kind, sections
@@ -23,10 +23,9 @@ def cards_page(cards: Cards, prediction: Any = None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    kinds: tuple[Kind, ...] = ("project", "entity", "data", "model")
     shown = [
         (label, cards.standing(name) if kind == "data" else None, _tables(kind, card))
-        for kind in kinds
+        for kind in get_args(Kind)
         for label, name, card in cards.subjects(kind)
     ]
     return environment.get_template("cards.html.j2").render(

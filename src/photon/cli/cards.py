@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -98,16 +98,15 @@ def cards_check(folder: Folder, as_json: AsJson = False) -> None:
     Example: `photon cards check runs/demo`
     """
     from photon.cards.folder import read_cards
-    from photon.cards.questions import questions
+    from photon.cards.questions import Kind, questions
 
     cards, rows = read_cards(folder), []
-    for kind in ("project", "entity", "data", "model"):
+    for kind in get_args(Kind):
         for label, name, card in cards.subjects(kind):
             asked = questions(kind)
             done = sum(getattr(getattr(card, one.section), one.key) is not None for one in asked)
             why = cards.standing(name).why if kind == "data" else ""
-            told = {"card": label, "answered": done, "asked": len(asked), "standing": why}
-            rows.append(told)
+            rows.append({"card": label, "answered": done, "asked": len(asked), "standing": why})
     if as_json:
         show_json(rows)
         return
@@ -168,7 +167,7 @@ def cards_sign(
     Example: `photon cards sign cards/data/north.toml --key photon-node/node.key`
     """
     from photon.cards.folder import read_card
-    from photon.cards.signing import sign_card
+    from photon.membership.card_signing import sign_card
     from photon.membership.keys import NodeKey
 
     read_card(card, "data")

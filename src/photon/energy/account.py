@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field
 from photon.config.energy import EnergyConfig, PowerConfig
 from photon.energy.counters import Packages
 from photon.energy.meter import METER, Meter, Used
-from photon.telemetry.events import EnergySpent, How
+from photon.telemetry.events import How
 
 KWH_J = 3.6e6
 
@@ -99,52 +99,44 @@ class Power:
         return used.package_j * min(1.0, own_j / all_j if all_j > 0 else 1.0)
 
 
-def energy_spent(
-    number: int, silo: str | None, spent: Spent | None, carried: int, config: EnergyConfig
-) -> EnergySpent:
-    """What is told of the energy behind an answer in round `number`, and of the bytes of it."""
-    joules = {"communication": carried / 1e9 * config.network_kwh_per_gb * KWH_J}
-    joules |= spent.by_phase if spent is not None else {}
-    return EnergySpent(round=number, silo=silo, how=spent and spent.how, joules=joules)
-
-
-def figures(
-    ledger: Mapping[str, Any], untold: int, network_bytes: int, config: EnergyConfig
-) -> dict[str, Any]:
-    """What a run took, as summary.json has it: kWh in all and by phase, how known, carbon.
-
-    Args:
-        ledger: fields of the Spent of all who told of it.
-        untold: answers that came without figures.
-        network_bytes: that went over links, or would have.
-    """
-    words = [ledger["how"], *(["communication modelled"] if network_bytes else [])]
+def figures(state: Mapping[str, Any], config: EnergyConfig) -> dict[str, Any]:
+    """What a run took, as summary.json has it, from what its RunState has: kWh in all and by phase,
+    how known, carbon."""
+    untold, moved = (
+        state["energy_untold"],
+        sum(state[f"bytes_{way}"] for way in ("up", "down", "inside")),
+    )
+    words = [state["energy"]["how"], *(["communication modelled"] if moved else [])]
     words += [f"{untold} answers came without figures"] if untold else []
-    kwh = {name.removesuffix("_j"): ledger[name] / KWH_J for name in JOULES}
-    kwh["communication"] = network_bytes / 1e9 * config.network_kwh_per_gb
+    kwh = {name: joules / KWH_J for name, joules in Spent(**state["energy"]).by_phase.items()}
+    kwh["communication"] = moved / 1e9 * config.network_kwh_per_gb
     total, carbon = sum(kwh.values()), config.carbon_g_per_kwh
     said = {"kwh": total, "how": ", ".join(words), "kwh_by_phase": kwh}
     return said if carbon is None else {**said, "carbon_g": total * carbon}
 
 
-class Witness:
-    """A run's energy counted another way, from now on: by the kernel's account of its processes,
-    from outside and at once, where phases are charged one by one by the processes themselves."""
+def witness() -> Callable[[Power, Iterable[int], int], float]:
+    """A run's joules counted another way, from now on: by the kernel's account of its processes,
+    from outside and at once, where phases are charged one by one by the processes themselves.
 
-    def __init__(self) -> None:
-        self._packages = Packages()
-        self._began = self._now()
+    Returns:
+        To be asked with this process's power, ids of its others, and how many cores each has.
+    """
+    packages = Packages()
 
-    def _now(self) -> Used:
+    def now() -> Used:
         each = [resource.getrusage(one) for one in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        cpu_s, counted = sum(one.ru_utime + one.ru_stime for one in each), self._packages
-        return Used(cpu_s, time.monotonic(), counted.joules(), counted.busy_s())
+        cpu_s = sum(one.ru_utime + one.ru_stime for one in each)
+        return Used(cpu_s, time.monotonic(), packages.joules(), packages.busy_s())
 
-    def joules(self, power: Power, cpu_s: float = 0.0, core_s: float = 0.0) -> float:
-        """Of this process, and of others with so many CPU seconds and core-seconds."""
-        used = self._now().plus(self._began, -1).plus(Used(cpu_s))
-        core_s += used.wall_s * power.cores
-        return power.cores_j(used, core_s, bool(self._packages.readable))
+    def joules(power: Power, others: Iterable[int], cores: int) -> float:
+        lived = [process_times(pid) for pid in others]
+        used = now().plus(began, -1).plus(Used(sum(cpu_s for cpu_s, _ in lived)))
+        core_s = used.wall_s * power.cores + cores * sum(age_s for _, age_s in lived)
+        return power.cores_j(used, core_s, bool(packages.readable))
+
+    began = now()
+    return joules
 
 
 def process_times(pid: int) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from photon.energy.account import Spent, process_times
+from photon.energy.account import Spent
 from photon.energy.meter import METER
 from photon.errors import PhotonError, RankLostError, WorkerLostError
 from photon.federation import (
@@ -149,12 +149,6 @@ class WorkerEngine:
     def process_ids(self) -> list[int]:
         """Ids of the worker processes alive now: each worker's ranks in order."""
         return [rank.process.pid for worker in self._workers for rank in worker.ranks]
-
-    def lived(self) -> tuple[float, float]:
-        """CPU seconds of its processes that are alive, and core-seconds that they had."""
-        each = [process_times(one) for one in self.process_ids]
-        threads = self._settings.config.compute.threads
-        return sum(cpu_s for cpu_s, _ in each), sum(age_s for _, age_s in each) * threads
 
     def untold(self) -> list[Spent]:
         """What idle workers used since their last answers: they waited, most of all."""
@@ -373,8 +367,8 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
             return
         pipe.send(_READY)
         with contextlib.ExitStack() as opened:
-            version, read = None, None
-            while (message := _waited(pipe)) is not None:
+            version, read, next_message = None, None, METER.phase("idle")(pipe.recv)
+            while (message := next_message()) is not None:
                 if message == _UNTOLD:
                     pipe.send(node.untold())
                     continue
@@ -400,11 +394,6 @@ def _version(
         for path in (state, once)
     )
     return Version(number, tensors, once=first, once_sha256=once_sha256)
-
-
-def _waited(pipe: Connection) -> Any:
-    with METER.phase("idle"):
-        return pipe.recv()
 
 
 def _answered(node: Node, task: Task, version: Version, exchange: Path) -> Any:

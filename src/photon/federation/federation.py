@@ -9,7 +9,7 @@ from functools import partial
 
 from photon.config import RunConfig
 from photon.config.children import LEAF, group_of
-from photon.energy.account import Spent, energy_spent
+from photon.energy.account import KWH_J, Spent
 from photon.energy.meter import METER
 from photon.errors import NonFiniteError, QuorumLostError, error_of
 from photon.federation.account import Closed, RoundCosts, after_round, implausible, round_merged
@@ -21,7 +21,14 @@ from photon.federation.sampling import Candidates, Fleet
 from photon.federation.server import Server
 from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, Residual, Update
 from photon.telemetry import Event
-from photon.telemetry.events import KeyMerged, LocalFinished, Notice, RoundStarted, UpdateDropped
+from photon.telemetry.events import (
+    EnergySpent,
+    KeyMerged,
+    LocalFinished,
+    Notice,
+    RoundStarted,
+    UpdateDropped,
+)
 
 #: Where training diverged: the same rounds again would diverge again.
 WAY_OUT = (
@@ -44,7 +51,7 @@ class Federation:
         order: in which updates were merged by a process before this one.
 
     Attributes:
-        energy: behind each answer, whatever became of it; who keeps the books takes it away.
+        energy: all that was noted; who keeps the books takes it away.
     """
 
     def __init__(
@@ -163,7 +170,7 @@ class Federation:
                 held = last if asked else self.outstanding.held(before, member, last)
                 bytes_down = version.bytes_down(held)
             own.append(receipt)
-            self._note_energy(number, receipt, bytes_down)
+            self.note_energy(number, receipt.silo, receipt.energy, bytes_down)
             yield replace(receipt, bytes_down=bytes_down)
         if parts.personal:
             yield EvalReceipt.mean(own)
@@ -239,7 +246,8 @@ class Federation:
         costs.tokens_lost += receipt.tokens_lost
         costs.bytes_down += receipt.bytes_down or 0
         costs.bytes_up += receipt.bytes_up
-        self._note_energy(number, receipt, receipt.bytes_up + (receipt.bytes_down or 0))
+        carried = receipt.bytes_up + (receipt.bytes_down or 0)
+        self.note_energy(number, receipt.silo, receipt.energy, carried)
         if receipt.failure is not None:
             return receipt.failure
         started = time.perf_counter()
@@ -266,9 +274,12 @@ class Federation:
             )
         return None
 
-    def _note_energy(self, number: int, receipt: Receipt | EvalReceipt, carried: int) -> None:
-        self.energy.append(receipt.energy)
-        self._tell(energy_spent(number, receipt.silo, receipt.energy, carried, self.config.energy))
+    def note_energy(self, number: int, silo: str | None, spent: Spent | None, carried: int) -> None:
+        """Keep and tell what an answer took, or all else (silo None), and so many bytes of it."""
+        self.energy.append(spent)
+        joules = {"communication": carried / 1e9 * self.config.energy.network_kwh_per_gb * KWH_J}
+        joules |= spent.by_phase if spent else {}
+        self._tell(EnergySpent(round=number, silo=silo, how=spent and spent.how, joules=joules))
 
     def _notice(self, receipt: Receipt, text: str) -> None:
         self._tell(Notice(text=text, round=receipt.round, silo=receipt.silo))

@@ -129,10 +129,8 @@ class Node:
             model = empty_model(config, vocab_size=self._data.vocab_size, eos_id=self._data.eos_id)
         self._layout = layout_of(model)
         seat = settings.seat
-        plan = plan_compute(
-            config.compute, processes=settings.processes * seat.local_world_size, seat=seat
-        )
         sharing = settings.processes * seat.local_world_size
+        plan = plan_compute(config.compute, processes=sharing, seat=seat)
         self._power = power_of(config.energy, plan, sharing=sharing)
         # Beside an aggregator, what else this process does is the aggregator's.
         beside = not settings.apart and not seat.rank

@@ -139,7 +139,7 @@ def _read(path: str, place: Place) -> tuple[Any, str]:
     """(answer or None, what to say of it)."""
     kind, section, *key = path.split(".")
     if kind == "names":
-        value = place.cards.names(section)
+        value = NAMES[section](place.cards)
         return value, f"{section}: {some(value, 6) or 'none'}"
     label, name, card = place.here[kind]
     at = f"{label}: {'.'.join([section, *key])}"

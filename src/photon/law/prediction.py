@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,18 +20,12 @@ Status = Literal["met", "not_met", "unknown", "not_applicable", "not_yet_applica
 Verdict = Literal["prohibited", "not_met", "unknown", "met", "out_of_scope"]
 
 #: Worst first.
-VERDICTS: tuple[Verdict, ...] = ("prohibited", "not_met", "unknown", "met", "out_of_scope")
-
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 #: For so long a child's own prediction is relied on.
 MOST_DAYS = 31
-_STATUS_OF: dict[Verdict, Status] = {
-    "prohibited": "not_met",
-    "not_met": "not_met",
-    "unknown": "unknown",
-    "met": "met",
-    "out_of_scope": "not_applicable",
-}
+#: Of the verdicts that are no statuses themselves.
+_STATUS_OF: dict[Any, Status] = {"prohibited": "not_met", "out_of_scope": "not_applicable"}
 _CHILD_TODO = "Have it mend what its own `photon comply` names, and send its --json anew."
 
 
@@ -69,13 +63,7 @@ class Prediction:
 
     def as_json(self) -> dict[str, Any]:
         """For `photon comply --json`."""
-        return {
-            "verdict": self.verdict,
-            "law": self.law.isoformat(),
-            "findings": [asdict(one) for one in self.findings],
-            "rules": self.rules,
-            "note": NOTE,
-        }
+        return asdict(self) | {"law": self.law.isoformat(), "note": NOTE}
 
 
 def predict(cards: Cards, law: Law, on: datetime.date) -> Prediction:
@@ -98,14 +86,12 @@ def predict(cards: Cards, law: Law, on: datetime.date) -> Prediction:
     return Prediction(_verdict(found, banned), on, f"{law.law.id} {law.law.version}", tuple(found))
 
 
-def _verdict(found: Iterable[Requirement], banned: bool) -> Verdict:
-    statuses = {one.status for one in found}
+def _verdict(found: Collection[Requirement], banned: bool) -> Verdict:
     if banned:
         return "prohibited"
-    if "not_met" in statuses:
-        return "not_met"
-    if "unknown" in statuses:
-        return "unknown"
+    for worst in ("not_met", "unknown"):
+        if any(one.status == worst for one in found):
+            return worst
     of_law = {one.status for one in found if not one.id.startswith("cards.")}
     return "met" if of_law - {"not_applicable"} else "out_of_scope"
 
@@ -203,7 +189,8 @@ def with_children(found: Prediction, claims: Mapping[str, Claim | None]) -> Pred
         if claim is not None:
             evidence = f"{claim.verdict} on {claim.law}, by {claim.rules}"
             evidence += "" if good else f"; it is good for {MOST_DAYS} days from then"
-        status = _STATUS_OF[verdicts[name] or "unknown"]
+        verdict = verdicts[name] or "unknown"
+        status = _STATUS_OF.get(verdict, verdict)
         do = "" if status in ("met", "not_applicable") else _CHILD_TODO
         says = f"A federation inside says what its own law asks of it. {evidence}"
         more.append(Requirement("cards.child", f"child/{name}", status, says, do))

@@ -17,7 +17,6 @@ from photon.errors import LawError
 from photon.law.conditions import fault_in
 
 _ID = re.compile(r"(cards\.[a-z_]+|art_(\d+[a-z]?)(\.par_\d+[a-z]?)?(\.pt_[a-z]+)?)")
-_LAST = datetime.date.max
 
 _Title = Annotated[str, Field(min_length=1)]
 
@@ -25,11 +24,11 @@ _Title = Annotated[str, Field(min_length=1)]
 class _Dated(Strict):
     """Law from one date until another, on which it is no more; whichever is absent is open."""
 
-    begins: datetime.date | None = Field(default=None, alias="from")
-    until: datetime.date | None = None
+    begins: datetime.date = Field(default=datetime.date.min, alias="from")
+    until: datetime.date = datetime.date.max
 
     def holds(self, on: datetime.date) -> bool:
-        return (self.begins or datetime.date.min) <= on < (self.until or _LAST)
+        return self.begins <= on < self.until
 
 
 class Start(_Dated):
@@ -133,20 +132,14 @@ def _fault(law: Law) -> str | None:
 
 
 def _overlap(law: Law) -> str | None:
-    spans: dict[tuple[str, str], list[_Dated]] = {}
-    for rule in law.rule:
-        spans.setdefault((rule.id, f" of {rule.subject}"), []).append(rule)
+    dated: list[tuple[str, str, _Dated]] = [(one.id, f" of {one.subject}", one) for one in law.rule]
     for name, starts in law.dates.items():
-        for one in starts:
-            spans.setdefault((f"dates.{name}", f" for {one.when}" if one.when else ""), []).append(
-                one
-            )
-    for (name, of), dated in spans.items():
-        for one in dated:
-            if one.begins and one.until and one.begins >= one.until:
-                return f"{name}: from {one.begins} until {one.until} is no time"
-        ordered = sorted(dated, key=lambda one: one.begins or datetime.date.min)
-        for before, after in pairwise(ordered):
-            if (before.until or _LAST) > (after.begins or datetime.date.min):
-                return f"{name}{of[:80]}: two versions overlap on {after.begins or before.until}"
+        dated += [(f"dates.{name}", f" for {one.when}" if one.when else "", one) for one in starts]
+    for name, _, one in dated:
+        if one.begins >= one.until:
+            return f"{name}: from {one.begins} until {one.until} is no time"
+    dated.sort(key=lambda one: (*one[:2], one[2].begins))
+    for (*named, before), (name, of, after) in pairwise(dated):
+        if named == [name, of] and before.until > after.begins:
+            return f"{name}{of[:80]}: two versions overlap on {after.begins}"
     return None

@@ -38,7 +38,7 @@ def planned_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
     length, flops = config.data.sequence_length, count_flops(model, config.data.sequence_length)
     participants = config.federation.sample or len(config.serve.silos) or config.silos_needed
     tokens = config.total_steps * config.local.batch_size * length * participants
-    found = {
+    facts = {
         "name": PLANNED,
         "what": "checkpoint",
         "architecture": f"{config.model.family}, {config.model.preset or config.model.path}",
@@ -50,7 +50,7 @@ def planned_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
         "training_flops": float(flops.per_token) * tokens,
         "flops_method": flops.explain(),
     }
-    return {PLANNED: found}
+    return {PLANNED: facts}
 
 
 def refused_by(
@@ -86,6 +86,8 @@ class Compliance:
         self._config, self._planned, self._write, self._today = config, planned, write, today
         self._folder = Path(config.comply.cards)
         self._require = config.comply.require
+        #: Statuses that are not put up with.
+        self._bad = ("not_met", "unknown") if self._require == "met" else ("not_met",)
         self._law = load_law(Path(config.comply.law) if config.comply.law else None)
         self._seen: object = None
         self._refused: dict[str, str] = {}
@@ -117,17 +119,14 @@ class Compliance:
         cards = read_cards_in(self._folder, facts, self._planned, truth, damaged)
         names = [one.name for one in sorted(members, key=lambda one: one.joined_at)]
         found, refused = self._of(cards, names), {}
+        bare = {one: "it has no data card" for one in names if one not in cards.data}
+        # Whoever a finding is about, then who has no card, and then one by one.
+        for more in (self._blamed(found), bare):
+            if not self._bearable(found):
+                refused = more | refused
+                found = self._of(cards, [one for one in names if one not in refused])
         if not self._bearable(found):
-            # Whoever a finding is about, who has no card, and then one by one.
-            refused = self._blamed(found)
-            bare = {one: "it has no data card" for one in names if one not in cards.data}
-            for out in (refused, refused := bare | refused):
-                found = self._of(cards, [one for one in names if one not in out])
-                if self._bearable(found):
-                    refused = out
-                    break
-            else:
-                found, refused = self._one_by_one(cards, names, refused)
+            found, refused = self._one_by_one(cards, names, refused)
         refused = {name: f"{why}{damaged.get(name, '')}" for name, why in refused.items()}
         self._tell(found, refused)
         return refused
@@ -138,10 +137,13 @@ class Compliance:
         here: list[str] = []
         found = self._of(cards, here)
         if not self._bearable(found):
-            raise self._error(found)
-        for name in names:
-            if name in refused:
-                continue
+            bad = [f"{one.id} ({one.subject})" for one in found.findings if one.status in self._bad]
+            raise NotCompliantError(
+                f"comply.require is {self._require}, and the verdict on {found.law} is "
+                f"{found.verdict}, whoever takes part: {some(bad, 5)}",
+                hint=f"Answer in {self._folder}, or lower comply.require. {NOTE}.",
+            )
+        for name in [one for one in names if one not in refused]:
             with_it = self._of(cards, [*here, name])
             if self._bearable(with_it):
                 here.append(name)
@@ -161,11 +163,6 @@ class Compliance:
                 bad.setdefault(name, []).append((one.id, one.subject))
         return {name: self._reason(keys) for name, keys in bad.items()}
 
-    @property
-    def _bad(self) -> tuple[str, ...]:
-        """Statuses that are not put up with."""
-        return ("not_met", "unknown") if self._require == "met" else ("not_met",)
-
     def _reason(self, bad: Iterable[tuple[str, str]]) -> str:
         told = some(f"{name} ({subject})" for name, subject in bad)
         return f"comply.require = {self._require}, and with it there would be open: {told}"
@@ -184,24 +181,13 @@ class Compliance:
         project = cards.project.model_copy(update={"entities": entities, "facts": facts})
         data = {name: card for name, card in cards.data.items() if name in here}
         company = Cards(project, data, cards.models, cards.standings)
-        claims = {
-            name: one
-            for name, one in read_claims(self._folder, self._config.own_jurisdictions).items()
-            if name in here
-        }
+        claims = read_claims(self._folder, self._config.own_jurisdictions)
+        claims = {name: one for name, one in claims.items() if name in here}
         return with_children(predict(company, self._law, self._today()), claims)
 
     def _bearable(self, found: Prediction) -> bool:
         least = self._require or VERDICTS[0]
         return VERDICTS.index(found.verdict) >= VERDICTS.index(least)
-
-    def _error(self, found: Prediction) -> NotCompliantError:
-        bad = [f"{one.id} ({one.subject})" for one in found.findings if one.status in self._bad]
-        return NotCompliantError(
-            f"comply.require is {self._require}, and the verdict on {found.law} is "
-            f"{found.verdict}, whoever takes part: {some(bad, 5)}",
-            hint=f"Answer in {self._folder}, or lower comply.require. {NOTE}.",
-        )
 
     def _tell(self, found: Prediction, refused: dict[str, str]) -> None:
         """Log what changed; the first time, what is open."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from photon.energy.account import Power, Spent, energy_spent
+from photon.energy.account import Spent
 from photon.errors import QuorumLostError
 from photon.federation import CheckpointStore, Closed, EvalReceipt, Federation, RunState
 from photon.federation.account import RoundCosts
@@ -36,9 +36,8 @@ class Rounds:
         clock: what a resume needs of the engine's time, where that is simulated.
         ahead: whether a round's books are closed while the next one's tasks are at work already:
             a kill meanwhile has both rounds done again.
-        power: of this process; without it no account of energy is kept.
-        witness: joules of the whole run since this process began it, counted another way.
-        untold: energy that no answer told of, at the end.
+        used: the energy that no answer told of since it was last asked (with true: at the end), and
+            joules of all since this process began, counted another way; None: none is counted.
 
     Attributes:
         state: as of the last finished round; at first, where to go on.
@@ -56,13 +55,10 @@ class Rounds:
         ended: Callable[[], bool] = lambda: False,
         clock: Callable[[], dict[str, Any]] = dict,
         ahead: bool = False,
-        power: Power | None = None,
-        witness: Callable[[], float] = lambda: 0.0,
-        untold: Callable[[], list[Spent]] = list,
+        used: Callable[[bool], tuple[Spent | None, float]] | None = None,
     ) -> None:
         self.state = state
-        self._power, self._untold = power, untold
-        self._witness, self._witnessed_j = witness, state.witness_j
+        self._used, self._witnessed_j = used, state.witness_j
         self.evaluation: dict[str | None, EvalReceipt] = {}
         self._evaluated_round: int | None = None
         self._evaluation_bytes = 0
@@ -114,7 +110,7 @@ class Rounds:
         self._close_books()
         if self._evaluated_round != self.state.round:
             self._evaluate(self.state, self.state)
-        self.state = self._with_energy(self.state, *self._untold())
+        self.state = self._with_energy(self.state, over=True)
         return True
 
     def _groups(self) -> Groups:
@@ -166,15 +162,15 @@ class Rounds:
         )
         self._open = costs, self._groups()
 
-    def _with_energy(self, state: RunState, *untold: Spent) -> RunState:
+    def _with_energy(self, state: RunState, *, over: bool = False) -> RunState:
         """With what answers told of, and what else was used, since the last time."""
-        if self._power is None:
+        if self._used is None:
             return state
+        own, witnessed_j = self._used(over)
+        self.federation.note_energy(state.round, None, own, 0)
         told, self.federation.energy = self.federation.energy, []
-        own = Spent.sum([self._power.taken(), *untold])
-        self._recorder.emit(energy_spent(state.round, None, own, 0, self._config.energy))
-        all_j = vars(Spent.sum([own, *told, Spent(**state.energy) if state.energy else None]))
-        count, joules = state.energy_untold + told.count(None), self._witnessed_j + self._witness()
+        all_j = vars(Spent.sum([*told, Spent(**state.energy) if state.energy else None]))
+        count, joules = state.energy_untold + told.count(None), self._witnessed_j + witnessed_j
         return replace(state, energy=all_j, energy_untold=count, witness_j=joules)
 
     def _close_books(self) -> None:

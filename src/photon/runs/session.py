@@ -18,7 +18,7 @@ from photon.config.children import LEAF, check_children, participants, refuse_ch
 from photon.config.clock import ClockConfig
 from photon.config.load import load_clock
 from photon.data import PreparedData, open_data
-from photon.energy.account import Power, Witness
+from photon.energy.account import Power, Spent, witness
 from photon.energy.meter import METER
 from photon.engines.groups import in_the_round, with_groups
 from photon.engines.simulated import SimulatedEngine, SimulatedFleet
@@ -189,7 +189,7 @@ class Session:
             PhotonError: all that can be known before training is checked first.
         """
         METER.take()  # what this process did before is not the run's
-        self._witness = Witness()
+        self._witness = witness()
         self._check()
         with (
             only_process(self.folder, served=self.kind == "serve"),
@@ -279,7 +279,9 @@ class Session:
         if self.config.federation.children:
             on_event = in_the_round(on_event)
         engine, tokens = self.nodes.engine(model, on_event), self._silo_tokens
-        config, pooled, options = self.config, (), self._energy_options(engine)
+        config, pooled, options = self.config, (), dict[str, Any]()
+        if self.clock is None:
+            options["used"] = self._used(engine)
         if self._guests is not None:
             fleet, options["draining"] = self._guests.fleet, self._guests.ending
         elif self.kind == "train":
@@ -303,21 +305,21 @@ class Session:
         federation.outstanding.go_on_with(state.in_flight, tensors, server)
         return Rounds(federation, state, recorder, checkpoints, **options)
 
-    def _energy_options(self, engine: Engine) -> dict[str, Any]:
-        """Of Rounds: none where time is simulated; a witness where all that trains is on this
-        machine's cores, in processes that this one knows."""
-        if self.clock is not None:
-            return {}
+    def _used(self, engine: Engine) -> Callable[[bool], tuple[Spent | None, float]]:
+        """As Rounds asks; a witness stands where all that trains is on this machine's cores, in
+        processes that this one knows."""
         watts, compute, seat = self.config.energy, self.config.compute, self.nodes.seat
         here = self._guests is None and seat.world_size == 1 and compute.device == "cpu"
-        if isinstance(engine, WorkerEngine):
-            power, lived, untold = Power(watts, 0), engine.lived, engine.untold
-        else:
-            power, lived, untold = power_of(watts, plan_compute(compute, seat=seat)), tuple, list
-        options = {"power": power, "untold": untold}
-        if here:
-            options["witness"] = lambda: self._witness.joules(power, *lived())
-        return options
+        workers = engine if isinstance(engine, WorkerEngine) else None
+        power = Power(watts, 0) if workers else power_of(watts, plan_compute(compute, seat=seat))
+
+        def used(over: bool) -> tuple[Spent | None, float]:
+            untold = workers.untold() if workers and over else []
+            others = workers.process_ids if workers else []
+            joules = self._witness(power, others, compute.threads) if here else 0.0
+            return Spent.sum([power.taken(), *untold]), joules
+
+        return used
 
     @property
     def _at_once(self) -> int:

@@ -78,8 +78,8 @@ def shares_of_time(state: RunState, time_s: float, at_once: int) -> dict[str, fl
 def _energy(state: RunState, config: RunConfig, loss: float) -> dict[str, Any]:
     """What the run took and what that was good for; docs/energy.md."""
     moved = state.bytes_up + state.bytes_down + state.bytes_inside
-    told = figures(state.energy, state.energy_untold, moved, config.energy)
-    kwh, tokens, sent_s = told["kwh"], state.total_tokens, state.exposed_s if moved else 0.0
+    told, tokens = figures(vars(state), config.energy), state.total_tokens
+    kwh, sent_s = told["kwh"], state.exposed_s if moved else 0.0
     gained = loss if state.first_loss is None else state.first_loss - loss
     own_j, witness_j = sum(state.energy[name] for name in JOULES), state.witness_j
     return {

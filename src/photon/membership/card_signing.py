@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from photon.cards.questions import Strict
 from photon.errors import PhotonError
 from photon.membership.keys import NodeKey, fingerprint_of
 from photon.membership.signing import CARD, sign_document, verify_document
 from photon.store.disk import write_json
 
 
-class _Signature(Strict):
+class _Signature(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
     public_key: str
     signature: str
 
