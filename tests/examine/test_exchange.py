@@ -177,7 +177,7 @@ _VALID = {
 }
 
 
-@examples(60)
+@examples(40)
 @given(st.data())
 def test_whatever_a_site_writes_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, drawn: st.DataObject
