@@ -194,12 +194,10 @@ def _config(run: Path) -> RunConfig:
 
 def _members(run: Path) -> dict[str, dict[str, Any]]:
     """Bodies of the audit log's member lines, the newest of each name."""
-    path, found = run / AUDIT_FILE, {}
+    path = run / AUDIT_FILE
     whole = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []  # no torn line
-    for record in map(json.loads, whole):
-        if record["kind"] == MEMBER:
-            found[record["body"]["name"]] = record["body"]
-    return found
+    bodies = [one["body"] for one in map(json.loads, whole) if one["kind"] == MEMBER]
+    return {one["name"]: one for one in bodies}
 
 
 def _hashes(folder: Path) -> dict[str, str] | None:

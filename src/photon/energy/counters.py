@@ -49,10 +49,8 @@ class Packages:
         """Core-seconds that all processes of this machine worked; 0 without counters."""
         if not self.readable:
             return 0.0
-        user, nice, system, _idle, _waits, irq, softirq = map(
-            int, self._stat.read_text().split(maxsplit=8)[1:8]
-        )
-        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+        *busy, _idle, _waits, irq, softirq = map(int, self._stat.read_text().split()[1:8])
+        return sum([*busy, irq, softirq]) / os.sysconf("SC_CLK_TCK")
 
 
 def device_counter(
