@@ -60,6 +60,7 @@ def test_json_is_one_object_and_nothing_else():
     found = findings()
     assert set(found) == {
         "machine",
+        "energy",
         "devices",
         "precision",
         "compile",

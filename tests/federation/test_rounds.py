@@ -74,6 +74,7 @@ def test_a_run_writes_what_it_promises(three_silos, make_config, tmp_path):
         "train_share",
         "goodput",
         "simulated_s",
+        "energy",
         "tokens_lost",
         "weights_sha256",
         "photon_version",
