@@ -21,7 +21,7 @@ from photon.cards.questions import CARDS, questions
 from photon.cards.text import card_text
 from photon.cli.main import app
 from photon.data import open_data
-from photon.errors import CardError, DataError, NotCompliantError, UndecidedError
+from photon.errors import CardError, DataError, NotCompliantError, RunNotFoundError, UndecidedError
 from photon.membership.audit import AUDIT_FILE, MEMBER, AuditLog
 from photon.membership.card_signing import sign_card, signature_file
 from photon.membership.keys import NodeKey
@@ -324,3 +324,33 @@ def test_neither_photon_nor_a_run_loads_cards_or_forms_and_law_loads_no_torch() 
     )
     for text in (code, light):
         subprocess.run([sys.executable, "-c", text], check=True, timeout=120)
+
+
+def test_cards_of_a_planned_run_are_read_and_predicted(run: Path, tmp_path: Path) -> None:
+    file, folder = run / "config.resolved.toml", tmp_path / "plan"
+    assert photon("cards", "init", folder, "--run-file", file).exit_code == 0
+    checked = photon("cards", "check", folder, "--json")
+    assert checked.exit_code == 0
+    assert {one["card"] for one in json.loads(checked.stdout)} >= {"project", "model/planned"}
+    predicted = photon("comply", folder, "--law", "2026-12-15", "--json")
+    assert predicted.exit_code == UndecidedError.exit_code
+    assert "model/planned" in {one["subject"] for one in json.loads(predicted.stdout)["findings"]}
+
+
+def test_a_folder_of_runs_names_them(run: Path) -> None:
+    told = photon("cards", "init", run.parent)
+    assert told.exit_code == RunNotFoundError.exit_code
+    assert "There are runs in it: run." in told.stderr
+
+
+def test_a_site_is_told_to_sign(run: Path, tmp_path: Path) -> None:
+    told = photon("cards", "init", tmp_path / "site", "--data", run.parent / "data", "--silo=red")
+    assert "cards sign" in told.stderr
+    assert "cards check" not in told.stderr
+
+
+def test_the_only_silo_of_a_site_goes_by_the_member_s_name(one_silo: Path, run: Path) -> None:
+    facts = facts_of_data(one_silo, "north")
+    assert facts == facts_of_data(one_silo, "red") | {"silo": "north"}
+    with pytest.raises(DataError, match="no silo 'north'"):
+        facts_of_data(run.parent / "data", "north")

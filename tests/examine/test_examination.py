@@ -184,8 +184,15 @@ def test_what_can_not_be_examined(tmp_path: Path, tokenizer: Path) -> None:
     data = prepare_texts(tmp_path / "data", tokenizer, {"north": [sentences(n) for n in range(20)]})
     with pytest.raises(EmptySiloError, match="18 documents"):
         examine(data, "north")
+    two = prepare_texts(tmp_path / "two", tokenizer, {"a": [sentences(1)], "b": [sentences(2)]})
     with pytest.raises(EmptySiloError, match="no silo named 'west'"):
-        examine(data, "west")
+        examine(two, "west")
     for cell in (2, 10**7):
         with pytest.raises(DataError, match=f"--min-cell {cell}|min_cell {cell}"):
             examine(data, "north", min_cell=cell)
+
+
+def test_the_only_silo_goes_by_the_name_that_is_given(tmp_path: Path, tokenizer: Path) -> None:
+    data = prepare_texts(tmp_path / "data", tokenizer, {"all": [sentences(n) for n in range(30)]})
+    record = examine(data, "all")[0]
+    assert examine(data, "north")[0] == record.model_copy(update={"silo": "north"})

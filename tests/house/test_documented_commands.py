@@ -130,6 +130,14 @@ def test_what_code_and_hints_advise_exists() -> None:
     assert checked > 100
 
 
+def test_what_the_law_file_advises_exists() -> None:
+    law = (ROOT / "src/photon/law/eu_ai_act.toml").read_text(encoding="utf-8")
+    lines = re.findall(r"(photon [a-z][^`)\n\"]*)", law)
+    assert len(lines) >= 4
+    for line in lines:
+        assert wrong_with(line) is None, line
+
+
 def test_options_that_hints_name_exist() -> None:
     known, checked = options_of(COMMANDS), 0
     for source in SOURCES:

@@ -11,7 +11,7 @@ from typing import Any
 from photon.config import RunConfig, load_run_config
 from photon.data.shards import HELD_OUT, TRAIN, read_manifest, read_splits
 from photon.energy.account import figures
-from photon.errors import CardError, DataError, RunNotFoundError
+from photon.errors import CardError, DataError, RunNotFoundError, some
 from photon.examine.exchange import read_examination
 from photon.membership.audit import AUDIT_FILE, MEMBER
 from photon.store.disk import file_sha256
@@ -75,15 +75,16 @@ def data_facts(run: Path, silo: str) -> dict[str, Any] | None:
 
 
 def facts_of_data(root: Path, silo: str) -> dict[str, Any]:
-    """Of a silo of a prepared folder, likewise.
+    """Of a silo of a prepared folder, likewise; a folder's only silo goes by the member's name.
 
     Raises:
         DataError: no such folder or silo, or it can't be read.
     """
     whole = read_manifest(root / "manifest.json")
-    if silo not in whole["silos"]:
-        raise DataError(f"no silo {silo!r} in {root}", hint=f"It has {', '.join(whole['silos'])}.")
-    path = root / "silos" / silo / "manifest.json"
+    held = list(whole["silos"])
+    if silo not in held and len(held) != 1:
+        raise DataError(f"no silo {silo!r} in {root}", hint=f"It has {', '.join(held)}.")
+    path = root / "silos" / (silo if silo in held else held[0]) / "manifest.json"
     record = read_manifest(path)
     splits = read_splits(record, path)
     shards = [one for sources in splits.values() for found in sources.values() for one in found]
@@ -184,6 +185,11 @@ def _recipe(config: RunConfig) -> dict[str, str]:
 def _record(run: Path) -> dict[str, Any]:
     try:
         return json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        inside = sorted(path.parent.name for path in run.glob("*/run.json"))
+        hint = f"There are runs in it: {some(inside, 8)}." if inside else "Name a run's folder."
+        text = f"no run in {run}: {run / 'run.json'} does not exist"
+        raise RunNotFoundError(text, hint=hint) from None
     except (OSError, ValueError) as error:
         raise RunNotFoundError(f"no run in {run}: can't read run.json: {error}") from error
 

@@ -107,7 +107,7 @@ def has_cards(run: Path) -> bool:
 
 
 def read_cards(run: Path) -> Cards:
-    """All cards of a run, each checked, with the standing of data cards.
+    """All cards of a run or of a planned one, each checked, with the standing of data cards.
 
     Raises:
         CardError: there are none, or one can't be read, or has a key or answer nobody knows.
@@ -118,6 +118,8 @@ def read_cards(run: Path) -> Cards:
             f"no cards in {run}: {folder / PROJECT} does not exist",
             hint=f"`photon cards init {run}` writes them, with the questions in them.",
         )
+    if not (run / "run.json").exists():  # planned: no run says otherwise than the cards
+        return read_cards_in(folder, {}, {}, Truth())
     # Facts are the run's as it is now, whatever a hand wrote there or has happened since.
     return read_cards_in(folder, project_facts(run), model_facts(run), truth_of(run))
 
@@ -132,11 +134,13 @@ def read_cards_in(
     """Likewise, of a folder of cards.
 
     Args:
-        facts, models: take the place of those in the project's card, and in models' of these names.
+        facts, models: take the place of those in the project's card (if there are any), and in
+            models' of these names.
         damaged: gets, by silo, why a data card can't be read, and the others are read all the same;
             None: that is an error.
     """
-    project = _with_facts(read_card(folder / PROJECT, "project"), facts)
+    project = read_card(folder / PROJECT, "project")
+    project = _with_facts(project, facts) if facts else project
     found: dict[str, dict[str, Any]] = {DATA: {}, MODELS: {}}
     standings: dict[str, Standing] = {}
     for place, cards in found.items():

@@ -54,7 +54,7 @@ def cards_init(
     Answers that are there stay. A data card whose data moved becomes SILO.v1.toml, and a new one
     without answers takes its place.
 
-    Example: `photon cards init runs/demo`, at a site
+    Example: `photon cards init runs/demo/federated`, at a site
     `photon cards init . --data data/prepared --silo north`,
     before a served run `photon cards init . --run-file run.toml`
     """
@@ -63,6 +63,7 @@ def cards_init(
         CARDS_FOLDER,
         cards_folder,
         data_card_of,
+        has_cards,
         write_cards,
         write_data_card,
         write_first_cards,
@@ -88,14 +89,18 @@ def cards_init(
         written = write_data_card(data_card_of(folder, silo), facts)
     for path in written:
         show(str(path))
-    say(f"Answer the questions in {place}, then `photon cards check {folder}`.")
+    then = f"photon cards check {folder}"
+    if data is not None and silo is not None and not has_cards(folder):  # a site's: no project's
+        place = data_card_of(folder, silo)
+        then = f"photon cards sign {place} --key photon-node/node.key"
+    say(f"Answer the questions in {place}, then `{then}`.")
 
 
 @cards_app.command("check")
 def cards_check(folder: Folder, as_json: AsJson = False) -> None:
     """Read all cards: what is answered, and how far data cards can be relied on.
 
-    Example: `photon cards check runs/demo`
+    Example: `photon cards check runs/demo/federated`
     """
     from photon.cards.folder import read_cards
     from photon.cards.questions import Kind, questions
@@ -123,7 +128,7 @@ def cards_show(
 ) -> None:
     """Write one page with all cards and the prediction, readable without Photon.
 
-    Example: `photon cards show runs/demo --out cards.html`
+    Example: `photon cards show runs/demo/federated --out cards.html`
     """
     from photon.cards.folder import read_cards
     from photon.cards.page import cards_page
@@ -148,7 +153,7 @@ def cards_export(
 
     What no card answers is "not answered" in a form for people, and left out of one for programs.
 
-    Example: `photon cards export runs/demo --form cyclonedx --out demo.cdx.json`
+    Example: `photon cards export runs/demo/federated --form cyclonedx --out demo.cdx.json`
     """
     from photon.forms.export import export_cards
 
@@ -206,7 +211,7 @@ def comply(
     The exit code is 0 where all is met or nothing applies, 102 where something is not met or is
     prohibited, and 103 where the cards leave it open.
 
-    Example: `photon comply runs/demo --law 2027-12-02`
+    Example: `photon comply runs/demo/federated --law 2027-12-02`
     """
     found = _predicted(folder, law, rules)
     if as_json:
@@ -239,10 +244,13 @@ def _predicted(
     from photon.law.prediction import predict, with_children
     from photon.law.rules import load_law
 
-    config = load_run_config(folder / "config.resolved.toml")
-    own = rules or (Path(config.comply.law) if config.comply.law else None)
-    found = predict(read_cards(folder), load_law(own), _date(law))
-    return with_children(found, read_claims(cards_folder(folder), config.own_jurisdictions))
+    cards, law_file, awaited = read_cards(folder), rules, list[str]()
+    if (folder / "run.json").exists():  # else it is planned
+        config = load_run_config(folder / "config.resolved.toml")
+        law_file = rules or (Path(config.comply.law) if config.comply.law else None)
+        awaited = config.own_jurisdictions
+    found = predict(cards, load_law(law_file), _date(law))
+    return with_children(found, read_claims(cards_folder(folder), awaited))
 
 
 def _date(law: datetime.datetime | None) -> datetime.date:

@@ -10,7 +10,7 @@ from photon.config.section import LocalPath, Section
 
 
 class ComplyConfig(Section):
-    """[comply]. docs/compliance.md walks through it; a prediction, not legal advice."""
+    """[comply]. docs/cards.md says how; a prediction, not legal advice."""
 
     cards: LocalPath | None = Field(
         default=None,

@@ -105,7 +105,8 @@ def examine(
         EmptySiloError: no such silo, or so few documents that nothing may leave.
         DataError: min_cell is out of bounds.
     """
-    part, apart = data.silo(silo), held_out or data
+    only = list(data.silos) if len(data.silos) == 1 else [silo]  # goes by the member's name
+    part, apart = data.silo(only[0]), held_out or data
     documents = part.train_documents
     if not LEAST_CELL <= min_cell <= MOST_CELL:
         raise DataError(f"--min-cell {min_cell} is not from {LEAST_CELL} to {MOST_CELL:,}")

@@ -109,7 +109,7 @@ def load_law(path: Path | None = None) -> Law:
     if fault is not None:
         raise LawError(
             f"law file {path or 'eu_ai_act.toml'}: {fault}",
-            hint="docs/compliance.md has the form of a law file.",
+            hint="docs/cards.md has the form of a law file.",
         )
     return law
 
