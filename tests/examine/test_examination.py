@@ -184,7 +184,8 @@ def test_what_can_not_be_examined(tmp_path: Path, tokenizer: Path) -> None:
     data = prepare_texts(tmp_path / "data", tokenizer, {"north": [sentences(n) for n in range(20)]})
     with pytest.raises(EmptySiloError, match="18 documents"):
         examine(data, "north")
-    two = prepare_texts(tmp_path / "two", tokenizer, {"a": [sentences(1)], "b": [sentences(2)]})
+    texts = [sentences(n) for n in range(20)]
+    two = prepare_texts(tmp_path / "two", tokenizer, dict.fromkeys("ab", texts))
     with pytest.raises(EmptySiloError, match="no silo named 'west'"):
         examine(two, "west")
     for cell in (2, 10**7):
