@@ -1,7 +1,7 @@
 """Trees of federations against what they are said to beat (WorldLM, arXiv 2405.14446).
 
     python benchmarks/worldlm.py --corpus DIR --work DIR [--tree NAME] [--kind NAME] [--method NAME]
-        [--seeds 3] [--report] [--out results/FILE.md]
+        [--seeds 3] [--known results/FILE.json] [--report] [--out results/FILE.md]
 
 DIR has zstd-compressed JSON Lines, one file for each leaf of TREES. All methods take as many steps
 in sequence, at the same rates; a leaf is scored with the model that it would go on with, on
@@ -345,6 +345,7 @@ def main() -> None:
     parser.add_argument("--tree", choices=list(TREES))
     parser.add_argument("--kind", choices=list(KINDS))
     parser.add_argument("--method", choices=ALL)
+    parser.add_argument("--known", type=Path, help="an earlier .json: its cases are not run again")
     parser.add_argument("--report", action="store_true", help="of what is there; runs nothing")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=12)
@@ -360,9 +361,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the report; beside it .json with every score")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    known = json.loads(options.known.read_text("utf-8")) if options.known else {}
     found: Found = {}
     for case in cases(options):
-        told = leaves_of(options, case)
+        told = known.get(case.name) or leaves_of(options, case)
         if told is not None:
             found[case] = told
             if not options.report:
