@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def _rows(results: Results) -> Iterator[tuple[float, list[str]]]:
         for at, _ in _AT:
             budget = results.budget(there, at)
             losses = [results.loss(one, at, budget) for one in records]
-            means.append(sum(losses) / len(losses))
+            means.append(statistics.fmean(losses))
             row.append(_with_spread(losses))
         sent = records[0]["exchanges"]
         steps = records[0]["tokens"] / records[0]["step_tokens"]
@@ -106,11 +107,8 @@ def _claims(results: Results) -> Iterator[list[str]]:
 
 
 def _with_spread(values: Sequence[float]) -> str:
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    deviation = math.sqrt(sum((one - mean) ** 2 for one in values) / (len(values) - 1))
-    return f"{mean:.3f} ± {deviation:.3f}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

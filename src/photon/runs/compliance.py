@@ -15,7 +15,7 @@ from photon.data import open_data
 from photon.errors import NotCompliantError, some
 from photon.federation.node import empty_model
 from photon.law.claims import read_claims
-from photon.law.prediction import NOTE, VERDICTS, Prediction, changes, predict, with_children
+from photon.law.prediction import NOTE, VERDICTS, Claim, Prediction, changes, predict, with_children
 from photon.law.rules import load_law
 from photon.membership.records import Member
 from photon.training.flops import count_flops
@@ -91,6 +91,7 @@ class Compliance:
         self._law = load_law(Path(config.comply.law) if config.comply.law else None)
         self._seen: object = None
         self._refused: dict[str, str] = {}
+        self._claims: Mapping[str, Claim | None] = {}
         self._before: Prediction | None = None
 
     def refused(self, members: Sequence[Member]) -> Mapping[str, str]:
@@ -117,6 +118,7 @@ class Compliance:
         )
         facts = {"run": self._config.run.name, "how": "serve"}
         cards = read_cards_in(self._folder, facts, self._planned, truth, damaged)
+        self._claims = read_claims(self._folder, self._config.own_jurisdictions)
         names = [one.name for one in sorted(members, key=lambda one: one.joined_at)]
         found, refused = self._of(cards, names), {}
         bare = {one: "it has no data card" for one in names if one not in cards.data}
@@ -181,8 +183,7 @@ class Compliance:
         project = cards.project.model_copy(update={"entities": entities, "facts": facts})
         data = {name: card for name, card in cards.data.items() if name in here}
         company = Cards(project, data, cards.models, cards.standings)
-        claims = read_claims(self._folder, self._config.own_jurisdictions)
-        claims = {name: one for name, one in claims.items() if name in here}
+        claims = {name: one for name, one in self._claims.items() if name in here}
         return with_children(predict(company, self._law, self._today()), claims)
 
     def _bearable(self, found: Prediction) -> bool:
