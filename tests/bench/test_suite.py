@@ -39,7 +39,8 @@ def test_those_that_come_with_photon(name: str) -> None:
             config = suite.config(scale, method, {}, 1, Path("data"), silos)
             together = config.local.batch_size * (config.federation.sample or silos)
             taken = config.total_steps * (config.train.batch_size or together)
-            wanted = suite.scales[scale].steps * silos * config.local.batch_size
+            batch = (suite.base | suite.scales[scale].set)["local.batch_size"]
+            wanted = suite.scales[scale].steps * silos * batch
             assert taken == wanted, (scale, method)
             assert told.grid
 
@@ -50,6 +51,8 @@ def test_a_small_batch_takes_as_many_tokens(tmp_path: Path) -> None:
     config = suite.config("small", "pooled", {}, 3, Path("d"), silos=4)
     assert (config.train.batch_size, config.local.steps, config.run.seed) == (2, 16, 3)
     assert suite.config("small", "ours", {"local.lr": 0.5}, 3, Path("d"), 4).local.lr == 0.5
+    half = suite.config("small", "ours", {"local.batch_size": 1.0}, 3, Path("d"), 4)
+    assert (half.local.batch_size, half.local.steps, half.federation.rounds) == (1, 8, 2)
 
 
 @pytest.mark.parametrize(

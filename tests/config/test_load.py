@@ -172,7 +172,7 @@ def test_override_of_a_whole_table_must_be_a_table() -> None:
     ("override", "hint"),
     [
         ("local.stepz=3", "Did you mean local.steps?"),
-        ("local.learning_rate=3", "Valid keys of [local]: batch_size, beta1,"),
+        ("local.learning_rate=3", "Valid keys of [local]: adamw_lr_ratio,"),
         ("federation.round=3", "Did you mean federation.rounds?"),
         ("modle={}", "Did you mean model?"),
         ("federation.steps=3", "steps belongs to another table: local.steps."),

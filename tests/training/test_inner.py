@@ -12,6 +12,7 @@ CONFIGS = {
     "adamw": {"optimizer": "adamw"},
     "adamw8": {"optimizer": "adamw", "optimizer_bits": 8},
     "muon": {"optimizer": "muon"},
+    "normuon": {"optimizer": "muon", "row_beta2": 0.9},
     "muon8": {"optimizer": "muon", "optimizer_bits": 8},
     "adopt": {"optimizer": "adopt"},
     "amsgrad": {"optimizer": "amsgrad"},

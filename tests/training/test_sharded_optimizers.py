@@ -10,7 +10,7 @@ import torch
 from photon.training.muon import _heights
 
 LAYOUTS = [(2, ["fsdp", "ddp"]), (3, ["fsdp", "ddp"]), (4, ["fsdp", "hybrid"])]
-OPTIMIZERS = ("adamw", "adamw8", "muon", "adopt", "amsgrad", "sgd")
+OPTIMIZERS = ("adamw", "adamw8", "muon", "normuon", "adopt", "amsgrad", "sgd")
 CASES = [(world, layout) for world, layouts in LAYOUTS for layout in layouts]
 
 

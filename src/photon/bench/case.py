@@ -27,8 +27,9 @@ from photon.telemetry.baselines import all_reduce_bytes
 from photon.telemetry.events import Evaluated, LocalFinished
 from photon.training.flops import count_flops
 
-#: Bumped where the same run file comes to another result than in the Photon before.
-FORMAT = 1
+#: Bumped where the same run file comes to another result than in the Photon before, and where a
+#: key's default changes.
+FORMAT = 2
 #: Of a run file: where things are, and how many run at a time, decide nothing.
 _UNDECIDED = {"run": ("name",), "data": ("path",), "serve": None, "comply": None}
 #: Iterations of Newton-Schulz, torch's default.
@@ -54,11 +55,12 @@ class Case:
 
     @cached_property
     def key(self) -> str:
-        """Of all that decides the result."""
-        tree = self.config.model_dump(mode="json")
+        """Of all that decides the result, but for keys at their default: there may be new ones."""
+        tree = self.config.model_dump(mode="json", exclude_defaults=True)
         for table, keys in _UNDECIDED.items():
-            for key in keys or list(tree[table]):
-                tree[table].pop(key)
+            there = tree.pop(table, {})
+            if keys:
+                tree[table] = {key: value for key, value in there.items() if key not in keys}
         told = [FORMAT, self.kind, self.silos, self.data_sha256, tree]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -33,6 +33,8 @@ class Method(Section):
         set: keys of the run file, as --set has them.
         grid: keys that are searched, each with three values or more, smallest first.
         small_batch: centralised: local.batch_size sequences a step, silos times as many steps.
+            Others set local.batch_size: with half of it there are twice as many steps in a
+            round and in the warm-up.
         source: where its settings come from.
     """
 
@@ -126,14 +128,19 @@ class Suite(Section):
     ) -> RunConfig:
         """The run file of one run of a method, for data of so many silos."""
         told = self.methods[method]
-        settings = self.base | self.scales[scale].set | told.set
-        settings |= {**point, "run.seed": seed, "data.path": str(data)}
+        settings = self.base | self.scales[scale].set
+        batch = settings.get("local.batch_size")
+        settings |= {**told.set, **point, "run.seed": seed, "data.path": str(data)}
         tau, drawn = settings.get("local.steps", 1), settings.get("federation.sample") or silos
         settings["federation.rounds"] = max(1, self.scales[scale].steps * silos // (tau * drawn))
+        more = silos if told.small_batch else 1.0
         if told.small_batch:
             settings["train.batch_size"] = settings["local.batch_size"]
-            for key in ("local.steps", "local.warmup_steps"):
-                settings[key] = silos * settings.get(key, 0)
+        elif batch is not None:
+            settings["local.batch_size"] = int(settings["local.batch_size"])
+            more = batch / settings["local.batch_size"]
+        for key in {"local.steps", "local.warmup_steps"} & settings.keys():
+            settings[key] = round(more * settings[key])
         tree: dict[str, Any] = {}
         for key, value in settings.items():
             table, _, name = key.partition(".")

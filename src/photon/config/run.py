@@ -232,6 +232,11 @@ class LocalConfig(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Last learning rate over the peak."
     )
+    adamw_lr_ratio: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=1.0,
+        description="Of muon: learning rate of what its AdamW steps (embeddings, head, vectors), "
+        "over local.lr.",
+    )
     optimizer: Literal["adamw", "muon", "adopt", "amsgrad", "sgd"] = Field(
         default="adamw",
         description="Inner optimizer. muon: hidden matrices by Muon, the rest by AdamW. adopt: "
@@ -288,6 +293,11 @@ class LocalConfig(Section):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.95, description="Muon momentum."
+    )
+    row_beta2: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None,
+        description="Of muon: with a number (0.95), NorMuon (arXiv 2510.05491): each row of an "
+        "update is divided by the root of a running mean of its squares, whose decay this is.",
     )
 
 

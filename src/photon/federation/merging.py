@@ -41,7 +41,7 @@ _OURS = (
 _FAULTS = (PhotonError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError)
 
 #: Ends of the names of averaged second moments, which are no means of squares below 0.
-_SECOND_MOMENTS = (".exp_avg_sq", ".max_exp_avg_sq")
+_SECOND_MOMENTS = (".exp_avg_sq", ".max_exp_avg_sq", ".row_moment")
 
 #: A median of vectors within a bound, coordinate by coordinate, lies within sqrt(2) of it.
 _OF_A_MEDIAN = 1.415

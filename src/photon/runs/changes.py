@@ -47,6 +47,7 @@ CHANGEABLE_KEYS = (
     "federation.max_update_norm",
     "local.lr",
     "local.min_lr_ratio",
+    "local.adamw_lr_ratio",
     "local.schedule",
     "local.warmup_steps",
     "local.decay_steps",

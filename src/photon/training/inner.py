@@ -17,7 +17,7 @@ from photon.models import hidden_matrices, trainable_parameters
 from photon.training.eight_bit import EightBitAdamW
 from photon.training.elementwise import Adopt, Amsgrad, Elementwise
 from photon.training.local_tensors import copy_as
-from photon.training.muon import Muon
+from photon.training.muon import ROW_MOMENT, Muon, NorMuon, rows_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ _STATES: dict[type[torch.optim.Optimizer], _State] = {
     Adopt: _ADAM_STATE,
     Amsgrad: _State(("exp_avg", "max_exp_avg_sq"), derived=(("exp_avg_sq", "max_exp_avg_sq"),)),
     Muon: _State(("momentum_buffer",)),
+    NorMuon: _State(("momentum_buffer", ROW_MOMENT)),
     torch.optim.SGD: _State(),
 }
 
@@ -58,7 +59,7 @@ _ADAPTIVE: dict[str, type[Elementwise]] = {"adopt": Adopt, "amsgrad": Amsgrad}
 
 
 class InnerOptimizer:
-    """AdamW, Muon + AdamW, ADOPT, AMSGrad or SGD over a model's trainable parameters.
+    """AdamW, Muon or NorMuon + AdamW, ADOPT, AMSGrad or SGD over a model's trainable parameters.
 
     Matrices are decayed; vectors (norms, biases) and what config.no_decay names are not. State
     tensors are named "<parameter>.<key>", for instance "lm_head.weight.exp_avg"; step counters are
@@ -116,7 +117,7 @@ class InnerOptimizer:
         """What the aggregator starts averaging from; loading it at step 0 equals a reset."""
         return {
             f"{name}.{key}": torch.full_like(
-                parameter,
+                rows_of(parameter) if key == ROW_MOMENT else parameter,
                 options["eps"] ** 2 if key == "max_exp_avg_sq" else 0.0,
                 requires_grad=False,
             )
@@ -197,7 +198,8 @@ def _read(
         value = tensors.get(f"{name}.{key}")
         if value is None:
             continue
-        expected = torch.Size() if key == "step" else parameter.shape
+        model = rows_of(parameter) if key == ROW_MOMENT else parameter
+        expected = torch.Size() if key == "step" else model.shape
         if value.shape != expected:
             raise ModelMismatchError(
                 f"inner-optimizer state {name}.{key} has shape {tuple(value.shape)}, "
@@ -207,7 +209,7 @@ def _read(
             state[key] = value.detach().to("cpu", torch.float32, copy=True)
             continue
         try:
-            state[key] = copy_as(value, parameter)
+            state[key] = copy_as(value, model)
         except ValueError as error:
             raise ModelMismatchError(f"inner-optimizer state {name}.{key}: {error}") from error
     return state
@@ -255,25 +257,32 @@ def _build(
     rest = {name: parameters[name] for name in parameters if name not in hidden}
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
+        options: dict[str, Any] = {
+            "group": group,
+            "lr": config.lr,
+            "momentum": config.momentum,
+            # Same update size as AdamW's, so one learning rate may serve both groups.
+            "adjust_lr_fn": "match_rms_adamw",
+        }
+        groups = _decay_groups(matrices, decayed, config.weight_decay)
         optimizers.append(
-            Muon(
-                _decay_groups(matrices, decayed, config.weight_decay),
-                group=group,
-                lr=config.lr,
-                momentum=config.momentum,
-                # Same update size as AdamW's, so one learning rate serves both groups.
-                adjust_lr_fn="match_rms_adamw",
-            )
+            Muon(groups, **options)
+            if config.row_beta2 is None
+            else NorMuon(groups, row_beta2=config.row_beta2, **options)
         )
     if rest:
-        optimizers.append(_adaptive(_decay_groups(rest, decayed, config.weight_decay), config))
+        ratio = config.adamw_lr_ratio if config.optimizer == "muon" else 1.0
+        groups = _decay_groups(rest, decayed, config.weight_decay)
+        optimizers.append(_adaptive(groups, config, config.lr * ratio))
     return optimizers
 
 
-def _adaptive(groups: list[dict[str, Any]], config: LocalConfig) -> torch.optim.Optimizer:
+def _adaptive(
+    groups: list[dict[str, Any]], config: LocalConfig, lr: float
+) -> torch.optim.Optimizer:
     ours = _ADAPTIVE.get(config.optimizer, EightBitAdamW)
     epsilon = ours.eps if config.epsilon is None else config.epsilon
-    options: dict[str, Any] = {"lr": config.lr, "betas": adam_betas(config), "eps": epsilon}
+    options: dict[str, Any] = {"lr": lr, "betas": adam_betas(config), "eps": epsilon}
     if ours is EightBitAdamW and config.optimizer_bits == 32:
         return torch.optim.AdamW(groups, **options, fused=True)
     return ours(groups, **options)

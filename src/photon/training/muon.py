@@ -28,6 +28,9 @@ from photon.training.local_tensors import locals_of
 #: copies of such a batch, and the size of a message.
 BATCH_ELEMENTS = 2**26
 
+#: State of NorMuon, beside Muon's "momentum_buffer".
+ROW_MOMENT = "row_moment"
+_LEAST = 1e-12
 
 #: What is done to whole matrices, [n, rows, columns].
 Whole = Callable[[Tensor], Tensor]
@@ -100,12 +103,58 @@ class Muon(torch.optim.Muon):
             )
 
         updates = _orthogonalised(directions, newton_schulz, parameters[0], ranks, turn)
+        updates = self._finished(parameters, updates, ranks)
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         torch._foreach_add_(
             weights,
             [update.to(weights[0].dtype) for update in updates],
             alpha=-_adjust_lr(lr, group["adjust_lr_fn"], parameters[0].shape),
         )
+
+    def _finished(
+        self, parameters: list[Tensor], updates: list[Tensor], ranks: dist.ProcessGroup | None
+    ) -> list[Tensor]:
+        """What is made of this rank's parts of orthogonalised matrices; here, nothing."""
+        return updates
+
+
+class NorMuon(Muon):
+    """NorMuon (Li et al. 2025, arXiv 2510.05491, algorithm 1): no row moves further than others.
+
+    Each row o of an orthogonalised update is divided by the root of v, a running mean of its own
+    squares, and the matrix is brought back to the norm it had:
+    v <- b2 v + (1 - b2) mean(o^2). State beside Muon's: v, "row_moment", [rows, 1]. It starts at 0,
+    of which the norm makes nothing, so there is no step counter.
+
+    Args:
+        row_beta2: b2.
+    """
+
+    def __init__(self, params: Iterable[Any], *, row_beta2: float, **options: Any) -> None:
+        super().__init__(params, **options)
+        self._row_beta2 = row_beta2
+
+    def _finished(
+        self, parameters: list[Tensor], updates: list[Tensor], ranks: dist.ProcessGroup | None
+    ) -> list[Tensor]:
+        for parameter in parameters:
+            if ROW_MOMENT not in self.state[parameter]:
+                self.state[parameter][ROW_MOMENT] = torch.zeros_like(rows_of(parameter))
+        moments = locals_of([self.state[parameter][ROW_MOMENT] for parameter in parameters])
+        whole = torch.stack(updates).float()
+        squares = whole.square()
+        torch._foreach_lerp_(moments, list(squares.mean(2, keepdim=True)), 1 - self._row_beta2)
+        evened = whole / torch.stack(moments).sqrt().clamp(min=_LEAST)
+        norms = torch.stack([squares.sum((1, 2)), evened.square().sum((1, 2))])
+        if ranks is not None and isinstance(parameters[0], DTensor):
+            dist.all_reduce(norms, group=ranks)  # each has rows of its own
+        scale = (norms[0] / norms[1].clamp(min=_LEAST)).sqrt()
+        return list(evened * scale.view(-1, 1, 1))
+
+
+def rows_of(parameter: Tensor) -> Tensor:
+    """What has one value for each row of a matrix, and is cut as it is: its first column."""
+    return parameter.detach()[:, :1]
 
 
 def orthogonalise(

@@ -31,6 +31,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
     "adamw8": {"optimizer": "adamw", "optimizer_bits": 8},
     "muon": {"optimizer": "muon"},
+    "normuon": {"optimizer": "muon", "row_beta2": 0.9},
     "adopt": {"optimizer": "adopt"},
     "amsgrad": {"optimizer": "amsgrad"},
     "sgd": {"optimizer": "sgd"},
