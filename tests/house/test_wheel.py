@@ -51,7 +51,7 @@ def test_wheel_has_the_command_and_the_licence(wheel: zipfile.ZipFile) -> None:
         for name in wheel.namelist()
         if ".dist-info/" in name
     }
-    assert "photon = photon.cli.main:main" in texts["entry_points.txt"]
+    assert "photon = photon.cli:photon" in texts["entry_points.txt"]
     assert "Apache License" in texts["LICENSE"]
 
 

@@ -108,6 +108,7 @@ def _parameters_on_meta() -> Iterator[None]:
     ) -> None:
         if param is not None and not param.is_meta:
             param = torch.nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            param._is_hf_initialized = True  # pyright: ignore - transformers' word for: draw no values
         register(self, name, param)
 
     torch.nn.Module.register_parameter = register_on_meta
