@@ -37,6 +37,25 @@ def test_a_tensor_may_be_changed_and_the_file_is_not(tmp_path):
     assert torch.equal(file.read()[0].decoded(), torch.ones(5))
 
 
+def test_a_file_is_written_over_whatever_was_in_it(tmp_path):
+    """It keeps its pages, which is what makes it fast; also those that are not needed."""
+    path = tmp_path / "update"
+    for size in (9, 3, 20):
+        before = path.stat().st_ino if size != 9 else None
+        file = EntryFile.of_plain(path, [("a", torch.full((size, 2), size)), ("b", torch.ones(1))])
+        assert before in (None, path.stat().st_ino)
+        first, second = file.read()
+        assert torch.equal(first.decoded(), torch.full((size, 2), float(size)))
+        assert torch.equal(second.decoded(), torch.ones(1))
+
+
+def test_values_that_no_codec_takes_travel_as_they_are(tmp_path):
+    """It is the aggregator who refuses them, by their silo's name."""
+    bad = torch.tensor([float("nan"), float("inf")])
+    (entry,) = EntryFile.of_plain(tmp_path / "update", [("a", bad)]).read()
+    assert torch.allclose(entry.decoded(), bad, equal_nan=True)
+
+
 def test_no_entries_at_all(tmp_path):
     assert EntryFile.write(tmp_path / "update", []).read() == []
 

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from photon.plugins import CODECS, plugin_names
@@ -129,6 +130,7 @@ class CodecSpec:
         return "+".join(map(str, self))
 
 
+@lru_cache
 def parse_codec(spec: str) -> CodecSpec:
     """Read a spec.
 

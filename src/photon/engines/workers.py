@@ -9,6 +9,7 @@ that do not depend on which worker was faster.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -70,20 +71,41 @@ class _Rank:
     pipe: Connection
 
 
+@dataclass(frozen=True)
+class _Written:
+    """A version as workers get it.
+
+    Attributes:
+        serial: no other version of this engine has it; numbers of groups' versions are their own.
+        once: file of what travels once; None where nothing does.
+    """
+
+    serial: int
+    number: int
+    file: EntryFile
+    once: Path | None
+    once_sha256: str
+
+    def read(self) -> Version:
+        """The version, in place."""
+        tensors = {entry.name: entry.decoded() for entry in self.file.read()}
+        once = dict(TensorFile(self.once).named_tensors()) if self.once is not None else {}
+        return Version(self.number, tensors, once=once, once_sha256=self.once_sha256)
+
+
 @dataclass
 class _Job:
     """A task on its way through the workers.
 
     Attributes:
-        state: file of the version that it starts from.
-        once: file of what travels once; None where nothing does.
+        written: the version that it starts from.
+        update: file for what comes of it, once a worker has it.
         attempts: how often a worker was lost with it.
     """
 
     task: Task
-    version: Version
-    state: Path
-    once: Path | None
+    written: _Written
+    update: Path | None = None
     attempts: int = 0
 
 
@@ -141,8 +163,9 @@ class WorkerEngine:
         self._waiting: deque[_Job] = deque()
         self._answered: list[tuple[Task, Answer]] = []
         self._cancelled: set[Task] = set()
-        self._written: Version | None = None
-        self._newest, self._files = exchange, 0
+        self._version: Version | None = None
+        self._written: list[_Written] = []  # the newest last
+        self._numbers, self._spare = itertools.count(), list[Path]()
         self._workers = [self._start(index) for index in range(settings.processes)]
 
     @property
@@ -165,16 +188,9 @@ class WorkerEngine:
 
     def submit(self, task: Task, version: Version) -> None:
         """Queue a task; its version is written once for all that start from it."""
-        if self._written is not version:
-            self._files += 1
-            path = self._exchange / f"state-{self._files}.safetensors"
-            write_tensors(path, version.tensors, durable=False)
-            self._written, self._newest = version, path
-            self._remove_states()
-        once = self._exchange / f"once-{version.once_sha256}.safetensors" if version.once else None
-        if once is not None and not once.exists():
-            write_tensors(once, version.once, durable=False)
-        self._waiting.append(_Job(task, version, self._newest, once))
+        if self._version is not version:
+            self._write(version)
+        self._waiting.append(_Job(task, self._written[-1]))
         # Scores first; a sort leaves those alike in their order.
         self._waiting = deque(sorted(self._waiting, key=lambda job: isinstance(job.task, FitTask)))
         self._dispatch()
@@ -211,23 +227,33 @@ class WorkerEngine:
         self._workers = []
         shutil.rmtree(self._exchange, ignore_errors=True)
 
-    def _remove_states(self) -> None:
-        """Of versions that no task starts from any more."""
+    def _write(self, version: Version) -> None:
+        """Write a version, over one that no task starts from any more."""
         jobs = [*self._waiting, *(worker.job for worker in self._workers if worker.job)]
-        needed = {self._newest, *(job.state for job in jobs)}
-        for path in self._exchange.glob("state-*.safetensors"):
-            if path not in needed:
-                path.unlink(missing_ok=True)
+        needed = {job.written.serial for job in jobs}
+        self._spare += [one.file.path for one in self._written if one.serial not in needed]
+        self._written = [one for one in self._written if one.serial in needed]
+        file = EntryFile.of_plain(self._free(), version.tensors.items())
+        once = self._exchange / f"once-{version.once_sha256}.safetensors" if version.once else None
+        if once is not None and not once.exists():
+            write_tensors(once, version.once, durable=False)
+        held = version.number, file, once, version.once_sha256
+        self._written.append(_Written(next(self._numbers), *held))
+        self._version = version
+
+    def _free(self) -> Path:
+        """A file that nobody reads any more, or a new one."""
+        return self._spare.pop() if self._spare else self._exchange / str(next(self._numbers))
 
     def _dispatch(self) -> None:
         """Give every idle worker the next waiting task."""
         for worker in self._workers:
             if worker.job is None and self._waiting:
                 worker.job = job = self._waiting.popleft()
+                job.update = job.update or self._free()
                 worker.heard_s, worker.step = time.monotonic(), 0
                 with contextlib.suppress(OSError):  # a dead worker is noticed when listening
-                    held = job.version.number, job.version.once_sha256
-                    worker.pipe.send((job.task, job.state, job.once, *held))
+                    worker.pipe.send((job.task, job.written, job.update))
 
     def _hear(self, most_s: float | None) -> None:
         """Wait until a busy worker speaks, dies, or has been silent for too long."""
@@ -272,20 +298,19 @@ class WorkerEngine:
 
     def _answer(self, job: _Job, answer: EvalReceipt | Receipt | tuple[Receipt, EntryFile]) -> None:
         task = job.task
+        assert job.update is not None
+        let_go = partial(self._spare.append, job.update)
+        if task not in self._cancelled and isinstance(answer, tuple):
+            receipt, file = answer
+            self._answered.append((task, replace(Update.of(receipt, file.read()), let_go=let_go)))
+            return
+        let_go()
         if task in self._cancelled:
             self._cancelled.remove(task)
-            if isinstance(answer, tuple):
-                answer[1].path.unlink(missing_ok=True)
         elif isinstance(answer, EvalReceipt):
             self._answered.append((task, answer))
         elif isinstance(answer, Receipt):  # no update: a failure
             self._answered.append((task, Update.none(answer)))
-        else:
-            assert isinstance(task, FitTask)
-            receipt, file = answer
-            let_go = partial(file.path.unlink, missing_ok=True)
-            update = replace(Update.of(receipt, file.read()), let_go=let_go)
-            self._answered.append((task, update))
 
     def _lose(self, worker: _Worker, reason: str) -> None:
         """Replace a worker and put its task back, at most ATTEMPTS times."""
@@ -317,7 +342,7 @@ class WorkerEngine:
             settings = replace(self._settings, worker=index, seat=seat, apart=True)
             process = self._context.Process(
                 target=_work,
-                args=(settings, self._exchange, theirs),
+                args=(settings, theirs),
                 kwargs={"port": port},
                 name=f"photon-worker-{index}-rank-{number}",
                 daemon=True,
@@ -349,7 +374,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int) -> None:
+def _work(settings: NodeSettings, pipe: Connection, *, port: int) -> None:
     """A worker process: a rank of one node, at work until told to stop or left alone."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the aggregator's to handle
@@ -366,44 +391,34 @@ def _work(settings: NodeSettings, exchange: Path, pipe: Connection, *, port: int
             pipe.recv()  # until the aggregator has read it, and ends this process
             return
         pipe.send(_READY)
-        with contextlib.ExitStack() as opened:
-            version, read, next_message = None, None, METER.phase("idle")(pipe.recv)
-            while (message := next_message()) is not None:
-                if message == _UNTOLD:
-                    pipe.send(node.untold())
-                    continue
-                task, *files = message
-                try:
-                    if read != files:
-                        opened.close()
-                        version, read = _version(opened, *files), files
-                    assert version is not None
-                    answer = _answered(node, task, version, exchange)
-                except PhotonError as error:
-                    answer = error
-                pipe.send(answer)
+        version, read, next_message = None, None, METER.phase("idle")(pipe.recv)
+        while (message := next_message()) is not None:
+            if message == _UNTOLD:
+                pipe.send(node.untold())
+                continue
+            task, written, path = message
+            try:
+                if written != read:
+                    version, read = written.read(), written
+                assert version is not None
+                answer = _answered(node, task, version, path)
+            except PhotonError as error:
+                answer = error
+            pipe.send(answer)
         node.close()
 
 
-def _version(
-    opened: contextlib.ExitStack, state: Path, once: Path | None, number: int, once_sha256: str
-) -> Version:
-    """A version in files, which stay open as long as `opened`."""
-    tensors, first = (
-        dict(opened.enter_context(TensorFile(path)).named_tensors()) if path is not None else {}
-        for path in (state, once)
-    )
-    return Version(number, tensors, once=first, once_sha256=once_sha256)
-
-
-def _answered(node: Node, task: Task, version: Version, exchange: Path) -> Any:
+def _answered(node: Node, task: Task, version: Version, path: Path) -> Any:
     if isinstance(task, EvalTask):
         return node.evaluate(task, version)
     update = node.fit(task, version)
     if update.receipt.failure is not None:
         return update.receipt
     started = time.perf_counter()
-    file = EntryFile.write(exchange / f"update-{task.round}-{task.silo}", update.entries())
+    if update.packed is None:
+        file = EntryFile.of_plain(path, update.tensors())
+    else:
+        file = EntryFile.write(path, update.packed)
     node.settle()
     publish_s = update.receipt.publish_s + time.perf_counter() - started
     return replace(update.receipt, publish_s=publish_s), file

@@ -151,10 +151,10 @@ class Outstanding:
             version = server.version
             if mine := server.residuals.waiting(silo):
                 version = replace(version, residuals=mine)
+            self._engine.submit(task, version)  # at once: whoever is to work on it has begun
             down = 0 if self._pooled else version.bytes_down(self.held(before, silo, before.round))
             down += sum(one.bytes for one in version.residuals)
             self._going[task] = Going(version, share, down)
-            self._engine.submit(task, version)
             new.append(task)
         return new
 
