@@ -46,11 +46,16 @@ def outside(checkout: Path, data: Path, workers: int, rounds: int) -> tuple[floa
 
 
 def at_work(events: list[dict]) -> float:
-    """Seconds in which a silo trained or was scored, in any worker."""
-    spans = []
+    """Seconds in which a silo trained or was scored, in any worker: the union of all of them.
+
+    A silo's training ends when its last step is told of; local_finished comes when it is merged.
+    """
+    spans, told = [], {}
     for event in events:
-        if event["event"] == "local_finished":
-            end = event["time_s"] - event["publish_s"]
+        if event["event"] == "local_progress":
+            told[event["round"], event["silo"]] = event["time_s"]
+        elif event["event"] == "local_finished":
+            end = told[event["round"], event["silo"]]
             spans.append((end - event["train_s"], end))
         elif event["event"] == "evaluated":
             spans.append((event["time_s"] - event["eval_s"], event["time_s"]))
