@@ -12,16 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from photon.cards.folder import cards_folder
+from photon.cards.folder import cards_folder, has_cards, known_cards
 from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, load_tokenizer, open_data
-from photon.errors import ModelError, VocabularyMismatchError, some
+from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
+from photon.forms.export import current_cards
+from photon.forms.model_card import model_card
+from photon.forms.reading import Reading
 from photon.membership.keys import NodeKey
 from photon.models import (
     HUB_PREFIX,
     HeadLoss,
-    ModelCard,
     context_length,
     export_model,
     generate_tokens,
@@ -34,14 +36,10 @@ from photon.release.check import verify_release
 from photon.release.seal import seal
 from photon.runs import (
     load_weights,
-    read_record,
-    read_summary,
     require_same_tokenizer,
     tokenizer_folder,
 )
 from photon.store.disk import put_in_place
-from photon.telemetry import read_history
-from photon.telemetry.events import RunStarted
 from photon.training import MicroBatch, Ranks, plan_compute, within_memory
 
 
@@ -69,7 +67,7 @@ def export(
     languages: Sequence[str] = (),
     of: str | None = None,
 ) -> Path:
-    """Write a run's newest checkpoint as a Hugging Face folder; with cards, its README is theirs.
+    """Write a run's newest checkpoint as a Hugging Face folder, README.md from its cards if any.
 
     Args:
         of: whose model, where silos or groups have parts of their own: a name, or a path such as
@@ -83,50 +81,19 @@ def export(
         CardError: the run has cards that can't be read, or none of the newest checkpoint.
     """
     model, config = load_weights(run_folder, of)
-    record, summary = read_record(Path(run_folder)), read_summary(run_folder) or {}
-    silos, kind = record["silos"], record["kind"]
-    begun = [event.started_at for event in read_history(run_folder).of(RunStarted)]
-    base = config.model.path if config.model.init == "pretrained" else None
-    on_hub = base is not None and base.startswith(HUB_PREFIX)
-    card = ModelCard(
-        run=config.run.name,
-        photon_version=record["photon_version"],
-        how=kind,
-        date=begun[0][:10] if begun else None,
-        rounds=summary.get("rounds"),
-        tokens=summary.get("tokens"),
-        # Which organisations they were is theirs to say.
-        silos=str(len(silos)) + ("" if kind == "serve" else f": {some(silos, 20)}"),
-        perplexity=summary.get("global_perplexity"),
-        bits_per_byte=summary.get("bits_per_byte"),
-        weights_sha256=summary.get("weights_sha256"),
-        # A path of this machine is nobody else's business.
-        base_model=base and (base.removeprefix(HUB_PREFIX) if on_hub else Path(base).name),
-        license=license or (base and license_of(Path(base))),
-        languages=tuple(languages),
-    )
+    run, base = Path(run_folder), config.model.path if config.model.init == "pretrained" else None
+    reading = Reading(current_cards(run) if has_cards(run) else known_cards(run), public=True)
+    otherwise = license_of(Path(base)) if base else None
     export_model(
         model,
         Path(out),
         tokenizer_folder=tokenizer_folder(run_folder, of),
-        card=_readme_of_cards(Path(run_folder), license, languages) or card,
+        readme=model_card(reading, license, languages, otherwise),
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
     )
     return Path(out)
-
-
-def _readme_of_cards(run: Path, license: str | None, languages: Sequence[str]) -> str | None:
-    from photon.cards.folder import has_cards  # training and evaluating take none of this
-
-    if not has_cards(run):
-        return None
-    from photon.forms.export import current_cards
-    from photon.forms.model_card import model_card
-    from photon.forms.reading import Reading
-
-    return model_card(Reading(current_cards(run), public=True), license, languages)
 
 
 def release(

@@ -244,10 +244,10 @@ def test_exported_logits_are_ours(run, exported):
         assert torch.equal(ours.eval()(ids).logits, theirs(ids).logits)
     card = (exported / "README.md").read_text()
     assert run[1]["weights_sha256"] in card
-    assert "in a simulation" in card
-    assert "| Silos | 3: blue, green, red |" in card
+    assert "simulate (a federation on one machine)" in card
+    assert "silos: 3" in card
     started = read_history(run[0]).started.started_at
-    assert f"| Trained | {started[:10]} |" in card
+    assert f"begun on {started[:10]}" in card
     second = photon("export", run[0], "--out", exported)
     assert second.exit_code == 30
     assert "already exists" in second.output

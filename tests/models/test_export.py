@@ -16,21 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from photon.config import ModelConfig
 from photon.errors import DiskFullError, ModelError
-from photon.models import ModelCard, build_model, export_model, license_of
+from photon.models import build_model, export_model, license_of
 from photon.models import export as export_module
-from photon.models.export import render_card
 
 VOCABULARY, LENGTH = 320, 32  # of conftest.py
-CARD = ModelCard(
-    run="hospital-run",
-    photon_version="0.1.0",
-    rounds=12,
-    tokens=3_145_728,
-    silos="4",
-    perplexity=23.4567,
-    bits_per_byte=1.2345,
-    weights_sha256="ab" * 32,
-)
+README = "# A model\n"
 ConfigOf = Callable[[str], ModelConfig]
 
 
@@ -55,7 +45,7 @@ def test_logits_are_equal_in_transformers(
 ) -> None:
     model = trained(config_of(family))
     out = tmp_path / "out"
-    export_model(model, out, tokenizer_folder=tokenizer_folder, card=CARD)
+    export_model(model, out, tokenizer_folder=tokenizer_folder, readme=README)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     # Same code, same weights, same order of operations: equal, not close.
     assert logits(loaded).equal(logits(model))
@@ -68,7 +58,7 @@ def test_ties_survive(
     family: str, config_of: ConfigOf, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    export_model(trained(config_of(family)), out, tokenizer_folder=tokenizer_folder, card=CARD)
+    export_model(trained(config_of(family)), out, tokenizer_folder=tokenizer_folder, readme=README)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == (not family.startswith("mistral"))
@@ -81,7 +71,7 @@ def test_an_export_is_a_model_to_train_on(
 ) -> None:
     model = trained(config_of(family))
     out = tmp_path / "out"
-    export_model(model, out, tokenizer_folder=tokenizer_folder, card=CARD)
+    export_model(model, out, tokenizer_folder=tokenizer_folder, readme=README)
     again = trained(ModelConfig(path=str(out), init="random"))
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
     kept = build_model(
@@ -101,7 +91,7 @@ def model() -> Any:
 
 @pytest.fixture
 def out(model: Any, tokenizer_folder: Path, tmp_path: Path) -> Path:
-    export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, card=CARD)
+    export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, readme=README)
     return tmp_path / "out"
 
 
@@ -125,7 +115,7 @@ def test_a_tokenizers_own_files_are_kept_and_nothing_else(
     (source / "model.safetensors").write_bytes(b"weights of another model")
     (source / "config.json").write_text("{}")
     out = tmp_path / "out"
-    export_model(model, out, tokenizer_folder=source, card=CARD)
+    export_model(model, out, tokenizer_folder=source, readme=README)
     assert {file.name for file in out.iterdir()} == {
         "README.md",
         "chat_template.jinja",
@@ -157,7 +147,7 @@ def test_what_a_tokenizer_would_put_around_a_text_is_taken_out(
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     settings["bos_token"] = "!"
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    export_model(model, tmp_path / "out", tokenizer_folder=source, card=CARD)
+    export_model(model, tmp_path / "out", tokenizer_folder=source, readme=README)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert loaded(text)["input_ids"] == expected
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -171,7 +161,7 @@ def test_a_batch_of_prompts_goes_through_a_pipeline(out: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     again = out.parent / "again"
     (out / "tokenizer_config.json").write_text(json.dumps(settings))
-    export_model(trained(ModelConfig(preset="tiny")), again, tokenizer_folder=out, card=CARD)
+    export_model(trained(ModelConfig(preset="tiny")), again, tokenizer_folder=out, readme=README)
     write = pipeline("text-generation", model=str(again), device="cpu")
     prompts = ["The silo", "Rounds are rare, and every update"]
     together = write(prompts, batch_size=2, max_new_tokens=4, do_sample=False)
@@ -188,7 +178,7 @@ def test_everybody_may_read_it_whom_the_umask_lets(
 ) -> None:
     before = os.umask(0o027)
     try:
-        export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, card=CARD)
+        export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, readme=README)
     finally:
         os.umask(before)
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
@@ -212,7 +202,7 @@ def test_the_configuration_suits_servers(out: Path) -> None:
 
 def test_bfloat16_halves_the_weights(model: Any, tokenizer_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "half"
-    export_model(model, out, tokenizer_folder=tokenizer_folder, card=CARD, dtype="bfloat16")
+    export_model(model, out, tokenizer_folder=tokenizer_folder, readme=README, dtype="bfloat16")
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
@@ -223,7 +213,7 @@ def test_bfloat16_halves_the_weights(model: Any, tokenizer_folder: Path, tmp_pat
 
 def test_large_models_are_sharded(model: Any, tokenizer_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
-    export_model(model, out, tokenizer_folder=tokenizer_folder, card=CARD, max_shard_size="1MB")
+    export_model(model, out, tokenizer_folder=tokenizer_folder, readme=README, max_shard_size="1MB")
     assert len(list(out.glob("model-*.safetensors"))) > 1
     assert (out / "model.safetensors.index.json").exists()
     assert logits(AutoModelForCausalLM.from_pretrained(out)).equal(logits(model))
@@ -236,63 +226,25 @@ def test_exporting_leaves_the_model_as_it_was(
     model.train()
     for dtype in ("float32", "bfloat16"):
         export_model(
-            model, tmp_path / dtype, tokenizer_folder=tokenizer_folder, card=CARD, dtype=dtype
+            model, tmp_path / dtype, tokenizer_folder=tokenizer_folder, readme=README, dtype=dtype
         )
     assert model.config.to_dict() == config
     assert model.training
     assert logits(model).equal(before)
 
 
-def test_the_card_tells_the_run(out: Path) -> None:
-    text = (out / "README.md").read_text()
-    assert text.startswith("---\n")
-    front = text.split("---\n")[1]
-    assert 'library_name: "transformers"' in front
-    assert 'tags: ["photon", "federated-learning", "llama"]' in front
-    assert "license" not in front
-    for fact in ("# hospital-run", "3,145,728", "23.4567", "1.2345", "ab" * 32, "0.1.0"):
-        assert fact in text
-    assert "| Licence | not stated |" in text
-    assert "| Silos | 4 |" in text
-    assert "organisations that kept their data" in " ".join(text.split())
-
-
-def test_the_card_of_a_simulation_says_so(
-    model: Any, tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    card = ModelCard(
-        run="r", photon_version="0", how="simulate", date="2026-05-04", silos="2: blue, red",
-        license="mit", languages=("en", "de"),
-    )  # fmt: skip
-    text = render_card(card, model)
-    assert "simulation of a federation" in text
-    assert "organisations" not in text
-    for fact in ("2: blue, red", "2026-05-04", "| Languages | en, de |", "| Licence | mit |"):
-        assert fact in text
-    assert 'language: ["en", "de"]' in text.split("---\n")[1]
-    (tmp_path / "README.md").write_text(text)
+def test_the_licence_of_a_folder_is_its_readmes(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\ntags: [x]\nlicense: mit\n---\n# A card\n")
     assert license_of(tmp_path) == "mit"
     (tmp_path / "README.md").write_text("# A card\n\nlicense: of another kind\n")
     assert license_of(tmp_path) is None
     assert license_of(tmp_path / "nowhere") is None
 
 
-def test_the_cards_front_matter_is_yaml(model: Any, tokenizer_folder: Path, tmp_path: Path) -> None:
-    from huggingface_hub import ModelCard as HubCard
-
-    card = ModelCard(run="r", photon_version="0", license="apache-2.0", base_model="a/b")
-    export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, card=card)
-    hub = HubCard.load(tmp_path / "out" / "README.md")
-    assert hub.data.license == "apache-2.0"
-    assert hub.data.base_model == "a/b"
-    assert hub.data.pipeline_tag == "text-generation"
-    assert "perplexity" not in hub.text
-
-
 def test_what_is_there_is_kept(out: Path, model: Any, tokenizer_folder: Path) -> None:
     (out / "mine.txt").write_text("keep")
     with pytest.raises(ModelError, match=r"already exists\n.* overwrite"):
-        export_model(model, out, tokenizer_folder=tokenizer_folder, card=CARD)
+        export_model(model, out, tokenizer_folder=tokenizer_folder, readme=README)
     assert (out / "mine.txt").read_text() == "keep"
 
 
@@ -300,7 +252,7 @@ def test_overwriting_leaves_nothing_of_the_old(
     out: Path, model: Any, tokenizer_folder: Path
 ) -> None:
     (out / "mine.txt").write_text("old")
-    export_model(model, out, tokenizer_folder=tokenizer_folder, card=CARD, overwrite=True)
+    export_model(model, out, tokenizer_folder=tokenizer_folder, readme=README, overwrite=True)
     assert not (out / "mine.txt").exists()
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
@@ -310,13 +262,15 @@ def test_only_a_model_folder_is_overwritten(
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ModelError, match="not a model folder"):
-        export_model(model, tmp_path, tokenizer_folder=tokenizer_folder, card=CARD, overwrite=True)
+        export_model(
+            model, tmp_path, tokenizer_folder=tokenizer_folder, readme=README, overwrite=True
+        )
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_a_tokenizer_folder_without_a_tokenizer(model: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
-        export_model(model, tmp_path / "out", tokenizer_folder=tmp_path, card=CARD)
+        export_model(model, tmp_path / "out", tokenizer_folder=tmp_path, readme=README)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,7 +298,7 @@ def test_a_failure_leaves_nothing_behind(
 
     monkeypatch.setattr(export_module, "_save_weights", fail)
     with pytest.raises(kind):
-        export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, card=CARD)
+        export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, readme=README)
     assert fired
     assert list(tmp_path.iterdir()) == []
 
@@ -364,7 +318,7 @@ def test_a_failed_swap_gives_the_old_model_back(
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(ModelError, match="can't be exported"):
-        export_model(model, out, tokenizer_folder=tokenizer_folder, card=CARD, overwrite=True)
+        export_model(model, out, tokenizer_folder=tokenizer_folder, readme=README, overwrite=True)
     assert fired
     assert (out / "mine.txt").read_text() == "old"
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -377,7 +331,7 @@ def test_too_little_room_is_said_before_writing(
 
     monkeypatch.setattr("photon.store.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(DiskFullError, match=r"exporting needs 0\.0\d GB at .*, 0\.00 GB are free"):
-        export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, card=CARD)
+        export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, readme=README)
     assert list(tmp_path.iterdir()) == []
 
 

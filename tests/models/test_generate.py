@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from photon import products
 from photon.config import ModelConfig
 from photon.errors import DataNotFoundError, InvalidValueError, ModelError
-from photon.models import ModelCard, build_model, export_model
+from photon.models import build_model, export_model
 
 VOCABULARY, LENGTH = 320, 32  # of conftest.py
 
@@ -34,8 +34,7 @@ def exported(
     for name, config in configs.items():
         model = build_model(config, vocab_size=VOCABULARY, sequence_length=LENGTH, eos_id=0, seed=0)
         made[name] = tmp_path_factory.mktemp("exported") / name
-        card = ModelCard(run=name, photon_version="0")
-        export_model(model, made[name], tokenizer_folder=tokenizer_folder, card=card)
+        export_model(model, made[name], tokenizer_folder=tokenizer_folder, readme="")
     return made
 
 
@@ -112,8 +111,7 @@ def test_it_stops_at_the_end_of_text(
         embedding = model.get_parameter("model.embed_tokens.weight")
         embedding.copy_(torch.nn.functional.normalize(embedding[:1].clone(), dim=-1))
         embedding[1:] *= 0.1
-    card = ModelCard(run="r", photon_version="0")
-    export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, card=card)
+    export_model(model, tmp_path / "out", tokenizer_folder=tokenizer_folder, readme="")
     assert generate(tmp_path / "out", temperature=0.0, max_new_tokens=50) == ""
 
 

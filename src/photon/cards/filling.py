@@ -153,7 +153,9 @@ def _checkpoint(
         recipe=_recipe(config),
         participants=sorted(set(merged)) or sorted(started.silos),
         held_out={
-            silo: _known(loss=one.loss, perplexity=one.perplexity, tokens=one.tokens)
+            silo: _known(
+                **one.model_dump(include={"loss", "perplexity", "bits_per_byte", "tokens"})
+            )
             for silo, one in scores.items()
         },
         privacy={key: str(value) for key, value in privacy.items()},

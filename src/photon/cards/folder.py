@@ -124,6 +124,13 @@ def read_cards(run: Path) -> Cards:
     return read_cards_in(folder, project_facts(run), model_facts(run), truth_of(run))
 
 
+def known_cards(run: Path) -> Cards:
+    """What Photon knows of a run; nobody was asked anything."""
+    facts, models = project_facts(run), model_facts(run)
+    project = CARDS["project"](about={"title": facts["run"]}, facts=facts)
+    return Cards(project, {}, {name: CARDS["model"](facts=one) for name, one in models.items()})
+
+
 def read_cards_in(
     folder: Path,
     facts: Mapping[str, Any],

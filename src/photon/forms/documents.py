@@ -29,7 +29,8 @@ class _Field(Strict):
         paths: what answers it (`Reading.told`); none where no card asks for it.
         views: who sees it; none: everybody.
         total: the sum over all cards, if all have it.
-        band: of the form, says it in words. times, says: a factor, and the pattern of a figure.
+        band: of the form, says it in words. times, says: a factor, and the pattern of
+            a figure, or of how many a list has.
     """
 
     part: str
@@ -71,6 +72,8 @@ class Form(Strict):
             return NOT_ANSWERED
         if isinstance(told.value, int | float) and not isinstance(told.value, bool):
             return self._figure(field, told.value)
+        if isinstance(told.value, list) and field.says:
+            return field.says.format(len(told.value))
         return in_full(told.value, told.question.choices or {}) or "none"
 
     def _figure(self, field: _Field, value: float) -> str:

@@ -12,16 +12,22 @@ from photon.forms.reading import Reading, one_line
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
-def model_card(reading: Reading, license: str | None = None, languages: Sequence[str] = ()) -> str:
+def model_card(
+    reading: Reading,
+    license: str | None = None,
+    languages: Sequence[str] = (),
+    otherwise: str | None = None,
+) -> str:
     """README.md.
 
     Args:
-        license: as the hub spells it; what the newest model card says by default.
+        license: as the hub spells it; what the newest model card says by default, or `otherwise`.
         languages: codes as the hub spells them; those of all data cards by default.
     """
     from huggingface_hub.repocard_data import EvalResult, ModelCardData  # slow to import
 
-    said = [one["about.licence"] for one in reading.sheets("model") if one["about.licence"]]
+    answers = (one["about.licence"] or otherwise for one in reading.sheets("model"))
+    said = [one for one in answers if one]
     known = files("photon.forms").joinpath("hub_licences.txt").read_text("utf-8").split()
     hubs = license or next((one.lower() for one in said if one.lower() in known), None)
     spoken = {code for one in reading.sheets("data") for code in one["about.languages"] or ()}

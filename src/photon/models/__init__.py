@@ -10,7 +10,7 @@ from photon.models.build import (
     require_document_masks,
     tokenizer_file_of,
 )
-from photon.models.export import ModelCard, export_model, license_of
+from photon.models.export import export_model, license_of
 from photon.models.generate import generate_tokens
 from photon.models.head_loss import HeadLoss, rows_at_once, sequences_at_once
 from photon.models.loss import held_out_loss, training_loss

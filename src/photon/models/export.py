@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,60 +29,18 @@ _TOKENIZER_FILES = (
     "chat_template*",
 )
 
-_HOW = {
-    "serve": "A language model trained with Photon across organisations that kept their data:\n"
-    "they shared model updates only.",
-    "simulate": "A language model trained with Photon in a simulation of a federation: one machine "
-    "trained\nfor each silo in turn.",
-    "train": "A language model trained with Photon on one pooled text, without a federation.",
-}
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What README.md says of a model; a field left None is left out.
-
-    Args:
-        how: "serve" for organisations that kept their text, "simulate" for silos on one machine,
-            "train" for one text pooled.
-        date: when the run began.
-        rounds: exchanges between silos and aggregator.
-        tokens: trained on, over all silos.
-        silos: their names, or for organisations only how many they were.
-        perplexity: exp of the held-out loss in nats per token.
-        bits_per_byte: held-out loss, comparable between tokenizers.
-        weights_sha256: of the trained fp32 weights.
-        base_model: folder or hub name of the model that training started from.
-        license: identifier of the weights' license, as the hub spells it.
-        languages: codes of the text's languages, as the hub spells them.
-    """
-
-    run: str
-    photon_version: str
-    how: Literal["serve", "simulate", "train"] = "serve"
-    date: str | None = None
-    rounds: int | None = None
-    tokens: int | None = None
-    silos: str | None = None
-    perplexity: float | None = None
-    bits_per_byte: float | None = None
-    weights_sha256: str | None = None
-    base_model: str | None = None
-    license: str | None = None
-    languages: tuple[str, ...] = ()
-
 
 def export_model(
     model: torch.nn.Module,
     out: Path,
     *,
     tokenizer_folder: Path,
-    card: ModelCard | str,
+    readme: str,
     max_shard_size: str = "5GB",
     dtype: Literal["float32", "bfloat16"] = "float32",
     overwrite: bool = False,
 ) -> None:
-    """Write weights, configuration, tokenizer and model card into `out`, whole or not at all.
+    """Write weights, configuration, tokenizer and README.md into `out`, whole or not at all.
 
     Files: model.safetensors (or shards and their index), config.json, generation_config.json, the
     tokenizer's, README.md. The model itself is left as it is.
@@ -92,7 +49,7 @@ def export_model(
         model: a Hugging Face causal LM, fp32.
         out: folder to make; its parents are made too.
         tokenizer_folder: holds tokenizer.json and whatever else belongs to the tokenizer.
-        card: what README.md says; a string: README.md itself.
+        readme: README.md.
         max_shard_size: of one safetensors file, a number with unit.
         dtype: of the weights written; bfloat16 rounds them and halves the size.
 
@@ -122,7 +79,6 @@ def export_model(
     try:
         ids = _write_tokenizer(tokenizer_folder, part)
         _save_weights(model, part, max_shard_size, torch_dtype, ids)
-        readme = card if isinstance(card, str) else render_card(card, model)
         (part / "README.md").write_text(readme, encoding="utf-8")
         # What writes safetensors lets nobody else read them.
         os.umask(mask := os.umask(0))
@@ -139,45 +95,6 @@ def export_model(
         raise ModelError(f"the model can't be exported to {out}: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def render_card(card: ModelCard, model: Any) -> str:
-    """README.md: YAML front matter as the hub reads it, then the facts of the run."""
-    front: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "license": card.license,
-        "language": list(card.languages) or None,
-        "base_model": card.base_model,
-        "tags": ["photon", "federated-learning", model.config.model_type],
-    }
-    facts: list[tuple[str, Any]] = [
-        ("Architecture", type(model).__name__),
-        ("Parameters", sum(p.numel() for p in model.parameters())),
-        ("Licence", card.license or "not stated"),
-        ("Languages", ", ".join(card.languages) or "not stated"),
-        ("Trained", card.date),
-        ("Silos", card.silos),
-        ("Rounds", card.rounds),
-        ("Training tokens", card.tokens),
-        ("Held-out perplexity", card.perplexity),
-        ("Held-out bits per byte", card.bits_per_byte),
-        ("Weights sha256 (fp32)", card.weights_sha256),
-        ("Photon version", card.photon_version),
-    ]
-    # JSON strings and lists are YAML.
-    yaml = "".join(f"{k}: {json.dumps(v)}\n" for k, v in front.items() if v is not None)
-    table = "".join(f"| {name} | {_show(v)} |\n" for name, v in facts if v is not None)
-    return (
-        f"---\n{yaml}---\n\n# {card.run}\n\n"
-        f"{_HOW[card.how]}\n\n"
-        f"| | |\n|---|---|\n{table}\n"
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")\n'
-        "```\n"
-    )
 
 
 def license_of(folder: Path) -> str | None:
@@ -256,9 +173,3 @@ def _write_tokenizer(source: Path, folder: Path) -> dict[str, int]:
         if number is not None:
             ids[f"{name}_id"] = number
     return ids
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}" if value >= 1000 else f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
