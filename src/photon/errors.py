@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 #: An option of the command line; or a whole command, which stays as it is.
 _OPTION = re.compile(r"`photon [^`]*`|(?<![\w-])--([a-z]+(?:-[a-z]+)*)")
@@ -304,6 +304,16 @@ def some(names: Iterable[str], most: int = 3) -> str:
     listed = list(names)
     rest = len(listed) - most
     return ", ".join(listed[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def first_fault(error: Any) -> str:
+    """Where a pydantic ValidationError has its first fault, and which, of bounded length.
+
+    No value of the input is in it: it may be a secret.
+    """
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part)[:60] for part in first["loc"][:6])
+    return f"{where}: {first['msg'][:200]}" if where else first["msg"][:200]
 
 
 def error_of(exit_code: int) -> type[PhotonError]:

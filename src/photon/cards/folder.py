@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from photon.cards.bundle import Cards, Standing
 from photon.cards.filling import Truth, data_facts, model_facts, project_facts, truth_of
-from photon.cards.questions import CARDS, Kind, questions
+from photon.cards.questions import CARDS, Kind
 from photon.cards.text import card_text
 from photon.config import load_run_config
+from photon.config.load import load_file
 from photon.errors import CardError
 from photon.membership.card_signing import signature_file, signer_of
 from photon.store.disk import write_whole
@@ -194,21 +191,7 @@ def standing_of(path: Path, card: Any, truth: Truth) -> Standing:
 
 def read_card(path: Path, kind: Kind) -> Any:
     """One card; raises CardError as `read_cards`."""
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise CardError(f"can't read the card {path}: {error}") from error
-    try:
-        return CARDS[kind].model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        at = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            asked = (*questions(kind), *questions("entity"))
-            near = difflib.get_close_matches(at, [f"{one.section}.{one.key}" for one in asked], 1)
-            hint = f"Did you mean {near[0]}?" if near else "See `photon cards schema`."
-            raise CardError(f"{path}: nobody asks for {at!r}", hint=hint) from None
-        raise CardError(f"{path}: {at} = {first.get('input')!r:.100}: {first['msg']}") from None
+    return load_file(path, CARDS[kind], "card", "`photon cards init` writes it.", CardError)
 
 
 def _with_facts(card: Any, facts: Mapping[str, Any]) -> Any:

@@ -22,9 +22,15 @@ from photon.config.children import ChildConfig, check_children
 from photon.config.clock import ClockConfig
 from photon.config.node import NodeConfig
 from photon.config.run import RunConfig
-from photon.errors import ConfigError, IncompatibleConfigError, InvalidValueError, UnknownKeyError
+from photon.errors import (
+    ConfigError,
+    IncompatibleConfigError,
+    InvalidValueError,
+    PhotonError,
+    UnknownKeyError,
+)
 
-_File = TypeVar("_File", RunConfig, NodeConfig, ClockConfig, ChildConfig)
+_File = TypeVar("_File", bound=BaseModel)
 
 _WHOLE = {RunConfig: "a run file", NodeConfig: "a node file", ClockConfig: "a clock"}
 _WHOLE[ChildConfig] = "a federation inside another"
@@ -100,8 +106,25 @@ def load_node_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()
 
 def load_clock(path: str | os.PathLike[str]) -> ClockConfig:
     """Read a clock file; as `load_run_config`."""
-    hint = "See docs/clock.md for the keys of a clock."
-    return _parsed(_read(path, "clock", hint), ClockConfig, (), str(path))
+    return load_file(path, ClockConfig, "clock", "See docs/clock.md for the keys of a clock.")
+
+
+def load_file(
+    path: str | os.PathLike[str],
+    model: type[_File],
+    what: str,
+    hint: str = "",
+    kind: type[PhotonError] = ConfigError,
+) -> _File:
+    """Read any TOML file that a model describes; as `load_run_config`, or all errors of one kind.
+
+    Args:
+        what: it is, for messages; hint: where there is no such file.
+    """
+    try:
+        return _parsed(_read(path, what, hint), model, (), str(path))
+    except ConfigError as error:
+        raise (error if kind is ConfigError else kind(error.message, hint=error.hint)) from None
 
 
 def parse_run_config(
@@ -213,7 +236,7 @@ def _suggestion(loc: tuple[int | str, ...], root: type[BaseModel]) -> str:
     near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
     if near:
         return f"Did you mean {'.'.join([*tables, near[0]])}?"
-    place = f"[{'.'.join(tables)}]" if tables else _WHOLE[root]
+    place = f"[{'.'.join(tables)}]" if tables else _WHOLE.get(root, "it")
     return f"Valid keys of {place}: {', '.join(sorted(here))}."
 
 
@@ -238,8 +261,8 @@ def _model_at(parts: Sequence[str], root: type[BaseModel]) -> type[BaseModel] | 
     for part in names:
         field = model.model_fields.get(part) if model is not None else None
         annotation = field.annotation if field is not None else None
-        if typing.get_origin(annotation) is dict:  # of tables, whatever the name of one
-            annotation = typing.get_args(annotation)[1] if next(names, None) else None
+        if typing.get_origin(annotation) in (dict, list):  # of tables, whatever the name of one
+            annotation = typing.get_args(annotation)[-1] if next(names, None) else None
         model = _section_of(annotation)
     return model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from photon.errors import DataError, DataNotFoundError
+from photon.errors import DataError, DataNotFoundError, first_fault
 from photon.examine.cells import publish
 from photon.examine.examination import Examination
 from photon.examine.signatures import BANDS, alike
@@ -43,10 +43,7 @@ def read_examination(path: Path) -> Examination:
         with path.open("rb") as file:
             return Examination.model_validate_json(file.read(_MOST_BYTES))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        at = ".".join(map(str, first["loc"])) or "all of it"
-        told = f"{path} is no examination: {at} = {first.get('input')!r:.100}: {first['msg']}"
-        raise DataError(told, hint=hint) from None
+        raise DataError(f"{path} is no examination: {first_fault(error)}", hint=hint) from None
 
 
 def _read_signatures(path: Path, record: Examination) -> np.ndarray | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from photon.errors import CardError
+from photon.errors import CardError, first_fault
 from photon.law.prediction import Claim
 
 CHILDREN = "children"
@@ -31,11 +31,8 @@ def read_claims(folder: Path, awaited: Iterable[str]) -> dict[str, Claim | None]
             with path.open("rb") as file:
                 claims[path.stem] = Claim.model_validate_json(file.read(_MOST_BYTES))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise CardError(
-                f"{path} is no prediction: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-                hint="It is what `photon comply RUN --json` printed for that federation.",
-            ) from None
+            hint = "It is what `photon comply RUN --json` printed for that federation."
+            raise CardError(f"{path} is no prediction: {first_fault(error)}", hint=hint) from None
         except OSError as error:
             raise CardError(f"can't read {path}: {error.strerror}") from error
     return claims

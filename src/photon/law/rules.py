@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import datetime
 import re
-import tomllib
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from photon.cards.questions import Kind, Strict
+from photon.config.load import load_file
 from photon.errors import LawError
 from photon.law.conditions import fault_in
 
 _ID = re.compile(r"(cards\.[a-z_]+|art_(\d+[a-z]?)(\.par_\d+[a-z]?)?(\.pt_[a-z]+)?)")
 
+_OURS = Path(__file__).with_name("eu_ai_act.toml")
 _Title = Annotated[str, Field(min_length=1)]
 
 
@@ -96,21 +96,10 @@ def load_law(path: Path | None = None) -> Law:
         LawError: it can't be read, or has a key, article, condition, card field or name that nobody
             knows, or dates of one requirement that overlap.
     """
-    try:
-        text = (path or files("photon.law").joinpath("eu_ai_act.toml")).read_text(encoding="utf-8")
-        law = Law.model_validate(tomllib.loads(text))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise LawError(f"can't read the law file {path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise LawError(f"law file {path}: {where}: {first['msg']}") from None
-    fault = _fault(law)
-    if fault is not None:
-        raise LawError(
-            f"law file {path or 'eu_ai_act.toml'}: {fault}",
-            hint="docs/cards.md has the form of a law file.",
-        )
+    path, hint = path or _OURS, "docs/cards.md has the form of a law file."
+    law = load_file(path, Law, "law file", hint, LawError)
+    if (fault := _fault(law)) is not None:
+        raise LawError(f"law file {path}: {fault}", hint=hint)
     return law
 
 
