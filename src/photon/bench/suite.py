@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from photon.config import RunConfig, parse_run_config
+from photon.config.load import load_file
 from photon.config.section import Positive, Section
 from photon.errors import ConfigError, PhotonError, some
 
@@ -168,14 +168,7 @@ def load_suite(name: str) -> Suite:
                 hint=f"There are {', '.join(suites())}; or name a file, SUITE.toml.",
             )
         path = Path(str(files("photon.bench").joinpath("suites", f"{name}.toml")))
-    try:
-        suite = Suite.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"can't read the suite {path}: {error}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"suite {path}: {where}: {first['msg']}") from None
+    suite = load_file(path, Suite, "suite", f"There are {', '.join(suites())}.")
     for scale in suite.scales:
         for method, told in suite.methods.items():
             point = {key: values[0] for key, values in told.grid.items()}

@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic.dataclasses import dataclass as checked
 
 from photon.config import RunConfig, parse_run_config
-from photon.errors import PhotonError, ProtocolError
+from photon.errors import PhotonError, ProtocolError, first_fault
 from photon.federation.tasks import (
     MOST_TEXT,
     Code,
@@ -368,9 +368,7 @@ def parsed(data: bytes, kind: Any) -> Any:
             )
         return kind.model_validate(record)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part)[:100] for part in first["loc"])
-        raise ProtocolError(f"no {kind.__name__}: {where}: {first['msg'][:200]}") from error
+        raise ProtocolError(f"no {kind.__name__}: {first_fault(error)}") from error
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"no {kind.__name__}: {str(error)[:200]}") from error
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from photon.errors import ManifestError
+from photon.errors import ManifestError, first_fault
 
 FORMAT = "photon-link"
 VERSION = 1
@@ -179,7 +179,8 @@ def parse_manifest(data: bytes, key: str, expected: Expected) -> Manifest:
             )
         manifest = Manifest.model_validate(record)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{key} is no manifest: {_first_problem(error)}") from error
+        told = first_fault(error) if isinstance(error, ValidationError) else str(error)[:200]
+        raise ManifestError(f"{key} is no manifest: {told}") from error
     problem = _problem(manifest, expected)
     if problem is not None:
         raise ManifestError(
@@ -188,13 +189,6 @@ def parse_manifest(data: bytes, key: str, expected: Expected) -> Manifest:
             "same run file, and answer the round's own task.",
         )
     return manifest
-
-
-def _first_problem(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
-    return str(error)[:200]
 
 
 def _problem(manifest: Manifest, expected: Expected) -> str | None:

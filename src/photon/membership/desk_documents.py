@@ -19,7 +19,7 @@ from pydantic import (
     ValidationError,
 )
 
-from photon.errors import PhotonError, ProtocolError, error_of
+from photon.errors import PhotonError, ProtocolError, error_of, first_fault
 from photon.membership.records import Facts, MemberName, Presence, SignedReply, printable
 from photon.store.presign import Grant
 
@@ -145,11 +145,9 @@ def parse_body(kind: type[Body], data: bytes) -> Body:
     try:
         return _adapter(kind).validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part)[:40] for part in first["loc"][:6])
         what = kind.__name__.removesuffix("Body").lower()
         raise ProtocolError(
-            printable(f"the {what} request can't be read: {where}: {first['msg'][:200]}"),
+            printable(f"the {what} request can't be read: {first_fault(error)}"),
             hint="Install the same version of Photon on both sides.",
         ) from None
 

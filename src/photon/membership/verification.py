@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from photon.errors import AuditError, MembershipError, RunNotFoundError
+from photon.errors import AuditError, MembershipError, RunNotFoundError, first_fault
 from photon.membership.audit import (
     AGGREGATOR,
     ASKED,
@@ -175,9 +175,7 @@ class _Story:
         try:
             body = TypeAdapter(kind).validate_python(record["body"])
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part)[:60] for part in first["loc"])
-            self._problem(where, f"no record of a {record['kind']}: {place}: {first['msg'][:200]}")
+            self._problem(where, f"no record of a {record['kind']}: {first_fault(error)}")
         else:
             told(where, body)
 

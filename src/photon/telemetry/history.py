@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from photon.errors import RunError, RunNotFoundError
+from photon.errors import RunError, RunNotFoundError, first_fault
 from photon.telemetry.events import Event, RunFinished, RunStarted, parse_event
 
 E = TypeVar("E", bound=Event)
@@ -101,10 +101,8 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[Event]:
         try:
             event = parse_event(record) if isinstance(record, dict) else None
         except ValidationError as error:
-            fault = error.errors()[0]
             raise RunError(
-                f"{path}, line {number}: event {record['event']!r} has no good "
-                f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}",
+                f"{path}, line {number}: no good event {record['event']!r}: {first_fault(error)}",
                 hint="it was written by another version of Photon, or changed by hand",
             ) from error
         if event is not None:
