@@ -12,12 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from photon.cards.folder import cards_folder, has_cards, known_cards
+from photon.cards.folder import cards_folder, has_cards, read_cards, unasked_cards
 from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, load_tokenizer, open_data
 from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
-from photon.forms.export import current_cards
 from photon.forms.model_card import model_card
 from photon.forms.reading import Reading
 from photon.membership.keys import NodeKey
@@ -82,13 +81,13 @@ def export(
     """
     model, config = load_weights(run_folder, of)
     run, base = Path(run_folder), config.model.path if config.model.init == "pretrained" else None
-    reading = Reading(current_cards(run) if has_cards(run) else known_cards(run), public=True)
+    cards = read_cards(run, whole=True) if has_cards(run) else unasked_cards(run)
     otherwise = license_of(Path(base)) if base else None
     export_model(
         model,
         Path(out),
         tokenizer_folder=tokenizer_folder(run_folder, of),
-        readme=model_card(reading, license, languages, otherwise),
+        readme=model_card(Reading(cards, public=True), license, languages, otherwise),
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite=overwrite,

@@ -16,9 +16,8 @@ from typer.testing import CliRunner
 
 from photon.cards.filling import facts_of_data
 from photon.cards.folder import data_card_of, read_card, read_cards, write_cards, write_data_card
-from photon.cards.page import cards_page
 from photon.cards.questions import CARDS, questions
-from photon.cards.text import card_text
+from photon.cards.text import card_text, cards_page
 from photon.cli.main import app
 from photon.data import open_data
 from photon.errors import CardError, DataError, NotCompliantError, RunNotFoundError, UndecidedError
@@ -203,7 +202,7 @@ def test_a_site_writes_its_own_card_alone(run: Path, tmp_path: Path) -> None:
         ("# military_only =", 'military_only = "yes"', "valid boolean"),
         ("# purposes = []", 'purposes = ["annex_iv"]', "purposes"),
         ("# placed_on = 2026-12-31", "placed_on = 2026", "valid date"),
-        ("[scope]", "[scope", "can't read"),
+        ("[scope]", "[scope", "not valid TOML"),
         ("\nrounds = 1", "\nrounds = -1", "greater than or equal"),
     ],
 )

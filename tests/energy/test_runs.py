@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from photon.cards.filling import model_facts, project_facts
+from photon.cards.filling import known_of
 from photon.config.clock import ClockConfig
 from photon.dashboard.report import write_report
 from photon.energy.account import JOULES, KWH_J
@@ -149,7 +149,7 @@ def test_a_clock_that_nobody_waits_for_has_no_energy(three_silos, make_config, t
     result = simulate(config, run_dir=tmp_path / "run", clock=ClockConfig())
     assert "energy" not in result.summary
     assert {one.how for one in _told(result)} == {None}
-    assert "energy" not in model_facts(result.folder)["round-1"]
+    assert "energy" not in known_of(result.folder).models["round-1"]
 
 
 def test_one_node_alone_exchanges_nothing(three_silos, make_config, tmp_path):
@@ -170,7 +170,7 @@ def test_two_ranks_tell_of_both(three_silos, make_config, tmp_path):
 
 def test_cards_take_it_under_one_key(alone):
     energy = alone.summary["energy"]
-    for facts in (model_facts(alone.folder)["round-2"], project_facts(alone.folder)):
+    for facts in (known_of(alone.folder).models["round-2"], known_of(alone.folder).project):
         assert facts["energy_kwh"] == energy["kwh"]
         assert facts["energy_method"] == "estimated, communication modelled"
     # Before its end, from the newest checkpoint.
@@ -178,7 +178,7 @@ def test_cards_take_it_under_one_key(alone):
     lines = events.read_text().splitlines()
     try:
         events.write_text("\n".join(lines[:-1]) + "\n")
-        kwh = model_facts(alone.folder)["round-2"]["energy_kwh"]
+        kwh = known_of(alone.folder).models["round-2"]["energy_kwh"]
     finally:
         events.write_text("\n".join(lines) + "\n")
     assert kwh == pytest.approx(energy["kwh"], rel=0.2)

@@ -53,7 +53,7 @@ says = "A rule for a test."
         (RULE + "when = '__import__(\"os\")'\n", "no card has"),
         (RULE + "unless = 1\n", "unless"),
         ("[[dates.general]]\nfrom = 2026-01-01\napplies = 2026-01-01\n", "overlap on 2026-01-01"),
-        ("not toml", "can't read"),
+        ("not toml", "not valid TOML"),
     ],
 )
 def test_what_is_refused(more: str, problem: str, tmp_path: Path) -> None:

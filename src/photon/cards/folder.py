@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from photon.cards.bundle import Cards, Standing
-from photon.cards.filling import Truth, data_facts, model_facts, project_facts, truth_of
+from photon.cards.filling import Known, facts_of_data, known_of
 from photon.cards.questions import CARDS, Kind
 from photon.cards.text import card_text
 from photon.config import load_run_config
 from photon.config.load import load_file
-from photon.errors import CardError
+from photon.errors import CardError, some
 from photon.membership.card_signing import signature_file, signer_of
 from photon.store.disk import write_whole
 
@@ -20,14 +20,13 @@ CARDS_FOLDER = "cards"
 #: The card of the model that a run is to make, before there is a checkpoint.
 PLANNED = "planned"
 PROJECT, DATA, MODELS = "project.toml", "data", "models"
-_KINDS: dict[str, Kind] = {DATA: "data", MODELS: "model"}
 
 
 def cards_folder(run: Path) -> Path:
     """Where the cards of a run lie: comply.cards of its run file, or RUN/cards."""
     resolved = run / "config.resolved.toml"
     named = load_run_config(resolved).comply.cards if resolved.is_file() else None
-    return Path(named) if named is not None else run / CARDS_FOLDER
+    return Path(named or run / CARDS_FOLDER)
 
 
 def write_cards(run: Path) -> list[Path]:
@@ -37,41 +36,34 @@ def write_cards(run: Path) -> list[Path]:
     place. One whose data is the same is left as it is, so that its signature holds. What was said
     of the planned model is said of the first checkpoint.
     """
-    folder, facts, models = cards_folder(run), project_facts(run), model_facts(run)
-    written = write_first_cards(folder, facts, {})
-    for silo in facts["silos"]:
-        known = data_facts(run, silo)
-        if known is not None:
-            written += write_data_card(folder / DATA / f"{silo}.toml", known)
+    folder, known = cards_folder(run), known_of(run)
+    root = Path(load_run_config(run / "config.resolved.toml").data.path)
     planned = folder / MODELS / f"{PLANNED}.toml"
-    made = [folder / MODELS / f"{name}.toml" for name in models if name.startswith("round-")]
+    made = [folder / MODELS / f"{name}.toml" for name in known.models if name.startswith("round-")]
     if planned.exists() and made:
         planned.replace(made[-1])
-    return written + _write_models(folder, models)
+    written = write_first_cards(folder, known)
+    for silo in known.project["silos"]:
+        if (root / "silos" / silo).is_dir():
+            facts = facts_of_data(root, silo)
+            written += write_data_card(folder / DATA / f"{silo}.toml", facts)
+    return written
 
 
-def write_first_cards(
-    folder: Path, facts: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]
-) -> list[Path]:
+def write_first_cards(folder: Path, known: Known) -> list[Path]:
     """Write or renew the cards of a project and its models; data cards are the sites' own."""
-    silos = facts["silos"]
+    silos = known.project["silos"]
     old = _answers(folder / PROJECT, "project")
     entities = old.get("entities") or [{"about": {"name": name}} for name in ["aggregator", *silos]]
     for name, entity in zip(["", *silos], entities, strict=False):
         if not old and name:
             entity["about"]["silos"] = [name]
-    about = {"title": facts["run"], "law": "eu_ai_act"} | old.get("about", {})
-    project = old | {"about": about, "entities": entities, "facts": facts}
-    written = _write(folder / PROJECT, card_text("project", project))
-    return [written, *_write_models(folder, models)]
-
-
-def _write_models(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> list[Path]:
-    written = []
-    for name, known in models.items():
+    about = {"title": known.project["run"], "law": "eu_ai_act"} | old.get("about", {})
+    project = old | {"about": about, "entities": entities, "facts": known.project}
+    written = [_write(folder / PROJECT, card_text("project", project))]
+    for name, facts in known.models.items():
         path = folder / MODELS / f"{name}.toml"
-        answers = _answers(path, "model") | {"facts": known}
-        written.append(_write(path, card_text("model", answers)))
+        written.append(_write(path, card_text("model", _answers(path, "model") | {"facts": facts})))
     return written
 
 
@@ -103,8 +95,11 @@ def has_cards(run: Path) -> bool:
     return (cards_folder(run) / PROJECT).is_file()
 
 
-def read_cards(run: Path) -> Cards:
+def read_cards(run: Path, *, whole: bool = False) -> Cards:
     """All cards of a run or of a planned one, each checked, with the standing of data cards.
+
+    Args:
+        whole: a model of the run without a card is an error: the run went on.
 
     Raises:
         CardError: there are none, or one can't be read, or has a key or answer nobody knows.
@@ -115,69 +110,67 @@ def read_cards(run: Path) -> Cards:
             f"no cards in {run}: {folder / PROJECT} does not exist",
             hint=f"`photon cards init {run}` writes them, with the questions in them.",
         )
-    if not (run / "run.json").exists():  # planned: no run says otherwise than the cards
-        return read_cards_in(folder, {}, {}, Truth())
     # Facts are the run's as it is now, whatever a hand wrote there or has happened since.
-    return read_cards_in(folder, project_facts(run), model_facts(run), truth_of(run))
+    known = known_of(run) if (run / "run.json").exists() else Known()  # it is planned
+    cards = read_cards_in(folder, known)
+    if whole and (missing := sorted(known.models.keys() - cards.models.keys())):
+        hint = f"`photon cards init {run}` writes it; answers in other cards stay."
+        raise CardError(f"{run} has no card of {some(missing)}", hint=hint)
+    return cards
 
 
-def known_cards(run: Path) -> Cards:
-    """What Photon knows of a run; nobody was asked anything."""
-    facts, models = project_facts(run), model_facts(run)
-    project = CARDS["project"](about={"title": facts["run"]}, facts=facts)
-    return Cards(project, {}, {name: CARDS["model"](facts=one) for name, one in models.items()})
+def unasked_cards(run: Path) -> Cards:
+    """What Photon knows of a run that has no cards; nobody answered anything."""
+    known = known_of(run)
+    project = CARDS["project"](about={"title": known.project["run"]}, facts=known.project)
+    models = {name: CARDS["model"](facts=facts) for name, facts in known.models.items()}
+    return Cards(project, {}, models)
 
 
-def read_cards_in(
-    folder: Path,
-    facts: Mapping[str, Any],
-    models: Mapping[str, Mapping[str, Any]],
-    truth: Truth,
-    damaged: dict[str, str] | None = None,
-) -> Cards:
+def read_cards_in(folder: Path, known: Known, damaged: dict[str, str] | None = None) -> Cards:
     """Likewise, of a folder of cards.
 
     Args:
-        facts, models: take the place of those in the project's card (if there are any), and in
-            models' of these names.
+        known: its facts take the place of those in cards, if it has any.
         damaged: gets, by silo, why a data card can't be read, and the others are read all the same;
             None: that is an error.
     """
-    project = read_card(folder / PROJECT, "project")
-    project = _with_facts(project, facts) if facts else project
-    found: dict[str, dict[str, Any]] = {DATA: {}, MODELS: {}}
-    standings: dict[str, Standing] = {}
-    for place, cards in found.items():
-        for path in sorted((folder / place).glob("*.toml")):
-            try:
-                card = read_card(path, _KINDS[place])
-                name = card.facts.silo if place == DATA else card.facts.name
-                if place == DATA and path.name.startswith(f"{name}.v"):
-                    continue  # an older version
-                if path.name != f"{name}.toml":
-                    raise CardError(f"{path} is the card of {name!r}", hint=f"Call it {name}.toml.")
-            except CardError as error:
-                if damaged is None or place != DATA:
-                    raise
-                damaged[path.stem] = f" ({error.message[:300]})"
-                continue
-            if place == DATA:
-                standings[name] = standing_of(path, card, truth)
-            elif name in models:
-                card = _with_facts(card, models[name])
-            cards[name] = card
-    return Cards(project, found[DATA], found[MODELS], standings)
+    project = _with_facts(read_card(folder / PROJECT, "project"), known.project)
+    data = {name: (path, card) for name, path, card in _each(folder / DATA, "data", damaged)}
+    models = {
+        name: _with_facts(card, known.models.get(name, {}))
+        for name, _, card in _each(folder / MODELS, "model", None)
+    }
+    standings = {name: standing_of(path, card, known) for name, (path, card) in data.items()}
+    return Cards(project, {name: card for name, (_, card) in data.items()}, models, standings)
 
 
-def standing_of(path: Path, card: Any, truth: Truth) -> Standing:
+def _each(
+    folder: Path, kind: Kind, damaged: dict[str, str] | None
+) -> Iterator[tuple[str, Path, Any]]:
+    for path in sorted(folder.glob("*.toml")):
+        try:
+            card = read_card(path, kind)
+            name = card.facts.silo if kind == "data" else card.facts.name
+            if path.name == f"{name}.toml":
+                yield name, path, card
+            elif not path.name.startswith(f"{name}.v"):  # an older version
+                raise CardError(f"{path} is the card of {name!r}", hint=f"Call it {name}.toml.")
+        except CardError as error:
+            if damaged is None:
+                raise
+            damaged[path.stem] = f" ({error.message[:300]})"
+
+
+def standing_of(path: Path, card: Any, known: Known) -> Standing:
     """How far a data card can be relied on, by what the run knows of its silo."""
     silo, facts = card.facts.silo, card.facts
     key, wrong = signer_of(path)
-    member = truth.keys.get(silo)
+    member = known.keys.get(silo)
     signature = "forged" if wrong else "none" if key is None else "good"
     if key is not None and member is not None and key != member:
         signature, wrong = "forged", f"signed by {key[:19]}..., the member's is {member[:19]}..."
-    trained, now = truth.trained_on.get(silo), truth.now.get(silo)
+    trained, now = known.trained_on.get(silo), known.now.get(silo)
     fresh, why = True, ""
     if trained is None:
         fresh, why = None, f"the run does not say on which data {silo} trained"
@@ -195,7 +188,7 @@ def read_card(path: Path, kind: Kind) -> Any:
 
 
 def _with_facts(card: Any, facts: Mapping[str, Any]) -> Any:
-    return card.model_copy(update={"facts": type(card.facts).model_validate(facts)})
+    return card.model_copy(update={"facts": type(card.facts)(**facts)}) if facts else card
 
 
 def _answers(path: Path, kind: Kind) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def cards_init(
     `photon cards init . --data data/prepared --silo north`,
     before a served run `photon cards init . --run-file run.toml`
     """
-    from photon.cards.filling import facts_of_data, facts_of_examination
+    from photon.cards.filling import Known, facts_of_data, facts_of_examination
     from photon.cards.folder import (
         CARDS_FOLDER,
         cards_folder,
@@ -78,7 +78,7 @@ def cards_init(
 
         config = load_run_config(run_file)
         facts = {"run": config.run.name, "how": "serve", "silos": sorted(config.serve.silos)}
-        written = write_first_cards(place, facts, planned_facts(config))
+        written = write_first_cards(place, Known(facts, planned_facts(config)))
     elif data is None:
         written, place = write_cards(folder), cards_folder(folder)
     elif silo is None:
@@ -131,7 +131,7 @@ def cards_show(
     Example: `photon cards show runs/demo/federated --out cards.html`
     """
     from photon.cards.folder import read_cards
-    from photon.cards.page import cards_page
+    from photon.cards.text import cards_page
     from photon.store.disk import write_whole
 
     path = out or folder / "cards.html"

@@ -12,8 +12,8 @@ from photon.dashboard.comparison import ComparisonRow, compared_by, in_words
 from photon.dashboard.digest import STEP_PARTS, EvaluationPoint, RunDigest, read_digest
 from photon.errors import DiskFullError, MachineError, RunError
 from photon.store.disk import write_whole
+from photon.templates import filled
 
-_TEMPLATE = "report.html.j2"
 _MEASURES = {"perplexity": "Perplexity", "bits_per_byte": "Bits per byte"}
 #: How the template words what the digest holds.
 _FILTERS = (
@@ -84,22 +84,14 @@ def picture(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:
 
 def render(digest: RunDigest, others: Mapping[str, RunDigest]) -> str:
     """The page as text."""
-    # Slow to import, and a run that only shows its progress needs neither.
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from photon.dashboard.figures import all_drawings  # slow to import
 
-    from photon.dashboard.figures import all_drawings
-
-    environment = Environment(
-        loader=PackageLoader("photon.dashboard", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {word.__name__: word for word in _FILTERS}
     rows = [ComparisonRow.of("this run", digest, federated=True)]
     rows += [ComparisonRow.of(label, other) for label, other in others.items()]
-    return environment.get_template(_TEMPLATE).render(
+    return filled(
+        "photon.dashboard",
+        "report.html.j2",
+        *_FILTERS,
         run=digest,
         started=digest.started,
         headline=headline(digest),

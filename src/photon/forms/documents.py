@@ -14,6 +14,7 @@ from pydantic import Field
 
 from photon.cards.questions import Strict
 from photon.forms.reading import Reading, Told, one_line
+from photon.templates import filled
 
 #: Stands in the place of what no card answers.
 NOT_ANSWERED = "not answered"
@@ -92,22 +93,13 @@ def form(name: str) -> Form:
 
 def document(name: str, reading: Reading) -> str:
     """A form as Markdown."""
-    return rendered("form.md.j2", form=form(name), reading=reading, marked=marked)
+    return filled("photon.forms", "form.md.j2", form=form(name), reading=reading, marked=marked)
 
 
 def from_template(name: str, reading: Reading, **more: Any) -> Any:
     """A template of JSON, filled in; what is null or empty in it is left out."""
     given = {"reading": reading, "line": one_line, "plain": plain, **more}
-    return _pruned(json.loads(rendered(f"{name}.json.j2", **given)))
-
-
-def rendered(template: str, **names: Any) -> str:
-    """A template of this room as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # slow to import
-
-    here = PackageLoader("photon.forms", ".")
-    made = Environment(loader=here, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return made.get_template(template).render(**names) + "\n"
+    return _pruned(json.loads(filled("photon.forms", f"{name}.json.j2", **given)))
 
 
 def _pruned(value: Any) -> Any:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from photon.cards.bundle import Cards
-from photon.cards.filling import model_facts
 from photon.cards.folder import read_cards
-from photon.errors import CardError, some
+from photon.errors import CardError
 from photon.forms.documents import document, from_template
 from photon.forms.reading import Reading
 from photon.law.prediction import NOTE, predict
@@ -32,11 +31,11 @@ def export_cards(
         on: the law as it is on that day, of oscal.
 
     Raises:
-        CardError: no such form, no cards, a card that can't be read, or a file is there already.
+        CardError: no such form, no cards, one that can't be read or is missing, or a file is there.
         ModuleNotFoundError: of cyclonedx and spdx, without the extra `cards`.
         OSError: it can't be written.
     """
-    texts = documents(current_cards(run), form, on)
+    texts = documents(read_cards(run, whole=True), form, on)
     found = {out / name: text for name, text in texts.items()}
     there = [path for path in found if path.exists()]
     if there and not overwrite:
@@ -45,20 +44,6 @@ def export_cards(
     for path, text in found.items():
         write_whole(path, text, "the cards")
     return list(found)
-
-
-def current_cards(run: Path) -> Cards:
-    """The cards of a run, the newest checkpoint's among them.
-
-    Raises:
-        CardError: as `read_cards`, or that one is missing: the run went on.
-    """
-    cards = read_cards(run)
-    missing = sorted(model_facts(run).keys() - cards.models.keys())
-    if missing:
-        hint = f"`photon cards init {run}` writes it; answers in other cards stay."
-        raise CardError(f"{run} has no card of {some(missing)}", hint=hint)
-    return cards
 
 
 def documents(cards: Cards, form: str, on: datetime.date) -> dict[str, str]:

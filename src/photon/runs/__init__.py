@@ -3,7 +3,6 @@
 from photon.runs.folder import (
     RunResult,
     load_weights,
-    read_record,
     read_summary,
     require_same_tokenizer,
     tokenizer_folder,
@@ -13,7 +12,6 @@ from photon.runs.start import resume, simulate, train
 __all__ = [
     "RunResult",
     "load_weights",
-    "read_record",
     "read_summary",
     "require_same_tokenizer",
     "resume",

@@ -40,8 +40,9 @@ from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import Roster
 from photon.runs.compliance import refused_by
 from photon.runs.fleet import Draws, JoinedFleet
-from photon.runs.folder import describe_run, read_record
+from photon.runs.folder import describe_run
 from photon.runs.notary import Notary
+from photon.store.run_folder import read_record
 from photon.store.served import Serving
 from photon.telemetry import Event, JsonlWriter, Recorder, read_history
 from photon.telemetry.events import LocalProgress, RoundFinished

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from photon.cards.bundle import Cards
-from photon.cards.filling import Truth
+from photon.cards.filling import Known
 from photon.cards.folder import PLANNED, read_cards_in
 from photon.config import RunConfig
 from photon.data import open_data
@@ -112,12 +112,13 @@ class Compliance:
 
     def _look(self, members: Sequence[Member]) -> dict[str, str]:
         damaged: dict[str, str] = {}
-        truth = Truth(
+        known = Known(
+            project={"run": self._config.run.name, "how": "serve"},
+            models=self._planned,
             trained_on={one.name: one.facts.data_sha256 for one in members},
             keys={one.name: one.fingerprint for one in members},
         )
-        facts = {"run": self._config.run.name, "how": "serve"}
-        cards = read_cards_in(self._folder, facts, self._planned, truth, damaged)
+        cards = read_cards_in(self._folder, known, damaged)
         self._claims = read_claims(self._folder, self._config.own_jurisdictions)
         names = [one.name for one in sorted(members, key=lambda one: one.joined_at)]
         found, refused = self._of(cards, names), {}

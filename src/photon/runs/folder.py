@@ -20,9 +20,7 @@ from photon.data import PreparedData, tokenizer_identity
 from photon.errors import (
     ModelError,
     ModelMismatchError,
-    ResumeMismatchError,
     RunBusyError,
-    RunNotFoundError,
     VocabularyMismatchError,
     some,
 )
@@ -33,13 +31,10 @@ from photon.federation.own_parts import way_to, weights_of
 from photon.federation.tasks import WEIGHTS, section
 from photon.models import carried_tensors
 from photon.store.disk import held_alone, write_json, writing
-from photon.store.run_folder import usable
+from photon.store.run_folder import RUN_FORMAT, read_record, usable
 from photon.store.served import LOCK_FILE, hold_run
 from photon.training import difference, materialise
 from photon.version import photon_version
-
-#: Of run.json. 3: a state has its roles, clock and order of merges (photon.federation.layout).
-RUN_FORMAT = 3
 
 #: Where a run keeps its model's config.json.
 MODEL = "model"
@@ -82,34 +77,6 @@ def finished_summary(folder: Path, config: RunConfig) -> dict[str, Any] | None:
     """The summary of a run that has no round left; None while it has."""
     summary = read_summary(folder) or {}
     return summary if summary.get("rounds", 0) >= config.federation.rounds else None
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What a run wrote down when it began: run.json.
-
-    Raises:
-        RunNotFoundError: no run there.
-        ResumeMismatchError: another version's, whose run file and checkpoints this one can't read.
-    """
-    path = folder / "run.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunNotFoundError(
-            f"no run in {folder}: {path} does not exist",
-            hint="Name a folder that `photon simulate` or `photon train` made.",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunNotFoundError(f"can't read {path}: {error}") from error
-    if record.get("format") != RUN_FORMAT:
-        begun = record.get("photon_version", "another version")
-        raise ResumeMismatchError(
-            f"{folder} is a run of format {record.get('format')}, begun by Photon {begun}; "
-            f"this is Photon {photon_version()}, which reads format {RUN_FORMAT}",
-            hint="Finish or export it with the version that began it. A new run may start from the "
-            'exported model: model.path, and model.init = "pretrained".',
-        )
-    return record
 
 
 def load_weights(

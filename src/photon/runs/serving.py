@@ -21,9 +21,10 @@ from photon.models import model_fingerprint
 from photon.runs.changes import config_to_go_on_with
 from photon.runs.compliance import refused_by
 from photon.runs.fleet import Draws, JoinedFleet
-from photon.runs.folder import RunResult, finished_summary, read_record, with_own_model
+from photon.runs.folder import RunResult, finished_summary, with_own_model
 from photon.runs.notary import Notary
 from photon.runs.session import Guests, Session
+from photon.store.run_folder import read_record
 from photon.store.served import RUN_FILE, Serving
 from photon.telemetry import Event
 

@@ -13,9 +13,9 @@ from photon.errors import ConfigError, ResumeMismatchError
 from photon.federation import CheckpointStore
 from photon.openmp import warn_of_spinning
 from photon.runs.changes import check_overrides, config_to_go_on_with, leave_for_next
-from photon.runs.folder import RunResult, finished_summary, only_process, read_record
+from photon.runs.folder import RunResult, finished_summary, only_process
 from photon.runs.session import Session
-from photon.store.run_folder import require_unused
+from photon.store.run_folder import read_record, require_unused
 from photon.telemetry import Listener
 from photon.telemetry.events import Kind
 from photon.training import Seat

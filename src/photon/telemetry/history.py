@@ -102,7 +102,7 @@ def read_events(folder: str | os.PathLike[str]) -> Iterator[Event]:
             event = parse_event(record) if isinstance(record, dict) else None
         except ValidationError as error:
             raise RunError(
-                f"{path}, line {number}: no good event {record['event']!r}: {first_fault(error)}",
+                f"{path}, line {number}: event {record['event']!r} is bad: {first_fault(error)}",
                 hint="it was written by another version of Photon, or changed by hand",
             ) from error
         if event is not None:
