@@ -77,12 +77,9 @@ def test_gaps_and_copies_across_sites(sites: Path) -> None:
     found, rest = copies.split(" of ", 1)
     assert int(found) in (13, 14, 15)  # two documents of all are held out
     assert rest == f"{north.documents} are in south too"
-    result = photon("data", "compare", *both(sites), "--json")
+    result = photon("data", "compare", *both(sites))
     assert result.exit_code == 0, result.output
-    assert {"of": "languages: de", "what": "hardly any in south"} in json.loads(result.stdout)[
-        "findings"
-    ]
-    assert "languages" in photon("data", "compare", *both(sites)).stdout
+    assert "hardly any in south" in result.stdout
 
 
 def test_few_copies_are_not_told(copied: Path) -> None:
@@ -305,6 +302,5 @@ def test_losses_on_probes_and_who_stays_behind_in_a_run(
     figures, _ = compare(files)
     away = [figures["loss less mean", group]["blue"] for group in losses]
     assert abs(sum(away)) < 1e-9
-    shown = photon("data", "compare", *files, "--run", tmp_path / "run", "--json")
-    told = [one["of"] for one in json.loads(shown.stdout)["findings"]]
-    assert {"loss: blue", "loss: green", "loss: red"} <= set(told)
+    shown = photon("data", "compare", *files, "--run", tmp_path / "run").stdout
+    assert all(f"loss: {silo}" in shown for silo in ("blue", "green", "red"))

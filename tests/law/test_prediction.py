@@ -22,7 +22,6 @@ from photon.law.prediction import (
     Claim,
     Prediction,
     changes,
-    of_tree,
     predict,
     with_children,
 )
@@ -271,10 +270,15 @@ def test_what_one_card_left_open_is_unknown_with_its_name() -> None:
 
 
 def test_a_tree_takes_the_worst_of_its_federations() -> None:
-    assert of_tree("met", {"eu": "met", "uk": "out_of_scope"}) == "met"
-    assert of_tree("met", {"eu": "not_met", "uk": None}) == "not_met"
-    assert of_tree("met", {"eu": "met", "uk": None}) == "unknown"
-    assert of_tree("prohibited", {}) == "prohibited"
+    own = asked()
+    said = {one: Claim(verdict=one, law=own.law, rules="x") for one in VERDICTS}
+    for verdict, others in {
+        "met": {"eu": said["met"], "uk": said["out_of_scope"]},
+        "not_met": {"eu": said["not_met"], "uk": None},
+        "unknown": {"eu": said["met"], "uk": None},
+        "prohibited": {"eu": said["prohibited"], "uk": said["not_met"]},
+    }.items():
+        assert with_children(own, others).verdict == verdict
 
 
 def test_changes_name_what_became_of_a_finding() -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from photon.cli.options import AsJson, Folder
+from photon.cli.options import AsJson, Folder, option
 from photon.cli.screen import say, show, show_json, show_table
 from photon.errors import CardError, NotCompliantError, UndecidedError, some
 
 if TYPE_CHECKING:
-    from photon.law.prediction import Prediction
+    from photon.law.prediction import Requirement
 
 _NOTE = "Prediction, not legal advice."
 
@@ -33,20 +33,13 @@ LawDate = Annotated[
 @cards_app.command("init")
 def cards_init(
     folder: Annotated[Path, typer.Argument(help="The run folder; a site's: any.", metavar="DIR")],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="At a site: the prepared text. Writes the data card alone."),
-    ] = None,
-    silo: Annotated[str | None, typer.Option(help="With --data: which silo of it.")] = None,
+    data: Annotated[Path | None, option("At a site, its text: writes its card alone.")] = None,
+    silo: Annotated[str | None, option("With --data: which silo of it.")] = None,
     examined: Annotated[
-        Path | None, typer.Option(help="With --data: what `photon data examine` wrote of it.")
+        Path | None, option("With --data: what `photon data examine` wrote of it.")
     ] = None,
     run_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN.toml",
-            help="Before the run: the cards of the project and of the planned model.",
-        ),
+        Path | None, option("Before the run, its run file: cards of project and planned model.")
     ] = None,
 ) -> None:
     """Write the cards of a run into DIR/cards, with what Photon knows and with the questions.
@@ -58,41 +51,32 @@ def cards_init(
     `photon cards init . --data data/prepared --silo north`,
     before a served run `photon cards init . --run-file run.toml`
     """
-    from photon.cards.filling import Known, facts_of_data, facts_of_examination
-    from photon.cards.folder import (
-        CARDS_FOLDER,
-        cards_folder,
-        data_card_of,
-        has_cards,
-        write_cards,
-        write_data_card,
-        write_first_cards,
-    )
+    from photon.cards import filling
+    from photon.cards import folder as cards
 
-    place = folder / CARDS_FOLDER
-    if data is None and examined is not None:
-        raise CardError("--examined needs --data", hint="Name the text that was examined.")
-    if run_file is not None:
+    place, then = cards.cards_folder(folder), f"photon cards check {folder}"
+    if (data is None) is not (silo is None) or (data is None and examined is not None):
+        hint = "Name the text, and whose card it is."
+        raise CardError("--data and --silo go together, and --examined with both", hint=hint)
+    if data is not None and silo is not None:
+        facts = filling.facts_of_data(data, silo)
+        facts |= filling.facts_of_examination(examined, facts) if examined is not None else {}
+        place = cards.data_card_of(folder, silo)
+        written = cards.write_data_card(place, facts)
+        if not cards.has_cards(folder):  # a site's: no project's
+            then = f"photon cards sign {place} --key photon-node/node.key"
+    elif run_file is not None:
         from photon.config import load_run_config
         from photon.runs.compliance import planned_facts
 
         config = load_run_config(run_file)
         facts = {"run": config.run.name, "how": "serve", "silos": sorted(config.serve.silos)}
-        written = write_first_cards(place, Known(facts, planned_facts(config)))
-    elif data is None:
-        written, place = write_cards(folder), cards_folder(folder)
-    elif silo is None:
-        raise CardError("--data needs --silo", hint="Name the silo whose card it is.")
+        known = filling.Known(facts, planned_facts(config))
+        written = cards.write_first_cards(place, known)
     else:
-        facts = facts_of_data(data, silo)
-        facts |= facts_of_examination(examined, facts) if examined is not None else {}
-        written = write_data_card(data_card_of(folder, silo), facts)
+        written = cards.write_cards(folder)
     for path in written:
         show(str(path))
-    then = f"photon cards check {folder}"
-    if data is not None and silo is not None and not has_cards(folder):  # a site's: no project's
-        place = data_card_of(folder, silo)
-        then = f"photon cards sign {place} --key photon-node/node.key"
     say(f"Answer the questions in {place}, then `{then}`.")
 
 
@@ -123,7 +107,7 @@ def cards_check(folder: Folder, as_json: AsJson = False) -> None:
 @cards_app.command("show")
 def cards_show(
     folder: Folder,
-    out: Annotated[Path | None, typer.Option("--out", help="Where; DIR/cards.html.")] = None,
+    out: Annotated[Path | None, option("Where; DIR/cards.html.")] = None,
     law: LawDate = None,
 ) -> None:
     """Write one page with all cards and the prediction, readable without Photon.
@@ -132,22 +116,21 @@ def cards_show(
     """
     from photon.cards.folder import read_cards
     from photon.cards.text import cards_page
+    from photon.law.claims import predicted
     from photon.store.disk import write_whole
 
     path = out or folder / "cards.html"
-    write_whole(path, cards_page(read_cards(folder), _predicted(folder, law)), "the page")
+    write_whole(path, cards_page(read_cards(folder), predicted(folder, _date(law))), "the page")
     show(f"Cards: {path}")
 
 
 @cards_app.command("export")
 def cards_export(
     folder: Folder,
-    form: Annotated[
-        str, typer.Option(help="cyclonedx, spdx, croissant, hf, mdf, summary, annex4, oscal.")
-    ],
-    out: Annotated[Path, typer.Option(help="The file; of croissant a folder.")],
+    form: Annotated[str, option("cyclonedx, spdx, croissant, hf, mdf, summary, annex4, oscal.")],
+    out: Annotated[Path, option("The file; of croissant a folder.")],
     law: LawDate = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    overwrite: Annotated[bool, option("Replace what is there.", "--overwrite")] = False,
 ) -> None:
     """Write the cards in a form that others read: a bill of materials, a model card, a legal form.
 
@@ -165,7 +148,7 @@ def cards_export(
 @cards_app.command("sign")
 def cards_sign(
     card: Annotated[Path, typer.Argument(help="The data card.", metavar="CARD.toml")],
-    key: Annotated[Path, typer.Option("--key", help="The site's key: node.key of its home.")],
+    key: Annotated[Path, option("The site's key: node.key of its home.")],
 ) -> None:
     """Sign a data card as it is; the signature is CARD.toml.sig.
 
@@ -198,12 +181,8 @@ def cards_schema(
 def comply(
     folder: Folder,
     law: LawDate = None,
-    rules: Annotated[
-        Path | None, typer.Option(help="A law file of your own; the EU's AI Act by default.")
-    ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Also what is met, and what does not apply.")
-    ] = False,
+    rules: Annotated[Path | None, option("A law file; the EU's AI Act by default.")] = None,
+    everything: Annotated[bool, option("All findings, each by itself.", "--all")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict from the cards whether the law is met. Prediction, not legal advice.
@@ -213,13 +192,22 @@ def comply(
 
     Example: `photon comply runs/demo/federated --law 2027-12-02`
     """
-    found = _predicted(folder, law, rules)
+    from photon.law.claims import predicted
+
+    found = predicted(folder, _date(law), rules)
     if as_json:
         show_json(found.as_json())
     else:
-        quiet = () if everything else ("met", "not_applicable")
-        shown = [one for one in found.findings if one.status not in quiet]
-        rows = [(one.id, one.subject, one.status, one.evidence, one.todo) for one in shown]
+        shown: dict[tuple[str, str], list[Requirement]] = {}
+        for one in found.findings:
+            if everything or one.status in ("not_met", "unknown"):
+                together = (one.id, one.subject if everything else one.status)
+                shown.setdefault(together, []).append(one)
+        rows = [
+            (one.id, some(each.subject for each in same), one.status, one.evidence, one.todo)
+            for same in shown.values()
+            for one in same[:1]
+        ]
         if rows:
             show_table(("requirement", "of", "status", "evidence", "what to do"), rows)
         counts = Counter(one.status for one in found.findings)
@@ -233,24 +221,6 @@ def comply(
     names = [f"{one.id} ({one.subject})" for one in found.findings if one.status == worst]
     hint = f"{_NOTE} Each finding says what to do."
     raise kind(f"{found.verdict} on {found.law}: {some(names, 5)}", hint=hint)
-
-
-def _predicted(
-    folder: Path, law: datetime.datetime | None, rules: Path | None = None
-) -> Prediction:
-    from photon.cards.folder import cards_folder, read_cards
-    from photon.config import load_run_config
-    from photon.law.claims import read_claims
-    from photon.law.prediction import predict, with_children
-    from photon.law.rules import load_law
-
-    cards, law_file, awaited = read_cards(folder), rules, list[str]()
-    if (folder / "run.json").exists():  # else it is planned
-        config = load_run_config(folder / "config.resolved.toml")
-        law_file = rules or (Path(config.comply.law) if config.comply.law else None)
-        awaited = config.own_jurisdictions
-    found = predict(cards, load_law(law_file), _date(law))
-    return with_children(found, read_claims(cards_folder(folder), awaited))
 
 
 def _date(law: datetime.datetime | None) -> datetime.date:

@@ -9,28 +9,24 @@ from typing import Annotated, Any
 import typer
 
 from photon.cli.data import progress_bar
-from photon.cli.options import AsJson
-from photon.cli.screen import console, say, show, show_json, show_table
+from photon.cli.options import option
+from photon.cli.screen import console, say, show, show_table
 from photon.errors import InvalidValueError
 
 _PROBES = "With --model: prepared text that all sites have, a silo a group."
 _HELD_OUT = "Prepared folder whose global held-out set to look for; DATA by default."
 
 
-def _told(words: str, *names: str) -> Any:
-    return typer.Option(*names, help=words)
-
-
 def examine(
     folder: Annotated[Path, typer.Argument(help="Prepared text.", metavar="DATA")],
-    silo: Annotated[str, _told("Which silo of it.")],
-    out: Annotated[Path | None, _told("Where to write what is shown: SILO.json.")] = None,
-    key: Annotated[Path | None, _told("The sites' key, to find copies across sites.")] = None,
-    held_out: Annotated[Path | None, _told(_HELD_OUT)] = None,
-    probes: Annotated[Path | None, _told(_PROBES)] = None,
-    model: Annotated[Path | None, _told("Run or Hugging Face folder, for --probes.")] = None,
-    min_cell: Annotated[int, _told("No count of fewer documents leaves.")] = 10,
-    yes: Annotated[bool, _told("Write without asking.", "--yes", "-y")] = False,
+    silo: Annotated[str, option("Which silo of it.")],
+    out: Annotated[Path | None, option("Where to write what is shown: SILO.json.")] = None,
+    key: Annotated[Path | None, option("The sites' key, to find copies across sites.")] = None,
+    held_out: Annotated[Path | None, option(_HELD_OUT)] = None,
+    probes: Annotated[Path | None, option(_PROBES)] = None,
+    model: Annotated[Path | None, option("Run or Hugging Face folder, for --probes.")] = None,
+    min_cell: Annotated[int, option("No count of fewer documents leaves.")] = 10,
+    yes: Annotated[bool, option("Write without asking.", "--yes", "-y")] = False,
 ) -> None:
     """Count what a silo's text holds: languages, domains, copies, personal data, licences.
 
@@ -72,8 +68,7 @@ def examine(
 
 def compare(
     files: Annotated[list[Path], typer.Argument(help="Examinations.", metavar="A.json B.json")],
-    run: Annotated[Path | None, _told("Also whose loss stayed behind in this run.")] = None,
-    as_json: AsJson = False,
+    run: Annotated[Path | None, option("Also whose loss stayed behind in this run.")] = None,
 ) -> None:
     """Hold silos' examinations side by side: gaps, copies, held-out text that was trained on.
 
@@ -86,10 +81,6 @@ def compare(
 
     figures, told = exchange.compare(files)
     told += exchange.behind(read_history(run)) if run is not None else []
-    if as_json:
-        shown = [{"of": of, "what": what, "silos": one} for (of, what), one in figures.items()]
-        show_json({"figures": shown, "findings": [{"of": of, "what": one} for of, one in told]})
-        return
     silos = sorted({silo for by_silo in figures.values() for silo in by_silo})
     rows = [
         (of, what, *(f"{by[one]:.3f}" if one in by else "-" for one in silos))

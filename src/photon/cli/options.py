@@ -17,6 +17,11 @@ def set_option(example: str) -> Any:
     return typer.Option("--set", "-s", metavar="KEY=VALUE", help=words)
 
 
+def option(words: str, *names: str) -> Any:
+    """An option of a single command, with its words."""
+    return typer.Option(*names, help=words)
+
+
 RunFile = Annotated[Path, typer.Argument(help="The run file, TOML.", metavar="RUN.toml")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run folder; runs/NAME by default.")]
 Folder = Annotated[Path, typer.Argument(help="The run folder.", metavar="DIR")]

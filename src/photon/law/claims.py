@@ -1,14 +1,18 @@
-"""What federations inside a run are predicted, each under its own law: CARDS/children/NAME.json."""
+"""What a run is predicted, and what federations inside it say of themselves: CARDS/children."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from photon.cards.folder import cards_folder, read_cards
+from photon.config import load_run_config
 from photon.errors import CardError, first_fault
-from photon.law.prediction import Claim
+from photon.law.prediction import Claim, Prediction, predict, with_children
+from photon.law.rules import load_law
 
 CHILDREN = "children"
 #: Of one file.
@@ -36,3 +40,20 @@ def read_claims(folder: Path, awaited: Iterable[str]) -> dict[str, Claim | None]
         except OSError as error:
             raise CardError(f"can't read {path}: {error.strerror}") from error
     return claims
+
+
+def predicted(run: Path, on: datetime.date, law: Path | None = None) -> Prediction:
+    """From the cards of a run, or of a planned one.
+
+    Args:
+        law: a law file; that of its run file by default.
+
+    Raises:
+        CardError, LawError: a card, a child's prediction or the law file is no good.
+    """
+    cards, awaited = read_cards(run), list[str]()
+    if (run / "run.json").exists():  # else it is planned
+        config = load_run_config(run / "config.resolved.toml")
+        law, awaited = law or config.comply.law, config.own_jurisdictions
+    found = predict(cards, load_law(Path(law) if law else None), on)
+    return with_children(found, read_claims(cards_folder(run), awaited))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -61,52 +61,70 @@ class Place:
     Attributes:
         here: the card at hand by kind, with its name among its kind and its name for findings.
         on: the law date.
-        named: the file's conditions; known: what they came to, by name and cards at hand.
+        named: the file's conditions; known: what they came to, by name and cards at hand; None: it
+            is being found.
+        trial: all parts are looked at, whichever decides.
     """
 
     cards: Cards
     here: Mapping[str, tuple[str, str, Any]]
     on: datetime.date
     named: Mapping[str, Condition]
-    known: dict[tuple[str, ...], Finding]
+    known: dict[tuple[str, ...], Finding | None]
+    trial: bool = False
 
 
 def evaluate(condition: Condition, place: Place) -> Finding:
-    """What a condition that `fault_in` found none in comes to."""
+    """What a condition comes to.
+
+    Raises:
+        ValueError: it is none, in words; never where a trial on blank cards went well.
+    """
     match condition:
         case str() if condition.startswith("@"):
-            key = (condition, *(label for label, _, _ in place.here.values()))
-            if key not in place.known:
-                place.known[key] = evaluate(place.named[condition[1:]], place)
-            return place.known[key]
+            return _by_name(condition, place)
         case str():
-            return _compared({"path": condition, "is": True}, place)
+            return _compared({"path": condition, "is": True}, place, {"yes"})
         case list():
-            return _joined((evaluate(one, place) for one in condition), decisive=False)
-        case {"all": parts}:
+            return _joined((evaluate(one, place) for one in condition), place, decisive=False)
+        case {"all": list() as parts, **rest} if not rest:
             return evaluate(parts, place)
-        case {"any": parts}:
-            return _joined((evaluate(one, place) for one in parts), decisive=True)
-        case {"not": part}:
+        case {"any": list() as parts, **rest} if not rest:
+            return _joined((evaluate(one, place) for one in parts), place, decisive=True)
+        case {"not": part, **rest} if not rest:
             found = evaluate(part, place)
             return Finding(None if found.truth is None else not found.truth, found.because)
-        case {"some": kind, "where": part}:
+        case {"some": ("entity" | "data" | "model") as kind, "where": part, **rest} if not rest:
             at = [
                 replace(place, here={**place.here, kind: one}) for one in place.cards.subjects(kind)
             ]
             if not at:
                 return Finding(None, (f"there is no {kind} card",))
-            return _joined((evaluate(part, one) for one in at), decisive=True)
-        case {"answered": path}:
+            return _joined((evaluate(part, one) for one in at), place, decisive=True)
+        case {"answered": str() as path, **rest} if not rest:
             value, told = _read(path, place)
             return Finding(True if value or value in (False, 0) else None, (told,))
-    return _compared(condition, place)
+        case {"path": str()}:
+            return _compared(condition, place)
+    raise ValueError(f"{condition!r:.200} is no condition")
 
 
-def _joined(parts: Iterable[Finding], *, decisive: bool) -> Finding:
+def _by_name(condition: str, place: Place) -> Finding:
+    name, key = condition[1:], (condition, *(label for label, _, _ in place.here.values()))
+    if name not in place.named:
+        raise ValueError(f"condition {name!r} is not there")
+    if key not in place.known:
+        place.known[key] = None
+        place.known[key] = evaluate(place.named[name], place)
+    if (found := place.known[key]) is None:
+        raise ValueError(f"condition {name!r} asks for itself")
+    return found
+
+
+def _joined(parts: Iterable[Finding], place: Place, *, decisive: bool) -> Finding:
     """Or (decisive is true) and and (false): the first that decides, else what is missing."""
     found: list[Finding] = []
-    for one in parts:
+    for one in list(parts) if place.trial else parts:
         if one.truth is decisive:
             return one
         found.append(one)
@@ -115,19 +133,30 @@ def _joined(parts: Iterable[Finding], *, decisive: bool) -> Finding:
     return Finding(None if missing else not decisive, tuple(because))
 
 
-def _compared(condition: Mapping[str, Any], place: Place) -> Finding:
-    value, told = _read(condition["path"], place)
-    operator = next(name for name in condition if name not in _BESIDE)
-    wanted = condition[operator]
-    if operator in ("above_share_of", "within") and isinstance(wanted, str):
-        wanted, other = _read(wanted, place)
+def _compared(
+    condition: Mapping[str, Any], place: Place, fits: Collection[str] | None = None
+) -> Finding:
+    """A comparison; fits: kinds of answer that it may be of, in place of the operator's."""
+    path, operators = condition["path"], set(condition) - _BESIDE
+    if len(operators) != 1 or (operator := operators.pop()) not in _OPERATORS:
+        raise ValueError(f"{condition!r:.200} must have one of {', '.join(_OPERATORS)}")
+    kinds, types, holds = _OPERATORS[operator]
+    wanted, shared = condition[operator], operator == "above_share_of"
+    if not isinstance(wanted, types) or shared is not isinstance(condition.get("share"), float):
+        told = f"{path}: {operator} = {wanted!r:.80}"
+        raise ValueError(f"{told} is of the wrong type, or has the wrong share")
+    value, told = _read(path, place, fits or kinds)
+    choices = _paths()[path][1]
+    if choices and isinstance(wanted, list) and not set(wanted) <= set(choices):
+        raise ValueError(f"{path} can't hold {some(map(repr, set(wanted) - set(choices)))}")
+    if isinstance(wanted, str) and (shared or operator == "within"):
+        wanted, other = _read(wanted, place, {"number"} if shared else {"list"})
         told = f"{told}; {other}"
     if value is None or wanted is None:
         otherwise = condition.get("unanswered")
         if otherwise is None or isinstance(otherwise, bool):
             return Finding(otherwise, (told,))
         return evaluate(otherwise, place)
-    holds = _OPERATORS[operator][2]
     return Finding(holds(value, wanted, condition.get("share", place.on)), (told,))
 
 
@@ -135,12 +164,18 @@ def _set(answer: str | list[str]) -> set[str]:
     return {answer} if isinstance(answer, str) else set(answer)
 
 
-def _read(path: str, place: Place) -> tuple[Any, str]:
-    """(answer or None, what to say of it)."""
-    kind, section, *key = path.split(".")
+def _read(path: str, place: Place, fits: Collection[str] = ()) -> tuple[Any, str]:
+    """(answer or None, what to say of it) of a path that leads to one of these kinds, if any."""
+    if path not in _paths():
+        raise ValueError(f"no card has {path!r}")
+    (kind, section, *key), (sort, _) = path.split("."), _paths()[path]
+    if fits and sort not in fits:
+        raise ValueError(f"{path!r} is a {sort}, not a {' or '.join(sorted(fits))}")
     if kind == "names":
         value = NAMES[section](place.cards)
         return value, f"{section}: {some(value, 6) or 'none'}"
+    if kind not in place.here:
+        raise ValueError(f"{path!r} is asked where no {kind} card is at hand")
     label, name, card = place.here[kind]
     at = f"{label}: {'.'.join([section, *key])}"
     if kind == "data":
@@ -156,78 +191,10 @@ def _read(path: str, place: Place) -> tuple[Any, str]:
     return value, f"{at} = {in_words(value)}"
 
 
-def fault_in(
-    condition: Any, named: Mapping[str, Any], kinds: set[str], seen: tuple[str, ...] = ()
-) -> str | None:
-    """What is wrong with a condition, in words; None where nothing is.
-
-    Args:
-        named: the file's conditions.
-        kinds: of the cards that are at hand where it is asked.
-        seen: names that led here.
-    """
-    parts: list[Any] = []
-    match condition:
-        case str() if condition.startswith("@"):
-            name = condition[1:]
-            if name not in named or name in seen:
-                return f"condition {name!r} {'asks for itself' if name in seen else 'is not there'}"
-            parts, seen = [named[name]], (*seen, name)
-        case str():
-            return _wrong_path(condition, {"yes"}, kinds)
-        case list():
-            parts = condition
-        case {"all": list() as parts, **rest} | {"any": list() as parts, **rest} if not rest:
-            pass
-        case {"not": part, **rest} if not rest:
-            parts = [part]
-        case {"some": ("entity" | "data" | "model") as kind, "where": part, **rest} if not rest:
-            parts, kinds = [part], kinds | {kind}
-        case {"answered": str() as path, **rest} if not rest:
-            return _wrong_path(path, set(), kinds)
-        case {"path": str()}:
-            if (wrong := _wrong_comparison(condition, kinds)) is not None:
-                return wrong
-            otherwise = condition.get("unanswered", True)
-            parts = [] if isinstance(otherwise, bool) else [otherwise]
-        case _:
-            return f"{condition!r:.200} is no condition"
-    return next((wrong for one in parts if (wrong := fault_in(one, named, kinds, seen))), None)
-
-
-def _wrong_comparison(condition: Mapping[str, Any], kinds: set[str]) -> str | None:
-    path, operators = condition["path"], set(condition) - _BESIDE
-    if len(operators) != 1 or (operator := operators.pop()) not in _OPERATORS:
-        return f"{condition!r:.200} must have one of {', '.join(_OPERATORS)}"
-    fits, types, _ = _OPERATORS[operator]
-    wanted = condition[operator]
-    shared = operator == "above_share_of"
-    if not isinstance(wanted, types) or shared is not isinstance(condition.get("share"), float):
-        return f"{path}: {operator} = {wanted!r:.80} is of the wrong type, or has the wrong share"
-    wrong = _wrong_path(path, fits, kinds)
-    if wrong is None and (shared or operator == "within") and isinstance(wanted, str):
-        wrong = _wrong_path(wanted, {"number"} if shared else {"list"}, kinds)
-    if wrong is None and isinstance(wanted, list) and (choices := _paths()[path][1]):
-        unknown = [repr(one) for one in wanted if one not in choices]
-        wrong = f"{path} can't hold {some(unknown)}" if unknown else None
-    return wrong
-
-
-def _wrong_path(path: str, fits: set[str], kinds: set[str]) -> str | None:
-    kind, found = path.partition(".")[0], _paths().get(path)
-    if found is None:
-        return f"no card has {path!r}"
-    if kind not in kinds | {"names"}:
-        return f"{path!r} is asked where no {kind} card is at hand"
-    if fits and found[0] not in fits:
-        return f"{path!r} is a {found[0]}, not a {' or '.join(sorted(fits))}"
-    return None
-
-
 @functools.cache
-def _paths() -> dict[str, tuple[str, Container[str]]]:
+def _paths() -> dict[str, tuple[str, Collection[str]]]:
     """Every path: what sort of answer it leads to, and its choices."""
-    found: dict[str, tuple[str, Container[str]]] = {f"names.{one}": ("list", ()) for one in NAMES}
+    found: dict[str, tuple[str, Collection[str]]] = {f"names.{one}": ("list", ()) for one in NAMES}
     found |= {f"data.{_STANDING}.fresh": ("yes", ()), f"data.{_STANDING}.signature": ("text", ())}
     for kind in get_args(Kind):
         for one in (*questions(kind), *questions(kind, facts=True)):

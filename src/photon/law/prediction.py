@@ -73,14 +73,14 @@ def predict(cards: Cards, law: Law, on: datetime.date) -> Prediction:
     two answers contradicted each other before.
     """
     found: list[Requirement] = []
-    banned, known = False, {}
+    banned, known, (project,) = False, {}, cards.subjects("project")
     for rule in law.rule:
         if not rule.holds(on):
             continue
-        for label, name, card in cards.subjects(rule.subject):
-            here = {"project": ("project", "", cards.project), rule.subject: (label, name, card)}
+        for subject in cards.subjects(rule.subject):
+            here = {"project": project, rule.subject: subject}
             place = Place(cards, here, on, law.conditions, known)
-            one = _requirement(rule, label, law, place)
+            one = _requirement(rule, subject[0], law, place)
             banned |= rule.banned and one.status == "not_met"
             found.append(one)
     return Prediction(_verdict(found, banned), on, f"{law.law.id} {law.law.version}", tuple(found))
@@ -154,14 +154,6 @@ def changes(
     return {key: pair for key, pair in both.items() if pair[0] != pair[1]}
 
 
-def of_tree(own: Verdict, children: Mapping[str, Verdict | None]) -> Verdict:
-    """A federation's verdict from its own cards' and its children's, each under its own law.
-
-    The worst of them. A child that claims no law, or has no verdict, is unknown.
-    """
-    return min([own, *(one or "unknown" for one in children.values())], key=VERDICTS.index)
-
-
 class Claim(BaseModel):
     """What a federation inside another is predicted: its own `photon comply --json`.
 
@@ -177,22 +169,23 @@ class Claim(BaseModel):
 
 
 def with_children(found: Prediction, claims: Mapping[str, Claim | None]) -> Prediction:
-    """The same, with a finding for each child; None: it has not said.
+    """The same, with a finding for each child, and the worst verdict of them all.
 
-    A claim is good for MOST_DAYS from its date.
+    A claim is good for MOST_DAYS from its date; a child without one (None) is unknown.
     """
-    more, verdicts = [], {}
+    more, worst = [], [found.verdict]
     for name, claim in sorted(claims.items()):
-        good = claim is not None and 0 <= (found.law - claim.law).days <= MOST_DAYS
-        verdicts[name] = claim.verdict if claim is not None and good else None
-        evidence = "there is none"
+        verdict, told = "unknown", "there is none"
         if claim is not None:
-            evidence = f"{claim.verdict} on {claim.law}, by {claim.rules}"
-            evidence += "" if good else f"; it is good for {MOST_DAYS} days from then"
-        verdict = verdicts[name] or "unknown"
+            told = f"{claim.verdict} on {claim.law}, by {claim.rules}"
+            if 0 <= (found.law - claim.law).days <= MOST_DAYS:
+                verdict = claim.verdict
+            else:
+                told += f"; it is good for {MOST_DAYS} days from then"
         status = _STATUS_OF.get(verdict, verdict)
         do = "" if status in ("met", "not_applicable") else _CHILD_TODO
-        says = f"A federation inside says what its own law asks of it. {evidence}"
+        says = f"A federation inside says what its own law asks of it. {told}"
         more.append(Requirement("cards.child", f"child/{name}", status, says, do))
-    verdict = of_tree(found.verdict, verdicts)
+        worst.append(verdict)
+    verdict = min(worst, key=VERDICTS.index)
     return replace(found, verdict=verdict, findings=(*found.findings, *more))

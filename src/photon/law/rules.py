@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from photon.cards.questions import Kind, Strict
+from photon.cards.bundle import Cards
+from photon.cards.questions import CARDS, Kind, Strict
 from photon.config.load import load_file
 from photon.errors import LawError
-from photon.law.conditions import fault_in
+from photon.law.conditions import Place, evaluate
 
 _ID = re.compile(r"(cards\.[a-z_]+|art_(\d+[a-z]?)(\.par_\d+[a-z]?)?(\.pt_[a-z]+)?)")
 
@@ -104,6 +105,13 @@ def load_law(path: Path | None = None) -> Law:
 
 
 def _fault(law: Law) -> str | None:
+    """What is wrong, in words: rules are tried on blank cards."""
+    data, model = {"silo": "-"}, {"name": "-", "what": "checkpoint"}
+    blank = Cards(
+        CARDS["project"](entities=[{}]),
+        {"-": CARDS["data"](facts=data)},
+        {"-": CARDS["model"](facts=model)},
+    )
     for rule in law.rule:
         shape = _ID.fullmatch(rule.id)
         if shape is None:
@@ -113,10 +121,12 @@ def _fault(law: Law) -> str | None:
         if rule.applies is not None and rule.applies not in law.dates:
             return f"rule {rule.id!r}: [[dates.{rule.applies}]] does not exist"
         starts = [one.when for one in law.dates.get(rule.applies or "", ())]
-        for condition in (rule.when, rule.needs, *starts):
-            fault = fault_in(condition, law.conditions, {"project", rule.subject})
-            if fault is not None:
-                return f"rule {rule.id!r}: {fault}"
+        here = {kind: blank.subjects(kind)[0] for kind in ("project", rule.subject)}
+        try:
+            place = Place(blank, here, datetime.date.max, law.conditions, {}, trial=True)
+            evaluate([rule.when, rule.needs, *starts], place)
+        except ValueError as error:
+            return f"rule {rule.id!r}: {error}"
     return _overlap(law)
 
 

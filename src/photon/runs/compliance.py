@@ -121,24 +121,24 @@ class Compliance:
         cards = read_cards_in(self._folder, known, damaged)
         self._claims = read_claims(self._folder, self._config.own_jurisdictions)
         names = [one.name for one in sorted(members, key=lambda one: one.joined_at)]
-        found, refused = self._of(cards, names), {}
-        bare = {one: "it has no data card" for one in names if one not in cards.data}
-        # Whoever a finding is about, then who has no card, and then one by one.
-        for more in (self._blamed(found), bare):
-            if not self._bearable(found):
-                refused = more | refused
-                found = self._of(cards, [one for one in names if one not in refused])
-        if not self._bearable(found):
-            found, refused = self._one_by_one(cards, names, refused)
-        refused = {name: f"{why}{damaged.get(name, '')}" for name, why in refused.items()}
-        self._tell(found, refused)
-        return refused
+        here, refused, found = list[str](), dict[str, str](), self._of(cards, [])
 
-    def _one_by_one(
-        self, cards: Cards, names: list[str], refused: dict[str, str]
-    ) -> tuple[Prediction, dict[str, str]]:
-        here: list[str] = []
-        found = self._of(cards, here)
+        def admit(more: list[str]) -> None:
+            """All of them, or else one half after the other."""
+            nonlocal found
+            with_them, half = self._of(cards, [*here, *more]), len(more) // 2
+            if self._bearable(with_them):
+                here.extend(more)
+                found = with_them
+            elif half:
+                admit(more[:half])
+                admit(more[half:])
+            else:
+                why = self._reason(more[0], cards, changes(found, with_them))
+                refused[more[0]] = f"{why}{damaged.get(more[0], '')}"
+
+        if names:
+            admit(names)
         if not self._bearable(found):
             bad = [f"{one.id} ({one.subject})" for one in found.findings if one.status in self._bad]
             raise NotCompliantError(
@@ -146,29 +146,14 @@ class Compliance:
                 f"{found.verdict}, whoever takes part: {some(bad, 5)}",
                 hint=f"Answer in {self._folder}, or lower comply.require. {NOTE}.",
             )
-        for name in [one for one in names if one not in refused]:
-            with_it = self._of(cards, [*here, name])
-            if self._bearable(with_it):
-                here.append(name)
-                found = with_it
-            else:
-                moved = changes(found, with_it)
-                bad = [key for key, (_, now) in moved.items() if now in self._bad]
-                refused = refused | {name: self._reason(bad)}
-        return found, refused
+        self._tell(found, refused)
+        return refused
 
-    def _blamed(self, found: Prediction) -> dict[str, str]:
-        """Silos whose own data card has a finding that is not put up with."""
-        bad: dict[str, list[tuple[str, str]]] = {}
-        for one in found.findings:
-            kind, _, name = one.subject.partition("/")
-            if kind == "data" and one.status in self._bad:
-                bad.setdefault(name, []).append((one.id, one.subject))
-        return {name: self._reason(keys) for name, keys in bad.items()}
-
-    def _reason(self, bad: Iterable[tuple[str, str]]) -> str:
-        told = some(f"{name} ({subject})" for name, subject in bad)
-        return f"comply.require = {self._require}, and with it there would be open: {told}"
+    def _reason(self, name: str, cards: Cards, moved: Mapping[tuple[str, str], Any]) -> str:
+        if name not in cards.data:
+            return "it has no data card"
+        bad = [f"{of} ({subject})" for (of, subject), (_, now) in moved.items() if now in self._bad]
+        return f"comply.require = {self._require}, and with it there would be open: {some(bad)}"
 
     def _of(self, cards: Cards, silos: Iterable[str]) -> Prediction:
         """With these silos. An entity with silos comes with them, but for the provider."""
