@@ -28,4 +28,4 @@ def filled(room: str, template: str, *filters: Callable[..., Any], **names: Any)
     """
     made = _environment(room)
     made.filters |= {one.__name__: one for one in filters}
-    return made.get_template(template).render(**names) + "\n"
+    return made.get_template(template).render(**names).rstrip("\n") + "\n"

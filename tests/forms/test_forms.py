@@ -91,7 +91,7 @@ def test_another_process_loads_no_library_too_early_and_makes_the_same_bytes(
         "import datetime, hashlib, pathlib, sys; from photon.forms.export import *\n"
         "names = ('torch', 'jinja2', 'huggingface_hub', 'cyclonedx', 'spdx_python_model')\n"
         "assert not [one for one in sys.modules if one.startswith(names)]\n"
-        "cards = current_cards(pathlib.Path(sys.argv[1])); day = datetime.date(2026, 11, 30)\n"
+        "cards = read_cards(pathlib.Path(sys.argv[1])); day = datetime.date(2026, 11, 30)\n"
         "found = [documents(cards, one, day) for one in FORMS]\n"
         "print(hashlib.sha256(repr(found).encode()).hexdigest())"
     )

@@ -97,7 +97,6 @@ def test_a_simulated_release_says_what_it_can_prove(photon, releases):
     assert "round 3 <- 3 updates <- blue, green, red" in shown
     told = json.loads((releases["simulate"] / "release.json").read_text())
     assert told["log"] is None
-    assert "no silo signed anything" in told["proves"]
 
 
 def test_the_signature_is_in_the_published_format(releases):

@@ -78,12 +78,13 @@ NAMES: dict[str, Callable[[Cards], list[str]]] = {
 }
 
 
-def in_words(answer: Any) -> str:
-    """An answer or a fact, for people."""
+def in_words(answer: Any, said: Callable[[str], str] = str, most: int = 8) -> str:
+    """An answer or a fact, for people; said: how a text is written; most: entries of a list."""
     if isinstance(answer, bool):
         return "yes" if answer else "no"
     if isinstance(answer, dict):
-        return "; ".join(f"{key or 'global'}: {in_words(one)}" for key, one in answer.items())
+        told = ((said(key or "global"), in_words(one, said, most)) for key, one in answer.items())
+        return "; ".join(map(": ".join, told))
     if isinstance(answer, list):
-        return some(map(str, answer), 8) or "none"
-    return f"{answer:.4g}" if isinstance(answer, float) else str(answer)
+        return some((in_words(one, said, most) for one in answer), most) or "none"
+    return f"{answer:.6g}" if isinstance(answer, float) else said(str(answer))

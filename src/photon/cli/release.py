@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.progress import Progress
 
-from photon.cli.options import AsJson, Folder
-from photon.cli.screen import console, say, show, show_json, show_table
+from photon.cli.options import AsJson, Folder, option
+from photon.cli.screen import console, say, show, show_json
 from photon.errors import AuditError
+from photon.templates import filled
 
-if TYPE_CHECKING:
-    from photon.release.check import ReleaseReport
-
-_MOST_ROUNDS = 8
-_CARD = typer.Option(help="For the model card, as for `photon export`.")
-_KEY = typer.Option(help="Key that signs; the aggregator's, or ~/.config/photon/release.key.")
+_CARD = option("For the model card, as for `photon export`.")
+_KEY = option("Key that signs; the aggregator's, or ~/.config/photon/release.key.")
 _SIGNER = typer.Option(metavar="FINGERPRINT", help="Of the key that must have signed: sha256:...")
 
 
 def release(
     folder: Folder,
-    out: Annotated[Path, typer.Option("--out", help="Folder to make.")],
+    out: Annotated[Path, option("Folder to make.")],
     key: Annotated[Path | None, _KEY] = None,
     license: Annotated[str | None, _CARD] = None,
     language: Annotated[list[str] | None, _CARD] = None,
@@ -72,7 +69,10 @@ def verify(
     if as_json:
         show_json({"ok": not report.problems, **asdict(report), "path": str(folder)})
     else:
-        _show(report)
+        for text in report.problems or report.remarks:
+            say(f"{'problem' if report.problems else 'note'}: {text}")
+        if not report.problems:
+            show(filled("photon.cli", "verify.txt.j2", report=report).rstrip())
     return report.require_good()
 
 
@@ -85,31 +85,3 @@ def _show_proof(file: Path, key: str | None) -> None:
     show(f"line {line['n']} ({line['kind']}) is in the log with the head {head['sha256']}")
     show_json(line["body"])
     show(f"intact, {'' if key else 'signer unknown: '}signed by {signer}")
-
-
-def _show(report: ReleaseReport) -> None:
-    from photon.release.check import PROVES
-
-    for text in report.problems:
-        say(f"problem: {text}")
-    if report.problems:
-        return
-    told = report.manifest
-    show(f"model <- {told['name']}, round {told['round']}: weights {told['weights_sha256']}")
-    for one in report.rounds[: -_MOST_ROUNDS - 1 : -1]:
-        names = ", ".join(part["silo"] for part in one["updates"])
-        line = f" (log line {one['line']})" if "line" in one else ""
-        show(f"  <- round {one['round']}{line} <- {len(one['updates'])} updates <- {names}")
-    if (more := len(report.rounds) - _MOST_ROUNDS) > 0:
-        show(f"  <- ... {more} earlier rounds (--json has all)")
-    if report.began_from:
-        show(f"  <- state {report.began_from} before the first round")
-    if report.members:
-        show_table(("silo", "key"), sorted((name, mark) for mark, name in report.members.items()))
-    for card, signer in report.cards.items():
-        show(f"{card}: signed by {signer or 'the release only'}")
-    for text in report.remarks:
-        say(f"note: {text}")
-    show(PROVES[told["kind"]])
-    unknown = "" if report.known else "signer unknown (whose key is it? then --key): "
-    show(f"intact, {unknown}signed by {report.signer}")

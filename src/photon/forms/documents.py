@@ -6,12 +6,14 @@ import functools
 import html
 import json
 import re
+import sys
 import tomllib
 from importlib.resources import files
 from typing import Any
 
 from pydantic import Field
 
+from photon.cards.bundle import in_words
 from photon.cards.questions import Strict
 from photon.forms.reading import Reading, Told, one_line
 from photon.templates import filled
@@ -75,7 +77,12 @@ class Form(Strict):
             return self._figure(field, told.value)
         if isinstance(told.value, list) and field.says:
             return field.says.format(len(told.value))
-        return in_full(told.value, told.question.choices or {}) or "none"
+        meant = told.question.choices or {}
+        return in_words(
+            told.value,
+            lambda text: marked(f"{text} ({meant[text]})" if text in meant else text),
+            sys.maxsize,
+        )
 
     def _figure(self, field: _Field, value: float) -> str:
         if field.band:
@@ -115,20 +122,6 @@ def _asked(told: Told) -> str:
     asked = told.question.ask or f"{told.question.key.replace('_', ' ')}:"
     pick = (told.question.choices or {}).get(told.pick, told.pick)
     return f"{asked} {pick}:" if pick else asked
-
-
-def in_full(value: Any, choices: dict[str, str]) -> str:
-    """An answer or a fact as Markdown, nothing left out, names of a list with what they mean."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        entries = ((marked(key or "all"), in_full(one, {})) for key, one in value.items())
-        return "; ".join(map(": ".join, entries))
-    if isinstance(value, list):
-        return "; ".join(in_full(one, choices) for one in value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return marked(f"{value} ({choices[value]})" if value in choices else str(value))
 
 
 def plain(value: Any) -> str:

@@ -22,17 +22,6 @@ from photon.telemetry.events import RoundMerged
 
 MANIFEST_FILE, KEY_FILE, EVENTS_FILE, CARDS = "release.json", "signer.pem", "events.jsonl", "cards"
 
-#: What a release proves, by the kind of its run: what is signed by whom, and what nobody can see.
-PROVES = {
-    "serve": "The aggregator signed these files and its log; each silo its updates, the state they "
-    "began from and the hash of its text. No signature shows that the merge was as the run file "
-    "says, or what the texts hold.",
-}
-PROVES["simulate"] = PROVES["train"] = (
-    "All was computed on one machine, and no silo signed anything. The signature proves only that "
-    "the key's holder says that this machine computed the model so."
-)
-
 
 @dataclass
 class ReleaseReport:

@@ -85,7 +85,6 @@ def seal(folder: Path, run: Path, key: NodeKey, cards: Path | None = None) -> No
         "data_sha256": record["data_sha256"],
         "photon_version": photon_version(),
         "log": log,
-        "proves": check.PROVES[record["kind"]],
     }
     (folder / check.MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     bundle = sign_files(key, manifest["name"], check.digests_in(folder))
