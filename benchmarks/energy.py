@@ -4,7 +4,9 @@
 
 One node of the tiny model trains and scores; each pair does the same task once with the account,
 once without, and which comes first changes from pair to pair. What is compared is CPU time and
-time on the clock of whole tasks, codec included: the median over pairs of their ratio. Where this
+time on the clock of whole tasks, codec included: the median over pairs of their ratio. A busy
+machine moves that by more than the account costs, so the account's own work is measured too: how
+often a task reads the meter, which is the same each time, and the CPU time of a reading. Where this
 machine has no counter, `--counters` reads files like RAPL's, as it would be with one.
 """
 
@@ -48,8 +50,11 @@ def _files(folder: Path) -> Path:
     return folder
 
 
-def ratios(folder: Path, pairs: int, steps: int) -> list[tuple[float, float]]:
-    """CPU time and time on the clock with the account, over those without, of each pair."""
+def ratios(folder: Path, pairs: int, steps: int) -> tuple[list[tuple[float, float]], int, float]:
+    """CPU time and time on the clock with the account, over those without, of each pair.
+
+    And how often a task reads the meter, and the median of a task's CPU seconds without.
+    """
     data, (silo, *_) = prepare_text(folder, 2, vocabulary=512, text=None)
     config = parse_run_config(
         {
@@ -75,8 +80,10 @@ def ratios(folder: Path, pairs: int, steps: int) -> list[tuple[float, float]]:
         return time.process_time() - cpu_s, time.perf_counter() - clock_s
 
     nothing = Spent(how="estimated")
-    found = []
+    found, without_s = [], []
     turn(1)
+    with patch.object(Meter, "_charge", autospec=True, side_effect=Meter._charge) as charged:
+        turn(1)
     for pair in range(pairs):
         took = {}
         for on in (True, False) if pair % 2 else (False, True):
@@ -88,8 +95,9 @@ def ratios(folder: Path, pairs: int, steps: int) -> list[tuple[float, float]]:
                 took[on] = turn(2 * pair + 3)
         both = zip(took[True], took[False], strict=True)
         found.append(tuple(with_it / without for with_it, without in both))
+        without_s.append(took[False][0])
     node.close()
-    return found
+    return found, charged.call_count, statistics.median(without_s)
 
 
 def main() -> None:
@@ -104,17 +112,20 @@ def main() -> None:
         if options.counters:
             (folder / "powercap").mkdir()
             METER._make = partial(Packages, _files(folder / "powercap"))
-        found = ratios(folder, options.pairs, options.steps)
+        found, readings, task_s = ratios(folder, options.pairs, options.steps)
     lines = ["| with the account over without | median | quartiles | |", "|---|---|---|---|"]
     columns = zip(*found, strict=True)
     for name, column in zip(("CPU time", "time on the clock"), columns, strict=True):
         low, middle, high = statistics.quantiles(column, n=4)
         lines.append(f"| {name} | {middle:.4f} | {low:.4f} | {high:.4f} |")
-    began_s = time.process_time()
-    for _ in range(1000):
-        with METER.phase("training"):
+    began_s, many = time.process_time(), 5000
+    for _ in range(many):
+        with METER.phase("training"):  # two readings
             pass
-    lines += ["", f"A phase takes {(time.process_time() - began_s) * 1e3:.0f} us of CPU time."]
+    reading_s = (time.process_time() - began_s) / many / 2
+    share = readings * reading_s / task_s
+    lines += ["", f"A task of {task_s:.3g} CPU seconds reads the meter {readings} times, for"]
+    lines += [f"{reading_s * 1e6:.1f} us of CPU time each: {share:.4%} of it."]
     text = "\n".join(lines) + "\n"
     print(text, end="")
     if options.out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -33,6 +34,8 @@ def release(
     """
     with console().status("Loading PyTorch ..."):
         from photon.products import release as write
+    from photon.cards.folder import has_cards
+    from photon.law.claims import predicted
     from photon.membership.keys import NodeKey
     from photon.release.seal import key_file
 
@@ -41,6 +44,11 @@ def release(
         say(f"note: makes a new key, {place}. Keep it, and to yourself: it says who you are.")
     signer = NodeKey.load_or_create(place)
     write(folder, out, signer, license=license, languages=language or ())
+    if has_cards(folder):
+        found = predicted(folder, datetime.datetime.now(datetime.UTC).date())
+        if found.verdict in ("not_met", "prohibited"):
+            told = f"by its cards it is {found.verdict} on {found.law}"
+            say(f"note: {told}; `photon comply {folder}` says why.")
     show(f"Release: {out}\nsigned by {signer.fingerprint}; publish that elsewhere, too")
 
 

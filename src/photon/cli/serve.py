@@ -122,8 +122,12 @@ def _check(path: Path, overrides: list[str], parent: Path | None, *, as_json: bo
     from photon.deploy.checks import checked, look_at_data, preflight
 
     config = load_served(path, parent, overrides)
-    data = checked("data", lambda: look_at_data(config.data.path))
-    _show_checks([*([] if parent else [data]), *preflight(config.serve)], as_json)
+    checks = [] if parent else [checked("data", lambda: look_at_data(config.data.path))]
+    if config.comply.cards is not None:
+        from photon.runs.compliance import verdict_alone
+
+        checks.append(checked("comply", lambda: verdict_alone(config)))
+    _show_checks([*checks, *preflight(config.serve)], as_json)
 
 
 def _begun(

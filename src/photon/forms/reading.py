@@ -137,7 +137,12 @@ class Reading:
         Raises:
             CardError: the project card does not say.
         """
-        given = self.project["facts.started_at"] or ""
+        given = self.project["facts.started_at"]
+        if given is None:
+            hint = (
+                "Cards are exported once the run has begun, and `photon cards init RUN` was called."
+            )
+            raise CardError("no start of the run is known: it is only planned", hint=hint)
         try:
             found = datetime.fromisoformat(given).replace(microsecond=0)
         except ValueError:

@@ -64,6 +64,13 @@ def refused_by(
     return Compliance(config, planned, write).refused
 
 
+def verdict_alone(config: RunConfig) -> str:
+    """What the cards come to before anybody joined, in words; raises as `Compliance.refused`."""
+    told: list[dict[str, Any]] = []
+    refused_by(config, told.append)([])
+    return f"{told[0]['verdict']} on {told[0]['law']}, before anybody joins. {NOTE}"
+
+
 class Compliance:
     """Who may take part, by the cards in comply.cards.
 
