@@ -20,7 +20,7 @@ from photon.membership.bulletin import told
 from photon.membership.card_signing import sign_card
 from photon.membership.keys import NodeKey
 from photon.membership.records import Facts, Member
-from photon.runs.compliance import Compliance, planned_facts, refused_by
+from photon.runs.compliance import Compliance, planned, refused_by
 
 NAMES = ("blue", "green", "red")
 DAY = datetime.date(2026, 12, 15)
@@ -239,8 +239,8 @@ def test_cards_before_the_run(three_silos: Path, make_config: Any, tmp_path: Pat
     assert [one.about.silos for one in project.entities] == [None, ["blue"], ["red"]]
     facts = read_card(tmp_path / "cards/models/planned.toml", "model").facts
     config = make_config(three_silos)
-    planned = planned_facts(config)["planned"]
+    known = planned(config).models["planned"]
     tokens = config.total_steps * config.local.batch_size * config.data.sequence_length
-    assert planned["tokens"] == tokens
-    assert planned["training_flops"] == planned["flops_per_token"] * tokens
+    assert known["tokens"] == tokens
+    assert known["training_flops"] == known["flops_per_token"] * tokens
     assert facts.training_flops == facts.flops_per_token * facts.tokens > 0

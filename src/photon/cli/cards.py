@@ -5,16 +5,13 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import Annotated, get_args
 
 import typer
 
 from photon.cli.options import AsJson, Folder, option
 from photon.cli.screen import say, show, show_json, show_table
 from photon.errors import CardError, NotCompliantError, UndecidedError, some
-
-if TYPE_CHECKING:
-    from photon.law.prediction import Requirement
 
 _NOTE = "Prediction, not legal advice."
 
@@ -35,12 +32,8 @@ def cards_init(
     folder: Annotated[Path, typer.Argument(help="The run folder; a site's: any.", metavar="DIR")],
     data: Annotated[Path | None, option("At a site, its text: writes its card alone.")] = None,
     silo: Annotated[str | None, option("With --data: which silo of it.")] = None,
-    examined: Annotated[
-        Path | None, option("With --data: what `photon data examine` wrote of it.")
-    ] = None,
-    run_file: Annotated[
-        Path | None, option("Before the run, its run file: cards of project and planned model.")
-    ] = None,
+    examined: Annotated[Path | None, option("Also what `photon data examine` wrote.")] = None,
+    run_file: Annotated[Path | None, option("Before a run: its run file.")] = None,
 ) -> None:
     """Write the cards of a run into DIR/cards, with what Photon knows and with the questions.
 
@@ -67,12 +60,9 @@ def cards_init(
             then = f"photon cards sign {place} --key photon-node/node.key"
     elif run_file is not None:
         from photon.config import load_run_config
-        from photon.runs.compliance import planned_facts
+        from photon.runs.compliance import planned
 
-        config = load_run_config(run_file)
-        facts = {"run": config.run.name, "how": "serve", "silos": sorted(config.serve.silos)}
-        known = filling.Known(facts, planned_facts(config))
-        written = cards.write_first_cards(place, known)
+        written = cards.write_first_cards(place, planned(load_run_config(run_file)))
     else:
         written = cards.write_cards(folder)
     for path in written:
@@ -81,7 +71,7 @@ def cards_init(
 
 
 @cards_app.command("check")
-def cards_check(folder: Folder, as_json: AsJson = False) -> None:
+def cards_check(folder: Folder) -> None:
     """Read all cards: what is answered, and how far data cards can be relied on.
 
     Example: `photon cards check runs/demo/federated`
@@ -95,12 +85,8 @@ def cards_check(folder: Folder, as_json: AsJson = False) -> None:
             asked = questions(kind)
             done = sum(getattr(getattr(card, one.section), one.key) is not None for one in asked)
             why = cards.standing(name).why if kind == "data" else ""
-            rows.append({"card": label, "answered": done, "asked": len(asked), "standing": why})
-    if as_json:
-        show_json(rows)
-        return
-    done = ((one["card"], f"{one['answered']} of {one['asked']}", one["standing"]) for one in rows)
-    show_table(("card", "answered", "standing"), done)
+            rows.append((label, f"{done} of {len(asked)}", why))
+    show_table(("card", "answered", "standing"), rows)
     show(_NOTE)
 
 
@@ -198,16 +184,14 @@ def comply(
     if as_json:
         show_json(found.as_json())
     else:
-        shown: dict[tuple[str, str], list[Requirement]] = {}
+        of: dict[tuple[str, str], list[str]] = {}
+        told = {}
         for one in found.findings:
             if everything or one.status in ("not_met", "unknown"):
-                together = (one.id, one.subject if everything else one.status)
-                shown.setdefault(together, []).append(one)
-        rows = [
-            (one.id, some(each.subject for each in same), one.status, one.evidence, one.todo)
-            for same in shown.values()
-            for one in same[:1]
-        ]
+                together = one.id, one.subject if everything else one.status
+                of.setdefault(together, []).append(one.subject)
+                told.setdefault(together, (one.status, one.evidence, one.todo))
+        rows = [(key[0], some(of[key]), *words) for key, words in told.items()]
         if rows:
             show_table(("requirement", "of", "status", "evidence", "what to do"), rows)
         counts = Counter(one.status for one in found.findings)

@@ -139,9 +139,7 @@ class Reading:
         """
         given = self.project["facts.started_at"]
         if given is None:
-            hint = (
-                "Cards are exported once the run has begun, and `photon cards init RUN` was called."
-            )
+            hint = "Export the cards of RUN once it has begun, after `photon cards init RUN`."
             raise CardError("no start of the run is known: it is only planned", hint=hint)
         try:
             found = datetime.fromisoformat(given).replace(microsecond=0)

@@ -24,8 +24,8 @@ from photon.training.flops import count_flops
 _MOST_CHANGES = 1000
 
 
-def planned_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Facts of the model that a run is to make, by the name of its card.
+def planned(config: RunConfig) -> Known:
+    """What is known of a run before it begins, and of the model that it is to make.
 
     Its FLOP are those of all rounds, of as many participants as serve.silos names, or at least
     take part.
@@ -50,7 +50,8 @@ def planned_facts(config: RunConfig) -> dict[str, dict[str, Any]]:
         "training_flops": float(flops.per_token) * tokens,
         "flops_method": flops.explain(),
     }
-    return {PLANNED: facts}
+    project = {"run": config.run.name, "how": "serve", "silos": sorted(config.serve.silos)}
+    return Known(project, {PLANNED: facts})
 
 
 def refused_by(
@@ -60,8 +61,8 @@ def refused_by(
     if config.comply.cards is None:
         return lambda members: {}
     # What is trained in a federation inside another its parent says.
-    planned = planned_facts(config) if config.serve.child is None else {}
-    return Compliance(config, planned, write).refused
+    models = planned(config).models if config.serve.child is None else {}
+    return Compliance(config, models, write).refused
 
 
 def verdict_alone(config: RunConfig) -> str:
@@ -76,7 +77,7 @@ class Compliance:
 
     Args:
         config: the run file.
-        planned: `planned_facts`, which stand for those in models/planned.toml; none where another
+        models: facts of `planned`, which stand for those in models/planned.toml; none where another
             says what is trained.
         write: what changed, into the audit log.
         today: the law date.
@@ -85,12 +86,12 @@ class Compliance:
     def __init__(
         self,
         config: RunConfig,
-        planned: Mapping[str, Mapping[str, Any]],
+        models: Mapping[str, Mapping[str, Any]],
         write: Callable[[dict[str, Any]], None] = lambda body: None,
         today: Callable[[], datetime.date] = lambda: datetime.datetime.now(datetime.UTC).date(),
     ) -> None:
         assert config.comply.cards is not None
-        self._config, self._planned, self._write, self._today = config, planned, write, today
+        self._config, self._models, self._write, self._today = config, models, write, today
         self._folder = Path(config.comply.cards)
         self._require = config.comply.require
         #: Statuses that are not put up with.
@@ -121,7 +122,7 @@ class Compliance:
         damaged: dict[str, str] = {}
         known = Known(
             project={"run": self._config.run.name, "how": "serve"},
-            models=self._planned,
+            models=self._models,
             trained_on={one.name: one.facts.data_sha256 for one in members},
             keys={one.name: one.fingerprint for one in members},
         )
