@@ -330,7 +330,7 @@ def test_cards_of_a_planned_run_are_read_and_predicted(run: Path, tmp_path: Path
     checked = photon("cards", "check", folder)
     assert checked.exit_code == 0
     assert "model/planned" in checked.stdout
-    told = photon("cards", "export", folder, "--form", "mdf", "--out", tmp_path / "mdf.md")
+    told = photon("cards", "export", folder, "--form", "oscal", "--out", tmp_path / "oscal.json")
     assert told.exit_code == CardError.exit_code
     assert "only planned" in told.output
     predicted = photon("comply", folder, "--law", "2026-12-15", "--json")
