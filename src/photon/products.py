@@ -17,7 +17,7 @@ from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, load_tokenizer, open_data
 from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
-from photon.forms.model_card import model_card
+from photon.forms.export import model_card
 from photon.forms.reading import Reading
 from photon.membership.keys import NodeKey
 from photon.models import (
@@ -33,11 +33,7 @@ from photon.models import (
 )
 from photon.release.check import verify_release
 from photon.release.seal import seal
-from photon.runs import (
-    load_weights,
-    require_same_tokenizer,
-    tokenizer_folder,
-)
+from photon.runs import load_weights, require_same_tokenizer, tokenizer_folder
 from photon.store.disk import put_in_place
 from photon.training import MicroBatch, Ranks, plan_compute, within_memory
 

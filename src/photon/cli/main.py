@@ -17,7 +17,6 @@ from photon.cli.cards import cards_app, comply
 from photon.cli.data import data_app
 from photon.cli.demo import demo
 from photon.cli.doctor import doctor
-from photon.cli.examine import compare, examine
 from photon.cli.init import init
 from photon.cli.members import audit, invite, members_app
 from photon.cli.options import AsJson, Folder, ModelFolder, Overwrite, Quiet, RunDir, RunFile, Sets
@@ -377,9 +376,6 @@ def generate(
     )
     typer.echo(prompt + words)
 
-
-data_app.command()(examine)
-data_app.command()(compare)
 
 #: Commands as a person comes to need them; `photon --help` shows them so.
 _PANELS: dict[str, dict[str, Any]] = {

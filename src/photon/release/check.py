@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from photon.errors import AuditError, MembershipError, PhotonError, RunNotFoundError, some
 from photon.membership.audit import AUDIT_FILE
@@ -15,12 +18,14 @@ from photon.membership.keys import fingerprint_of
 from photon.membership.records import printable
 from photon.membership.verification import AuditReport, verify_audit
 from photon.release.statement import SIGNATURE_FILE, signed_files
-from photon.release.tensors import weights_sha256
 from photon.store.disk import file_sha256
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundMerged
 
 MANIFEST_FILE, KEY_FILE, EVENTS_FILE, CARDS = "release.json", "signer.pem", "events.jsonl", "cards"
+
+#: safetensors says F32 where torch says float32.
+_KINDS = {"F": "float", "I": "int", "U": "uint", "B": "bool"}
 
 
 @dataclass
@@ -61,9 +66,7 @@ class ReleaseReport:
 
 
 def verify_release(
-    folder: str | Path,
-    key: str | None = None,
-    on_bytes: Callable[[int], None] = lambda _: None,
+    folder: str | Path, key: str | None = None, on_bytes: Callable[[int], None] = lambda _: None
 ) -> ReleaseReport:
     """Check every file, the signature, the log, the weights' way into it, and the cards.
 
@@ -186,3 +189,29 @@ def _check_cards(report: ReleaseReport, log: AuditReport | None) -> None:
         if signer is None:
             report.wrong(f"{name}.sig", "no key in the log signed this card so")
         report.cards[name] = signer and signer.name
+
+
+def weights_sha256(
+    files: Collection[Path], prefix: str = "", without: Collection[str] = ()
+) -> tuple[str, set[str]]:
+    """As photon.link.tensors_sha256 of the tensors in all files, without torch, and their names.
+
+    Names with that prefix count; it is taken off. ValueError: a file can't be read, or holds
+    what this hash is not made for.
+    """
+    digest, found = hashlib.sha256(), dict[str, tuple[Any, str]]()
+    try:
+        for path in files:
+            file: Any = safe_open(path, framework="numpy")
+            mine = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            found |= {name.removeprefix(prefix): (file, name) for name in mine}
+        names = found.keys() - set(without)
+        for name in sorted(names):
+            file, full = found[name]
+            told, values = file.get_slice(full), file.get_tensor(full)
+            kind = _KINDS[told.get_dtype()[0]] + told.get_dtype().lstrip("FIUBOL")
+            digest.update(f"{name} torch.{kind} {tuple(told.get_shape())}\n".encode())
+            digest.update(values.reshape(-1).data)
+    except (OSError, SafetensorError, LookupError, TypeError) as error:
+        raise ValueError(f"the weights can't be read: {error}") from error
+    return digest.hexdigest(), names

@@ -16,7 +16,6 @@ from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.verification import verify_audit
 from photon.release import check
 from photon.release.statement import SIGNATURE_FILE, sign_files
-from photon.release.tensors import weights_sha256
 from photon.store.served import SERVE_FILE, Serving
 from photon.telemetry import read_history
 from photon.telemetry.events import finite
@@ -49,9 +48,9 @@ def seal(folder: Path, run: Path, key: NodeKey, cards: Path | None = None) -> No
     newest = max((run / "checkpoints").glob("round-*"))
     number, log = int(newest.name.removeprefix("round-")), None
     exported = sorted(folder.glob("*.safetensors"))
-    merged, names = weights_sha256([newest / "global.safetensors"], prefix="weights/")
-    _, beside = weights_sha256(exported, without=names)
-    if weights_sha256(exported, without=beside)[0] != merged:
+    merged, names = check.weights_sha256([newest / "global.safetensors"], prefix="weights/")
+    _, beside = check.weights_sha256(exported, without=names)
+    if check.weights_sha256(exported, without=beside)[0] != merged:
         hint = "Does the run go on? Then again. Tensors must be exported under their own names."
         raise RunError(f"the model exported from {run} is not that of {newest.name}", hint=hint)
     if record["kind"] == "serve":

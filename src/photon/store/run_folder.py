@@ -8,13 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from photon.errors import (
-    ResumeMismatchError,
-    RunError,
-    RunExistsError,
-    RunNotFoundError,
-    some,
-)
+from photon.errors import ResumeMismatchError, RunError, RunExistsError, RunNotFoundError, some
 from photon.store.served import LOCKS
 from photon.version import photon_version
 
