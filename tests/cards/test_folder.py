@@ -22,9 +22,9 @@ from photon.cli.main import app
 from photon.data import open_data
 from photon.errors import CardError, DataError, NotCompliantError, RunNotFoundError, UndecidedError
 from photon.membership.audit import AUDIT_FILE, MEMBER, AuditLog
-from photon.membership.card_signing import sign_card, signature_file
 from photon.membership.keys import NodeKey
 from photon.membership.records import Signer
+from photon.membership.signing import sign_card, signature_file
 from photon.runs import load_weights, simulate
 from photon.telemetry.history import read_history
 from photon.training import count_flops

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from photon.config.energy import PowerConfig
+from photon.config.compute import PowerConfig
 from photon.energy.account import JOULES, Power, Spent, process_times
 from photon.energy.meter import Meter
 

@@ -21,8 +21,8 @@ from photon.cli.main import app
 from photon.errors import DataError, DataNotFoundError, error_of
 from photon.examine.examination import Examination
 from photon.examine.exchange import behind, compare, read_examination
-from photon.membership.card_signing import sign_card, signature_file, signer_of
 from photon.membership.keys import NodeKey
+from photon.membership.signing import sign_card, signature_file, signer_of
 from photon.products import evaluate
 from photon.runs import simulate
 from photon.store.disk import file_sha256

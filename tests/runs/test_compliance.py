@@ -17,9 +17,9 @@ from photon.cards.text import card_text
 from photon.cli.main import app
 from photon.errors import CardError, ConfigError, NotCompliantError
 from photon.membership.bulletin import told
-from photon.membership.card_signing import sign_card
 from photon.membership.keys import NodeKey
 from photon.membership.records import Facts, Member
+from photon.membership.signing import sign_card
 from photon.runs.compliance import Compliance, planned, refused_by
 
 NAMES = ("blue", "green", "red")

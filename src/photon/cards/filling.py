@@ -157,9 +157,8 @@ def _energy(state: Mapping[str, Any], config: RunConfig, history: RunHistory) ->
     """Up to a checkpoint; of the last one, with what came after it."""
     if not state.get("energy"):
         return {}
-    summary = history.summary or {"rounds": None}
-    over = summary["rounds"] == state["round"]
-    told = summary["energy"] if over else figures(state, config.energy)
+    over = history.summary and history.summary["rounds"] == state["round"]
+    told = history.summary["energy"] if over else figures(state, config.energy)
     return {"energy_kwh": told["kwh"], "energy_method": told["how"]}
 
 

@@ -13,7 +13,7 @@ from photon.cards.text import card_text
 from photon.config import load_run_config
 from photon.config.load import load_file
 from photon.errors import CardError, some
-from photon.membership.card_signing import signature_file, signer_of
+from photon.membership.signing import signature_file, signer_of
 from photon.store.disk import write_whole
 
 CARDS_FOLDER = "cards"

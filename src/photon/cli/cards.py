@@ -141,8 +141,8 @@ def cards_sign(
     Example: `photon cards sign cards/data/north.toml --key photon-node/node.key`
     """
     from photon.cards.folder import read_card
-    from photon.membership.card_signing import sign_card
     from photon.membership.keys import NodeKey
+    from photon.membership.signing import sign_card
 
     read_card(card, "data")
     show(f"Signature: {sign_card(card, NodeKey.load(key))}")

@@ -1,4 +1,4 @@
-"""The keys of [compute]: how a node uses its machines. None of them changes the maths.
+"""The keys of [compute] and [energy]: how a node uses its machines, and what these draw: no maths.
 
 They move rounding (sums in another order, bf16 products), never what is computed. A site decides
 them; a run file may suggest them.
@@ -75,4 +75,31 @@ class ComputeConfig(Section):
         default="inductor",
         description="Backend of torch.compile. inductor needs a C++ compiler on a CPU; aot_eager "
         "needs none and only checks.",
+    )
+
+
+Amount = Annotated[float, Field(ge=0, le=1e5)]
+
+
+class PowerConfig(Section):
+    """[energy]: what a site's machines draw. docs/energy.md says where defaults are from."""
+
+    core_busy_w: Amount = Field(
+        default=3.5, description="Watts of a logical core at work, with its share of the server."
+    )
+    core_idle_w: Amount = Field(default=0.74, description="Watts of one that waits.")
+    device_busy_w: Amount = Field(
+        default=407.0, description="Watts of a GPU that trains or scores, where it can't be asked."
+    )
+    device_idle_w: Amount = Field(default=46.0, description="Watts of one that waits.")
+
+
+class EnergyConfig(PowerConfig):
+    """[energy]: what machines draw where no counter can be read; docs/energy.md."""
+
+    network_kwh_per_gb: Amount = Field(
+        default=0.001, description="kWh that networks take for 1e9 bytes; always modelled."
+    )
+    carbon_g_per_kwh: Amount | None = Field(
+        default=None, description="Grams of CO2 equivalent a kWh; without it none is claimed."
     )

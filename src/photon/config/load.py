@@ -116,10 +116,9 @@ def load_file(
     hint: str = "",
     kind: type[PhotonError] = ConfigError,
 ) -> _File:
-    """Read any TOML file that a model describes; as `load_run_config`, or all errors of one kind.
+    """Read any TOML file that a model describes; as `load_run_config`, or errors of one kind.
 
-    Args:
-        what: it is, for messages; hint: where there is no such file.
+    what: it is, for messages. hint: where it is missing.
     """
     try:
         return _parsed(_read(path, what, hint), model, (), str(path))

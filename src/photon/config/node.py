@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from photon.config.addresses import network_or_host
-from photon.config.compute import ComputeConfig
-from photon.config.energy import PowerConfig
+from photon.config.compute import ComputeConfig, PowerConfig
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.watch import WatchConfig
 

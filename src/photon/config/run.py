@@ -11,15 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from photon.config.children import ChildConfig, Level
-from photon.config.comply import ComplyConfig
-from photon.config.compute import ComputeConfig
-from photon.config.energy import EnergyConfig
+from photon.config.compute import ComputeConfig, EnergyConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
 from photon.config.parts import PartsConfig
 from photon.config.privacy import PrivacyConfig, voided
 from photon.config.section import LocalPath, Positive, Section
-from photon.config.serve import ServeConfig
+from photon.config.serve import ComplyConfig, ServeConfig
 from photon.plugins import MERGING_RULES
 
 MERGING_RULE_NAMES = ("mean", "clipped_mean", "median", "trimmed_mean", "edit")

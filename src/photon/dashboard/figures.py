@@ -369,8 +369,7 @@ def energy(digest: RunDigest) -> Iterator[Drawing]:
         canvas.name_axes(axes, by if by == "round" else "", f"{unit} per {by}")
         legend = [(_SAID.get(one, one), f"var(--{colour})") for one, colour in _ENERGY.items()]
         caption = f"Joules by phase: {' and '.join(known)}; communication always modelled."
-        title = "Energy, round by round" if by == "round" else "Energy of each silo"
-        yield Drawing.of(figure, f"energy-{by}", title, "Stacked bars", caption, legend)
+        yield Drawing.of(figure, f"energy-{by}", f"Energy by {by}", "Stacked bars", caption, legend)
 
 
 def _axes_for(

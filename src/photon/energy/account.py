@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from photon.config.energy import EnergyConfig, PowerConfig
+from photon.config.compute import EnergyConfig, PowerConfig
 from photon.energy.counters import Packages
 from photon.energy.meter import METER, Meter, Used
 from photon.telemetry.events import How
@@ -102,10 +102,8 @@ class Power:
 def figures(state: Mapping[str, Any], config: EnergyConfig) -> dict[str, Any]:
     """What a run took, as summary.json has it, from what its RunState has: kWh in all and by phase,
     how known, carbon."""
-    untold, moved = (
-        state["energy_untold"],
-        sum(state[f"bytes_{way}"] for way in ("up", "down", "inside")),
-    )
+    untold = state["energy_untold"]
+    moved = sum(state[f"bytes_{way}"] for way in ("up", "down", "inside"))
     words = [state["energy"]["how"], *(["communication modelled"] if moved else [])]
     words += [f"{untold} answers came without figures"] if untold else []
     kwh = {name: joules / KWH_J for name, joules in Spent(**state["energy"]).by_phase.items()}

@@ -13,10 +13,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 
-from photon.errors import ClockSkewError, SignatureError
-from photon.membership.keys import FINGERPRINT, NodeKey, verify
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from photon.errors import ClockSkewError, PhotonError, SignatureError
+from photon.membership.keys import FINGERPRINT, NodeKey, fingerprint_of, verify
 from photon.membership.roster import Member
+from photon.store.disk import write_json
 
 #: Purposes of signatures: the aggregator's over an Ask and over a line of its log, a silo's over
 #: its Reply, over which of Flower's nodes is its own, and over its data card.
@@ -209,3 +213,38 @@ def _clock(at: float) -> str:
         return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
         return f"{at:.0f} s"
+
+
+class _CardSignature(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    public_key: str
+    signature: str
+
+
+def signature_file(card: Path) -> Path:
+    """Where the signature of a site's data card lies: beside it."""
+    return card.with_name(card.name + ".sig")
+
+
+def sign_card(card: Path, key: NodeKey) -> Path:
+    """Sign a card's bytes as they are; returns the signature's file."""
+    signature = sign_document(key, CARD, card.read_bytes())
+    record = {"public_key": key.public_pem, "signature": signature}
+    write_json(signature_file(card), record, "a signature")
+    return signature_file(card)
+
+
+def signer_of(card: Path) -> tuple[str | None, str]:
+    """(fingerprint of the key that signed exactly these bytes, or None; what is wrong, or "")."""
+    file = signature_file(card)
+    if not file.exists():
+        return None, ""
+    try:
+        found = _CardSignature.model_validate_json(file.read_bytes()[:10_000])
+        verify_document(found.public_key, CARD, card.read_bytes(), found.signature)
+        return fingerprint_of(found.public_key), ""
+    except ValidationError:
+        return None, f"{file.name} is no signature"
+    except PhotonError as error:
+        return None, f"the signature does not hold: {error.message}"

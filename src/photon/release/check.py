@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 
 from photon.errors import AuditError, MembershipError, PhotonError, RunNotFoundError, some
 from photon.membership.audit import AUDIT_FILE
-from photon.membership.card_signing import signer_of
 from photon.membership.keys import fingerprint_of
 from photon.membership.records import printable
+from photon.membership.signing import signer_of
 from photon.membership.verification import AuditReport, verify_audit
 from photon.release.statement import SIGNATURE_FILE, signed_files
 from photon.store.disk import file_sha256

@@ -19,7 +19,7 @@ from torch import nn
 
 from photon.config import RunConfig, ServeConfig
 from photon.config.children import check_children, check_served, inside
-from photon.config.comply import ComplyConfig
+from photon.config.serve import ComplyConfig
 from photon.engines.remote import Asker, Depot, Post, RemoteEngine
 from photon.errors import IncompatibleConfigError
 from photon.federation import (

@@ -206,6 +206,5 @@ class Compliance:
 
     def _stamps(self) -> tuple[tuple[str, int, int], ...]:
         """Of each file of the folder: what tells that somebody changed it."""
-        files = sorted(path for path in self._folder.rglob("*") if path.is_file())
-        stats = ((path, path.stat()) for path in files)
+        stats = ((one, one.stat()) for one in sorted(self._folder.rglob("*")) if one.is_file())
         return tuple((str(path), one.st_mtime_ns, one.st_size) for path, one in stats)

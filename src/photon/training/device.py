@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from photon.config import ComputeConfig
-from photon.config.energy import PowerConfig
+from photon.config.compute import PowerConfig
 from photon.energy.account import Power
 from photon.energy.meter import METER
 from photon.errors import DeviceError, IncompatibleConfigError
