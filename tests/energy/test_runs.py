@@ -186,7 +186,7 @@ def test_cards_take_it_under_one_key(alone):
 
 def test_the_report_has_the_picture(alone):
     page = write_report(alone.folder).read_text()
-    for title in ("Energy, round by round", "Energy of each silo", "compression and privacy"):
+    for title in ("Energy by round", "Energy by silo", "compression and privacy"):
         assert title in page
     assert "estimated; communication always modelled" in page
     assert page.count('class="figure"') >= 2

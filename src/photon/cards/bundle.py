@@ -64,16 +64,13 @@ class Cards:
         return [(f"{kind}/{name}", name, card) for name, card in sorted(cards.items())]
 
 
-def _providers(cards: Cards) -> list[str]:
-    entities = cards.subjects("entity")
-    return [name for _, name, one in entities if "provider" in (one.about.roles or ())]
-
-
 #: Lists that rules compare with.
 NAMES: dict[str, Callable[[Cards], list[str]]] = {
     "silos": lambda cards: sorted(cards.data),
     "entities": lambda cards: [one.about.name for one in cards.project.entities if one.about.name],
-    "providers": _providers,
+    "providers": lambda cards: [
+        name for _, name, one in cards.subjects("entity") if "provider" in (one.about.roles or ())
+    ],
     "checkpoints": lambda cards: [one.facts.what for one in cards.models.values()],
 }
 

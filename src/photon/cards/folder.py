@@ -106,10 +106,8 @@ def read_cards(run: Path, *, whole: bool = False) -> Cards:
     """
     folder = cards_folder(run)
     if not has_cards(run):
-        raise CardError(
-            f"no cards in {run}: {folder / PROJECT} does not exist",
-            hint=f"`photon cards init {run}` writes them, with the questions in them.",
-        )
+        hint = f"`photon cards init {run}` writes them, with the questions in them."
+        raise CardError(f"no cards in {run}: {folder / PROJECT} does not exist", hint=hint)
     # Facts are the run's as it is now, whatever a hand wrote there or has happened since.
     known = known_of(run) if (run / "run.json").exists() else Known()  # it is planned
     cards = read_cards_in(folder, known)

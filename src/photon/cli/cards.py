@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -184,14 +184,12 @@ def comply(
     if as_json:
         show_json(found.as_json())
     else:
-        of: dict[tuple[str, str], list[str]] = {}
-        told = {}
+        told: dict[tuple[str, str], tuple[Any, list[str]]] = {}
         for one in found.findings:
             if everything or one.status in ("not_met", "unknown"):
                 together = one.id, one.subject if everything else one.status
-                of.setdefault(together, []).append(one.subject)
-                told.setdefault(together, (one.status, one.evidence, one.todo))
-        rows = [(key[0], some(of[key]), *words) for key, words in told.items()]
+                told.setdefault(together, (one, []))[1].append(one.subject)
+        rows = [(one.id, some(of), one.status, one.evidence, one.todo) for one, of in told.values()]
         if rows:
             show_table(("requirement", "of", "status", "evidence", "what to do"), rows)
         counts = Counter(one.status for one in found.findings)

@@ -3,8 +3,8 @@
 import io
 from collections.abc import Iterator
 from itertools import permutations
-from math import fsum
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from pydantic import ValidationError
@@ -87,8 +87,8 @@ def compare(paths: list[Path]) -> tuple[Figures, list[tuple[str, str]]]:
             for cell, count in (table.cells | more).items():
                 figures.setdefault((name, cell), {})[silo] = count / total
         for group, loss in one.losses.items():
-            mean = fsum(one.losses.values()) / len(one.losses)
-            figures.setdefault(("loss less mean", group), {})[silo] = loss - mean
+            away = loss - fmean(one.losses.values())
+            figures.setdefault(("loss less mean", group), {})[silo] = away
     return figures, [*_gaps(figures, silos), *_shared(records)]
 
 
@@ -123,12 +123,12 @@ def behind(history: RunHistory) -> Iterator[tuple[str, str]]:
         if one.silo is not None and one.loss is not None:
             rounds.setdefault(one.round, {})[one.silo] = one.loss
     every = [rounds[number] for number in sorted(rounds)]
-    means = [fsum(losses.values()) / len(losses) for losses in every]
+    means = [fmean(losses.values()) for losses in every]
     for silo in sorted(set.intersection(*map(set, every)) if every else ()):
         own = [losses[silo] for losses in every]
         away = [loss - mean for loss, mean in zip(own, means, strict=True)]
-        above = sum(one > 0 for one in away)
         lost = sum(own[n] > own[n - 1] and means[n] < means[n - 1] for n in range(1, len(own)))
+        above = sum(one > 0 for one in away)
         told = f"{away[0]:+.3f} nats from the silos' mean at first, {away[-1]:+.3f} at last; above "
         told += f"it in {above} of {len(own)} scores; rose {lost} times while the mean fell"
         yield f"loss: {silo}", told

@@ -126,9 +126,8 @@ def _asked(told: Told) -> str:
 
 def plain(value: Any) -> str:
     """An answer or a fact as text for a program."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, default=str).strip('"')
+    text = json.dumps(value, ensure_ascii=False, default=str).strip('"')
+    return value if isinstance(value, str) else text
 
 
 def marked(text: str) -> str:

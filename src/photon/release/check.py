@@ -119,17 +119,15 @@ def digests_in(folder: Path, on_bytes: Callable[[int], None] = lambda _: None) -
 
 
 def _check_signature(report: ReleaseReport, key: str | None) -> None:
-    texts: list[bytes] = []
-    for name in (KEY_FILE, SIGNATURE_FILE):
-        path = report.path / name
+    key_file, signature_file = report.path / KEY_FILE, report.path / SIGNATURE_FILE
+    for path in (key_file, signature_file):
         if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 28:
-            return report.wrong(name, "the file is missing, or is none")
-        texts.append(path.read_bytes())
+            return report.wrong(path.name, "the file is missing, or is none")
     name = KEY_FILE
     try:
-        pem = texts[0].decode("ascii")
+        pem = key_file.read_bytes().decode("ascii")
         signer, name = fingerprint_of(pem), f"{SIGNATURE_FILE} or {KEY_FILE}"
-        report.files = signed_files(texts[1], pem)
+        report.files = signed_files(signature_file.read_bytes(), pem)
     except (UnicodeError, MembershipError) as error:
         return report.wrong(name, getattr(error, "message", "the file was changed"))
     report.signer, report.known = signer, None if key is None else key == signer

@@ -149,11 +149,10 @@ class Compliance:
             admit(names)
         if not self._bearable(found):
             bad = [f"{one.id} ({one.subject})" for one in found.findings if one.status in self._bad]
-            raise NotCompliantError(
-                f"comply.require is {self._require}, and the verdict on {found.law} is "
-                f"{found.verdict}, whoever takes part: {some(bad, 5)}",
-                hint=f"Answer in {self._folder}, or lower comply.require. {NOTE}.",
-            )
+            told = f"comply.require is {self._require}, and the verdict on {found.law} is "
+            told += f"{found.verdict}, whoever takes part: {some(bad, 5)}"
+            hint = f"Answer in {self._folder}, or lower comply.require. {NOTE}."
+            raise NotCompliantError(told, hint=hint)
         self._tell(found, refused)
         return refused
 
