@@ -71,13 +71,13 @@ def known_of(run: Path) -> Known:
     models = {name: _said(name=name, **facts) for name, facts in models.items()}
     if record["kind"] == "serve":
         members = _members(run)
-        trained_on = {name: one.get("data_sha256", "") for name, one in members.items()}
+        trained_on = {name: str(one.get("data_sha256")) for name, one in members.items()}
         keys = {name: one["fingerprint"] for name, one in members.items()}
         return Known(project, models, trained_on, keys=keys)
     root = Path(config.data.path)
     here = root.glob("silos/*/manifest.json") if (root / "manifest.json").is_file() else ()
     now = {path.parent.name: file_sha256(path) for path in here}
-    return Known(project, models, dict.fromkeys(record["silos"], record["data_sha256"]), now)
+    return Known(project, models, dict.fromkeys(record["silos"], str(record["data_sha256"])), now)
 
 
 def facts_of_data(root: Path, silo: str) -> dict[str, Any]:
@@ -157,8 +157,9 @@ def _energy(state: Mapping[str, Any], config: RunConfig, history: RunHistory) ->
     """Up to a checkpoint; of the last one, with what came after it."""
     if not state.get("energy"):
         return {}
-    over = history.summary and history.summary["rounds"] == state["round"]
-    told = history.summary["energy"] if over else figures(state, config.energy)
+    summary = history.summary or {"rounds": None}
+    over = summary["rounds"] == state["round"]
+    told = summary["energy"] if over else figures(state, config.energy)
     return {"energy_kwh": told["kwh"], "energy_method": told["how"]}
 
 

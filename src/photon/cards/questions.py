@@ -76,8 +76,9 @@ class Question:
             one: Any = Literal[*self.choices]
             kind = Annotated[list[one], _MOST] if self.kind == "list" else one
         words = f"{self.ask or self.about} {self.article}".strip()
-        default = {} if self.needed else {"default": None}
-        return kind if self.needed else kind | None, Field(description=words, **default)
+        if self.needed:
+            return kind, Field(description=words)
+        return kind | None, Field(default=None, description=words)
 
 
 @functools.cache

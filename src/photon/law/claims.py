@@ -14,8 +14,6 @@ from photon.errors import CardError, first_fault
 from photon.law.prediction import Claim, Prediction, predict, with_children
 from photon.law.rules import load_law
 
-CHILDREN = "children"
-#: Of one file.
 _MOST_BYTES = 1 << 24
 
 
@@ -30,7 +28,7 @@ def read_claims(folder: Path, awaited: Iterable[str]) -> dict[str, Claim | None]
         CardError: a file that is none.
     """
     claims: dict[str, Claim | None] = dict.fromkeys(awaited)
-    for path in sorted((folder / CHILDREN).glob("*.json")):
+    for path in sorted((folder / "children").glob("*.json")):
         try:
             with path.open("rb") as file:
                 claims[path.stem] = Claim.model_validate_json(file.read(_MOST_BYTES))
@@ -54,6 +52,7 @@ def predicted(run: Path, on: datetime.date, law: Path | None = None) -> Predicti
     cards, awaited = read_cards(run), list[str]()
     if (run / "run.json").exists():  # else it is planned
         config = load_run_config(run / "config.resolved.toml")
-        law, awaited = law or config.comply.law, config.own_jurisdictions
-    found = predict(cards, load_law(Path(law) if law else None), on)
+        awaited, own = config.own_jurisdictions, config.comply.law
+        law = law or (Path(own) if own else None)
+    found = predict(cards, load_law(law), on)
     return with_children(found, read_claims(cards_folder(run), awaited))

@@ -175,14 +175,15 @@ def with_children(found: Prediction, claims: Mapping[str, Claim | None]) -> Pred
     """
     more, worst = [], [found.verdict]
     for name, claim in sorted(claims.items()):
-        verdict, told = "unknown", "there is none"
+        verdict: Any = "unknown"
+        told = "there is none"
         if claim is not None:
             told = f"{claim.verdict} on {claim.law}, by {claim.rules}"
             if 0 <= (found.law - claim.law).days <= MOST_DAYS:
                 verdict = claim.verdict
             else:
                 told += f"; it is good for {MOST_DAYS} days from then"
-        status = _STATUS_OF.get(verdict, verdict)
+        status: Any = _STATUS_OF.get(verdict, verdict)
         do = "" if status in ("met", "not_applicable") else _CHILD_TODO
         says = f"A federation inside says what its own law asks of it. {told}"
         more.append(Requirement("cards.child", f"child/{name}", status, says, do))
