@@ -338,6 +338,15 @@ def test_cards_of_a_planned_run_are_read_and_predicted(run: Path, tmp_path: Path
     assert "model/planned" in {one["subject"] for one in json.loads(predicted.stdout)["findings"]}
 
 
+def test_what_is_open_is_shown_once_for_each_requirement(run: Path) -> None:
+    told = json.loads(photon("comply", run, "--law", "2026-12-15", "--json").stdout)["findings"]
+    unknown = [one["id"] for one in told if one["status"] == "unknown"]
+    shown = photon("comply", run, "--law", "2026-12-15").stdout
+    everything = photon("comply", run, "--law", "2026-12-15", "--all").stdout
+    assert len(unknown) > len(set(unknown)) > 0
+    assert shown.count("cards.data_purposes") == 1 < everything.count("cards.data_purposes")
+
+
 def test_a_folder_of_runs_names_them(run: Path) -> None:
     told = photon("cards", "init", run.parent)
     assert told.exit_code == RunNotFoundError.exit_code

@@ -20,7 +20,7 @@ from photon.membership.bulletin import told
 from photon.membership.keys import NodeKey
 from photon.membership.records import Facts, Member
 from photon.membership.signing import sign_card
-from photon.runs.compliance import Compliance, planned, refused_by
+from photon.runs.compliance import Compliance, planned, refused_by, verdict_alone
 
 NAMES = ("blue", "green", "red")
 DAY = datetime.date(2026, 12, 15)
@@ -244,3 +244,8 @@ def test_cards_before_the_run(three_silos: Path, make_config: Any, tmp_path: Pat
     assert known["tokens"] == tokens
     assert known["training_flops"] == known["flops_per_token"] * tokens
     assert facts.training_flops == facts.flops_per_token * facts.tokens > 0
+    # `photon serve --check` says what they come to.
+    asked = config.having(comply={"cards": str(tmp_path / "cards")})
+    assert verdict_alone(asked).startswith("unknown on ")
+    with pytest.raises(NotCompliantError, match="whoever takes part"):
+        verdict_alone(config.having(comply={"cards": str(tmp_path / "cards"), "require": "met"}))
