@@ -35,7 +35,7 @@ KEY := $(shell printf '%s\n' '$(TORCH)' '$(PIP_VERSION)' \
 	| cat - pyproject.toml requirements.lock | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(KEY)
 
-.PHONY: help install demo test checks sites flower benches soak lint types imports budgets docs dist lock clean
+.PHONY: help install demo test checks sites flower tasks benches soak lint types imports budgets docs dist lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' \
@@ -78,6 +78,13 @@ flower: $(STAMP) ## two sites over a real Flower federation, oldest and newest r
 		$(BIN)/python -m pip --python $$new/bin/python install --quiet "flwr==$$flower"; \
 		PHOTON_FLOWER=$$PWD/$$new/bin $(BIN)/python -m pytest tests/deploy -m flower $(ARGS); \
 	done
+
+tasks: $(STAMP) ## models on tasks of lm-evaluation-harness, which is installed beside .venv (minutes)
+	$(PYTHON) -m venv --without-pip build/tasks
+	$(BIN)/python -c 'import site; print("src", *site.getsitepackages(), sep="\n")' \
+		| xargs realpath > $$(build/tasks/bin/python -c 'import site; print(*site.getsitepackages())')/photon.pth
+	$(BIN)/python -m pip --python build/tasks/bin/python install --quiet "lm-eval[hf]==0.4.13"
+	build/tasks/bin/python -m pytest tests/evaluation -m tasks $(ARGS)
 
 benches: $(STAMP) ## every benchmark in its quick form: does it run? (minutes)
 	$(BIN)/python -m pytest tests/house/test_benchmarks.py -m benches $(ARGS)

@@ -17,6 +17,7 @@ from photon.config import ComputeConfig
 from photon.data import PreparedData, held_out_text, load_tokenizer, open_data
 from photon.errors import ModelError, VocabularyMismatchError
 from photon.evaluation import HeldOutScore, evaluate_loss, score
+from photon.evaluation.tasks import run_tasks
 from photon.forms.export import model_card
 from photon.forms.reading import Reading
 from photon.membership.keys import NodeKey
@@ -173,6 +174,34 @@ def evaluate(
 
     overall = scored(None) if None in names else None
     return Evaluation(overall, {silo: scored(silo) for silo in names if silo is not None})
+
+
+def evaluate_tasks(
+    folder: str | os.PathLike[str],
+    tasks: Sequence[str],
+    data: str | os.PathLike[str] | None = None,
+    *,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    of: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Score a run folder, or a Hugging Face folder, on tasks of lm-evaluation-harness.
+
+    Args:
+        tasks: "cloze" and "definitions" are made from the held-out text of `data`, which any
+            tokenizer may have cut; others are the harness's, and their text is fetched.
+        of: whose model, where silos or groups have parts of their own.
+
+    Raises:
+        ModelError: neither a run nor a model is there.
+        DataError, InvalidValueError, MachineError, ModuleNotFoundError: see `run_tasks`.
+    """
+    text = None if data is None else open_data(data, only_to_score=True)
+    where = str(plan_compute(ComputeConfig(device=device)).device)
+    if not is_run(folder):
+        _require_model(folder, of)
+        return run_tasks(str(folder).removeprefix(HUB_PREFIX), tasks, text, where)
+    with tempfile.TemporaryDirectory() as part:
+        return run_tasks(str(export(folder, Path(part) / "model", of=of)), tasks, text, where)
 
 
 def generate(

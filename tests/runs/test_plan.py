@@ -1,12 +1,14 @@
 """What `photon plan` says beforehand, against the paper's figures and real runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from photon.cli.main import app
-from photon.config import write_resolved
+from photon.config import load_run_config, write_resolved
+from photon.config.children import with_branches
 from photon.data import open_data
 from photon.runs import simulate
 from photon.runs.plan import exchange_s, plan, wall_s
@@ -53,6 +55,42 @@ def test_how_many_participants_are_best_depends_on_the_topology():
             assert found == pytest.approx(seconds, rel=0.01), (topology, k)
     best = {topology: min(times, key=times.get) for topology, times in took.items()}
     assert best == {"ps": 2, "ar": 4, "rar": 4}
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+#: The paper's, by preset: parameters, and tokens of all silos together where they are published.
+PUBLISHED = {
+    "75m": (75e6, 8 * 88_000 * 64 * 2048),
+    "125m": (0.125e9, 8 * 5_120 * 256 * 2048),
+    "350m": (350e6, 20 * 354e6),  # ours: 20 tokens for each parameter
+    "1.3b": (1.32e9, 8 * 24_800 * 512 * 2048),
+    "3b": (2.65e9, 8 * 51_500 * 512 * 2048),
+    "7b": (6.66e9, 8 * 63_900 * 1024 * 2048),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_plans_and_the_papers_are_the_papers(recipe):
+    config = load_run_config(recipe)
+    names = ["eu.a", "eu.b", "us.a", "us.b"] if config.federation.branches else list("abcdefgh")
+    found = plan(
+        with_branches(config, names),
+        dict.fromkeys(names, 1),
+        vocab_size=50_368,
+        bytes_per_s=GBIT,
+        steps_per_s=1.0,
+    )
+    assert found["memory_bytes"] > 12 * found["parameters"]  # weights, gradients, a moment
+    assert found["wall_s"] > found["train_s"] > 0
+    parameters, tokens = PUBLISHED.get(recipe.stem, (None, None))
+    if tokens is not None:
+        assert found["parameters"] == pytest.approx(parameters, rel=0.02)
+        assert 8 * found["tokens_per_silo"] == pytest.approx(tokens, rel=0.01)
+        assert config.run.name == config.model.preset == recipe.stem
+
+
+def test_every_size_of_the_paper_has_a_recipe():
+    assert PUBLISHED.keys() <= {recipe.stem for recipe in RECIPES}
 
 
 TREE = (

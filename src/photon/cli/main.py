@@ -48,7 +48,7 @@ Of = Annotated[
 
 #: Packages that not everybody has, and the extra that brings each.
 _EXTRAS = {"obstore": "serve", "py3langid": "examine", "glin-profanity": "examine"}
-_EXTRAS |= {"cyclonedx": "cards", "spdx_python_model": "cards"}
+_EXTRAS |= {"lm_eval": "tasks", "cyclonedx": "cards", "spdx_python_model": "cards"}
 
 
 class _Photon(TyperGroup):
@@ -292,7 +292,16 @@ def export(
 
 def evaluate(
     folder: ModelFolder,
-    data: Annotated[Path, typer.Option("--data", help="Folder made by `photon data prepare`.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder made by `photon data prepare`.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: tasks of lm-evaluation-harness. cloze and definitions are made from "
+            "held-out text of --data; others, such as hellaswag,piqa, are fetched.",
+        ),
+    ] = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(help="Tokens that the model sees at a time; the run's own by default.", min=1),
@@ -306,12 +315,18 @@ def evaluate(
 ) -> None:
     """Perplexity and bits per byte on the global held-out text and each silo's own.
 
-    Example: `photon eval runs/demo --data data/demo`
+    Examples: `photon eval runs/demo --data data/demo` and, for a model's answers,
+    `photon eval my-model --data data/demo --tasks cloze,definitions`
     """
     with _imports():
         from photon.products import evaluate as run
         from photon.telemetry.events import finite
 
+    if tasks is not None:
+        _evaluate_tasks(folder, tasks, data, of, as_json)
+        return
+    if data is None:
+        raise typer.BadParameter("needed, unless --tasks says otherwise", param_hint="--data")
     scores = run(folder, data, sequence_length=sequence_length, max_tokens=max_tokens, of=of)
     if as_json:
         told = {
@@ -337,6 +352,25 @@ def evaluate(
     )
     if any(one.bits_per_byte is None for one in rows.values()):
         show(f"No bits per byte: {wording.UNKNOWN_TEXT}.")
+
+
+def _evaluate_tasks(
+    folder: Path, tasks: str, data: Path | None, of: str | None, as_json: bool
+) -> None:
+    from photon.products import evaluate_tasks
+    from photon.telemetry.events import finite
+
+    found = evaluate_tasks(folder, [*filter(None, tasks.split(","))], data, of=of)
+    if as_json:
+        show_json(finite(found))
+        return
+    rows = [
+        (task, f"{scores['examples'] or 0:,}", name, f"{value:.4g} ± {scores[error]:.2g}")
+        for task, scores in found.items()
+        for name, value in scores.items()
+        if (error := f"{name}_stderr") in scores
+    ]
+    show_table(("task", "examples", "metric", "score ± standard error"), rows, right=(1, 3))
 
 
 def generate(
