@@ -77,7 +77,7 @@ def ran(folder: Path, *more: str) -> Any:
 
 
 def bench(folder: Path, seeds: int = 1) -> Bench:
-    data = open_data(folder / "out/data-small-small")
+    data = {"": open_data(folder / "out/data-small-small")}
     file = folder / "out/results/small-small.json"
     return Bench(str(folder / "small.toml"), "small", seeds, data, folder / "out/work", file)
 

@@ -65,6 +65,8 @@ def test_a_small_batch_takes_as_many_tokens(tmp_path: Path) -> None:
         ("steps = 8", "steps = 0", r"scales\.small\.steps"),
         ('kind = "centralised"', 'kind = "pooled"', "kind"),
         ('title = "A"', "title = ", "not valid TOML"),
+        ("[methods.ours]", '[methods.ours]\ncut = "genres"', "'ours': no cut is called 'genres'"),
+        ("[methods.ours]", '[cuts.a]\ntokenizer = "b"\n[methods.ours]', r"cuts\.a\.tokenizer"),
         ('source = "here"', "", r"claims\.0\.source"),
     ],
 )

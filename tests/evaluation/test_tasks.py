@@ -111,6 +111,7 @@ def test_places_of_right_meanings_tell_nothing(dictionary: tuple[Path, str]) -> 
 
 
 @pytest.mark.tasks
+@pytest.mark.timeout(1200)
 def test_scores_are_those_worked_out_by_hand(
     dictionary: tuple[Path, str], make_config: Any, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from photon.bench.results import Record, Results
 from photon.bench.search import Point, as_point, best_point
 from photon.bench.suite import Suite, load_suite, scale_of
 from photon.data import PreparedData
+from photon.data.shards import HELD_OUT
 from photon.errors import ConfigError
 from photon.store.disk import write_json
 from photon.training.hardware import inspect_machine
@@ -30,17 +32,19 @@ class Bench:
     Args:
         name: of the suite, or its file. scale: of it.
         seeds: the first is searched with; a method's best point is run with each.
+        data: by cut.
         work: where runs are while they go on.
         file: of results; runs that are in it, as they would be made now, are not made again.
 
     Raises:
-        ConfigError: no such suite or scale, or the file is no file of results.
+        ConfigError: no such suite or scale, cuts that hold out different text, or the file is no
+            file of results.
     """
 
     name: str
     scale: str
     seeds: int
-    data: PreparedData
+    data: Mapping[str, PreparedData]
     work: Path
     file: Path
     suite: Suite = field(init=False)
@@ -49,6 +53,15 @@ class Bench:
     def __post_init__(self) -> None:
         self.suite = load_suite(self.name)
         scale_of(self.suite, self.scale)
+        held_out = {
+            cut: [shard.sha256 for shard in data.held_out.shards(HELD_OUT)]
+            for cut, data in self.data.items()
+        }
+        if any(shards != next(iter(held_out.values())) for shards in held_out.values()):
+            raise ConfigError(
+                f"the cuts {', '.join(map(repr, held_out))} hold out different text",
+                hint="Runs compare on the same: cut by options that make silos, and no others.",
+            )
         if not self.file.exists():
             return
         for one in read_results(self.file)["runs"]:
@@ -99,7 +112,7 @@ class Bench:
             "seeds": self.seeds,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "hardware": ", ".join(one.name for one in inspect_machine().devices),
-            "data_sha256": self.data.sha256,
+            "data_sha256": {cut: data.sha256 for cut, data in self.data.items()},
             "runs": order,
         }
         write_json(self.file, told, "results")
@@ -114,12 +127,11 @@ class Bench:
         return max(0, whole - len(self._records))
 
     def _case(self, method: str, point: Point, seed: int) -> Case:
-        silos = tuple(sorted(self.data.silos))
-        config = self.suite.config(
-            self.scale, method, dict(point), seed, self.data.path, len(silos)
-        )
-        kind = self.suite.methods[method].kind
-        return Case(method, kind, point, seed, config, silos, self.data.sha256)
+        told = self.suite.methods[method]
+        data = self.data[told.cut]
+        silos = tuple(sorted(data.silos))
+        config = self.suite.config(self.scale, method, dict(point), seed, data.path, len(silos))
+        return Case(method, told.kind, point, seed, config, silos, data.sha256)
 
 
 def read_results(file: Path) -> dict[str, Any]:

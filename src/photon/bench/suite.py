@@ -23,6 +23,11 @@ Kind = Literal["federated", "centralised", "local"]
 #: Where methods are compared: after as many tokens, model and optimizer FLOPs, or time.
 At = Literal["tokens", "flops", "time"]
 
+#: Options of `photon data prepare` that make silos, and leave held-out text as it is.
+Cutting = Literal[
+    "iid", "dirichlet", "contiguous", "silo_field", "silo_folders", "label_field", "min_documents"
+]
+
 _Title = Annotated[str, Field(min_length=1)]
 
 
@@ -32,6 +37,7 @@ class Method(Section):
     Attributes:
         set: keys of the run file, as --set has them.
         grid: keys that are searched, each with three values or more, smallest first.
+        cut: of the suite's cuts, whose silos it trains on; as the scale says if there is none.
         small_batch: centralised: local.batch_size sequences a step, silos times as many steps.
             Others set local.batch_size: with half of it there are twice as many steps in a
             round and in the warm-up.
@@ -42,6 +48,7 @@ class Method(Section):
     small_batch: bool = False
     set: Settings = Field(default_factory=dict)
     grid: dict[str, list[float]] = Field(default_factory=dict)
+    cut: str = ""
     source: str = ""
 
     @model_validator(mode="after")
@@ -97,17 +104,25 @@ class Claim(Section):
 
 
 class Suite(Section):
-    """A whole suite file."""
+    """A whole suite file.
+
+    Attributes:
+        cuts: how the same text becomes silos, by name, as `PrepareOptions` has it.
+    """
 
     title: _Title
     about: _Title
     base: Settings
     scales: dict[str, Scale]
     methods: dict[str, Method]
+    cuts: dict[str, dict[Cutting, Any]] = Field(default_factory=dict)
     claims: list[Claim] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _known(self) -> Suite:
+        for name, method in self.methods.items():
+            if method.cut and method.cut not in self.cuts:
+                raise ValueError(f"{name!r}: no cut is called {method.cut!r}")
         for claim in self.claims:
             for name in (claim.one, claim.other):
                 if name not in self.methods:
@@ -116,6 +131,13 @@ class Suite(Section):
                         f"{', '.join(self.methods)}"
                     )
         return self
+
+    def cuts_of(self, scale: str) -> dict[str, dict[Cutting, Any]]:
+        """Those that a method trains on."""
+        silos = self.scales[scale].silos
+        plain: dict[Cutting, Any] = {"iid": silos} if silos else {"silo_folders": True}
+        names = sorted({method.cut for method in self.methods.values()})
+        return {name: self.cuts[name] if name else plain for name in names}
 
     def config(
         self,

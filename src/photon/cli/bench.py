@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,6 @@ from photon.fork_server import start_fork_server
 if TYPE_CHECKING:
     from photon.bench.bench import Bench
     from photon.bench.case import Case
-    from photon.bench.suite import Scale
 
 #: Of a run's time, beside what its training takes: starting, scoring, writing.
 _BESIDE = 1.25
@@ -73,14 +73,18 @@ def _bench(suite: str, scale: str, seeds: int, out: Path, text: Path | None) -> 
     from photon.bench.suite import load_suite, scale_of
     from photon.data import open_data
 
-    size = scale_of(load_suite(suite), scale)
-    name = Path(suite).stem
-    data = out / f"data-{name}-{scale}"
-    if not (data / "manifest.json").exists():
-        _prepare(data, out, text, size)
+    told = load_suite(suite)
+    size, name = scale_of(told, scale), Path(suite).stem
+    data = {
+        cut: out / "-".join(filter(None, ("data", name, scale, cut))) for cut in told.cuts_of(scale)
+    }
+    for cut, how in told.cuts_of(scale).items():
+        if not (data[cut] / "manifest.json").exists():
+            _prepare(data[cut], out, text, how, size.vocab_size, next(iter(data.values())))
     file = out / "results" / f"{name}-{scale}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    return Bench(suite, scale, seeds, open_data(data), out / "work", file)
+    opened = {cut: open_data(folder) for cut, folder in data.items()}
+    return Bench(suite, scale, seeds, opened, out / "work", file)
 
 
 def _run(work: Bench, *, quiet: bool) -> None:
@@ -144,7 +148,10 @@ def _show(work: Bench, *, as_json: bool) -> None:
         show(f"not run: {line}")
 
 
-def _prepare(data: Path, out: Path, text: Path | None, size: Scale) -> None:
+def _prepare(
+    data: Path, out: Path, text: Path | None, how: Mapping[str, Any], vocab_size: int, first: Path
+) -> None:
+    """Cut the text; all cuts of a suite have the tokenizer of the first."""
     from photon.cli.data import progress_bar
     from photon.cli.demo import demo_text
     from photon.data import PrepareOptions, prepare
@@ -152,11 +159,19 @@ def _prepare(data: Path, out: Path, text: Path | None, size: Scale) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if text is not None and not text.exists():
         raise ConfigError(f"no text at {text}", hint="Name a file or a folder of text.")
-    source = text or demo_text(out)[0]
-    how: dict[str, Any] = {"iid": size.silos} if size.silos else {"silo_folders": True}
-    with progress_bar(console()) as progress:
-        prepare(
-            PrepareOptions(input=str(source), out=data, vocab_size=size.vocab_size, **how),
-            progress=progress,
+    if text is None and "silo_field" in how:
+        raise ConfigError(
+            f"this suite cuts text by {how['silo_field']}, which the demo's does not have",
+            hint="Name a folder with a file for each silo: --text DIR.",
         )
+    source = text or demo_text(out)[0]
+    options = PrepareOptions(
+        input=str(source),
+        out=data,
+        vocab_size=vocab_size,
+        tokenizer=None if data == first else first / "tokenizer",
+        **how,
+    )
+    with progress_bar(console()) as progress:
+        prepare(options, progress=progress)
     shutil.rmtree(out / "work", ignore_errors=True)

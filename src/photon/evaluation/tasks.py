@@ -143,7 +143,8 @@ def run_tasks(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     specs = [made(name) if name in MADE else name for name in dict.fromkeys(names)]
     try:
-        tasks = TaskManager().load(specs)
+        # Its own are thousands of files, read one by one.
+        tasks = TaskManager(include_defaults=not MADE.keys() >= {*names}).load(specs)
     except KeyError as error:
         raise InvalidValueError(
             f"no task is called so: {error.args[0]}",
