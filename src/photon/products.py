@@ -180,28 +180,16 @@ def evaluate_tasks(
     folder: str | os.PathLike[str],
     tasks: Sequence[str],
     data: str | os.PathLike[str] | None = None,
-    *,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     of: str | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score a run folder, or a Hugging Face folder, on tasks of lm-evaluation-harness.
-
-    Args:
-        tasks: "cloze" and "definitions" are made from the held-out text of `data`, which any
-            tokenizer may have cut; others are the harness's, and their text is fetched.
-        of: whose model, where silos or groups have parts of their own.
-
-    Raises:
-        ModelError: neither a run nor a model is there.
-        DataError, InvalidValueError, MachineError, ModuleNotFoundError: see `run_tasks`.
-    """
+    """Score a run or Hugging Face folder by `run_tasks`; any tokenizer may have cut `data`."""
     text = None if data is None else open_data(data, only_to_score=True)
-    where = str(plan_compute(ComputeConfig(device=device)).device)
+    device = str(plan_compute(ComputeConfig()).device)
     if not is_run(folder):
         _require_model(folder, of)
-        return run_tasks(str(folder).removeprefix(HUB_PREFIX), tasks, text, where)
+        return run_tasks(str(folder).removeprefix(HUB_PREFIX), tasks, text, device)
     with tempfile.TemporaryDirectory() as part:
-        return run_tasks(str(export(folder, Path(part) / "model", of=of)), tasks, text, where)
+        return run_tasks(str(export(folder, Path(part) / "model", of=of)), tasks, text, device)
 
 
 def generate(

@@ -45,6 +45,11 @@ grid = { "local.lr" = [6e-3, 1.2e-2, 2.4e-2] }
 kind = "centralised"
 [methods.alone]
 kind = "local"
+[sizes]
+pairs = [["ours", "pooled"]]
+[sizes.published]
+"theirs" = [[1e6, 3.12, 3.0], [1e7, 2.04, 2.0]]
+"others" = [[1e6, 3.0, 3.1], [1e7, 2.04, 2.0]]
 [[claims]]
 says = "ours is lower"
 source = "here"
@@ -133,6 +138,16 @@ def test_a_page_of_results_alone(out: Path, tmp_path: Path) -> None:
     assert "| ours is lower | here | - | ours / pooled, loss: at most 1 |" in text
     assert "undecided: 1 of 3 seeds" in text
     assert "**Not run**: nothing." in text
+    # From 4% to 2% over ten times the size; of what is not above the other's there is no such fit.
+    assert "| theirs | 1 M: +4.0%, 10 M: +2.0% | x 0.50 |" in text
+    assert "| others | 1 M: -3.2%, 10 M: +2.0% | - |" in text
+    (ours,), (pooled,) = (bench(out).results.best(name) for name in ("ours", "pooled"))
+    gap = ours["loss"] / pooled["loss"] - 1
+    assert f"| here | {ours['parameters'] / 1e6:g} M: {gap:+.1%} | - |" in text
+    assert (
+        f"| ours | local.lr 0.006: {bench(out).results.losses('ours')[(('local.lr', 0.006),)]:.3f};"
+        in text
+    )
     assert (tmp_path / "results-small-small.svg").read_text().startswith("<?xml")
     again = tmp_path / "again"
     again.mkdir()

@@ -164,7 +164,7 @@ def test_scores_are_those_worked_out_by_hand(
 @pytest.mark.tasks
 def test_text_of_another_sort_is_refused(three_silos: Path, tmp_path: Path) -> None:
     for name in MADE:
-        with pytest.raises(DataError, match="is made from held-out text"):
+        with pytest.raises(DataError, match="made from held-out text"):
             evaluate_tasks(tmp_path, [name])
     with pytest.raises(DataError, match="gives 0 examples of the task definitions"):
         evaluate_tasks(tmp_path, ["definitions"], three_silos)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from photon.bench.bench import read_results
 from photon.bench.results import Results
-from photon.bench.suite import At, load_suite, scale_of
+from photon.bench.suite import At, Sizes, load_suite, scale_of
 from photon.bench.verdict import RULE
 
 _HEAD = f"""# Results
@@ -68,6 +68,10 @@ def _section(results: Results, told: dict[str, Any], name: str, plot: str) -> It
     if suite.claims:
         yield "### Claims\n"
         yield _table(["claim", "said by", "published", "bar", "here", "so it is"], _claims(results))
+    if suite.sizes:
+        yield "\n### By size\n"
+        heads = ["whose", "loss above the other's, by parameters", "fit: for each tenfold size"]
+        yield _table(heads, _sizes(results, suite.sizes))
     missing = list(results.missing())
     yield f"\n**Not run**: {'; '.join(missing) or 'nothing'}.\n"
 
@@ -86,7 +90,8 @@ def _rows(results: Results) -> Iterator[tuple[float, list[str]]]:
         row = [method, point or "-", edge if grid else "-", str(len(points)), str(len(records))]
         means = []
         for at, _ in _AT:
-            budget = results.budget(there, at)
+            alike = [one for one in there if one["parameters"] == records[0]["parameters"]]
+            budget = results.budget(alike, at)
             losses = [results.loss(one, at, budget) for one in records]
             means.append(statistics.fmean(losses))
             row.append(_with_spread(losses))
@@ -116,6 +121,23 @@ def _claims(results: Results) -> Iterator[list[str]]:
             here = "never" if math.isinf(verdict.ratio) else f"{verdict.ratio:.4g}"
             so = str(verdict)
         yield [claim.says, claim.source, claim.published or "-", bar, here, so]
+
+
+def _sizes(results: Results, sizes: Sizes) -> Iterator[list[str]]:
+    """Each with the power law a N^b that fits its gaps best, by least squares of logarithms."""
+    ours = []
+    for pair in sizes.pairs:
+        one, other = map(results.best, pair)
+        if one and other:
+            losses = [statistics.fmean(record["loss"] for record in each) for each in (one, other)]
+            ours.append((one[0]["parameters"], *losses))
+    for whose, rows in {"here": ours, **sizes.published}.items():
+        gaps = [(size, loss / other - 1) for size, loss, other in rows]
+        fit = "-"
+        if len(gaps) > 1 and all(gap > 0 for _, gap in gaps):
+            logs = [[math.log10(value) for value in values] for values in zip(*gaps, strict=True)]
+            fit = f"x {10 ** statistics.linear_regression(*logs).slope:.2f}"
+        yield [whose, ", ".join(f"{size / 1e6:g} M: {gap:+.1%}" for size, gap in gaps), fit]
 
 
 def _with_spread(values: Sequence[float]) -> str:

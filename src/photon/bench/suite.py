@@ -103,6 +103,18 @@ class Claim(Section):
     published: str = ""
 
 
+class Sizes(Section):
+    """Losses of methods over those of others, by the model's size.
+
+    Attributes:
+        pairs: `one` and `other`, smallest models first.
+        published: by whose figures: parameters, loss, the other's loss.
+    """
+
+    pairs: list[Annotated[tuple[str, str], Field(strict=False)]]
+    published: dict[str, list[Annotated[tuple[float, float, float], Field(strict=False)]]]
+
+
 class Suite(Section):
     """A whole suite file.
 
@@ -117,18 +129,22 @@ class Suite(Section):
     methods: dict[str, Method]
     cuts: dict[str, dict[Cutting, Any]] = Field(default_factory=dict)
     claims: list[Claim] = Field(default_factory=list)
+    sizes: Sizes | None = None
 
     @model_validator(mode="after")
     def _known(self) -> Suite:
         for name, method in self.methods.items():
             if method.cut and method.cut not in self.cuts:
                 raise ValueError(f"{name!r}: no cut is called {method.cut!r}")
-        for claim in self.claims:
-            for name in (claim.one, claim.other):
+        held = {f"claim {claim.says!r}": (claim.one, claim.other) for claim in self.claims}
+        held["sizes"] = tuple(
+            name for pair in (self.sizes.pairs if self.sizes else ()) for name in pair
+        )
+        for what, names in held.items():
+            for name in names:
                 if name not in self.methods:
                     raise ValueError(
-                        f"claim {claim.says!r}: no method is called {name!r}; there are "
-                        f"{', '.join(self.methods)}"
+                        f"{what}: no method is called {name!r}; there are {', '.join(self.methods)}"
                     )
         return self
 

@@ -360,7 +360,7 @@ def _evaluate_tasks(
     from photon.products import evaluate_tasks
     from photon.telemetry.events import finite
 
-    found = evaluate_tasks(folder, [*filter(None, tasks.split(","))], data, of=of)
+    found = evaluate_tasks(folder, [*filter(None, tasks.split(","))], data, of)
     if as_json:
         show_json(finite(found))
         return

@@ -21,7 +21,7 @@ from photon.config.serve import ComplyConfig, ServeConfig
 from photon.plugins import MERGING_RULES
 
 MERGING_RULE_NAMES = ("mean", "clipped_mean", "median", "trimmed_mean", "edit")
-PRESETS = ("tiny", "75m", "125m", "350m", "1.3b", "3b", "7b")
+PRESETS = ("mini", "tiny", "small", "75m", "125m", "350m", "1.3b", "3b", "7b")
 
 
 class RunSection(Section):
@@ -43,8 +43,11 @@ class RunSection(Section):
 class ModelConfig(Section):
     """[model]: a preset, or any Hugging Face causal language model."""
 
-    preset: Literal["tiny", "75m", "125m", "350m", "1.3b", "3b", "7b"] | None = Field(
-        default=None, description="A shape from the Photon paper, or `tiny` for a CPU."
+    preset: Literal["mini", "tiny", "small", "75m", "125m", "350m", "1.3b", "3b", "7b"] | None = (
+        Field(
+            default=None,
+            description="A shape from the Photon paper, or `mini`, `tiny`, `small` for a CPU.",
+        )
     )
     family: Literal["llama", "mpt"] = Field(
         default="llama",

@@ -8,9 +8,10 @@ import logging
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,12 @@ import numpy as np
 from photon.data import PreparedData, held_out_text, load_tokenizer
 from photon.errors import DataError, InvalidValueError, MachineError
 
-#: Most examples of a task, and most tokens of text that they are looked for in.
-_MOST, _MOST_TOKENS, _WINDOW = 1000, 2_000_000, 2048
-#: The harness's default, so that examples before a question are those of everybody.
-_FEWSHOT_SEED = 1234
-#: Fewer tell nothing.
-_LEAST = 20
-_CHOICES = 4
+#: Most and fewest examples of a task, and most tokens of text that they are looked for in.
+_MOST, _LEAST, _MOST_TOKENS, _WINDOW = 1000, 20, 2_000_000, 2048
 #: Words of a passage, the last one not counted.
 _PASSAGE = range(15, 61)
-
-_Example = dict[str, Any]
+#: The harness's own, so that examples before a question are those of everybody.
+_FEWSHOT_SEED = 1234
 #: A word that ends a sentence.
 _LAST_WORD = re.compile(r" ([^\W\d_]{3,})[.!?](?=\s|$)")
 #: A term of few words, and after a mark or on the next line what it means: "Flask, n. A bottle",
@@ -49,7 +45,7 @@ def paragraphs(data: PreparedData) -> Iterator[str]:
         yield from "\n\n".join(texts).split("\n\n")[1:-1]
 
 
-def cloze(texts: Iterable[str]) -> list[_Example]:
+def cloze(texts: Iterable[str]) -> list[dict[str, Any]]:
     """Passages that end with a sentence, less their last word (as LAMBADA, arXiv 1606.06031)."""
     found = []
     for text in texts:
@@ -60,59 +56,25 @@ def cloze(texts: Iterable[str]) -> list[_Example]:
     return found
 
 
-def definitions(texts: Iterable[str]) -> list[_Example]:
+def definitions(texts: Iterable[str]) -> list[dict[str, Any]]:
     """Terms, each with its meaning among those of three others."""
     meanings: dict[str, str] = {}
     for text in texts:
         if (entry := _ENTRY.match(text)) and len(entry["term"].split()) <= 5:
             meaning = re.split(r"[.;] ", entry["meaning"])[0].rstrip(". ")
             meanings.setdefault(entry["term"], meaning)
-    draw, found = random.Random(0), []
-    every = sorted(set(meanings.values()))
-    if len(every) < _CHOICES:
-        return []
-    for term, meaning in meanings.items():
-        others = [one for one in draw.sample(every, _CHOICES) if one != meaning][: _CHOICES - 1]
-        place = draw.randrange(_CHOICES)
-        choices = [*others[:place], meaning, *others[place:]]
+    draw, every = random.Random(0), sorted(set(meanings.values()))
+    found = []
+    for term, meaning in meanings.items() if len(every) > 3 else ():
+        choices = [one for one in draw.sample(every, 4) if one != meaning][:3]
+        place = draw.randrange(4)
+        choices.insert(place, meaning)
         found.append({"term": f"{term}:", "choices": choices, "right": place})
     return found
 
 
-@dataclass(frozen=True)
-class _Made:
-    """How a task is made, and what of it the harness is told."""
-
-    of: Callable[[Iterable[str]], list[_Example]]
-    told: dict[str, Any]
-
-
-_HIGHER = {"aggregation": "mean", "higher_is_better": True}
-#: Tasks that are made from held-out text, by name.
-MADE = {
-    "cloze": _Made(
-        cloze,
-        {
-            "output_type": "loglikelihood",
-            "doc_to_text": "passage",
-            "doc_to_target": "{{' ' + word}}",  # as it comes, without the harness's delimiter
-            "metric_list": [
-                {"metric": "acc", **_HIGHER},
-                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-            ],
-        },
-    ),
-    "definitions": _Made(
-        definitions,
-        {
-            "output_type": "multiple_choice",
-            "doc_to_text": "term",
-            "doc_to_target": "right",
-            "doc_to_choice": "choices",
-            "metric_list": [{"metric": "acc", **_HIGHER}, {"metric": "acc_norm", **_HIGHER}],
-        },
-    ),
-}
+#: Tasks that are made from held-out text.
+MADE = {"cloze": cloze, "definitions": definitions}
 
 
 def run_tasks(
@@ -126,8 +88,7 @@ def run_tasks(
 
     Raises:
         DataError: `data` is needed, or has too little text of that sort.
-        InvalidValueError: no task is called so.
-        MachineError: a task's text can't be fetched.
+        InvalidValueError, MachineError: no task is called so; its text can't be fetched.
         ModuleNotFoundError: lm_eval is not installed (the extra "tasks").
     """
     from datasets import Dataset
@@ -135,13 +96,12 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    def made(name: str) -> dict[str, Any]:
-        examples = Dataset.from_list(_examples(name, data))
-        told: dict[str, Any] = {"task": name, "test_split": "test", **MADE[name].told}
-        return {**told, "custom_dataset": lambda **_: {"test": examples}}
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    specs = [made(name) if name in MADE else name for name in dict.fromkeys(names)]
+    told = tomllib.loads(files(__package__).joinpath("tasks.toml").read_text(encoding="utf-8"))
+    specs: list[Any] = [*{*names} - MADE.keys()]
+    for name in MADE.keys() & {*names}:
+        made = {"test": Dataset.from_list(_examples(name, data))}
+        specs.append({"task": name, **told[name], "custom_dataset": lambda _made=made, **_: _made})
     try:
         # Its own are thousands of files, read one by one.
         tasks = TaskManager(include_defaults=not MADE.keys() >= {*names}).load(specs)
@@ -162,31 +122,22 @@ def run_tasks(
     network = HFLM(pretrained=model, device=device, batch_size=16)
     with redirect_stdout(sys.stderr):
         found: Any = evaluate(network, tasks, bootstrap_iters=1000, log_samples=False)
-    return {
-        name: {
-            "examples": found["n-samples"].get(name, {}).get("effective"),
-            **{
-                key.removesuffix(",none"): value
-                for key, value in scores.items()
-                if isinstance(value, float)
-            },
-        }
-        for name, scores in found["results"].items()
-    }
+    scores: dict[str, dict[str, Any]] = {}
+    for name, values in sorted(found["results"].items()):
+        scores[name] = {"examples": found["n-samples"].get(name, {}).get("effective")}
+        figures = {key: value for key, value in values.items() if isinstance(value, float)}
+        scores[name] |= {key.removesuffix(",none"): value for key, value in figures.items()}
+    return scores
 
 
-def _examples(name: str, data: PreparedData | None) -> list[_Example]:
+def _examples(name: str, data: PreparedData | None) -> list[dict[str, Any]]:
     if data is None:
-        raise DataError(
-            f"the task {name} is made from held-out text, and there is none",
-            hint="Name what `photon data prepare` made: --data DIR.",
-        )
-    found = MADE[name].of(paragraphs(data))
+        raise DataError(f"the task {name} is made from held-out text", hint="Say --data DIR.")
+    found = MADE[name](paragraphs(data))
     if len(found) < _LEAST:
         raise DataError(
             f"the held-out text of {data.path} gives {len(found)} examples of the task {name}; at "
             f"least {_LEAST} are needed",
-            hint="cloze needs paragraphs of sentences; definitions needs a dictionary's entries, "
-            "a paragraph each. Or hold out more text.",
+            hint="cloze needs sentences, definitions a dictionary's entries, a paragraph each.",
         )
     return found[:: -(-len(found) // _MOST)]

@@ -1,6 +1,6 @@
 """The Photon paper's model shapes, as data, and what they are as Hugging Face configurations.
 
-Shapes: arXiv 2411.02908, table of architectures; `tiny` is ours, for a CPU and for tests.
+Shapes: arXiv 2411.02908, table of architectures; those below 75m are ours, for CPUs and tests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Shape:
 
 
 SHAPES: dict[str, Shape] = {
+    "mini": Shape(2, 64, 2, width_multiple=8),
     "tiny": Shape(4, 128, 4, width_multiple=8),
+    "small": Shape(8, 256, 8),
     "75m": Shape(3, 896, 16),
     "125m": Shape(12, 768, 12),
     "350m": Shape(24, 1024, 16),
