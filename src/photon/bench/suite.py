@@ -136,11 +136,9 @@ class Suite(Section):
         for name, method in self.methods.items():
             if method.cut and method.cut not in self.cuts:
                 raise ValueError(f"{name!r}: no cut is called {method.cut!r}")
-        held = {f"claim {claim.says!r}": (claim.one, claim.other) for claim in self.claims}
-        held["sizes"] = tuple(
-            name for pair in (self.sizes.pairs if self.sizes else ()) for name in pair
-        )
-        for what, names in held.items():
+        held = [(f"claim {claim.says!r}", (claim.one, claim.other)) for claim in self.claims]
+        held += [("sizes", pair) for pair in (self.sizes.pairs if self.sizes else ())]
+        for what, names in held:
             for name in names:
                 if name not in self.methods:
                     raise ValueError(

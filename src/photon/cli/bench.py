@@ -18,6 +18,7 @@ from photon.fork_server import start_fork_server
 if TYPE_CHECKING:
     from photon.bench.bench import Bench
     from photon.bench.case import Case
+    from photon.bench.suite import Cutting
 
 #: Of a run's time, beside what its training takes: starting, scoring, writing.
 _BESIDE = 1.25
@@ -149,7 +150,12 @@ def _show(work: Bench, *, as_json: bool) -> None:
 
 
 def _prepare(
-    data: Path, out: Path, text: Path | None, how: Mapping[str, Any], vocab_size: int, first: Path
+    data: Path,
+    out: Path,
+    text: Path | None,
+    how: Mapping[Cutting, Any],
+    vocab_size: int,
+    first: Path,
 ) -> None:
     """Cut the text; all cuts of a suite have the tokenizer of the first."""
     from photon.cli.data import progress_bar

@@ -97,7 +97,9 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    told = tomllib.loads(files(__package__).joinpath("tasks.toml").read_text(encoding="utf-8"))
+    told = tomllib.loads(
+        files("photon.evaluation").joinpath("tasks.toml").read_text(encoding="utf-8")
+    )
     specs: list[Any] = [*{*names} - MADE.keys()]
     for name in MADE.keys() & {*names}:
         made = {"test": Dataset.from_list(_examples(name, data))}
