@@ -216,7 +216,7 @@ def test_unknown_key_suggests(override: str, hint: str) -> None:
         ("run.name=../up", "run.name = '../up':", "match pattern"),
         ("run.name=", "run.name = '':", "match pattern"),
         ("compute.device=tpu", "compute.device = 'tpu':", "'auto', 'cpu', 'cuda' or 'mps'"),
-        ("model.preset=2b", "model.preset = '2b':", "'tiny', '75m', '125m', '350m'"),
+        ("model.preset=2b", "model.preset = '2b':", "'small', '75m', '125m', '350m'"),
         ("federation.workers=1025", "federation.workers = 1025:", "less than or equal to 1024"),
         ("federation.sample=0", "federation.sample = 0:", "greater than or equal to 1"),
         ("outer.name=adam", "outer.name = 'adam':", "is not one of fedavg, fedavgm, nesterov"),

@@ -38,7 +38,7 @@ class Shape:
 SHAPES: dict[str, Shape] = {
     "mini": Shape(2, 64, 2, width_multiple=8),
     "tiny": Shape(4, 128, 4, width_multiple=8),
-    "small": Shape(8, 256, 8),
+    "small": Shape(8, 256, 8, width_multiple=8),
     "75m": Shape(3, 896, 16),
     "125m": Shape(12, 768, 12),
     "350m": Shape(24, 1024, 16),
