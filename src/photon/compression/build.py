@@ -6,6 +6,7 @@ from photon.compression.blockwise import Fp4, Int4, Int8, Sign
 from photon.compression.casts import Bf16, Fp16, Fp32
 from photon.compression.codec import Codec
 from photon.compression.low_rank import LowRank, PowerSGD
+from photon.compression.ring import Ring
 from photon.compression.sparseloco import SparseLoco
 from photon.compression.topk import TopK
 from photon.compression.zstd import Zstd
@@ -29,6 +30,7 @@ CODECS: dict[str, type[Codec]] = {
         TopK,
         LowRank,
         PowerSGD,
+        Ring,
         Zstd,
     )
 }

@@ -11,7 +11,7 @@ from pydantic import Field
 from photon.config.link import CodecText
 from photon.config.outer import OuterConfig
 from photon.config.parts import ATTENTION_RULES
-from photon.config.privacy import PrivacyConfig, voided
+from photon.config.privacy import LEAST_SUMMED, PrivacyConfig, unsummable, voided
 from photon.config.section import Positive, Section
 from photon.errors import IncompatibleConfigError, some
 
@@ -166,6 +166,8 @@ class ChildConfig(Level):
 
 Level.model_rebuild()  # it names ChildConfig
 Children = dict[_Name, ChildConfig]
+#: Of a group with secure aggregation: its members keep records of so many, and one more.
+MOST_INNER_ROUNDS = 15
 #: What a silo in no group is like.
 LEAF = ChildConfig(nodes=1)
 
@@ -216,8 +218,15 @@ def inside(config: RunConfig, child: ChildConfig) -> RunConfig:
         link={"broadcast_codec": "fp32"},
         eval={"per_silo": bool(config.parts.personal)},  # which nobody else can score
         outer=child.outer,
-        privacy=child.privacy or config.privacy,
+        privacy=_privacy_inside(config, child),
     )
+
+
+def _privacy_inside(config: RunConfig, child: ChildConfig) -> PrivacyConfig:
+    privacy = child.privacy or config.privacy
+    if child.nodes is None:
+        return privacy
+    return privacy.model_copy(update={"secure_aggregation": False})  # all of them are one silo
 
 
 def privacy_of(config: RunConfig, silo: str) -> PrivacyConfig:
@@ -286,11 +295,37 @@ def _check_policies(
     elif above and policy.lets("out") and above.bars([policy.jurisdiction], policy.never_with):
         law = f"{policy.jurisdiction} and {above.jurisdiction}"
         why = f"{said} has no way up: never_with is between {law}, of the federation around it"
+    elif above and (sums := unsummable(config)):
+        why = f"privacy: {sums}"
     if why:
         raise IncompatibleConfigError(f"{place}.{why}")
     like = {"*": federation.branches} if federation.branches and above is None else {}
     for name, child in {**federation.children, **like}.items():
-        _check_policies(inside(config, child), f"{place}.children.{name}", policy)
+        within, where = inside(config, child), f"{place}.children.{name}"
+        _check_policies(within, where, policy)
+        if within.privacy.secure_aggregation and name in federation.children:
+            _check_sum(child, where)
+        if config.privacy.secure_aggregation and child.update_codec not in ("fp32", "int8"):
+            raise IncompatibleConfigError(
+                f'{where}.update_codec = "{child.update_codec}": the update of the group is summed '
+                "under masks, and travels in fixed point; leave it out"
+            )
+
+
+def _check_sum(child: ChildConfig, where: str) -> None:
+    members = child.sample or len(child.silos) + len(child.children)
+    if members < LEAST_SUMMED:
+        raise IncompatibleConfigError(
+            f"{where} has {members} members a round; secure aggregation sums at least "
+            f"{LEAST_SUMMED}: of two, each knows the other's update",
+            hint=f"Add members, or let its own aggregator see updates: [{where}.privacy] "
+            "secure_aggregation = false. The level above sees their sum alone all the same.",
+        )
+    if child.rounds > MOST_INNER_ROUNDS:
+        raise IncompatibleConfigError(
+            f"{where}.rounds = {child.rounds}; with secure aggregation {MOST_INNER_ROUNDS} at "
+            "most: members keep what a task that is done again asks for"
+        )
 
 
 def check_served(config: RunConfig) -> None:
@@ -337,6 +372,11 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
             "parts.personal, or a parts.key_down other than replace, a silo trains in one node"
         )
     for name, child in tables(federation.children):
+        if child.update_privacy.secure_aggregation:
+            raise _refused(
+                f"has update_privacy.secure_aggregation of {name!r}: whether its update is summed "
+                "with others' is said by [privacy] of the level above it"
+            )
         for own in ("privacy", "update_privacy"):
             if why := voided(getattr(child, own) or PrivacyConfig(), federation):
                 raise _refused(f"has {own} of {name!r}: {why}")

@@ -86,6 +86,7 @@ STAGES: dict[str, Stage] = {
     "fp4": Stage("values", _BLOCK),
     "sign": Stage("values", _BLOCK),
     "sparseloco": Stage("alone", {"k": Parameter(64, 4, 1024, multiple_of=4)}),
+    "ring": Stage("alone", {"bits": Parameter(16, 8, 16)}),
     "zstd": Stage("entropy", {"level": Parameter(3, 1, 19)}),
 }
 

@@ -14,7 +14,14 @@ _ROUNDING = {"fp32", "bf16", "fp16", "zstd"}
 #: Stages that make sense of weights themselves, not only of deltas.
 _OF_WEIGHTS = {*_ROUNDING, "lowrank"}
 
-CodecText = Annotated[str, AfterValidator(lambda spec: parse_codec(spec) and spec)]
+
+def _known(spec: str) -> str:
+    if parse_codec(spec).values.name == "ring":
+        raise ValueError("ring is how masked updates travel: privacy.secure_aggregation = true")
+    return spec
+
+
+CodecText = Annotated[str, AfterValidator(_known)]
 
 
 class LinkConfig(Section):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from photon.config.addresses import network_or_host
 from photon.config.compute import ComputeConfig, PowerConfig
+from photon.config.privacy import LEAST_SUMMED
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.watch import WatchConfig
 
@@ -41,6 +42,17 @@ class PolicyConfig(Section):
         description="Fewest silos whose updates a round merges. Of two, each can compute the "
         "other's update exactly; 3 is the least at which none can.",
     )
+    secure_aggregation: bool = Field(
+        default=False,
+        description="Take part in runs alone whose aggregator sees sums of updates, and none of "
+        "them; needs min_participants of 3 or more.",
+    )
+    pins: dict[str, Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]] = Field(
+        default_factory=dict,
+        description="Fingerprints of the other silos' keys, as these silos say them: for secure "
+        "aggregation with no other, and with no other key. Without any it holds against an honest "
+        "operator only, whose word it is who the others are.",
+    )
     evaluate: Literal["always", "once", "never"] = Field(
         default="once",
         description="Whether the aggregator may have states scored on this site's held-out text: "
@@ -71,6 +83,15 @@ class PolicyConfig(Section):
         default=None,
         description="sha256 of the only tokenizer.json that runs may use; the data's by default.",
     )
+
+    @model_validator(mode="after")
+    def _sums_of_three(self) -> PolicyConfig:
+        if self.secure_aggregation and self.min_participants < LEAST_SUMMED:
+            raise ValueError(
+                f"secure_aggregation = true needs min_participants of {LEAST_SUMMED} or more "
+                f"(found {self.min_participants}): of a sum of two, each silo knows both updates"
+            )
+        return self
 
 
 class NetworkConfig(Section):

@@ -10,7 +10,10 @@ from pydantic import Field, model_validator
 from photon.config.section import Section
 
 if TYPE_CHECKING:
-    from photon.config.run import FederationConfig
+    from photon.config.run import FederationConfig, RunConfig
+
+#: Fewest updates of a sum that says nothing of one: of two, each member knows the other's.
+LEAST_SUMMED = 3
 
 
 class PrivacyConfig(Section):
@@ -32,7 +35,9 @@ class PrivacyConfig(Section):
     )
     secure_aggregation: bool = Field(
         default=False,
-        description="Mask updates so that the aggregator sees their sum alone: not built yet.",
+        description="Mask updates so that the aggregator sees their sum alone, of at least three "
+        "(docs/secure-aggregation.md). Updates then travel in fixed point, of 12 bits a value for "
+        "8 silos, with error feedback unless link.error_feedback = false.",
     )
 
     @property
@@ -50,16 +55,57 @@ class PrivacyConfig(Section):
     def _whole(self) -> PrivacyConfig:
         if self.mechanism == "dp_sgd":
             raise ValueError('mechanism = "dp_sgd" is not built yet; there are "client" and "none"')
-        if self.secure_aggregation:
-            raise ValueError(
-                "secure_aggregation is not built yet: the aggregator sees single updates"
-            )
         acts = self.mechanism == "client"
         for key in ("clip_norm", "noise_multiplier"):
             if (getattr(self, key) is not None) != acts:
                 needs = "needs" if acts else "(the default) makes nothing of"
                 raise ValueError(f'mechanism = "{self.mechanism}" {needs} privacy.{key}')
         return self
+
+
+def unsummable(config: RunConfig) -> str | None:
+    """What secure aggregation has no single update for, in words; None where it is off or works."""
+    federation, link, parts = config.federation, config.link, config.parts
+    if not config.privacy.secure_aggregation:
+        return None
+    rule, bound, few = federation.merging_rule, federation.max_update_norm, federation.sample
+    why = None
+    if rule != "mean":
+        why = (
+            f'merging_rule = "{rule}" looks at single updates; use "mean": members keep within the '
+            'round\'s range by themselves, and privacy.mechanism = "client" has them clip'
+        )
+    elif isinstance(bound, float):
+        why = (
+            f"max_update_norm = {bound:g} is for single updates; leave it out: nodes keep within "
+            "the round's range, and the sum within what the recipe can move"
+        )
+    elif parts.key and parts.key_rule != "mean":
+        why = f'parts.key_rule = "{parts.key_rule}" compares single updates; use "mean"'
+    elif federation.policy.lets("out", "in"):
+        why = "policy.residuals has layers of single members travel; leave it out"
+    elif federation.optimizer_state == "average":
+        why = 'optimizer_state = "average" sends state without a mask; use "keep" or "reset"'
+    elif federation.merge == "adopt":
+        why = 'merge = "adopt" sends weights, which have no range; use merge = "delta"'
+    elif federation.keeps_late:
+        why = (
+            f'pace = "{federation.pace}" takes late updates, which are of another cohort; use '
+            '"synchronous", or "quorum" with late = "drop"'
+        )
+    elif federation.normalise:
+        why = (
+            "normalise = true scales updates that were sent; leave it out: with weighting = "
+            '"tokens" who takes fewer steps counts less'
+        )
+    elif link.update_codec not in ("fp32", "int8"):
+        why = (
+            f'link.update_codec = "{link.update_codec}" has a form of its own for each update; '
+            "leave it out: sealed ones travel in fixed point, about as small as int8"
+        )
+    elif few is not None and few < LEAST_SUMMED:
+        why = f"sample = {few} is fewer than the {LEAST_SUMMED} of a sum; of two each knows both"
+    return why and f"secure_aggregation = true has nothing but a sum, and {why}"
 
 
 def voided(privacy: PrivacyConfig, federation: FederationConfig) -> str | None:

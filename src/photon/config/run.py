@@ -15,7 +15,7 @@ from photon.config.compute import ComputeConfig, EnergyConfig
 from photon.config.link import LinkConfig
 from photon.config.outer import OuterConfig, known_name
 from photon.config.parts import PartsConfig
-from photon.config.privacy import PrivacyConfig, voided
+from photon.config.privacy import LEAST_SUMMED, PrivacyConfig, unsummable, voided
 from photon.config.section import LocalPath, Positive, Section
 from photon.config.serve import ComplyConfig, ServeConfig
 from photon.plugins import MERGING_RULES
@@ -376,9 +376,21 @@ class RunConfig(Section):
 
     def quorum_of(self, participants: int) -> int:
         """Fewest good updates that close a round of so many participants."""
-        if self.federation.quorum is None:
-            return max(1, math.ceil(participants / 2))
-        return min(self.federation.quorum, participants)
+        quorum, least = self.federation.quorum, self.least_merged
+        if quorum is None:
+            return max(least, math.ceil(participants / 2))
+        return max(least, min(quorum, participants))
+
+    @property
+    def least_merged(self) -> int:
+        """Fewest updates that any merge is of."""
+        return LEAST_SUMMED if self.privacy.secure_aggregation else 1
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether nodes keep what did not leave with an update."""
+        sealed = self.privacy.secure_aggregation and self.link.error_feedback is not False
+        return sealed or self.link.feeds_back
 
     @property
     def silos_needed(self) -> int:
@@ -387,7 +399,8 @@ class RunConfig(Section):
         With fewer than the quorum a round would be lost, or the quorum be lowered to them.
         """
         federation = self.federation
-        return max(self.serve.min_silos, federation.sample or 1, federation.quorum or 1)
+        drawn = max(federation.sample or 1, federation.quorum or 1)
+        return max(self.serve.min_silos, drawn, self.least_merged)
 
     @model_validator(mode="after")
     def _compatible(self) -> RunConfig:
@@ -406,7 +419,7 @@ class RunConfig(Section):
             )
         self.parts.require_compatible(federation.optimizer_state, per_silo=self.eval.per_silo)
         self._check_merging()
-        if why := voided(self.privacy, federation):
+        if why := voided(self.privacy, federation) or unsummable(self):
             raise ValueError(f"[privacy]: {why}")
         if federation.sampling == "weighted" and federation.weighting == "data":
             raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from photon.federation import Answer, FitTask, Participant, Task, Version
+from photon.federation import Answer, FitTask, Participant, SecureTask, Task, Version
 
 
 class LocalEngine:
@@ -36,6 +36,8 @@ class LocalEngine:
         task, version = first
         if isinstance(task, FitTask):
             return [(task, self._participant.fit(task, version))]
+        if isinstance(task, SecureTask):
+            return [(task, self._participant.agree(task))]
         return [(task, self._participant.evaluate(task, version))]
 
     def cancel(self, task: Task) -> str:

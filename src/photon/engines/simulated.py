@@ -23,7 +23,17 @@ from torch import Tensor
 
 from photon.config.clock import ClockConfig
 from photon.errors import ConfigError
-from photon.federation import Answer, Candidates, Engine, FitTask, Mailbox, Task, Update, Version
+from photon.federation import (
+    Answer,
+    Candidates,
+    Engine,
+    EvalReceipt,
+    FitTask,
+    Mailbox,
+    Task,
+    Update,
+    Version,
+)
 from photon.link import TensorFile, write_tensors
 
 _MBIT = 1e6 / 8
@@ -186,7 +196,7 @@ class SimulatedEngine:
             self._scoring -= len(came)
             # What this machine took says nothing of machines that the clock makes up.
             return [
-                (task, at if isinstance(at, Update) else at and replace(at, energy=None))
+                (task, replace(at, energy=None) if isinstance(at, EvalReceipt) else at)
                 for task, at in came
             ]
         first = min(self._going, key=lambda task: self._going[task][1].due_s, default=None)

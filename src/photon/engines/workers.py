@@ -36,6 +36,8 @@ from photon.federation import (
     Node,
     NodeSettings,
     Receipt,
+    SecureReceipt,
+    SecureTask,
     Task,
     Update,
     Version,
@@ -296,7 +298,9 @@ class WorkerEngine:
             assert job is not None
             self._answer(job, message)
 
-    def _answer(self, job: _Job, answer: EvalReceipt | Receipt | tuple[Receipt, EntryFile]) -> None:
+    def _answer(
+        self, job: _Job, answer: EvalReceipt | SecureReceipt | Receipt | tuple[Receipt, EntryFile]
+    ) -> None:
         task = job.task
         assert job.update is not None
         let_go = partial(self._spare.append, job.update)
@@ -307,7 +311,7 @@ class WorkerEngine:
         let_go()
         if task in self._cancelled:
             self._cancelled.remove(task)
-        elif isinstance(answer, EvalReceipt):
+        elif isinstance(answer, EvalReceipt | SecureReceipt):
             self._answered.append((task, answer))
         elif isinstance(answer, Receipt):  # no update: a failure
             self._answered.append((task, Update.none(answer)))
@@ -329,6 +333,9 @@ class WorkerEngine:
             raise WorkerLostError(
                 f"evaluation of {task.silo or 'the global held-out set'} failed: {failure}"
             )
+        if isinstance(task, SecureTask):
+            self._answer(job, SecureReceipt(failure=failure))
+            return
         code = WorkerLostError.exit_code if self._ranks == 1 else RankLostError.exit_code
         self._answer(job, Receipt(task.round, silo, failure=failure, failure_code=code))
 
@@ -411,6 +418,8 @@ def _work(settings: NodeSettings, pipe: Connection, *, port: int) -> None:
 def _answered(node: Node, task: Task, version: Version, path: Path) -> Any:
     if isinstance(task, EvalTask):
         return node.evaluate(task, version)
+    if isinstance(task, SecureTask):
+        return node.agree(task)
     update = node.fit(task, version)
     if update.receipt.failure is not None:
         return update.receipt

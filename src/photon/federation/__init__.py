@@ -7,7 +7,16 @@ from photon.federation.federation import Federation
 from photon.federation.node import Node, NodeSettings
 from photon.federation.sampling import Candidates, FixedFleet, Fleet, sample_participants
 from photon.federation.server import Server
-from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, Task, Update
+from photon.federation.tasks import (
+    EvalReceipt,
+    EvalTask,
+    FitTask,
+    Receipt,
+    SecureReceipt,
+    SecureTask,
+    Task,
+    Update,
+)
 
 __all__ = [
     "Answer",
@@ -27,6 +36,8 @@ __all__ = [
     "Participant",
     "Receipt",
     "RunState",
+    "SecureReceipt",
+    "SecureTask",
     "Server",
     "Task",
     "Update",

@@ -47,6 +47,7 @@ class RunState:
         energy: fields of the Spent of all answers and of the aggregator; energy_untold: answers
             without figures; witness_j: the joules of `energy`, counted another way.
         first_loss: of the global model before the first round.
+        ranges: by tensor, the largest magnitude that sealed updates may have next (photon.secure).
     """
 
     round: int = 0
@@ -76,6 +77,7 @@ class RunState:
     energy_untold: int = 0
     witness_j: float = 0.0
     first_loss: float | None = None
+    ranges: dict[str, float] = field(default_factory=dict)
 
 
 class CheckpointStore:

@@ -14,6 +14,8 @@ from photon.federation.tasks import (
     FitTask,
     GlobalState,
     Residual,
+    SecureReceipt,
+    SecureTask,
     StateRef,
     Task,
     Update,
@@ -48,7 +50,7 @@ class Version:
 
 
 #: To a task: an update, scores, or None where there will be none and the engine has said why.
-Answer = Update | EvalReceipt | None
+Answer = Update | EvalReceipt | SecureReceipt | None
 
 
 class Participant(Protocol):
@@ -64,6 +66,10 @@ class Participant(Protocol):
 
     def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
         """Score the version on held-out text."""
+        ...
+
+    def agree(self, task: SecureTask) -> SecureReceipt:
+        """Do a phase of secure aggregation."""
         ...
 
     def settle(self) -> None:

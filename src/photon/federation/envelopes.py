@@ -98,6 +98,7 @@ class FitPart(Record):
     steps: Annotated[int, Field(ge=1, lt=2**31)]
     node_round: Count | None = None
     cursor: Whole = 0
+    sealing: Annotated[str, Field(max_length=MOST_BYTES)] | None = None
 
 
 class EvalPart(Record):
@@ -107,12 +108,38 @@ class EvalPart(Record):
     node_round: Count | None = None
 
 
+class Evidence(Record):
+    """A silo's signed Reply, as shown to other silos."""
+
+    text: Annotated[str, Field(max_length=MOST_BYTES)]
+    signature: Annotated[str, Field(max_length=200)]
+    public_key: Annotated[str, Field(max_length=2000)]
+
+
+class SecurePart(Record):
+    """photon.federation.SecureTask.
+
+    Attributes:
+        text: of photon.secure's document for this phase.
+        evidence: with which the cohort's members have signed their adverts.
+    """
+
+    round: Annotated[int, Field(ge=1, lt=2**31)]
+    text: Annotated[str, Field(max_length=MOST_BYTES)]
+    evidence: Annotated[tuple[Evidence, ...], Field(max_length=10_000, strict=False)] = ()
+
+
 class _Letter(Record):
     protocol: Literal[3] = PROTOCOL
     photon_version: _Version
-    kind: Literal["fit", "evaluate"]
+    kind: Literal["fit", "evaluate", "advertise", "share", "unmask"]
     silo: _Name
     log_head: Sha256
+
+    @property
+    def part(self) -> str:
+        """Where what is asked, or answered, stands."""
+        return self.kind if self.kind in ("fit", "evaluate") else "secure"
 
 
 class Ask(_Letter):
@@ -129,6 +156,7 @@ class Ask(_Letter):
     state: StateRef
     fit: FitPart | None = None
     evaluate: EvalPart | None = None
+    secure: SecurePart | None = None
     within_s: Annotated[Seconds, Field(gt=0)]
 
     #: sha256 of the text that it was read from, where that is not how this Photon would write it.
@@ -136,8 +164,9 @@ class Ask(_Letter):
 
     @model_validator(mode="after")
     def _one_task(self) -> Ask:
-        if {name for name in ("fit", "evaluate") if getattr(self, name)} != {self.kind}:
-            raise ValueError(f"kind {self.kind!r} comes with a {self.kind!r} part and no other")
+        part = self.part
+        if {name for name in ("fit", "evaluate", "secure") if getattr(self, name)} != {part}:
+            raise ValueError(f"kind {self.kind!r} comes with a {part!r} part and no other")
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -146,7 +175,7 @@ class Ask(_Letter):
 
     @property
     def round(self) -> int:
-        part = self.fit or self.evaluate
+        part = self.fit or self.evaluate or self.secure
         assert part is not None
         return part.round
 
@@ -168,6 +197,9 @@ class Ask(_Letter):
         same question. An aggregator that went back to an older checkpoint may ask another one
         under the same name.
         """
+        fit = self.fit.model_dump() if self.fit is not None else None
+        if fit is not None and fit["sealing"] is None:
+            del fit["sealing"]
         record = {
             "kind": self.kind,
             "silo": self.silo,
@@ -176,9 +208,11 @@ class Ask(_Letter):
             "model": self.run.model,
             "round": self.round,
             "state": self.state.sha256,
-            "fit": self.fit.model_dump() if self.fit is not None else None,
+            "fit": fit,
             "scored_with": self.evaluate.node_round if self.evaluate is not None else None,
         }
+        if self.secure is not None:
+            record["secure"] = self.secure.text
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
     def fit_task(self, run: str) -> FitTask:
@@ -188,7 +222,8 @@ class Ask(_Letter):
             run: name of the run.
         """
         assert self.fit is not None
-        return FitTask(run=run, silo=self.silo, **dict(self.fit))
+        told = dict(self.fit) | {"sealing": self.fit.sealing or ""}
+        return FitTask(run=run, silo=self.silo, **told)
 
 
 @checked(frozen=True, kw_only=True, config=CLOSED)
@@ -263,18 +298,20 @@ class Reply(_Letter):
     run: _RunId
     round: Count
     task: Annotated[
-        str, Field(max_length=200, pattern=f"^{_RUN_ID}/(fit|evaluate)/[0-9]+/{SEGMENT}$")
+        str, Field(max_length=200, pattern=f"^{_RUN_ID}/[a-z]{{3,9}}/[0-9]+/{SEGMENT}$")
     ]
     state: Sha256
     data: Sha256 | None = None
     fit: FitAnswer | None = None
     evaluate: EvalAnswer | None = None
+    secure: Annotated[str, Field(max_length=MOST_BYTES)] | None = None
     refused: Refusal | None = None
 
     @model_validator(mode="after")
     def _one_answer(self) -> Reply:
-        given = [part for part in (self.fit, self.evaluate, self.refused) if part is not None]
-        if len(given) != 1 or (self.refused is None and getattr(self, self.kind) is None):
+        parts = (self.fit, self.evaluate, self.secure, self.refused)
+        given = [part for part in parts if part is not None]
+        if len(given) != 1 or (self.refused is None and getattr(self, self.part) is None):
             raise ValueError("a reply is an answer of its kind, or a refusal")
         return self
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from photon.config import RunConfig
 from photon.config.children import LEAF, group_of
@@ -15,9 +16,12 @@ from photon.errors import NonFiniteError, QuorumLostError, error_of
 from photon.federation.account import Closed, RoundCosts, after_round, implausible, round_merged
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Engine, Mailbox
+from photon.federation.envelopes import dictated
+from photon.federation.merging import Verdict
 from photon.federation.outstanding import Going, Order, Outstanding
 from photon.federation.pace import running_mean, staleness_weight
 from photon.federation.sampling import Candidates, Fleet
+from photon.federation.secure_rounds import SecureRounds, planned_tokens, question_of
 from photon.federation.server import Server
 from photon.federation.tasks import EvalReceipt, EvalTask, FitTask, Receipt, Residual, Update
 from photon.telemetry import Event
@@ -49,6 +53,7 @@ class Federation:
         pooled: the silos on whose text the fleet's only participant trains: centralised training.
             Nothing leaves the machine then, and where the participant fails the run has failed.
         order: in which updates were merged by a process before this one.
+        folder: where secure aggregation keeps its cohorts; not needed without it.
 
     Attributes:
         energy: all that was noted; who keeps the books takes it away.
@@ -64,12 +69,24 @@ class Federation:
         *,
         pooled: Sequence[str] = (),
         order: Order | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.config, self.fleet, self.engine = config, fleet, engine
         self.server, self._tell, self._pooled = server, on_event, pooled
         self._mailbox = Mailbox(engine)
         self.energy: list[Spent | None] = []
         self.outstanding = Outstanding(config, self._mailbox, order or Order(), pooled)
+        self._secure: SecureRounds | None = None
+        if config.privacy.secure_aggregation:
+            assert folder is not None
+            recipe = dictated(config)
+            self._secure = SecureRounds(
+                config,
+                folder,
+                self._mailbox,
+                lambda state, step: question_of(recipe, state, step),
+                lambda words: self._tell(Notice(text=words, round=self._number, silo="")),
+            )
 
     def round(
         self,
@@ -91,14 +108,25 @@ class Federation:
             QuorumLostError: too few good updates; the version is as it was.
         """
         number, costs = before.round + 1, costs or RoundCosts()
-        new = self.outstanding.ask(before, candidates, self.server)
-        asked = self.outstanding.silos
-        book = self.outstanding.book(before)
-        started = RoundStarted(round=number, global_step=before.global_step, participants=asked)
         merged, came = list[tuple[FitTask, Receipt]](), list[Residual]()
-        try:
+        asked = list[str]()
+
+        def begin(silos: list[str]) -> None:
+            asked.extend(silos)
             meanwhile()
-            self._tell(started)
+            at = before.global_step
+            self._tell(RoundStarted(round=number, global_step=at, participants=silos))
+
+        def agree(drawn: dict[FitTask, Going]) -> dict[FitTask, Going]:
+            begin([task.silo for task in drawn])
+            return self._agree(before, drawn, costs)
+
+        first = agree if self._secure is not None else None
+        try:
+            new = self.outstanding.ask(before, candidates, self.server, first)
+            book = self.outstanding.book(before)
+            if self._secure is None:
+                begin(self.outstanding.silos)
             self.server.begin(before)
             for task, going, update in self.outstanding.arriving(number, book):
                 receipt = self._admit(number, task, going, update, costs)
@@ -110,7 +138,11 @@ class Federation:
                 self._leave(number, task, reason, costs)
             self.engine.settle()
             self._require_quorum(number, len(merged), len(asked), costs)
-        except BaseException:
+            if self._secure is not None:
+                self._open(self._secure, number)
+        except BaseException as error:
+            if self._secure is not None and isinstance(error, QuorumLostError):
+                self._secure.lost()
             self.server.discard()
             self.outstanding.give_up()
             raise
@@ -132,6 +164,7 @@ class Federation:
             after_round(self.config, before, new, merged, len(asked)),
             quorum_s=running_mean(before.quorum_s, book.quorum_s or 0.0),
             in_flight=self.outstanding.in_flight(),
+            ranges=self._secure.ranges if self._secure is not None else {},
             **changes,
         )
         return Closed(after, costs, asked, [receipt for _, receipt in merged])
@@ -174,6 +207,37 @@ class Federation:
             yield replace(receipt, bytes_down=bytes_down)
         if parts.personal:
             yield EvalReceipt.mean(own)
+
+    # --- secure aggregation -------------------------------------------------------------------
+
+    def _agree(
+        self, before: RunState, drawn: dict[FitTask, Going], costs: RoundCosts
+    ) -> dict[FitTask, Going]:
+        """Those of the tasks whose silos dealt shares, as they are to be asked; the others drop."""
+        assert self._secure is not None
+        self._number = number = before.round + 1
+        by_tokens = self.config.federation.weighting == "tokens"
+        shares = [
+            (task, one.share * (planned_tokens(self.config, task) if by_tokens else 1))
+            for task, one in drawn.items()
+        ]
+        tasks, dropped = self._secure.agree(shares, before, self.server.version)
+        going = {task.silo: (task, one) for task, one in drawn.items()}
+        for silo, why in dropped.items():
+            if silo in going:
+                costs.tokens_lost += planned_tokens(self.config, going[silo][0])
+            self._drop(number, Receipt(number, silo, failure=why), why, costs, "refused")
+        return {task: going[task.silo][1] for task in tasks}
+
+    def _open(self, secure: SecureRounds, number: int) -> None:
+        """Merge the sum of a round's updates as the one update that it is.
+
+        Raises:
+            QuorumLostError: it can't be opened, or is further away than honest ones come.
+        """
+        verdict = self.server.offer(secure.open(), 1.0)
+        if verdict.refused is not None:
+            raise QuorumLostError(f"the sum of round {number} is not used: {verdict.refused}")
 
     # --- which answers count ------------------------------------------------------------------
 
@@ -256,7 +320,10 @@ class Federation:
             weight *= receipt.tokens
         scale = config.local.steps / task.steps if config.federation.normalise else 1.0
         with METER.phase("merging"):
-            verdict = self.server.offer(update, weight, scale)
+            if self._secure is not None:
+                verdict = Verdict(refused=self._secure.add(task, update))
+            else:
+                verdict = self.server.offer(update, weight, scale)
         costs.merge_s += time.perf_counter() - started
         if verdict.refused is not None:
             costs.tokens_lost += receipt.tokens
@@ -265,7 +332,8 @@ class Federation:
             return verdict.refused
         costs.tokens += receipt.tokens
         figures = vars(receipt) | vars(receipt.times)  # what else there is is passed over
-        self._tell(LocalFinished(**figures, update_norm=verdict.norm))
+        norm = verdict.norm if self._secure is None else None
+        self._tell(LocalFinished(**figures, update_norm=norm))
         if verdict.share < 1:
             self._notice(
                 receipt,

@@ -22,6 +22,7 @@ from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
 from photon.federation.own_parts import own_key
 from photon.federation.sampling import Fleet
+from photon.federation.secure_rounds import agreed
 from photon.federation.server import Server
 from photon.federation.stages import leaving
 from photon.federation.tasks import (
@@ -31,6 +32,8 @@ from photon.federation.tasks import (
     FitTask,
     GlobalState,
     Receipt,
+    SecureReceipt,
+    SecureTask,
     Update,
     section,
 )
@@ -101,7 +104,8 @@ class Group:
         residuals.privacy = self._child.update_privacy
         for one in version.residuals:
             guests.setdefault(one.origin, {}).update(one.tensors)
-        federation = Federation(self._config, self._fleet, self._engine, server, self._above)
+        at = {"folder": self._store.folder}
+        federation = Federation(self._config, self._fleet, self._engine, server, self._above, **at)
         costs, receipts = list[RoundCosts](), list[Sequence[Receipt]]()
         self._on_round(after.round + 1, None, server.version)
         try:
@@ -163,6 +167,9 @@ class Group:
         )
         self._on_round(number, mean, server.version)
         return mean
+
+    def agree(self, task: SecureTask) -> SecureReceipt:
+        return agreed(self._folder, task)
 
     def settle(self) -> None:
         """What it keeps is on disk when it answers."""

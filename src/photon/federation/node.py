@@ -28,6 +28,7 @@ from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
 from photon.federation.layout import lay_out, layout_of
 from photon.federation.node_state import Kept
+from photon.federation.secure_rounds import agreed
 from photon.federation.stages import leaving
 from photon.federation.tasks import (
     OPTIMIZER,
@@ -37,6 +38,8 @@ from photon.federation.tasks import (
     FitTask,
     GlobalState,
     Receipt,
+    SecureReceipt,
+    SecureTask,
     Update,
     section,
 )
@@ -203,6 +206,10 @@ class Node:
             self._loaded = version
         self._ranks.announce(("evaluate", task))
         return self._evaluate(task, version)
+
+    def agree(self, task: SecureTask) -> SecureReceipt:
+        """Do a phase of secure aggregation, beside what the silo keeps; rank 0 alone does."""
+        return agreed(self._folder, task)
 
     def settle(self) -> None:
         """Wait until all that silos keep is on disk.

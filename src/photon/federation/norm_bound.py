@@ -172,8 +172,8 @@ def _reach(config: RunConfig, before: RunState, size: tuple[int, float]) -> floa
         size: the number of weights, and their norm where they decay.
     """
     local, schedule, (parameters, weights_norm) = config.local, Schedule.of(config), size
-    step = _step(config, before, parameters)
-    feeds_back, moved = config.link.feeds_back, 0.0
+    step = step_over_lr(config, before, parameters)
+    feeds_back, moved = config.feeds_back, 0.0
     # What comes late was trained when the rate may have been higher.
     peak = feeds_back or config.federation.keeps_late
     for index in range(before.global_step, before.global_step + local.steps):
@@ -188,7 +188,7 @@ def _reach(config: RunConfig, before: RunState, size: tuple[int, float]) -> floa
     return max([moved, *(_group_reach(config, one, before, size) for one in groups)])
 
 
-def _step(config: RunConfig, before: RunState, parameters: int) -> float:
+def step_over_lr(config: RunConfig, before: RunState, parameters: int) -> float:
     """|step| / lr at most."""
     local = config.local
     if local.optimizer == "sgd":
@@ -213,5 +213,5 @@ def _state_bound(config: RunConfig, before: RunState, state: GlobalState) -> flo
         return math.inf
     moved = local.clip_norm + local.clip_norm**2
     if local.optimizer == "adopt":  # its first moment is of normalised gradients
-        moved += _step(config, before, sum(one.numel() for one in inner.values()))
+        moved += step_over_lr(config, before, sum(one.numel() for one in inner.values()))
     return SLACK * (norm_of(inner) + moved)

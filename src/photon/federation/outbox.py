@@ -21,6 +21,7 @@ from photon.config import LinkConfig
 from photon.errors import CheckpointCorruptError
 from photon.federation.tasks import WEIGHTS, FitTask, Receipt, Update, section
 from photon.link import Entry, TensorFile, plain_entries, write_tensors
+from photon.secure.member import Seal
 
 #: Of what is kept: what was left out of a tensor's updates so far, and what a codec that learns
 #: keeps of it, "memory/<tensor>/<key>".
@@ -30,7 +31,9 @@ _RESIDUAL, _MEMORY = "residual/", "memory/"
 Tensors = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
-def pack(link: LinkConfig, folder: Path, task: FitTask, tensors: Tensors) -> Update:
+def pack(
+    link: LinkConfig, folder: Path, task: FitTask, tensors: Tensors, seal: Seal | None = None
+) -> Update:
     """The update that answers a task, encoded, if not fp32; keeps what was left out of it.
 
     Weights' tensors go through the run's codec; averaged optimizer state as it is, in fp32.
@@ -41,16 +44,19 @@ def pack(link: LinkConfig, folder: Path, task: FitTask, tensors: Tensors) -> Upd
         folder: of the silos' kept states.
         task: where it names a node_round, that round's feedback is added.
         tensors: of the update; walked more than once.
+        seal: what encodes it and masks it, in the place of the run's codec.
 
     Raises:
+        PolicyError: see Seal.leave.
         NonFiniteError: the update holds NaN or infinity, and is encoded.
         DiskFullError: no room for the new feedback.
     """
     receipt, spec = Receipt(task.round, task.silo), link.update_spec
-    if spec == "fp32":
+    if spec == "fp32" and seal is None:
         return Update(receipt, tensors)
-    codec = build_codec(link.update_codec)
-    keeps, state_lost = link.feeds_back or codec.learns, False
+    codec = build_codec(link.update_codec if seal is None else "fp32")
+    feeds_back = link.feeds_back if seal is None else link.error_feedback is not False
+    keeps, state_lost = feeds_back or codec.learns, False
     old, new = dict[str, Tensor](), dict[str, Tensor]()
     if task.node_round is not None and keeps:
         try:
@@ -76,12 +82,17 @@ def pack(link: LinkConfig, folder: Path, task: FitTask, tensors: Tensors) -> Upd
         if not name.startswith(WEIGHTS):
             entries += plain_entries([(name, tensor)])
             continue
-        memory = section(old, f"{_MEMORY}{name}/")
-        parts = codec.encode(tensor, memory)
-        entries.append(Entry(name, tensor.shape, spec, parts))
-        new |= {f"{_MEMORY}{name}/{key}": kept for key, kept in memory.items()}
-        if link.feeds_back:
-            left = tensor - codec.decode(parts, tensor.shape)
+        if seal is not None:
+            parts, decoded = seal.encode(name, tensor)
+            entries.append(Entry(name, tensor.shape, seal.codec, parts))
+        else:
+            memory = section(old, f"{_MEMORY}{name}/")
+            parts = codec.encode(tensor, memory)
+            decoded = codec.decode(parts, tensor.shape) if feeds_back else tensor
+            entries.append(Entry(name, tensor.shape, spec, parts))
+            new |= {f"{_MEMORY}{name}/{key}": kept for key, kept in memory.items()}
+        if feeds_back:
+            left = tensor - decoded
             lost += square_sum(name, left)
             given += square_sum(name, tensor)
             new[_RESIDUAL + name] = left.mul_(link.feedback_decay)
@@ -89,7 +100,9 @@ def pack(link: LinkConfig, folder: Path, task: FitTask, tensors: Tensors) -> Upd
         path = feedback_path(folder, task.silo, task.round)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, new)
-    share = (math.sqrt(lost / given) if given else 0.0) if link.feeds_back else None
+    if seal is not None:
+        seal.leave([dict(entry.parts) for entry in entries])
+    share = (math.sqrt(lost / given) if given else 0.0) if feeds_back else None
     return Update.of(replace(receipt, left_out=share, state_lost=state_lost), entries)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,21 @@ class Outstanding:
         most = min(self._config.federation.sample or asked, asked)
         return Book(most, self._config.quorum_of(asked), self._engine.now_s, before.quorum_s)
 
-    def ask(self, before: RunState, candidates: Candidates, server: Server) -> list[FitTask]:
-        """Draw participants among those who are idle, and hand their tasks in."""
+    def ask(
+        self,
+        before: RunState,
+        candidates: Candidates,
+        server: Server,
+        agree: Callable[[dict[FitTask, Going]], dict[FitTask, Going]] | None = None,
+    ) -> list[FitTask]:
+        """Draw participants among those who are idle, and hand their tasks in.
+
+        Args:
+            agree: what is done before; gives those tasks that are to be handed in.
+
+        Returns:
+            All that were drawn.
+        """
         config, busy = self._config, set(self.silos)
         turn = whose_turn(config.federation, candidates.tokens, before.round + 1)
         tokens = {silo: candidates.tokens[silo] for silo in turn if silo not in busy}
@@ -133,7 +146,7 @@ class Outstanding:
         steps: dict[str, int] = {}
         if config.federation.unequal_steps:
             steps = unequal_steps(config.local.steps, before.speeds)
-        new = []
+        new = dict[FitTask, Going]()
         # Silos before groups: an engine lets groups work when these are done.
         children = config.federation.children
         for silo, times in sorted(Counter(drawn).items(), key=lambda one: one[0] in children):
@@ -151,12 +164,18 @@ class Outstanding:
             version = server.version
             if mine := server.residuals.waiting(silo):
                 version = replace(version, residuals=mine)
-            self._engine.submit(task, version)  # at once: whoever is to work on it has begun
+            if agree is None:
+                self._engine.submit(task, version)  # at once: whoever is to work on it has begun
             down = 0 if self._pooled else version.bytes_down(self.held(before, silo, before.round))
             down += sum(one.bytes for one in version.residuals)
-            self._going[task] = Going(version, share, down)
-            new.append(task)
-        return new
+            new[task] = Going(version, share, down)
+        if agree is None:
+            self._going |= new
+            return [*new]
+        for task, going in agree(new).items():
+            self._going[task] = going
+            self._engine.submit(task, going.version)
+        return [*new]
 
     def held(self, before: RunState, silo: str, last: int) -> int | None:
         """The newest version up to `last` that a silo has: it trained from it, or scored it."""

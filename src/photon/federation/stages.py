@@ -4,7 +4,7 @@
     clip    times min(1, C / |delta|), the L2 norm over all that leaves
     noise   plus N(0, (z C)^2) on each coordinate
     codec   plus what earlier codecs left out, encoded (outbox.py)
-    mask    of secure aggregation: not built
+    mask    of secure aggregation, which encodes too: photon.secure
 
 The noise is sized for what the clip lets through, so nothing may be added or scaled between them.
 Feedback comes after it: it then keeps and sends on what was left out of noised updates, which tells
@@ -37,6 +37,7 @@ from photon.federation.outbox import Tensors, pack
 from photon.federation.tasks import FitTask, Update, update_header
 from photon.link import entries_bytes, plain_bytes
 from photon.link.tensorfile import stream_sha256
+from photon.secure.member import Seal
 from photon.store.disk import write_new
 
 #: What a node's noise is drawn with, in the folder of its silos' kept states.
@@ -66,10 +67,12 @@ def leaving(
         NonFiniteError: it holds NaN or infinity, and is clipped or encoded.
         CheckpointCorruptError: the node's secret is not what was written.
         DiskFullError: no room for the secret, or for what a codec left out.
+        ProtocolError, PolicyError: see photon.secure.member.Seal.
     """
     if privacy.mechanism == "client":
         delta = _noised(privacy, folder, task, delta)
-    update, header = pack(link, folder, task, delta), update_header(task, shapes)
+    seal = Seal(folder, task.silo, task.sealing) if task.sealing else None
+    update, header = pack(link, folder, task, delta, seal), update_header(task, shapes)
     if update.packed is None:
         size = plain_bytes(header, shapes, link.chunk_bytes)
     else:

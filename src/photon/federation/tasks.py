@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, Strict
 from torch import Size, Tensor
@@ -49,6 +49,7 @@ class FitTask:
             say, so that a silo that lost all it kept goes on where it was.
         texts: silos whose pooled text is trained on; its own by default.
         profile: also measure how long ranks exchange gradients.
+        sealing: under whose masks the update leaves (a photon.secure Sealing); none by default.
     """
 
     run: str
@@ -60,6 +61,7 @@ class FitTask:
     cursor: int = 0
     texts: tuple[str, ...] = ()
     profile: bool = False
+    sealing: str = ""
 
     @property
     def pooled(self) -> tuple[str, ...]:
@@ -329,4 +331,31 @@ class EvalReceipt(Score):
         return cls(silo=None, **figures, eval_s=0.0, bytes_down=0)
 
 
-Task = FitTask | EvalTask
+Phase = Literal["advertise", "share", "unmask"]
+
+
+@dataclass(frozen=True)
+class SecureTask:
+    """A phase of secure aggregation (photon.secure.member), for which no model is needed.
+
+    Attributes:
+        text: the aggregator's document.
+        company: all whom the round's sum is to be of.
+    """
+
+    round: int
+    silo: str
+    phase: Phase
+    text: str
+    company: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SecureReceipt:
+    """The silo's document, or why there is none."""
+
+    text: str = ""
+    failure: str | None = None
+
+
+Task = FitTask | EvalTask | SecureTask

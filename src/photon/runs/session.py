@@ -42,6 +42,7 @@ from photon.federation import (
 from photon.federation.layout import layout_of, require_own_rows
 from photon.federation.node import empty_model, initial_model, open_stream
 from photon.federation.outstanding import Order
+from photon.federation.secure_rounds import require_room
 from photon.models import model_fingerprint, tokenizer_file_of, trainable_parameters
 from photon.runs.changes import changes, go_on_with
 from photon.runs.folder import (
@@ -146,6 +147,8 @@ class Session:
                 f"federation.quorum = {config.federation.quorum} exceeds the {participants} "
                 "participants of a round"
             )
+        if config.privacy.secure_aggregation:
+            require_room(config.federation.sample or participants, "this run")
         for silo in self.silos if self._guests is None else ():
             open_stream(config, data, [silo]).close()
         if config.data.verify:
@@ -166,7 +169,7 @@ class Session:
         children = config.federation.children
         leaves = sum(children.get(name, LEAF).leaves for name in self._fleet_tokens)
         keepers = {"train": 1, "simulate": leaves if keeps else 0, "serve": 0}[self.kind]
-        feeds_back = self.kind == "simulate" and config.link.feeds_back
+        feeds_back = self.kind == "simulate" and config.feeds_back
         feedback_bytes = weights_bytes * leaves if feeds_back else 0
         # Outer optimizers have two moments at most; feedback is one more.
         feedback_bytes += 3 * weights_bytes * sum(one.groups for one in children.values())
@@ -301,7 +304,8 @@ class Session:
             options |= {"ended": fleet.ended, "clock": engine.clock}
         server = Server(config, self.folder, tensors, state, key)
         order = Order(None if config.federation.in_task_order else self.folder / "order.jsonl")
-        federation = Federation(config, fleet, engine, server, on_event, pooled=pooled, order=order)
+        kept = {"pooled": pooled, "order": order, "folder": self.folder}
+        federation = Federation(config, fleet, engine, server, on_event, **kept)
         federation.outstanding.go_on_with(state.in_flight, tensors, server)
         return Rounds(federation, state, recorder, checkpoints, **options)
 

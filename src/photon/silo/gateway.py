@@ -58,7 +58,7 @@ _MOST_CALLS = 64
 _MOST_BYTES = 16 << 20
 
 _Hex = Annotated[str, Field(pattern=r"^[0-9a-f]{32,64}\z")]
-_TASK = r"^[0-9a-f]{32}/(fit|evaluate)/[0-9]{1,9}/[A-Za-z0-9._-]{1,100}\z"
+_TASK = r"^[0-9a-f]{32}/[a-z]{3,9}/[0-9]{1,9}/[A-Za-z0-9._-]{1,100}\z"
 
 
 class _Call(BaseModel):

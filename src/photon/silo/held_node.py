@@ -170,7 +170,7 @@ class HeldNode:
         values = {name: shape.numel() for name, shape in self._shapes.items()}
         weights = sum(count for name, count in values.items() if name.startswith(WEIGHTS))
         weights += self._personal_values
-        copies = 1 + config.link.feeds_back
+        copies = 1 + config.feeds_back
         copies += _MOST_MOMENTS if config.federation.optimizer_state == "keep" else 0
         needed = 4 * (weights * copies + 2 * sum(values.values())) + int(free_gib * 2**30)
         free = shutil.disk_usage(self._site.home).free

@@ -193,6 +193,12 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
         f"{policy.min_participants} or more",
     )
     _hold(
+        "secure_aggregation",
+        config.privacy.secure_aggregation or not policy.secure_aggregation,
+        "the aggregator would see single updates",
+        "privacy.secure_aggregation = true",
+    )
+    _hold(
         "max_epsilon",
         policy.max_epsilon is None,
         "the run promises no differential privacy (this version of Photon has none)",

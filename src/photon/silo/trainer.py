@@ -54,7 +54,9 @@ from photon.link import Carrier, Header, Ref, write_parcel
 from photon.membership.keys import NodeKey
 from photon.membership.records import SignedReply
 from photon.membership.signing import RECEIPT, sign_document
+from photon.secure.member import answer as secure_answer
 from photon.silo.answers import Answer, Answers
+from photon.silo.cohorts import require_sealing, require_signed_cohort
 from photon.silo.held_node import HeldNode, question_key
 from photon.silo.policy import check, note_scored, require_data, require_for_us
 from photon.silo.presence import Reporter
@@ -224,6 +226,10 @@ class SiloTrainer:
         require_for_us(ask, site.membership)
         config = site.config(ask.run)
         check(ask, config, site.node.policy)
+        if ask.secure is not None:
+            return self._agree(ask, left_s)
+        if ask.fit is not None:
+            require_sealing(ask, config, site.node.policy)
         self._carrier = carrier = self._carriers(ask.task_id)
         kept = self._answers.find(ask)
         if kept is not None:
@@ -246,6 +252,16 @@ class SiloTrainer:
             work = self._fit if ask.kind == "fit" else self._evaluate
             answer = work(ask, held, version)
         return self._give(ask, answer, left_s)
+
+    def _agree(self, ask: Ask, left_s: Callable[[], float]) -> SignedReply:
+        """Do a phase of secure aggregation; what it keeps lies with the run's node states."""
+        assert ask.secure is not None
+        self._require_willing(ask, left_s)
+        if ask.kind == "share":
+            require_signed_cohort(ask, self._site.node.policy, self._reporter.note)
+        kept = self._site.home / "nodes" / ask.run.id
+        text = secure_answer(kept, ask.silo, ask.kind, ask.secure.text)
+        return self._sign(self._reply(ask, secure=text))
 
     def _require_willing(self, ask: Ask, left_s: Callable[[], float]) -> None:
         """Refuse what this node was told to leave, or can't do."""

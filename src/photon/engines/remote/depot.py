@@ -19,6 +19,7 @@ from photon.errors import LinkError, ManifestError
 from photon.federation import FitTask, Version
 from photon.federation.tasks import GlobalState, StateRef, update_header
 from photon.link import Expected, Parcel, Ref
+from photon.secure.documents import MOST_BITS
 from photon.store.contract import Store
 from photon.store.garbage import chunks_of, collect
 from photon.store.memory import ReusedMemory
@@ -54,6 +55,8 @@ class Depot:
             LinkConfig(update_codec=one.update_codec) for one in config.federation.children.values()
         ]
         self._specs = config.link.specs.union(*(link.specs for link in links))
+        if config.privacy.secure_aggregation:
+            self._specs = frozenset({f"ring(bits={bits})" for bits in range(8, MOST_BITS + 1)})
         self._store = store
         self._spool = spool
         self._memory = ReusedMemory()

@@ -32,11 +32,22 @@ from photon.federation import (
     EvalTask,
     FitTask,
     Receipt,
+    SecureReceipt,
+    SecureTask,
     Task,
     Update,
     Version,
 )
-from photon.federation.envelopes import Ask, EvalPart, FitPart, RunPart, parse_reply, sealed
+from photon.federation.envelopes import (
+    Ask,
+    EvalPart,
+    Evidence,
+    FitPart,
+    RunPart,
+    SecurePart,
+    parse_reply,
+    sealed,
+)
 from photon.federation.tasks import StateRef
 from photon.freed_memory import share_freed_memory
 from photon.link import Parcel, Ref
@@ -205,6 +216,7 @@ class RemoteEngine:
         if not self._going:
             self._errands = []
         silos = {place.task.silo for place in self._going} | {task.silo for task, _ in new}
+        silos.update(*(task.company for task, _ in new if isinstance(task, SecureTask)))
         self._run = self._run.model_copy(update={"silos": sorted(silo for silo in silos if silo)})
         for task, version in new:
             ref = self._depot.published(version)
@@ -251,6 +263,13 @@ class RemoteEngine:
                 self._finish(place)
                 self._messenger.notice(errand.ask, f"no evaluation: {errand.failure.message}")
                 yield None
+            return
+        if isinstance(task, SecureTask):
+            if errand.over:
+                self._finish(place)
+                told = errand.reply.secure if errand.reply is not None else None
+                failure = errand.failure.message if errand.failure is not None else None
+                yield SecureReceipt(told or "", failure)
             return
         parcel = None
         if place.fetching is not None and place.fetching.done():
@@ -329,6 +348,19 @@ class RemoteEngine:
                 Notice(text=f"old rounds stay in the store: {error}", round=number, silo="")
             )
 
+    def _adverts(self, task: SecureTask) -> tuple[Evidence, ...]:
+        """What the members of a cohort have signed."""
+        asked = [f"{self._run.id}/advertise/{task.round}/{name}" for name in task.company]
+        replies = [one for one in map(self._roster.tasks.reply, asked) if one is not None]
+        return tuple(
+            Evidence(
+                text=one.text.decode(),
+                signature=one.signature,
+                public_key=self._roster.signer(one.fingerprint).public_key,
+            )
+            for one in replies
+        )
+
     def _ask(self, task: Task, ref: StateRef) -> Ask:
         assert task.silo is not None
         common = {
@@ -342,5 +374,10 @@ class RemoteEngine:
         if isinstance(task, EvalTask):
             part = EvalPart(round=task.round, node_round=task.node_round)
             return Ask(kind="evaluate", evaluate=part, **common)
-        part = FitPart(**{name: getattr(task, name) for name in FitPart.model_fields})
+        if isinstance(task, SecureTask):
+            shown = self._adverts(task) if task.phase == "share" else ()
+            part = SecurePart(round=task.round, text=task.text, evidence=shown)
+            return Ask(kind=task.phase, secure=part, **common)
+        told = {name: getattr(task, name) for name in FitPart.model_fields}
+        part = FitPart(**told | {"sealing": task.sealing or None})
         return Ask(kind="fit", fit=part, **common)

@@ -1,0 +1,233 @@
+"""The aggregator's side: a cohort from adverts, the sum of sealed updates, and its opening."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from photon.errors import ProtocolError, QuorumLostError, RunError, some
+from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Revealed, Sealing
+from photon.secure.fixed_point import FixedPoint
+from photon.secure.masks import Words, add_masks, derived, public_of
+from photon.secure.member import pair_key, pledge
+from photon.secure.shares import SHARE_BYTES, joined
+
+#: Values, and bytes, of an update that tell it from any other.
+_TOLD_BY = 1 << 12
+
+
+def require_advert(call: Call, name: str, advert: Advert) -> None:
+    """Refuse another attempt's advert.
+
+    Raises:
+        ProtocolError: it is one.
+    """
+    if (advert.round, advert.attempt) != (call.round, call.attempt):
+        raise ProtocolError(
+            f"{name} advertised for round {advert.round}, attempt {advert.attempt}; asked for was "
+            f"round {call.round}, attempt {call.attempt}"
+        )
+
+
+def require_dealt(cohort: Cohort, name: str, dealt: Dealt) -> None:
+    """Refuse what are no shares for this cohort.
+
+    Raises:
+        ProtocolError: they are another's cohort's, or not for this member's neighbours.
+    """
+    near = cohort.graph[name]
+    if dealt.cohort != cohort.id:
+        raise ProtocolError(f"{name} dealt shares for another cohort than round {cohort.round}'s")
+    if dealt.boxes.keys() != near or dealt.pledges.keys() != near:
+        raise ProtocolError(f"{name} dealt shares to others than its {len(near)} neighbours")
+
+
+def able(cohort: Cohort, dealt: Iterable[str]) -> list[str]:
+    """Those of the members who dealt that have enough neighbours who did.
+
+    Raises:
+        QuorumLostError: they are fewer than the cohort's floor.
+    """
+    left = set(dealt)
+    while few := {one for one in left if len(cohort.graph[one] & left) < cohort.threshold}:
+        left -= few
+    if len(left) < cohort.floor:
+        raise QuorumLostError(
+            f"of the {len(cohort.names)} members of round {cohort.round} {len(left)} have enough "
+            f"neighbours that dealt shares ({cohort.threshold}); {cohort.floor} are needed"
+        )
+    return sorted(left)
+
+
+def closing_for(sealing: Sealing, name: str, survivors: Iterable[str], dealt: Mapping[str, Dealt]):
+    """What a member is asked, with the boxes that are for it."""
+    near = sealing.cohort.graph[name].intersection(sealing.dealt)
+    boxes = {one: dealt[one].boxes[name] for one in sorted(near)}
+    return Closing(sealing=sealing, survivors=sorted(survivors), boxes=boxes)
+
+
+@dataclass
+class SecureSum:
+    """The sum of sealed updates; nothing of one of them is kept.
+
+    Memory: two bytes for each value of the model, however many members.
+
+    Attributes:
+        shapes: of the tensors that each update has.
+        survivors: whose updates are in it.
+    """
+
+    sealing: Sealing
+    shapes: Mapping[str, tuple[int, ...]]
+    survivors: list[str] = field(default_factory=list)
+    _words: dict[str, Words] = field(default_factory=dict)
+    _told_by: dict[bytes, str] = field(default_factory=dict)
+    _broken: bool = False
+
+    def add(self, name: str, tensors: Callable[[], Iterable[tuple[str, Tensor]]]) -> str | None:
+        """Take a member's update, or say why not; then nothing of it was taken.
+
+        Args:
+            tensors: its words, as fp32; walked twice.
+        """
+        if name in self.survivors:
+            return "its update is in the sum already"
+        if name not in self.sealing.dealt:
+            return f"it dealt no shares for round {self.sealing.cohort.round}"
+        first = self._fault(tensors())
+        if isinstance(first, str):
+            return first
+        if (other := self._told_by.setdefault(first, name)) != name:
+            return f"it sent the masked update of {other} once more"
+        self._broken = True
+        for tensor_name, tensor in tensors():
+            words = tensor.flatten().int().numpy().astype(np.uint16)
+            if tensor_name in self._words:
+                self._words[tensor_name] += words
+            else:
+                self._words[tensor_name] = words
+        self.survivors.append(name)
+        self._broken = False
+        return None
+
+    def _fault(self, tensors: Iterable[tuple[str, Tensor]]) -> str | bytes:
+        """What is wrong with an update, or its first words."""
+        missing, first, most = dict(self.shapes), b"", 1 << self.sealing.cohort.bits
+        for name, tensor in tensors:
+            if tuple(tensor.shape) != missing.pop(name, None):
+                return f"its tensor {name!r} is none of the model's, or of another shape"
+            if tensor.numel() and not bool(((tensor >= 0) & (tensor < most)).all()):
+                return f"its tensor {name!r} is no masked one: values are from 0 to {most - 1}"
+            first += (
+                tensor.flatten()[: max(0, _TOLD_BY - len(first) // 2)]
+                .int()
+                .numpy()
+                .astype("<u2")
+                .tobytes()
+            )
+        return f"its update lacks {some(missing)}" if missing else first
+
+    def open(
+        self,
+        dealt: Mapping[str, Dealt],
+        revealed: Mapping[str, Revealed],
+        tell: Callable[[str], None],
+    ) -> None:
+        """Take the masks off.
+
+        Args:
+            revealed: by member, its shares.
+            tell: told, in words, of shares that are wrong, and whose they are.
+
+        Raises:
+            QuorumLostError: too few shares of some secret, or one that does not give it.
+        """
+        cohort, survivors = self.sealing.cohort, set(self.survivors)
+        if self._broken:
+            raise RunError(f"an update of round {cohort.round} broke off while it was added")
+        keys: dict[bytes, int] = {}
+        for name in sorted(self.survivors):
+            own = self._secret(name, "own", dealt, revealed, tell)
+            if pledge(cohort, name, name, "own", own) != dealt[name].own:
+                raise QuorumLostError(_CHEATED.format(name, cohort.round), hint=_WAY_OUT)
+            keys[derived(own, "own mask", self.sealing.id)] = -1
+        for name in sorted(set(self.sealing.dealt) - survivors):
+            near = sorted(cohort.graph[name] & survivors)
+            if not near:
+                continue
+            private = self._secret(name, "keys", dealt, revealed, tell)
+            if public_of(private) != cohort.by_name[name].advert.mask_key:
+                raise QuorumLostError(_CHEATED.format(name, cohort.round), hint=_WAY_OUT)
+            for other in near:  # with the sign that it had in the other's update
+                theirs = cohort.by_name[other].advert.mask_key
+                keys[pair_key(private, theirs, self.sealing)] = -1 if other < name else 1
+        for tensor_name, words in self._words.items():
+            add_masks(words, tensor_name, keys)
+        self._require_in_range()
+
+    def mean(self) -> Iterable[tuple[str, Tensor]]:
+        """Of the survivors' updates, by their weights, once it is open."""
+        cohort = self.sealing.cohort
+        numbers, weight = FixedPoint.of(cohort), self._weight
+        for name, words in self._words.items():
+            yield name, numbers.mean(words, weight, cohort.ranges[name]).view(self.shapes[name])
+
+    @property
+    def _weight(self) -> int:
+        return sum(self.sealing.cohort.by_name[one].weight for one in self.survivors)
+
+    def _secret(
+        self,
+        name: str,
+        kind: str,
+        dealt: Mapping[str, Dealt],
+        revealed: Mapping[str, Revealed],
+        tell: Callable[[str], None],
+    ) -> bytes:
+        cohort, found = self.sealing.cohort, dict[int, int]()
+        for holder in sorted(cohort.graph[name]):
+            given = revealed.get(holder)
+            share = getattr(given, kind).get(name) if given is not None else None
+            if given is not None and name in given.unreadable:
+                tell(f"{holder} could not open the box that {name} dealt it")
+            if share is None:
+                continue
+            share = bytes.fromhex(share)
+            if (
+                pledge(cohort, name, holder, kind, share)
+                != dealt[name].pledges[holder][kind == "own"]
+            ):
+                tell(f"{holder} gave a wrong share of what {name} dealt; it is not used")
+                continue
+            found[1 + cohort.names.index(holder)] = int.from_bytes(share)
+            if len(found) == cohort.threshold:
+                # Of shares that are no polynomial's, any number; what it is to be is checked.
+                return joined(found).to_bytes(SHARE_BYTES)[1:]
+        raise QuorumLostError(
+            f"the sum of round {cohort.round} stays closed: {len(found)} shares of {name}'s "
+            f"{'mask' if kind == 'own' else 'key'} came, {cohort.threshold} are needed",
+            hint="More members dropped out than shares allow for; see docs/secure-aggregation.md.",
+        )
+
+    def _require_in_range(self) -> None:
+        cohort = self.sealing.cohort
+        numbers = FixedPoint.of(cohort)
+        most = sum(numbers.bound(cohort.by_name[one].weight) for one in self.survivors)
+        for name, words in self._words.items():
+            signed = numbers.signed(words)
+            if signed.size and (signed.max() > most or signed.min() < -most):
+                raise QuorumLostError(
+                    f"the sum of round {cohort.round} is not used: tensor {name!r} is beyond what "
+                    f"{len(self.survivors)} honest updates come to",
+                    hint=_WAY_OUT,
+                )
+
+
+_CHEATED = "{0} dealt shares in round {1} that do not give its secret; the sum is not used"
+_WAY_OUT = (
+    "A member sent what no honest one does. docs/secure-aggregation.md says how members can find "
+    "it, by their consent, and how the run goes on."
+)

@@ -1,0 +1,197 @@
+"""What members and aggregator say to each other. All of it comes from outside, and is bounded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from photon.config.privacy import LEAST_SUMMED
+from photon.errors import ProtocolError
+from photon.secure.graph import graph_of, threshold_of
+
+#: A weight is a whole number up to this, so that a member's part is right to 0.4% of the largest.
+MOST_WEIGHT = 255
+#: Of a word of the ring that sums are taken in.
+MOST_BITS = 16
+MOST_MEMBERS = 2000
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
+Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")]
+#: A number below photon.secure.shares.PRIME, as 33 bytes.
+Share = Annotated[str, Field(pattern=r"^0[01][0-9a-f]{64}\z")]
+_Names = Annotated[list[Name], Field(max_length=MOST_MEMBERS)]
+_Number = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class Document(BaseModel):
+    """As JSON it has one form, whose sha256 names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @cached_property
+    def text(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def id(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+class Call(Document):
+    """Aggregator to member: advertise keys for this attempt at a round."""
+
+    run: Annotated[str, Field(max_length=100)]
+    round: _Number
+    attempt: _Number
+
+
+class Advert(Document):
+    """A member's two X25519 public keys, fresh for this attempt: of masks, and of boxes that shares
+    come in.
+
+    Attributes:
+        closed: cohorts of earlier attempts at the round of which this member opened nothing, and
+            from now on never will: their secrets are gone.
+    """
+
+    round: _Number
+    attempt: _Number
+    mask_key: Digest
+    box_key: Digest
+    closed: Annotated[list[Digest], Field(max_length=1000)] = []
+
+
+class Member(Document):
+    """One of a cohort: its advert, and what it is asked for."""
+
+    name: Name
+    weight: Annotated[int, Field(ge=1, le=MOST_WEIGHT)]
+    steps: _Number
+    advert: Advert
+
+
+class Cohort(Document):
+    """Who is in a sum, and how it is taken: the same for all, or their masks don't cancel.
+
+    Attributes:
+        question: sha256 of all else that members are asked alike: model, recipe, state, clock.
+        bits: of a word of the ring.
+        floor: fewest updates of the sum.
+        ranges: by tensor, the largest magnitude that a member's values may have.
+    """
+
+    run: Annotated[str, Field(max_length=100)]
+    round: _Number
+    attempt: _Number
+    question: Digest
+    bits: Annotated[int, Field(ge=8, le=MOST_BITS)]
+    floor: Annotated[int, Field(ge=LEAST_SUMMED, le=MOST_MEMBERS)]
+    members: Annotated[list[Member], Field(min_length=LEAST_SUMMED, max_length=MOST_MEMBERS)]
+    ranges: dict[Annotated[str, Field(max_length=300)], Annotated[float, Field(gt=0, lt=1e30)]]
+
+    @model_validator(mode="after")
+    def _of_one_attempt(self) -> Cohort:
+        if self.names != sorted(set(self.names)):
+            raise ValueError("members are not in the order of their names, each once")
+        if len(self.names) < self.floor:
+            raise ValueError(f"{len(self.names)} members; at least {self.floor} are to be in a sum")
+        for one in self.members:
+            if (one.advert.round, one.advert.attempt) != (self.round, self.attempt):
+                raise ValueError(
+                    f"{one.name} advertised for round {one.advert.round}, attempt "
+                    f"{one.advert.attempt}; this is round {self.round}, attempt {self.attempt}"
+                )
+        if len({one.advert.mask_key for one in self.members}) < len(self.members):
+            raise ValueError("two members have one key")
+        return self
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [one.name for one in self.members]
+
+    @cached_property
+    def by_name(self) -> dict[str, Member]:
+        return {one.name: one for one in self.members}
+
+    @cached_property
+    def graph(self) -> dict[str, frozenset[str]]:
+        """By member, those whom it shares its secrets with."""
+        return graph_of(self.names, self.id)
+
+    @property
+    def threshold(self) -> int:
+        """Shares that open a secret."""
+        return threshold_of(len(self.members))
+
+    @property
+    def total(self) -> int:
+        """All members' weights."""
+        return sum(one.weight for one in self.members)
+
+
+class Dealt(Document):
+    """A member's shares of its two secrets, each in a box for one neighbour, by name.
+
+    Attributes:
+        boxes: base64 of what only that neighbour can open.
+        pledges: sha256 of the shares in it: of the key of masks, of the own mask's secret. So a
+            wrong one is known by who gave it.
+        own: sha256 of the own mask's secret.
+    """
+
+    cohort: Digest
+    boxes: dict[Name, Annotated[str, Field(max_length=400)]]
+    pledges: dict[Name, tuple[Digest, Digest]]
+    own: Digest
+
+
+class Sealing(Document):
+    """Aggregator to member: whose masks are in the sum; those of the cohort that dealt shares."""
+
+    cohort: Cohort
+    dealt: _Names
+
+
+class Closing(Document):
+    """Aggregator to member: whose updates are in the sum. Its shares of these members' own masks
+    are asked for, and of the others' keys."""
+
+    sealing: Sealing
+    survivors: _Names
+    boxes: dict[Name, Annotated[str, Field(max_length=400)]]
+
+
+class Revealed(Document):
+    """A member's shares of survivors' own masks, of the keys of those that dropped out; and whose
+    boxes it could not open."""
+
+    cohort: Digest
+    own: dict[Name, Share]
+    keys: dict[Name, Share]
+    unreadable: _Names = []
+
+
+_D = TypeVar("_D", bound=Document)
+
+
+def read(text: str, kind: type[_D], who: str) -> _D:
+    """A document from outside.
+
+    Args:
+        who: it is from.
+
+    Raises:
+        ProtocolError: it is none; names the first thing that is wrong.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))[:200]
+        raise ProtocolError(
+            f"{who} sent no {kind.__name__}: {where}: {first['msg'][:200]}"
+        ) from None

@@ -1,0 +1,105 @@
+"""Updates as whole numbers, so that masks cancel to the bit and sums can't overflow.
+
+With weights w_u and W their sum over the cohort, b bits and M = 2^(b-1) - 1, a member sends of each
+value x of a tensor whose range is R
+
+    q = round(x w_u M / (W R)),  kept within floor(w_u M / W)
+
+so sums over any members lie within M, and sum(q) W R / M over the weights of those in it is their
+weighted mean. What rounding and the bound left out, x - q W R / (M w_u), is fed back next round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from photon.aggregation import square_sum
+from photon.secure.documents import MOST_BITS, MOST_WEIGHT, Cohort
+from photon.secure.masks import Words
+
+#: Steps from 0 to a member's range: as many as with int8 and one bit more, since its range is that
+#: of a whole tensor and not of 128 values.
+_LEVELS = 255
+#: Of many members a word has no room for so many; fewer than this are no update any more.
+_FEWEST_LEVELS = 15
+
+#: Most members of a sum.
+MOST_SUMMED = ((1 << MOST_BITS - 1) - 1) // _FEWEST_LEVELS
+
+
+def bits_for(members: int) -> int:
+    """Bits of a word: 12 for 8 members, 14 for 32, never more than 16."""
+    return min(MOST_BITS, 1 + (_LEVELS * members).bit_length())
+
+
+def whole_weights(shares: Sequence[float]) -> list[int]:
+    """Shares as whole numbers up to MOST_WEIGHT, the smallest that say the same."""
+    largest = max(shares)
+    weights = [max(1, round(MOST_WEIGHT * one / largest)) for one in shares]
+    common = math.gcd(*weights)
+    return [one // common for one in weights]
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """How a cohort's values are written.
+
+    Attributes:
+        bits: of a word.
+        total: W, of all members.
+    """
+
+    bits: int
+    total: int
+
+    @classmethod
+    def of(cls, cohort: Cohort) -> FixedPoint:
+        return cls(cohort.bits, cohort.total)
+
+    @property
+    def most(self) -> int:
+        """M."""
+        return (1 << self.bits - 1) - 1
+
+    def bound(self, weight: int) -> int:
+        """Largest magnitude of a member's q."""
+        return weight * self.most // self.total
+
+    def unit(self, largest: float) -> float:
+        """What 1 of a sum stands for, times the weight of those in it."""
+        return largest * self.total / self.most
+
+    def whole(self, name: str, tensor: Tensor, weight: int, largest: float) -> Tensor:
+        """q, int16 [n], of a tensor's values in row-major order.
+
+        Raises:
+            NonFiniteError: it holds NaN or infinity.
+        """
+        square_sum(name, tensor)
+        values = tensor.detach().to("cpu", torch.float32).flatten()
+        bound = self.bound(weight)
+        return (values * (weight / self.unit(largest))).round_().clamp_(-bound, bound).short()
+
+    def value(self, whole: Tensor, weight: int, largest: float) -> Tensor:
+        """What q says of x, fp32."""
+        return whole.float() * (self.unit(largest) / weight)
+
+    def signed(self, words: Words) -> np.ndarray:
+        """A sum modulo 2^bits as a number around 0, int16."""
+        shift = 16 - self.bits
+        return (words << shift).view(np.int16) >> shift
+
+    def mean(self, words: Words, weight: int, largest: float) -> Tensor:
+        """The mean that a sum is of, fp32 [n].
+
+        Args:
+            weight: of those in it.
+        """
+        mean = self.signed(words) * (self.unit(largest) / weight)
+        return torch.from_numpy(mean.astype(np.float32))

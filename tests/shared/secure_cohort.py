@@ -1,0 +1,110 @@
+"""A cohort in this process: members with folders of their own, and who adds their updates up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from photon.compression import build_codec
+from photon.secure.aggregator import SecureSum, able, closing_for, require_dealt
+from photon.secure.documents import Advert, Call, Cohort, Dealt, Member, Revealed, Sealing, read
+from photon.secure.fixed_point import FixedPoint, bits_for
+from photon.secure.member import Seal, answer
+
+SHAPES = {"weights/matrix": (37, 11), "weights/vector": (501,)}
+RANGES = {"weights/matrix": 0.25, "weights/vector": 1.5}
+
+
+def names_of(count: int) -> list[str]:
+    return [f"silo-{index:02d}" for index in range(count)]
+
+
+def update_of(name: str, scale: float = 0.3) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(sum(name.encode()))
+    return {one: scale * torch.randn(shape, generator=draw) for one, shape in SHAPES.items()}
+
+
+class Round:
+    """One attempt at a round, a phase at a time; who is not named in one has dropped out."""
+
+    def __init__(self, folder: Path, names, *, number=1, attempt=1, weights=None, floor=3) -> None:
+        self.folder, self.number, self.attempt = folder, number, attempt
+        self.names, self.floor = list(names), floor
+        self.weights = dict(weights or dict.fromkeys(names, 1))
+        self.told: list[str] = []
+
+    def ask(self, name, phase, document, kind):
+        return read(answer(self.folder / name, name, phase, document.text), kind, name)
+
+    def advertise(self, names=None) -> None:
+        call = Call(run="run", round=self.number, attempt=self.attempt)
+        self.adverts = {
+            name: self.ask(name, "advertise", call, Advert) for name in names or self.names
+        }
+        self.cohort = self.cohort_of(self.adverts)
+
+    def cohort_of(self, adverts, **changes) -> Cohort:
+        members = [
+            Member(name=name, weight=self.weights[name], steps=2, advert=adverts[name])
+            for name in sorted(adverts)
+        ]
+        about = {"run": "run", "round": self.number, "attempt": self.attempt, "floor": self.floor}
+        about |= {"question": "0" * 64, "bits": bits_for(len(members)), "ranges": RANGES}
+        return Cohort(**about | changes, members=members)
+
+    def share(self, names=None) -> None:
+        self.dealt = {}
+        for name in names or self.cohort.names:
+            dealt = self.ask(name, "share", self.cohort, Dealt)
+            require_dealt(self.cohort, name, dealt)
+            self.dealt[name] = dealt
+        self.sealing = Sealing(cohort=self.cohort, dealt=able(self.cohort, self.dealt))
+        self.sum = SecureSum(self.sealing, SHAPES)
+
+    def sealed(self, name, update=None) -> dict[str, torch.Tensor]:
+        """A member's masked update, as it comes out of a parcel."""
+        seal = Seal(self.folder / name, name, self.sealing.text)
+        update = update or update_of(name)
+        parts = {one: seal.encode(one, tensor)[0] for one, tensor in update.items()}
+        seal.leave(parts.values())
+        codec = build_codec(seal.codec)
+        return {one: codec.decode(part, SHAPES[one]) for one, part in parts.items()}
+
+    def collect(self, names=None) -> None:
+        for name in names or self.sealing.dealt:
+            update = self.sealed(name)
+            assert self.sum.add(name, lambda found=update: found.items()) is None
+
+    def asked(self, name, survivors=None):
+        return closing_for(self.sealing, name, survivors or self.sum.survivors, self.dealt)
+
+    def unmask(self, names=None) -> dict[str, torch.Tensor]:
+        self.revealed = {
+            name: self.ask(name, "unmask", self.asked(name), Revealed)
+            for name in names or self.sum.survivors
+        }
+        return self.opened()
+
+    def opened(self) -> dict[str, torch.Tensor]:
+        self.sum.open(self.dealt, self.revealed, self.told.append)
+        return dict(self.sum.mean())
+
+    def plain(self, names) -> dict[str, torch.Tensor]:
+        """The fixed-point mean of these members' updates, with no mask anywhere."""
+        numbers, mean = FixedPoint.of(self.cohort), {}
+        for tensor, shape in SHAPES.items():
+            words = np.zeros(int(np.prod(shape)), np.uint16)
+            for name in names:
+                whole = numbers.whole(
+                    tensor, update_of(name)[tensor], self.weights[name], RANGES[tensor]
+                )
+                words += whole.numpy().view(np.uint16)
+            weight = sum(self.weights[name] for name in names)
+            mean[tensor] = numbers.mean(words, weight, RANGES[tensor]).view(shape)
+        return mean
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
