@@ -154,7 +154,6 @@ def test_the_aggregator_s_own_bound_takes_noised_updates(codec, tmp_path):
     ("overrides", "words"),
     [
         (["privacy.mechanism=dp_sgd"], '"dp_sgd" is not built yet'),
-        (["privacy.secure_aggregation=true"], "not built yet: the aggregator sees single"),
         (["privacy.mechanism=client", "privacy.clip_norm=1"], "needs privacy.noise_multiplier"),
         (["privacy.mechanism=client", "privacy.noise_multiplier=1"], "needs privacy.clip_norm"),
         (["privacy.clip_norm=1"], "makes nothing of privacy.clip_norm"),

@@ -18,7 +18,7 @@ from photon.secure.aggregator import SecureSum
 from photon.secure.documents import Sealing
 from photon.secure.graph import graph_of, holds_together
 from photon.secure.masks import add_masks, derived
-from photon.secure.member import Notebook, _private, pair_key
+from photon.secure.member import Notebook, pair_keys, pledge
 
 PHASES = ("advertise", "share", "collect", "unmask")
 
@@ -105,7 +105,7 @@ def test_a_large_cohort_is_a_sparse_graph_that_nobody_can_part(tmp_path):
 def secret_of(round_, name):
     found = Notebook(round_.folder / name, name).read(round_.number)
     assert found is not None
-    return _private(bytes.fromhex(found.secret))
+    return found.private()
 
 
 def known_masks(round_, colluders):
@@ -142,8 +142,8 @@ def test_two_colluders_and_the_aggregator_learn_the_sum_of_the_rest_alone(drops,
         keys = {derived(private["own"], "own mask", round_.sealing.id): -1} if name in own else {}
         for other in round_.cohort.graph[name]:
             if frozenset((name, other)) in pairs:
-                theirs = round_.cohort.by_name[other].advert.mask_key
-                keys[pair_key(private["mask"], theirs, round_.sealing)] = -1 if name < other else 1
+                found = pair_keys(private["mask"], name, [other], round_.sealing)
+                keys |= {key: -sign for key, sign in found.items()}
         add_masks(left[name], "weights/vector", keys)
     # Masks that are unknown are independent and uniform: a combination of updates says something
     # only if they cancel in it. The incidence matrix of what is unknown has them as its left null
@@ -174,10 +174,20 @@ def test_two_colluders_and_the_aggregator_learn_the_sum_of_the_rest_alone(drops,
     assert spread(honest) > 200  # the sum of the rest is what they learn
     # Nor have they shares of an honest survivor's key, or of a dropped one's own mask.
     for name in honest:
-        given = [holder for holder, one in round_.revealed.items() if name in one.keys]
-        assert len(given) + len(colluders) < round_.cohort.threshold
+        keys = [
+            holder
+            for holder, one in round_.revealed.items()
+            if name in one.shares
+            and pledge(round_.cohort, name, holder, bytes.fromhex(one.shares[name]))
+            == round_.dealt[name].pledges[holder][0]
+        ]
+        assert not keys
+    assert len(colluders) < round_.cohort.threshold
     for name in drops:
-        assert not [holder for holder, one in round_.revealed.items() if name in one.own]
+        pledges = round_.dealt[name].pledges
+        for holder, one in round_.revealed.items():
+            share = bytes.fromhex(one.shares[name])
+            assert pledge(round_.cohort, name, holder, share) == pledges[holder][0]
 
 
 def test_masked_words_are_uniform_and_fresh(tmp_path):
@@ -245,8 +255,8 @@ def test_a_wrong_share_is_known_by_who_gave_it(closed):
     again.sum = SecureSum(closed.sealing, SHAPES)
     again.collect(closed.names[:-1])
     wrong = again.revealed["silo-02"]
-    own = dict(wrong.own, **{"silo-04": wrong.own["silo-05"]})
-    again.revealed["silo-02"] = wrong.model_copy(update={"own": own})
+    shares = dict(wrong.shares, **{"silo-04": wrong.shares["silo-05"]})
+    again.revealed["silo-02"] = wrong.model_copy(update={"shares": shares})
     assert same(again.opened(), closed.plain(closed.names[:-1]))
     assert again.told == ["silo-02 gave a wrong share of what silo-04 dealt; it is not used"]
 

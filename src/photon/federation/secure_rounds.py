@@ -7,10 +7,9 @@ answers; members refuse anything else.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,31 +28,15 @@ from photon.errors import (
     PhotonError,
     ProtocolError,
     QuorumLostError,
+    RunError,
 )
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Mailbox, Version
 from photon.federation.norm_bound import lr_sum, step_over_lr
-from photon.federation.tasks import (
-    FitTask,
-    Phase,
-    Receipt,
-    SecureReceipt,
-    SecureTask,
-    Update,
-)
+from photon.federation.tasks import FitTask, Phase, Receipt, SecureReceipt, SecureTask, Update
 from photon.link import tensors_sha256
+from photon.secure import documents as say
 from photon.secure.aggregator import SecureSum, able, closing_for, require_advert, require_dealt
-from photon.secure.documents import (
-    Advert,
-    Call,
-    Cohort,
-    Dealt,
-    Document,
-    Member,
-    Revealed,
-    Sealing,
-    read,
-)
 from photon.secure.fixed_point import MOST_SUMMED, bits_for, whole_weights
 from photon.secure.member import ROUNDS_KEPT, answer
 from photon.store.disk import write_json
@@ -79,25 +62,45 @@ def agreed(folder: Path, task: SecureTask) -> SecureReceipt:
 
 def question_of(config: Mapping[str, Any], state_sha256: str, global_step: int) -> str:
     """sha256 of what all members of a cohort are asked alike: else one of them could be asked for
-    its gradient, and all others for nothing.
+    its update, and all others for none.
 
     Args:
         config: the run file as members have it (envelopes.dictated).
     """
     alike = {name: table for name, table in config.items() if name != "run"}
-    record = [alike, state_sha256, global_step]
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    record = json.dumps([alike, state_sha256, global_step], sort_keys=True)
+    return hashlib.sha256(record.encode()).hexdigest()
+
+
+def planned_tokens(config: RunConfig, task: FitTask) -> int:
+    """That a task's update is weighted by: known before it is trained."""
+    leaves = config.federation.children.get(task.silo, LEAF).leaves
+    return task.steps * leaves * config.local.batch_size * config.data.sequence_length
+
+
+def require_room(members: int) -> None:
+    """Raise IncompatibleConfigError where a sum of so many has no room, or tells too much."""
+    if not LEAST_SUMMED <= members <= MOST_SUMMED:
+        raise IncompatibleConfigError(
+            f"this run is of {members} silos a round; secure aggregation takes {LEAST_SUMMED} to "
+            f"{MOST_SUMMED:,}: of a sum of two each knows both, and words of 16 bits have no room "
+            "for more",
+            hint="Have other silos take part, or leave privacy.secure_aggregation out.",
+        )
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """What was settled of an attempt at a round; text is that of photon.secure's documents."""
+    """What is settled of an attempt at a round: texts of photon.secure's documents."""
 
     attempt: int
-    cohort: str | None = None
+    cohort: str = ""
     dealt: dict[str, str] | None = None
     survivors: list[str] | None = None
     lost: bool = False
+
+    def of(self) -> say.Cohort:
+        return say.read(self.cohort, say.Cohort, COHORTS_FILE)
 
 
 class SecureRounds:
@@ -106,7 +109,7 @@ class SecureRounds:
     Args:
         config: the run file, or a group's.
         folder: where COHORTS_FILE is kept.
-        question: of a state's sha256 and a global step: question_of.
+        question: of a state's sha256 and a global step; see question_of.
         notice: told what is worth knowing.
 
     Attributes:
@@ -123,7 +126,7 @@ class SecureRounds:
     ) -> None:
         self._config, self._path, self._mailbox = config, folder / COHORTS_FILE, mailbox
         self._question, self._notice = question, notice
-        self.ranges: dict[str, float] = {}
+        self._number, self.ranges = 0, dict[str, float]()
 
     def agree(
         self, drawn: Sequence[tuple[FitTask, float]], before: RunState, version: Version
@@ -140,36 +143,35 @@ class SecureRounds:
             QuorumLostError: too few did.
         """
         self._number, self._version, dropped = before.round + 1, version, dict[str, str]()
-        names = tuple(sorted(task.silo for task, _ in drawn))
+        names = sorted(task.silo for task, _ in drawn)
         kept = self._read().get(self._number)
-        if kept is None or kept.lost or not self._goes_on(kept, names):
-            kept = _Attempt((kept.attempt if kept else 0) + bool(kept is None or kept.cohort))
-            call = Call(run=drawn[0][0].run, round=self._number, attempt=kept.attempt)
-            adverts = self._ask(
-                names, "advertise", lambda _: call, Advert, dropped, partial(require_advert, call)
-            )
-            with _reasons(dropped):
-                cohort = self._cohort(drawn, adverts, kept.attempt, before)
-            kept = replace(kept, cohort=cohort.text)
-            self._keep(kept)
-        assert kept.cohort is not None
-        cohort = read(kept.cohort, Cohort, COHORTS_FILE)
-        if kept.dealt is None:
-            require = partial(require_dealt, cohort)
-            found = self._ask(
-                cohort.names, "share", lambda _: cohort, Dealt, dropped, require, cohort.names
-            )
-            with _reasons(dropped):
-                able(cohort, found)
-            kept = replace(kept, dealt={name: one.text for name, one in found.items()})
-            self._keep(kept)
-        assert kept.dealt is not None
-        self._dealt = {name: read(text, Dealt, name) for name, text in kept.dealt.items()}
-        sealing = Sealing(cohort=cohort, dealt=able(cohort, self._dealt))
+        try:
+            if kept is None or kept.lost or not {*kept.of().names} <= {*names}:
+                kept = _Attempt(1 + (kept.attempt if kept is not None else 0))
+                run = drawn[0][0].run
+                call = say.Call(run=run, round=self._number, attempt=kept.attempt)
+                check = partial(require_advert, call)
+                told = self._ask(names, "advertise", lambda _: call, say.Advert, dropped, check)
+                kept = replace(kept, cohort=self._cohort(drawn, told, call, before).text)
+                self._keep(kept)
+            cohort = kept.of()
+            if kept.dealt is None:
+                every, check = cohort.names, partial(require_dealt, cohort)
+                told = self._ask(every, "share", lambda _: cohort, say.Dealt, dropped, check, every)
+                able(cohort, told)
+                kept = replace(kept, dealt={name: one.text for name, one in told.items()})
+                self._keep(kept)
+            assert kept.dealt is not None
+            self._dealt = {n: say.read(text, say.Dealt, n) for n, text in kept.dealt.items()}
+            sealing = say.Sealing(cohort=cohort, dealt=able(cohort, self._dealt))
+        except QuorumLostError as error:
+            left_out = "; ".join(f"{name}: {why}" for name, why in dropped.items())
+            words = f"{error.message}; left out: {left_out or 'none'}"
+            raise QuorumLostError(words, hint=error.hint) from None
         shapes = {name: tuple(tensor.shape) for name, tensor in version.tensors.items()}
         self._kept, self._sum = kept, SecureSum(sealing, shapes)
-        for name in sorted({*names} - {*sealing.dealt} - dropped.keys()):
-            dropped[name] = "is not of the cohort that dealt shares before"
+        for name in {*names} - {*sealing.dealt} - dropped.keys():
+            dropped[name] = "is not of the cohort that dealt shares"
         tasks = [replace(one, sealing=sealing.text) for one, _ in drawn]
         return [one for one in tasks if one.silo in sealing.dealt], dropped
 
@@ -180,7 +182,7 @@ class SecureRounds:
             return f"came after the sum of round {self._number} was closed"
         try:
             return self._sum.add(task.silo, update.tensors)
-        except (MachineError, LinkError):
+        except (MachineError, LinkError, RunError):
             raise
         except (PhotonError, ValueError, LookupError, RuntimeError, TypeError) as error:
             return error.message if isinstance(error, PhotonError) else repr(error)[:300]
@@ -191,113 +193,89 @@ class SecureRounds:
         Raises:
             QuorumLostError: too few to open it, or it is no honest sum.
         """
-        found, sealing = self._sum, self._sum.sealing
-        if self._kept.survivors not in (None, sorted(found.survivors)):
+        found, sealing, survivors = self._sum, self._sum.sealing, sorted(self._sum.survivors)
+        if self._kept.survivors not in (None, survivors):
             raise QuorumLostError(
-                f"the sum of round {self._number} was closed with other updates than came again: "
-                f"{sorted(set(self._kept.survivors or ()) - set(found.survivors))} are missing"
+                f"the sum of round {self._number} was closed with {self._kept.survivors}, of whom "
+                f"not all sent their updates again: {survivors}"
             )
-        self._kept = replace(self._kept, survivors=sorted(found.survivors))
+        self._kept = replace(self._kept, survivors=survivors)
         self._keep(self._kept)
-        silent = dict[str, str]()
         revealed = self._ask(
-            sorted(found.survivors),
+            survivors,
             "unmask",
-            lambda name: closing_for(sealing, name, found.survivors, self._dealt),
-            Revealed,
-            silent,
+            lambda name: closing_for(sealing, name, survivors, self._dealt),
+            say.Revealed,
+            silent := dict[str, str](),
             company=sealing.cohort.names,
         )
         for name, why in silent.items():
             self._notice(f"{name} unmasks nothing: {why}")
         found.open(self._dealt, revealed, self._notice)
         self.ranges = _moved(sealing.cohort.ranges, found.mean())
-        return Update(Receipt(self._number, "the sum"), lambda: iter(found.mean()))
+        return Update(Receipt(self._number, "the sum"), found.mean)
 
     def lost(self) -> None:
         """The attempt came to nothing; another one is another cohort."""
-        kept = self._read().get(self._number)
-        if kept is not None:
+        if (kept := self._read().get(self._number)) is not None:
             self._keep(replace(kept, lost=True))
-
-    # --- asking -------------------------------------------------------------------------------
 
     def _ask(
         self,
         names: Sequence[str],
         phase: Phase,
-        document: Callable[[str], Document],
+        document: Callable[[str], say.Document],
         kind: type[Any],
         dropped: dict[str, str],
-        require: Callable[[str, Any], None] = lambda name, one: None,
-        company: Iterable[str] = (),
+        check: Callable[[str, Any], None] = lambda name, one: None,
+        company: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Documents by silo; why there is none, into `dropped`."""
-        company = tuple(company) or tuple(names)
-        tasks = [
-            SecureTask(self._number, name, phase, document(name).text, company) for name in names
-        ]
-        found = dict[str, Any]()
-        for task, given in zip(
-            tasks, self._mailbox.in_task_order(tasks, self._version), strict=True
-        ):
+        number, told, found = self._number, tuple(company or names), dict[str, Any]()
+        tasks = [SecureTask(number, one, phase, document(one).text, told) for one in names]
+        answers = self._mailbox.in_task_order(tasks, self._version)
+        for name, given in zip(names, answers, strict=True):
             assert isinstance(given, SecureReceipt)
             try:
                 if given.failure is not None:
                     raise ProtocolError(given.failure)
-                one = read(given.text, kind, task.silo)
-                require(task.silo, one)
-                found[task.silo] = one
+                one = say.read(given.text, kind, name)
+                check(name, one)
+                found[name] = one
             except ProtocolError as error:
-                dropped[task.silo] = error.message
+                dropped[name] = error.message
         return found
 
     def _cohort(
         self,
         drawn: Sequence[tuple[FitTask, float]],
-        adverts: Mapping[str, Advert],
-        attempt: int,
+        adverts: Mapping[str, say.Advert],
+        call: say.Call,
         before: RunState,
-    ) -> Cohort:
-        there = {task.silo: (task, share) for task, share in drawn if task.silo in adverts}
-        names, floor = sorted(there), self._config.quorum_of(len(drawn))
-        if len(names) < floor:
+    ) -> say.Cohort:
+        config, tensors = self._config, self._version.tensors
+        there = sorted((task.silo, task.steps, w) for task, w in drawn if task.silo in adverts)
+        floor = config.quorum_of(len(drawn))
+        if len(there) < floor:
             raise QuorumLostError(
-                f"round {self._number} has {len(names)} silos with keys for secure aggregation, "
+                f"round {call.round} has {len(there)} silos with keys for secure aggregation, "
                 f"{floor} are needed",
                 hint="A sum of fewer than three tells of single updates; have more silos here.",
             )
-        weights = whole_weights([there[name][1] for name in names])
-        tensors = self._version.tensors
-        first = lr_sum(self._config, before.global_step) * min(
-            1e6, step_over_lr(self._config, before, 1)
-        )
-        first = max(first + 4 * self._config.privacy.deviation, 1e-12)
-        return Cohort(
-            run=drawn[0][0].run,
-            round=self._number,
-            attempt=attempt,
+        weights = whole_weights([share for _, _, share in there])
+        first = lr_sum(config, before.global_step) * min(1e6, step_over_lr(config, before, 1))
+        first = max(first + 4 * config.privacy.deviation, 1e-12)
+        return say.Cohort(
+            **call.model_dump(),
             question=self._question(tensors_sha256(tensors), before.global_step),
-            bits=bits_for(len(names)),
+            bits=bits_for(len(there)),
             floor=floor,
             members=[
-                Member(
-                    name=name,
-                    weight=weight,
-                    steps=there[name][0].steps,
-                    advert=adverts[name],
-                )
-                for name, weight in zip(names, weights, strict=True)
+                say.Member(name=name, weight=weight, steps=steps, advert=adverts[name])
+                for (name, steps, _), weight in zip(there, weights, strict=True)
             ],
             ranges={name: before.ranges.get(name, first) for name in sorted(tensors)},
         )
-
-    # --- on disk ------------------------------------------------------------------------------
-
-    def _goes_on(self, kept: _Attempt, names: Sequence[str]) -> bool:
-        if kept.cohort is None:
-            return False
-        return {*read(kept.cohort, Cohort, COHORTS_FILE).names} <= {*names}
 
     def _read(self) -> dict[int, _Attempt]:
         try:
@@ -308,49 +286,20 @@ class SecureRounds:
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointCorruptError(
                 f"can't read {self._path}: {str(error)[:200]}",
-                hint="Restore it from a backup: silos answer by what is in it. Without it they "
-                "refuse the round that was under way, and the run stays at its last checkpoint.",
+                hint="Restore it from a backup: silos answer by what is in it, and refuse the "
+                "round that was under way without it.",
             ) from error
 
     def _keep(self, kept: _Attempt) -> None:
+        """On disk when this returns."""
         rounds = {n: one for n, one in self._read().items() if n > self._number - ROUNDS_KEPT}
-        rounds[self._number] = kept
-        record = {str(number): asdict(rounds[number]) for number in sorted(rounds)}
+        record = {str(n): asdict(one) for n, one in sorted({**rounds, self._number: kept}.items())}
         write_json(self._path, {"rounds": record}, "a round's cohort", mode=0o600)
-
-
-@contextlib.contextmanager
-def _reasons(dropped: Mapping[str, str]) -> Iterator[None]:
-    """A round that is lost says why silos were left out of it."""
-    try:
-        yield
-    except QuorumLostError as error:
-        left_out = "; ".join(f"{name}: {why}" for name, why in dropped.items())
-        words = f"{error.message}; left out: {left_out or 'none'}"
-        raise QuorumLostError(words, hint=error.hint) from None
-
-
-def planned_tokens(config: RunConfig, task: FitTask) -> int:
-    """That a task's update is weighted by: known before it is trained."""
-    leaves = config.federation.children.get(task.silo, LEAF).leaves
-    return task.steps * leaves * config.local.batch_size * config.data.sequence_length
-
-
-def require_room(members: int, where: str) -> None:
-    """Raise IncompatibleConfigError where a sum of so many has no room, or would tell too much."""
-    if not LEAST_SUMMED <= members <= MOST_SUMMED:
-        raise IncompatibleConfigError(
-            f"{where} is of {members} silos a round; secure aggregation takes {LEAST_SUMMED} to "
-            f"{MOST_SUMMED:,}: of two silos each knows the other's update from the sum, and words "
-            "of 16 bits have no room for more",
-            hint="Have more silos take part, or leave privacy.secure_aggregation out.",
-        )
 
 
 def _moved(ranges: Mapping[str, float], mean: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     moved = dict[str, float]()
     for name, tensor in mean:
-        old = ranges[name]
-        wanted = _HEADROOM * float(tensor.abs().max()) if tensor.numel() else old
-        moved[name] = min(max(wanted, old / _MOVES, 1e-12), old * _MOVES, 1e29)
+        wanted = _HEADROOM * float(tensor.abs().max()) if tensor.numel() else 0.0
+        moved[name] = min(max(wanted, ranges[name] / _MOVES, 1e-12), ranges[name] * _MOVES, 1e29)
     return moved

@@ -148,7 +148,7 @@ class Session:
                 "participants of a round"
             )
         if config.privacy.secure_aggregation:
-            require_room(config.federation.sample or participants, "this run")
+            require_room(config.federation.sample or participants)
         for silo in self.silos if self._guests is None else ():
             open_stream(config, data, [silo]).close()
         if config.data.verify:

@@ -1,8 +1,8 @@
-"""The aggregator's side: a cohort from adverts, the sum of sealed updates, and its opening."""
+"""The aggregator's side: who can be in a sum, the sum of sealed updates, and its opening."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,19 +12,19 @@ from photon.errors import ProtocolError, QuorumLostError, RunError, some
 from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Revealed, Sealing
 from photon.secure.fixed_point import FixedPoint
 from photon.secure.masks import Words, add_masks, derived, public_of
-from photon.secure.member import pair_key, pledge
+from photon.secure.member import pair_keys, pledge
 from photon.secure.shares import SHARE_BYTES, joined
 
 #: Values, and bytes, of an update that tell it from any other.
 _TOLD_BY = 1 << 12
+_WAY_OUT = (
+    "A member sent what no honest one does. docs/secure-aggregation.md says how members can find "
+    "it, by their consent, and how the run goes on."
+)
 
 
 def require_advert(call: Call, name: str, advert: Advert) -> None:
-    """Refuse another attempt's advert.
-
-    Raises:
-        ProtocolError: it is one.
-    """
+    """Raise ProtocolError for another attempt's advert."""
     if (advert.round, advert.attempt) != (call.round, call.attempt):
         raise ProtocolError(
             f"{name} advertised for round {advert.round}, attempt {advert.attempt}; asked for was "
@@ -33,16 +33,10 @@ def require_advert(call: Call, name: str, advert: Advert) -> None:
 
 
 def require_dealt(cohort: Cohort, name: str, dealt: Dealt) -> None:
-    """Refuse what are no shares for this cohort.
-
-    Raises:
-        ProtocolError: they are another's cohort's, or not for this member's neighbours.
-    """
+    """Raise ProtocolError for shares of another cohort, or for others than one's neighbours."""
     near = cohort.graph[name]
-    if dealt.cohort != cohort.id:
-        raise ProtocolError(f"{name} dealt shares for another cohort than round {cohort.round}'s")
-    if dealt.boxes.keys() != near or dealt.pledges.keys() != near:
-        raise ProtocolError(f"{name} dealt shares to others than its {len(near)} neighbours")
+    if dealt.cohort != cohort.id or not dealt.boxes.keys() == dealt.pledges.keys() == near:
+        raise ProtocolError(f"{name} dealt no shares to its neighbours in round {cohort.round}")
 
 
 def able(cohort: Cohort, dealt: Iterable[str]) -> list[str]:
@@ -62,10 +56,12 @@ def able(cohort: Cohort, dealt: Iterable[str]) -> list[str]:
     return sorted(left)
 
 
-def closing_for(sealing: Sealing, name: str, survivors: Iterable[str], dealt: Mapping[str, Dealt]):
+def closing_for(
+    sealing: Sealing, name: str, survivors: Iterable[str], dealt: Mapping[str, Dealt]
+) -> Closing:
     """What a member is asked, with the boxes that are for it."""
-    near = sealing.cohort.graph[name].intersection(sealing.dealt)
-    boxes = {one: dealt[one].boxes[name] for one in sorted(near)}
+    near = sorted(sealing.cohort.graph[name].intersection(sealing.dealt))
+    boxes = {one: dealt[one].boxes[name] for one in near}
     return Closing(sealing=sealing, survivors=sorted(survivors), boxes=boxes)
 
 
@@ -97,7 +93,7 @@ class SecureSum:
             return "its update is in the sum already"
         if name not in self.sealing.dealt:
             return f"it dealt no shares for round {self.sealing.cohort.round}"
-        first = self._fault(tensors())
+        first = self._checked(tensors())
         if isinstance(first, str):
             return first
         if (other := self._told_by.setdefault(first, name)) != name:
@@ -105,15 +101,13 @@ class SecureSum:
         self._broken = True
         for tensor_name, tensor in tensors():
             words = tensor.flatten().int().numpy().astype(np.uint16)
-            if tensor_name in self._words:
-                self._words[tensor_name] += words
-            else:
-                self._words[tensor_name] = words
+            into = self._words.setdefault(tensor_name, np.zeros(len(words), np.uint16))
+            into += words
         self.survivors.append(name)
         self._broken = False
         return None
 
-    def _fault(self, tensors: Iterable[tuple[str, Tensor]]) -> str | bytes:
+    def _checked(self, tensors: Iterable[tuple[str, Tensor]]) -> str | bytes:
         """What is wrong with an update, or its first words."""
         missing, first, most = dict(self.shapes), b"", 1 << self.sealing.cohort.bits
         for name, tensor in tensors:
@@ -121,13 +115,7 @@ class SecureSum:
                 return f"its tensor {name!r} is none of the model's, or of another shape"
             if tensor.numel() and not bool(((tensor >= 0) & (tensor < most)).all()):
                 return f"its tensor {name!r} is no masked one: values are from 0 to {most - 1}"
-            first += (
-                tensor.flatten()[: max(0, _TOLD_BY - len(first) // 2)]
-                .int()
-                .numpy()
-                .astype("<u2")
-                .tobytes()
-            )
+            first += tensor.flatten()[: max(0, _TOLD_BY - len(first))].numpy().tobytes()
         return f"its update lacks {some(missing)}" if missing else first
 
     def open(
@@ -143,91 +131,73 @@ class SecureSum:
             tell: told, in words, of shares that are wrong, and whose they are.
 
         Raises:
-            QuorumLostError: too few shares of some secret, or one that does not give it.
+            QuorumLostError: too few shares of some secret, or one that does not give it; or the
+                sum is beyond what honest updates come to.
         """
-        cohort, survivors = self.sealing.cohort, set(self.survivors)
+        cohort, survivors, keys = self.sealing.cohort, set(self.survivors), dict[bytes, int]()
         if self._broken:
             raise RunError(f"an update of round {cohort.round} broke off while it was added")
-        keys: dict[bytes, int] = {}
-        for name in sorted(self.survivors):
-            own = self._secret(name, "own", dealt, revealed, tell)
-            if pledge(cohort, name, name, "own", own) != dealt[name].own:
-                raise QuorumLostError(_CHEATED.format(name, cohort.round), hint=_WAY_OUT)
-            keys[derived(own, "own mask", self.sealing.id)] = -1
-        for name in sorted(set(self.sealing.dealt) - survivors):
+        for name in self.sealing.dealt:
             near = sorted(cohort.graph[name] & survivors)
-            if not near:
+            if name not in survivors and not near:
                 continue
-            private = self._secret(name, "keys", dealt, revealed, tell)
-            if public_of(private) != cohort.by_name[name].advert.mask_key:
-                raise QuorumLostError(_CHEATED.format(name, cohort.round), hint=_WAY_OUT)
-            for other in near:  # with the sign that it had in the other's update
-                theirs = cohort.by_name[other].advert.mask_key
-                keys[pair_key(private, theirs, self.sealing)] = -1 if other < name else 1
-        for tensor_name, words in self._words.items():
-            add_masks(words, tensor_name, keys)
-        self._require_in_range()
-
-    def mean(self) -> Iterable[tuple[str, Tensor]]:
-        """Of the survivors' updates, by their weights, once it is open."""
-        cohort = self.sealing.cohort
-        numbers, weight = FixedPoint.of(cohort), self._weight
-        for name, words in self._words.items():
-            yield name, numbers.mean(words, weight, cohort.ranges[name]).view(self.shapes[name])
-
-    @property
-    def _weight(self) -> int:
-        return sum(self.sealing.cohort.by_name[one].weight for one in self.survivors)
-
-    def _secret(
-        self,
-        name: str,
-        kind: str,
-        dealt: Mapping[str, Dealt],
-        revealed: Mapping[str, Revealed],
-        tell: Callable[[str], None],
-    ) -> bytes:
-        cohort, found = self.sealing.cohort, dict[int, int]()
-        for holder in sorted(cohort.graph[name]):
-            given = revealed.get(holder)
-            share = getattr(given, kind).get(name) if given is not None else None
-            if given is not None and name in given.unreadable:
-                tell(f"{holder} could not open the box that {name} dealt it")
-            if share is None:
-                continue
-            share = bytes.fromhex(share)
-            if (
-                pledge(cohort, name, holder, kind, share)
-                != dealt[name].pledges[holder][kind == "own"]
-            ):
-                tell(f"{holder} gave a wrong share of what {name} dealt; it is not used")
-                continue
-            found[1 + cohort.names.index(holder)] = int.from_bytes(share)
-            if len(found) == cohort.threshold:
-                # Of shares that are no polynomial's, any number; what it is to be is checked.
-                return joined(found).to_bytes(SHARE_BYTES)[1:]
-        raise QuorumLostError(
-            f"the sum of round {cohort.round} stays closed: {len(found)} shares of {name}'s "
-            f"{'mask' if kind == 'own' else 'key'} came, {cohort.threshold} are needed",
-            hint="More members dropped out than shares allow for; see docs/secure-aggregation.md.",
-        )
-
-    def _require_in_range(self) -> None:
-        cohort = self.sealing.cohort
+            secret = self._secret(name, dealt, revealed, tell)
+            if name in survivors:
+                good = pledge(cohort, name, name, secret) == dealt[name].own
+                keys[derived(secret, "own mask", self.sealing.id)] = -1
+            else:  # what it would have sent cancels what its neighbours did
+                good = public_of(secret) == cohort.by_name[name].advert.mask_key
+                keys |= pair_keys(secret, name, near, self.sealing)
+            if not good:
+                raise QuorumLostError(
+                    f"{name} dealt shares in round {cohort.round} that do not give its secret; the "
+                    "sum is not used",
+                    hint=_WAY_OUT,
+                )
         numbers = FixedPoint.of(cohort)
-        most = sum(numbers.bound(cohort.by_name[one].weight) for one in self.survivors)
+        most = sum(numbers.bound(cohort.by_name[one].weight) for one in survivors)
         for name, words in self._words.items():
+            add_masks(words, name, keys)
             signed = numbers.signed(words)
             if signed.size and (signed.max() > most or signed.min() < -most):
                 raise QuorumLostError(
                     f"the sum of round {cohort.round} is not used: tensor {name!r} is beyond what "
-                    f"{len(self.survivors)} honest updates come to",
+                    f"{len(survivors)} honest updates come to",
                     hint=_WAY_OUT,
                 )
 
+    def mean(self) -> Iterator[tuple[str, Tensor]]:
+        """Of the survivors' updates, by their weights, once it is open."""
+        cohort = self.sealing.cohort
+        weight = sum(cohort.by_name[one].weight for one in self.survivors)
+        for name, words in self._words.items():
+            mean = FixedPoint.of(cohort).mean(words, weight, cohort.ranges[name])
+            yield name, mean.view(self.shapes[name])
 
-_CHEATED = "{0} dealt shares in round {1} that do not give its secret; the sum is not used"
-_WAY_OUT = (
-    "A member sent what no honest one does. docs/secure-aggregation.md says how members can find "
-    "it, by their consent, and how the run goes on."
-)
+    def _secret(
+        self,
+        name: str,
+        dealt: Mapping[str, Dealt],
+        revealed: Mapping[str, Revealed],
+        tell: Callable[[str], None],
+    ) -> bytes:
+        """Of a survivor its own mask's, of another its key."""
+        cohort, found, own = self.sealing.cohort, dict[int, int](), name in self.survivors
+        for holder in sorted(cohort.graph[name] & revealed.keys()):
+            if name in revealed[holder].unreadable:
+                tell(f"{holder} could not open the box that {name} dealt it")
+            if (text := revealed[holder].shares.get(name)) is None:
+                continue
+            share = bytes.fromhex(text)
+            if pledge(cohort, name, holder, share) != dealt[name].pledges[holder][own]:
+                tell(f"{holder} gave a wrong share of what {name} dealt; it is not used")
+                continue
+            found[1 + cohort.names.index(holder)] = int.from_bytes(share)
+            if len(found) == cohort.threshold:
+                # Of shares that are no polynomial's any number, of which 32 bytes are looked at.
+                return joined(found).to_bytes(SHARE_BYTES)[1:]
+        raise QuorumLostError(
+            f"the sum of round {cohort.round} stays closed: {len(found)} shares of {name}'s "
+            f"{'mask' if own else 'key'} came, {cohort.threshold} are needed",
+            hint="More members dropped out than shares allow for; see docs/secure-aggregation.md.",
+        )

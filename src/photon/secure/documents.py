@@ -19,12 +19,14 @@ MOST_WEIGHT = 255
 MOST_BITS = 16
 MOST_MEMBERS = 2000
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
-Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
+_Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")]
+_Names = Annotated[list[_Name], Field(max_length=MOST_MEMBERS)]
+_Box = Annotated[str, Field(max_length=400)]
 #: A number below photon.secure.shares.PRIME, as 33 bytes.
-Share = Annotated[str, Field(pattern=r"^0[01][0-9a-f]{64}\z")]
-_Names = Annotated[list[Name], Field(max_length=MOST_MEMBERS)]
+_Share = Annotated[str, Field(pattern=r"^0[01][0-9a-f]{64}\z")]
 _Number = Annotated[int, Field(ge=1, lt=2**31)]
+_Run = Annotated[str, Field(max_length=100)]
 
 
 class Document(BaseModel):
@@ -44,31 +46,30 @@ class Document(BaseModel):
 class Call(Document):
     """Aggregator to member: advertise keys for this attempt at a round."""
 
-    run: Annotated[str, Field(max_length=100)]
+    run: _Run
     round: _Number
     attempt: _Number
 
 
 class Advert(Document):
-    """A member's two X25519 public keys, fresh for this attempt: of masks, and of boxes that shares
-    come in.
+    """A member's two X25519 public keys, fresh for this attempt: of masks, and of boxes.
 
     Attributes:
         closed: cohorts of earlier attempts at the round of which this member opened nothing, and
-            from now on never will: their secrets are gone.
+            never will: their secrets are gone.
     """
 
     round: _Number
     attempt: _Number
-    mask_key: Digest
-    box_key: Digest
-    closed: Annotated[list[Digest], Field(max_length=1000)] = []
+    mask_key: _Digest
+    box_key: _Digest
+    closed: Annotated[list[_Digest], Field(max_length=1000)] = []
 
 
 class Member(Document):
     """One of a cohort: its advert, and what it is asked for."""
 
-    name: Name
+    name: _Name
     weight: Annotated[int, Field(ge=1, le=MOST_WEIGHT)]
     steps: _Number
     advert: Advert
@@ -84,13 +85,13 @@ class Cohort(Document):
         ranges: by tensor, the largest magnitude that a member's values may have.
     """
 
-    run: Annotated[str, Field(max_length=100)]
+    run: _Run
     round: _Number
     attempt: _Number
-    question: Digest
+    question: _Digest
     bits: Annotated[int, Field(ge=8, le=MOST_BITS)]
     floor: Annotated[int, Field(ge=LEAST_SUMMED, le=MOST_MEMBERS)]
-    members: Annotated[list[Member], Field(min_length=LEAST_SUMMED, max_length=MOST_MEMBERS)]
+    members: Annotated[list[Member], Field(max_length=MOST_MEMBERS)]
     ranges: dict[Annotated[str, Field(max_length=300)], Annotated[float, Field(gt=0, lt=1e30)]]
 
     @model_validator(mode="after")
@@ -99,13 +100,10 @@ class Cohort(Document):
             raise ValueError("members are not in the order of their names, each once")
         if len(self.names) < self.floor:
             raise ValueError(f"{len(self.names)} members; at least {self.floor} are to be in a sum")
-        for one in self.members:
-            if (one.advert.round, one.advert.attempt) != (self.round, self.attempt):
-                raise ValueError(
-                    f"{one.name} advertised for round {one.advert.round}, attempt "
-                    f"{one.advert.attempt}; this is round {self.round}, attempt {self.attempt}"
-                )
-        if len({one.advert.mask_key for one in self.members}) < len(self.members):
+        adverts = [one.advert for one in self.members]
+        if {(one.round, one.attempt) for one in adverts} != {(self.round, self.attempt)}:
+            raise ValueError(f"adverts are not all for round {self.round}, attempt {self.attempt}")
+        if len({one.mask_key for one in adverts}) < len(adverts):
             raise ValueError("two members have one key")
         return self
 
@@ -127,51 +125,42 @@ class Cohort(Document):
         """Shares that open a secret."""
         return threshold_of(len(self.members))
 
-    @property
-    def total(self) -> int:
-        """All members' weights."""
-        return sum(one.weight for one in self.members)
-
 
 class Dealt(Document):
-    """A member's shares of its two secrets, each in a box for one neighbour, by name.
+    """A member's shares of its two secrets, each pair in a box that one neighbour opens, by name.
 
     Attributes:
-        boxes: base64 of what only that neighbour can open.
-        pledges: sha256 of the shares in it: of the key of masks, of the own mask's secret. So a
-            wrong one is known by who gave it.
-        own: sha256 of the own mask's secret.
+        pledges: photon.secure.member.pledge of both shares; so a wrong one is known by its giver.
+        own: of the secret of the member's own mask.
     """
 
-    cohort: Digest
-    boxes: dict[Name, Annotated[str, Field(max_length=400)]]
-    pledges: dict[Name, tuple[Digest, Digest]]
-    own: Digest
+    cohort: _Digest
+    boxes: dict[_Name, _Box]
+    pledges: dict[_Name, tuple[_Digest, _Digest]]
+    own: _Digest
 
 
 class Sealing(Document):
-    """Aggregator to member: whose masks are in the sum; those of the cohort that dealt shares."""
+    """Aggregator to member: whose masks are in the sum, those of the cohort that dealt shares."""
 
     cohort: Cohort
     dealt: _Names
 
 
 class Closing(Document):
-    """Aggregator to member: whose updates are in the sum. Its shares of these members' own masks
-    are asked for, and of the others' keys."""
+    """Aggregator to member: whose updates are in the sum. Its share of each neighbour's own mask is
+    asked for, or of the key of one that dropped out."""
 
     sealing: Sealing
     survivors: _Names
-    boxes: dict[Name, Annotated[str, Field(max_length=400)]]
+    boxes: dict[_Name, _Box]
 
 
 class Revealed(Document):
-    """A member's shares of survivors' own masks, of the keys of those that dropped out; and whose
-    boxes it could not open."""
+    """A member's shares by whose secret it is; and whose boxes it could not open."""
 
-    cohort: Digest
-    own: dict[Name, Share]
-    keys: dict[Name, Share]
+    cohort: _Digest
+    shares: dict[_Name, _Share]
     unreadable: _Names = []
 
 
@@ -181,17 +170,12 @@ _D = TypeVar("_D", bound=Document)
 def read(text: str, kind: type[_D], who: str) -> _D:
     """A document from outside.
 
-    Args:
-        who: it is from.
-
     Raises:
-        ProtocolError: it is none; names the first thing that is wrong.
+        ProtocolError: it is none; names who sent it, and the first thing that is wrong.
     """
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))[:200]
-        raise ProtocolError(
-            f"{who} sent no {kind.__name__}: {where}: {first['msg'][:200]}"
-        ) from None
+        where, what = ".".join(map(str, first["loc"]))[:200], f"{who} sent no {kind.__name__}"
+        raise ProtocolError(f"{what}: {where}: {first['msg'][:200]}") from None

@@ -23,13 +23,10 @@ from photon.aggregation import square_sum
 from photon.secure.documents import MOST_BITS, MOST_WEIGHT, Cohort
 from photon.secure.masks import Words
 
-#: Steps from 0 to a member's range: as many as with int8 and one bit more, since its range is that
-#: of a whole tensor and not of 128 values.
-_LEVELS = 255
-#: Of many members a word has no room for so many; fewer than this are no update any more.
-_FEWEST_LEVELS = 15
-
-#: Most members of a sum.
+#: Steps from 0 to a member's range: with one bit more than int8 has, as the range is a whole
+#: tensor's and not that of 128 values; and the fewest that are an update still.
+_LEVELS, _FEWEST_LEVELS = 255, 15
+#: Most members of a sum: 2,184.
 MOST_SUMMED = ((1 << MOST_BITS - 1) - 1) // _FEWEST_LEVELS
 
 
@@ -40,8 +37,7 @@ def bits_for(members: int) -> int:
 
 def whole_weights(shares: Sequence[float]) -> list[int]:
     """Shares as whole numbers up to MOST_WEIGHT, the smallest that say the same."""
-    largest = max(shares)
-    weights = [max(1, round(MOST_WEIGHT * one / largest)) for one in shares]
+    weights = [max(1, round(MOST_WEIGHT * one / max(shares))) for one in shares]
     common = math.gcd(*weights)
     return [one // common for one in weights]
 
@@ -60,20 +56,19 @@ class FixedPoint:
 
     @classmethod
     def of(cls, cohort: Cohort) -> FixedPoint:
-        return cls(cohort.bits, cohort.total)
+        return cls(cohort.bits, sum(one.weight for one in cohort.members))
 
     @property
-    def most(self) -> int:
-        """M."""
+    def _most(self) -> int:
         return (1 << self.bits - 1) - 1
 
     def bound(self, weight: int) -> int:
         """Largest magnitude of a member's q."""
-        return weight * self.most // self.total
+        return weight * self._most // self.total
 
     def unit(self, largest: float) -> float:
-        """What 1 of a sum stands for, times the weight of those in it."""
-        return largest * self.total / self.most
+        """W R / M: what 1 of a sum stands for, times the weight of those in it."""
+        return largest * self.total / self._most
 
     def whole(self, name: str, tensor: Tensor, weight: int, largest: float) -> Tensor:
         """q, int16 [n], of a tensor's values in row-major order.
@@ -82,13 +77,12 @@ class FixedPoint:
             NonFiniteError: it holds NaN or infinity.
         """
         square_sum(name, tensor)
-        values = tensor.detach().to("cpu", torch.float32).flatten()
-        bound = self.bound(weight)
+        values, bound = tensor.detach().to("cpu", torch.float32).flatten(), self.bound(weight)
         return (values * (weight / self.unit(largest))).round_().clamp_(-bound, bound).short()
 
     def value(self, whole: Tensor, weight: int, largest: float) -> Tensor:
         """What q says of x, fp32."""
-        return whole.float() * (self.unit(largest) / weight)
+        return whole.float().mul_(self.unit(largest) / weight)
 
     def signed(self, words: Words) -> np.ndarray:
         """A sum modulo 2^bits as a number around 0, int16."""
@@ -96,10 +90,6 @@ class FixedPoint:
         return (words << shift).view(np.int16) >> shift
 
     def mean(self, words: Words, weight: int, largest: float) -> Tensor:
-        """The mean that a sum is of, fp32 [n].
-
-        Args:
-            weight: of those in it.
-        """
+        """The mean that a sum is of, fp32 [n]; weight is that of those in it."""
         mean = self.signed(words) * (self.unit(largest) / weight)
         return torch.from_numpy(mean.astype(np.float32))

@@ -1,14 +1,12 @@
 """A member's side: advertise keys, deal shares, seal an update, unmask; and what it refuses.
 
 All secrets of an attempt at a round come from 32 random bytes in FOLDER/NAME/secure-000012.json,
-which also says what the member bound itself to: the cohort that it dealt shares for, those whose
-masks its update has, the sha256 of that update, and the survivors that it unmasked. Each is on disk
-before the answer that it is about leaves. So a process that was killed gives the same answers, and
-another question under the same name is refused.
+which also says what the member bound itself to, on disk before the answer that it is about leaves:
+a process that was killed gives the same answers, and no others under the same name.
 
-Invariants: a member's masks cover one update only; it gives one kind of share of each other
-member; its update of a round is in one sum that may be opened, at most. They break if a record is
-removed while its round may be asked for again.
+Invariants: masks cover one update only; each other member's one kind of share is given; an update
+is in one sum that may be opened, at most. They break if a record goes while its round may be asked
+for again.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -28,96 +26,119 @@ from photon.errors import CheckpointCorruptError, PolicyError, ProtocolError, so
 from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Revealed, Sealing, read
 from photon.secure.fixed_point import FixedPoint
 from photon.secure.graph import holds_together
-from photon.secure.masks import Words, add_masks, agreed, boxed, derived, public_of, unboxed
+from photon.secure.masks import add_masks, agreed, boxed, derived, public_of, unboxed
 from photon.secure.shares import PRIME, SHARE_BYTES, split
 from photon.store.disk import write_json
 
-#: Newest rounds whose records stay: a killed aggregator may ask for them again, a group for all of
-#: its task's.
+#: Newest rounds whose records stay: whoever was killed asks again, a group for all of its task's.
 ROUNDS_KEPT = MOST_INNER_ROUNDS + 1
+
+#: Of a sum that a member's update is in: the cohort, its neighbours, shares that open a secret.
+_Entered = tuple[str, list[str], int]
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What a member is bound to in an attempt at a round; see the module.
+    """What a member is bound to in an attempt at a round.
 
     Attributes:
         closed: cohorts of earlier attempts that it opened nothing of.
-        entered: earlier attempts in which its update left: cohort, neighbours, threshold.
+        entered: earlier attempts in which its update left.
+        entering: this one, once shares are dealt for a cohort.
+        dealt: whose masks are in its update.
+        update: sha256 of that.
+        survivors: that it unmasked.
     """
 
     attempt: int
     secret: str
     closed: list[str] = field(default_factory=list)
-    entered: list[tuple[str, list[str], int]] = field(default_factory=list)
-    cohort: str | None = None
+    entered: list[_Entered] = field(default_factory=list)
+    entering: _Entered | None = None
     dealt: list[str] | None = None
     update: str | None = None
     survivors: list[str] | None = None
-    around: tuple[list[str], int] | None = None
+
+    def private(self) -> dict[str, bytes]:
+        secret = bytes.fromhex(self.secret)
+        return {kind: derived(secret, kind) for kind in ("mask", "box", "own")}
+
+    def advert(self, number: int) -> Advert:
+        private = self.private()
+        keys = {"mask_key": public_of(private["mask"]), "box_key": public_of(private["box"])}
+        return Advert(round=number, attempt=self.attempt, closed=self.closed, **keys)
+
+    def coefficients(self, kind: str, cohort: Cohort) -> list[int]:
+        """As if drawn: 512 bits modulo PRIME, threshold - 1 times."""
+        secret, halves = bytes.fromhex(self.secret), (0, 1)
+        return [
+            int.from_bytes(b"".join(derived(secret, kind, cohort.id, i, j) for j in halves)) % PRIME
+            for i in range(cohort.threshold - 1)
+        ]
 
 
 class Notebook:
-    """A member's records on disk.
+    """A member's records on disk, beside what the silo keeps.
 
-    Args:
-        folder: of what silos keep.
-        name: of the member.
+    Raises (all that read or write):
+        PolicyError: a round is long over.
+        CheckpointCorruptError: a record can't be read.
+        DiskFullError: no room; what is there is as it was.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self.name = folder / name, name
 
     def read(self, number: int) -> _Record | None:
-        """What is known of a round.
-
-        Raises:
-            PolicyError: it is long over.
-            CheckpointCorruptError: the record can't be read.
-        """
         path, newest = self._path(number), max(self._rounds(), default=0)
-        if not path.exists():
-            if number <= newest - ROUNDS_KEPT:
-                raise PolicyError(
-                    f"{self.name} gives no keys for round {number}: it was in round {newest}, and "
-                    "an update enters one sum only",
-                    hint="The aggregator went back to an old state: begin another run from it.",
-                )
-            return None
+        if number <= newest - ROUNDS_KEPT:
+            raise PolicyError(
+                f"{self.name} gives no keys for round {number}: it was in round {newest}, and an "
+                "update enters one sum only",
+                hint="The aggregator went back to an old state: begin another run from it.",
+            )
         try:
             return _Record(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointCorruptError(
                 f"can't read {path}: {str(error)[:200]}",
-                hint="Leave it there: without it this site can't know what its masks were used "
-                "for. It takes part again from the next round on.",
+                hint="Leave it there: it said what this site's masks were used for. The site takes "
+                "part again from the next round on.",
             ) from error
 
     def write(self, number: int, record: _Record) -> None:
-        """On disk when this returns.
-
-        Raises:
-            DiskFullError: no room.
-        """
         write_json(self._path(number), asdict(record), "what this silo is bound to", mode=0o600)
         for old in self._rounds():
             if old <= number - ROUNDS_KEPT:
                 self._path(old).unlink(missing_ok=True)
 
-    def bound(self, cohort: Cohort) -> _Record:
-        """The record of an attempt that shares were dealt in.
+    def bound(self, sealing: Sealing) -> tuple[_Record, list[str]]:
+        """The record of an attempt, bound to those who dealt; and the neighbours among them.
 
         Raises:
-            ProtocolError: this member dealt none for this cohort.
+            ProtocolError: this member dealt nothing for this cohort, or for other company.
+            PolicyError: too few dealt.
         """
+        cohort, name, dealt = sealing.cohort, self.name, sorted(set(sealing.dealt))
         found = self.read(cohort.round)
-        if found is None or (found.attempt, found.cohort) != (cohort.attempt, cohort.id):
+        if found is None or found.entering is None or found.entering[0] != cohort.id:
             raise ProtocolError(
-                f"{self.name} has dealt no shares for this cohort of round {cohort.round}, attempt "
+                f"{name} has dealt no shares for this cohort of round {cohort.round}, attempt "
                 f"{cohort.attempt}",
                 hint="Another round's, or another cohort: masks hold for one only.",
             )
-        return found
+        if found.dealt not in (None, dealt) or not {name} <= set(dealt) <= set(cohort.names):
+            raise ProtocolError(f"{name} is asked to seal in another company: {some(dealt)}")
+        near = sorted(cohort.graph[name].intersection(dealt))
+        if len(dealt) < cohort.floor or len(near) < cohort.threshold:
+            raise PolicyError(
+                f"{name} seals no update of round {cohort.round}: {len(dealt)} members dealt "
+                f"shares, {cohort.floor} are needed; {len(near)} of its neighbours did, "
+                f"{cohort.threshold} are needed"
+            )
+        return replace(found, dealt=dealt), near
 
     def _path(self, number: int) -> Path:
         return self._folder / f"secure-{number:06d}.json"
@@ -154,16 +175,16 @@ def advertise(notes: Notebook, call: Call) -> Advert:
             f"attempt {found.attempt}"
         )
     if found is None or call.attempt > found.attempt:
-        closed, entered = list[str](), list[tuple[str, list[str], int]]()
-        if found is not None:
-            closed, entered = [*found.closed], [*found.entered]
-            if found.cohort and found.survivors is None:
-                closed.append(found.cohort)
-            if found.cohort and found.dealt is not None and found.around:
-                entered.append((found.cohort, *found.around))
-        found = _Record(call.attempt, secrets.token_hex(32), closed, entered)
+        old = found or _Record(0, "")
+        before = [old.entering] if old.entering else []
+        found = _Record(
+            call.attempt,
+            secrets.token_hex(32),
+            [*old.closed, *(one[0] for one in before if old.survivors is None)],
+            [*old.entered, *(before if old.dealt is not None else [])],
+        )
         notes.write(call.round, found)
-    return _advert(found, call.round)
+    return found.advert(call.round)
 
 
 def share(notes: Notebook, cohort: Cohort) -> Dealt:
@@ -174,45 +195,45 @@ def share(notes: Notebook, cohort: Cohort) -> Dealt:
         PolicyError: an earlier attempt at the round, with its update, may have been opened.
     """
     number, name, found = cohort.round, notes.name, notes.read(cohort.round)
-    own = cohort.by_name.get(name)
-    if found is None or own is None or own.advert != _advert(found, number):
+    told = cohort.by_name.get(name)
+    if found is None or told is None or told.advert != found.advert(number):
         raise ProtocolError(f"the cohort of round {number} has not what {name} advertised for it")
-    if found.cohort not in (None, cohort.id):
+    if found.entering is not None and found.entering[0] != cohort.id:
         raise ProtocolError(
             f"{name} is asked into a second cohort of round {number}, attempt {cohort.attempt}",
             hint="An update enters one sum only: the difference of two would tell of it.",
         )
-    near = sorted(cohort.graph[name])
     for earlier, neighbours, threshold in found.entered:
-        closed = [
-            one for one in neighbours
-            if one in cohort.by_name and earlier in cohort.by_name[one].advert.closed
-        ]  # fmt: skip
-        if len(neighbours) - len(closed) >= threshold:
+        there = [cohort.by_name[one] for one in neighbours if one in cohort.by_name]
+        closed = sum(earlier in one.advert.closed for one in there)
+        if len(neighbours) - closed >= threshold:
             raise PolicyError(
                 f"{name} has an update of round {number} in an earlier attempt that may have been "
-                f"opened: {len(closed)} of its {len(neighbours)} neighbours there say that they "
-                f"opened nothing, {len(neighbours) - threshold + 1} are needed",
-                hint="Go on from the next round's state, or begin another run from the checkpoint.",
+                f"opened: {closed} of its {len(neighbours)} neighbours there say that they opened "
+                f"nothing, {len(neighbours) - threshold + 1} are needed",
+                hint="Begin another run from the last checkpoint.",
             )
-    notes.write(number, replace(found, cohort=cohort.id, around=(near, cohort.threshold)))
-    secret = bytes.fromhex(found.secret)
-    private, places = _private(secret), _places(cohort)
+    near = sorted(cohort.graph[name])
+    notes.write(number, replace(found, entering=(cohort.id, near, cohort.threshold)))
+    private, places = found.private(), [1 + cohort.names.index(one) for one in near]
+    pairs = zip(
+        *(
+            split(int.from_bytes(private[kind]), found.coefficients(kind, cohort), places)
+            for kind in ("mask", "own")
+        ),
+        strict=True,
+    )
     boxes, pledges = dict[str, str](), dict[str, tuple[str, str]]()
-    both = [
-        split(int.from_bytes(one), _coefficients(secret, cohort, kind), [places[n] for n in near])
-        for kind, one in (("keys", private["mask"]), ("own", private["own"]))
-    ]
-    for index, other in enumerate(near):
-        pair = [shares[index].to_bytes(SHARE_BYTES) for shares in both]
-        words = ("box", cohort.id, name, other)
-        key = agreed(private["box"], cohort.by_name[other].advert.box_key, *words)
-        boxes[other] = boxed(key, b"".join(pair))
+    for other, pair in zip(near, pairs, strict=True):
+        both = [one.to_bytes(SHARE_BYTES) for one in pair]
+        theirs = cohort.by_name[other].advert.box_key
+        key = agreed(private["box"], theirs, "box", cohort.id, name, other)
+        boxes[other] = boxed(key, b"".join(both))
         pledges[other] = (
-            pledge(cohort, name, other, "keys", pair[0]),
-            pledge(cohort, name, other, "own", pair[1]),
+            pledge(cohort, name, other, both[0]),
+            pledge(cohort, name, other, both[1]),
         )
-    own_pledge = pledge(cohort, name, name, "own", private["own"])
+    own_pledge = pledge(cohort, name, name, private["own"])
     return Dealt(cohort=cohort.id, boxes=boxes, pledges=pledges, own=own_pledge)
 
 
@@ -224,22 +245,19 @@ class Seal:
         text: a Sealing.
 
     Raises:
-        ProtocolError: it is for another cohort or company than this member bound itself to.
-        PolicyError: too few dealt shares.
+        ProtocolError, PolicyError: see Notebook.bound.
     """
 
     def __init__(self, folder: Path, name: str, text: str) -> None:
-        sealing = read(text, Sealing, "the aggregator")
-        self._cohort, self._notes = cohort, notes = sealing.cohort, Notebook(folder, name)
-        self._found, near = _company(notes, sealing)
-        notes.write(cohort.round, self._found)
-        private = _private(bytes.fromhex(self._found.secret))
+        sealing, self._notes = read(text, Sealing, "the aggregator"), Notebook(folder, name)
+        self._cohort = cohort = sealing.cohort
+        self._found, near = self._notes.bound(sealing)
+        self._notes.write(cohort.round, self._found)
+        private = self._found.private()
         self._keys = {derived(private["own"], "own mask", sealing.id): 1}
-        for other in near:
-            theirs = cohort.by_name[other].advert.mask_key
-            self._keys[pair_key(private["mask"], theirs, sealing)] = 1 if name < other else -1
-        self._weight = cohort.by_name[name].weight
-        self._numbers, self._ring = FixedPoint.of(cohort), Ring(bits=cohort.bits)
+        self._keys |= pair_keys(private["mask"], name, near, sealing)
+        self._weight, self._numbers = cohort.by_name[name].weight, FixedPoint.of(cohort)
+        self._ring = Ring(bits=cohort.bits)
         self.codec = f"ring(bits={cohort.bits})"
 
     def encode(self, name: str, tensor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -249,16 +267,15 @@ class Seal:
             ProtocolError: the cohort has no range for it.
             NonFiniteError: it holds NaN or infinity.
         """
-        largest = self._cohort.ranges.get(name)
-        if largest is None:
+        if (largest := self._cohort.ranges.get(name)) is None:
             raise ProtocolError(f"the aggregator gave no range for tensor {name!r}")
         whole = self._numbers.whole(name, tensor, self._weight, largest)
         value = self._numbers.value(whole, self._weight, largest).view(tensor.shape)
-        words: Words = whole.numpy().view("<u2")
+        words = whole.numpy().view("<u2")
         add_masks(words, name, self._keys)
         return self._ring.packed(words), value
 
-    def leave(self, parts: Iterable[dict[str, Tensor]]) -> None:
+    def leave(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
         """The update as a whole leaves; this very one, or none under these masks.
 
         Raises:
@@ -266,9 +283,8 @@ class Seal:
             DiskFullError: it can't be noted.
         """
         digest = hashlib.sha256()
-        for tensors in parts:
-            for part in tensors.values():
-                digest.update(part.numpy().data)
+        for part in (part for tensors in parts for part in tensors.values()):
+            digest.update(part.numpy().data)
         if self._found.update not in (None, found := digest.hexdigest()):
             raise PolicyError(
                 f"{self._notes.name} came to another update of round {self._cohort.round} than the "
@@ -286,14 +302,10 @@ def unmask(notes: Notebook, closing: Closing) -> Revealed:
             unmasked before: both shares of one member would lay its update open.
         PolicyError: too few survivors, or they fall apart into several sums.
     """
-    sealing, cohort, name = closing.sealing, closing.sealing.cohort, notes.name
-    survivors = set(closing.survivors)
-    found, near = _company(notes, sealing)
-    if not survivors.issubset(sealing.dealt) or name not in survivors:
-        raise ProtocolError(
-            f"{name} is asked to unmask a sum that it is not in, or that has strangers in it: "
-            f"{some(sorted(survivors - set(sealing.dealt))) or name}"
-        )
+    cohort, name, survivors = closing.sealing.cohort, notes.name, set(closing.survivors)
+    found, near = notes.bound(closing.sealing)
+    if not {name} <= survivors <= set(closing.sealing.dealt):
+        raise ProtocolError(f"{name} is asked to unmask a sum without it, or with strangers in it")
     if found.survivors not in (None, sorted(survivors)):
         both = set(found.survivors or ()) ^ survivors
         raise ProtocolError(
@@ -307,68 +319,27 @@ def unmask(notes: Notebook, closing: Closing) -> Revealed:
             f"{cohort.floor} are to be in it, and their masks are to hold them together"
         )
     notes.write(cohort.round, replace(found, survivors=sorted(survivors)))
-    private = _private(bytes.fromhex(found.secret))
-    own, keys, unreadable = dict[str, str](), dict[str, str](), []
+    box_key, shares, unreadable = found.private()["box"], dict[str, str](), list[str]()
     for other in [one for one in near if one in closing.boxes]:
         theirs = cohort.by_name[other].advert.box_key
-        pair = unboxed(
-            agreed(private["box"], theirs, "box", cohort.id, other, name), closing.boxes[other]
-        )
+        key = agreed(box_key, theirs, "box", cohort.id, other, name)
+        pair = unboxed(key, closing.boxes[other])
         if pair is None or len(pair) != 2 * SHARE_BYTES:
             unreadable.append(other)
-        elif other in survivors:
-            own[other] = pair[SHARE_BYTES:].hex()
         else:
-            keys[other] = pair[:SHARE_BYTES].hex()
-    return Revealed(cohort=cohort.id, own=own, keys=keys, unreadable=unreadable)
+            shares[other] = (pair[SHARE_BYTES:] if other in survivors else pair[:SHARE_BYTES]).hex()
+    return Revealed(cohort=cohort.id, shares=shares, unreadable=unreadable)
 
 
-def pledge(cohort: Cohort, dealer: str, holder: str, kind: str, share: bytes) -> str:
+def pledge(cohort: Cohort, dealer: str, holder: str, share: bytes) -> str:
     """Says of a share which it is, and nothing of what it holds."""
-    return hashlib.sha256(f"{cohort.id} {dealer} {holder} {kind} ".encode() + share).hexdigest()
+    return hashlib.sha256(f"{cohort.id} {dealer} {holder} ".encode() + share).hexdigest()
 
 
-def pair_key(private: bytes, public: str, sealing: Sealing) -> bytes:
-    """Of two members' common mask."""
-    return agreed(private, public, "pair", sealing.id)
-
-
-def _company(notes: Notebook, sealing: Sealing) -> tuple[_Record, list[str]]:
-    """This member's record, bound to those who dealt; and its neighbours among them."""
-    cohort, name = sealing.cohort, notes.name
-    found, dealt = notes.bound(cohort), set(sealing.dealt)
-    if found.dealt not in (None, sorted(dealt)):
-        raise ProtocolError(f"{name} sealed round {cohort.round} in another company: {some(dealt)}")
-    near = sorted(cohort.graph[name] & dealt)
-    if not dealt.issubset(cohort.names) or name not in dealt:
-        raise ProtocolError(f"who dealt shares are not all of the cohort, or {name} is not of them")
-    if len(dealt) < cohort.floor or len(near) < cohort.threshold:
-        raise PolicyError(
-            f"{name} seals no update of round {cohort.round}: {len(dealt)} members dealt shares, "
-            f"{cohort.floor} are needed, and of its neighbours {len(near)}, of whom "
-            f"{cohort.threshold} are"
-        )
-    return replace(found, dealt=sorted(dealt)), near
-
-
-def _private(secret: bytes) -> dict[str, bytes]:
-    return {kind: derived(secret, kind) for kind in ("mask", "box", "own")}
-
-
-def _advert(found: _Record, number: int) -> Advert:
-    private = _private(bytes.fromhex(found.secret))
-    keys = {"mask_key": public_of(private["mask"]), "box_key": public_of(private["box"])}
-    return Advert(round=number, attempt=found.attempt, closed=found.closed, **keys)
-
-
-def _places(cohort: Cohort) -> dict[str, int]:
-    return {name: place for place, name in enumerate(cohort.names, 1)}
-
-
-def _coefficients(secret: bytes, cohort: Cohort, kind: str) -> list[int]:
-    """As if drawn: 512 bits modulo PRIME."""
-    drawn = (
-        derived(secret, kind, cohort.id, index, 0) + derived(secret, kind, cohort.id, index, 1)
-        for index in range(cohort.threshold - 1)
-    )
-    return [int.from_bytes(one) % PRIME for one in drawn]
+def pair_keys(private: bytes, name: str, near: Iterable[str], sealing: Sealing) -> dict[bytes, int]:
+    """Of the masks that a member has in common with others, with their signs in its update."""
+    keys = {one: sealing.cohort.by_name[one].advert.mask_key for one in near}
+    return {
+        agreed(private, key, "pair", sealing.id): 1 if name < one else -1
+        for one, key in keys.items()
+    }

@@ -23,39 +23,33 @@ def require_signed_cohort(ask: Ask, policy: PolicyConfig, tell: Callable[[str], 
         tell: told so.
 
     Raises:
-        ProtocolError: an advert is not what its member signed.
+        ProtocolError: an advert is not what its member signed, or is shown for nobody.
         PolicyError: a member's key is not the one that is pinned for it.
     """
     assert ask.secure is not None
-    cohort, shown = read(ask.secure.text, Cohort, "the aggregator"), dict[str, str]()
+    cohort, keys = read(ask.secure.text, Cohort, "the aggregator"), dict[str, str]()
     for one in ask.secure.evidence:
         try:
             verify_document(one.public_key, RECEIPT, one.text.encode(), one.signature)
         except MembershipError as error:
             raise ProtocolError(f"an advert of the cohort is not signed: {error.message}") from None
         reply = parse_reply(one.text.encode())
-        about = (reply.kind, reply.run, reply.round)
-        if about != ("advertise", ask.run.id, ask.round) or reply.secure is None:
-            raise ProtocolError(f"what is shown for {reply.silo} is no advert for {ask.task_id}")
-        advert = read(reply.secure, Advert, reply.silo)
-        if reply.silo in cohort.by_name and cohort.by_name[reply.silo].advert != advert:
+        advert = read(reply.secure or "", Advert, reply.silo)
+        told = cohort.by_name[reply.silo].advert if reply.silo in cohort.by_name else advert
+        if (reply.kind, reply.run, advert) != ("advertise", ask.run.id, told):
             raise ProtocolError(f"{reply.silo} advertised other keys than the cohort has for it")
-        shown[reply.silo] = fingerprint_of(one.public_key)
-    if missing := [name for name in cohort.names if name not in shown]:
-        raise ProtocolError(f"{some(missing)} of the cohort are not shown to have advertised")
-    others = [name for name in cohort.names if name != ask.silo]
-    if len({shown[name] for name in cohort.names}) < len(cohort.names):
-        raise ProtocolError("two members of the cohort have one key")
+        keys[reply.silo] = fingerprint_of(one.public_key)
+    unsigned = [name for name in cohort.names if name not in keys]
+    if unsigned or len({keys[name] for name in cohort.names}) < len(cohort.names):
+        raise ProtocolError(f"in the cohort nobody signed for {some(unsigned)}, or one for two")
     if not policy.pins:
-        tell("warning: nobody's key is pinned: that the others are others is the operator's word")
-        return
-    for name in others:
-        if (pinned := policy.pins.get(name)) != shown[name]:
+        tell("warning: policy.pins is empty: who the other silos are is the operator's word")
+    for name in cohort.names if policy.pins else ():
+        if name != ask.silo and policy.pins.get(name) != keys[name]:
             raise PolicyError(
-                f"{name} would be in the cohort with the key {shown[name]}; policy.pins has "
-                f"{pinned or 'none for it'}",
-                hint=f"Ask {name} for its fingerprint (`photon join --show` there), and have it in "
-                "[policy] pins of node.toml.",
+                f"{name} would be in the cohort with the key {keys[name]}; policy.pins has "
+                f"{policy.pins.get(name) or 'none for it'}",
+                hint="Ask that site for its fingerprint, and write it into node.toml.",
             )
 
 
@@ -68,25 +62,22 @@ def require_sealing(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
     """
     assert ask.fit is not None
     if bool(ask.fit.sealing) != config.privacy.secure_aggregation:
-        says, has = config.privacy.secure_aggregation, "has" if ask.fit.sealing else "has no"
         raise ProtocolError(
-            f"privacy.secure_aggregation = {str(says).lower()}, and the task {has} cohort"
+            f"privacy.secure_aggregation = {str(not ask.fit.sealing).lower()}, and the task has "
+            f"{'a' if ask.fit.sealing else 'no'} cohort"
         )
     if not ask.fit.sealing:
         return
     cohort = read(ask.fit.sealing, Sealing, "the aggregator").cohort
-    mine = question_of(ask.run.config, ask.state.sha256, ask.fit.global_step)
-    own = cohort.by_name.get(ask.silo)
-    if (cohort.round, cohort.question) != (ask.round, mine) or own is None:
+    question = question_of(ask.run.config, ask.state.sha256, ask.fit.global_step)
+    steps = {one.name: one.steps for one in cohort.members}
+    alike = len({*steps.values()}) == 1 or config.federation.unequal_steps
+    asked = (ask.round, question, ask.fit.steps)
+    if (cohort.round, cohort.question, steps.get(ask.silo)) != asked or not alike:
         raise ProtocolError(
             f"the cohort of round {cohort.round} is asked another question than {ask.silo} is",
-            hint="Model, recipe, state and clock are to be the same for all: else a sum could be "
-            "made of one update and nothing else.",
-        )
-    steps = {one.steps for one in cohort.members}
-    if own.steps != ask.fit.steps or (len(steps) > 1 and not config.federation.unequal_steps):
-        raise ProtocolError(
-            f"{ask.silo} is asked for {ask.fit.steps} steps, the cohort for {sorted(steps)}"
+            hint="Model, recipe, state, clock and steps are to be the same for all: else a sum "
+            "could be made of one update and nothing else.",
         )
     if cohort.floor < policy.min_participants:
         raise PolicyError(
