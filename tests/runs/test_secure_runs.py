@@ -307,10 +307,9 @@ def test_what_excludes_it_is_told_with_what_to_use(overrides, words):
     assert "secure_aggregation" in caught.value.message
 
 
-def test_two_silos_are_too_few(make_config, three_silos, tmp_path):
+def test_two_silos_are_too_few(make_config, prepare_text, tmp_path):
+    run = make_config(
+        prepare_text(tmp_path, {"red": 8, "blue": 8}), "privacy.secure_aggregation=true"
+    )
     with pytest.raises(IncompatibleConfigError, match="of 2 silos a round"):
-        simulate(
-            make_config(three_silos, "privacy.secure_aggregation=true"),
-            silos=["red", "blue"],
-            run_dir=tmp_path / "run",
-        )
+        simulate(run, run_dir=tmp_path / "run")

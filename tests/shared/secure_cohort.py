@@ -13,7 +13,7 @@ from photon.secure.documents import Advert, Call, Cohort, Dealt, Member, Reveale
 from photon.secure.fixed_point import FixedPoint, bits_for
 from photon.secure.member import Seal, answer
 
-SHAPES = {"weights/matrix": (37, 11), "weights/vector": (501,)}
+SHAPES = {"weights/matrix": (137, 111), "weights/vector": (501,)}
 RANGES = {"weights/matrix": 0.25, "weights/vector": 1.5}
 
 
@@ -97,9 +97,8 @@ class Round:
         for tensor, shape in SHAPES.items():
             words = np.zeros(int(np.prod(shape)), np.uint16)
             for name in names:
-                whole = numbers.whole(
-                    tensor, update_of(name)[tensor], self.weights[name], RANGES[tensor]
-                )
+                update, weight = update_of(name)[tensor], self.weights[name]
+                whole, _ = numbers.whole(update, weight, RANGES[tensor])
                 words += whole.numpy().view(np.uint16)
             weight = sum(self.weights[name] for name in names)
             mean[tensor] = numbers.mean(words, weight, RANGES[tensor]).view(shape)

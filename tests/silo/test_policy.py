@@ -65,6 +65,11 @@ def judged(aggregator, changed, three_silos):
         ({"min_participants": 2}, {"config": {"federation.sample": 2}}, "as few as 1"),
         ({"min_participants": 2}, {"config": {"federation.quorum": 1}}, "3 silos"),
         ({"min_participants": 2}, {"silos": ["red", "red", "red", "red"]}, "as few as 1"),
+        (
+            {"secure_aggregation": True, "min_participants": 3},
+            {"config": {"federation.quorum": 3}},
+            "would see single updates; policy.secure_aggregation allows privacy.secure_aggregation",
+        ),
         ({"max_rounds": 3}, {"config": {"federation.rounds": 3}}, None),
         ({"max_rounds": 3}, {"config": {"federation.rounds": 4}}, "has 4 rounds"),
         ({"evaluate": "never"}, {}, None),
@@ -97,7 +102,7 @@ def test_every_rule_has_a_test():
     rules = set(PolicyConfig.model_fields)
     (cases,) = [mark for mark in test_each_rule.pytestmark if mark.name == "parametrize"]
     seen = {rule for policy, _, refused in cases.args[1] if refused for rule in policy}
-    assert rules == seen | {"max_parameters"}  # which has a test of its own
+    assert rules == seen | {"max_parameters", "pins"}  # which have tests of their own
 
 
 def test_no_round_is_beyond_the_runs_last(aggregator):

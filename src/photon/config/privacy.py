@@ -83,7 +83,7 @@ def unsummable(config: RunConfig) -> str | None:
     elif parts.key and parts.key_rule != "mean":
         why = f'parts.key_rule = "{parts.key_rule}" compares single updates; use "mean"'
     elif federation.policy.lets("out", "in"):
-        why = "policy.residuals has layers of single members travel; leave it out"
+        why = "federation.policy.residuals has layers of single members travel; leave it out"
     elif federation.optimizer_state == "average":
         why = 'optimizer_state = "average" sends state without a mask; use "keep" or "reset"'
     elif federation.merge == "adopt":

@@ -19,13 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from photon.aggregation import square_sum
+from photon.compression.codec import flat, require_finite
 from photon.secure.documents import MOST_BITS, MOST_WEIGHT, Cohort
 from photon.secure.masks import Words
 
 #: Steps from 0 to a member's range: with one bit more than int8 has, as the range is a whole
 #: tensor's and not that of 128 values; and the fewest that are an update still.
 _LEVELS, _FEWEST_LEVELS = 255, 15
+#: Values at once: they stay in the processor's cache.
+_PIECE = 1 << 16
 #: Most members of a sum: 2,184.
 MOST_SUMMED = ((1 << MOST_BITS - 1) - 1) // _FEWEST_LEVELS
 
@@ -70,19 +72,22 @@ class FixedPoint:
         """W R / M: what 1 of a sum stands for, times the weight of those in it."""
         return largest * self.total / self._most
 
-    def whole(self, name: str, tensor: Tensor, weight: int, largest: float) -> Tensor:
-        """q, int16 [n], of a tensor's values in row-major order.
+    def whole(self, tensor: Tensor, weight: int, largest: float) -> tuple[Tensor, Tensor]:
+        """q, int16 [n], of a tensor's values in row-major order; and what it says of them, fp32.
 
         Raises:
             NonFiniteError: it holds NaN or infinity.
         """
-        square_sum(name, tensor)
-        values, bound = tensor.detach().to("cpu", torch.float32).flatten(), self.bound(weight)
-        return (values * (weight / self.unit(largest))).round_().clamp_(-bound, bound).short()
-
-    def value(self, whole: Tensor, weight: int, largest: float) -> Tensor:
-        """What q says of x, fp32."""
-        return whole.float().mul_(self.unit(largest) / weight)
+        values, bound, unit = flat(tensor), self.bound(weight), self.unit(largest) / weight
+        whole, said = torch.empty_like(values, dtype=torch.int16), torch.empty_like(values)
+        for start in range(0, len(values), _PIECE):
+            at = slice(start, start + _PIECE)
+            piece = values[at]
+            require_finite(torch.stack([piece.amax(), piece.amin()]), "ring")
+            torch.mul(piece, 1 / unit, out=said[at])
+            whole[at] = said[at].round_().clamp_(-bound, bound)
+            said[at] *= unit
+        return whole, said
 
     def signed(self, words: Words) -> np.ndarray:
         """A sum modulo 2^bits as a number around 0, int16."""

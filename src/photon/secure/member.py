@@ -269,11 +269,10 @@ class Seal:
         """
         if (largest := self._cohort.ranges.get(name)) is None:
             raise ProtocolError(f"the aggregator gave no range for tensor {name!r}")
-        whole = self._numbers.whole(name, tensor, self._weight, largest)
-        value = self._numbers.value(whole, self._weight, largest).view(tensor.shape)
+        whole, said = self._numbers.whole(tensor, self._weight, largest)
         words = whole.numpy().view("<u2")
         add_masks(words, name, self._keys)
-        return self._ring.packed(words), value
+        return self._ring.packed(words), said.view(tensor.shape)
 
     def leave(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
         """The update as a whole leaves; this very one, or none under these masks.
