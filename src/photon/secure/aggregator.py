@@ -33,25 +33,25 @@ def require_advert(call: Call, name: str, advert: Advert) -> None:
 
 
 def require_dealt(cohort: Cohort, name: str, dealt: Dealt) -> None:
-    """Raise ProtocolError for shares of another cohort, or for others than one's neighbours."""
-    near = cohort.graph[name]
-    if dealt.cohort != cohort.id or not dealt.boxes.keys() == dealt.pledges.keys() == near:
-        raise ProtocolError(f"{name} dealt no shares to its neighbours in round {cohort.round}")
+    """Raise ProtocolError for shares of another cohort, or for others than who is to hold them."""
+    holders = cohort.holders[name]
+    if dealt.cohort != cohort.id or not dealt.boxes.keys() == dealt.pledges.keys() == holders:
+        raise ProtocolError(f"{name} dealt no shares to those who hold them in {cohort.round}")
 
 
 def able(cohort: Cohort, dealt: Iterable[str]) -> list[str]:
-    """Those of the members who dealt that have enough neighbours who did.
+    """Those of the members who dealt whose shares enough who did hold.
 
     Raises:
         QuorumLostError: they are fewer than the cohort's floor.
     """
     left = set(dealt)
-    while few := {one for one in left if len(cohort.graph[one] & left) < cohort.threshold}:
+    while few := {one for one in left if len(cohort.holders[one] & left) < cohort.threshold}:
         left -= few
     if len(left) < cohort.floor:
         raise QuorumLostError(
-            f"of the {len(cohort.names)} members of round {cohort.round} {len(left)} have enough "
-            f"neighbours that dealt shares ({cohort.threshold}); {cohort.floor} are needed"
+            f"of the {len(cohort.names)} members of round {cohort.round} {len(left)} dealt shares "
+            f"to enough who did ({cohort.threshold}); {cohort.floor} are needed"
         )
     return sorted(left)
 
@@ -60,8 +60,8 @@ def closing_for(
     sealing: Sealing, name: str, survivors: Iterable[str], dealt: Mapping[str, Dealt]
 ) -> Closing:
     """What a member is asked, with the boxes that are for it."""
-    near = sorted(sealing.cohort.graph[name].intersection(sealing.dealt))
-    boxes = {one: dealt[one].boxes[name] for one in near}
+    holds = sorted(sealing.cohort.holders[name].intersection(sealing.dealt))
+    boxes = {one: dealt[one].boxes[name] for one in holds}
     return Closing(sealing=sealing, survivors=sorted(survivors), boxes=boxes)
 
 
@@ -138,7 +138,7 @@ class SecureSum:
         if self._broken:
             raise RunError(f"an update of round {cohort.round} broke off while it was added")
         for name in self.sealing.dealt:
-            near = sorted(cohort.graph[name] & survivors)
+            near = sorted(cohort.masks[name] & survivors)
             if name not in survivors and not near:
                 continue
             secret = self._secret(name, dealt, revealed, tell)
@@ -183,7 +183,7 @@ class SecureSum:
     ) -> bytes:
         """Of a survivor its own mask's, of another its key."""
         cohort, found, own = self.sealing.cohort, dict[int, int](), name in self.survivors
-        for holder in sorted(cohort.graph[name] & revealed.keys()):
+        for holder in sorted(cohort.holders[name] & revealed.keys()):
             if name in revealed[holder].unreadable:
                 tell(f"{holder} could not open the box that {name} dealt it")
             if (text := revealed[holder].shares.get(name)) is None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from photon.config.privacy import LEAST_SUMMED
 from photon.errors import ProtocolError
-from photon.secure.graph import graph_of, threshold_of
+from photon.secure.graph import Graph, mask_graph, share_graph, threshold_of
 
 #: A weight is a whole number up to this, so that a member's part is right to 0.4% of the largest.
 MOST_WEIGHT = 255
@@ -116,9 +116,12 @@ class Cohort(Document):
         return {one.name: one for one in self.members}
 
     @cached_property
-    def graph(self) -> dict[str, frozenset[str]]:
-        """By member, those whom it shares its secrets with."""
-        return graph_of(self.names, self.id)
+    def masks(self) -> Graph:
+        return mask_graph(self.names, self.id)
+
+    @cached_property
+    def holders(self) -> Graph:
+        return share_graph(self.names, self.id)
 
     @property
     def threshold(self) -> int:
@@ -127,7 +130,7 @@ class Cohort(Document):
 
 
 class Dealt(Document):
-    """A member's shares of its two secrets, each pair in a box that one neighbour opens, by name.
+    """A member's shares of its two secrets, each pair in a box that one holder opens, by name.
 
     Attributes:
         pledges: photon.secure.member.pledge of both shares; so a wrong one is known by its giver.
@@ -148,8 +151,8 @@ class Sealing(Document):
 
 
 class Closing(Document):
-    """Aggregator to member: whose updates are in the sum. Its share of each neighbour's own mask is
-    asked for, or of the key of one that dropped out."""
+    """Aggregator to member: whose updates are in the sum. Its share of each one's own mask is asked
+    for, or of the key of one that dropped out."""
 
     sealing: Sealing
     survivors: _Names

@@ -33,7 +33,7 @@ from photon.store.disk import write_json
 #: Newest rounds whose records stay: whoever was killed asks again, a group for all of its task's.
 ROUNDS_KEPT = MOST_INNER_ROUNDS + 1
 
-#: Of a sum that a member's update is in: the cohort, its neighbours, shares that open a secret.
+#: Of a sum that an update is in: the cohort, who holds its silo's shares, how many of them open it.
 _Entered = tuple[str, list[str], int]
 
 
@@ -114,8 +114,8 @@ class Notebook:
             if old <= number - ROUNDS_KEPT:
                 self._path(old).unlink(missing_ok=True)
 
-    def bound(self, sealing: Sealing) -> tuple[_Record, list[str]]:
-        """The record of an attempt, bound to those who dealt; and the neighbours among them.
+    def bound(self, sealing: Sealing) -> _Record:
+        """The record of an attempt, bound to those who dealt.
 
         Raises:
             ProtocolError: this member dealt nothing for this cohort, or for other company.
@@ -131,14 +131,14 @@ class Notebook:
             )
         if found.dealt not in (None, dealt) or not {name} <= set(dealt) <= set(cohort.names):
             raise ProtocolError(f"{name} is asked to seal in another company: {some(dealt)}")
-        near = sorted(cohort.graph[name].intersection(dealt))
-        if len(dealt) < cohort.floor or len(near) < cohort.threshold:
+        holders = cohort.holders[name].intersection(dealt)
+        if len(dealt) < cohort.floor or len(holders) < cohort.threshold:
             raise PolicyError(
                 f"{name} seals no update of round {cohort.round}: {len(dealt)} members dealt "
-                f"shares, {cohort.floor} are needed; {len(near)} of its neighbours did, "
+                f"shares, {cohort.floor} are needed; {len(holders)} of those who hold its own did, "
                 f"{cohort.threshold} are needed"
             )
-        return replace(found, dealt=dealt), near
+        return replace(found, dealt=dealt)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"secure-{number:06d}.json"
@@ -188,7 +188,7 @@ def advertise(notes: Notebook, call: Call) -> Advert:
 
 
 def share(notes: Notebook, cohort: Cohort) -> Dealt:
-    """Shares of this member's secrets, for its neighbours' eyes only.
+    """Shares of this member's secrets, each for one holder's eyes only.
 
     Raises:
         ProtocolError: the cohort has not this member's own advert, or is a second one.
@@ -203,19 +203,19 @@ def share(notes: Notebook, cohort: Cohort) -> Dealt:
             f"{name} is asked into a second cohort of round {number}, attempt {cohort.attempt}",
             hint="An update enters one sum only: the difference of two would tell of it.",
         )
-    for earlier, neighbours, threshold in found.entered:
-        there = [cohort.by_name[one] for one in neighbours if one in cohort.by_name]
+    for earlier, holders, threshold in found.entered:
+        there = [cohort.by_name[one] for one in holders if one in cohort.by_name]
         closed = sum(earlier in one.advert.closed for one in there)
-        if len(neighbours) - closed >= threshold:
+        if len(holders) - closed >= threshold:
             raise PolicyError(
                 f"{name} has an update of round {number} in an earlier attempt that may have been "
-                f"opened: {closed} of its {len(neighbours)} neighbours there say that they opened "
-                f"nothing, {len(neighbours) - threshold + 1} are needed",
+                f"opened: {closed} of {len(holders)} who hold its shares there say that they "
+                f"opened nothing, {len(holders) - threshold + 1} are needed",
                 hint="Begin another run from the last checkpoint.",
             )
-    near = sorted(cohort.graph[name])
-    notes.write(number, replace(found, entering=(cohort.id, near, cohort.threshold)))
-    private, places = found.private(), [1 + cohort.names.index(one) for one in near]
+    holders = sorted(cohort.holders[name])
+    notes.write(number, replace(found, entering=(cohort.id, holders, cohort.threshold)))
+    private, places = found.private(), [1 + cohort.names.index(one) for one in holders]
     pairs = zip(
         *(
             split(int.from_bytes(private[kind]), found.coefficients(kind, cohort), places)
@@ -224,7 +224,7 @@ def share(notes: Notebook, cohort: Cohort) -> Dealt:
         strict=True,
     )
     boxes, pledges = dict[str, str](), dict[str, tuple[str, str]]()
-    for other, pair in zip(near, pairs, strict=True):
+    for other, pair in zip(holders, pairs, strict=True):
         both = [one.to_bytes(SHARE_BYTES) for one in pair]
         theirs = cohort.by_name[other].advert.box_key
         key = agreed(private["box"], theirs, "box", cohort.id, name, other)
@@ -251,10 +251,11 @@ class Seal:
     def __init__(self, folder: Path, name: str, text: str) -> None:
         sealing, self._notes = read(text, Sealing, "the aggregator"), Notebook(folder, name)
         self._cohort = cohort = sealing.cohort
-        self._found, near = self._notes.bound(sealing)
+        self._found = self._notes.bound(sealing)
         self._notes.write(cohort.round, self._found)
         private = self._found.private()
         self._keys = {derived(private["own"], "own mask", sealing.id): 1}
+        near = cohort.masks[name].intersection(sealing.dealt)
         self._keys |= pair_keys(private["mask"], name, near, sealing)
         self._weight, self._numbers = cohort.by_name[name].weight, FixedPoint.of(cohort)
         self._ring = Ring(bits=cohort.bits)
@@ -302,7 +303,7 @@ def unmask(notes: Notebook, closing: Closing) -> Revealed:
         PolicyError: too few survivors, or they fall apart into several sums.
     """
     cohort, name, survivors = closing.sealing.cohort, notes.name, set(closing.survivors)
-    found, near = notes.bound(closing.sealing)
+    found = notes.bound(closing.sealing)
     if not {name} <= survivors <= set(closing.sealing.dealt):
         raise ProtocolError(f"{name} is asked to unmask a sum without it, or with strangers in it")
     if found.survivors not in (None, sorted(survivors)):
@@ -312,14 +313,14 @@ def unmask(notes: Notebook, closing: Closing) -> Revealed:
             "with them an update would lie open",
             hint="It has unmasked other survivors already; whoever asks so may mean harm.",
         )
-    if len(survivors) < cohort.floor or not holds_together(cohort.graph, survivors):
+    if len(survivors) < cohort.floor or not holds_together(cohort.masks, survivors):
         raise PolicyError(
             f"{name} unmasks no sum of {len(survivors)} updates in round {cohort.round}: at least "
             f"{cohort.floor} are to be in it, and their masks are to hold them together"
         )
     notes.write(cohort.round, replace(found, survivors=sorted(survivors)))
     box_key, shares, unreadable = found.private()["box"], dict[str, str](), list[str]()
-    for other in [one for one in near if one in closing.boxes]:
+    for other in sorted(cohort.holders[name].intersection(found.dealt or (), closing.boxes)):
         theirs = cohort.by_name[other].advert.box_key
         key = agreed(box_key, theirs, "box", cohort.id, other, name)
         pair = unboxed(key, closing.boxes[other])
