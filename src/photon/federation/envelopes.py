@@ -222,7 +222,7 @@ class Ask(_Letter):
             run: name of the run.
         """
         assert self.fit is not None
-        told = dict(self.fit) | {"sealing": self.fit.sealing or ""}
+        told: dict[str, Any] = dict(self.fit) | {"sealing": self.fit.sealing or ""}
         return FitTask(run=run, silo=self.silo, **told)
 
 

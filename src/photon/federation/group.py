@@ -104,8 +104,8 @@ class Group:
         residuals.privacy = self._child.update_privacy
         for one in version.residuals:
             guests.setdefault(one.origin, {}).update(one.tensors)
-        at = {"folder": self._store.folder}
-        federation = Federation(self._config, self._fleet, self._engine, server, self._above, **at)
+        at, above = self._store.folder, self._above
+        federation = Federation(self._config, self._fleet, self._engine, server, above, folder=at)
         costs, receipts = list[RoundCosts](), list[Sequence[Receipt]]()
         self._on_round(after.round + 1, None, server.version)
         try:

@@ -20,6 +20,8 @@ from photon.federation import (
     FitTask,
     Receipt,
     RunState,
+    SecureReceipt,
+    SecureTask,
     Server,
     Update,
     Version,
@@ -42,6 +44,9 @@ class _Idle:
 
     def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
         raise NotImplementedError("nothing was trained, so nothing is scored")
+
+    def agree(self, task: SecureTask) -> SecureReceipt:
+        raise NotImplementedError("nothing is learned, so nothing is masked")
 
     def settle(self) -> None:
         """It keeps nothing."""

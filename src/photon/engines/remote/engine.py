@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -378,6 +379,7 @@ class RemoteEngine:
             shown = self._adverts(task) if task.phase == "share" else ()
             part = SecurePart(round=task.round, text=task.text, evidence=shown)
             return Ask(kind=task.phase, secure=part, **common)
-        told = {name: getattr(task, name) for name in FitPart.model_fields}
-        part = FitPart(**told | {"sealing": task.sealing or None})
+        told: dict[str, Any] = {name: getattr(task, name) for name in FitPart.model_fields}
+        told["sealing"] = task.sealing or None
+        part = FitPart(**told)
         return Ask(kind="fit", fit=part, **common)
