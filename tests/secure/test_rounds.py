@@ -17,7 +17,7 @@ from photon.errors import PolicyError, ProtocolError, QuorumLostError
 from photon.secure.aggregator import SecureSum
 from photon.secure.documents import Sealing
 from photon.secure.graph import holds_together, mask_graph
-from photon.secure.masks import add_masks, derived
+from photon.secure.masks import Masks, derived
 from photon.secure.member import Notebook, pair_keys, pledge
 
 PHASES = ("advertise", "share", "collect", "unmask")
@@ -144,7 +144,7 @@ def test_two_colluders_and_the_aggregator_learn_the_sum_of_the_rest_alone(drops,
             if frozenset((name, other)) in pairs:
                 found = pair_keys(private["mask"], name, [other], round_.sealing)
                 keys |= {key: -sign for key, sign in found.items()}
-        add_masks(left[name], "weights/vector", keys)
+        Masks(keys).add(left[name], "weights/vector")
     # Masks that are unknown are independent and uniform: a combination of updates says something
     # only if they cancel in it. The incidence matrix of what is unknown has them as its left null
     # space, and all ones is the only one: the sum.

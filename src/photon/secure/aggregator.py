@@ -11,7 +11,7 @@ from torch import Tensor
 from photon.errors import ProtocolError, QuorumLostError, RunError, some
 from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Revealed, Sealing
 from photon.secure.fixed_point import FixedPoint
-from photon.secure.masks import Words, add_masks, derived, public_of
+from photon.secure.masks import Masks, Words, derived, public_of
 from photon.secure.member import pair_keys, pledge
 from photon.secure.shares import SHARE_BYTES, joined
 
@@ -154,10 +154,10 @@ class SecureSum:
                     "sum is not used",
                     hint=_WAY_OUT,
                 )
-        numbers = FixedPoint.of(cohort)
+        numbers, masks = FixedPoint.of(cohort), Masks(keys)
         most = sum(numbers.bound(cohort.by_name[one].weight) for one in survivors)
         for name, words in self._words.items():
-            add_masks(words, name, keys)
+            masks.add(words, name)
             signed = numbers.signed(words)
             if signed.size and (signed.max() > most or signed.min() < -most):
                 raise QuorumLostError(

@@ -1,14 +1,14 @@
 """Keys, and the streams of numbers that masks are made of.
 
 Two members agree on a key by X25519, HKDF makes one of it that holds for one sealing alone, and
-AES-256 in counter mode draws from it: a stream for each tensor, by HMAC of its name, so that they
-may come in any order. One member adds the stream, the other takes it away.
+AES-256 in counter mode draws from it: a stream for each tensor, which begins at the hash of its
+name, so that they may come in any order. One member adds the stream, the other takes it away.
 """
 
 from __future__ import annotations
 
 import base64
-import hmac
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -66,14 +66,27 @@ def unboxed(key: bytes, box: str) -> bytes | None:
         return None
 
 
-def add_masks(words: Words, name: str, keys: Mapping[bytes, int]) -> None:
-    """Add each key's stream for this tensor to its words, or take it away (-1), in place."""
-    drawn = bytearray(2 * _PIECE + 16)
-    for key, sign in keys.items():
-        own = hmac.digest(key, name.encode(), "sha256")
-        stream = Cipher(algorithms.AES(own), modes.CTR(bytes(16))).encryptor()
-        combine = np.add if sign > 0 else np.subtract
-        for start in range(0, len(words), _PIECE):
-            piece = words[start : start + _PIECE]
-            stream.update_into(memoryview(_NOTHING)[: 2 * len(piece)], drawn)
-            combine(piece, np.frombuffer(drawn, "<u2", len(piece)), out=piece)
+class Masks:
+    """The streams of some keys.
+
+    Args:
+        keys: each with 1 where its stream is added, -1 where it is taken away.
+    """
+
+    def __init__(self, keys: Mapping[bytes, int]) -> None:
+        nothing = modes.CTR(bytes(16))
+        self._streams = [
+            (Cipher(algorithms.AES(key), nothing).encryptor(), np.add if sign > 0 else np.subtract)
+            for key, sign in keys.items()
+        ]
+
+    def add(self, words: Words, name: str) -> None:
+        """Every key's stream for the tensor of this name, to its words, in place."""
+        drawn = bytearray(2 * _PIECE + 16)
+        first = hashlib.sha256(name.encode()).digest()[:8] + bytes(8)  # 2^64 blocks for each name
+        for stream, combine in self._streams:
+            stream.reset_nonce(first)
+            for start in range(0, len(words), _PIECE):
+                piece = words[start : start + _PIECE]
+                stream.update_into(memoryview(_NOTHING)[: 2 * len(piece)], drawn)
+                combine(piece, np.frombuffer(drawn, "<u2", len(piece)), out=piece)

@@ -26,7 +26,7 @@ from photon.errors import CheckpointCorruptError, PolicyError, ProtocolError, so
 from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Revealed, Sealing, read
 from photon.secure.fixed_point import FixedPoint
 from photon.secure.graph import holds_together
-from photon.secure.masks import add_masks, agreed, boxed, derived, public_of, unboxed
+from photon.secure.masks import Masks, agreed, boxed, derived, public_of, unboxed
 from photon.secure.shares import PRIME, SHARE_BYTES, split
 from photon.store.disk import write_json
 
@@ -254,9 +254,9 @@ class Seal:
         self._found = self._notes.bound(sealing)
         self._notes.write(cohort.round, self._found)
         private = self._found.private()
-        self._keys = {derived(private["own"], "own mask", sealing.id): 1}
+        keys = {derived(private["own"], "own mask", sealing.id): 1}
         near = cohort.masks[name].intersection(sealing.dealt)
-        self._keys |= pair_keys(private["mask"], name, near, sealing)
+        self._masks = Masks(keys | pair_keys(private["mask"], name, near, sealing))
         self._weight, self._numbers = cohort.by_name[name].weight, FixedPoint.of(cohort)
         self._ring = Ring(bits=cohort.bits)
         self.codec = f"ring(bits={cohort.bits})"
@@ -272,7 +272,7 @@ class Seal:
             raise ProtocolError(f"the aggregator gave no range for tensor {name!r}")
         whole, said = self._numbers.whole(tensor, self._weight, largest)
         words = whole.numpy().view("<u2")
-        add_masks(words, name, self._keys)
+        self._masks.add(words, name)
         return self._ring.packed(words), said.view(tensor.shape)
 
     def leave(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
