@@ -76,10 +76,9 @@ def _bench(suite: str, scale: str, seeds: int, out: Path, text: Path | None) -> 
 
     told = load_suite(suite)
     size, name = scale_of(told, scale), Path(suite).stem
-    data = {
-        cut: out / "-".join(filter(None, ("data", name, scale, cut))) for cut in told.cuts_of(scale)
-    }
-    for cut, how in told.cuts_of(scale).items():
+    cuts = told.cuts_of(scale)
+    data = {cut: out / "-".join(filter(None, ("data", name, scale, cut))) for cut in cuts}
+    for cut, how in cuts.items():
         if not (data[cut] / "manifest.json").exists():
             _prepare(data[cut], out, text, how, size.vocab_size, next(iter(data.values())))
     file = out / "results" / f"{name}-{scale}.json"

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from photon.config.privacy import LEAST_SUMMED
-from photon.errors import ProtocolError
+from photon.errors import ProtocolError, first_fault
 from photon.secure.graph import Graph, mask_graph, share_graph, threshold_of
 
 #: A weight is a whole number up to this, so that a member's part is right to 0.4% of the largest.
@@ -179,6 +179,4 @@ def read(text: str, kind: type[_D], who: str) -> _D:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where, what = ".".join(map(str, first["loc"]))[:200], f"{who} sent no {kind.__name__}"
-        raise ProtocolError(f"{what}: {where}: {first['msg'][:200]}") from None
+        raise ProtocolError(f"{who} sent no {kind.__name__}: {first_fault(error)}") from None
