@@ -30,7 +30,7 @@ from photon.federation.tasks import OPTIMIZER, WEIGHTS, GlobalState, Update
 from photon.torch_threads import torch_threads
 
 #: Where reading an update raises one of these, it is this side's trouble, and ends the round.
-_OURS = (
+OURS = (
     AccessRefusedError,
     MachineError,
     RunError,
@@ -38,7 +38,7 @@ _OURS = (
     TransferStalledError,
 )
 #: Anything else that it raises is the update's own fault.
-_FAULTS = (PhotonError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError)
+FAULTS = (PhotonError, ValueError, LookupError, ArithmeticError, RuntimeError, TypeError)
 
 #: Ends of the names of averaged second moments, which are no means of squares below 0.
 _SECOND_MOMENTS = (".exp_avg_sq", ".max_exp_avg_sq", ".row_moment")
@@ -128,9 +128,9 @@ class Merging:
                 require_weight(weight)
                 norm, inner = self._measure(update.tensors(), reference)
                 norm *= scale
-            except _OURS:
+            except OURS:
                 raise
-            except _FAULTS as error:
+            except FAULTS as error:
                 words = error.message if isinstance(error, PhotonError) else repr(error)[:300]
                 return Verdict(refused=words)
             bound = bound or NormBound()

@@ -23,15 +23,14 @@ from photon.config.privacy import LEAST_SUMMED
 from photon.errors import (
     CheckpointCorruptError,
     IncompatibleConfigError,
-    LinkError,
     MachineError,
     PhotonError,
     ProtocolError,
     QuorumLostError,
-    RunError,
 )
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Mailbox, Version
+from photon.federation.merging import FAULTS, OURS
 from photon.federation.norm_bound import lr_sum, step_over_lr
 from photon.federation.tasks import FitTask, Phase, Receipt, SecureReceipt, SecureTask, Update
 from photon.link import tensors_sha256
@@ -182,9 +181,9 @@ class SecureRounds:
             return f"came after the sum of round {self._number} was closed"
         try:
             return self._sum.add(task.silo, update.tensors)
-        except (MachineError, LinkError, RunError):
+        except OURS:
             raise
-        except (PhotonError, ValueError, LookupError, RuntimeError, TypeError) as error:
+        except FAULTS as error:
             return error.message if isinstance(error, PhotonError) else repr(error)[:300]
 
     def open(self) -> Update:
