@@ -17,10 +17,10 @@ from photon.federation.merging import Merging
 from photon.federation.node import initial_model
 from photon.federation.norm_bound import norm_bound, norm_of
 from photon.federation.outbox import feedback_path, pack
-from photon.federation.stages import SECRET_FILE, gaussian
 from photon.federation.tasks import WEIGHTS, FitTask
 from photon.link import TensorFile
 from photon.models import trainable_parameters
+from photon.privacy import SECRET_FILE, gaussian
 from photon.runs import simulate, train
 
 CLIENT = ("privacy.mechanism=client", "privacy.clip_norm=0.5", "privacy.noise_multiplier=0.1")
@@ -78,7 +78,7 @@ def test_noise_is_gaussian_of_the_promised_size(tmp_path):
 
 def test_values_do_not_depend_on_how_many_are_drawn_at_once(monkeypatch):
     key = bytes(range(32))
-    monkeypatch.setattr("photon.federation.stages._PIECE", 8)
+    monkeypatch.setattr("photon.privacy.noise._PIECE", 8)
     pieces = gaussian(key, torch.Size([3, 7]), 2.0)
     assert torch.equal(gaussian(key, torch.Size([3, 7]), 2.0), pieces)
     assert pieces.unique().numel() == 21

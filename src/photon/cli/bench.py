@@ -104,8 +104,9 @@ def _run(work: Bench, *, quiet: bool) -> None:
     )
     started = time.monotonic()
     while cases := work.wave():
-        # Few at a time, so that what is done is kept.
-        for case in (batch := cases[:processes]):
+        # Some for each process, as one may take twice another's time; not all, so that results
+        # are seen as they come. Runs of a batch that is cut short are found done by the next.
+        for case in (batch := cases[: 3 * processes]):
             say(f"{case.method}, {dict(case.point)}, seed {case.seed}")
         trainings = {
             f"{case.method} {folder.name}": Training(folder, case.config, silos)

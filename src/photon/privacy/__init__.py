@@ -1,0 +1,5 @@
+"""Differential privacy: the noise of a node, and what it has spent."""
+
+from photon.privacy.noise import SECRET_FILE, gaussian, node_secret
+
+__all__ = ["SECRET_FILE", "gaussian", "node_secret"]
