@@ -118,7 +118,9 @@ class Case:
             "wall_s": sum(one["wall_s"] for one in told),
             "device": told[0]["device"],
             "versions": versions(),
-            "config": self.config.model_dump(mode="json", exclude={"serve", "comply"}),
+            "config": self.config.model_dump(
+                mode="json", exclude={"serve": True, "comply": True, "data": {"path"}}
+            ),
         }
 
 

@@ -63,7 +63,6 @@ def _section(results: Results, told: dict[str, Any], name: str, plot: str) -> It
         "exchange of the model in fp32, as in the paper's 7B row at 10 Gbit/s; other bytes in "
         "proportion.\n"
     )
-    yield _table(["method", "loss at each point that was tried"], _tried(results)) + "\n"
     yield f"![Held-out loss against tokens, and against time]({plot})\n"
     if suite.claims:
         yield "### Claims\n"
@@ -99,17 +98,6 @@ def _rows(results: Results) -> Iterator[tuple[float, list[str]]]:
         steps = records[0]["tokens"] / records[0]["step_tokens"]
         row.append(f"{steps / sent:,.1f}x" if sent else "sends nothing")
         yield means[0], row
-
-
-def _tried(results: Results) -> Iterator[list[str]]:
-    for method in results.suite.methods:
-        points = sorted(results.losses(method).items())
-        if points and points[0][0]:
-            said = (
-                f"{', '.join(f'{key} {value:g}' for key, value in point)}: {loss:.3f}"
-                for point, loss in points
-            )
-            yield [method, "; ".join(said)]
 
 
 def _claims(results: Results) -> Iterator[list[str]]:

@@ -24,17 +24,6 @@ class Results:
     seeds: int
     records: tuple[Record, ...]
 
-    def find(self, method: str, point: Point, seed: int) -> Record | None:
-        """One run's; None where it was not run."""
-        return next(
-            (
-                one
-                for one in self.records
-                if (one["method"], as_point(one["point"]), one["seed"]) == (method, point, seed)
-            ),
-            None,
-        )
-
     def losses(self, method: str) -> dict[Point, float]:
         """Last held-out loss of each point that was tried with the first seed."""
         return {
@@ -50,11 +39,13 @@ class Results:
 
     def best(self, method: str) -> list[Record]:
         """Records of its best point, by seed."""
-        point = best_point(self.losses(method))
-        if point is None:
-            return []
-        found = (self.find(method, point, seed) for seed in range(1, self.seeds + 1))
-        return [one for one in found if one is not None]
+        point, seeds = best_point(self.losses(method)), range(1, self.seeds + 1)
+        found = {
+            one["seed"]: one
+            for one in self.records
+            if one["method"] == method and as_point(one["point"]) == point
+        }
+        return [found[seed] for seed in seeds if seed in found]
 
     def is_inside(self, method: str) -> bool:
         """Whether its best point lies inside what was tried."""
