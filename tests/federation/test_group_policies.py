@@ -10,7 +10,7 @@ from faulty_nodes import fail, faulty, poison, tasks_of
 from photon.config.children import at_work, check_children, with_branches
 from photon.data import open_data
 from photon.errors import ConfigError
-from photon.federation import CheckpointStore, FitTask, Node, NodeSettings, stages
+from photon.federation import CheckpointStore, FitTask, Node, NodeSettings
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Version
 from photon.federation.node import initial_model
@@ -170,6 +170,10 @@ def test_each_group_says_how_many_must_be_good_and_how_long_it_waits(run, monkey
         ('pace="quorum"', r"children.west.pace"),
         ('privacy={mechanism="client", clip_norm=1}', r"west.privacy.*privacy.noise_multiplier"),
         ("update_privacy={clip_norm=1}", r"west.update_privacy.*makes nothing of"),
+        (
+            'update_privacy={mechanism="dp_sgd", clip_norm=1, noise_multiplier=1}',
+            "a group takes no steps of its own",
+        ),
     ],
 )
 def test_what_can_not_be_is_refused_with_the_run_file(own, words, five_silos, make_config):
@@ -217,7 +221,7 @@ def test_the_table_nearest_to_a_silo_holds(run):
 
 
 def test_a_kill_changes_nothing_where_groups_add_noise(run, killed_and_resumed, monkeypatch):
-    monkeypatch.setattr(stages.secrets, "token_bytes", lambda count: b"k" * count)
+    monkeypatch.setattr("photon.privacy.noise.secrets.token_bytes", lambda count: b"k" * count)
     noise = f", privacy={clip(0.5, 0.01)}, update_privacy={clip(0.5, 0.01)}"
     config = tree(noise, f'{noise}, update_codec="int8"')
     undisturbed = run("undisturbed", *config)

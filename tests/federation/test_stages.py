@@ -24,6 +24,12 @@ from photon.privacy import SECRET_FILE, gaussian
 from photon.runs import simulate, train
 
 CLIENT = ("privacy.mechanism=client", "privacy.clip_norm=0.5", "privacy.noise_multiplier=0.1")
+TARGET = (
+    "privacy.mechanism=dp_sgd",
+    "privacy.clip_norm=1",
+    "privacy.target_epsilon=2",
+    "privacy.delta=1e-5",
+)
 TASK = FitTask("run", 3, "red", 8, 4, None)
 DELTA = {
     "weights/matrix": torch.randn(700, 300, generator=torch.Generator().manual_seed(1)),
@@ -153,10 +159,20 @@ def test_the_aggregator_s_own_bound_takes_noised_updates(codec, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["privacy.mechanism=dp_sgd"], '"dp_sgd" is not built yet'),
-        (["privacy.mechanism=client", "privacy.clip_norm=1"], "needs privacy.noise_multiplier"),
+        (["privacy.mechanism=client", "privacy.clip_norm=1"], "target_epsilon, not neither"),
+        ([*CLIENT, "privacy.target_epsilon=1"], "target_epsilon, not both"),
+        (
+            ["privacy.mechanism=dp_sgd", "privacy.clip_norm=1", "privacy.target_epsilon=1"],
+            "needs privacy.delta too",
+        ),
+        ([*TARGET, "federation.pace=buffered"], "nobody knows how often"),
         (["privacy.mechanism=client", "privacy.noise_multiplier=1"], "needs privacy.clip_norm"),
         (["privacy.clip_norm=1"], "makes nothing of privacy.clip_norm"),
+        (["privacy.delta=1e-6"], "makes nothing of privacy.delta"),
+        ([*CLIENT, "privacy.delta=1"], "less than 1"),
+        ([*TARGET, "data.mixture.red=1"], "sources then count by their size"),
+        ([*TARGET, 'parts.key=["*mlp*"]', "parts.key_down=best"], 'use "attention"'),
+        ([*TARGET, "compute.strategy=fsdp"], 'use "ddp"'),
         ([*CLIENT, "privacy.clip_norm=0"], "greater than 0"),
         ([*CLIENT, "privacy.noise_multiplier=-1"], "greater than or equal to 0"),
         ([*CLIENT, "federation.merge=adopt"], "sends weights"),
@@ -168,6 +184,16 @@ def test_what_would_void_the_promise_is_refused_with_the_run_file(overrides, wor
     with pytest.raises(ConfigError, match="privacy") as caught:
         config(*overrides)
     assert words in caught.value.message
+
+
+def test_what_comes_after_the_noise_of_dp_sgd_is_allowed():
+    for also in (
+        ["federation.merge=adopt"],
+        ["federation.optimizer_state=average"],
+        ["federation.normalise=true"],
+        ["privacy.secure_aggregation=true"],
+    ):
+        assert config(*TARGET, *also).privacy.deviation == 0
 
 
 def test_nodes_noise_what_they_trained(three_silos, make_config, tmp_path):

@@ -83,6 +83,8 @@ def test_what_held_is_kept_however_often_it_is_changed_before_a_round(short, tmp
         "federation.optimizer_state=keep",
         "outer.name=nesterov",
         "link.update_codec=int8",
+        "privacy.noise_multiplier=1",
+        "privacy.target_epsilon=1",
     ],
 )
 def test_what_the_state_was_made_by_is_refused_by_name(key, short):
@@ -91,6 +93,22 @@ def test_what_the_state_was_made_by_is_refused_by_name(key, short):
         resume(short[0], overrides=[key])
     assert "federation.rounds, " in caught.value.hint
     assert "local.lr, " in caught.value.hint
+
+
+def test_rounds_that_noise_was_sized_for_stay(three_silos, make_config, tmp_path):
+    noise = ("privacy.mechanism=client", "privacy.clip_norm=1", "privacy.delta=1e-5")
+    target = make_config(three_silos, *noise, "privacy.target_epsilon=2")
+    go_on_with(tmp_path, target, 0, changed=False)
+    rounds = target.federation.rounds
+    assert config_to_go_on_with(tmp_path, [f"federation.rounds={rounds}", "local.lr=1e-4"])
+    with pytest.raises(
+        ResumeMismatchError, match=f"sized for privacy.target_epsilon over {rounds}"
+    ):
+        config_to_go_on_with(tmp_path, ["federation.rounds=40"])
+    go_on_with(
+        tmp_path, make_config(three_silos, *noise, "privacy.noise_multiplier=1"), 0, changed=False
+    )
+    assert config_to_go_on_with(tmp_path, ["federation.rounds=40"]).federation.rounds == 40
 
 
 def test_every_key_named_is_one(three_silos, make_config):

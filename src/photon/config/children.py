@@ -237,6 +237,14 @@ def privacy_of(config: RunConfig, silo: str) -> PrivacyConfig:
     return privacy
 
 
+def mechanisms(config: RunConfig) -> list[PrivacyConfig]:
+    """Every [privacy] in the tree."""
+    inner = [child for _, child in tables(config.federation.children)]
+    inner += [config.federation.branches] if config.federation.branches else []
+    own = [one for child in inner for one in (child.privacy, child.update_privacy) if one]
+    return [config.privacy, *own]
+
+
 def branches_of(like: ChildConfig, silos: Collection[str], above: str = "") -> Children:
     """Groups of silos whose names agree up to a dot, each like one table, to any depth.
 
@@ -377,8 +385,13 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
                 f"has update_privacy.secure_aggregation of {name!r}: whether its update is summed "
                 "with others' is said by [privacy] of the level above it"
             )
+        if child.update_privacy.mechanism == "dp_sgd":
+            raise _refused(
+                f'has update_privacy.mechanism = "dp_sgd" of {name!r}: a group takes no steps of '
+                'its own; use "client", or [privacy] of the silos in it'
+            )
         for own in ("privacy", "update_privacy"):
-            if why := voided(getattr(child, own) or PrivacyConfig(), federation):
+            if why := voided(getattr(child, own) or PrivacyConfig(), config):
                 raise _refused(f"has {own} of {name!r}: {why}")
     counts = Counter(name for name, _ in names)
     if twice := [name for name, times in counts.items() if times > 1]:

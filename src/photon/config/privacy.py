@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from photon.config.section import Section
 
 if TYPE_CHECKING:
-    from photon.config.run import FederationConfig, RunConfig
+    from photon.config.run import RunConfig
 
 #: Fewest updates of a sum that says nothing of one: of two, each member knows the other's.
 LEAST_SUMMED = 3
@@ -22,16 +22,30 @@ class PrivacyConfig(Section):
     mechanism: Literal["none", "client", "dp_sgd"] = Field(
         default="none",
         description="client: each node scales its update down to clip_norm and adds Gaussian noise "
-        "of its own (no epsilon is claimed yet). dp_sgd: not built yet.",
+        "of its own, which protects a silo's text as a whole. dp_sgd: each sequence's gradient is "
+        "scaled down, and each optimizer step gets noise, which protects a sequence of "
+        "data.sequence_length tokens; the choice for few silos.",
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="C, of client: largest L2 norm of an update, all tensors that leave together.",
+        description="C: largest L2 norm of an update, all tensors that leave together (client), or "
+        "of a sequence's gradient, all that is trained together (dp_sgd).",
     )
     noise_multiplier: Annotated[float, Field(ge=0)] | None = Field(
         default=None,
-        description="z, of client: each coordinate of each update gets noise of standard deviation "
-        "z C, whatever the number of participants. 0 only clips.",
+        description="z: each coordinate of an update (client), or of a batch's summed gradients "
+        "(dp_sgd), gets noise of standard deviation z C. 0 only clips. Either this or "
+        "target_epsilon.",
+    )
+    target_epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="In the place of noise_multiplier: each node takes the z with which the whole "
+        "run costs its text this much. A task that would cost more is refused.",
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="At which epsilon is told, well below 1 over the number of records: sequences "
+        "(dp_sgd), silos (client). 1e-5 by default beside noise_multiplier.",
     )
     secure_aggregation: bool = Field(
         default=False,
@@ -43,23 +57,42 @@ class PrivacyConfig(Section):
     @property
     def deviation(self) -> float:
         """Standard deviation of the noise on each coordinate of an update, z C."""
-        return (self.noise_multiplier or 0.0) * (self.clip_norm or 0.0)
+        client = self.mechanism == "client"
+        return (self.noise_multiplier or 0.0) * (self.clip_norm or 0.0) if client else 0.0
+
+    @property
+    def at_delta(self) -> float:
+        """What epsilon is told at."""
+        return self.delta or 1e-5
 
     def noised_norm(self, norm: float, parameters: int) -> float:
         """About the norm of an update that had at most `norm` before clip and noise."""
-        if self.clip_norm is None:
+        if self.clip_norm is None or self.mechanism != "client":
             return norm
         return min(norm, self.clip_norm) + self.deviation * math.sqrt(parameters)
 
     @model_validator(mode="after")
     def _whole(self) -> PrivacyConfig:
-        if self.mechanism == "dp_sgd":
-            raise ValueError('mechanism = "dp_sgd" is not built yet; there are "client" and "none"')
-        acts = self.mechanism == "client"
-        for key in ("clip_norm", "noise_multiplier"):
-            if (getattr(self, key) is not None) != acts:
-                needs = "needs" if acts else "(the default) makes nothing of"
-                raise ValueError(f'mechanism = "{self.mechanism}" {needs} privacy.{key}')
+        said, acts = f'mechanism = "{self.mechanism}"', self.mechanism != "none"
+        for key in ("clip_norm", "noise_multiplier", "target_epsilon", "delta"):
+            if getattr(self, key) is not None and not acts:
+                raise ValueError(
+                    f'{said} (the default) makes nothing of privacy.{key}; "client" and "dp_sgd" do'
+                )
+        if not acts:
+            return self
+        if self.clip_norm is None:
+            raise ValueError(f"{said} needs privacy.clip_norm")
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            found = "neither" if self.noise_multiplier is None else "both"
+            raise ValueError(
+                f"{said} needs one of privacy.noise_multiplier and privacy.target_epsilon, not "
+                f"{found}"
+            )
+        if self.target_epsilon is not None and self.delta is None:
+            raise ValueError(
+                "target_epsilon needs privacy.delta too: 1e-5, or less for more records than 10,000"
+            )
         return self
 
 
@@ -108,24 +141,49 @@ def unsummable(config: RunConfig) -> str | None:
     return why and f"secure_aggregation = true has nothing but a sum, and {why}"
 
 
-def voided(privacy: PrivacyConfig, federation: FederationConfig) -> str | None:
-    """What leaves beside the mechanism, or undoes it, in words; None where nothing does."""
-    asked = f'mechanism = "{privacy.mechanism}"'
+def voided(privacy: PrivacyConfig, config: RunConfig) -> str | None:
+    """What leaves beside the mechanism, or undoes it, in words; None where nothing does.
+
+    After the noise of dp_sgd all is post-processing: it may adopt, average and normalise.
+    """
+    asked, federation = f'mechanism = "{privacy.mechanism}"', config.federation
+    why = None
     if privacy.mechanism == "none":
         return None
-    if federation.merge == "adopt":
-        return (
-            f'{asked} clips deltas, and federation.merge = "adopt" sends weights; use merge = '
-            '"delta"'
+    if privacy.target_epsilon is not None and federation.pace == "buffered":
+        why = (
+            'can\'t have target_epsilon with federation.pace = "buffered": nobody knows how often '
+            'a silo will answer; use noise_multiplier, or pace = "quorum"'
         )
-    if federation.optimizer_state == "average":
-        return (
-            f'{asked} would be void with federation.optimizer_state = "average": that state leaves '
-            'unclipped and without noise; use "reset" or "keep"'
+    elif privacy.mechanism == "dp_sgd":
+        if config.data.mixture:
+            why = (
+                "counts how often a sequence is seen, and data.mixture repeats those of some "
+                "sources; leave it out: sources then count by their size"
+            )
+        elif config.parts.key_down == "best":
+            why = (
+                'would be void with parts.key_down = "best", which chooses by losses without '
+                'noise; use "attention", "mean" or "keep"'
+            )
+        elif config.compute.strategy in ("fsdp", "hybrid"):
+            why = (
+                f'needs whole gradients, and compute.strategy = "{config.compute.strategy}" cuts '
+                'them; use "ddp"'
+            )
+    elif federation.merge == "adopt":
+        why = (
+            'clips deltas, and federation.merge = "adopt" sends weights; use merge = "delta", or '
+            '"dp_sgd"'
         )
-    if federation.normalise:
-        return (
-            f"{asked} would be void with federation.normalise = true, which multiplies the updates "
-            "of slow silos, and their noise, after the clip; leave it out"
+    elif federation.optimizer_state == "average":
+        why = (
+            'would be void with federation.optimizer_state = "average": that state leaves '
+            'unclipped and without noise; use "reset" or "keep", or "dp_sgd"'
         )
-    return None
+    elif federation.normalise:
+        why = (
+            "would be void with federation.normalise = true, which multiplies the updates of slow "
+            'silos, and their noise, after the clip; leave it out, or use "dp_sgd"'
+        )
+    return why and f"{asked} {why}"

@@ -419,7 +419,7 @@ class RunConfig(Section):
             )
         self.parts.require_compatible(federation.optimizer_state, per_silo=self.eval.per_silo)
         self._check_merging()
-        if why := voided(self.privacy, federation) or unsummable(self):
+        if why := voided(self.privacy, self) or unsummable(self):
             raise ValueError(f"[privacy]: {why}")
         if federation.sampling == "weighted" and federation.weighting == "data":
             raise ValueError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from photon.config import RunConfig, load_run_config, write_resolved
+from photon.config.children import mechanisms
 from photon.errors import ResumeMismatchError
 from photon.store.disk import write_whole
 
@@ -78,9 +79,24 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 
 def config_to_go_on_with(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run file of a run's next process."""
+    """The run file of a run's next process.
+
+    Raises:
+        ResumeMismatchError: other rounds, for which other noise would have been needed.
+    """
     waiting = folder / _NEXT
-    return load_run_config(waiting if waiting.exists() else folder / RESOLVED, overrides)
+    file = waiting if waiting.exists() else folder / RESOLVED
+    config = load_run_config(file, overrides)
+    if any(one.target_epsilon for one in mechanisms(config)):
+        before = load_run_config(file).federation.rounds
+        if (now := config.federation.rounds) != before:
+            raise ResumeMismatchError(
+                f"federation.rounds can't become {now}: the noise of the rounds before was sized "
+                f"for privacy.target_epsilon over {before}",
+                hint="More rounds cost more epsilon: start a new run, or one with "
+                "privacy.noise_multiplier, whose rounds may change.",
+            )
+    return config
 
 
 def leave_for_next(folder: Path, config: RunConfig) -> None:
