@@ -8,6 +8,7 @@ from photon.training.inner import InnerOptimizer, adam_betas, decayed_names
 from photon.training.local_tensors import local as local_part
 from photon.training.micro_batch import MicroBatch, within_memory
 from photon.training.placement import difference, materialise
+from photon.training.private import PrivateSteps
 from photon.training.ranks import Ranks, Seat
 from photon.training.schedule import Schedule
 from photon.training.snapshot import Allocate, PendingSnapshot, read_snapshot, write_snapshot

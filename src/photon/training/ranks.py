@@ -157,10 +157,16 @@ class Ranks:
                     hint="Every rank needs the same run file, prepared data and version of Photon.",
                 )
 
-    def mean_(self, tensor: Tensor) -> Tensor:
-        """Average over ranks, in place."""
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """Average over ranks, in place."""
+        self.sum_(tensor)
+        if self.size > 1:
             tensor /= self.size
         return tensor
 

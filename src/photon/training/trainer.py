@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from photon.training.device import ComputePlan
 from photon.training.inner import InnerOptimizer
 from photon.training.micro_batch import MicroBatch, if_it_fits
 from photon.training.placement import PlacedModel
+from photon.training.private import ClippedSum, PrivateSteps, noise_gradients, require_whole
 from photon.training.ranks import Ranks, naming_lost_ranks
 from photon.training.schedule import Schedule
 from photon.training.strategy import Strategy
@@ -164,6 +167,7 @@ class Trainer:
         on_progress: Callable[[Progress], None] | None = None,
         on_notice: Callable[[str], None] | None = None,
         profile: bool = False,
+        private: PrivateSteps | None = None,
     ) -> LocalResult:
         """Take `steps` optimizer steps.
 
@@ -177,12 +181,17 @@ class Trainer:
             on_progress: told every `log_every` steps.
             on_notice: told in words of what was changed on the way (a smaller micro-batch).
             profile: measure the last step's collectives.
+            private: clip each sequence's gradient and noise their sum; losses are then means over
+                the sequences whose gradients are finite.
 
         Raises:
             NonFiniteError: the loss became NaN or infinite; weights and state are then garbage.
+            IncompatibleConfigError: private steps of weights that are cut among ranks.
             DoesNotFitError: not even one sequence at a time fits in memory.
             RankLostError: another rank of this node is gone.
         """
+        if private is not None:
+            require_whole(self.placed.strategy)
         clock = PhaseClock(self.plan.device)
         meter = _Meter(self.ranks, self.plan.device, steps, global_step)
         cuda = self.plan.device.type == "cuda"
@@ -207,7 +216,8 @@ class Trainer:
             for index in range(steps):
                 with clock.phase("data"):
                     batch = next(batches)
-                step = partial(self._step, batch, seed, global_step + index, clock, on_notice)
+                now = global_step + index
+                step = partial(self._step, batch, seed, now, clock, on_notice, private)
                 if profile and index + 1 == steps:
                     (loss, norm), one_s = with_communication_s(step, self.plan.device)
                     collectives_s = one_s * steps
@@ -215,10 +225,12 @@ class Trainer:
                     loss, norm = step()
                 meter.add(loss, self._batch_size * (batch.tokens.shape[1] - 1))
                 if (index + 1) % self._log_every == 0 or index + 1 == steps:
-                    lr = self._config.lr * self._schedule.factor(global_step + index)
+                    lr = self._config.lr * self._schedule.factor(now)
                     progress = meter.settle(lr, float(norm))
                     if on_progress is not None:
                         on_progress(progress)
+            if private is not None:
+                self._require_finite(batch.tokens.shape[1], global_step + steps)
         losses = meter.losses.cpu().double()
         return LocalResult(
             loss=float(losses.mean()),
@@ -230,7 +242,7 @@ class Trainer:
             times=clock.times(),
             communication_s=collectives_s,
             peak_memory_bytes=peak_memory_bytes(self.plan.device),
-            micro_batch_size=self.micro_batch.size,
+            micro_batch_size=self.micro_batch.size if private is None else 1,
         )
 
     def _step(
@@ -240,16 +252,28 @@ class Trainer:
         global_step: int,
         clock: PhaseClock,
         on_notice: Callable[[str], None] | None,
+        private: PrivateSteps | None,
     ) -> tuple[Tensor, Tensor]:
         """One optimizer step: this rank's loss and the gradient's norm, fp32 0-d."""
+        accumulate = partial(self._accumulate, batch, clock)
+        if private is not None:
+            accumulate = partial(self._accumulate_clipped, private.clip_norm, batch, clock)
         while True:
             # Seeded at each attempt, so that a repeated one draws the same dropout.
             self._seed(_step_seed(seed, global_step, self.ranks.seat.rank))
-            loss = if_it_fits(partial(self._accumulate, batch, clock))
+            loss = if_it_fits(accumulate)
             if loss is not None:
                 break
-            self._back_off(on_notice)
+            self._back_off(on_notice, private is None)
         with clock.phase("optimizer"):
+            if private is not None:
+                noise_gradients(
+                    self.placed.parameters,
+                    private,
+                    self.ranks,
+                    global_step=global_step,
+                    batch_size=self._batch_size,
+                )
             norm = self._clip()
             self.optimizer.step(self._schedule.factor(global_step))
             self.optimizer.zero_grad()
@@ -259,29 +283,66 @@ class Trainer:
         """Forward and backward in micro-batches; the mean loss over this rank's sequences."""
         total = torch.zeros((), device=self.plan.device)
         micro_batches = batch.split(self.micro_batch.size)
-        share, kind, dtype = 1 / len(micro_batches), self.plan.device.type, self.autocast_dtype
+        share = 1 / len(micro_batches)
         for number, micro in enumerate(micro_batches, start=1):
             with self.placed.accumulating(last=number == len(micro_batches)):
-                with clock.phase("forward"), torch.autocast(kind, dtype, enabled=dtype is not None):
-                    objective, loss = training_loss(
-                        self.placed,
-                        micro.tokens,
-                        document_ids=micro.document_ids,
-                        z_loss=self._config.z_loss,
-                        head=self.placed.head,
-                    )
+                with clock.phase("forward"):
+                    objective, loss = self._loss(self.placed, micro)
                 with clock.phase("backward"):
                     (objective * share if share != 1 else objective).backward()
                 total += loss.detach() * share
         return total
 
-    def _back_off(self, on_notice: Callable[[str], None] | None) -> None:
+    def _accumulate_clipped(self, clip_norm: float, batch: Batch, clock: PhaseClock) -> Tensor:
+        """As `_accumulate`, of DP-SGD: leaves the sum of clipped gradients."""
+        sums = ClippedSum(self.placed.parameters, clip_norm)
+        for sequence in batch.split(1):
+            with clock.phase("forward"):
+                objective, loss = self._loss(self.model, sequence)
+            with clock.phase("backward"):
+                sums.add(objective, loss)
+        return sums.loss
+
+    def _loss(self, model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is minimised, and the cross-entropy."""
+        kind, dtype = self.plan.device.type, self.autocast_dtype
+        with torch.autocast(kind, dtype, enabled=dtype is not None):
+            return training_loss(
+                model,
+                batch.tokens,
+                document_ids=batch.document_ids,
+                z_loss=self._config.z_loss,
+                head=self.placed.head,
+            )
+
+    @torch.no_grad()
+    def _require_finite(self, width: int, global_step: int) -> None:
+        """Raise NonFiniteError if weights give no loss any more, on tokens that are nobody's.
+
+        After private steps nothing but their weights may say so: whether a batch had a finite
+        gradient is the text's to know.
+        """
+        with self.evaluating() as model:
+            rows = cast(Any, model).get_input_embeddings().weight.shape[0]
+            tokens = torch.arange(width, device=self.plan.device)[None] % rows
+            loss = float(self.ranks.mean_(self._loss(model, Batch(tokens, None))[1]))
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss on made-up tokens became {loss} by global step {global_step}",
+                hint="Lower local.lr, lengthen local.warmup_steps, or raise privacy.clip_norm.",
+            )
+
+    def _back_off(self, on_notice: Callable[[str], None] | None, batches: bool) -> None:
         """Make the micro-batch smaller after an allocation failed, before any weight changed."""
         self.optimizer.zero_grad()
+        cut = 'more ranks with compute.strategy = "fsdp", '
+        if not batches:  # but single sequences, of whole gradients
+            self.micro_batch.limit(1)
+            cut = ""
         text = self.micro_batch.back_off(
             f"out of memory on {self.plan.device} with",
-            'Try compute.activation_checkpointing = "full", more ranks with compute.strategy = '
-            '"fsdp", a shorter data.sequence_length, or a smaller model.',
+            f'Try compute.activation_checkpointing = "full", {cut}a shorter data.sequence_length, '
+            "or a smaller model.",
         )
         text += " (same batch, same maths)"
         if self.ranks.size > 1:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from photon.config import ComputeConfig, LocalConfig
-from photon.training import Schedule, Trainer, plan_compute
+from photon.training import PrivateSteps, Schedule, Trainer, plan_compute
 from photon.training.ranks import Ranks, Seat
 from photon.training.strategy import choose_strategy
 from photon.training.trainer import Progress
@@ -71,6 +71,9 @@ def train(case: dict[str, Any], seat: Seat, ranks: Ranks) -> dict[str, Any]:
         losses.append(told.loss)
         norms.append(told.gradient_norm)
 
+    private = dict(case.get("private", {}))
+    if private:
+        private = PrivateSteps(**private | {"secret": private["secret"].encode()})
     result = trainer.fit(
         Text(),
         cursor=0,
@@ -78,6 +81,7 @@ def train(case: dict[str, Any], seat: Seat, ranks: Ranks) -> dict[str, Any]:
         steps=case["steps"],
         on_progress=note,
         profile=case.get("profile", False),
+        private=private or None,
     )
     state = trainer.optimizer.state_tensors()
     return {

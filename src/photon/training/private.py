@@ -1,0 +1,126 @@
+"""DP-SGD (Abadi et al. 2016, arXiv 1607.00133): clipped gradients of single sequences, and noise.
+
+Sequences go through the model one at a time. A gradient is then its sequence's own whatever the
+architecture does inside a batch, the loss is taken by the output projection as ever, and memory
+holds one gradient beside the sum. Vectorised (torch.func.vmap) it is slower on a CPU: LAB.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from photon.errors import IncompatibleConfigError
+from photon.privacy import gaussian
+from photon.training.ranks import Ranks
+from photon.training.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class PrivateSteps:
+    """How local steps are noised.
+
+    Attributes:
+        clip_norm: C, the largest L2 norm of a sequence's gradient, all that is trained together.
+        noise_multiplier: z; the sum of a batch's gradients gets N(0, (z C)^2) on each coordinate.
+        secret: the node's own, that noise is drawn with; the same on all its ranks.
+        context: words and numbers that say what is trained for whom. Nothing else has its noise.
+    """
+
+    clip_norm: float
+    noise_multiplier: float
+    secret: bytes = field(repr=False)
+    context: Sequence[str | int]
+
+
+class ClippedSum:
+    """The sum of clipped gradients, in the parameters' .grad.
+
+    Args:
+        parameters: all that is trained, whole on this rank.
+        clip_norm: C.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], clip_norm: float) -> None:
+        self._parameters = list(parameters.values())
+        self._clip_norm = clip_norm
+        self._count, self._loss = 0, torch.zeros((), device=self._parameters[0].device)
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._sums = [parameter.grad for parameter in self._parameters]
+
+    def add(self, objective: Tensor, loss: Tensor) -> None:
+        """Add the gradient of one sequence's objective, scaled down to norm C where it is longer.
+
+        One that is not finite counts as 0: no sequence of a site's decides alone what is sent.
+        """
+        # Not backward(): DDP's hooks would average gradients among ranks before the clip.
+        gradients = torch.autograd.grad(objective, self._parameters, materialize_grads=True)
+        norm = float(nn.utils.get_total_norm(gradients, foreach=True))
+        if math.isfinite(norm):
+            share = self._clip_norm / max(self._clip_norm, norm)
+            torch._foreach_add_(self._sums, gradients, alpha=share)
+            self._count, self._loss = self._count + 1, self._loss + loss.detach()
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over the sequences that count, fp32 0-d; 0 without any."""
+        return self._loss / max(1, self._count)
+
+
+@torch.no_grad()
+def noise_gradients(
+    parameters: Mapping[str, nn.Parameter],
+    steps: PrivateSteps,
+    ranks: Ranks,
+    *,
+    global_step: int,
+    batch_size: int,
+) -> None:
+    """Make each rank's clipped sums, in .grad, the noised mean over the whole batch.
+
+    The noise is drawn by what it is added to, so that the same sums have the same noise and others
+    never do: an aggregator that asks twice has either the same answer or two noised ones.
+
+    Args:
+        global_step: the server's clock.
+        batch_size: sequences of a step over all ranks, those that count as 0 included.
+    """
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    sums = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    for gradient in sums.values():
+        ranks.sum_(gradient)
+    deviation = steps.noise_multiplier * steps.clip_norm
+    if deviation:
+        # Rank 0's, lest ranks whose sums differ in a last digit draw apart.
+        digest = ranks.announce(_sha256(sums) if ranks.leader else None)
+        release = ["dp_sgd", *steps.context, global_step, digest, deviation]
+        for name, gradient in sums.items():
+            key = hmac.digest(steps.secret, json.dumps([*release, name]).encode(), "sha256")
+            gradient.add_(gaussian(key, gradient.shape, deviation).to(gradient.device))
+    torch._foreach_div_(list(sums.values()), batch_size)
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def require_whole(strategy: Strategy) -> None:
+    """Raise IncompatibleConfigError where a rank never has a sequence's whole gradient."""
+    if strategy.shards:
+        raise IncompatibleConfigError(
+            f'privacy.mechanism = "dp_sgd" needs whole gradients, and compute.strategy = '
+            f'"{strategy.name}" cuts them among ranks',
+            hint='Use compute.strategy = "ddp", or one process.',
+        )
