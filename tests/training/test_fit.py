@@ -93,3 +93,20 @@ def test_ranks_go_by_the_least_memory_among_them(monkeypatch, model):
     mine = planned(monkeypatch, model, config_of(), Seat(), 64, ranks=Poorest(Seat()))
     theirs = planned(monkeypatch, model, config_of(), Seat(), 2, ranks=Poorest(Seat()))
     assert mine.micro_batch.size == theirs.micro_batch.size == 8
+
+
+def test_private_steps_take_sequences_one_by_one_and_are_never_cut(monkeypatch, model):
+    """Beside their sum is each one's gradient, whole on every rank."""
+    private = config_of(
+        "privacy.mechanism=dp_sgd", "privacy.clip_norm=1", "privacy.noise_multiplier=1"
+    )
+    plain = planned(monkeypatch, model, config_of("compute.micro_batch_size=1"), Seat(), 64)
+    found = planned(monkeypatch, model, private, Seat(), 64)
+    assert (found.strategy.name, found.micro_batch.size) == ("single", 1)
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
+    more = [one.estimate(model, 1).parts["gradients"] for one in (plain, found)]
+    assert more[1] - more[0] == gradients
+    assert planned(monkeypatch, model, private, Seat(0, 0, 4, 4), 16).strategy.name == "ddp"
+    with pytest.raises(DoesNotFitError, match="with ddp") as caught:
+        planned(monkeypatch, model, private, Seat(0, 0, 4, 4), 4)
+    assert "fsdp" not in str(caught.value.hint)

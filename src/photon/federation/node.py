@@ -29,7 +29,7 @@ from photon.federation.engine import Version
 from photon.federation.layout import lay_out, layout_of
 from photon.federation.node_state import Kept
 from photon.federation.secure_rounds import agreed
-from photon.federation.stages import leaving
+from photon.federation.stages import leaving, steps_of
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -335,6 +335,7 @@ class Node:
 
     def _train(self, task: FitTask) -> LocalResult:
         config = self._config
+        private = steps_of(privacy_of(config, task.pooled[0]), self._folder, task)
         with open_stream(config, self._data, task.pooled) as stream:
             return self._trainer.fit(
                 stream,
@@ -349,6 +350,7 @@ class Node:
                     Notice(text=text, round=task.round, silo=task.silo)
                 ),
                 profile=task.profile,
+                private=private,
             )
 
     def _mfu(self, result: LocalResult) -> float | None:

@@ -1,5 +1,6 @@
 """An update's way out of its node, in an order that no run file can change.
 
+    steps   of DP-SGD are clipped and noised one by one, and need neither afterwards (Trainer)
     delta   what local steps moved: global minus local (Node)
     clip    times min(1, C / |delta|), the L2 norm over all that leaves
     noise   plus N(0, (z C)^2) on each coordinate
@@ -34,6 +35,21 @@ from photon.link import entries_bytes, plain_bytes
 from photon.link.tensorfile import stream_sha256
 from photon.privacy import gaussian, node_secret
 from photon.secure.member import Seal
+from photon.training import PrivateSteps
+
+
+def steps_of(privacy: PrivacyConfig, folder: Path, task: FitTask) -> PrivateSteps | None:
+    """How a task's local steps are noised; None where they aren't.
+
+    Raises as `leaving` for the node's secret.
+    """
+    if privacy.mechanism != "dp_sgd":
+        return None
+    clip, multiplier = privacy.clip_norm, privacy.noise_multiplier
+    assert clip is not None
+    assert multiplier is not None
+    secret = node_secret(folder) if multiplier else b""
+    return PrivateSteps(clip, multiplier, secret, (task.run, task.round, task.silo))
 
 
 def leaving(

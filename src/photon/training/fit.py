@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from photon.config import RunConfig
+from photon.config.children import mechanisms
 from photon.errors import DoesNotFitError
 from photon.training.device import ComputePlan
 from photon.training.hardware import memory_of
@@ -74,6 +75,7 @@ def plan_fit(
         activation_checkpointing=config.compute.activation_checkpointing,
         device_type=plan.device.type,
         accumulates=share > 1,
+        private=any(one.mechanism == "dp_sgd" for one in mechanisms(config)),
     )
     total, free = memory_of(plan.device)
     if plan.device.type != "cuda":  # one memory for all processes of this machine
@@ -86,12 +88,14 @@ def plan_fit(
         seat,
         state_bytes=standing_bytes(model, settings),
         device_bytes=total,
+        private=settings.private,
     )
     asked = config.compute.micro_batch_size
-    most = min(asked, share) if asked is not None else share
+    most = 1 if settings.private else min(asked or share, share)
     settings = _spread(settings, strategy, seat)
     guess = None if scores_only else _guess(model, settings, free, most)
-    if guess == 0 and config.compute.strategy == "auto" and strategy.name == "ddp":
+    may_cut = config.compute.strategy == "auto" and not settings.private
+    if guess == 0 and may_cut and strategy.name == "ddp":
         strategy = cut_strategy(seat, "a copy leaves no room for activations")
         settings = _spread(settings, strategy, seat)
         guess = _guess(model, settings, free, most)

@@ -56,6 +56,7 @@ class MemorySettings:
         micro_batch_size: sequences of a forward pass.
         bf16: arithmetic of forward and backward; weights and state are fp32 either way.
         accumulates: whether a step has several micro-batches, so that gradients outlive each.
+        private: whether steps are those of DP-SGD: sequences one by one, a gradient beside the sum.
     """
 
     optimizer: str
@@ -68,6 +69,7 @@ class MemorySettings:
     activation_checkpointing: str = "none"
     device_type: str
     accumulates: bool = False
+    private: bool = False
 
     @property
     def cuts(self) -> int:
@@ -131,6 +133,8 @@ def estimate_with(model: nn.Module, settings: MemorySettings) -> MemoryEstimate:
     # DDP's buckets and an accumulating step's gradients outlive a micro-batch.
     if settings.strategy == "ddp" or settings.accumulates:
         live[:, GRADIENTS] = gradients
+    if settings.private:  # and DDP has made room for its own
+        live[:, GRADIENTS] += gradients * (2 if settings.strategy == "ddp" else 1)
     fullest = live[live.sum(axis=1).argmax()]
     scratch = _step_scratch(model, settings)
     if gradients + scratch > fullest.sum() + copies:
@@ -244,7 +248,8 @@ def describe_shortfall(
             continue
         enough = ", which fits" if other <= available_bytes else ""
         told.append(f"{words} needs {gigabytes(other)}{enough}")
-    for count in (n for n in (1 << power for power in range(1, 11)) if n > settings.cuts):
+    counts = [] if settings.private else [1 << power for power in range(1, 11)]
+    for count in (n for n in counts if n > settings.cuts):
         cut = estimate_with(model, replace(settings, strategy="fsdp", shards=count)).total_bytes
         if cut <= available_bytes:
             words = f'compute.strategy = "fsdp" on {count} devices needs {gigabytes(cut)} each'

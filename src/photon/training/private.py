@@ -5,6 +5,9 @@ architecture does inside a batch, the loss is taken by the output projection as 
 holds one gradient beside the sum. Vectorised (torch.func.vmap) it is slower on a CPU: LAB.md.
 """
 
+# torch._foreach_* is how torch.optim itself steps many tensors at once.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import hashlib
@@ -52,9 +55,9 @@ class ClippedSum:
         self._parameters = list(parameters.values())
         self._clip_norm = clip_norm
         self._count, self._loss = 0, torch.zeros((), device=self._parameters[0].device)
-        for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        self._sums = [parameter.grad for parameter in self._parameters]
+        self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for parameter, gradient in zip(self._parameters, self._sums, strict=True):
+            parameter.grad = gradient
 
     def add(self, objective: Tensor, loss: Tensor) -> None:
         """Add the gradient of one sequence's objective, scaled down to norm C where it is longer.
@@ -105,14 +108,15 @@ def noise_gradients(
         for name, gradient in sums.items():
             key = hmac.digest(steps.secret, json.dumps([*release, name]).encode(), "sha256")
             gradient.add_(gaussian(key, gradient.shape, deviation).to(gradient.device))
-    torch._foreach_div_(list(sums.values()), batch_size)
+    for gradient in sums.values():
+        gradient.div_(batch_size)
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 

@@ -25,11 +25,14 @@ class Strategy:
         return self.name in ("fsdp", "hybrid")
 
 
-def choose_strategy(asked: str, seat: Seat, *, state_bytes: int, device_bytes: int) -> Strategy:
+def choose_strategy(
+    asked: str, seat: Seat, *, state_bytes: int, device_bytes: int, private: bool = False
+) -> Strategy:
     """The strategy for these ranks.
 
     Args:
         asked: compute.strategy.
+        private: steps are those of DP-SGD, which needs whole gradients.
         state_bytes: weights, gradients and optimizer state of a whole copy.
         device_bytes: memory of one device.
 
@@ -41,6 +44,8 @@ def choose_strategy(asked: str, seat: Seat, *, state_bytes: int, device_bytes: i
         return Strategy(asked, f"compute.strategy asks for it, on {seat.world_size} rank(s)")
     if seat.world_size == 1:
         return Strategy("single", "there is one rank")
+    if private:
+        return Strategy("ddp", "dp_sgd needs a sequence's whole gradient on each rank")
     needs, has = f"{state_bytes / 1e9:.1f} GB", f"{device_bytes / 1e9:.1f} GB"
     if state_bytes <= _ROOM_FOR_STATE * device_bytes:
         return Strategy(

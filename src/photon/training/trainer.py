@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -198,15 +198,7 @@ class Trainer:
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.plan.device)
         self.placed.module.train()
-        batches = read_ahead(
-            stream,
-            cursor=cursor + self.ranks.seat.rank * self._share,
-            stride=self._batch_size,
-            share=self._share,
-            steps=steps,
-            device=self.plan.device,
-            documents=self._config.document_mask,
-        )
+        batches = self._batches(stream, cursor, steps)
         collectives_s: float | None = None
         with (
             contextlib.closing(batches),
@@ -230,7 +222,7 @@ class Trainer:
                     if on_progress is not None:
                         on_progress(progress)
             if private is not None:
-                self._require_finite(batch.tokens.shape[1], global_step + steps)
+                self._require_finite(steps, meter.tokens, global_step)
         losses = meter.losses.cpu().double()
         return LocalResult(
             loss=float(losses.mean()),
@@ -243,6 +235,20 @@ class Trainer:
             communication_s=collectives_s,
             peak_memory_bytes=peak_memory_bytes(self.plan.device),
             micro_batch_size=self.micro_batch.size if private is None else 1,
+        )
+
+    def _batches(
+        self, stream: TokenStream, cursor: int, steps: int
+    ) -> Generator[Batch, None, None]:
+        """This rank's share of each step's sequences."""
+        return read_ahead(
+            stream,
+            cursor=cursor + self.ranks.seat.rank * self._share,
+            stride=self._batch_size,
+            share=self._share,
+            steps=steps,
+            device=self.plan.device,
+            documents=self._config.document_mask,
         )
 
     def _step(
@@ -316,7 +322,7 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def _require_finite(self, width: int, global_step: int) -> None:
+    def _require_finite(self, steps: int, tokens: int, global_step: int) -> None:
         """Raise NonFiniteError if weights give no loss any more, on tokens that are nobody's.
 
         After private steps nothing but their weights may say so: whether a batch had a finite
@@ -324,11 +330,12 @@ class Trainer:
         """
         with self.evaluating() as model:
             rows = cast(Any, model).get_input_embeddings().weight.shape[0]
-            tokens = torch.arange(width, device=self.plan.device)[None] % rows
-            loss = float(self.ranks.mean_(self._loss(model, Batch(tokens, None))[1]))
+            width = tokens // (steps * self._batch_size) + 1
+            made_up = torch.arange(width, device=self.plan.device)[None] % rows
+            loss = float(self.ranks.mean_(self._loss(model, Batch(made_up, None))[1]))
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"the loss on made-up tokens became {loss} by global step {global_step}",
+                f"the loss on made-up tokens became {loss} by global step {global_step + steps}",
                 hint="Lower local.lr, lengthen local.warmup_steps, or raise privacy.clip_norm.",
             )
 
