@@ -22,11 +22,11 @@ from photon.compression import build_codec
 from photon.compression.codec import bytes_of
 from photon.config import ModelConfig
 from photon.models import build_skeleton, trainable_parameters
-from photon.secure.aggregator import SecureSum, able, closing_for
-from photon.secure.documents import Advert, Call, Cohort, Dealt, Member, Revealed, Sealing, read
+from photon.secure.aggregator import SecureSum
+from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Member, Revealed, read
 from photon.secure.fixed_point import bits_for
 from photon.secure.masks import Masks
-from photon.secure.member import Seal, answer
+from photon.secure.member import Party, Seal
 
 VOCABULARY = {"tiny": 2048, "125m": 50_368}
 
@@ -92,7 +92,7 @@ def int8_of(shapes) -> tuple[int, float]:
 
 def round_trip(folder: Path, shapes, names, found) -> None:
     def ask(name, phase, document, kind):
-        return read(answer(folder, name, phase, document.text), kind, name)
+        return read(Party(folder, name).answer(phase, document.text), kind, name)
 
     started = time.perf_counter()
     call = Call(run="bench", round=1, attempt=1)
@@ -105,15 +105,14 @@ def round_trip(folder: Path, shapes, names, found) -> None:
         members=members, ranges=dict.fromkeys(shapes, 4e-3),
     )  # fmt: skip
     dealt = {name: ask(name, "share", cohort, Dealt) for name in names}
-    sealing = Sealing(cohort=cohort, dealt=able(cohort, dealt))
     found["keys and shares, s, all silos"] = time.perf_counter() - started
-    found["bytes of documents, a silo"] = len(sealing.text) + len(dealt[names[0]].text)
+    found["bytes of documents, a silo"] = len(cohort.text) + len(dealt[names[0]].text)
 
     int8_bytes, int8_s = int8_of(shapes)
     timed = Masking()
     best: list[tuple[float, float]] = []
     for _ in range(3):
-        seal, timed.seconds, taken, sent = Seal(folder, names[0], sealing.text), 0.0, 0.0, 0
+        seal, timed.seconds, taken, sent = Seal(folder, names[0], cohort.text), 0.0, 0.0, 0
         for name, tensor in update_of(shapes, 0):
             started = time.perf_counter()
             parts, _ = seal.encode(name, tensor)
@@ -124,16 +123,14 @@ def round_trip(folder: Path, shapes, names, found) -> None:
     found |= {"int8 encode, s": int8_s, "seal, s": whole, "masks in it, s": masking}
     found |= {"masks / int8 encode": masking / int8_s, "seal / int8 encode": whole / int8_s}
     found |= {"bytes": sent, "bytes / int8": sent / int8_bytes, "bits a value": cohort.bits}
-    total, codec, adding = SecureSum(sealing, shapes), build_codec(f"ring(bits={cohort.bits})"), 0.0
+    total, codec, adding = SecureSum(cohort, shapes), build_codec(f"ring(bits={cohort.bits})"), 0.0
     before = peak_mib()
     for index, name in enumerate(names[:-2]):
-        seal, sealed = Seal(folder, name, sealing.text), {}  # the last one's is let go first
+        seal, sealed = Seal(folder, name, cohort.text), {}  # the last one's is let go first
         for one, tensor in update_of(shapes, index):
             sealed[one] = seal.encode(one, tensor)[0]
 
-        def tensors(sealed=sealed):
-            return ((one, codec.decode(parts, shapes[one])) for one, parts in sealed.items())
-
+        tensors = ((one, codec.decode(parts, shapes[one])) for one, parts in sealed.items())
         started = time.perf_counter()
         assert total.add(name, tensors) is None
         del tensors
@@ -143,10 +140,8 @@ def round_trip(folder: Path, shapes, names, found) -> None:
     found["peak MiB after all updates"] = peak_mib()
     found["peak MiB before"] = before
     started = time.perf_counter()
-    revealed = {
-        name: ask(name, "unmask", closing_for(sealing, name, total.survivors, dealt), Revealed)
-        for name in total.survivors
-    }
+    closing = Closing(cohort=cohort, survivors=sorted(total.survivors))
+    revealed = {name: ask(name, "unmask", closing, Revealed) for name in total.survivors}
     found["unmask, s, all silos"] = time.perf_counter() - started
     started = time.perf_counter()
     total.open(dealt, revealed, print)

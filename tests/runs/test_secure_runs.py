@@ -9,6 +9,7 @@ import pytest
 from served_in_process import SMALL, Served
 
 from photon.config import parse_run_config
+from photon.dashboard.report import write_report
 from photon.engines.local import LocalEngine
 from photon.errors import ConfigError, IncompatibleConfigError, QuorumLostError
 from photon.federation import FitTask, SecureReceipt, SecureTask, Update
@@ -16,7 +17,7 @@ from photon.federation.secure_rounds import COHORTS_FILE
 from photon.membership.keys import NodeKey
 from photon.runs import resume, simulate
 from photon.telemetry import read_history
-from photon.telemetry.events import LocalFinished, UpdateDropped
+from photon.telemetry.events import LocalFinished, RoundMerged, UpdateDropped
 
 SECURE = (*SMALL, "privacy.secure_aggregation=true", "serve.min_silos=5", "eval.per_silo=false")
 PHASES = ("advertise", "share", "fit", "unmask")
@@ -102,22 +103,46 @@ def test_a_silo_that_drops_out_costs_nobody_else(phase, config, calm, tmp_path, 
     assert (run == calm) == (phase == "unmask")
 
 
-def test_beyond_the_threshold_the_round_is_lost_and_made_again(config, calm, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        first, second = dropping(patch, "c", "fit"), dropping(patch, "d", "fit")
-        with pytest.raises(QuorumLostError, match="sum of round 2 stays closed"):
-            simulate(config, run_dir=tmp_path / "run")
-        assert first
-        assert second
-    with pytest.raises(QuorumLostError, match="earlier attempt that may have been opened"):
-        resume(tmp_path / "run")  # survivors unmasked; their round is not made again
+def reasons_of(folder):
+    return {one.silo: one.reason for one in read_history(folder).of(UpdateDropped)}
 
 
-def test_a_round_lost_before_anybody_unmasked_is_made_again(config, calm, tmp_path, monkeypatch):
+def test_a_sum_that_stays_closed_costs_its_round(config, calm, tmp_path, monkeypatch):
+    first, second = dropping(monkeypatch, "c", "fit"), dropping(monkeypatch, "d", "fit")
+    result = simulate(config, run_dir=tmp_path / "run")
+    assert first
+    assert second
+    assert result.summary["rounds"] == 3
+    assert weights_of(result) != calm
+    assert [one.round for one in read_history(tmp_path / "run").of(RoundMerged)] == [1, 3]
+    reasons = reasons_of(tmp_path / "run")
+    assert reasons["c"] == reasons["d"] == "it is gone"
+    for name in "abe":
+        assert reasons[name].startswith(
+            "round 2 is passed over: it stays closed: 2 shares of a's mask"
+        )
+    write_report(tmp_path / "run")
+
+
+def test_too_few_updates_end_a_run_and_a_resume_passes_over_their_round(
+    config, tmp_path, monkeypatch
+):
     with monkeypatch.context() as patch:
         for silo in "bcd":
             dropping(patch, silo, "fit")
         with pytest.raises(QuorumLostError, match="the quorum is 3"):
+            simulate(config, run_dir=tmp_path / "run")
+    resume(tmp_path / "run")
+    told = read_history(tmp_path / "run")
+    assert [one.round for one in told.of(RoundMerged)] == [1, 3]
+    assert "have left their silos, for no sum" in reasons_of(tmp_path / "run")["a"]
+
+
+def test_too_few_with_keys_try_again(config, calm, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        for silo in "bcd":
+            dropping(patch, silo, "share")
+        with pytest.raises(QuorumLostError, match="has 2 silos with keys .* left out: b: it is"):
             simulate(config, run_dir=tmp_path / "run")
     assert weights_of(resume(tmp_path / "run")) == calm
     kept = json.loads((tmp_path / "run" / COHORTS_FILE).read_text())["rounds"]

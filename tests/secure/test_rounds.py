@@ -14,11 +14,11 @@ from secure_cohort import SHAPES, Round, names_of, same, update_of
 
 from photon.compression import build_codec
 from photon.errors import PolicyError, ProtocolError, QuorumLostError
-from photon.secure.aggregator import SecureSum
-from photon.secure.documents import Sealing
+from photon.secure.aggregator import SecureSum, require_advert
+from photon.secure.documents import Call
 from photon.secure.graph import holds_together, mask_graph
-from photon.secure.masks import Masks, derived
-from photon.secure.member import Notebook, pair_keys, pledge
+from photon.secure.masks import Masks, derived, unboxed
+from photon.secure.member import Party, pair_keys
 
 PHASES = ("advertise", "share", "collect", "unmask")
 
@@ -32,7 +32,6 @@ def run_with_drops(round_, drops):
             mean = round_.unmask(here)
         else:
             getattr(round_, phase)(here)
-            here = [name for name in here if phase != "share" or name in round_.sealing.dealt]
     return mean, round_.sum.survivors
 
 
@@ -54,7 +53,7 @@ def test_the_sum_is_the_plain_fixed_point_mean_bit_for_bit(phase, count, tmp_pat
 def test_beyond_the_threshold_it_stays_closed(phase, tmp_path):
     names = names_of(8)
     round_ = Round(tmp_path, names, floor=6)
-    words = "stays closed|unmasks no sum|dealt shares to enough|at least 6 are to be"
+    words = "stays closed|unmasks no sum|at least 6 are to be"
     with pytest.raises((QuorumLostError, PolicyError, ValueError), match=words):
         run_with_drops(round_, {phase: names[:3]})
 
@@ -103,9 +102,9 @@ def test_a_large_cohort_is_a_sparse_graph_that_nobody_can_part(tmp_path):
 
 
 def secret_of(round_, name):
-    found = Notebook(round_.folder / name, name).read(round_.number)
+    found = Party(round_.folder / name, name).read(round_.number)
     assert found is not None
-    return found.private()
+    return found
 
 
 def known_masks(round_, colluders):
@@ -115,7 +114,7 @@ def known_masks(round_, colluders):
         own: members whose own masks it can draw; pairs: of members, whose common mask it can.
     """
     cohort, survivors = round_.cohort, set(round_.sum.survivors)
-    dropped = set(round_.sealing.dealt) - survivors
+    dropped = set(cohort.names) - survivors
     own = survivors | set(colluders)
     pairs = {
         frozenset((one, other)) for one in dropped | set(colluders) for other in cohort.masks[one]
@@ -131,7 +130,7 @@ def test_two_colluders_and_the_aggregator_learn_the_sum_of_the_rest_alone(drops,
     round_.share()
     sealed = {name: round_.sealed(name) for name in names if name not in drops}
     for name, update in sealed.items():
-        round_.sum.add(name, update.items)
+        round_.sum.add(name, update.items())
     round_.unmask()
     own, pairs = known_masks(round_, colluders)
     honest = [name for name in names if name not in (*colluders, *drops)]
@@ -139,10 +138,11 @@ def test_two_colluders_and_the_aggregator_learn_the_sum_of_the_rest_alone(drops,
     left = {name: sealed[name]["weights/vector"].int().numpy().astype(np.uint16) for name in honest}
     for name in honest:
         private = secret_of(round_, name)
-        keys = {derived(private["own"], "own mask", round_.sealing.id): -1} if name in own else {}
+        own_mask = derived(private.derived("own"), "own mask", round_.cohort.id)
+        keys = {own_mask: -1} if name in own else {}
         for other in round_.cohort.masks[name]:
             if frozenset((name, other)) in pairs:
-                found = pair_keys(private["mask"], name, [other], round_.sealing)
+                found = pair_keys(private.derived("mask"), name, [other], round_.cohort)
                 keys |= {key: -sign for key, sign in found.items()}
         Masks(keys).add(left[name], "weights/vector")
     # Masks that are unknown are independent and uniform: a combination of updates says something
@@ -158,7 +158,7 @@ def test_two_colluders_and_the_aggregator_learn_the_sum_of_the_rest_alone(drops,
         incidence[honest.index(one), column], incidence[honest.index(other), column] = 1, -1
     assert np.linalg.matrix_rank(incidence) == len(honest) - 1
     assert not np.ones(len(honest)) @ incidence @ np.ones(len(unknown))
-    numbers = round_.sum.sealing.cohort
+    numbers = round_.cohort
     mask = (1 << numbers.bits) - 1
 
     def spread(members):
@@ -172,22 +172,17 @@ def test_two_colluders_and_the_aggregator_learn_the_sum_of_the_rest_alone(drops,
         for some in itertools.combinations(honest, count):
             assert spread(some) < 40  # chi-square of 7 degrees: 40 is one in 10^6
     assert spread(honest) > 200  # the sum of the rest is what they learn
-    # Nor have they shares of an honest survivor's key, or of a dropped one's own mask.
-    for name in honest:
-        keys = [
-            holder
-            for holder, one in round_.revealed.items()
-            if name in one.shares
-            and pledge(round_.cohort, name, holder, bytes.fromhex(one.shares[name]))
-            == round_.dealt[name].pledges[holder][0]
-        ]
-        assert not keys
+    # Nor do boxes with shares of an honest survivor's key open, or of a dropped one's own mask.
     assert len(colluders) < round_.cohort.threshold
-    for name in drops:
-        pledges = round_.dealt[name].pledges
-        for holder, one in round_.revealed.items():
-            share = bytes.fromhex(one.shares[name])
-            assert pledge(round_.cohort, name, holder, share) == pledges[holder][0]
+    for name in (*honest, *drops):
+        told = {
+            holder: [unboxed(bytes.fromhex(one.keys[name]), box) is not None for box in boxes]
+            for holder, one in round_.revealed.items()
+            if holder != name
+            for boxes in [round_.dealt[name].boxes[holder]]
+        }
+        assert len(told) >= round_.cohort.threshold
+        assert set(map(tuple, told.values())) == {(name in drops, name not in drops)}
 
 
 def test_masked_words_are_uniform_and_fresh(tmp_path):
@@ -216,7 +211,7 @@ def closed(tmp_path) -> Round:
 
 def test_another_members_update_is_refused_by_name(closed):
     copied = closed.sealed("silo-03")
-    said = closed.sum.add("silo-07", copied.items)
+    said = closed.sum.add("silo-07", copied.items())
     assert said == "it sent the masked update of silo-03 once more"
     assert same(closed.unmask(), closed.plain(closed.names[:-1]))
 
@@ -226,7 +221,7 @@ def test_an_update_of_another_round_is_found_when_the_sum_is_open(closed):
     later.advertise()
     later.share()
     mixed = later.sealed("silo-07")
-    assert closed.sum.add("silo-07", mixed.items) is None
+    assert closed.sum.add("silo-07", mixed.items()) is None
     with pytest.raises(QuorumLostError, match="beyond what 8 honest updates come to"):
         closed.unmask()
 
@@ -243,40 +238,39 @@ def test_an_update_of_another_round_is_found_when_the_sum_is_open(closed):
 )
 def test_what_is_no_masked_update_leaves_no_trace(closed, change, words):
     changed = change(closed.sealed("silo-07"))
-    assert words in closed.sum.add("silo-07", changed.items)
+    assert words in closed.sum.add("silo-07", changed.items())
     assert same(closed.unmask(), closed.plain(closed.names[:-1]))
 
 
-def test_a_wrong_share_is_known_by_who_gave_it(closed):
-    closed.revealed = {}
+def test_a_wrong_share_is_told_and_not_used(closed):
     closed.unmask(closed.names[:-1])
-    again = Round.__new__(Round)
-    again.__dict__ = closed.__dict__ | {"told": []}
-    again.sum = SecureSum(closed.sealing, SHAPES)
-    again.collect(closed.names[:-1])
-    wrong = again.revealed["silo-02"]
-    shares = dict(wrong.shares, **{"silo-04": wrong.shares["silo-05"]})
-    again.revealed["silo-02"] = wrong.model_copy(update={"shares": shares})
-    assert same(again.opened(), closed.plain(closed.names[:-1]))
-    assert again.told == ["silo-02 gave a wrong share of what silo-04 dealt; it is not used"]
+    closed.sum = SecureSum(closed.cohort, SHAPES)
+    closed.collect(closed.names[:-1])
+    wrong = closed.revealed["silo-02"]
+    keys = dict(wrong.keys, **{"silo-04": wrong.keys["silo-05"]})
+    closed.revealed["silo-02"] = wrong.model_copy(update={"keys": keys})
+    assert same(closed.opened(), closed.plain(closed.names[:-1]))
+    words = "silo-02 gave no key to its share of what silo-04 dealt, or silo-04 dealt none"
+    assert closed.told == [words]
 
 
 def test_shares_that_do_not_give_their_secret_are_their_dealers(closed):
     dealt = closed.dealt["silo-02"]
     closed.dealt["silo-02"] = dealt.model_copy(update={"own": "0" * 64})
-    with pytest.raises(QuorumLostError, match="silo-02 dealt shares in round 1 that do not give"):
+    with pytest.raises(QuorumLostError, match="silo-02 dealt shares that do not give"):
         closed.unmask()
+    assert closed.sum.suspects == ("silo-02",)
 
 
 def test_both_shares_of_one_member_are_never_given(closed):
     asked = closed.ask
     closed.unmask()
     for survivors in (closed.names[:-2], closed.names):
-        document = closed.asked("silo-00", survivors)
+        document = closed.closing(survivors)
         kind = type(closed.revealed["silo-00"])
         with pytest.raises(ProtocolError, match=r"both shares of silo-0[67]"):
             asked("silo-00", "unmask", document, kind)
-    assert closed.revealed["silo-00"] == asked("silo-00", "unmask", closed.asked("silo-00"), kind)
+    assert closed.revealed["silo-00"] == asked("silo-00", "unmask", closed.closing(), kind)
 
 
 def test_a_member_is_in_one_cohort_of_an_attempt(closed):
@@ -286,8 +280,8 @@ def test_a_member_is_in_one_cohort_of_an_attempt(closed):
     louder = closed.cohort_of(closed.adverts, ranges=dict.fromkeys(SHAPES, 9.0))
     with pytest.raises(ProtocolError, match="second cohort"):
         closed.ask("silo-00", "share", louder, type(closed.dealt["silo-00"]))
-    closed.sealing = Sealing(cohort=closed.cohort, dealt=closed.names[:-1])
-    with pytest.raises(ProtocolError, match="in another company"):
+    closed.cohort = other
+    with pytest.raises(ProtocolError, match="has dealt no shares for this cohort"):
         closed.sealed("silo-00")
 
 
@@ -307,22 +301,29 @@ def test_a_sum_of_few_is_never_unmasked(few, tmp_path):
         round_.unmask()
 
 
-def test_an_attempt_that_was_not_opened_is_made_again(closed):
-    again = Round(closed.folder, closed.names, attempt=2)
-    mean, survivors = run_with_drops(again, {"advertise": closed.names[6:]})
+def test_another_attempt_is_made_until_an_update_has_left(tmp_path):
+    first = Round(tmp_path, names_of(8))
+    first.advertise()
+    first.share()
+    again = Round(tmp_path, first.names, attempt=2)
+    mean, survivors = run_with_drops(again, {"advertise": first.names[6:]})
     assert same(mean, again.plain(survivors))
     with pytest.raises(ProtocolError, match="has dealt no shares for this cohort"):
-        closed.unmask()  # its secrets are gone
-
-
-def test_an_attempt_that_was_opened_is_not(closed):
-    closed.unmask()
-    again = Round(closed.folder, closed.names, attempt=2)
-    again.advertise()
-    with pytest.raises(PolicyError, match="earlier attempt that may have been opened: 1 of 7"):
-        again.share()
+        first.sealed("silo-00")  # its secrets are gone
+    with pytest.raises(PolicyError, match="silo-00 has left in attempt 2 at round 1"):
+        Round(tmp_path, first.names, attempt=3).advertise()
     with pytest.raises(ProtocolError, match="attempt 1 at round 1 after attempt 2"):
-        closed.advertise()
+        first.advertise()
+
+
+def test_keys_with_which_everybody_agrees_are_their_members_fault(closed):
+    call = Call(run="run", round=1, attempt=1)
+    for name, advert in closed.adverts.items():
+        require_advert(call, name, advert)
+    for change in ({"mask_key": "0" * 64}, {"box_key": "01" + "0" * 62}):
+        weak = closed.adverts["silo-03"].model_copy(update=change)
+        with pytest.raises(ProtocolError, match="none that keeps a secret"):
+            require_advert(call, "silo-03", weak)
 
 
 def test_rounds_long_over_are_not_asked_again(tmp_path):

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from photon.compression import build_codec
-from photon.secure.aggregator import SecureSum, able, closing_for, require_dealt
-from photon.secure.documents import Advert, Call, Cohort, Dealt, Member, Revealed, Sealing, read
+from photon.secure.aggregator import SecureSum, require_dealt
+from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Member, Revealed, read
 from photon.secure.fixed_point import FixedPoint, bits_for
-from photon.secure.member import Seal, answer
+from photon.secure.member import Party, Seal
 
 SHAPES = {"weights/matrix": (137, 111), "weights/vector": (501,)}
 RANGES = {"weights/matrix": 0.25, "weights/vector": 1.5}
@@ -36,7 +36,7 @@ class Round:
         self.told: list[str] = []
 
     def ask(self, name, phase, document, kind):
-        return read(answer(self.folder / name, name, phase, document.text), kind, name)
+        return read(Party(self.folder / name, name).answer(phase, document.text), kind, name)
 
     def advertise(self, names=None) -> None:
         call = Call(run="run", round=self.number, attempt=self.attempt)
@@ -55,17 +55,21 @@ class Round:
         return Cohort(**about | changes, members=members)
 
     def share(self, names=None) -> None:
+        """Where others than these deal nothing, as another attempt without them."""
         self.dealt = {}
         for name in names or self.cohort.names:
             dealt = self.ask(name, "share", self.cohort, Dealt)
             require_dealt(self.cohort, name, dealt)
             self.dealt[name] = dealt
-        self.sealing = Sealing(cohort=self.cohort, dealt=able(self.cohort, self.dealt))
-        self.sum = SecureSum(self.sealing, SHAPES)
+        if len(self.dealt) < len(self.cohort.names):
+            self.attempt += 1
+            self.advertise(list(self.dealt))
+            self.share()
+        self.sum = SecureSum(self.cohort, SHAPES)
 
     def sealed(self, name, update=None) -> dict[str, torch.Tensor]:
         """A member's masked update, as it comes out of a parcel."""
-        seal = Seal(self.folder / name, name, self.sealing.text)
+        seal = Seal(self.folder / name, name, self.cohort.text)
         update = update or update_of(name)
         parts = {one: seal.encode(one, tensor)[0] for one, tensor in update.items()}
         seal.leave(parts.values())
@@ -73,16 +77,16 @@ class Round:
         return {one: codec.decode(part, SHAPES[one]) for one, part in parts.items()}
 
     def collect(self, names=None) -> None:
-        for name in names or self.sealing.dealt:
+        for name in names or self.cohort.names:
             update = self.sealed(name)
-            assert self.sum.add(name, lambda found=update: found.items()) is None
+            assert self.sum.add(name, update.items()) is None
 
-    def asked(self, name, survivors=None):
-        return closing_for(self.sealing, name, survivors or self.sum.survivors, self.dealt)
+    def closing(self, survivors=None) -> Closing:
+        return Closing(cohort=self.cohort, survivors=sorted(survivors or self.sum.survivors))
 
     def unmask(self, names=None) -> dict[str, torch.Tensor]:
         self.revealed = {
-            name: self.ask(name, "unmask", self.asked(name), Revealed)
+            name: self.ask(name, "unmask", self.closing(), Revealed)
             for name in names or self.sum.survivors
         }
         return self.opened()

@@ -109,7 +109,7 @@ class Federation:
         """
         number, costs = before.round + 1, costs or RoundCosts()
         merged, came = list[tuple[FitTask, Receipt]](), list[Residual]()
-        asked = list[str]()
+        asked, new = list[str](), list[FitTask]()
 
         def begin(silos: list[str]) -> None:
             asked.extend(silos)
@@ -119,6 +119,7 @@ class Federation:
 
         def agree(drawn: dict[FitTask, Going]) -> dict[FitTask, Going]:
             begin([task.silo for task in drawn])
+            new.extend(drawn)
             return self._agree(before, drawn, costs)
 
         first = agree if self._secure is not None else None
@@ -141,10 +142,10 @@ class Federation:
             if self._secure is not None:
                 self._open(self._secure, number)
         except BaseException as error:
-            if self._secure is not None and isinstance(error, QuorumLostError):
-                self._secure.lost()
             self.server.discard()
             self.outstanding.give_up()
+            if isinstance(error, QuorumLostError) and self._secure and self._secure.lost():
+                return self._passed_over(error, before, new, costs)
             raise
         costs.local_train_s /= self.engine.processes
         started = time.perf_counter()
@@ -237,7 +238,20 @@ class Federation:
         """
         verdict = self.server.offer(secure.open(), 1.0)
         if verdict.refused is not None:
-            raise QuorumLostError(f"the sum of round {number} is not used: {verdict.refused}")
+            raise QuorumLostError(f"its sum is not used: {verdict.refused}")
+
+    def _passed_over(
+        self, error: QuorumLostError, before: RunState, new: Sequence[FitTask], costs: RoundCosts
+    ) -> Closed:
+        """A round without a sum: clock and cursors go on, the version is as it was."""
+        number, silos = before.round + 1, [task.silo for task in new]
+        for silo in silos:
+            if silo not in costs.dropped:
+                why = f"round {number} is passed over: {error.message}"
+                self._drop(number, Receipt(number, silo, failure=why), why, costs, "refused")
+        costs.tokens, costs.tokens_lost = 0, costs.tokens_lost + costs.tokens
+        self.server.skip()
+        return Closed(after_round(self.config, before, new, [], len(silos)), costs, silos, [])
 
     # --- which answers count ------------------------------------------------------------------
 

@@ -121,9 +121,11 @@ class Group:
                 before = replace(after, global_step=clock, cursors=cursors)
                 closed = federation.round(before, members, costs[-1])
                 after = closed.after
-                receipts.append(closed.receipts)
+                receipts += [closed.receipts] if closed.receipts else []
                 self._drop_inner(before, after, kept)
                 self._on_round(after.round, closed, server.version)
+            if not receipts:
+                raise RunError(f"all of the {rounds} rounds inside {self._path} came to nothing")
             update = self._update(task, version.tensors, server.version.tensors)
         except (RunError, NonFiniteError) as error:
             self._fleet.lost(after.round + 1)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -35,9 +35,9 @@ from photon.federation.norm_bound import lr_sum, step_over_lr
 from photon.federation.tasks import FitTask, Phase, Receipt, SecureReceipt, SecureTask, Update
 from photon.link import tensors_sha256
 from photon.secure import documents as say
-from photon.secure.aggregator import SecureSum, able, closing_for, require_advert, require_dealt
+from photon.secure.aggregator import SecureSum, require_advert, require_dealt
 from photon.secure.fixed_point import MOST_SUMMED, bits_for, whole_weights
-from photon.secure.member import ROUNDS_KEPT, answer
+from photon.secure.member import ROUNDS_KEPT, Party
 from photon.store.disk import write_json
 
 COHORTS_FILE = "cohorts.json"
@@ -48,11 +48,13 @@ _HEADROOM = 3.0
 #: A range moves by so much a round at most.
 _MOVES = 4.0
 
+_D = TypeVar("_D", bound=say.Document)
+
 
 def agreed(folder: Path, task: SecureTask) -> SecureReceipt:
-    """A silo's answer to a phase; see photon.secure.member.answer."""
+    """A silo's answer to a phase."""
     try:
-        return SecureReceipt(answer(folder, task.silo, task.phase, task.text))
+        return SecureReceipt(Party(folder, task.silo).answer(task.phase, task.text))
     except MachineError:
         raise
     except PhotonError as error:
@@ -88,18 +90,24 @@ def require_room(members: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """What is settled of an attempt at a round: texts of photon.secure's documents."""
+class Attempt(say.Document):
+    """What is settled of an attempt at a round.
+
+    Attributes:
+        lost: it came to nothing.
+        suspects: one of them spoiled its sum.
+    """
 
     attempt: int
-    cohort: str = ""
-    dealt: dict[str, str] | None = None
+    cohort: say.Cohort | None = None
+    dealt: dict[str, say.Dealt] | None = None
     survivors: list[str] | None = None
     lost: bool = False
+    suspects: tuple[str, ...] = ()
 
-    def of(self) -> say.Cohort:
-        return say.read(self.cohort, say.Cohort, COHORTS_FILE)
+
+class _Book(say.Document):
+    rounds: dict[int, Attempt]
 
 
 class SecureRounds:
@@ -113,6 +121,9 @@ class SecureRounds:
 
     Attributes:
         ranges: for the round after the one that was opened.
+
+    Raises:
+        CheckpointCorruptError: COHORTS_FILE can't be read.
     """
 
     def __init__(
@@ -126,6 +137,16 @@ class SecureRounds:
         self._config, self._path, self._mailbox = config, folder / COHORTS_FILE, mailbox
         self._question, self._notice = question, notice
         self._number, self.ranges = 0, dict[str, float]()
+        try:
+            self._rounds = say.read(self._path.read_text("utf-8"), _Book, COHORTS_FILE).rounds
+        except FileNotFoundError:
+            self._rounds = {}
+        except (OSError, ValueError, ProtocolError) as error:
+            raise CheckpointCorruptError(
+                f"can't read {self._path}: {str(error)[:200]}",
+                hint="Restore it from a backup: silos answer by what is in it, and refuse the "
+                "round that was under way without it.",
+            ) from error
 
     def agree(
         self, drawn: Sequence[tuple[FitTask, float]], before: RunState, version: Version
@@ -139,48 +160,48 @@ class SecureRounds:
             the tasks of those who did, as they are to be asked; and why others did not, by silo.
 
         Raises:
-            QuorumLostError: too few did.
+            QuorumLostError: too few did, or updates of the round have left, for no sum.
         """
         self._number, self._version, dropped = before.round + 1, version, dict[str, str]()
-        names = sorted(task.silo for task, _ in drawn)
-        kept = self._read().get(self._number)
-        try:
-            if kept is None or kept.lost or not {*kept.of().names} <= {*names}:
-                kept = _Attempt(1 + (kept.attempt if kept is not None else 0))
-                run = drawn[0][0].run
-                call = say.Call(run=run, round=self._number, attempt=kept.attempt)
+        self._sum, names, number = None, sorted(task.silo for task, _ in drawn), self._number
+        kept = self._rounds.get(number, Attempt(attempt=0))
+        if kept.lost:
+            raise QuorumLostError(f"updates of round {number} have left their silos, for no sum")
+        out = self._left_out(names) if kept.dealt is None else ()
+        dropped |= dict.fromkeys(out, "may have spoiled the sum of an earlier round")
+        names = [name for name in names if name not in out]
+        while kept.dealt is None:
+            if kept.cohort is None or not {*kept.cohort.names} <= {*names}:
+                call = say.Call(run=drawn[0][0].run, round=number, attempt=kept.attempt + 1)
                 check = partial(require_advert, call)
-                told = self._ask(names, "advertise", lambda _: call, say.Advert, dropped, check)
-                kept = replace(kept, cohort=self._cohort(drawn, told, call, before).text)
-                self._keep(kept)
-            cohort = kept.of()
-            if kept.dealt is None:
-                every, check = cohort.names, partial(require_dealt, cohort)
-                told = self._ask(every, "share", lambda _: cohort, say.Dealt, dropped, check, every)
-                able(cohort, told)
-                kept = replace(kept, dealt={name: one.text for name, one in told.items()})
-                self._keep(kept)
-            assert kept.dealt is not None
-            self._dealt = {n: say.read(text, say.Dealt, n) for n, text in kept.dealt.items()}
-            sealing = say.Sealing(cohort=cohort, dealt=able(cohort, self._dealt))
-        except QuorumLostError as error:
-            left_out = "; ".join(f"{name}: {why}" for name, why in dropped.items())
-            words = f"{error.message}; left out: {left_out or 'none'}"
-            raise QuorumLostError(words, hint=error.hint) from None
+                told = self._ask(names, "advertise", call, say.Advert, dropped, check)
+                cohort = self._cohort(drawn, told, call, before, dropped)
+                kept = self._keep(Attempt(attempt=call.attempt, cohort=cohort))
+            cohort = kept.cohort
+            assert cohort is not None
+            check = partial(require_dealt, cohort)
+            dealt = self._ask(cohort.names, "share", cohort, say.Dealt, dropped, check)
+            whole, names = cohort.names == [*dealt], [*dealt]
+            # Where some did not, another attempt is of those who did.
+            kept = self._keep(kept, dealt=dealt) if whole else self._keep(kept, cohort=None)
+        cohort = kept.cohort
+        assert cohort is not None
         shapes = {name: tuple(tensor.shape) for name, tensor in version.tensors.items()}
-        self._kept, self._sum = kept, SecureSum(sealing, shapes)
-        for name in {*names} - {*sealing.dealt} - dropped.keys():
-            dropped[name] = "is not of the cohort that dealt shares"
-        tasks = [replace(one, sealing=sealing.text) for one, _ in drawn]
-        return [one for one in tasks if one.silo in sealing.dealt], dropped
+        self._sum = SecureSum(cohort, shapes)
+        tasks = [replace(task, sealing=cohort.text) for task, _ in drawn]
+        for task in tasks:
+            if task.silo not in cohort.by_name:
+                dropped.setdefault(task.silo, "is not of the cohort that dealt shares")
+        return [one for one in tasks if one.silo in cohort.by_name], dropped
 
     def add(self, task: FitTask, update: Update) -> str | None:
         """Take an update into the sum, or say why not."""
-        fixed = self._kept.survivors
+        fixed = self._rounds[self._number].survivors
         if fixed is not None and task.silo not in fixed:
             return f"came after the sum of round {self._number} was closed"
+        assert self._sum is not None
         try:
-            return self._sum.add(task.silo, update.tensors)
+            return self._sum.add(task.silo, update.tensors())
         except OURS:
             raise
         except FAULTS as error:
@@ -192,46 +213,70 @@ class SecureRounds:
         Raises:
             QuorumLostError: too few to open it, or it is no honest sum.
         """
-        found, sealing, survivors = self._sum, self._sum.sealing, sorted(self._sum.survivors)
-        if self._kept.survivors not in (None, survivors):
+        kept, found = self._rounds[self._number], self._sum
+        assert found is not None
+        assert kept.dealt is not None
+        survivors = sorted(found.survivors)
+        if kept.survivors not in (None, survivors):
             raise QuorumLostError(
-                f"the sum of round {self._number} was closed with {self._kept.survivors}, of whom "
-                f"not all sent their updates again: {survivors}"
+                f"it was closed with {kept.survivors}, of whom not all sent their updates again"
             )
-        self._kept = replace(self._kept, survivors=survivors)
-        self._keep(self._kept)
-        revealed = self._ask(
-            survivors,
-            "unmask",
-            lambda name: closing_for(sealing, name, survivors, self._dealt),
-            say.Revealed,
-            silent := dict[str, str](),
-            company=sealing.cohort.names,
-        )
+        self._keep(kept, survivors=survivors)
+        silent, closing = dict[str, str](), say.Closing(cohort=found.cohort, survivors=survivors)
+        revealed = self._ask(survivors, "unmask", closing, say.Revealed, silent)
         for name, why in silent.items():
             self._notice(f"{name} unmasks nothing: {why}")
-        found.open(self._dealt, revealed, self._notice)
-        self.ranges = _moved(sealing.cohort.ranges, found.mean())
+        found.open(kept.dealt, revealed, self._notice)
+        self.ranges = _moved(found.cohort.ranges, found.mean())
         return Update(Receipt(self._number, "the sum"), found.mean)
 
-    def lost(self) -> None:
-        """The attempt came to nothing; another one is another cohort."""
-        if (kept := self._read().get(self._number)) is not None:
-            self._keep(replace(kept, lost=True))
+    def lost(self) -> bool:
+        """The attempt came to nothing.
+
+        Returns:
+            whether the round is passed over: it was closed, or lost before with updates that had
+            left, which nobody gives a second time. Not where rounds were lost as often in a row as
+            would have found one member that spoils them.
+        """
+        if (kept := self._rounds.get(self._number)) is None or kept.dealt is None:
+            return False
+        self._keep(kept, lost=True, suspects=self._sum.suspects if self._sum else kept.suspects)
+        in_a_row = 1
+        while (one := self._rounds.get(self._number - in_a_row)) is not None and one.lost:
+            in_a_row += 1
+        return kept.lost or (kept.survivors is not None and in_a_row <= len(kept.dealt))
+
+    def _left_out(self, names: Sequence[str]) -> set[str]:
+        """Half of those among whom somebody spoiled sums, as far as a quorum is left.
+
+        Where a sum without them is good, it is among them, and halves again; else among the others.
+        """
+        suspects = set[str]()
+        for _, one in sorted(self._rounds.items()):
+            if one.suspects:
+                suspects = suspects.intersection(one.suspects) or set(one.suspects)
+            elif one.survivors is not None and not one.lost:
+                suspects -= {*one.survivors}
+        spare = len(names) - self._config.quorum_of(len(names))
+        here = sorted(suspects.intersection(names))
+        return set(here[: max(0, min(spare, (len(here) + 1) // 2))])
 
     def _ask(
         self,
         names: Sequence[str],
         phase: Phase,
-        document: Callable[[str], say.Document],
-        kind: type[Any],
+        document: say.Document,
+        kind: type[_D],
         dropped: dict[str, str],
-        check: Callable[[str, Any], None] = lambda name, one: None,
-        company: Sequence[str] = (),
-    ) -> dict[str, Any]:
+        check: Callable[[str, _D], None] = lambda name, one: None,
+    ) -> dict[str, _D]:
         """Documents by silo; why there is none, into `dropped`."""
-        number, told, found = self._number, tuple(company or names), dict[str, Any]()
-        tasks = [SecureTask(number, one, phase, document(one).text, told) for one in names]
+        found, company = dict[str, _D](), tuple(names)
+        if phase != "advertise":
+            cohort = self._rounds[self._number].cohort
+            assert cohort is not None
+            company = tuple(cohort.names)
+        tasks = [SecureTask(self._number, one, phase, document.text, company) for one in names]
         answers = self._mailbox.in_task_order(tasks, self._version)
         for name, given in zip(names, answers, strict=True):
             assert isinstance(given, SecureReceipt)
@@ -251,15 +296,16 @@ class SecureRounds:
         adverts: Mapping[str, say.Advert],
         call: say.Call,
         before: RunState,
+        dropped: Mapping[str, str],
     ) -> say.Cohort:
         config, tensors = self._config, self._version.tensors
         there = sorted((task.silo, task.steps, w) for task, w in drawn if task.silo in adverts)
         floor = config.quorum_of(len(drawn))
         if len(there) < floor:
+            why = "; ".join(f"{name}: {why}" for name, why in dropped.items())
             raise QuorumLostError(
                 f"round {call.round} has {len(there)} silos with keys for secure aggregation, "
-                f"{floor} are needed",
-                hint="A sum of fewer than three tells of single updates; have more silos here.",
+                f"{floor} are needed; left out: {why or 'none'}"
             )
         weights = whole_weights([share for _, _, share in there])
         first = lr_sum(config, before.global_step) * min(1e6, step_over_lr(config, before, 1))
@@ -276,24 +322,14 @@ class SecureRounds:
             ranges={name: before.ranges.get(name, first) for name in sorted(tensors)},
         )
 
-    def _read(self) -> dict[int, _Attempt]:
-        try:
-            record = json.loads(self._path.read_text(encoding="utf-8"))
-            return {int(number): _Attempt(**one) for number, one in record["rounds"].items()}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise CheckpointCorruptError(
-                f"can't read {self._path}: {str(error)[:200]}",
-                hint="Restore it from a backup: silos answer by what is in it, and refuse the "
-                "round that was under way without it.",
-            ) from error
-
-    def _keep(self, kept: _Attempt) -> None:
+    def _keep(self, kept: Attempt, **changes: Any) -> Attempt:
         """On disk when this returns."""
-        rounds = {n: one for n, one in self._read().items() if n > self._number - ROUNDS_KEPT}
-        record = {str(n): asdict(one) for n, one in sorted({**rounds, self._number: kept}.items())}
-        write_json(self._path, {"rounds": record}, "a round's cohort", mode=0o600)
+        kept = kept.model_copy(update=changes)
+        rounds = {n: one for n, one in self._rounds.items() if n > self._number - ROUNDS_KEPT}
+        self._rounds = dict(sorted({**rounds, self._number: kept}.items()))
+        record = _Book(rounds=self._rounds).model_dump(mode="json")
+        write_json(self._path, record, "a round's cohort", mode=0o600)
+        return kept
 
 
 def _moved(ranges: Mapping[str, float], mean: Iterable[tuple[str, Tensor]]) -> dict[str, float]:

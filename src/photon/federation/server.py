@@ -130,6 +130,13 @@ class Server:
         }
         return result.norm, changes
 
+    def skip(self) -> None:
+        """The next version is the one of now."""
+        self._broadcast.encode(
+            self.version.number + 1, self._state, self._broadcast.keep(self._state)
+        )
+        self.version = self._version(self.version.number + 1)
+
     def groups(self) -> dict[str, Mapping[str, Tensor]]:
         """All tensors that a checkpoint needs, by group."""
         some = {

@@ -22,9 +22,7 @@ MOST_MEMBERS = 2000
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}\z")]
 _Name = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\z")]
 _Names = Annotated[list[_Name], Field(max_length=MOST_MEMBERS)]
-_Box = Annotated[str, Field(max_length=400)]
-#: A number below photon.secure.shares.PRIME, as 33 bytes.
-_Share = Annotated[str, Field(pattern=r"^0[01][0-9a-f]{64}\z")]
+_Box = Annotated[str, Field(max_length=100)]
 _Number = Annotated[int, Field(ge=1, lt=2**31)]
 _Run = Annotated[str, Field(max_length=100)]
 
@@ -52,18 +50,12 @@ class Call(Document):
 
 
 class Advert(Document):
-    """A member's two X25519 public keys, fresh for this attempt: of masks, and of boxes.
-
-    Attributes:
-        closed: cohorts of earlier attempts at the round of which this member opened nothing, and
-            never will: their secrets are gone.
-    """
+    """A member's two X25519 public keys, fresh for this attempt: of masks, and of boxes."""
 
     round: _Number
     attempt: _Number
     mask_key: _Digest
     box_key: _Digest
-    closed: Annotated[list[_Digest], Field(max_length=1000)] = []
 
 
 class Member(Document):
@@ -103,8 +95,6 @@ class Cohort(Document):
         adverts = [one.advert for one in self.members]
         if {(one.round, one.attempt) for one in adverts} != {(self.round, self.attempt)}:
             raise ValueError(f"adverts are not all for round {self.round}, attempt {self.attempt}")
-        if len({one.mask_key for one in adverts}) < len(adverts):
-            raise ValueError("two members have one key")
         return self
 
     @cached_property
@@ -114,6 +104,10 @@ class Cohort(Document):
     @cached_property
     def by_name(self) -> dict[str, Member]:
         return {one.name: one for one in self.members}
+
+    def place(self, name: str) -> int:
+        """At which shares for a member are taken of polynomials."""
+        return 1 + self.names.index(name)
 
     @cached_property
     def masks(self) -> Graph:
@@ -130,41 +124,30 @@ class Cohort(Document):
 
 
 class Dealt(Document):
-    """A member's shares of its two secrets, each pair in a box that one holder opens, by name.
+    """A member's shares of its two secrets, each in a box of its own, by who can open it.
 
     Attributes:
-        pledges: photon.secure.member.pledge of both shares; so a wrong one is known by its giver.
-        own: of the secret of the member's own mask.
+        boxes: by holder: with a share of the key of masks, and of the secret of the own mask.
+        own: sha256 of the latter secret.
     """
 
     cohort: _Digest
-    boxes: dict[_Name, _Box]
-    pledges: dict[_Name, tuple[_Digest, _Digest]]
+    boxes: dict[_Name, tuple[_Box, _Box]]
     own: _Digest
 
 
-class Sealing(Document):
-    """Aggregator to member: whose masks are in the sum, those of the cohort that dealt shares."""
+class Closing(Document):
+    """Aggregator to member: whose updates are in the sum."""
 
     cohort: Cohort
-    dealt: _Names
-
-
-class Closing(Document):
-    """Aggregator to member: whose updates are in the sum. Its share of each one's own mask is asked
-    for, or of the key of one that dropped out."""
-
-    sealing: Sealing
     survivors: _Names
-    boxes: dict[_Name, _Box]
 
 
 class Revealed(Document):
-    """A member's shares by whose secret it is; and whose boxes it could not open."""
+    """Keys of boxes that a member holds, by who dealt them: one of each two."""
 
     cohort: _Digest
-    shares: dict[_Name, _Share]
-    unreadable: _Names = []
+    keys: dict[_Name, _Digest]
 
 
 _D = TypeVar("_D", bound=Document)

@@ -29,10 +29,10 @@ _NOTHING = bytes(2 * _PIECE)
 Words = np.ndarray[tuple[int], np.dtype[np.uint16]]
 
 
-def derived(secret: bytes, *words: object) -> bytes:
-    """32 bytes for one purpose (HKDF, RFC 5869)."""
+def derived(secret: bytes, *words: object, size: int = 32) -> bytes:
+    """Bytes for one purpose (HKDF, RFC 5869)."""
     info = "\0".join(["photon secure aggregation", *map(str, words)]).encode()
-    return HKDF(hashes.SHA256(), 32, salt=None, info=info).derive(secret)
+    return HKDF(hashes.SHA256(), size, salt=None, info=info).derive(secret)
 
 
 def public_of(private: bytes) -> str:

@@ -4,9 +4,8 @@ All secrets of an attempt at a round come from 32 random bytes in FOLDER/NAME/se
 which also says what the member bound itself to, on disk before the answer that it is about leaves:
 a process that was killed gives the same answers, and no others under the same name.
 
-Invariants: masks cover one update only; each other member's one kind of share is given; an update
-is in one sum that may be opened, at most. They break if a record goes while its round may be asked
-for again.
+Invariants: masks cover one update only; each other member's one kind of share is given; in a round
+an update leaves once. They break if a record goes while its round may be asked for again.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -23,64 +22,59 @@ from torch import Tensor
 from photon.compression.ring import Ring
 from photon.config.children import MOST_INNER_ROUNDS
 from photon.errors import CheckpointCorruptError, PolicyError, ProtocolError, some
-from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Revealed, Sealing, read
+from photon.secure.documents import Advert, Call, Closing, Cohort, Dealt, Revealed, read
 from photon.secure.fixed_point import FixedPoint
 from photon.secure.graph import holds_together
-from photon.secure.masks import Masks, agreed, boxed, derived, public_of, unboxed
+from photon.secure.masks import Masks, agreed, boxed, derived, public_of
 from photon.secure.shares import PRIME, SHARE_BYTES, split
 from photon.store.disk import write_json
 
 #: Newest rounds whose records stay: whoever was killed asks again, a group for all of its task's.
 ROUNDS_KEPT = MOST_INNER_ROUNDS + 1
-
-#: Of a sum that an update is in: the cohort, who holds its silo's shares, how many of them open it.
-_Entered = tuple[str, list[str], int]
+#: What shares are dealt of: the key of masks, and the secret of the own mask.
+SHARED = ("mask", "own")
+_AGGREGATOR = "the aggregator"
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """What a member is bound to in an attempt at a round.
 
     Attributes:
-        closed: cohorts of earlier attempts that it opened nothing of.
-        entered: earlier attempts in which its update left.
-        entering: this one, once shares are dealt for a cohort.
-        dealt: whose masks are in its update.
-        update: sha256 of that.
+        cohort: for which shares are dealt.
+        update: sha256 of its masked update, once that leaves.
         survivors: that it unmasked.
     """
 
     attempt: int
     secret: str
-    closed: list[str] = field(default_factory=list)
-    entered: list[_Entered] = field(default_factory=list)
-    entering: _Entered | None = None
-    dealt: list[str] | None = None
-    update: str | None = None
+    cohort: str = ""
+    update: str = ""
     survivors: list[str] | None = None
 
-    def private(self) -> dict[str, bytes]:
-        secret = bytes.fromhex(self.secret)
-        return {kind: derived(secret, kind) for kind in ("mask", "box", "own")}
+    def derived(self, *words: object, size: int = 32) -> bytes:
+        return derived(bytes.fromhex(self.secret), *words, size=size)
 
     def advert(self, number: int) -> Advert:
-        private = self.private()
-        keys = {"mask_key": public_of(private["mask"]), "box_key": public_of(private["box"])}
-        return Advert(round=number, attempt=self.attempt, closed=self.closed, **keys)
+        keys = {f"{kind}_key": public_of(self.derived(kind)) for kind in ("mask", "box")}
+        return Advert(round=number, attempt=self.attempt, **keys)
 
-    def coefficients(self, kind: str, cohort: Cohort) -> list[int]:
-        """As if drawn: 512 bits modulo PRIME, threshold - 1 times."""
-        secret, halves = bytes.fromhex(self.secret), (0, 1)
-        return [
-            int.from_bytes(b"".join(derived(secret, kind, cohort.id, i, j) for j in halves)) % PRIME
-            for i in range(cohort.threshold - 1)
-        ]
+    def shares(self, kind: str, cohort: Cohort, places: list[int]) -> list[int]:
+        """Of a polynomial as if drawn: 512 bits modulo PRIME for each coefficient."""
+        wide = [self.derived(kind, cohort.id, i, size=64) for i in range(1, cohort.threshold)]
+        coefficients = [int.from_bytes(one) % PRIME for one in wide]
+        return split(int.from_bytes(self.derived(kind)), coefficients, places)
+
+    def box_key(self, other: str, kind: str, cohort: Cohort, dealer: str, holder: str) -> bytes:
+        """Of one share's box: `other` is the holder or the dealer, this member the other one."""
+        theirs = cohort.by_name[other].advert.box_key
+        return agreed(self.derived("box"), theirs, kind, cohort.id, dealer, holder)
 
 
-class Notebook:
-    """A member's records on disk, beside what the silo keeps.
+class Party:
+    """A member, with its records beside what the silo keeps.
 
-    Raises (all that read or write):
+    Raises (whatever reads or writes them):
         PolicyError: a round is long over.
         CheckpointCorruptError: a record can't be read.
         DiskFullError: no room; what is there is as it was.
@@ -89,7 +83,103 @@ class Notebook:
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self.name = folder / name, name
 
-    def read(self, number: int) -> _Record | None:
+    def answer(self, phase: str, text: str) -> str:
+        """To the aggregator's document of a phase; asked again, the same.
+
+        Args:
+            phase: "advertise", "share" or "unmask".
+
+        Raises:
+            ProtocolError, PolicyError: what is asked makes no sense, or would tell too much.
+        """
+        if phase == "advertise":
+            return self._advertise(read(text, Call, _AGGREGATOR)).text
+        if phase == "share":
+            return self._share(read(text, Cohort, _AGGREGATOR)).text
+        return self._unmask(read(text, Closing, _AGGREGATOR)).text
+
+    def _advertise(self, call: Call) -> Advert:
+        """Fresh keys for this attempt. Secrets of an earlier one are forgotten."""
+        number, found = call.round, self.read(call.round)
+        if found is not None and call.attempt < found.attempt:
+            raise ProtocolError(
+                f"{self.name} is asked for attempt {call.attempt} at round {number} after attempt "
+                f"{found.attempt}"
+            )
+        if found is None or call.attempt > found.attempt:
+            if found is not None and found.update:
+                raise PolicyError(
+                    f"an update of {self.name} has left in attempt {found.attempt} at round "
+                    f"{number}, and is in one sum at most",
+                    hint="The aggregator passes over such a round, and goes on with the next.",
+                )
+            found = Record(call.attempt, secrets.token_hex(32))
+            self.write(number, found)
+        return found.advert(number)
+
+    def _share(self, cohort: Cohort) -> Dealt:
+        """Shares of this member's secrets, each for one holder's eyes only."""
+        number, name, found = cohort.round, self.name, self.read(cohort.round)
+        told = cohort.by_name.get(name)
+        if found is None or told is None or told.advert != found.advert(number):
+            raise ProtocolError(
+                f"the cohort of round {number} has not what {name} advertised for it"
+            )
+        if found.cohort not in ("", cohort.id):
+            raise ProtocolError(
+                f"{name} is asked into a second cohort of round {number}, attempt {cohort.attempt}"
+            )
+        self.write(number, replace(found, cohort=cohort.id))
+        holders = sorted(cohort.holders[name])
+        places = [cohort.place(one) for one in holders]
+        dealt = [found.shares(kind, cohort, places) for kind in SHARED]
+        boxes = dict[str, tuple[str, str]]()
+        for other, pair in zip(holders, zip(*dealt, strict=True), strict=True):
+            key, own = (
+                boxed(found.box_key(other, kind, cohort, name, other), share.to_bytes(SHARE_BYTES))
+                for kind, share in zip(SHARED, pair, strict=True)
+            )
+            boxes[other] = key, own
+        own = hashlib.sha256(found.derived("own")).hexdigest()
+        return Dealt(cohort=cohort.id, boxes=boxes, own=own)
+
+    def bound(self, cohort: Cohort) -> Record:
+        """Of an attempt; raises ProtocolError where this member dealt no shares for its cohort."""
+        found = self.read(cohort.round)
+        if found is None or found.cohort != cohort.id:
+            raise ProtocolError(
+                f"{self.name} has dealt no shares for this cohort of round {cohort.round}, attempt "
+                f"{cohort.attempt}"
+            )
+        return found
+
+    def _unmask(self, closing: Closing) -> Revealed:
+        """Keys to shares that take off survivors' own masks, and those of who dropped out."""
+        cohort, name, survivors = closing.cohort, self.name, set(closing.survivors)
+        found = self.bound(cohort)
+        if not {name} <= survivors <= set(cohort.names):
+            raise ProtocolError(
+                f"{name} is asked to unmask a sum without it, or with strangers in it"
+            )
+        if found.survivors not in (None, sorted(survivors)):
+            both = set(found.survivors or ()) ^ survivors
+            raise ProtocolError(
+                f"{name} is asked for both shares of {some(sorted(both))} in round {cohort.round}: "
+                "with them an update would lie open"
+            )
+        if len(survivors) < cohort.floor or not holds_together(cohort.masks, survivors):
+            raise PolicyError(
+                f"{name} unmasks no sum of {len(survivors)} updates in round {cohort.round}: at "
+                f"least {cohort.floor} are to be in it, and their masks are to hold them together"
+            )
+        self.write(cohort.round, replace(found, survivors=sorted(survivors)))
+        keys = {
+            other: found.box_key(other, SHARED[other in survivors], cohort, other, name).hex()
+            for other in sorted(cohort.holders[name])
+        }
+        return Revealed(cohort=cohort.id, keys=keys)
+
+    def read(self, number: int) -> Record | None:
         path, newest = self._path(number), max(self._rounds(), default=0)
         if number <= newest - ROUNDS_KEPT:
             raise PolicyError(
@@ -98,7 +188,7 @@ class Notebook:
                 hint="The aggregator went back to an old state: begin another run from it.",
             )
         try:
-            return _Record(**json.loads(path.read_text(encoding="utf-8")))
+            return Record(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -108,37 +198,11 @@ class Notebook:
                 "part again from the next round on.",
             ) from error
 
-    def write(self, number: int, record: _Record) -> None:
+    def write(self, number: int, record: Record) -> None:
         write_json(self._path(number), asdict(record), "what this silo is bound to", mode=0o600)
         for old in self._rounds():
             if old <= number - ROUNDS_KEPT:
                 self._path(old).unlink(missing_ok=True)
-
-    def bound(self, sealing: Sealing) -> _Record:
-        """The record of an attempt, bound to those who dealt.
-
-        Raises:
-            ProtocolError: this member dealt nothing for this cohort, or for other company.
-            PolicyError: too few dealt.
-        """
-        cohort, name, dealt = sealing.cohort, self.name, sorted(set(sealing.dealt))
-        found = self.read(cohort.round)
-        if found is None or found.entering is None or found.entering[0] != cohort.id:
-            raise ProtocolError(
-                f"{name} has dealt no shares for this cohort of round {cohort.round}, attempt "
-                f"{cohort.attempt}",
-                hint="Another round's, or another cohort: masks hold for one only.",
-            )
-        if found.dealt not in (None, dealt) or not {name} <= set(dealt) <= set(cohort.names):
-            raise ProtocolError(f"{name} is asked to seal in another company: {some(dealt)}")
-        holders = cohort.holders[name].intersection(dealt)
-        if len(dealt) < cohort.floor or len(holders) < cohort.threshold:
-            raise PolicyError(
-                f"{name} seals no update of round {cohort.round}: {len(dealt)} members dealt "
-                f"shares, {cohort.floor} are needed; {len(holders)} of those who hold its own did, "
-                f"{cohort.threshold} are needed"
-            )
-        return replace(found, dealt=dealt)
 
     def _path(self, number: int) -> Path:
         return self._folder / f"secure-{number:06d}.json"
@@ -147,116 +211,23 @@ class Notebook:
         return [int(path.stem[7:]) for path in self._folder.glob("secure-*.json")]
 
 
-def answer(folder: Path, name: str, phase: str, text: str) -> str:
-    """A member's answer to the aggregator's document of a phase; asked again, the same.
-
-    Args:
-        folder: of what silos keep.
-        phase: "advertise", "share" or "unmask".
-
-    Raises:
-        ProtocolError, PolicyError: what is asked makes no sense, or would tell too much.
-        DiskFullError, CheckpointCorruptError: see Notebook.
-    """
-    notes, who = Notebook(folder, name), "the aggregator"
-    if phase == "advertise":
-        return advertise(notes, read(text, Call, who)).text
-    if phase == "share":
-        return share(notes, read(text, Cohort, who)).text
-    return unmask(notes, read(text, Closing, who)).text
-
-
-def advertise(notes: Notebook, call: Call) -> Advert:
-    """Fresh keys for this attempt. Secrets of an earlier one are forgotten, opened or not."""
-    found = notes.read(call.round)
-    if found is not None and call.attempt < found.attempt:
-        raise ProtocolError(
-            f"{notes.name} is asked for attempt {call.attempt} at round {call.round} after "
-            f"attempt {found.attempt}"
-        )
-    if found is None or call.attempt > found.attempt:
-        old = found or _Record(0, "")
-        before = [old.entering] if old.entering else []
-        found = _Record(
-            call.attempt,
-            secrets.token_hex(32),
-            [*old.closed, *(one[0] for one in before if old.survivors is None)],
-            [*old.entered, *(before if old.dealt is not None else [])],
-        )
-        notes.write(call.round, found)
-    return found.advert(call.round)
-
-
-def share(notes: Notebook, cohort: Cohort) -> Dealt:
-    """Shares of this member's secrets, each for one holder's eyes only.
-
-    Raises:
-        ProtocolError: the cohort has not this member's own advert, or is a second one.
-        PolicyError: an earlier attempt at the round, with its update, may have been opened.
-    """
-    number, name, found = cohort.round, notes.name, notes.read(cohort.round)
-    told = cohort.by_name.get(name)
-    if found is None or told is None or told.advert != found.advert(number):
-        raise ProtocolError(f"the cohort of round {number} has not what {name} advertised for it")
-    if found.entering is not None and found.entering[0] != cohort.id:
-        raise ProtocolError(
-            f"{name} is asked into a second cohort of round {number}, attempt {cohort.attempt}",
-            hint="An update enters one sum only: the difference of two would tell of it.",
-        )
-    for earlier, holders, threshold in found.entered:
-        there = [cohort.by_name[one] for one in holders if one in cohort.by_name]
-        closed = sum(earlier in one.advert.closed for one in there)
-        if len(holders) - closed >= threshold:
-            raise PolicyError(
-                f"{name} has an update of round {number} in an earlier attempt that may have been "
-                f"opened: {closed} of {len(holders)} who hold its shares there say that they "
-                f"opened nothing, {len(holders) - threshold + 1} are needed",
-                hint="Begin another run from the last checkpoint.",
-            )
-    holders = sorted(cohort.holders[name])
-    notes.write(number, replace(found, entering=(cohort.id, holders, cohort.threshold)))
-    private, places = found.private(), [1 + cohort.names.index(one) for one in holders]
-    pairs = zip(
-        *(
-            split(int.from_bytes(private[kind]), found.coefficients(kind, cohort), places)
-            for kind in ("mask", "own")
-        ),
-        strict=True,
-    )
-    boxes, pledges = dict[str, str](), dict[str, tuple[str, str]]()
-    for other, pair in zip(holders, pairs, strict=True):
-        both = [one.to_bytes(SHARE_BYTES) for one in pair]
-        theirs = cohort.by_name[other].advert.box_key
-        key = agreed(private["box"], theirs, "box", cohort.id, name, other)
-        boxes[other] = boxed(key, b"".join(both))
-        pledges[other] = (
-            pledge(cohort, name, other, both[0]),
-            pledge(cohort, name, other, both[1]),
-        )
-    own_pledge = pledge(cohort, name, name, private["own"])
-    return Dealt(cohort=cohort.id, boxes=boxes, pledges=pledges, own=own_pledge)
-
-
 class Seal:
     """Makes one update whole numbers under masks.
 
     Args:
-        folder, name: see Notebook.
-        text: a Sealing.
+        folder, name: see Party.
+        text: the Cohort that it is masked for.
 
     Raises:
-        ProtocolError, PolicyError: see Notebook.bound.
+        ProtocolError, PolicyError: see Party.bound.
     """
 
     def __init__(self, folder: Path, name: str, text: str) -> None:
-        sealing, self._notes = read(text, Sealing, "the aggregator"), Notebook(folder, name)
-        self._cohort = cohort = sealing.cohort
-        self._found = self._notes.bound(sealing)
-        self._notes.write(cohort.round, self._found)
-        private = self._found.private()
-        keys = {derived(private["own"], "own mask", sealing.id): 1}
-        near = cohort.masks[name].intersection(sealing.dealt)
-        self._masks = Masks(keys | pair_keys(private["mask"], name, near, sealing))
+        self._party, self._cohort = Party(folder, name), read(text, Cohort, _AGGREGATOR)
+        self._found, cohort = self._party.bound(self._cohort), self._cohort
+        keys = {derived(self._found.derived("own"), "own mask", cohort.id): 1}
+        mine = self._found.derived("mask")
+        self._masks = Masks(keys | pair_keys(mine, name, cohort.masks[name], cohort))
         self._weight, self._numbers = cohort.by_name[name].weight, FixedPoint.of(cohort)
         self._ring = Ring(bits=cohort.bits)
         self.codec = f"ring(bits={cohort.bits})"
@@ -285,61 +256,19 @@ class Seal:
         digest = hashlib.sha256()
         for part in (part for tensors in parts for part in tensors.values()):
             digest.update(part.numpy().data)
-        if self._found.update not in (None, found := digest.hexdigest()):
+        if self._found.update not in ("", found := digest.hexdigest()):
             raise PolicyError(
-                f"{self._notes.name} came to another update of round {self._cohort.round} than the "
+                f"{self._party.name} came to another update of round {self._cohort.round} than the "
                 "one that left under these masks; the difference would tell of both",
                 hint="Other data, hardware or ranks than before. It takes part again next round.",
             )
-        self._notes.write(self._cohort.round, replace(self._found, update=found))
+        self._party.write(self._cohort.round, replace(self._found, update=found))
 
 
-def unmask(notes: Notebook, closing: Closing) -> Revealed:
-    """Shares that take the survivors' own masks off, and those of members that dropped out.
-
-    Raises:
-        ProtocolError: the sum has not this member's update, or another set of survivors was
-            unmasked before: both shares of one member would lay its update open.
-        PolicyError: too few survivors, or they fall apart into several sums.
-    """
-    cohort, name, survivors = closing.sealing.cohort, notes.name, set(closing.survivors)
-    found = notes.bound(closing.sealing)
-    if not {name} <= survivors <= set(closing.sealing.dealt):
-        raise ProtocolError(f"{name} is asked to unmask a sum without it, or with strangers in it")
-    if found.survivors not in (None, sorted(survivors)):
-        both = set(found.survivors or ()) ^ survivors
-        raise ProtocolError(
-            f"{name} is asked for both shares of {some(sorted(both))} in round {cohort.round}: "
-            "with them an update would lie open",
-            hint="It has unmasked other survivors already; whoever asks so may mean harm.",
-        )
-    if len(survivors) < cohort.floor or not holds_together(cohort.masks, survivors):
-        raise PolicyError(
-            f"{name} unmasks no sum of {len(survivors)} updates in round {cohort.round}: at least "
-            f"{cohort.floor} are to be in it, and their masks are to hold them together"
-        )
-    notes.write(cohort.round, replace(found, survivors=sorted(survivors)))
-    box_key, shares, unreadable = found.private()["box"], dict[str, str](), list[str]()
-    for other in sorted(cohort.holders[name].intersection(found.dealt or (), closing.boxes)):
-        theirs = cohort.by_name[other].advert.box_key
-        key = agreed(box_key, theirs, "box", cohort.id, other, name)
-        pair = unboxed(key, closing.boxes[other])
-        if pair is None or len(pair) != 2 * SHARE_BYTES:
-            unreadable.append(other)
-        else:
-            shares[other] = (pair[SHARE_BYTES:] if other in survivors else pair[:SHARE_BYTES]).hex()
-    return Revealed(cohort=cohort.id, shares=shares, unreadable=unreadable)
-
-
-def pledge(cohort: Cohort, dealer: str, holder: str, share: bytes) -> str:
-    """Says of a share which it is, and nothing of what it holds."""
-    return hashlib.sha256(f"{cohort.id} {dealer} {holder} ".encode() + share).hexdigest()
-
-
-def pair_keys(private: bytes, name: str, near: Iterable[str], sealing: Sealing) -> dict[bytes, int]:
+def pair_keys(private: bytes, name: str, near: Iterable[str], cohort: Cohort) -> dict[bytes, int]:
     """Of the masks that a member has in common with others, with their signs in its update."""
-    keys = {one: sealing.cohort.by_name[one].advert.mask_key for one in near}
+    keys = {one: cohort.by_name[one].advert.mask_key for one in near}
     return {
-        agreed(private, key, "pair", sealing.id): 1 if name < one else -1
+        agreed(private, key, "pair", cohort.id, *sorted([name, one])): 1 if name < one else -1
         for one, key in keys.items()
     }

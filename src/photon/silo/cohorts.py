@@ -11,7 +11,7 @@ from photon.federation.envelopes import Ask, parse_reply
 from photon.federation.secure_rounds import question_of
 from photon.membership.keys import fingerprint_of
 from photon.membership.signing import RECEIPT, verify_document
-from photon.secure.documents import Advert, Cohort, Sealing, read
+from photon.secure.documents import Advert, Cohort, read
 
 
 def require_signed_cohort(ask: Ask, policy: PolicyConfig, tell: Callable[[str], None]) -> None:
@@ -68,7 +68,7 @@ def require_sealing(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
         )
     if not ask.fit.sealing:
         return
-    cohort = read(ask.fit.sealing, Sealing, "the aggregator").cohort
+    cohort = read(ask.fit.sealing, Cohort, "the aggregator")
     question = question_of(ask.run.config, ask.state.sha256, ask.fit.global_step)
     steps = {one.name: one.steps for one in cohort.members}
     alike = len({*steps.values()}) == 1 or config.federation.unequal_steps

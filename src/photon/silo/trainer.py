@@ -54,7 +54,7 @@ from photon.link import Carrier, Header, Ref, write_parcel
 from photon.membership.keys import NodeKey
 from photon.membership.records import SignedReply
 from photon.membership.signing import RECEIPT, sign_document
-from photon.secure.member import answer as secure_answer
+from photon.secure.member import Party
 from photon.silo.answers import Answer, Answers
 from photon.silo.cohorts import require_sealing, require_signed_cohort
 from photon.silo.held_node import HeldNode, question_key
@@ -260,7 +260,7 @@ class SiloTrainer:
         if ask.kind == "share":
             require_signed_cohort(ask, self._site.node.policy, self._reporter.note)
         kept = self._site.home / "nodes" / ask.run.id
-        text = secure_answer(kept, ask.silo, ask.kind, ask.secure.text)
+        text = Party(kept, ask.silo).answer(ask.kind, ask.secure.text)
         return self._sign(self._reply(ask, secure=text))
 
     def _require_willing(self, ask: Ask, left_s: Callable[[], float]) -> None:
