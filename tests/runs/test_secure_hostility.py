@@ -1,4 +1,4 @@
-"""One hostile member under secure aggregation: what it costs a run, which no single update tells."""
+"""One hostile member under secure aggregation, and what it costs a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dropped(run, number):
 
 
 def test_who_spoils_sums_is_found_by_leaving_halves_out(make_run, monkeypatch):
-    """Its words are random, and nobody sees them: two rounds are lost, and all others have a sum."""
+    """Its words are random, and nobody sees them: two rounds are lost."""
     fired, encode = [], Seal.encode
 
     def noise(self, name, tensor):
