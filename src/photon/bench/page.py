@@ -29,7 +29,7 @@ _AT: tuple[tuple[At, str], ...] = (
 
 def write_page(files: Iterable[Path], page: Path) -> None:
     """Write the page of these results, and a plot of each beside it."""
-    parts = [_HEAD]
+    parts, others = [], []
     for file in sorted(files):
         told = read_results(file)
         results = Results(
@@ -38,6 +38,9 @@ def write_page(files: Iterable[Path], page: Path) -> None:
         plot = page.with_name(f"{page.stem}-{file.stem}.svg")
         _plot(results).savefig(plot, metadata={"Date": None}, bbox_inches="tight")
         parts += _section(results, told, file.name, plot.name)
+        others += [[*row, file.stem] for row in _claims(results) if row[1] != "Photon"]
+    heads = ["claim", "said by", "published", "bar", "here", "so it is", "in"]
+    parts = [_HEAD, "## What others say, one by one\n", _table(heads, others), "", *parts]
     page.write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 

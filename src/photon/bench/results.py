@@ -87,10 +87,11 @@ class Results:
     def _ratio(self, claim: Claim, one: Record, other: Record) -> float:
         if claim.measure == "bytes":
             return one["bytes"] / other["bytes"]
-        if claim.measure == "tokens":
+        if claim.measure in ("tokens", "time"):
             if other["loss"] is None:
                 return math.inf
-            return max(1.0, tokens_to(_curve(one), other["loss"])) / other["tokens"]
+            share = max(1.0, tokens_to(_curve(one), other["loss"])) / one["tokens"]
+            return share * self.spent(one, claim.measure) / self.spent(other, claim.measure)
         budget = self.budget([one, other], claim.at)
         return self.loss(one, claim.at, budget) / self.loss(other, claim.at, budget)
 

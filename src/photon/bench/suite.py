@@ -88,14 +88,14 @@ class Claim(Section):
     """`one`'s measure over `other`'s is at most `most`.
 
     Attributes:
-        measure: loss; tokens: those that `one` takes to the other's last loss, over the other's
+        measure: loss; tokens, time: what `one` takes to the other's last loss, over the other's
             all; bytes: on the wire, of a centralised run those of an all-reduce at each step.
         published: the source's own figure and its scale.
     """
 
     one: _Title
     other: _Title
-    measure: Literal["loss", "tokens", "bytes"] = "loss"
+    measure: Literal["loss", "tokens", "time", "bytes"] = "loss"
     at: At = "tokens"
     most: Annotated[float, Field(gt=0)] = 1.0
     says: _Title
