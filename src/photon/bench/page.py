@@ -51,9 +51,9 @@ def _section(results: Results, told: dict[str, Any], name: str, plot: str) -> It
     yield f"\n{scale.note} {told['date']}, {told['hardware']}. Results: `{name}`."
     tries = max((len(results.losses(method)) for method in suite.methods), default=0)
     yield (
-        f"Each method that has something to search tried at most {scale.points} points (most so "
-        f"far: {tries}) with the first seed; its best one was then run with {results.seeds} "
-        "seeds in all. Loss in nats a token, mean ± standard deviation of seeds.\n"
+        f"Each method that has something to search tried at most {tries} points with the first "
+        f"seed; its best one was then run with {results.seeds} seeds in all. Loss in nats a token, "
+        "mean ± standard deviation of seeds.\n"
     )
     rows = sorted(_rows(results), key=lambda row: row[0])
     heads = ["method", "best point", "inside its grid", "points", "seeds"]

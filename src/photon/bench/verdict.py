@@ -39,6 +39,8 @@ class Verdict:
     seeds: int
 
     def __str__(self) -> str:
+        if self.low is None and self.seeds >= LEAST_SEEDS:
+            return f"{self.word}: some of {self.seeds} seeds never came to it"
         if self.low is None:
             return f"{self.word}: {self.seeds} of {LEAST_SEEDS} seeds"
         return f"{self.word} ({self.low:.3g} to {self.high:.3g})"
