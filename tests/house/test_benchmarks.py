@@ -62,6 +62,12 @@ def test_the_loss_by_rows_and_the_plain_one_take_turns() -> None:
     assert "(chosen)" in out
 
 
+def test_private_steps_take_turns_with_plain_ones() -> None:
+    out = run(str(BENCHMARKS / "dp_sgd.py"), "--quick")
+    for name in ("plain", "clipped", "clipped and noised", "vectorised, clipped"):
+        assert f"| {name} |" in out
+
+
 def test_codecs_take_turns_with_a_copy() -> None:
     out = run(str(BENCHMARKS / "link.py"), "--quick")
     for name in ("plain copy", "int8", "fp4", "sign"):

@@ -2,7 +2,8 @@
 
 Sequences go through the model one at a time. A gradient is then its sequence's own whatever the
 architecture does inside a batch, the loss is taken by the output projection as ever, and memory
-holds one gradient beside the sum. Vectorised (torch.func.vmap) it is slower on a CPU: LAB.md.
+holds one gradient beside the sum. torch.func.vmap takes about as long on a CPU, and the memory of
+a gradient for each (benchmarks/dp_sgd.py).
 """
 
 # torch._foreach_* is how torch.optim itself steps many tensors at once.
