@@ -86,9 +86,10 @@ def test_node_files(member) -> None:
     words = member.look()["node.toml"].found
     for each in ("runs med-*", "3 participants", "max_parameters 2,000,000", "model paths none"):
         assert each in words
-    member.say("[policy]\nmax_epsilon = 3.0")
+    member.say("[policy]\nmax_epsilon = 3.0\nruns = []")
     assert member.look()["node.toml"].verdict == "warn"
-    assert "policy.max_epsilon refuses every run" in member.look()["node.toml"].hint
+    assert "max_epsilon 3.0" in member.look()["node.toml"].found
+    assert "policy.runs refuses every run" in member.look()["node.toml"].hint
 
 
 def test_data(member, tmp_path) -> None:

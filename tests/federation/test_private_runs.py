@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from photon.errors import CheckpointCorruptError
 from photon.federation import Node, NodeSettings, stages
 from photon.federation.engine import Version
 from photon.federation.node import initial_model
-from photon.federation.stages import steps_of
+from photon.federation.private import Purse, Spending
 from photon.federation.tasks import WEIGHTS, FitTask
 from photon.models import trainable_parameters
 from photon.privacy import SECRET_FILE
@@ -110,7 +111,8 @@ def test_the_same_question_has_the_same_answer(three_silos, make_config, tmp_pat
 
 
 def test_steps_are_noised_and_what_leaves_is_not_noised_again(tmp_path):
-    steps = steps_of(config(*DP_SGD).privacy, tmp_path, TASK)
+    pays = Spending(config(*DP_SGD).privacy, Purse(tmp_path, "run"), TASK, "0" * 64)
+    steps = pays.steps()
     assert (steps.clip_norm, steps.noise_multiplier) == (0.5, 0.2)
     assert steps.secret == (tmp_path / SECRET_FILE).read_bytes()
     assert steps.secret.hex() not in repr(steps)
@@ -118,15 +120,13 @@ def test_steps_are_noised_and_what_leaves_is_not_noised_again(tmp_path):
     delta = {"weights/matrix": torch.full((30, 50), 3.0)}
     shapes = {name: tensor.shape for name, tensor in delta.items()}
     made = config(*DP_SGD)
-    update = stages.leaving(
-        made.privacy, made.link, tmp_path, TASK, lambda: iter(delta.items()), shapes
-    )
+    update = stages.leaving(pays, made.link, tmp_path, TASK, lambda: iter(delta.items()), shapes)
     assert torch.equal(dict(update.tensors())["weights/matrix"], delta["weights/matrix"])
     for other in ([], ["privacy.mechanism=client", *DP_SGD[1:]]):
-        assert steps_of(config(*other).privacy, tmp_path, TASK) is None
+        assert replace(pays, privacy=config(*other).privacy).steps() is None
     (tmp_path / SECRET_FILE).write_bytes(b"")
     with pytest.raises(CheckpointCorruptError, match="0 bytes instead of 32"):
-        steps_of(made.privacy, tmp_path, TASK)
+        pays.steps()
 
 
 def test_a_group_says_how_its_silos_step(run, monkeypatch):

@@ -6,6 +6,7 @@ import random
 import re
 import zlib
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from photon.config import PrivacyConfig, RunConfig
 from photon.config.children import PolicyConfig, inside
 from photon.errors import IncompatibleConfigError, UnknownKeyError
 from photon.federation import CheckpointStore, FitTask
+from photon.federation.private import Purse, of_group
 from photon.federation.residuals import Residuals
 from photon.runs import load_weights, resume, simulate
 from photon.telemetry import read_history
@@ -219,7 +221,8 @@ def merged(config, folder, path="", above=None, came=(), silos=("silo",), privac
     attention.misfits = {(MODULE, place): one for place, one in enumerate(updates)}
     residuals = Residuals(config, folder, {})
     residuals.path, residuals.above = path, above
-    residuals.privacy = privacy or residuals.privacy
+    if privacy is not None:
+        residuals.spending = partial(of_group, privacy, Purse(folder, "run"), path=path)
     tasks = [FitTask("run", 1, one, 0, 1, None) for one in members]
     return residuals, list(residuals.route(attention, tasks, came))
 

@@ -17,6 +17,7 @@ from photon.federation.merging import Merging
 from photon.federation.node import initial_model
 from photon.federation.norm_bound import norm_bound, norm_of
 from photon.federation.outbox import feedback_path, pack
+from photon.federation.private import Purse, Spending
 from photon.federation.tasks import WEIGHTS, FitTask
 from photon.link import TensorFile
 from photon.models import trainable_parameters
@@ -50,7 +51,10 @@ def leaving(folder, *overrides, task=TASK, delta=DELTA):
 
 def sent(run, folder, task=TASK, delta=DELTA):
     shapes = {name: tensor.shape for name, tensor in delta.items()}
-    return stages.leaving(run.privacy, run.link, folder, task, lambda: iter(delta.items()), shapes)
+    # One run has one multiplier.
+    purse = Purse(folder, f"run {run.privacy.noise_multiplier}")
+    pays = Spending(run.privacy, purse, task, "0" * 64)
+    return stages.leaving(pays, run.link, folder, task, lambda: iter(delta.items()), shapes)
 
 
 def same(one, other):
@@ -96,7 +100,8 @@ def test_the_same_question_has_the_same_answer_and_another_one_other_noise(tmp_p
     assert same(leaving(tmp_path / "a"), once)
     secret = tmp_path / "a" / SECRET_FILE
     assert secret.stat().st_mode & 0o777 == 0o600
-    assert [path.name for path in secret.parent.iterdir()] == [SECRET_FILE]
+    kept = {path.name: path.stat().st_mode & 0o777 for path in secret.parent.glob("*.json")}
+    assert kept == dict.fromkeys([f"ledger-{'0' * 32}.json", "ledgers.json"], 0o600)
     others = [
         leaving(tmp_path / "a", task=replace(TASK, round=4)),
         leaving(tmp_path / "a", task=replace(TASK, silo="blue")),
@@ -137,6 +142,7 @@ def test_feedback_sees_noised_updates_only(tmp_path):
 def test_bad_deltas_and_bad_secrets_are_named(tmp_path):
     with pytest.raises(NonFiniteError, match="weights/vector"):
         leaving(tmp_path, delta=DELTA | {"weights/vector": torch.tensor([math.nan])})
+    leaving(tmp_path)
     (tmp_path / SECRET_FILE).write_bytes(b"")
     with pytest.raises(CheckpointCorruptError, match="0 bytes instead of 32"):
         leaving(tmp_path)

@@ -122,7 +122,7 @@ def test_asks(ask, three_silos, data):
         assert all(math.isfinite(number) for number in numbers(found.model_dump()))
         assert parse_ask(encoded(found)) == found
         config = node_config(found.run, {"compute": {}, "data": {"path": str(three_silos)}})
-        check(found, config, policy)
+        check(found, config, policy, config.privacy)
     except PhotonError as error:
         require_words(error)
 

@@ -38,12 +38,19 @@ def judged(aggregator, changed, three_silos):
         ask = changed(ask, run={"config": tree, **run}, fit=part)
         site = {"compute": {}, "data": {"path": str(three_silos)}}
         try:
-            check(ask, node_config(ask.run, site), PolicyConfig(**policy))
+            found = node_config(ask.run, site)
+            check(ask, found, PolicyConfig(**policy), found.privacy)
         except PolicyError as error:
             return error
         return None
 
     return judge
+
+
+def dp(**privacy):
+    """A run file's mechanism."""
+    named = {"mechanism": "dp_sgd", "clip_norm": 1.0} | privacy
+    return {f"privacy.{key}": value for key, value in named.items()}
 
 
 @pytest.mark.parametrize(
@@ -75,6 +82,14 @@ def judged(aggregator, changed, three_silos):
         ({"evaluate": "never"}, {}, None),
         ({"evaluate": "never"}, {"kind": "evaluate"}, "policy.evaluate allows no state"),
         ({"max_epsilon": 8.0}, {}, "promises no differential privacy"),
+        ({"max_epsilon": 8.0}, {"config": dp(noise_multiplier=0.0)}, "no differential privacy"),
+        ({"max_epsilon": 8.0}, {"config": dp(noise_multiplier=0.1)}, None),  # its ledger stops it
+        ({"max_epsilon": 8.0}, {"config": dp(target_epsilon=8.0, delta=1e-5)}, None),
+        (
+            {"max_epsilon": 8.0},
+            {"config": dp(target_epsilon=8.1, delta=1e-5)},
+            "promises an epsilon of 8.1; policy.max_epsilon allows an epsilon of at most 8",
+        ),
         ({"max_local_steps": 4}, {}, None),
         ({"max_local_steps": 3}, {}, "takes 4 local steps; policy.max_local_steps allows 3"),
         ({"max_local_steps": 4}, {"steps": 5}, "takes 5 local steps"),
@@ -108,7 +123,7 @@ def test_every_rule_has_a_test():
 def test_no_round_is_beyond_the_runs_last(aggregator):
     ask = aggregator.evaluation(number=aggregator.config.federation.rounds + 1)
     with pytest.raises(ProtocolError, match="of a run of"):
-        check(ask, aggregator.config, PolicyConfig())
+        check(ask, aggregator.config, PolicyConfig(), aggregator.config.privacy)
 
 
 def test_one_state_a_round_is_scored(aggregator, tmp_path):

@@ -148,9 +148,19 @@ def _checkpoint(
         "held_out": {
             silo: _said(**one.model_dump(include=_SCORES)) for silo, one in scores.items()
         },
-        "privacy": {key: str(told) for key, told in tree["privacy"].items()},
+        "privacy": {key: str(told) for key, told in tree["privacy"].items()} | _epsilon(state),
         **_energy(state, config, history),
     }
+
+
+def _epsilon(state: Mapping[str, Any]) -> dict[str, str]:
+    """The most that a silo's text has spent, where each that answered has a bound."""
+    told = list(state.get("epsilon", {}).values())
+    if not told or None in told:
+        return {}
+    most = max(told, key=lambda one: one["value"])
+    words = f"{most['value']:.4g} at delta {most['delta']:g}, unit: {most['unit']}"
+    return {"epsilon": f"{words}; zero-out adjacency, no amplification by sampling claimed"}
 
 
 def _energy(state: Mapping[str, Any], config: RunConfig, history: RunHistory) -> dict[str, Any]:

@@ -39,6 +39,9 @@ def show_outcome(folder: Path, summary: dict[str, Any], *, as_json: bool = False
     training = f", {digest.train_share:.0%} training" if digest.train_share is not None else ""
     if summary.get("simulated_s") is not None:
         facts += _simulated(summary)
+    if told := summary.get("epsilon"):
+        words = f"{told['value']:.3g} of a {told['unit']}, at delta {told['delta']:g}"
+        facts.append(("epsilon", words))
     if told := summary.get("energy"):
         facts.append(("energy", f"{wording.energy(told['kwh'])}, {told['how']}"))
     facts += [

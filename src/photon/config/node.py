@@ -64,8 +64,9 @@ class PolicyConfig(Section):
     )
     max_epsilon: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
-        description="Privacy floor: refuse runs that do not promise differential privacy with an "
-        "epsilon of at most this.",
+        description="Refuse runs without differential privacy, and tasks with which this site's "
+        "text would have spent more than this over all its runs, at the run's privacy.delta or "
+        "1e-5, whichever is less; docs/privacy.md.",
     )
     max_local_steps: Positive | None = Field(
         default=None, description="Most optimizer steps that one task may ask for."

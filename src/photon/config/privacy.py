@@ -89,6 +89,11 @@ class PrivacyConfig(Section):
                 f"{said} needs one of privacy.noise_multiplier and privacy.target_epsilon, not "
                 f"{found}"
             )
+        if 0 < (self.noise_multiplier or 0) < 1e-6:
+            raise ValueError(
+                f"noise_multiplier = {self.noise_multiplier:g} is no noise to speak of; use 0, or "
+                "1e-6 and more"
+            )
         if self.target_epsilon is not None and self.delta is None:
             raise ValueError(
                 "target_epsilon needs privacy.delta too: 1e-5, or less for more records than 10,000"

@@ -70,6 +70,15 @@ class TokenStream:
             row[:] = ids - ids[0]
         return out
 
+    @property
+    def sequences(self) -> int:
+        """Of an epoch; where sources are mixed by weights, there is no such thing."""
+        return self._firsts[-1]
+
+    def numbers(self, start: int, count: int) -> list[int]:
+        """Which sequence each sample is: the same number, the same tokens."""
+        return [int(self._order[sample]) for sample in range(start, start + count)]
+
     def close(self) -> None:
         """Unmap the shards; a later read maps them again."""
         for run in self._runs:
@@ -85,7 +94,7 @@ class TokenStream:
         """The text of each sample, and its first token there."""
         if start < 0 or count < 0:
             raise ValueError(f"start = {start} and count = {count} must not be negative")
-        windows = [self._order[sample] for sample in range(start, start + count)]
+        windows = self.numbers(start, count)
         texts = [bisect_right(self._firsts, window) - 1 for window in windows]
         return [
             (self._runs[text], (window - self._firsts[text]) * self.sequence_length)

@@ -169,10 +169,9 @@ class _Site:
         ]
         rules.append(f"model paths {', '.join(policy.model_paths) or 'none'}")
         words = f"{self._file}; policy: {'; '.join(rules)}"
-        if policy.runs and policy.max_epsilon is None:
+        if policy.runs:
             return words
-        rule = "policy.runs" if not policy.runs else "policy.max_epsilon"
-        return Doubt(words, f"{rule} refuses every run today: see [policy] in docs/deploy.md.")
+        return Doubt(words, "policy.runs refuses every run today: see [policy] in docs/deploy.md.")
 
     def aggregator(self) -> str | Doubt:
         """Who invited this node, or whose member it is."""

@@ -10,7 +10,7 @@ from photon.config import RunConfig
 from photon.config.children import LEAF
 from photon.federation.checkpoint import RunState
 from photon.federation.pace import running_mean
-from photon.federation.tasks import FitTask, Receipt
+from photon.federation.tasks import Epsilon, FitTask, Receipt
 from photon.telemetry.events import RoundMerged
 
 #: No figure of a receipt is larger: sums of them stay finite and exact.
@@ -22,7 +22,7 @@ class RoundCosts:
     """What a round took, in seconds, tokens and payload bytes.
 
     tokens were merged; tokens_lost were trained, or were to be, and are not. bytes_inside went both
-    ways inside groups, and over no link of the federation itself.
+    ways inside groups, and over no link of the federation itself. epsilon is what answers said.
 
     local_train_s is wall time: with several training processes, their busy seconds shared out.
     """
@@ -36,6 +36,7 @@ class RoundCosts:
     bytes_up: int = 0
     bytes_down: int = 0
     bytes_inside: int = 0
+    epsilon: dict[str, Epsilon | None] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     diverged: int = 0
@@ -103,11 +104,12 @@ def round_merged(
 ) -> RoundMerged:
     """What is told of a round that was merged."""
     tokens = sum(receipt.tokens for _, receipt in merged)
+    losses = [one.loss * one.tokens for _, one in merged if one.loss is not None]
     return RoundMerged(
         round=number,
         participants=[receipt.silo for _, receipt in merged],
         tokens=tokens,
-        train_loss=sum(one.loss * one.tokens for _, one in merged) / max(1, tokens),
+        train_loss=sum(losses) / max(1, tokens) if len(losses) == len(merged) else None,
         pseudo_gradient_norm=norm,
         merge_s=merge_s,
     )

@@ -47,6 +47,7 @@ class RunState:
         energy: fields of the Spent of all answers and of the aggregator; energy_untold: answers
             without figures; witness_j: the joules of `energy`, counted another way.
         first_loss: of the global model before the first round.
+        epsilon: silo -> what its text has spent in this run (fields of an Epsilon); None: no bound.
         ranges: by tensor, the largest magnitude that sealed updates may have next (photon.secure).
     """
 
@@ -78,6 +79,7 @@ class RunState:
     witness_j: float = 0.0
     first_loss: float | None = None
     ranges: dict[str, float] = field(default_factory=dict)
+    epsilon: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointStore:

@@ -20,6 +20,7 @@ from photon.federation.envelopes import dictated
 from photon.federation.merging import Verdict
 from photon.federation.outstanding import Going, Order, Outstanding
 from photon.federation.pace import running_mean, staleness_weight
+from photon.federation.private import misstated
 from photon.federation.sampling import Candidates, Fleet
 from photon.federation.secure_rounds import SecureRounds, planned_tokens, question_of
 from photon.federation.server import Server
@@ -319,6 +320,10 @@ class Federation:
         step_tokens = leaves * config.local.batch_size * config.data.sequence_length
         if (reason := implausible(receipt, task.steps * step_tokens)) is not None:
             return reason
+        if receipt.failure is None:
+            if (reason := misstated(config, task, receipt.epsilon)) is not None:
+                return reason
+            costs.epsilon[task.silo] = receipt.epsilon
         costs.local_train_s += receipt.train_s
         costs.bytes_inside += receipt.bytes_inside
         costs.tokens_lost += receipt.tokens_lost
@@ -347,6 +352,7 @@ class Federation:
         costs.tokens += receipt.tokens
         figures = vars(receipt) | vars(receipt.times)  # what else there is is passed over
         norm = verdict.norm if self._secure is None else None
+        figures["epsilon"] = receipt.epsilon and receipt.epsilon.value
         self._tell(LocalFinished(**figures, update_norm=norm))
         if verdict.share < 1:
             self._notice(

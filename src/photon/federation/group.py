@@ -14,13 +14,14 @@ from torch import Tensor
 from photon.config import RunConfig
 from photon.config.children import LEAF, inside
 from photon.energy.account import Spent
-from photon.errors import CheckpointCorruptError, NodeError, NonFiniteError, RunError
+from photon.errors import CheckpointCorruptError, NodeError, NonFiniteError, PolicyError, RunError
 from photon.federation.account import Closed, RoundCosts
 from photon.federation.checkpoint import CheckpointStore, RunState
 from photon.federation.engine import Engine, Mailbox, Version
 from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
 from photon.federation.own_parts import own_key
+from photon.federation.private import Purse, Spending, of_group, worst
 from photon.federation.sampling import Fleet
 from photon.federation.secure_rounds import agreed
 from photon.federation.server import Server
@@ -37,6 +38,7 @@ from photon.federation.tasks import (
     Update,
     section,
 )
+from photon.privacy.epsilon import settled
 from photon.telemetry import Event
 from photon.telemetry.events import KeyMerged, ResidualRouted, RoundMerged, RoundStarted
 from photon.training import StepTimes, plan_compute, power_of
@@ -78,6 +80,8 @@ class Group:
     ) -> None:
         self._path, self._name, self._key = path, (name := path.rpartition("/")[2]), key
         self._fleet, self._served = fleet, on_round is not None
+        self.purse = Purse(folder, config.run.name)  # of who runs it, unless a site has its own
+        config = settled(config)
         self._on_round = on_round or (lambda number, over, version: None)
         self._child = child = config.federation.children[name]
         self._around = config.federation.policy
@@ -101,7 +105,7 @@ class Group:
         anchor = {name: new[name].clone() for name in self._key}
         residuals, guests = server.residuals, dict[str, dict[str, Tensor]]()
         residuals.path, residuals.above = f"{self._path}/", self._around
-        residuals.privacy = self._child.update_privacy
+        residuals.spending = self._spending
         for one in version.residuals:
             guests.setdefault(one.origin, {}).update(one.tensors)
         at, above = self._store.folder, self._above
@@ -109,6 +113,7 @@ class Group:
         costs, receipts = list[RoundCosts](), list[Sequence[Receipt]]()
         self._on_round(after.round + 1, None, server.version)
         try:
+            self._spending(task).begin()
             for index in range(rounds):
                 if server.attention:
                     server.attention.guests = {} if index else guests
@@ -127,7 +132,7 @@ class Group:
             if not receipts:
                 raise RunError(f"all of the {rounds} rounds inside {self._path} came to nothing")
             update = self._update(task, version.tensors, server.version.tensors)
-        except (RunError, NonFiniteError) as error:
+        except (RunError, NonFiniteError, PolicyError) as error:
             self._fleet.lost(after.round + 1)
             lost = {"tokens_lost": _total(costs, "tokens", "tokens_lost")}
             lost["bytes_inside"] = _total(costs, *_ALL_BYTES)
@@ -229,6 +234,9 @@ class Group:
             if number not in (kept.node_rounds.get(name), after.node_rounds[name]):
                 drop_node_state(self._folder, name, number)
 
+    def _spending(self, task: FitTask) -> Spending:
+        return of_group(self._child.update_privacy, self.purse, task, self._path)
+
     def _update(self, task: FitTask, old: GlobalState, new: GlobalState) -> Update:
         """What leaves the group: how far it came from the version it was given, by its stages."""
 
@@ -237,8 +245,7 @@ class Group:
                 yield name, old[name] - new[name] if name.startswith(WEIGHTS) else new[name]
 
         shapes = {name: new[name].shape for name in sorted(new)}
-        privacy = self._child.update_privacy
-        return leaving(privacy, self._link, self._folder, task, tensors, shapes)
+        return leaving(self._spending(task), self._link, self._folder, task, tensors, shapes)
 
 
 def needed_states(folder: Path, states: Iterable[RunState]) -> dict[str, set[int]]:
@@ -270,9 +277,14 @@ def _sum(
     """A group's receipt: times and tokens of all its members, losses weighted by tokens."""
     every = [one for receipts in rounds for one in receipts]
 
-    def mean(of: Sequence[Receipt], name: str) -> float:
-        return sum(getattr(one, name) * one.tokens for one in of) / sum(one.tokens for one in of)
+    def mean(of: Sequence[Receipt], name: str) -> float | None:
+        losses = [getattr(one, name) for one in of]
+        if None in losses:
+            return None
+        counted = zip(losses, of, strict=True)
+        return sum(loss * one.tokens for loss, one in counted) / sum(one.tokens for one in of)
 
+    told = {silo: one for cost in costs for silo, one in cost.epsilon.items()}.values()
     times = zip(*(vars(one.times).values() for one in every), strict=True)
     sums = ("tokens", "train_s", "load_s", "publish_s")
     return replace(
@@ -286,4 +298,5 @@ def _sum(
         micro_batch_size=every[0].micro_batch_size,
         bytes_inside=_total(costs, *_ALL_BYTES),
         tokens_lost=_total(costs, "tokens_lost"),
+        epsilon=receipt.epsilon or worst(told),
     )

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from photon.config import RunConfig
-from photon.config.children import privacy_of
 from photon.data import PreparedData, held_out_text, open_data, token_stream
 from photon.data.held_out import Window
 from photon.energy.account import JOULES, Spent
 from photon.energy.meter import METER
-from photon.errors import NonFiniteError, RankLostError
+from photon.errors import NonFiniteError, PolicyError, RankLostError, RunError
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
 from photon.federation.layout import lay_out, layout_of
 from photon.federation.node_state import Kept
+from photon.federation.private import Purse, Spending, spending_of
 from photon.federation.secure_rounds import agreed
-from photon.federation.stages import leaving, steps_of
+from photon.federation.stages import leaving
 from photon.federation.tasks import (
     OPTIMIZER,
     WEIGHTS,
@@ -50,6 +50,7 @@ from photon.models import (
     require_document_masks,
     sequences_at_once,
 )
+from photon.privacy.epsilon import settled
 from photon.telemetry import Event
 from photon.telemetry.events import ComputeChosen, LocalProgress, Notice
 from photon.training import (
@@ -84,6 +85,7 @@ class NodeSettings:
         seat: this process's place among the node's ranks.
         scores_only: it will be given no text to train on, and needs no room for that.
         apart: its process does nothing else, so that all the energy of it is the node's.
+        purse: of differential privacy, where that outlives the run; else in `folder`.
     """
 
     config: RunConfig
@@ -93,6 +95,7 @@ class NodeSettings:
     seat: Seat = field(default_factory=Seat)
     scores_only: bool = False
     apart: bool = False
+    purse: Purse | None = None
 
 
 class Node:
@@ -120,7 +123,8 @@ class Node:
         model: nn.Module | None = None,
         fault: FaultHook | None = None,
     ) -> None:
-        self._config = config = settings.config
+        self._config = config = settled(settings.config)
+        self._purse = settings.purse or Purse(settings.folder, config.run.name)
         self._data = data or open_data(config.data.path, own_vocabularies=True)
         self._on_event = on_event
         self._worker = settings.worker
@@ -192,6 +196,10 @@ class Node:
         Where the kept state that the task names is gone, the silo starts without one, and the
         receipt says so.
         """
+        try:
+            self._spending(task).begin()
+        except (PolicyError, RunError) as error:
+            return Update.none(Receipt.failed(task, error, worker=self._worker))
         self._load_once(version)
         self._ranks.announce(("fit", task))
         self._loaded = None
@@ -257,7 +265,7 @@ class Node:
             self._once_sha256 = version.once_sha256
 
     def _fit(self, task: FitTask, version: Version | None) -> Update:
-        started = time.perf_counter()
+        started, spending = time.perf_counter(), self._spending(task)
         trainer, state = self._trainer, version.tensors if version is not None else None
         weights = section(state, WEIGHTS) if state is not None else None
         trainer.load_weights(weights, self._layout.merged)
@@ -267,12 +275,12 @@ class Node:
             self._fault(task, trainer)
         try:
             with METER.phase("training"):
-                result = self._train(task)
+                result = self._train(task, spending)
             published = time.perf_counter()
             self._kept.leave(task)
             with METER.phase("privacy"):
-                update = self._update(task, state)
-        except NonFiniteError as error:
+                update = self._update(task, state, spending)
+        except (NonFiniteError, PolicyError) as error:
             receipt = Receipt.failed(
                 task,
                 error,
@@ -282,16 +290,18 @@ class Node:
                 energy=self._spent(),
             )
             return Update.none(receipt)
+        told = {name: value for name, value in vars(result).items() if name != "cursor"}
         receipt = Receipt(
             task.round,
             task.silo,
-            **{name: value for name, value in vars(result).items() if name != "cursor"},
+            **told | spending.withheld("loss", "first_loss", "last_loss"),
             bytes_up=update.receipt.bytes_up,
             load_s=load_s,
             publish_s=time.perf_counter() - published,
             worker=self._worker,
             mfu=self._mfu(result),
             left_out=update.receipt.left_out,
+            epsilon=update.receipt.epsilon,
             state_lost=state_lost or update.receipt.state_lost,
             energy=self._spent(),
         )
@@ -333,9 +343,12 @@ class Node:
                 part=(ranks.seat.rank, ranks.size),
             )
 
-    def _train(self, task: FitTask) -> LocalResult:
+    def _spending(self, task: FitTask) -> Spending:
+        stream = partial(open_stream, self._config, self._data, task.pooled)
+        return spending_of(self._config, self._purse, self._data, task, stream)
+
+    def _train(self, task: FitTask, spending: Spending) -> LocalResult:
         config = self._config
-        private = steps_of(privacy_of(config, task.pooled[0]), self._folder, task)
         with open_stream(config, self._data, task.pooled) as stream:
             return self._trainer.fit(
                 stream,
@@ -344,13 +357,17 @@ class Node:
                 steps=task.steps,
                 seed=stream_seed(config.run.seed, task.pooled),
                 on_progress=lambda progress: self._tell(
-                    LocalProgress(round=task.round, silo=task.silo, **vars(progress))
+                    LocalProgress(
+                        round=task.round,
+                        silo=task.silo,
+                        **vars(progress) | spending.withheld("loss", "gradient_norm"),
+                    )
                 ),
                 on_notice=lambda text: self._tell(
                     Notice(text=text, round=task.round, silo=task.silo)
                 ),
                 profile=task.profile,
-                private=private,
+                private=spending.steps(),
             )
 
     def _mfu(self, result: LocalResult) -> float | None:
@@ -401,19 +418,18 @@ class Node:
             energy=self._spent(),
         )
 
-    def _update(self, task: FitTask, state: GlobalState | None) -> Update:
+    def _update(self, task: FitTask, state: GlobalState | None, spending: Spending) -> Update:
         """What leaves the node; on ranks other than 0, nothing."""
         delta = partial(self._shared, state)
         if self._ranks.size > 1:
             delta = list(delta()).__iter__  # gathered once, on rank 0
         if state is None:
             return Update.none(Receipt(task.round, task.silo))
-        privacy = privacy_of(self._config, task.pooled[0])
         shapes = {WEIGHTS + name: one.shape for name, one in self._merged().items()}
         if self._config.federation.optimizer_state == "average":
             for name, one in self._trainer.optimizer.averaged_state().items():
                 shapes[OPTIMIZER + name] = one.shape
-        return leaving(privacy, self._config.link, self._folder, task, delta, shapes)
+        return leaving(spending, self._config.link, self._folder, task, delta, shapes)
 
     def _merged(self) -> dict[str, Tensor]:
         """The weights that others' are merged with, as this rank holds them."""

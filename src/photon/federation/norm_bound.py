@@ -36,6 +36,7 @@ from photon.config import LinkConfig, RunConfig
 from photon.config.children import ChildConfig, inside
 from photon.federation.checkpoint import RunState
 from photon.federation.tasks import OPTIMIZER, WEIGHTS, GlobalState, section
+from photon.privacy.epsilon import settled
 from photon.training import Schedule, adam_betas
 
 #: Between the recipe's bound and what is refused: rounding, codecs, eight-bit moments.
@@ -92,7 +93,7 @@ def norm_bound(config: RunConfig, before: RunState, state: GlobalState) -> NormB
         before: the run so far.
         state: the global state that the round starts from.
     """
-    given = config.federation.max_update_norm
+    config, given = settled(config), config.federation.max_update_norm
     if given == "none":
         return NormBound()
     inner = _state_bound(config, before, state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from photon.aggregation.attention import AttentionMean, cosine, projections
 from photon.config import LinkConfig, PrivacyConfig, RunConfig
 from photon.config.children import PolicyConfig
+from photon.federation.private import Purse, of_group
 from photon.federation.stages import leaving
 from photon.federation.tasks import FitTask, Residual
 from photon.telemetry.events import ResidualRouted
@@ -27,17 +29,18 @@ class Residuals:
 
     Args:
         config: the run file as its members have it.
-        folder: with the secret that noise is drawn with.
+        folder: of what participants keep.
         kept: those that wait, as `tensors` gave them for a checkpoint.
     """
 
     path = ""  #: Of the federation; with a "/" behind it, if it is not the root.
     above: PolicyConfig | None = None  #: Policy of the one around it.
-    privacy = PrivacyConfig()  #: Of those of its members.
 
     def __init__(self, config: RunConfig, folder: Path, kept: Mapping[str, Tensor]) -> None:
         self._config, self._folder, self._own = config, folder, config.federation.policy
         children = config.federation.children.items()
+        #: What pays for those of its members; nothing at the root.
+        self.spending = partial(of_group, PrivacyConfig(), Purse(folder, ""), path="")
         self._policies = {name: one.policy.within(self._own) for name, one in children}
         sends = any(one.lets("out") for one in (self._own, *self._policies.values()))
         self.least_share = config.parts.residual_share if sends else 0.0
@@ -119,6 +122,6 @@ class Residuals:
                 delta = tensors.items().__iter__
                 shapes = {name: tensor.shape for name, tensor in tensors.items()}
                 plain = LinkConfig(chunk_mib=self._config.link.chunk_mib)
-                left = leaving(self.privacy, plain, self._folder, task, delta, shapes)
+                left = leaving(self.spending(task), plain, self._folder, task, delta, shapes)
                 sent, size = dict(left.tensors()), left.receipt.bytes_up
                 yield Residual(self.path + task.silo, module, sent, law, barriers, size)

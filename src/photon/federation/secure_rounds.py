@@ -34,6 +34,7 @@ from photon.federation.merging import FAULTS, OURS
 from photon.federation.norm_bound import lr_sum, step_over_lr
 from photon.federation.tasks import FitTask, Phase, Receipt, SecureReceipt, SecureTask, Update
 from photon.link import tensors_sha256
+from photon.privacy.epsilon import settled
 from photon.secure import documents as say
 from photon.secure.aggregator import SecureSum, require_advert, require_dealt
 from photon.secure.fixed_point import MOST_SUMMED, bits_for, whole_weights
@@ -309,7 +310,7 @@ class SecureRounds:
             )
         weights = whole_weights([share for _, _, share in there])
         first = lr_sum(config, before.global_step) * min(1e6, step_over_lr(config, before, 1))
-        first = max(first + 4 * config.privacy.deviation, 1e-12)
+        first = max(first + 4 * settled(config).privacy.deviation, 1e-12)
         return say.Cohort(
             **call.model_dump(),
             question=self._question(tensors_sha256(tensors), before.global_step),

@@ -28,32 +28,18 @@ from pathlib import Path
 from torch import Size, Tensor
 
 from photon.aggregation import square_sum
-from photon.config import LinkConfig, PrivacyConfig
+from photon.config import LinkConfig
 from photon.federation.outbox import Tensors, pack
+from photon.federation.private import Spending
 from photon.federation.tasks import FitTask, Update, update_header
 from photon.link import entries_bytes, plain_bytes
 from photon.link.tensorfile import stream_sha256
-from photon.privacy import gaussian, node_secret
+from photon.privacy import gaussian
 from photon.secure.member import Seal
-from photon.training import PrivateSteps
-
-
-def steps_of(privacy: PrivacyConfig, folder: Path, task: FitTask) -> PrivateSteps | None:
-    """How a task's local steps are noised; None where they aren't.
-
-    Raises as `leaving` for the node's secret.
-    """
-    if privacy.mechanism != "dp_sgd":
-        return None
-    clip, multiplier = privacy.clip_norm, privacy.noise_multiplier
-    assert clip is not None
-    assert multiplier is not None
-    secret = node_secret(folder) if multiplier else b""
-    return PrivateSteps(clip, multiplier, secret, (task.run, task.round, task.silo))
 
 
 def leaving(
-    privacy: PrivacyConfig,
+    spending: Spending,
     link: LinkConfig,
     folder: Path,
     task: FitTask,
@@ -63,30 +49,35 @@ def leaving(
     """What leaves a node, or a group, as the answer to this task; the same for the same delta.
 
     Args:
-        folder: of the silos' kept states; the node's secret is made there when it is first needed.
+        spending: the task's place in a ledger, where this answer is noted.
+        folder: of the silos' kept states.
         delta: walked more than once.
         shapes: of its tensors, in their order: a manifest's offsets have more or fewer digits by
             it, and its receipt says what it takes on the wire, to the byte.
 
     Raises:
         NonFiniteError: it holds NaN or infinity, and is clipped or encoded.
-        CheckpointCorruptError: the node's secret is not what was written.
-        DiskFullError: no room for the secret, or for what a codec left out.
+        CheckpointCorruptError: the node's secret, or its ledger, is not what was written.
+        DiskFullError: no room for either, or for what a codec left out.
+        PolicyError: this would be another answer to a question, and no epsilon is left for it.
         ProtocolError, PolicyError: see photon.secure.member.Seal.
     """
-    if privacy.mechanism == "client":
-        delta = _noised(privacy, folder, task, delta)
+    if spending.privacy.mechanism == "client":
+        delta = _noised(spending, task, delta)
+    elif spending.pays:
+        spending.answered(stream_sha256(delta()))
     seal = Seal(folder, task.silo, task.sealing) if task.sealing else None
     update, header = pack(link, folder, task, delta, seal), update_header(task, shapes)
     if update.packed is None:
         size = plain_bytes(header, shapes, link.chunk_bytes)
     else:
         size = entries_bytes(header, update.packed, link.chunk_bytes)
-    return replace(update, receipt=replace(update.receipt, bytes_up=size))
+    receipt = replace(update.receipt, bytes_up=size, epsilon=spending.epsilon())
+    return replace(update, receipt=receipt)
 
 
-def _noised(privacy: PrivacyConfig, folder: Path, task: FitTask, delta: Tensors) -> Tensors:
-    clip, deviation = privacy.clip_norm, privacy.deviation
+def _noised(spending: Spending, task: FitTask, delta: Tensors) -> Tensors:
+    clip, deviation = spending.privacy.clip_norm, spending.privacy.deviation
     assert clip is not None
     squares: list[float] = []
 
@@ -97,10 +88,11 @@ def _noised(privacy: PrivacyConfig, folder: Path, task: FitTask, delta: Tensors)
 
     digest = stream_sha256(measured())
     share = clip / max(clip, math.sqrt(math.fsum(squares)))
-    secret = node_secret(folder) if deviation else b""
+    secret = spending.secret()
     # An aggregator may ask twice under one name, of another state or with another clip. All that
     # decides what leaves is hashed, or the difference of two answers were without noise.
     release = [task.run, task.round, task.silo, digest, share, deviation]
+    spending.answered(hmac.digest(secret, json.dumps(release).encode(), "sha256").hex())
 
     def noised() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in delta():

@@ -90,8 +90,22 @@ Ratio = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Epsilon:
+    """What a run has cost a silo's text so far: (value, delta)-differential privacy of a unit, a
+    "sequence" or a "client", a silo or group as a whole. docs/privacy.md has what is assumed.
+    """
+
+    __pydantic_config__ = CLOSED
+
+    value: Annotated[float, Field(ge=0, lt=1e30, allow_inf_nan=False, strict=True)]
+    delta: Annotated[float, Field(gt=0, lt=1, strict=True)]
+    unit: Literal["sequence", "client"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What a participant says of a task, here or from its site. Losses are nats per token.
+    """What a participant says of a task, here or from its site. Losses are nats per token, and None
+    where a mechanism withholds them: nothing would be noised in them.
 
     Attributes:
         bytes_down: that it received before it could start; None where nothing was carried, and
@@ -107,12 +121,13 @@ class Measures:
         state_lost: the kept state that the task names is gone; the silo started without one.
         energy: since the answer before it, waiting and failed attempts included; None where the
             participant says nothing of it.
+        epsilon: None where nothing is promised.
     """
 
     tokens: Whole = 0
-    loss: Loss = 0.0
-    first_loss: Loss = 0.0
-    last_loss: Loss = 0.0
+    loss: Loss | None = 0.0
+    first_loss: Loss | None = 0.0
+    last_loss: Loss | None = 0.0
     bytes_down: Bytes | None = None
     train_s: Seconds = 0.0
     load_s: Seconds = 0.0
@@ -128,6 +143,7 @@ class Measures:
     left_out: Ratio | None = None
     state_lost: Annotated[bool, Strict()] = False
     energy: Spent | None = None
+    epsilon: Epsilon | None = None
 
 
 @dataclass(frozen=True)

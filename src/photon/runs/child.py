@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from photon.config import RunConfig, ServeConfig
+from photon.config import PrivacyConfig, RunConfig, ServeConfig
 from photon.config.children import check_children, check_served, inside
 from photon.config.serve import ComplyConfig
 from photon.engines.remote import Asker, Depot, Post, RemoteEngine
@@ -145,7 +145,15 @@ class ServedFederation:
             refused=refused_by(inner, notary.write_verdict),
         )
         named, folder = layout_of(model).named("key"), settings.folder
-        return Group(self.name, config, fleet, engine, folder, tell, named, on_round)
+        group = Group(self.name, config, fleet, engine, folder, tell, named, on_round)
+        group.purse = settings.purse or group.purse
+        return group
+
+    @property
+    def update_privacy(self) -> PrivacyConfig:
+        """What its update goes through."""
+        assert self.serve.child is not None
+        return self.serve.child.update_privacy
 
     def _describe(self, run: RunPart, inner: RunConfig, model: nn.Module) -> None:
         """Make it a run folder, which is exported as any other; or see that it is this run's."""

@@ -159,6 +159,7 @@ class Rounds:
             bytes_down=old.bytes_down + costs.bytes_down,
             local_train_s=old.local_train_s + costs.local_train_s,
             clock=self._clock(),
+            epsilon=old.epsilon | {name: one and vars(one) for name, one in costs.epsilon.items()},
         )
         self._open = costs, self._groups()
 

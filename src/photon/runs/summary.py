@@ -10,6 +10,8 @@ from torch import Tensor
 from photon.config import RunConfig
 from photon.energy.account import JOULES, KWH_J, figures
 from photon.federation import EvalReceipt, RunState
+from photon.federation.private import worst
+from photon.federation.tasks import Epsilon
 from photon.link import tensors_sha256
 from photon.telemetry.baselines import all_reduce_bytes, bf16_exchange_bytes
 from photon.version import photon_version
@@ -55,6 +57,7 @@ def summary_of(
         "train_share": state.local_train_s / time_s if time_s > 0 else 0.0,
         **shares_of_time(state, time_s, at_once),
         "tokens_lost": state.tokens_lost,
+        **({"epsilon": promised} if (promised := _epsilon(state)) else {}),
         **({"energy": _energy(state, config, overall.loss)} if state.energy else {}),
         "weights_sha256": tensors_sha256(weights),
         "photon_version": photon_version(),
@@ -73,6 +76,12 @@ def shares_of_time(state: RunState, time_s: float, at_once: int) -> dict[str, fl
         "utilisation": state.good_s / told if told > 0 else 0.0,
         "goodput": state.good_s / (at_once * time_s) if time_s > 0 else 0.0,
     }
+
+
+def _epsilon(state: RunState) -> dict[str, Any] | None:
+    """Of all silos that answered, the largest; None where one of them has none."""
+    told = worst(Epsilon(**one) if one else None for one in state.epsilon.values())
+    return vars(told) if told else None
 
 
 def _energy(state: RunState, config: RunConfig, loss: float) -> dict[str, Any]:

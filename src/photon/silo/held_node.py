@@ -221,8 +221,8 @@ class HeldNode:
     def _heard(self, event: Event) -> None:
         """What the node tells while it trains."""
         if isinstance(event, LocalProgress):
-            loss, speed = (event.loss or math.nan), (event.tokens_per_s or math.nan)
-            words = f"loss {loss:.3f}, {speed:,.0f} tokens/s"
+            loss = "withheld" if event.loss is None else f"{event.loss:.3f}"
+            words = f"loss {loss}, {event.tokens_per_s or math.nan:,.0f} tokens/s"
             told: dict[str, float | None] = {}
             for name in _FIGURES:
                 value = getattr(event, name)

@@ -29,7 +29,7 @@ from photon.store.granted_store import require_origin
 from photon.version import photon_version
 
 if TYPE_CHECKING:  # they import torch, and `photon join` reads the membership without it
-    from photon.config import NetworkConfig, PolicyConfig, RunConfig
+    from photon.config import NetworkConfig, PolicyConfig, PrivacyConfig, RunConfig
     from photon.config.node import NodeDataConfig
     from photon.data import PreparedData
     from photon.federation.envelopes import Ask
@@ -163,13 +163,14 @@ def require_our_version(theirs: str, name: str) -> None:
         )
 
 
-def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
+def check(ask: Ask, config: RunConfig, policy: PolicyConfig, privacy: PrivacyConfig) -> None:
     """Hold a run against this site's rules.
 
     Args:
         ask: one of its tasks.
         config: the run's, as this site would train it.
         policy: [policy] of node.toml.
+        privacy: what this site's answers go through.
 
     Raises:
         PolicyError: naming the rule, what the run asks, and what the site allows.
@@ -198,11 +199,13 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
         "the aggregator would see single updates",
         "privacy.secure_aggregation = true",
     )
+    most, target, z = policy.max_epsilon, privacy.target_epsilon, privacy.noise_multiplier
+    promised = f"an epsilon of {target:g}" if target else "differential privacy"
     _hold(
         "max_epsilon",
-        policy.max_epsilon is None,
-        "the run promises no differential privacy (this version of Photon has none)",
-        f"an epsilon of at most {policy.max_epsilon or 0:g}",
+        most is None or bool(target and target <= most) or (target is None and bool(z)),
+        f"the run promises {promised if target else 'no ' + promised}",
+        f"an epsilon of at most {most or 0:g}",
     )
     _hold_most("max_rounds", rounds, policy.max_rounds, f"it has {rounds} rounds")
     scores = ask.evaluate is None or policy.evaluate != "never"

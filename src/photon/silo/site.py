@@ -5,21 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from torch import nn
 
-from photon.config import NodeConfig, RunConfig
+from photon.config import NodeConfig, PrivacyConfig, RunConfig
+from photon.config.children import privacy_of
 from photon.data import PreparedData, SiloData, open_data
 from photon.federation import NodeSettings, Participant
 from photon.federation.envelopes import RunPart, node_config
+from photon.federation.private import Purse
 from photon.silo.policy import Membership, own_part
 from photon.store.disk import file_sha256
 from photon.telemetry import Event
 from photon.training import Seat
 
-#: Makes who works for a run, of its settings and model, where that is no node; told what happens.
-Build = Callable[[RunPart, NodeSettings, nn.Module, Callable[[Event], None]], Participant]
+
+class Build(Protocol):
+    """Makes who works for a run, where that is no node; told what happens."""
+
+    @property
+    def update_privacy(self) -> PrivacyConfig: ...
+
+    def __call__(
+        self,
+        run: RunPart,
+        settings: NodeSettings,
+        model: nn.Module,
+        on_event: Callable[[Event], None],
+    ) -> Participant: ...
 
 
 class Site:
@@ -62,6 +77,12 @@ class Site:
         }
         return node_config(run, site)
 
+    def privacy(self, config: RunConfig) -> PrivacyConfig:
+        """What an answer of this site goes through."""
+        if self.federation is not None:
+            return self.federation.update_privacy
+        return privacy_of(config, self.membership.name)
+
     def data(self, run: RunPart) -> PreparedData:
         """This site's text, as the one silo that is called as the member is; none of a federation,
         whose members each check the run's tokenizer.
@@ -93,4 +114,6 @@ class Site:
 
     def settings(self, run: RunPart, config: RunConfig, seat: Seat) -> NodeSettings:
         """Of this site's node in a run."""
-        return NodeSettings(config, self.home / "nodes" / run.id, seat=seat, apart=True)
+        purse = Purse(self.home / "privacy", run.id, self.node.policy.max_epsilon)
+        folder = self.home / "nodes" / run.id
+        return NodeSettings(config, folder, seat=seat, apart=True, purse=purse)

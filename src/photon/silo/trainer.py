@@ -225,7 +225,7 @@ class SiloTrainer:
         site = self._site
         require_for_us(ask, site.membership)
         config = site.config(ask.run)
-        check(ask, config, site.node.policy)
+        check(ask, config, site.node.policy, site.privacy(config))
         if ask.secure is not None:
             return self._agree(ask, left_s)
         if ask.fit is not None:

@@ -127,7 +127,8 @@ class LocalFinished(Event):
 
     data_s to optimizer_s split train_s; mfu is model FLOPs over the device's peak, where that is
     known; peak memory and micro-batch are those of one rank. left_out is the share of the update's
-    norm that its codec left for later ones, where a codec feeds it back.
+    norm that its codec left for later ones, where a codec feeds it back. epsilon is what the run
+    has cost the silo's text; losses are withheld then, here and in LocalProgress.
     """
 
     round: int
@@ -152,6 +153,7 @@ class LocalFinished(Event):
     peak_memory_bytes: int = 0
     micro_batch_size: int = 0
     left_out: Figure = None
+    epsilon: Figure = None
 
 
 class UpdateDropped(Event):

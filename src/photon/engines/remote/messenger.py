@@ -218,11 +218,11 @@ class Messenger:
             )
 
     def _progress(self, ask: Ask, presence: Presence) -> None:
-        """Tell of a silo's steps, as far as they are new and it said how they went.
+        """Tell of a silo's steps, as far as they are new and it said so; losses may be withheld.
 
         None twice: a silo that goes to and fro between two would fill events.jsonl.
         """
-        if ask.fit is None or presence.loss is None or presence.round != ask.round:
+        if ask.fit is None or presence.tokens_per_s is None or presence.round != ask.round:
             return
         step = min(presence.step, ask.fit.steps)
         if (ask.round, step) <= self._told.get(ask.silo, (ask.round, 0)):

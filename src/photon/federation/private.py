@@ -1,0 +1,283 @@
+"""Differential privacy of a task: which noise it takes, and what its text may still spend.
+
+A silo's updates under `client`, or its steps under `dp_sgd`, are Gaussian mechanisms whose cost is
+in the ledger of its text. So is a group's update, whose "text" is its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from photon.config import PrivacyConfig, RunConfig
+from photon.config.children import LEAF, privacy_of, tables
+from photon.data import PreparedData, TokenStream
+from photon.data.shards import TRAIN
+from photon.errors import PolicyError, ResumeMismatchError
+from photon.federation.tasks import Epsilon, FitTask
+from photon.privacy import node_secret
+from photon.privacy.epsilon import epsilon, multiplier
+from photon.privacy.ledger import Entry, Ledger, Span, Unit, mu_squared
+from photon.training import PrivateSteps
+
+#: A site's max_epsilon holds at this delta, or the run's where that is less.
+SITE_DELTA = 1e-5
+#: What a mechanism protects.
+UNITS: dict[str, Unit] = {"dp_sgd": "sequence", "client": "client"}
+#: Two z that are as near are one: another machine may round otherwise.
+_SAME = 1e-9
+
+
+@dataclass(frozen=True)
+class Purse:
+    """Where a node keeps what its texts spend.
+
+    Attributes:
+        folder: of noise.key and the ledgers; a site's outlives its runs.
+        run: of no other run, whatever it is called.
+        max_epsilon: of a text, over all runs; the site's.
+    """
+
+    folder: Path
+    run: str
+    max_epsilon: float | None = None
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A task's place in a ledger.
+
+    Attributes:
+        privacy: with its noise_multiplier, whatever the run file names.
+        text: digest of the text that pays.
+        tokens, stream, spans: of dp_sgd, as in an Entry.
+    """
+
+    privacy: PrivacyConfig
+    purse: Purse
+    task: FitTask
+    text: str
+    tokens: int = 1
+    stream: str = ""
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def pays(self) -> bool:
+        """Whether there is noise; without, nothing is promised."""
+        return self.privacy.mechanism != "none" and bool(self.privacy.noise_multiplier)
+
+    def secret(self) -> bytes:
+        """What noise is drawn with; the ledger is there before it. Empty without noise.
+
+        Raises:
+            CheckpointCorruptError: the ledger, or the secret, is not what was written.
+            DiskFullError: no room for either.
+        """
+        if not self.pays:
+            return b""
+        self._ledger.entries()
+        return node_secret(self.purse.folder)
+
+    def steps(self) -> PrivateSteps | None:
+        """How the task's steps are noised; None where they aren't. Raises as `secret`."""
+        if self.privacy.mechanism != "dp_sgd":
+            return None
+        clip, z = self.privacy.clip_norm, self.privacy.noise_multiplier
+        assert clip is not None
+        assert z is not None
+        who = (self.purse.run, self.task.run, self.task.round, self.task.silo)
+        return PrivateSteps(clip, z, self.secret(), who)
+
+    def withheld(self, *names: str) -> dict[str, Any]:
+        """Figures of the text that no noise covers, where a mechanism covers what leaves."""
+        return dict.fromkeys(names) if self.privacy.mechanism != "none" else {}
+
+    def begin(self) -> None:
+        """Before training: that the text can pay for an answer; of dp_sgd, it has from here.
+
+        Raises:
+            PolicyError: it can't.
+            ResumeMismatchError: earlier tasks of this run had other noise.
+            CheckpointCorruptError, DiskFullError: see `Ledger.held`.
+        """
+        if self.pays:
+            with self._ledger.held() as entries:
+                if not any(self._asked(one) for one in entries):
+                    self._pay(entries, self._entry)
+                    if self.privacy.mechanism == "client":
+                        entries.pop()
+
+    def answered(self, digest: str) -> None:
+        """Before this answer leaves; raises as `begin`.
+
+        Args:
+            digest: of all that decides what leaves, the noise included.
+        """
+        if self.pays:
+            with self._ledger.held() as entries:
+                mine = [one for one in entries if self._asked(one)]
+                if any(one.answer == digest for one in mine):
+                    return
+                answered = self._entry.model_copy(update={"answer": digest})
+                if free := next((one for one in mine if one.answer is None), None):
+                    entries[entries.index(free)] = answered
+                else:
+                    self._pay(entries, answered)
+
+    def epsilon(self) -> Epsilon | None:
+        """What this run has cost the text so far; None where nothing is promised."""
+        if not self.pays:
+            return None
+        delta, unit = self.privacy.at_delta, self._entry.unit
+        cost = mu_squared(self._of_run(self._ledger.entries()), unit)
+        return Epsilon(value=epsilon(cost, delta), delta=delta, unit=unit)
+
+    @property
+    def _ledger(self) -> Ledger:
+        return Ledger(self.purse.folder, self.text)
+
+    @cached_property
+    def _entry(self) -> Entry:
+        z, task = self.privacy.noise_multiplier, self.task
+        assert z is not None
+        asked = [self.purse.run, task.run, task.round, task.silo, task.cursor, task.steps]
+        asked += [z, self.privacy.clip_norm, self.stream, self.spans]
+        return Entry(
+            run=self.purse.run,
+            question=_digest(asked),
+            unit=UNITS[self.privacy.mechanism],
+            multiplier=z,
+            tokens=self.tokens,
+            stream=self.stream,
+            spans=self.spans,
+        )
+
+    def _asked(self, entry: Entry) -> bool:
+        return entry.question == self._entry.question
+
+    def _of_run(self, entries: Sequence[Entry]) -> list[Entry]:
+        return [one for one in entries if one.run == self.purse.run]
+
+    def _pay(self, entries: list[Entry], new: Entry) -> None:
+        for one in self._of_run(entries):
+            if not math.isclose(one.multiplier, new.multiplier, rel_tol=_SAME):
+                raise ResumeMismatchError(
+                    f"privacy.noise_multiplier is {new.multiplier:g} for {self.task.silo}, and was "
+                    f"{one.multiplier:g} in earlier tasks of this run",
+                    hint="What was promised holds for one: go on with that, or start a new run.",
+                )
+        entries.append(new)
+        delta, run = self.privacy.at_delta, self._of_run(entries)
+        target, most = self.privacy.target_epsilon, self.purse.max_epsilon
+        for limit, at, counted, said in (
+            (target, delta, run, "privacy.target_epsilon"),
+            (most, min(delta, SITE_DELTA), entries, "policy.max_epsilon, over all runs"),
+        ):
+            cost = epsilon(mu_squared(counted, new.unit), at)
+            if limit is not None and cost > limit * (1 + _SAME):
+                raise PolicyError(
+                    f"epsilon spent: with this task the text of {self.task.silo} would have cost "
+                    f"{cost:.4g} at delta {at:g}, and {limit:g} is all it has ({said})",
+                    hint="It takes no part any more. More noise, or fewer rounds, cost less.",
+                )
+
+
+def spending_of(
+    config: RunConfig,
+    purse: Purse,
+    data: PreparedData,
+    task: FitTask,
+    opened: Callable[[], TokenStream],
+) -> Spending:
+    """Of a silo's task.
+
+    Args:
+        config: as photon.privacy.epsilon.settled has it.
+        opened: the task's stream.
+    """
+    texts = [data.silo(silo) for silo in sorted(set(task.pooled))]
+    text = _digest(sorted(shard.sha256 for one in texts for shard in one.shards(TRAIN)))
+    privacy, length = privacy_of(config, task.pooled[0]), config.data.sequence_length
+    if privacy.mechanism != "dp_sgd":
+        return Spending(privacy, purse, task, text)
+    parts = [
+        (name, [shard.sha256 for shard in one.splits[TRAIN][name]])
+        for one in texts
+        for name in one.sources
+    ]  # in which sequences are numbered
+    order = _digest([parts, config.run.seed, length])
+    with opened() as stream:
+        privacy = noised(config, task.pooled[0], stream)
+        spans = spans_of(stream, task.cursor, task.steps, config.local.batch_size)
+    return Spending(privacy, purse, task, text, length, order, spans)
+
+
+def of_group(privacy: PrivacyConfig, purse: Purse, task: FitTask, path: str) -> Spending:
+    """Of what a group sends up, or of a residual of one of its members."""
+    return Spending(privacy, purse, task, _digest(["group", path]))
+
+
+def noised(config: RunConfig, silo: str, stream: TokenStream) -> PrivacyConfig:
+    """[privacy] of a silo with its z: under dp_sgd, target_epsilon's is worked out of its text."""
+    privacy = privacy_of(config, silo)
+    if privacy.mechanism != "dp_sgd" or privacy.target_epsilon is None:
+        return privacy
+    nodes = dict(tables(config.federation.children)).get(silo, LEAF).nodes or 1
+    spans = spans_of(stream, 0, config.total_steps * nodes, config.local.batch_size)
+    whole = Entry(run="", question="", unit="sequence", multiplier=1.0, tokens=1, spans=spans)
+    z = multiplier(privacy.target_epsilon, privacy.at_delta, mu_squared([whole], "sequence"))
+    return privacy.model_copy(update={"noise_multiplier": z})
+
+
+def spans_of(stream: TokenStream, first: int, steps: int, batch: int) -> list[Span]:
+    """What a stretch of the stream costs: a sequence that m places of a step have moves m times as
+    far and costs m^2 / z^2, m at each place.
+    """
+    size, end = stream.sequences, first + steps * batch
+    if batch >= size:  # a silo of next to nothing: all of it is in each step, this often at most
+        return [(first // size, 0, size, steps * ((batch - 2) // size + 2) ** 2)]
+    epochs = range(first // size, (end - 1) // size + 1)
+    found = [(n, max(first - n * size, 0), min(end - n * size, size), 1) for n in epochs]
+    for start in {first + (n * size - first) // batch * batch for n in epochs if n * size > first}:
+        numbers = stream.numbers(start, batch)  # of a step across the end of an epoch
+        times = Counter(numbers)
+        for place, number in enumerate(numbers, start):
+            if times[number] > 1:
+                epoch, at = divmod(place, size)
+                found.append((epoch, at, at + 1, times[number] - 1))
+    return found
+
+
+def worst(told: Iterable[Epsilon | None]) -> Epsilon | None:
+    """The largest; None where anybody has none, or nobody answered."""
+    every = list(told)
+    known = [one for one in every if one is not None]
+    whole = known and len(known) == len(every)
+    return max(known, key=lambda one: one.value) if whole else None
+
+
+def misstated(config: RunConfig, task: FitTask, told: Epsilon | None) -> str | None:
+    """What is wrong with an epsilon that a silo, or group, states; None: nothing."""
+    child = config.federation.children.get(task.silo)
+    privacy = child.update_privacy if child else config.privacy
+    if child is not None and privacy.mechanism == "none":
+        return None  # its members state theirs
+    target, unit = privacy.target_epsilon, UNITS.get(privacy.mechanism)
+    pays = unit is not None and bool(target or privacy.noise_multiplier)
+    if (told is not None) != pays:
+        return f"its receipt has {'an' if told else 'no'} epsilon, and the run promises otherwise"
+    most, promised = (target or math.inf) * (1 + _SAME), (unit, privacy.at_delta)
+    if told is None or ((told.unit, told.delta) == promised and told.value <= most):
+        return None
+    return f"its receipt says an epsilon of {told.value:g} of a {told.unit} at delta {told.delta:g}"
+
+
+def _digest(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
