@@ -315,6 +315,19 @@ def test_a_sequence_without_a_finite_gradient_counts_as_nothing(monkeypatch):
     assert fit(one, NOISED).loss == 0
 
 
+def test_a_token_that_the_weights_forbid_is_not_told_of():
+    """Its loss is infinite, its gradient is not: an aggregator could ask whether it is there."""
+    one = trainer("gpt2")
+    head = torch.nn.Linear(32, WORDS)
+    one.model.set_output_embeddings(head)
+    tokens = torch.from_numpy(Text().batch(0, BATCH))
+    with torch.no_grad():
+        head.bias[19] = -math.inf  # not among the first, which are the made-up ones
+    losses = [training_loss(one.model, row)[1].detach() for row in tokens.split(1)]
+    assert len({math.isfinite(loss) for loss in losses}) == 2
+    assert math.isfinite(fit(one, WIDE).loss)
+
+
 def test_weights_that_give_no_loss_are_named():
     one = trainer()
     with torch.no_grad():

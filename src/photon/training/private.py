@@ -71,11 +71,13 @@ class ClippedSum:
         if math.isfinite(norm):
             share = self._clip_norm / max(self._clip_norm, norm)
             torch._foreach_add_(self._sums, gradients, alpha=share)
-            self._count, self._loss = self._count + 1, self._loss + loss.detach()
+            # Gradients may be finite where a loss is not; it must not end the run either.
+            self._loss += loss.detach().nan_to_num(0, 0, 0).clamp(max=1e6)
+            self._count += 1
 
     @property
     def loss(self) -> Tensor:
-        """Mean over the sequences that count, fp32 0-d; 0 without any."""
+        """Mean over the sequences that count, fp32 0-d and finite; 0 without any."""
         return self._loss / max(1, self._count)
 
 
