@@ -182,6 +182,14 @@ def test_what_can_not_be_is_refused_with_the_run_file(own, words, five_silos, ma
         make_config(five_silos, group)
 
 
+def test_a_target_of_answers_that_nobody_can_count_is_refused(five_silos, make_config):
+    target = 'update_privacy={mechanism="client", clip_norm=1, target_epsilon=1, delta=1e-5}'
+    key = ('parts.key=["*mlp*"]', "parts.key_rule=attention", "federation.policy.residuals=in")
+    group = f'federation.children.west={{silos=["a"], policy={{residuals="out"}}, {target}}}'
+    with pytest.raises(ConfigError, match="nobody knows how many will leave"):
+        make_config(five_silos, group, *key)
+
+
 @pytest.mark.parametrize("own", ["privacy", "update_privacy"])
 def test_what_would_void_a_group_s_promise_is_refused(own, five_silos, make_config):
     group = f"federation.children.west={{silos=['a'], {own}={clip(1)}}}"

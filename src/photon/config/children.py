@@ -385,6 +385,11 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
                 f"has update_privacy.secure_aggregation of {name!r}: whether its update is summed "
                 "with others' is said by [privacy] of the level above it"
             )
+        if child.update_privacy.target_epsilon and lets_residuals(config):
+            raise _refused(
+                f"has update_privacy.target_epsilon of {name!r} and a policy with residuals: "
+                "nobody knows how many will leave, each with noise of its own; use noise_multiplier"
+            )
         if child.update_privacy.mechanism == "dp_sgd":
             raise _refused(
                 f'has update_privacy.mechanism = "dp_sgd" of {name!r}: a group takes no steps of '
