@@ -72,7 +72,6 @@ MEMBERSHIPS = (
     Option("none"),
     Option("secure aggregation", SEALED),
     Option("client, z = 0.01", CLIENT | {"privacy.noise_multiplier": 0.01}),
-    Option("client, z = 0.1", CLIENT | {"privacy.noise_multiplier": 0.1}),
     Option("dp_sgd, clip alone", RECORD | {"privacy.noise_multiplier": 0.0}),
     Option("dp_sgd, epsilon 8", RECORD | {"privacy.target_epsilon": 8.0}),
     Option("dp_sgd, epsilon 2", RECORD | {"privacy.target_epsilon": 2.0}),
