@@ -165,8 +165,8 @@ def infinite_after_the_last_step(monkeypatch):
     fired = []
     train = Node._train
 
-    def overflowing(self, task):
-        result = train(self, task)
+    def overflowing(self, task, spending):
+        result = train(self, task, spending)
         if task.round == 2 and task.silo in ("red", CENTRALISED):
             fired.append(task.silo)
             with torch.no_grad():

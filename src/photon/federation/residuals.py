@@ -8,7 +8,7 @@ held against others. Barriers hold for whoever had it, at every step.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from photon.aggregation.attention import AttentionMean, cosine, projections
 from photon.config import LinkConfig, PrivacyConfig, RunConfig
 from photon.config.children import PolicyConfig
-from photon.federation.private import Purse, of_group
+from photon.federation.private import Purse, Spending, of_group
 from photon.federation.stages import leaving
 from photon.federation.tasks import FitTask, Residual
 from photon.telemetry.events import ResidualRouted
@@ -40,7 +40,9 @@ class Residuals:
         self._config, self._folder, self._own = config, folder, config.federation.policy
         children = config.federation.children.items()
         #: What pays for those of its members; nothing at the root.
-        self.spending = partial(of_group, PrivacyConfig(), Purse(folder, ""), path="")
+        self.spending: Callable[[FitTask], Spending] = partial(
+            of_group, PrivacyConfig(), Purse(folder, ""), path=""
+        )
         self._policies = {name: one.policy.within(self._own) for name, one in children}
         sends = any(one.lets("out") for one in (self._own, *self._policies.values()))
         self.least_share = config.parts.residual_share if sends else 0.0
