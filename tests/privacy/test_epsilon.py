@@ -14,6 +14,7 @@ from other_accountant import composed
 
 from photon.config import parse_run_config
 from photon.config.children import privacy_of
+from photon.errors import IncompatibleConfigError
 from photon.privacy.epsilon import epsilon, multiplier, settled
 
 MUS = st.floats(1e-4, 1e3)
@@ -58,7 +59,7 @@ def test_a_target_is_sized_for_all_that_a_silo_or_group_answers():
         "silos": ["a"],
         "rounds": 4,
         "update_privacy": target,
-        "children": {"d": {"nodes": 3}},
+        "children": {"d": {"silos": ["c"], "rounds": 2}},
     }
     tree = {
         "model": {"preset": "tiny"},
@@ -67,9 +68,12 @@ def test_a_target_is_sized_for_all_that_a_silo_or_group_answers():
         "federation": {"rounds": 5, "children": {"west": west}},
     }
     config = settled(parse_run_config(tree))
-    for silo, answers in (("b", 5), ("a", 20), ("d", 60)):
+    for silo, answers in (("b", 5), ("a", 20), ("c", 40)):
         z = privacy_of(config, silo).noise_multiplier
         assert epsilon(answers / z**2, 1e-5) == pytest.approx(2.0)
     own = config.federation.children["west"].update_privacy
     assert own.noise_multiplier == config.privacy.noise_multiplier
     assert settled(config) == config
+    west["children"] = {"d": {"nodes": 3, "rounds": 2}}
+    with pytest.raises(IncompatibleConfigError, match=r"children\.d has nodes"):
+        parse_run_config(tree)

@@ -311,6 +311,11 @@ def _check_policies(
     for name, child in {**federation.children, **like}.items():
         within, where = inside(config, child), f"{place}.children.{name}"
         _check_policies(within, where, policy)
+        if child.nodes and within.privacy.mechanism == "client" and within.privacy.target_epsilon:
+            raise IncompatibleConfigError(
+                f"{where} has nodes, each of which answers for its text; target_epsilon is of one "
+                'answer a round: use noise_multiplier, or mechanism = "dp_sgd"'
+            )
         if within.privacy.secure_aggregation and name in federation.children:
             _check_sum(child, where)
         if config.privacy.secure_aggregation and child.update_codec not in ("fp32", "int8"):

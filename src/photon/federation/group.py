@@ -81,9 +81,9 @@ class Group:
         self._path, self._name, self._key = path, (name := path.rpartition("/")[2]), key
         self._fleet, self._served = fleet, on_round is not None
         self.purse = Purse(folder, config.run.name)  # of who runs it, unless a site has its own
-        config = settled(config)
         self._on_round = on_round or (lambda number, over, version: None)
-        self._child = child = config.federation.children[name]
+        child = config.federation.children[name]
+        self._child = settled(config).federation.children[name]
         self._around = config.federation.policy
         self._config = config = inside(config, child)
         draws = {"seed": config.run.seed ^ zlib.crc32(name.encode())}  # of its own

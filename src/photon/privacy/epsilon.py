@@ -65,7 +65,7 @@ def _halved(low: float, high: float, beyond: Callable[[float], bool]) -> tuple[f
 def settled(config: RunConfig) -> RunConfig:
     """The run file with the z of each client mechanism that has target_epsilon in its place.
 
-    A silo, or group, answers once in each round of its level, and each of a silo's nodes does.
+    A silo, or group, answers once in each round of its level.
     """
 
     def sized(privacy: PrivacyConfig, answers: int) -> PrivacyConfig:
@@ -79,7 +79,7 @@ def settled(config: RunConfig) -> RunConfig:
         children: Children = {}
         for name, child in level.children.items():
             nearest, inner = child.privacy or privacy, rounds * child.rounds
-            own = {"privacy": sized(nearest, inner * (child.nodes or 1))}
+            own = {"privacy": sized(nearest, inner)}
             own |= {"update_privacy": sized(child.update_privacy, rounds)}
             own |= {"children": below(child, nearest, inner)}
             children[name] = child.model_copy(update=own)
