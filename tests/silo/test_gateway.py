@@ -59,8 +59,8 @@ class Place:
         self.calls.append(made)
         return made
 
-    def ask(self) -> str:
-        return self.desk.roster.letters.push(self.desk.task("blue").id, MESSAGE)
+    def ask(self, message: bytes = MESSAGE) -> str:
+        return self.desk.roster.letters.push(self.desk.task("blue").id, message)
 
 
 @pytest.fixture
@@ -170,15 +170,19 @@ def test_either_side_may_start_later_or_anew(place: Place, monkeypatch) -> None:
     assert found[0]["ok"]
 
 
-def test_while_there_is_no_trainer_both_sides_are_told_until_when(place: Place) -> None:
+@pytest.mark.parametrize("kind", ["fit", "share"])
+def test_while_there_is_no_trainer_both_sides_are_told_until_when(kind: str, place: Place) -> None:
     place.start(wait_s=1.5)
     waited(lambda: place.told)
     assert place.told == ["waits for a trainer: `photon join --trainer` where the GPUs are"]
     assert "blue" not in place.desk.roster.presences()
-    place.ask()
+    ask = (
+        ASK if kind == "fit" else ASK.replace(b'"fit": {', b'"secure": {').replace(b"fit", b"share")
+    )
+    place.ask(encoded(SealedAsk(ask=ask.decode(), signature="not looked at here")))
     waited(lambda: "is kept open for it" in place.told[-1])
     (seen, _) = waited(lambda: place.desk.roster.presences().get("blue"))
-    assert (seen.state, seen.task, seen.boot) == ("loading", f"{RUN}/fit/1/blue", "boot")
+    assert (seen.state, seen.task, seen.boot) == ("loading", f"{RUN}/{kind}/1/blue", "boot")
     assert "until" in seen.detail
     waited(lambda: "the aggregator goes on" in place.told[-1])
     assert place.trainer.task("any", ()) is not None

@@ -314,7 +314,7 @@ class Calls:
         task = ""
         with suppress(ValueError, LookupError, TypeError, RecursionError):
             ask = json.loads(_text_of(message))
-            number = ask[ask["kind"]]["round"]
+            number = (ask.get(ask["kind"]) or ask["secure"])["round"]
             task = f"{ask['run']['id']}/{ask['kind']}/{number}/{ask['silo']}"
         return Presence("loading", task=task, detail=words, boot=self._boot)
 
