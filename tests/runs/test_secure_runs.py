@@ -6,7 +6,9 @@ import json
 from dataclasses import replace
 
 import pytest
+from federations_in_process import Region
 from served_in_process import SMALL, Served
+from silos_in_process import join_all
 
 from photon.config import parse_run_config
 from photon.dashboard.report import write_report
@@ -14,8 +16,9 @@ from photon.engines.local import LocalEngine
 from photon.errors import ConfigError, IncompatibleConfigError, QuorumLostError
 from photon.federation import FitTask, SecureReceipt, SecureTask, Update
 from photon.federation.secure_rounds import COHORTS_FILE
-from photon.membership.keys import NodeKey
+from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.runs import resume, simulate
+from photon.store.contract import FolderStore
 from photon.telemetry import read_history
 from photon.telemetry.events import LocalFinished, RoundMerged, UpdateDropped
 
@@ -190,6 +193,64 @@ def test_groups_sum_their_own(make_config, five_silos, tmp_path):
     assert {name for name, norm in norms.items() if norm is None} == {"a", "b", "c"}
     assert (tmp_path / "run" / "nodes" / "north" / COHORTS_FILE).is_file()
     assert result.summary["global_loss"] > 0
+
+
+NINE = {f"{group}{number}": 8 for group in "xyz" for number in "123"}
+TREE = (
+    "local.steps=4",
+    "federation.rounds=2",
+    "federation.max_update_norm=none",
+    "eval.max_tokens=500",
+    "serve.min_silos=3",
+    "privacy.secure_aggregation=true",
+    "federation.children={"
+    + ", ".join(f'{g} = {{silos = ["{g}1", "{g}2", "{g}3"], rounds = 2}}' for g in "xyz")
+    + "}",
+)
+
+
+@pytest.fixture(scope="module")
+def nine_silos(prepare_text, tmp_path_factory):
+    return prepare_text(tmp_path_factory.mktemp("nine"), NINE)
+
+
+@pytest.fixture(scope="module")
+def tree(make_config, nine_silos):
+    """Three groups of three; groups and their members send sums alone."""
+    return make_config(nine_silos, *TREE)
+
+
+@pytest.fixture(scope="module")
+def calm_tree(tree, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tree") / "run"
+    return folder, weights_of(simulate(tree, run_dir=folder))
+
+
+def test_a_tree_sums_at_both_levels(calm_tree):
+    folder, _ = calm_tree
+    told = read_history(folder).of(LocalFinished)
+    assert {one.silo for one in told} == {*NINE, *"xyz"}
+    assert {one.update_norm for one in told} == {None}
+    for name in "xyz":
+        assert (folder / "nodes" / name / COHORTS_FILE).is_file()
+
+
+def test_served_federations_inside_one_come_to_the_same(tree, calm_tree, nine_silos, tmp_path):
+    """`photon serve --parent`: a region seals its update as a silo does, and sums its members'."""
+    root = Served(tree, tmp_path, names=())
+    key = NodeKey.load(tmp_path / "home" / AGGREGATOR_KEY_FILE)
+    for number, (name, child) in enumerate(tree.federation.children.items(), 1):
+        root.silos[name] = Region(tmp_path, name, child, nine_silos, key, f"{number}" * 32)
+        root.silos[name].store = FolderStore(tmp_path / "store")
+    join_all(root.roster, root.silos)
+    summary = root.go_on().summary
+    assert summary["weights_sha256"] == calm_tree[1]
+    assert root.audit().updates == 6
+    for region in root.silos.values():
+        assert region.audit().updates == 12
+        kinds = [ask.kind for ask in region.wire.asked]
+        assert {kind: kinds.count(kind) for kind in PHASES} == dict.fromkeys(PHASES, 12)
+        region.close()
 
 
 # --- served -----------------------------------------------------------------------------------

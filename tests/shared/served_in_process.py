@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import silos_in_process
@@ -55,13 +56,19 @@ class Served:
         self.watch: Callable[[], None] = lambda: None
 
     def go_on(self):
-        """As another process would; the silos that are not quiet say all the time that they are."""
+        """As another process would."""
+        with self.here():
+            return continue_run(self.folder, self.wire)
+
+    @contextmanager
+    def here(self):
+        """The silos that are not quiet say all the time that they are here."""
         over = threading.Event()
         self._be_here()
         telling = threading.Thread(target=self._tell, args=(over,))
         telling.start()
         try:
-            return continue_run(self.folder, self.wire)
+            yield
         finally:
             over.set()
             telling.join()
