@@ -9,8 +9,10 @@ import pytest
 from federations_in_process import Region
 from served_in_process import SMALL, Served
 from silos_in_process import join_all
+from typer.testing import CliRunner
 
-from photon.config import parse_run_config
+from photon.cli.main import app
+from photon.config import parse_run_config, write_resolved
 from photon.dashboard.report import write_report
 from photon.engines.local import LocalEngine
 from photon.errors import ConfigError, IncompatibleConfigError, QuorumLostError
@@ -251,6 +253,21 @@ def test_served_federations_inside_one_come_to_the_same(tree, calm_tree, nine_si
         kinds = [ask.kind for ask in region.wire.asked]
         assert {kind: kinds.count(kind) for kind in PHASES} == dict.fromkeys(PHASES, 12)
         region.close()
+
+
+@pytest.mark.slow
+def test_a_node_of_two_ranks_seals_one_update(make_config, five_silos, tmp_path):
+    run = make_config(five_silos, *SECURE, "federation.rounds=1", "eval.every=1")
+    write_resolved(run, tmp_path / "run.toml")
+    ranks = ("--set", "compute.processes=2", "--set", "compute.strategy=ddp")
+    words = ["simulate", str(tmp_path / "run.toml"), "--run-dir", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*words, "--quiet", *ranks])
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "run" / "summary.json").read_text())
+    norms = {one.update_norm for one in read_history(tmp_path / "run").of(LocalFinished)}
+    assert norms == {None}
+    alone = simulate(run, run_dir=tmp_path / "alone").summary
+    assert told["global_loss"] == pytest.approx(alone["global_loss"], rel=1e-3)
 
 
 # --- served -----------------------------------------------------------------------------------
