@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 
 from photon.config import RunConfig, parse_run_config
-from photon.data import PreparedData, PrepareOptions, held_out_text, open_data, prepare
-from photon.federation.node import initial_model, open_stream
+from photon.data import PreparedData, PrepareOptions, held_out_text, open_data, open_stream, prepare
+from photon.federation.node import initial_model
 from photon.models import trainable_parameters
 from photon.runs import load_weights, simulate
 from trainer import machine, table

@@ -6,8 +6,8 @@ from torch import nn
 
 from peers.turns import Turns, Work, parameter_count
 from photon.config import RunConfig, parse_run_config
-from photon.data import open_data
-from photon.federation.node import initial_model, open_stream
+from photon.data import open_data, open_stream
+from photon.federation.node import initial_model
 from photon.training import Schedule, Trainer, plan_compute
 
 

@@ -90,8 +90,8 @@ def test_k_participants_with_one_sgd_step_are_one_large_batch(three_silos, make_
         "local.schedule=constant",
     )
     simulate(config, run_dir=tmp_path / "federated")
-    from photon.data import open_data
-    from photon.federation.node import initial_model, open_stream
+    from photon.data import open_data, open_stream
+    from photon.federation.node import initial_model
     from photon.models import training_loss
 
     data = open_data(config.data.path)

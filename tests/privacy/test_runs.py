@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,8 @@ from served_in_process import Served
 
 from photon.config import write_resolved
 from photon.config.node import NodeDataConfig
-from photon.data import open_data
+from photon.data import open_data, open_stream
 from photon.errors import QuorumLostError
-from photon.federation.node import open_stream
 from photon.federation.private import Purse, misstated, noised, spending_of
 from photon.federation.tasks import Epsilon, FitTask
 from photon.privacy import SECRET_FILE
@@ -220,8 +218,7 @@ def test_a_text_pays_under_any_name(three_silos, make_config, tmp_path):
 
     def spending(name, part):
         task = FitTask("run", 1, name, 0, 1, None)
-        opened = partial(open_stream, config, part, [name])
-        return spending_of(config, Purse(tmp_path, "run"), part, task, opened)
+        return spending_of(config, Purse(tmp_path, "run"), part, task)
 
     renamed = own_part(data, NodeDataConfig(path=str(three_silos), silo="red"), "crimson")
     red, crimson = spending("red", data), spending("crimson", renamed)

@@ -55,6 +55,16 @@ class PrivacyConfig(Section):
     )
 
     @property
+    def promises(self) -> bool:
+        """Whether there is noise; without, nothing is promised."""
+        return self.mechanism != "none" and bool(self.noise_multiplier or self.target_epsilon)
+
+    @property
+    def unit(self) -> Literal["sequence", "client"]:
+        """What is protected."""
+        return "sequence" if self.mechanism == "dp_sgd" else "client"
+
+    @property
     def deviation(self) -> float:
         """Standard deviation of the noise on each coordinate of an update, z C."""
         client = self.mechanism == "client"

@@ -5,7 +5,7 @@ from photon.data.options import PrepareOptions
 from photon.data.partition import DocumentInfo, Partitioner
 from photon.data.prepare import prepare
 from photon.data.prepared import PreparedData, SiloData, open_data
-from photon.data.stream import TokenStream, token_stream
+from photon.data.stream import TokenStream, open_stream, token_stream
 from photon.data.tokenizer import load_tokenizer, tokenizer_identity
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "held_out_text",
     "load_tokenizer",
     "open_data",
+    "open_stream",
     "prepare",
     "token_stream",
     "tokenizer_identity",

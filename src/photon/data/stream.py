@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from photon.config import RunConfig
 from photon.data.prepared import PreparedData
 from photon.data.shards import TRAIN, TokenRun
 from photon.errors import DataError, EmptySiloError, IncompatibleConfigError, SequenceTooLongError
@@ -100,6 +101,13 @@ class TokenStream:
             (self._runs[text], (window - self._firsts[text]) * self.sequence_length)
             for window, text in zip(windows, texts, strict=True)
         ]
+
+
+def open_stream(config: RunConfig, data: PreparedData, silos: Sequence[str]) -> TokenStream:
+    """The training text of these silos, pooled, as a run has it; raises as `token_stream`."""
+    return token_stream(
+        data, silos, config.data.sequence_length, config.run.seed, config.data.mixture or None
+    )
 
 
 def token_stream(

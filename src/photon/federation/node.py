@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from photon.config import RunConfig
-from photon.data import PreparedData, held_out_text, open_data, token_stream
+from photon.data import PreparedData, held_out_text, open_data, open_stream
 from photon.data.held_out import Window
 from photon.energy.account import JOULES, Spent
 from photon.energy.meter import METER
@@ -344,8 +344,7 @@ class Node:
             )
 
     def _spending(self, task: FitTask) -> Spending:
-        stream = partial(open_stream, self._config, self._data, task.pooled)
-        return spending_of(self._config, self._purse, self._data, task, stream)
+        return spending_of(self._config, self._purse, self._data, task)
 
     def _train(self, task: FitTask, spending: Spending) -> LocalResult:
         config = self._config
@@ -507,13 +506,6 @@ def empty_model(config: RunConfig, *, vocab_size: int, eos_id: int) -> nn.Module
     )
     lay_out(model, config.parts)
     return model
-
-
-def open_stream(config: RunConfig, data: PreparedData, silos: Sequence[str]):
-    """The training text of these silos, pooled."""
-    return token_stream(
-        data, silos, config.data.sequence_length, config.run.seed, config.data.mixture or None
-    )
 
 
 def stream_seed(seed: int, silos: Sequence[str]) -> int:

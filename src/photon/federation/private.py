@@ -1,7 +1,6 @@
 """Differential privacy of a task: which noise it takes, and what its text may still spend.
 
-A silo's updates under `client`, or its steps under `dp_sgd`, are Gaussian mechanisms whose cost is
-in the ledger of its text. So is a group's update, whose "text" is its name.
+A group's update has a ledger as a silo's has; its "text" is its name.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,19 +17,17 @@ from typing import Any
 
 from photon.config import PrivacyConfig, RunConfig
 from photon.config.children import LEAF, privacy_of, tables
-from photon.data import PreparedData, TokenStream
+from photon.data import PreparedData, TokenStream, open_stream
 from photon.data.shards import TRAIN
 from photon.errors import PolicyError, ResumeMismatchError
 from photon.federation.tasks import Epsilon, FitTask
 from photon.privacy import node_secret
 from photon.privacy.epsilon import epsilon, multiplier
-from photon.privacy.ledger import Entry, Ledger, Span, Unit, mu_squared
+from photon.privacy.ledger import Entry, Ledger, Span, mu_squared
 from photon.training import PrivateSteps
 
 #: A site's max_epsilon holds at this delta, or the run's where that is less.
 SITE_DELTA = 1e-5
-#: What a mechanism protects.
-UNITS: dict[str, Unit] = {"dp_sgd": "sequence", "client": "client"}
 #: Two z that are as near are one: another machine may round otherwise.
 _SAME = 1e-9
 
@@ -68,21 +65,11 @@ class Spending:
     stream: str = ""
     spans: list[Span] = field(default_factory=list)
 
-    @property
-    def pays(self) -> bool:
-        """Whether there is noise; without, nothing is promised."""
-        return self.privacy.mechanism != "none" and bool(self.privacy.noise_multiplier)
-
     def secret(self) -> bytes:
-        """What noise is drawn with; the ledger is there before it. Empty without noise.
-
-        Raises:
-            CheckpointCorruptError: the ledger, or the secret, is not what was written.
-            DiskFullError: no room for either.
-        """
-        if not self.pays:
+        """What noise is drawn with; empty without noise. Raises as `begin`, but for the budget."""
+        if not self.privacy.promises:
             return b""
-        self._ledger.entries()
+        self._ledger.entries()  # it is there before the secret
         return node_secret(self.purse.folder)
 
     def steps(self) -> PrivateSteps | None:
@@ -105,11 +92,11 @@ class Spending:
         Raises:
             PolicyError: it can't.
             ResumeMismatchError: earlier tasks of this run had other noise.
-            CheckpointCorruptError, DiskFullError: see `Ledger.held`.
+            CheckpointCorruptError, DiskFullError: see `Ledger.held` and `node_secret`.
         """
-        if self.pays:
+        if self.privacy.promises:
             with self._ledger.held() as entries:
-                if not any(self._asked(one) for one in entries):
+                if all(one.question != self._entry.question for one in entries):
                     self._pay(entries, self._entry)
                     if self.privacy.mechanism == "client":
                         entries.pop()
@@ -120,22 +107,19 @@ class Spending:
         Args:
             digest: of all that decides what leaves, the noise included.
         """
-        if self.pays:
+        if self.privacy.promises:
+            answered = self._entry.model_copy(update={"answer": digest})
             with self._ledger.held() as entries:
-                mine = [one for one in entries if self._asked(one)]
-                if any(one.answer == digest for one in mine):
-                    return
-                answered = self._entry.model_copy(update={"answer": digest})
-                if free := next((one for one in mine if one.answer is None), None):
-                    entries[entries.index(free)] = answered
-                else:
+                if self._entry in entries:
+                    entries[entries.index(self._entry)] = answered
+                elif answered not in entries:
                     self._pay(entries, answered)
 
     def epsilon(self) -> Epsilon | None:
         """What this run has cost the text so far; None where nothing is promised."""
-        if not self.pays:
+        if not self.privacy.promises:
             return None
-        delta, unit = self.privacy.at_delta, self._entry.unit
+        delta, unit = self.privacy.at_delta, self.privacy.unit
         cost = mu_squared(self._of_run(self._ledger.entries()), unit)
         return Epsilon(value=epsilon(cost, delta), delta=delta, unit=unit)
 
@@ -145,24 +129,21 @@ class Spending:
 
     @cached_property
     def _entry(self) -> Entry:
-        z, task = self.privacy.noise_multiplier, self.task
+        task, z = self.task, self.privacy.noise_multiplier
         assert z is not None
         asked = [self.purse.run, task.run, task.round, task.silo, task.cursor, task.steps]
         asked += [z, self.privacy.clip_norm, self.stream, self.spans]
         return Entry(
             run=self.purse.run,
             question=_digest(asked),
-            unit=UNITS[self.privacy.mechanism],
+            unit=self.privacy.unit,
             multiplier=z,
             tokens=self.tokens,
             stream=self.stream,
             spans=self.spans,
         )
 
-    def _asked(self, entry: Entry) -> bool:
-        return entry.question == self._entry.question
-
-    def _of_run(self, entries: Sequence[Entry]) -> list[Entry]:
+    def _of_run(self, entries: Iterable[Entry]) -> list[Entry]:
         return [one for one in entries if one.run == self.purse.run]
 
     def _pay(self, entries: list[Entry], new: Entry) -> None:
@@ -171,7 +152,7 @@ class Spending:
                 raise ResumeMismatchError(
                     f"privacy.noise_multiplier is {new.multiplier:g} for {self.task.silo}, and was "
                     f"{one.multiplier:g} in earlier tasks of this run",
-                    hint="What was promised holds for one: go on with that, or start a new run.",
+                    hint="Go on with that, for which the promise is, or start a new run.",
                 )
         entries.append(new)
         delta, run = self.privacy.at_delta, self._of_run(entries)
@@ -189,31 +170,15 @@ class Spending:
                 )
 
 
-def spending_of(
-    config: RunConfig,
-    purse: Purse,
-    data: PreparedData,
-    task: FitTask,
-    opened: Callable[[], TokenStream],
-) -> Spending:
-    """Of a silo's task.
-
-    Args:
-        config: as photon.privacy.epsilon.settled has it.
-        opened: the task's stream.
-    """
-    texts = [data.silo(silo) for silo in sorted(set(task.pooled))]
-    text = _digest(sorted(shard.sha256 for one in texts for shard in one.shards(TRAIN)))
-    privacy, length = privacy_of(config, task.pooled[0]), config.data.sequence_length
+def spending_of(config: RunConfig, purse: Purse, data: PreparedData, task: FitTask) -> Spending:
+    """Of a silo's task, by a run file as photon.privacy.epsilon.settled has it."""
+    shards = [one.sha256 for silo in {*task.pooled} for one in data.silo(silo).shards(TRAIN)]
+    privacy, text = privacy_of(config, task.pooled[0]), _digest(sorted(shards))
     if privacy.mechanism != "dp_sgd":
         return Spending(privacy, purse, task, text)
-    parts = [
-        (name, [shard.sha256 for shard in one.splits[TRAIN][name]])
-        for one in texts
-        for name in one.sources
-    ]  # in which sequences are numbered
-    order = _digest([parts, config.run.seed, length])
-    with opened() as stream:
+    length = config.data.sequence_length
+    order = _digest([data.sha256, config.run.seed, length])
+    with open_stream(config, data, task.pooled) as stream:
         privacy = noised(config, task.pooled[0], stream)
         spans = spans_of(stream, task.cursor, task.steps, config.local.batch_size)
     return Spending(privacy, purse, task, text, length, order, spans)
@@ -267,13 +232,12 @@ def misstated(config: RunConfig, task: FitTask, told: Epsilon | None) -> str | N
     """What is wrong with an epsilon that a silo, or group, states; None: nothing."""
     child = config.federation.children.get(task.silo)
     privacy = child.update_privacy if child else config.privacy
-    if child is not None and privacy.mechanism == "none":
+    if child and privacy.mechanism == "none":
         return None  # its members state theirs
-    target, unit = privacy.target_epsilon, UNITS.get(privacy.mechanism)
-    pays = unit is not None and bool(target or privacy.noise_multiplier)
-    if (told is not None) != pays:
+    if (told is not None) != privacy.promises:
         return f"its receipt has {'an' if told else 'no'} epsilon, and the run promises otherwise"
-    most, promised = (target or math.inf) * (1 + _SAME), (unit, privacy.at_delta)
+    most = (privacy.target_epsilon or math.inf) * (1 + _SAME)
+    promised = (privacy.unit, privacy.at_delta)
     if told is None or ((told.unit, told.delta) == promised and told.value <= most):
         return None
     return f"its receipt says an epsilon of {told.value:g} of a {told.unit} at delta {told.delta:g}"

@@ -64,7 +64,7 @@ def leaving(
     """
     if spending.privacy.mechanism == "client":
         delta = _noised(spending, task, delta)
-    elif spending.pays:
+    elif spending.privacy.promises:
         spending.answered(stream_sha256(delta()))
     seal = Seal(folder, task.silo, task.sealing) if task.sealing else None
     update, header = pack(link, folder, task, delta, seal), update_header(task, shapes)

@@ -44,13 +44,10 @@ def epsilon(mu_squared: float, delta: float) -> float:
 @lru_cache
 def multiplier(target: float, delta: float, times: float) -> float:
     """The least z with which mechanisms that cost `times` / z^2 have epsilon = target at delta."""
-    # Of the bound above, solved for mu: it is too much noise, and mu grows from there.
-    root = math.sqrt(2 * math.log(1 / delta))
-    least = 2 * target / (root + math.sqrt(root**2 + 2 * target))
-    most = least
+    most = 1.0
     while delta_of(target, most) <= delta:
         most *= 2
-    mu, _ = _halved(least, most, lambda middle: delta_of(target, middle) > delta)
+    mu, _ = _halved(0.0, most, lambda middle: delta_of(target, middle) > delta)
     return math.sqrt(times) / mu
 
 
@@ -69,8 +66,7 @@ def settled(config: RunConfig) -> RunConfig:
     """
 
     def sized(privacy: PrivacyConfig, answers: int) -> PrivacyConfig:
-        done = privacy.noise_multiplier is not None
-        if privacy.mechanism != "client" or not privacy.target_epsilon or done:
+        if privacy.mechanism != "client" or privacy.target_epsilon is None:
             return privacy
         z = multiplier(privacy.target_epsilon, privacy.at_delta, answers)
         return privacy.model_copy(update={"noise_multiplier": z})
@@ -79,13 +75,14 @@ def settled(config: RunConfig) -> RunConfig:
         children: Children = {}
         for name, child in level.children.items():
             nearest, inner = child.privacy or privacy, rounds * child.rounds
-            own = {"privacy": sized(nearest, inner)}
-            own |= {"update_privacy": sized(child.update_privacy, rounds)}
-            own |= {"children": below(child, nearest, inner)}
+            own = {
+                "privacy": sized(nearest, inner),
+                "update_privacy": sized(child.update_privacy, rounds),
+                "children": below(child, nearest, inner),
+            }
             children[name] = child.model_copy(update=own)
         return children
 
-    rounds = config.federation.rounds
-    children = below(config.federation, config.privacy, rounds)
-    own = sized(config.privacy, rounds)
-    return config.having(privacy=own, federation={"children": children})
+    privacy, rounds = config.privacy, config.federation.rounds
+    children = below(config.federation, privacy, rounds)
+    return config.having(privacy=sized(privacy, rounds), federation={"children": children})

@@ -13,7 +13,6 @@ noted when it leaves. No clock is read.
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -56,8 +55,9 @@ class Entry(Section):
     answer: str | None = None
 
 
-class _Account(Section):
-    entries: list[Entry] = Field(default_factory=list)
+class _File(Section):
+    texts: list[str] = Field(default_factory=list)  # of LEDGERS
+    entries: list[Entry] = Field(default_factory=list)  # of a text's
 
 
 def mu_squared(entries: Iterable[Entry], unit: Unit) -> float:
@@ -131,29 +131,28 @@ class Ledger:
         index = self._folder / LEDGERS
         if not index.exists() and (self._folder / SECRET_FILE).exists():
             raise _lost(index, f"{SECRET_FILE} is there, and what it was used for is not")
-        texts = _parsed(index).get("texts", []) if index.exists() else []
-        if self._text in texts:
-            if not self._path.exists():
-                raise _lost(self._path, f"{LEDGERS} names it, and it is gone")
-            try:
-                return list(_Account.model_validate_json(self._path.read_bytes()).entries)
-            except ValidationError as error:
-                raise _lost(self._path, f"it can't be read: {error.errors()[0]['msg']}") from error
-        if not self._path.exists():  # else a kill came between the two
-            self._write([])
-        write_json(index, {"texts": [*texts, self._text]}, "which texts have ledgers", mode=0o600)
-        return self._read()
+        texts = _parsed(index).texts if index.exists() else []
+        if self._text in texts and not self._path.exists():
+            raise _lost(self._path, f"{LEDGERS} names it, and it is gone")
+        entries = _parsed(self._path).entries if self._path.exists() else []
+        if self._text not in texts:  # its file first: a kill may come between the two
+            self._write(entries)
+            _write(index, _File(texts=[*texts, self._text]), "which texts have ledgers")
+        return entries
 
     def _write(self, entries: list[Entry]) -> None:
-        record = _Account(entries=entries).model_dump(exclude_defaults=True)
-        write_json(self._path, record, "what a text has spent", mode=0o600)
+        _write(self._path, _File(entries=entries), "what a text has spent")
 
 
-def _parsed(path: Path) -> dict[str, list[str]]:
+def _write(path: Path, record: _File, what: str) -> None:
+    write_json(path, record.model_dump(exclude_defaults=True), what, mode=0o600)
+
+
+def _parsed(path: Path) -> _File:
     try:
-        return {"texts": [*map(str, json.loads(path.read_bytes())["texts"])]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise _lost(path, f"it can't be read: {error!r}") from error
+        return _File.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise _lost(path, f"it can't be read: {error.errors()[0]['msg']}") from error
 
 
 def _lost(path: Path, why: str) -> CheckpointCorruptError:

@@ -17,7 +17,7 @@ from photon.config import RunConfig, write_resolved
 from photon.config.children import LEAF, check_children, participants, refuse_children
 from photon.config.clock import ClockConfig
 from photon.config.load import load_clock
-from photon.data import PreparedData, open_data
+from photon.data import PreparedData, open_data, open_stream
 from photon.energy.account import Power, Spent, witness
 from photon.energy.meter import METER
 from photon.engines.groups import in_the_round, with_groups
@@ -40,7 +40,7 @@ from photon.federation import (
     sample_participants,
 )
 from photon.federation.layout import layout_of, require_own_rows
-from photon.federation.node import empty_model, initial_model, open_stream
+from photon.federation.node import empty_model, initial_model
 from photon.federation.outstanding import Order
 from photon.federation.secure_rounds import require_room
 from photon.models import model_fingerprint, tokenizer_file_of, trainable_parameters
