@@ -29,8 +29,7 @@ from photon.energy.account import Power, Spent
 from photon.energy.counters import Packages
 from photon.energy.meter import METER, Meter
 from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version
-from photon.federation.layout import layout_of
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model, layout_of
 from photon.federation.tasks import WEIGHTS
 
 

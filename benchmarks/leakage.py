@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from photon.config import RunConfig, parse_run_config
 from photon.data import PreparedData, PrepareOptions, held_out_text, open_data, open_stream, prepare
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model
 from photon.models import trainable_parameters
 from photon.runs import load_weights, simulate
 from trainer import machine, table

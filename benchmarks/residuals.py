@@ -24,8 +24,7 @@ from codec_quality import small_llama
 from photon.aggregation.edit import module_of
 from photon.config import RunConfig
 from photon.data import open_data
-from photon.federation.layout import layout_of
-from photon.federation.node import empty_model
+from photon.federation.layout import empty_model, layout_of
 from photon.federation.tasks import WEIGHTS, parcel_header
 from photon.link import Entry, entries_bytes
 from photon.runs import simulate

@@ -58,7 +58,7 @@ from peers.photon_loop import make_trainer
 from peers.turns import Work
 from photon.config import ModelConfig, RunConfig, parse_run_config
 from photon.data import open_data, open_stream
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model
 from photon.models import training_loss
 from photon.models.presets import preset_config
 from photon.models.quiet import quiet_transformers

@@ -28,7 +28,7 @@ from deployment.links import inside, ip
 from photon.config import load_run_config
 from photon.data import open_data
 from photon.deploy.ports import free_ports
-from photon.federation.node import empty_model
+from photon.federation.layout import empty_model
 from photon.runs.plan import exchange_s
 from photon.telemetry import read_history
 from photon.telemetry.events import LocalFinished, RoundFinished

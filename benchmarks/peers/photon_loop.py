@@ -7,7 +7,7 @@ from torch import nn
 from peers.turns import Turns, Work, parameter_count
 from photon.config import RunConfig, parse_run_config
 from photon.data import open_data, open_stream
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model
 from photon.training import Schedule, Trainer, plan_compute
 
 

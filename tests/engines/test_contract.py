@@ -12,7 +12,7 @@ from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
 from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version, fitted
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model
 from photon.federation.tasks import WEIGHTS, update_header
 from photon.link import plain_bytes, tensors_sha256
 from photon.models import trainable_parameters

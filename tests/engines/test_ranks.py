@@ -13,8 +13,7 @@ from photon.data import open_data
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
 from photon.federation import EvalTask, FitTask, Node, NodeSettings, Version, fitted
-from photon.federation.layout import layout_of
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model, layout_of
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.telemetry.events import ComputeChosen, LocalProgress, WorkerLost
 from photon.training import InnerOptimizer

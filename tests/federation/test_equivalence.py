@@ -16,7 +16,7 @@ def distance(one, other) -> float:
 
 def moved(folder, config) -> float:
     from photon.data import open_data
-    from photon.federation.node import initial_model
+    from photon.federation.layout import initial_model
 
     start = initial_model(config, open_data(config.data.path))
     end = load_weights(folder)[0]
@@ -91,7 +91,7 @@ def test_k_participants_with_one_sgd_step_are_one_large_batch(three_silos, make_
     )
     simulate(config, run_dir=tmp_path / "federated")
     from photon.data import open_data, open_stream
-    from photon.federation.node import initial_model
+    from photon.federation.layout import initial_model
     from photon.models import training_loss
 
     data = open_data(config.data.path)

@@ -13,7 +13,7 @@ from photon.errors import ConfigError
 from photon.federation import CheckpointStore, FitTask, Node, NodeSettings
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Version
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model
 from photon.federation.norm_bound import SLACK, norm_bound
 from photon.federation.tasks import WEIGHTS
 from photon.models import trainable_parameters

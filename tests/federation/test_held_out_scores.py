@@ -9,7 +9,7 @@ import photon
 from photon.data import open_data
 from photon.federation import EvalTask, Node, NodeSettings, Version
 from photon.federation import node as node_module
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model
 from photon.federation.tasks import WEIGHTS
 from photon.models import trainable_parameters
 from photon.telemetry.events import Evaluated, Notice

@@ -13,7 +13,7 @@ from photon.config import parse_run_config
 from photon.errors import CheckpointCorruptError
 from photon.federation import Node, NodeSettings, stages
 from photon.federation.engine import Version
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model
 from photon.federation.private import Purse, Spending
 from photon.federation.tasks import WEIGHTS, FitTask
 from photon.models import trainable_parameters

@@ -13,8 +13,8 @@ from photon.errors import CheckpointCorruptError, ConfigError, NonFiniteError
 from photon.federation import Node, NodeSettings, stages
 from photon.federation.checkpoint import RunState
 from photon.federation.engine import Version
+from photon.federation.layout import initial_model
 from photon.federation.merging import Merging
-from photon.federation.node import initial_model
 from photon.federation.norm_bound import norm_bound, norm_of
 from photon.federation.outbox import feedback_path, pack
 from photon.federation.private import Purse, Spending

@@ -186,7 +186,7 @@ def attacked(four_silos, make_config, served_run, tmp_path_factory):
 
 def _shapes(config, served) -> dict[str, torch.Size]:
     from photon.data import open_data
-    from photon.federation.node import empty_model
+    from photon.federation.layout import empty_model
     from photon.federation.tasks import WEIGHTS
     from photon.models import trainable_parameters
 

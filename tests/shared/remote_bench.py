@@ -16,8 +16,7 @@ from photon.engines.remote.errand import Errand
 from photon.federation import FitTask, Node, NodeSettings, Version, fitted
 from photon.federation.broadcast import Broadcast
 from photon.federation.envelopes import RunPart, dictated
-from photon.federation.layout import layout_of
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model, layout_of
 from photon.federation.tasks import WEIGHTS
 from photon.link import tensors_sha256
 from photon.membership.chain import BEGINNING

@@ -23,7 +23,7 @@ from photon.federation.envelopes import (
     dictated,
     parse_reply,
 )
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model
 from photon.federation.tasks import OPTIMIZER, WEIGHTS, EvalTask, update_header
 from photon.link import write_parcel
 from photon.membership.keys import NodeKey

@@ -19,7 +19,7 @@ from photon.bench.search import Point
 from photon.bench.suite import Kind
 from photon.config import RunConfig
 from photon.errors import RunError
-from photon.federation.node import empty_model
+from photon.federation.layout import empty_model
 from photon.models import hidden_matrices
 from photon.runs.folder import versions
 from photon.telemetry import read_history

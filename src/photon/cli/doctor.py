@@ -110,8 +110,7 @@ def roles_of(run_file: Path) -> list[dict[str, Any]]:
     from photon.config import load_run_config
     from photon.config.parts import ROLES
     from photon.data import open_data
-    from photon.federation.layout import layout_of
-    from photon.federation.node import empty_model
+    from photon.federation.layout import empty_model, layout_of
     from photon.models import carried_tensors
 
     config = load_run_config(run_file)

@@ -393,13 +393,11 @@ def check_children(config: RunConfig, silos: Collection[str] | None = None) -> N
         if child.update_privacy.target_epsilon and lets_residuals(config):
             raise _refused(
                 f"has update_privacy.target_epsilon of {name!r} and a policy with residuals: "
-                "nobody knows how many will leave, each with noise of its own; use noise_multiplier"
+                "nobody knows how many will leave; use noise_multiplier"
             )
         if child.update_privacy.mechanism == "dp_sgd":
-            raise _refused(
-                f'has update_privacy.mechanism = "dp_sgd" of {name!r}: a group takes no steps of '
-                'its own; use "client", or [privacy] of the silos in it'
-            )
+            why = 'a group takes no steps of its own; use "client"'
+            raise _refused(f'has update_privacy.mechanism = "dp_sgd" of {name!r}: {why}')
         for own in ("privacy", "update_privacy"):
             if why := voided(getattr(child, own) or PrivacyConfig(), config):
                 raise _refused(f"has {own} of {name!r}: {why}")

@@ -161,44 +161,22 @@ def voided(privacy: PrivacyConfig, config: RunConfig) -> str | None:
 
     After the noise of dp_sgd all is post-processing: it may adopt, average and normalise.
     """
-    asked, federation = f'mechanism = "{privacy.mechanism}"', config.federation
-    why = None
+    federation, strategy, why = config.federation, config.compute.strategy, None
     if privacy.mechanism == "none":
         return None
     if privacy.target_epsilon is not None and federation.pace == "buffered":
-        why = (
-            'can\'t have target_epsilon with federation.pace = "buffered": nobody knows how often '
-            'a silo will answer; use noise_multiplier, or pace = "quorum"'
-        )
+        why = 'pace = "buffered", unless by noise_multiplier: nobody knows how often silos answer'
     elif privacy.mechanism == "dp_sgd":
         if config.data.mixture:
-            why = (
-                "counts how often a sequence is seen, and data.mixture repeats those of some "
-                "sources; leave it out: sources then count by their size"
-            )
+            why = "data.mixture, which repeats some; leave it out: sources then count by their size"
         elif config.parts.key_down == "best":
-            why = (
-                'would be void with parts.key_down = "best", which chooses by losses without '
-                'noise; use "attention", "mean" or "keep"'
-            )
-        elif config.compute.strategy in ("fsdp", "hybrid"):
-            why = (
-                f'needs whole gradients, and compute.strategy = "{config.compute.strategy}" cuts '
-                'them; use "ddp"'
-            )
+            why = 'parts.key_down = "best", a choice by losses without noise; use "attention"'
+        elif strategy in ("fsdp", "hybrid"):
+            why = f'compute.strategy = "{strategy}": it needs whole gradients; use "ddp"'
     elif federation.merge == "adopt":
-        why = (
-            'clips deltas, and federation.merge = "adopt" sends weights; use merge = "delta", or '
-            '"dp_sgd"'
-        )
+        why = 'federation.merge = "adopt", which sends weights; use merge = "delta", or "dp_sgd"'
     elif federation.optimizer_state == "average":
-        why = (
-            'would be void with federation.optimizer_state = "average": that state leaves '
-            'unclipped and without noise; use "reset" or "keep", or "dp_sgd"'
-        )
+        why = 'optimizer_state = "average", which leaves unclipped and without noise; use "keep"'
     elif federation.normalise:
-        why = (
-            "would be void with federation.normalise = true, which multiplies the updates of slow "
-            'silos, and their noise, after the clip; leave it out, or use "dp_sgd"'
-        )
-    return why and f"{asked} {why}"
+        why = "federation.normalise = true, which scales update and noise after the clip"
+    return why and f'mechanism = "{privacy.mechanism}" does not go with {why}'

@@ -2,6 +2,7 @@
 
 Whatever needs names of tensors takes them from here: what travels each round is `merged`, what
 travels once is `once`, and together they are all that a model's values are.
+A run's models are built here, laid out.
 """
 
 from __future__ import annotations
@@ -17,9 +18,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from photon.config import RunConfig
 from photon.config.parts import REST, ROLES, PartsConfig, Role, share_of
+from photon.data import PreparedData
 from photon.errors import IncompatibleConfigError, ModelError, some
-from photon.models import carried_tensors, trainable_parameters
+from photon.models import (
+    build_model,
+    build_skeleton,
+    carried_tensors,
+    require_document_masks,
+    trainable_parameters,
+)
 
 
 @dataclass(frozen=True)
@@ -176,3 +185,36 @@ def _in_share(trained: Mapping[str, Tensor], end: str, share: float) -> Iterator
         if (middle <= share) if end == "first" else (middle > 1 - share):
             yield name
         before += tensor.numel()
+
+
+def initial_model(config: RunConfig, data: PreparedData) -> nn.Module:
+    """The run's model with its initial weights.
+
+    Raises:
+        ModelError: it can't be built, or can't do what the run file asks of it.
+    """
+    model = build_model(
+        config.model,
+        vocab_size=data.vocab_size,
+        sequence_length=config.data.sequence_length,
+        eos_id=data.eos_id,
+        seed=config.run.seed,
+        attention=config.compute.attention,
+    )
+    lay_out(model, config.parts)
+    if config.local.document_mask:
+        require_document_masks(model, str(config.model.path or config.model.preset))
+    return model
+
+
+def empty_model(config: RunConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
+    """The run's model without weights: a task brings them. A model folder's are never read."""
+    model = build_skeleton(
+        config.model,
+        vocab_size=vocab_size,
+        sequence_length=config.data.sequence_length,
+        eos_id=eos_id,
+        attention=config.compute.attention,
+    )
+    lay_out(model, config.parts)
+    return model

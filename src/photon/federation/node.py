@@ -25,7 +25,7 @@ from photon.energy.meter import METER
 from photon.errors import NonFiniteError, PolicyError, RankLostError, RunError
 from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
-from photon.federation.layout import lay_out, layout_of
+from photon.federation.layout import empty_model, layout_of
 from photon.federation.node_state import Kept
 from photon.federation.private import Purse, Spending, spending_of
 from photon.federation.secure_rounds import agreed
@@ -44,10 +44,7 @@ from photon.federation.tasks import (
     section,
 )
 from photon.models import (
-    build_model,
-    build_skeleton,
     model_fingerprint,
-    require_document_masks,
     sequences_at_once,
 )
 from photon.privacy.epsilon import settled
@@ -473,39 +470,6 @@ class Node:
                 **facts,
             }
         )
-
-
-def initial_model(config: RunConfig, data: PreparedData) -> nn.Module:
-    """The run's model with its initial weights.
-
-    Raises:
-        ModelError: it can't be built, or can't do what the run file asks of it.
-    """
-    model = build_model(
-        config.model,
-        vocab_size=data.vocab_size,
-        sequence_length=config.data.sequence_length,
-        eos_id=data.eos_id,
-        seed=config.run.seed,
-        attention=config.compute.attention,
-    )
-    lay_out(model, config.parts)
-    if config.local.document_mask:
-        require_document_masks(model, str(config.model.path or config.model.preset))
-    return model
-
-
-def empty_model(config: RunConfig, *, vocab_size: int, eos_id: int) -> nn.Module:
-    """The run's model without weights: a task brings them. A model folder's are never read."""
-    model = build_skeleton(
-        config.model,
-        vocab_size=vocab_size,
-        sequence_length=config.data.sequence_length,
-        eos_id=eos_id,
-        attention=config.compute.attention,
-    )
-    lay_out(model, config.parts)
-    return model
 
 
 def stream_seed(seed: int, silos: Sequence[str]) -> int:

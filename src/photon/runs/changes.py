@@ -88,13 +88,12 @@ def config_to_go_on_with(folder: Path, overrides: Sequence[str] = ()) -> RunConf
     file = waiting if waiting.exists() else folder / RESOLVED
     config = load_run_config(file, overrides)
     if any(one.target_epsilon for one in mechanisms(config)):
-        before = load_run_config(file).federation.rounds
-        if (now := config.federation.rounds) != before:
+        before, now = load_run_config(file).federation.rounds, config.federation.rounds
+        if now != before:
             raise ResumeMismatchError(
-                f"federation.rounds can't become {now}: the noise of the rounds before was sized "
-                f"for privacy.target_epsilon over {before}",
-                hint="More rounds cost more epsilon: start a new run, or one with "
-                "privacy.noise_multiplier, whose rounds may change.",
+                f"federation.rounds can't become {now}: noise was sized for "
+                f"privacy.target_epsilon over {before}",
+                hint="Start a new run; with privacy.noise_multiplier its rounds may change.",
             )
     return config
 

@@ -13,7 +13,7 @@ from photon.cards.folder import PLANNED, read_cards_in
 from photon.config import RunConfig
 from photon.data import open_data
 from photon.errors import NotCompliantError, some
-from photon.federation.node import empty_model
+from photon.federation.layout import empty_model
 from photon.law.claims import read_claims
 from photon.law.prediction import NOTE, VERDICTS, Claim, Prediction, changes, predict, with_children
 from photon.law.rules import load_law

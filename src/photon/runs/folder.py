@@ -25,8 +25,7 @@ from photon.errors import (
     some,
 )
 from photon.federation import CheckpointStore
-from photon.federation.layout import Layout, layout_of
-from photon.federation.node import empty_model
+from photon.federation.layout import Layout, empty_model, layout_of
 from photon.federation.own_parts import way_to, weights_of
 from photon.federation.tasks import WEIGHTS, section
 from photon.models import carried_tensors

@@ -14,8 +14,7 @@ from photon.data import PreparedData
 from photon.engines.local import LocalEngine
 from photon.engines.workers import WorkerEngine
 from photon.federation import Engine, Node, NodeSettings
-from photon.federation.layout import layout_of
-from photon.federation.node import empty_model
+from photon.federation.layout import empty_model, layout_of
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.telemetry import Event
 from photon.telemetry.events import Kind

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from photon.compression import build_codec
 from photon.config import RunConfig
 from photon.config.children import inside, participants, whose_turn
-from photon.federation.layout import layout_of
-from photon.federation.node import empty_model
+from photon.federation.layout import empty_model, layout_of
 from photon.federation.tasks import OPTIMIZER, WEIGHTS, parcel_header
 from photon.link import Entry, entries_bytes
 from photon.telemetry.baselines import all_reduce_bytes

@@ -11,8 +11,7 @@ from typing import Any
 from photon.config import RunConfig
 from photon.errors import error_of
 from photon.federation import FitTask, Receipt, Version, fitted
-from photon.federation.layout import layout_of
-from photon.federation.node import initial_model
+from photon.federation.layout import initial_model, layout_of
 from photon.runs.session import Session
 from photon.telemetry import Event
 from photon.telemetry.events import ComputeChosen, Notice

@@ -14,7 +14,7 @@ from photon.data import PreparedData, open_data
 from photon.engines.remote import Asker, Depot, Post, RemoteEngine
 from photon.federation import CheckpointStore, Engine
 from photon.federation.envelopes import RunPart, dictated
-from photon.federation.node import empty_model
+from photon.federation.layout import empty_model
 from photon.membership.keys import AGGREGATOR_KEY_FILE, NodeKey
 from photon.membership.roster import ROSTER_FILE, Roster
 from photon.models import model_fingerprint

@@ -39,8 +39,7 @@ from photon.federation import (
     Server,
     sample_participants,
 )
-from photon.federation.layout import layout_of, require_own_rows
-from photon.federation.node import empty_model, initial_model
+from photon.federation.layout import empty_model, initial_model, layout_of, require_own_rows
 from photon.federation.outstanding import Order
 from photon.federation.secure_rounds import require_room
 from photon.models import model_fingerprint, tokenizer_file_of, trainable_parameters

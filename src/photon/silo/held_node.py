@@ -20,8 +20,7 @@ from photon.errors import DiskFullError, ModelMismatchError, PhotonError, RankLo
 from photon.federation import Node, Participant, Version
 from photon.federation.broadcast import Inbox
 from photon.federation.envelopes import Ask, RunPart
-from photon.federation.layout import layout_of
-from photon.federation.node import empty_model
+from photon.federation.layout import empty_model, layout_of
 from photon.federation.tasks import OPTIMIZER, WEIGHTS
 from photon.link import Carrier
 from photon.membership.records import MOST_FIGURE
