@@ -44,16 +44,16 @@ def config(*overrides):
     return parse_run_config(tree, overrides)
 
 
-def leaving(folder, *overrides, task=TASK, delta=DELTA):
+def leaving(folder, *overrides, task=TASK, delta=DELTA, asked=""):
     run = config(*(overrides or CLIENT))
-    return dict(sent(run, folder, task, delta).tensors())
+    return dict(sent(run, folder, task, delta, asked).tensors())
 
 
-def sent(run, folder, task=TASK, delta=DELTA):
+def sent(run, folder, task=TASK, delta=DELTA, asked=""):
     shapes = {name: tensor.shape for name, tensor in delta.items()}
     # One run has one multiplier.
     purse = Purse(folder, f"run {run.privacy.noise_multiplier}")
-    pays = Spending(run.privacy, purse, task, "0" * 64)
+    pays = Spending(run.privacy, purse, task, "0" * 64, asked)
     return stages.leaving(pays, run.link, folder, task, lambda: iter(delta.items()), shapes)
 
 
@@ -121,6 +121,10 @@ def test_two_answers_under_one_name_have_no_noise_in_common(tmp_path):
         leaving(tmp_path, delta=moved),
         leaving(tmp_path, *CLIENT, "privacy.noise_multiplier=0.10001"),
         leaving(tmp_path, *CLIENT, "privacy.clip_norm=0.50001"),
+        # The same noise would tell that another state, or clock, came to the same update.
+        leaving(tmp_path, asked="of another state"),
+        leaving(tmp_path, task=replace(TASK, global_step=9)),
+        leaving(tmp_path, task=replace(TASK, node_round=2)),
     ):
         apart = other["weights/matrix"] - once["weights/matrix"]
         assert float(apart.std()) == pytest.approx(0.05 * math.sqrt(2), rel=0.02)

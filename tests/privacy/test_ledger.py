@@ -49,7 +49,7 @@ class Site:
         if mechanism == "client":
             return Spending(privacy, purse, task, TEXT)
         spans = spans_of(stream(self.size, self.seed), cursor, steps, self.batch)
-        return Spending(privacy, purse, task, TEXT, LENGTH, f"seed {self.seed}", spans)
+        return Spending(privacy, purse, task, TEXT, "", LENGTH, f"seed {self.seed}", spans)
 
     def trains(self, number, cursor, steps, answer="same", killed=False):
         """A task, from its question to its answer, or to a kill before that."""

@@ -61,8 +61,10 @@ def described(
 
 
 def _noise(privacy: PrivacyConfig) -> str | None:
-    clips = privacy.mechanism != "none"
-    return f"clip {privacy.clip_norm:g}, noise {privacy.noise_multiplier:g}" if clips else None
+    if privacy.mechanism == "none":
+        return None
+    target, z = privacy.target_epsilon, privacy.noise_multiplier
+    return f"clip {privacy.clip_norm:g}, " + (f"epsilon {target:g}" if target else f"noise {z:g}")
 
 
 def read_tree(folder: Path, silos: Sequence[str]) -> dict[str, Any] | None:

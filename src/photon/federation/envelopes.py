@@ -485,4 +485,8 @@ def node_config(run: RunPart, site: Mapping[str, Any]) -> RunConfig:
     if not isinstance(data, dict) or "path" in data:
         raise ProtocolError("the run dictates data.path, which is the site's to decide")
     tree = {**run.config, **site, "data": {**data, **site["data"]}}
-    return parse_run_config(tree, source="the run that the aggregator offers")
+    config = parse_run_config(tree, source="the run that the aggregator offers")
+    # Else one member could be told that others clip to nothing.
+    if config.federation.children or config.federation.branches:
+        raise ProtocolError("the run dictates what groups others are in")
+    return config

@@ -239,6 +239,7 @@ class Federation:
         """
         verdict = self.server.offer(secure.open(), 1.0)
         if verdict.refused is not None:
+            secure.suspect_all()
             raise QuorumLostError(f"its sum is not used: {verdict.refused}")
 
     def _passed_over(

@@ -21,7 +21,7 @@ from photon.federation.engine import Engine, Mailbox, Version
 from photon.federation.federation import Federation
 from photon.federation.node_state import drop_node_state
 from photon.federation.own_parts import own_key
-from photon.federation.private import Purse, Spending, of_group, worst
+from photon.federation.private import Purse, Spending, asked_of, of_group, worst
 from photon.federation.sampling import Fleet
 from photon.federation.secure_rounds import agreed
 from photon.federation.server import Server
@@ -105,6 +105,7 @@ class Group:
         anchor = {name: new[name].clone() for name in self._key}
         residuals, guests = server.residuals, dict[str, dict[str, Tensor]]()
         residuals.path, residuals.above = f"{self._path}/", self._around
+        self._asked = asked_of(self._config, version)
         residuals.spending = self._spending
         for one in version.residuals:
             guests.setdefault(one.origin, {}).update(one.tensors)
@@ -235,7 +236,7 @@ class Group:
                 drop_node_state(self._folder, name, number)
 
     def _spending(self, task: FitTask) -> Spending:
-        return of_group(self._child.update_privacy, self.purse, task, self._path)
+        return of_group(self._child.update_privacy, self.purse, task, self._path, self._asked)
 
     def _update(self, task: FitTask, old: GlobalState, new: GlobalState) -> Update:
         """What leaves the group: how far it came from the version it was given, by its stages."""

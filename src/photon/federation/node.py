@@ -27,7 +27,7 @@ from photon.evaluation import LossSum, evaluate_loss, score
 from photon.federation.engine import Version
 from photon.federation.layout import empty_model, layout_of
 from photon.federation.node_state import Kept
-from photon.federation.private import Purse, Spending, spending_of
+from photon.federation.private import Purse, Spending, asked_of, require_same_privacy, spending_of
 from photon.federation.secure_rounds import agreed
 from photon.federation.stages import leaving
 from photon.federation.tasks import (
@@ -175,6 +175,7 @@ class Node:
             self._scored_at_once.limit(self._ranks.least(self._scored_at_once.size))
             self._kept = Kept(settings.folder, self._trainer, self._layout, config)
             if self._ranks.leader:
+                require_same_privacy(settings.folder, config)
                 on_event(
                     ComputeChosen(
                         worker=settings.worker,
@@ -193,14 +194,15 @@ class Node:
         Where the kept state that the task names is gone, the silo starts without one, and the
         receipt says so.
         """
+        spending = self._spending(task, asked_of(self._config, version))
         try:
-            self._spending(task).begin()
+            spending.begin()
         except (PolicyError, RunError) as error:
             return Update.none(Receipt.failed(task, error, worker=self._worker))
         self._load_once(version)
         self._ranks.announce(("fit", task))
         self._loaded = None
-        return self._fit(task, version)
+        return self._fit(task, version, spending)
 
     def evaluate(self, task: EvalTask, version: Version) -> EvalReceipt:
         """Score the version on held-out text; it is loaded once, whatever is scored after it."""
@@ -242,7 +244,7 @@ class Node:
                 with METER.phase("idle"):
                     call, task = self._ranks.announce(None)
                 if call == "fit":
-                    self._fit(task, None)
+                    self._fit(task, None, self._spending(task))
                 elif call == "load":
                     self._trainer.load_weights(None, task)
                 elif call == "evaluate":
@@ -261,8 +263,8 @@ class Node:
             self._trainer.load_weights(version.once, self._layout.once)
             self._once_sha256 = version.once_sha256
 
-    def _fit(self, task: FitTask, version: Version | None) -> Update:
-        started, spending = time.perf_counter(), self._spending(task)
+    def _fit(self, task: FitTask, version: Version | None, spending: Spending) -> Update:
+        started = time.perf_counter()
         trainer, state = self._trainer, version.tensors if version is not None else None
         weights = section(state, WEIGHTS) if state is not None else None
         trainer.load_weights(weights, self._layout.merged)
@@ -340,8 +342,8 @@ class Node:
                 part=(ranks.seat.rank, ranks.size),
             )
 
-    def _spending(self, task: FitTask) -> Spending:
-        return spending_of(self._config, self._purse, self._data, task)
+    def _spending(self, task: FitTask, asked: str = "") -> Spending:
+        return spending_of(self._config, self._purse, self._data, task, asked)
 
     def _train(self, task: FitTask, spending: Spending) -> LocalResult:
         config = self._config

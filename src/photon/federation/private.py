@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from photon.config import PrivacyConfig, RunConfig
-from photon.config.children import LEAF, privacy_of, tables
+from photon.config.children import LEAF, mechanisms, privacy_of, tables
 from photon.data import PreparedData, TokenStream, open_stream
 from photon.data.shards import TRAIN
 from photon.errors import PolicyError, ResumeMismatchError
+from photon.federation.engine import Version
 from photon.federation.tasks import Epsilon, FitTask
+from photon.link import tensors_sha256
 from photon.privacy import node_secret
 from photon.privacy.epsilon import epsilon, multiplier
 from photon.privacy.ledger import Entry, Ledger, Span, mu_squared
+from photon.store.disk import write_json
 from photon.training import PrivateSteps
 
 #: A site's max_epsilon holds at this delta, or the run's where that is less.
@@ -54,6 +57,7 @@ class Spending:
     Attributes:
         privacy: with its noise_multiplier, whatever the run file names.
         text: digest of the text that pays.
+        asked: digest of what an answer depends on beside the task; see `asked_of`.
         tokens, stream, spans: of dp_sgd, as in an Entry.
     """
 
@@ -61,6 +65,7 @@ class Spending:
     purse: Purse
     task: FitTask
     text: str
+    asked: str = ""
     tokens: int = 1
     stream: str = ""
     spans: list[Span] = field(default_factory=list)
@@ -79,8 +84,7 @@ class Spending:
         clip, z = self.privacy.clip_norm, self.privacy.noise_multiplier
         assert clip is not None
         assert z is not None
-        who = (self.purse.run, self.task.run, self.task.round, self.task.silo)
-        return PrivateSteps(clip, z, self.secret(), who)
+        return PrivateSteps(clip, z, self.secret(), (self.question,))
 
     def withheld(self, *names: str) -> dict[str, Any]:
         """Figures of the text that no noise covers, where a mechanism covers what leaves."""
@@ -96,7 +100,7 @@ class Spending:
         """
         if self.privacy.promises:
             with self._ledger.held() as entries:
-                if all(one.question != self._entry.question for one in entries):
+                if all(one.question != self.question for one in entries):
                     self._pay(entries, self._entry)
                     if self.privacy.mechanism == "client":
                         entries.pop()
@@ -128,14 +132,24 @@ class Spending:
         return Ledger(self.purse.folder, self.text)
 
     @cached_property
+    def question(self) -> str:
+        """Digest of all that an answer depends on but the text, and what the silo kept.
+
+        Noise is drawn by it, too. Were it drawn by the answer alone, two questions whose answers
+        are the same would have the same noise, and so tell that they are.
+        """
+        task, privacy = self.task, self.privacy
+        asked = [self.purse.run, task.run, task.round, task.silo, task.pooled, task.cursor]
+        asked += [task.steps, task.global_step, task.node_round, self.asked, self.stream]
+        return _digest([*asked, privacy.noise_multiplier, privacy.clip_norm, self.spans])
+
+    @cached_property
     def _entry(self) -> Entry:
-        task, z = self.task, self.privacy.noise_multiplier
+        z = self.privacy.noise_multiplier
         assert z is not None
-        asked = [self.purse.run, task.run, task.round, task.silo, task.cursor, task.steps]
-        asked += [z, self.privacy.clip_norm, self.stream, self.spans]
         return Entry(
             run=self.purse.run,
-            question=_digest(asked),
+            question=self.question,
             unit=self.privacy.unit,
             multiplier=z,
             tokens=self.tokens,
@@ -157,36 +171,75 @@ class Spending:
         entries.append(new)
         delta, run = self.privacy.at_delta, self._of_run(entries)
         target, most = self.privacy.target_epsilon, self.purse.max_epsilon
-        for limit, at, counted, said in (
-            (target, delta, run, "privacy.target_epsilon"),
-            (most, min(delta, SITE_DELTA), entries, "policy.max_epsilon, over all runs"),
+        # A text that ever promised of its sequences is held to that.
+        unit = "sequence" if any(one.unit == "sequence" for one in entries) else new.unit
+        for limit, at, counted, of, said in (
+            (target, delta, run, new.unit, "privacy.target_epsilon"),
+            (most, min(delta, SITE_DELTA), entries, unit, "policy.max_epsilon, over all runs"),
         ):
-            cost = epsilon(mu_squared(counted, new.unit), at)
-            if limit is not None and cost > limit * (1 + _SAME):
+            if limit is not None and epsilon(mu_squared(counted, of), at) > limit * (1 + _SAME):
+                # Not what it would have cost: other runs' part of that is not this aggregator's.
                 raise PolicyError(
                     f"epsilon spent: with this task the text of {self.task.silo} would have cost "
-                    f"{cost:.4g} at delta {at:g}, and {limit:g} is all it has ({said})",
+                    f"more than {limit:g} at delta {at:g} ({said})",
                     hint="It takes no part any more. More noise, or fewer rounds, cost less.",
                 )
 
 
-def spending_of(config: RunConfig, purse: Purse, data: PreparedData, task: FitTask) -> Spending:
+def asked_of(config: RunConfig, version: Version) -> str:
+    """Digest of run file and version, where any mechanism is to tell questions apart."""
+    if not any(one.promises for one in mechanisms(config)):
+        return ""
+    # Where it runs, and how often it is scored, moves no answer.
+    own: dict[str, Any] = dict.fromkeys(("compute", "energy", "serve", "eval", "comply"), True)
+    own |= {"data": {"path"}, "model": {"path"}, "run": {"name", "log_every", "keep_checkpoints"}}
+    own |= {"federation": {"workers", "silence_s", "quorum"}}
+    told = config.model_dump(mode="json", exclude=own)
+    return _digest([told, tensors_sha256(version.tensors), version.once_sha256])
+
+
+def require_same_privacy(folder: Path, config: RunConfig) -> None:
+    """Hold a run file against what the run's silos have kept their states under.
+
+    What a silo keeps is covered by the mechanism that it was made under, and by no other.
+
+    Raises:
+        ResumeMismatchError: [privacy] was another.
+        DiskFullError: no room to note it.
+    """
+    path, plain = folder / "privacy.json", PrivacyConfig()
+    now = {"privacy": [one.model_dump(mode="json") for one in mechanisms(config)]}
+    if path.exists():
+        if json.loads(path.read_bytes()) != now:
+            raise ResumeMismatchError(
+                f"[privacy] is not what this run began with: {path}",
+                hint="What silos keep of it would leave uncovered: start a new run.",
+            )
+    elif any(one != plain for one in mechanisms(config)):
+        write_json(path, now, "what a run promises", mode=0o600)
+
+
+def spending_of(
+    config: RunConfig, purse: Purse, data: PreparedData, task: FitTask, asked: str = ""
+) -> Spending:
     """Of a silo's task, by a run file as photon.privacy.epsilon.settled has it."""
     shards = [one.sha256 for silo in {*task.pooled} for one in data.silo(silo).shards(TRAIN)]
     privacy, text = privacy_of(config, task.pooled[0]), _digest(sorted(shards))
     if privacy.mechanism != "dp_sgd":
-        return Spending(privacy, purse, task, text)
+        return Spending(privacy, purse, task, text, asked)
     length = config.data.sequence_length
     order = _digest([data.sha256, config.run.seed, length])
     with open_stream(config, data, task.pooled) as stream:
         privacy = noised(config, task.pooled[0], stream)
         spans = spans_of(stream, task.cursor, task.steps, config.local.batch_size)
-    return Spending(privacy, purse, task, text, length, order, spans)
+    return Spending(privacy, purse, task, text, asked, length, order, spans)
 
 
-def of_group(privacy: PrivacyConfig, purse: Purse, task: FitTask, path: str) -> Spending:
+def of_group(
+    privacy: PrivacyConfig, purse: Purse, task: FitTask, path: str, asked: str = ""
+) -> Spending:
     """Of what a group sends up, or of a residual of one of its members."""
-    return Spending(privacy, purse, task, _digest(["group", path]))
+    return Spending(privacy, purse, task, _digest(["group", path]), asked)
 
 
 def noised(config: RunConfig, silo: str, stream: TokenStream) -> PrivacyConfig:

@@ -231,6 +231,11 @@ class SecureRounds:
         self.ranges = _moved(found.cohort.ranges, found.mean())
         return Update(Receipt(self._number, "the sum"), found.mean)
 
+    def suspect_all(self) -> None:
+        """One of those in the sum made it what it is."""
+        if self._sum is not None:
+            self._sum.suspects = tuple(sorted(self._sum.survivors))
+
     def lost(self) -> bool:
         """The attempt came to nothing.
 

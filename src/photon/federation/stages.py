@@ -90,8 +90,9 @@ def _noised(spending: Spending, task: FitTask, delta: Tensors) -> Tensors:
     share = clip / max(clip, math.sqrt(math.fsum(squares)))
     secret = spending.secret()
     # An aggregator may ask twice under one name, of another state or with another clip. All that
-    # decides what leaves is hashed, or the difference of two answers were without noise.
-    release = [task.run, task.round, task.silo, digest, share, deviation]
+    # decides what leaves is hashed, or the difference of two answers were without noise; and all
+    # that was asked, or the same noise would tell that two questions have the same answer.
+    release = [spending.question, digest, share, deviation]
     spending.answered(hmac.digest(secret, json.dumps(release).encode(), "sha256").hex())
 
     def noised() -> Iterator[tuple[str, Tensor]]:

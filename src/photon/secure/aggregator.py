@@ -150,6 +150,8 @@ class SecureSum:
             if len(found) == cohort.threshold:
                 # Of shares that are no polynomial's any number, of which 32 bytes are looked at.
                 return joined(found).to_bytes(SHARE_BYTES)[1:]
+        if len(revealed) >= cohort.threshold:  # so whoever dealt, or gave keys, gave bad ones
+            self.suspects = (name,)
         raise QuorumLostError(
             f"it stays closed: {len(found)} shares of {name}'s {'mask' if own else 'key'} came, "
             f"{cohort.threshold} are needed"

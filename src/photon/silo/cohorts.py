@@ -12,6 +12,7 @@ from photon.federation.secure_rounds import question_of
 from photon.membership.keys import fingerprint_of
 from photon.membership.signing import RECEIPT, verify_document
 from photon.secure.documents import Advert, Cohort, read
+from photon.secure.fixed_point import bits_for
 
 
 def require_signed_cohort(ask: Ask, policy: PolicyConfig, tell: Callable[[str], None]) -> None:
@@ -79,9 +80,17 @@ def require_sealing(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
             hint="Model, recipe, state, clock and steps are to be the same for all: else a sum "
             "could be made of one update and nothing else.",
         )
-    if cohort.floor < policy.min_participants:
+    least = max(policy.min_participants, config.quorum_of(len(cohort.names)))
+    if cohort.floor < least:
         raise PolicyError(
-            f"this site's policy refuses the run: a sum may be of as few as {cohort.floor}; "
-            f"policy.min_participants allows {policy.min_participants} or more",
+            f"a sum may be of as few as {cohort.floor}; policy.min_participants and the run's "
+            f"federation.quorum allow {least} or more",
             hint="federation.quorum decides how many a sum is of at least.",
+        )
+    weights = [one.weight for one in cohort.members]
+    if cohort.bits < bits_for(len(weights)) or 2 * max(weights) > sum(weights):
+        raise PolicyError(
+            f"a sum of {len(weights)} updates with weights up to {max(weights)} of {sum(weights)} "
+            f"in all, in {cohort.bits} bits, would be one silo's update and little else",
+            hint='federation.weighting = "equal" has all count the same.',
         )

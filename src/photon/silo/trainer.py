@@ -9,6 +9,7 @@ removed. It breaks if states are pruned by what was done here, not by what the a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -422,7 +423,13 @@ class SiloTrainer:
             prune_node_states(folder / ask.run.id, {ask.silo: needed})
         runs = sorted(folder.glob("*"), key=lambda run: run.stat().st_mtime, reverse=True)
         for run in [run for run in runs if run.name != ask.run.id][_RUNS_KEPT - 1 :]:
-            shutil.rmtree(run, ignore_errors=True)
+            # What bound the silo goes on binding it: sums that it was in, a state that it scored.
+            for path in sorted(run.rglob("*"), reverse=True):  # what is in a folder before it
+                if path.is_dir():
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+                elif not path.name.startswith(("secure-", "scored")):
+                    path.unlink(missing_ok=True)
 
     # --- words -----------------------------------------------------------------------------------
 

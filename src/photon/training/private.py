@@ -92,8 +92,8 @@ def noise_gradients(
 ) -> None:
     """Make each rank's clipped sums, in .grad, the noised mean over the whole batch.
 
-    The noise is drawn by what it is added to, so that the same sums have the same noise and others
-    never do: an aggregator that asks twice has either the same answer or two noised ones.
+    The noise is drawn by the question and by what it is added to: the same question has the same
+    noise where its sums are the same, and another one never does, whatever its sums are.
 
     Args:
         global_step: the server's clock.
@@ -105,9 +105,9 @@ def noise_gradients(
         ranks.sum_(gradient)
     deviation = steps.noise_multiplier * steps.clip_norm
     if deviation:
+        release = ["dp_sgd", *steps.context, global_step, deviation]
         # Rank 0's, lest ranks whose sums differ in a last digit draw apart.
-        digest = ranks.announce(_sha256(sums) if ranks.leader else None)
-        release = ["dp_sgd", *steps.context, global_step, digest, deviation]
+        release = ranks.announce([*release, _sha256(sums)] if ranks.leader else None)
         for name, gradient in sums.items():
             key = hmac.digest(steps.secret, json.dumps([*release, name]).encode(), "sha256")
             gradient.add_(gaussian(key, gradient.shape, deviation).to(gradient.device))
