@@ -231,9 +231,13 @@ def test_only_so_many_answers_are_kept(make_bench, aggregator, fits):
 
 
 def test_states_of_old_runs_do_not_pile_up(bench, make_aggregator):
-    for digit in "23456":
+    nodes = bench.home / "nodes"
+    for digit in "123456":
         aggregator = make_aggregator(run_id=digit * 32)
         bench.answer(aggregator.fit())
+        if digit == "1":  # of secure aggregation: an update enters one sum, ever
+            write_json(nodes / (digit * 32) / "red/secure-000001.json", {}, "a record")
         time.sleep(0.01)  # folders are told apart by their times
-    kept = sorted(path.name[0] for path in (bench.home / "nodes").iterdir())
-    assert kept == ["3", "4", "5", "6"]
+    kept = sorted(path.name[0] for path in nodes.iterdir())
+    assert kept == ["1", "3", "4", "5", "6"]
+    assert [path.name for path in nodes.glob("1*/**/*") if path.is_file()] == ["secure-000001.json"]

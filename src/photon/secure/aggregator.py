@@ -138,10 +138,13 @@ class SecureSum:
     ) -> bytes:
         """Of a survivor its own mask's, of another its key."""
         cohort, found, own = self.cohort, dict[int, int](), name in self.survivors
+        bad = list[str]()
         for holder in sorted(cohort.holders[name] & revealed.keys()):
             key = revealed[holder].keys.get(name, "0" * 64)
             share = unboxed(bytes.fromhex(key), dealt[name].boxes[holder][own])
             if share is None or len(share) != SHARE_BYTES:
+                if name in revealed[holder].keys:  # one of the two gave a bad one
+                    bad += [holder]
                 tell(
                     f"{holder} gave no key to its share of what {name} dealt, or {name} dealt none"
                 )
@@ -150,8 +153,7 @@ class SecureSum:
             if len(found) == cohort.threshold:
                 # Of shares that are no polynomial's any number, of which 32 bytes are looked at.
                 return joined(found).to_bytes(SHARE_BYTES)[1:]
-        if len(revealed) >= cohort.threshold:  # so whoever dealt, or gave keys, gave bad ones
-            self.suspects = (name,)
+        self.suspects = (name, *bad) if bad else ()
         raise QuorumLostError(
             f"it stays closed: {len(found)} shares of {name}'s {'mask' if own else 'key'} came, "
             f"{cohort.threshold} are needed"

@@ -424,7 +424,7 @@ class SiloTrainer:
         runs = sorted(folder.glob("*"), key=lambda run: run.stat().st_mtime, reverse=True)
         for run in [run for run in runs if run.name != ask.run.id][_RUNS_KEPT - 1 :]:
             # What bound the silo goes on binding it: sums that it was in, a state that it scored.
-            for path in sorted(run.rglob("*"), reverse=True):  # what is in a folder before it
+            for path in sorted([run, *run.rglob("*")], reverse=True):  # what is in one before it
                 if path.is_dir():
                     with contextlib.suppress(OSError):
                         path.rmdir()
