@@ -11,6 +11,7 @@ from kept_state import WHOLE_LIFE, keys_of
 
 from photon.federation.broadcast import Inbox
 from photon.federation.envelopes import parse_reply
+from photon.store.disk import write_json
 
 
 def own_keys(store):
