@@ -102,6 +102,8 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_keeps_its_maths_on_a_site(recipe):
     config = load_run_config(recipe)
+    # What groups others are in is none of a silo's business.
+    config = config.having(federation={"branches": None})
     question = ask(run=run_part(dictated(config)))
     found = node_config(parse_ask(encoded(question)).run, SITE)
     assert dictated(found) == dictated(config)
@@ -109,3 +111,11 @@ def test_every_recipe_keeps_its_maths_on_a_site(recipe):
         if table not in ("compute", "serve", "train", "data"):
             assert getattr(found, table) == getattr(config, table), table
     assert found.data == config.data.model_copy(update={"path": "/its/own"})
+
+
+def test_no_run_says_what_groups_others_are_in():
+    """Or all but one member could be told to clip to nothing, under masks that hide it."""
+    config = dictated(load_run_config(RECIPES[0]))
+    config["federation"]["children"] = {"g": {"silos": ["red", "blue"]}}
+    with pytest.raises(ProtocolError, match="what groups others are in"):
+        node_config(parse_ask(encoded(ask(run=run_part(config)))).run, SITE)

@@ -15,7 +15,7 @@ def test_a_task_that_ends_the_trainer_twice_in_the_same_way_is_refused(
 ):
     whole, calls = Node._fit, itertools.count(1)
 
-    def broken(self, task, state):
+    def broken(self, task, state, spending):
         raise RuntimeError(f"at address {next(calls):#x}")  # its words differ each time
 
     monkeypatch.setattr(Node, "_fit", broken)
@@ -35,10 +35,10 @@ def test_a_task_that_ends_the_trainer_twice_in_the_same_way_is_refused(
 def test_other_mistakes_are_counted_apart(bench, aggregator, monkeypatch):
     whole = Node._fit
 
-    def first(self, task, state):
+    def first(self, task, state, spending):
         raise RuntimeError("one")
 
-    def second(self, task, state):
+    def second(self, task, state, spending):
         raise MemoryError("another")
 
     ask = aggregator.fit()
@@ -58,7 +58,7 @@ def test_a_task_that_is_killed_again_and_again_is_refused(bench, aggregator, mon
     class Killed(BaseException):
         pass
 
-    def killed(self, task, state):
+    def killed(self, task, state, spending):
         raise Killed
 
     monkeypatch.setattr(Node, "_fit", killed)
@@ -81,7 +81,7 @@ def test_ends_in_good_order_are_not_counted(bench, aggregator, monkeypatch):
     class Stopped(BaseException):
         pass
 
-    def stopped(self, task, state):
+    def stopped(self, task, state, spending):
         bench.trainer.note_stop()
         raise Stopped
 

@@ -463,6 +463,7 @@ def dictated(config: RunConfig) -> dict[str, Any]:
     tree["data"].pop("path")
     # Members here, of whom each knows its own part alone.
     tree["federation"] |= {"children": {}, "levels": "at_once"}
+    tree["federation"].pop("branches", None)
     return tree
 
 

@@ -25,7 +25,7 @@ from photon.federation.tasks import Epsilon, FitTask
 from photon.link import tensors_sha256
 from photon.privacy import node_secret
 from photon.privacy.epsilon import epsilon, multiplier
-from photon.privacy.ledger import Entry, Ledger, Span, mu_squared
+from photon.privacy.ledger import Entry, Ledger, Span, Unit, mu_squared
 from photon.store.disk import write_json
 from photon.training import PrivateSteps
 
@@ -172,11 +172,12 @@ class Spending:
         delta, run = self.privacy.at_delta, self._of_run(entries)
         target, most = self.privacy.target_epsilon, self.purse.max_epsilon
         # A text that ever promised of its sequences is held to that.
-        unit = "sequence" if any(one.unit == "sequence" for one in entries) else new.unit
-        for limit, at, counted, of, said in (
+        unit: Unit = "sequence" if any(one.unit == "sequence" for one in entries) else new.unit
+        limits: list[tuple[float | None, float, list[Entry], Unit, str]] = [
             (target, delta, run, new.unit, "privacy.target_epsilon"),
             (most, min(delta, SITE_DELTA), entries, unit, "policy.max_epsilon, over all runs"),
-        ):
+        ]
+        for limit, at, counted, of, said in limits:
             if limit is not None and epsilon(mu_squared(counted, of), at) > limit * (1 + _SAME):
                 # Not what it would have cost: other runs' part of that is not this aggregator's.
                 raise PolicyError(
