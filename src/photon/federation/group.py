@@ -105,7 +105,7 @@ class Group:
         anchor = {name: new[name].clone() for name in self._key}
         residuals, guests = server.residuals, dict[str, dict[str, Tensor]]()
         residuals.path, residuals.above = f"{self._path}/", self._around
-        self._asked = asked_of(self._config, version)
+        self._asked = asked_of(self._config, version, self._child.update_privacy)
         residuals.spending = self._spending
         for one in version.residuals:
             guests.setdefault(one.origin, {}).update(one.tensors)

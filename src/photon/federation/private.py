@@ -187,9 +187,13 @@ class Spending:
                 )
 
 
-def asked_of(config: RunConfig, version: Version) -> str:
-    """Digest of run file and version, where any mechanism is to tell questions apart."""
-    if not any(one.promises for one in mechanisms(config)):
+def asked_of(config: RunConfig, version: Version, *own_update: PrivacyConfig) -> str:
+    """Digest of run file and version, where any mechanism is to tell questions apart.
+
+    Args:
+        own_update: of a group, what its own update goes through, which is not in `config`.
+    """
+    if not any(one.promises for one in (*own_update, *mechanisms(config))):
         return ""
     # Where it runs, and how often it is scored, moves no answer.
     own: dict[str, Any] = dict.fromkeys(("compute", "energy", "serve", "eval", "comply"), True)

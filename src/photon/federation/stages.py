@@ -18,8 +18,6 @@ nobody has to trust the aggregator for it.
 
 from __future__ import annotations
 
-import hmac
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -34,7 +32,7 @@ from photon.federation.private import Spending
 from photon.federation.tasks import FitTask, Update, update_header
 from photon.link import entries_bytes, plain_bytes
 from photon.link.tensorfile import stream_sha256
-from photon.privacy import gaussian
+from photon.privacy import gaussian, release_key
 from photon.secure.member import Seal
 
 
@@ -93,13 +91,13 @@ def _noised(spending: Spending, task: FitTask, delta: Tensors) -> Tensors:
     # decides what leaves is hashed, or the difference of two answers were without noise; and all
     # that was asked, or the same noise would tell that two questions have the same answer.
     release = [spending.question, digest, share, deviation]
-    spending.answered(hmac.digest(secret, json.dumps(release).encode(), "sha256").hex())
+    spending.answered(release_key(secret, *release).hex())
 
     def noised() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in delta():
             clipped = tensor if share == 1 else tensor * share
             if deviation:
-                key = hmac.digest(secret, json.dumps([*release, name]).encode(), "sha256")
+                key = release_key(secret, *release, name)
                 clipped = clipped + gaussian(key, tensor.shape, deviation)
             yield name, clipped
 

@@ -1,5 +1,5 @@
 """Differential privacy: the noise of a node, and what it has spent."""
 
-from photon.privacy.noise import SECRET_FILE, gaussian, node_secret
+from photon.privacy.noise import SECRET_FILE, gaussian, node_secret, release_key
 
-__all__ = ["SECRET_FILE", "gaussian", "node_secret"]
+__all__ = ["SECRET_FILE", "gaussian", "node_secret", "release_key"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hmac
+import json
 import math
 import secrets
 from pathlib import Path
+from typing import Any
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -40,6 +43,11 @@ def node_secret(folder: Path) -> bytes:
             hint="Remove it: the node makes a new one, and other noise.",
         )
     return secret
+
+
+def release_key(secret: bytes, *release: Any) -> bytes:
+    """Of 32 bytes, for what is said of a release in JSON, and for nothing else."""
+    return hmac.digest(secret, json.dumps(release).encode(), "sha256")
 
 
 def gaussian(key: bytes, shape: Size, deviation: float) -> Tensor:

@@ -12,8 +12,6 @@ a gradient for each (benchmarks/dp_sgd.py).
 from __future__ import annotations
 
 import hashlib
-import hmac
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from photon.errors import IncompatibleConfigError
-from photon.privacy import gaussian
+from photon.privacy import gaussian, release_key
 from photon.training.ranks import Ranks
 from photon.training.strategy import Strategy
 
@@ -109,7 +107,7 @@ def noise_gradients(
         # Rank 0's, lest ranks whose sums differ in a last digit draw apart.
         release = ranks.announce([*release, _sha256(sums)] if ranks.leader else None)
         for name, gradient in sums.items():
-            key = hmac.digest(steps.secret, json.dumps([*release, name]).encode(), "sha256")
+            key = release_key(steps.secret, *release, name)
             gradient.add_(gaussian(key, gradient.shape, deviation).to(gradient.device))
     for gradient in sums.values():
         gradient.div_(batch_size)
