@@ -29,7 +29,10 @@ def update_of(name: str, scale: float = 0.3) -> dict[str, torch.Tensor]:
 class Round:
     """One attempt at a round, a phase at a time; who is not named in one has dropped out."""
 
-    def __init__(self, folder: Path, names, *, number=1, attempt=1, weights=None, floor=3) -> None:
+    def __init__(
+        self, folder: Path, names, *, number=1, attempt=1, weights=None, floor=3, clip=None
+    ) -> None:
+        self.noised = {"clip": clip, "counted": True, "bits": 16} if clip else {}
         self.folder, self.number, self.attempt = folder, number, attempt
         self.names, self.floor = list(names), floor
         self.weights = dict(weights or dict.fromkeys(names, 1))
@@ -52,7 +55,7 @@ class Round:
         ]
         about = {"run": "run", "round": self.number, "attempt": self.attempt, "floor": self.floor}
         about |= {"question": "0" * 64, "bits": bits_for(len(members)), "ranges": RANGES}
-        return Cohort(**about | changes, members=members)
+        return Cohort(**about | self.noised | changes, members=members)
 
     def share(self, names=None) -> None:
         """Where others than these deal nothing, as another attempt without them."""
@@ -67,10 +70,10 @@ class Round:
             self.share()
         self.sum = SecureSum(self.cohort, SHAPES)
 
-    def sealed(self, name, update=None) -> dict[str, torch.Tensor]:
+    def sealed(self, name, update=None, *, within=True) -> dict[str, torch.Tensor]:
         """A member's masked update, as it comes out of a parcel."""
         seal = Seal(self.folder / name, name, self.cohort.text)
-        update = update or update_of(name)
+        update, self.count = update or update_of(name), seal.count(within=within)
         parts = {one: seal.encode(one, tensor)[0] for one, tensor in update.items()}
         seal.leave(parts.values())
         codec = build_codec(seal.codec)

@@ -53,6 +53,9 @@ def dp(**privacy):
     return {f"privacy.{key}": value for key, value in named.items()}
 
 
+AT_SUM = {"mechanism": "client", "noise_at": "sum", "secure_aggregation": True}
+
+
 @pytest.mark.parametrize(
     ("policy", "run", "refused"),
     [
@@ -89,6 +92,11 @@ def dp(**privacy):
             {"max_epsilon": 8.0},
             {"config": dp(target_epsilon=8.1, delta=1e-5)},
             "promises an epsilon of 8.1; policy.max_epsilon allows an epsilon of at most 8",
+        ),
+        (
+            {"max_epsilon": 8.0},
+            {"config": dp(**AT_SUM, target_epsilon=1.0, delta=1e-5)},
+            "promises an epsilon of 1 by noise that the aggregator is trusted with",
         ),
         ({"max_local_steps": 4}, {}, None),
         ({"max_local_steps": 3}, {}, "takes 4 local steps; policy.max_local_steps allows 3"),

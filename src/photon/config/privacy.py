@@ -14,15 +14,17 @@ if TYPE_CHECKING:
 
 #: Fewest updates of a sum that says nothing of one: of two, each member knows the other's.
 LEAST_SUMMED = 3
+#: An adaptive clip stays within so many times clip_norm, and this part of it.
+CLIP_MOVES = 100.0
 
 
 class PrivacyConfig(Section):
-    """[privacy]: clip and noise, each node its own. docs/privacy.md has what they promise."""
+    """[privacy]: clip and noise. docs/privacy.md has what they promise."""
 
     mechanism: Literal["none", "client", "dp_sgd"] = Field(
         default="none",
         description="client: each node scales its update down to clip_norm and adds Gaussian noise "
-        "of its own, which protects a silo's text as a whole. dp_sgd: each sequence's gradient is "
+        "of its own (or see noise_at), which protects a silo's text as a whole. dp_sgd: each sequence's gradient is "
         "scaled down, and each optimizer step gets noise, which protects a sequence of "
         "data.sequence_length tokens; the choice for few silos.",
     )
@@ -47,6 +49,17 @@ class PrivacyConfig(Section):
         description="At which epsilon is told, well below 1 over the number of records: sequences "
         "(dp_sgd), silos (client). 1e-5 by default beside noise_multiplier.",
     )
+    noise_at: Literal["node", "sum"] = Field(
+        default="node",
+        description="sum, with client and secure_aggregation: nodes only clip, and the aggregator "
+        "adds the noise to their sum before anybody sees it: for n silos that takes the square "
+        "root of n times less, and they trust the aggregator for it.",
+    )
+    clip_quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="With noise_at = sum: clip_norm is where the clip begins; it then follows the "
+        "norm that this part of the updates keep within, as a noised count tells it.",
+    )
     secure_aggregation: bool = Field(
         default=False,
         description="Mask updates so that the aggregator sees their sum alone, of at least three "
@@ -55,9 +68,19 @@ class PrivacyConfig(Section):
     )
 
     @property
-    def promises(self) -> bool:
+    def noised(self) -> bool:
         """Whether there is noise; without, nothing is promised."""
         return self.mechanism != "none" and bool(self.noise_multiplier or self.target_epsilon)
+
+    @property
+    def at_sum(self) -> bool:
+        """Whether the noise is the aggregator's to add, and nodes only clip."""
+        return self.noise_at == "sum"
+
+    @property
+    def promises(self) -> bool:
+        """Whether what leaves a node has noise."""
+        return self.noised and not self.at_sum
 
     @property
     def unit(self) -> Literal["sequence", "client"]:
@@ -79,7 +102,9 @@ class PrivacyConfig(Section):
         """About the norm of an update that had at most `norm` before clip and noise."""
         if self.clip_norm is None or self.mechanism != "client":
             return norm
-        return min(norm, self.clip_norm) + self.deviation * math.sqrt(parameters)
+        moves = CLIP_MOVES if self.clip_quantile else 1.0
+        noise = self.deviation * math.sqrt(parameters)
+        return min(norm, moves * self.clip_norm) + moves * noise
 
     @model_validator(mode="after")
     def _whole(self) -> PrivacyConfig:
@@ -89,6 +114,17 @@ class PrivacyConfig(Section):
                 raise ValueError(
                     f'{said} (the default) makes nothing of privacy.{key}; "client" and "dp_sgd" do'
                 )
+        if self.at_sum and not (self.mechanism == "client" and self.secure_aggregation):
+            raise ValueError(
+                'noise_at = "sum" needs mechanism = "client" and secure_aggregation = true (found '
+                f"{said} and {str(self.secure_aggregation).lower()}): the aggregator would see "
+                "single updates without noise"
+            )
+        if self.clip_quantile is not None and not self.at_sum:
+            raise ValueError(
+                'clip_quantile needs noise_at = "sum": updates are counted under masks, and the '
+                "count gets noise there"
+            )
         if not acts:
             return self
         if self.clip_norm is None:
@@ -150,6 +186,16 @@ def unsummable(config: RunConfig) -> str | None:
         why = (
             f'link.update_codec = "{link.update_codec}" has a form of its own for each update; '
             "leave it out: sealed ones travel in fixed point, about as small as int8"
+        )
+    elif config.privacy.at_sum and link.error_feedback:
+        why = (
+            'noise_at = "sum" has noise for what the clip lets through, and link.error_feedback = '
+            "true adds to it what was left out of earlier updates; leave it out"
+        )
+    elif config.privacy.at_sum and (federation.children or federation.branches):
+        why = (
+            'noise_at = "sum" is for silos, which clip by themselves, and groups are among those '
+            'of this sum; use it in the [privacy] of the groups, or noise_at = "node"'
         )
     elif few is not None and few < LEAST_SUMMED:
         why = f"sample = {few} is fewer than the {LEAST_SUMMED} of a sum; of two each knows both"

@@ -49,6 +49,7 @@ class RunState:
         first_loss: of the global model before the first round.
         epsilon: silo -> what its text has spent in this run (fields of an Epsilon); None: no bound.
         ranges: by tensor, the largest magnitude that sealed updates may have next (photon.secure).
+        clip_norm: that they are clipped to next, where that adapts; 0 before the first round.
     """
 
     round: int = 0
@@ -79,6 +80,7 @@ class RunState:
     witness_j: float = 0.0
     first_loss: float | None = None
     ranges: dict[str, float] = field(default_factory=dict)
+    clip_norm: float = 0.0
     epsilon: dict[str, Any] = field(default_factory=dict)
 
 

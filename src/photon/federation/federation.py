@@ -20,7 +20,7 @@ from photon.federation.envelopes import dictated
 from photon.federation.merging import Verdict
 from photon.federation.outstanding import Going, Order, Outstanding
 from photon.federation.pace import running_mean, staleness_weight
-from photon.federation.private import misstated
+from photon.federation.private import misstated, of_sums
 from photon.federation.sampling import Candidates, Fleet
 from photon.federation.secure_rounds import SecureRounds, planned_tokens, question_of
 from photon.federation.server import Server
@@ -166,7 +166,7 @@ class Federation:
             after_round(self.config, before, new, merged, len(asked)),
             quorum_s=running_mean(before.quorum_s, book.quorum_s or 0.0),
             in_flight=self.outstanding.in_flight(),
-            ranges=self._secure.ranges if self._secure is not None else {},
+            **(self._secure.changes if self._secure is not None else {}),
             **changes,
         )
         return Closed(after, costs, asked, [receipt for _, receipt in merged])
@@ -324,6 +324,7 @@ class Federation:
         if receipt.failure is None:
             if (reason := misstated(config, task, receipt.epsilon)) is not None:
                 return reason
+            receipt = replace(receipt, epsilon=receipt.epsilon or of_sums(config, number))
             costs.epsilon[task.silo] = receipt.epsilon
         costs.local_train_s += receipt.train_s
         costs.bytes_inside += receipt.bytes_inside

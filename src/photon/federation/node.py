@@ -290,17 +290,13 @@ class Node:
             )
             return Update.none(receipt)
         told = {name: value for name, value in vars(result).items() if name != "cursor"}
-        receipt = Receipt(
-            task.round,
-            task.silo,
+        receipt = replace(
+            update.receipt,
             **told | spending.withheld("loss", "first_loss", "last_loss"),
-            bytes_up=update.receipt.bytes_up,
             load_s=load_s,
             publish_s=time.perf_counter() - published,
             worker=self._worker,
             mfu=self._mfu(result),
-            left_out=update.receipt.left_out,
-            epsilon=update.receipt.epsilon,
             state_lost=state_lost or update.receipt.state_lost,
             energy=self._spent(),
         )

@@ -24,7 +24,7 @@ from photon.federation.engine import Version
 from photon.federation.tasks import Epsilon, FitTask
 from photon.link import tensors_sha256
 from photon.privacy import node_secret
-from photon.privacy.epsilon import epsilon, multiplier
+from photon.privacy.epsilon import epsilon, multiplier, settled
 from photon.privacy.ledger import Entry, Ledger, Span, Unit, mu_squared
 from photon.store.disk import write_json
 from photon.training import PrivateSteps
@@ -245,6 +245,15 @@ def of_group(
 ) -> Spending:
     """Of what a group sends up, or of a residual of one of its members."""
     return Spending(privacy, purse, task, _digest(["group", path]), asked)
+
+
+def of_sums(config: RunConfig, rounds: int) -> Epsilon | None:
+    """What so many noised sums cost each silo, as if it had been in all of them."""
+    privacy = settled(config).privacy if config.privacy.at_sum else config.privacy
+    if not (privacy.at_sum and privacy.noise_multiplier):
+        return None
+    value = epsilon(rounds / privacy.noise_multiplier**2, privacy.at_delta)
+    return Epsilon(value=value, delta=privacy.at_delta, unit="client")
 
 
 def noised(config: RunConfig, silo: str, stream: TokenStream) -> PrivacyConfig:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Size, Tensor
 
-from photon.config import RunConfig
+from photon.config import PrivacyConfig, RunConfig
 from photon.config.children import LEAF
-from photon.config.privacy import LEAST_SUMMED
+from photon.config.privacy import CLIP_MOVES, LEAST_SUMMED
 from photon.errors import (
     CheckpointCorruptError,
     IncompatibleConfigError,
@@ -34,11 +35,12 @@ from photon.federation.merging import FAULTS, OURS
 from photon.federation.norm_bound import lr_sum, step_over_lr
 from photon.federation.tasks import FitTask, Phase, Receipt, SecureReceipt, SecureTask, Update
 from photon.link import tensors_sha256
+from photon.privacy import gaussian, node_secret, release_key
 from photon.privacy.epsilon import settled
 from photon.secure import documents as say
 from photon.secure.aggregator import SecureSum, require_advert, require_dealt
 from photon.secure.fixed_point import MOST_SUMMED, bits_for, whole_weights
-from photon.secure.member import ROUNDS_KEPT, Party
+from photon.secure.member import COUNT, ROUNDS_KEPT, Party
 from photon.store.disk import write_json
 
 COHORTS_FILE = "cohorts.json"
@@ -48,6 +50,8 @@ COHORTS_FILE = "cohorts.json"
 _HEADROOM = 3.0
 #: A range moves by so much a round at most.
 _MOVES = 4.0
+#: Of an adaptive clip: its step, and the part of the budget that the count of updates has.
+_CLIP_RATE, _COUNTED = 0.2, 0.01
 
 _D = TypeVar("_D", bound=say.Document)
 
@@ -121,7 +125,7 @@ class SecureRounds:
         notice: told what is worth knowing.
 
     Attributes:
-        ranges: for the round after the one that was opened.
+        changes: of a run's state, by the round that was opened.
 
     Raises:
         CheckpointCorruptError: COHORTS_FILE can't be read.
@@ -137,7 +141,8 @@ class SecureRounds:
     ) -> None:
         self._config, self._path, self._mailbox = config, folder / COHORTS_FILE, mailbox
         self._question, self._notice = question, notice
-        self._number, self.ranges = 0, dict[str, float]()
+        self._number, self.changes, self._folder = 0, dict[str, Any](), folder
+        self._privacy = settled(config).privacy
         try:
             self._rounds = say.read(self._path.read_text("utf-8"), _Book, COHORTS_FILE).rounds
         except FileNotFoundError:
@@ -202,7 +207,7 @@ class SecureRounds:
             return f"came after the sum of round {self._number} was closed"
         assert self._sum is not None
         try:
-            return self._sum.add(task.silo, update.tensors())
+            return self._sum.add(task.silo, update.tensors(), update.receipt.count)
         except OURS:
             raise
         except FAULTS as error:
@@ -228,8 +233,14 @@ class SecureRounds:
         for name, why in silent.items():
             self._notice(f"{name} unmasks nothing: {why}")
         found.open(kept.dealt, revealed, self._notice)
-        self.ranges = _moved(found.cohort.ranges, found.mean())
-        return Update(Receipt(self._number, "the sum"), found.mean)
+        receipt = Receipt(self._number, "the sum")
+        if found.cohort.clip is None:
+            self.changes = {"ranges": _moved(found.cohort.ranges, found.mean())}
+            return Update(receipt, found.mean)
+        secret = node_secret(self._folder)
+        noise = partial(release_key, secret, "sum", found.cohort.id, survivors)
+        self.changes = {"clip_norm": next_clip(found, self._privacy, noise)}
+        return Update(receipt, partial(noised_mean, found, self._privacy, noise))
 
     def suspect_all(self) -> None:
         """One of those in the sum made it what it is."""
@@ -315,17 +326,26 @@ class SecureRounds:
             )
         weights = whole_weights([share for _, _, share in there])
         first = lr_sum(config, before.global_step) * min(1e6, step_over_lr(config, before, 1))
-        first = max(first + 4 * settled(config).privacy.deviation, 1e-12)
+        privacy, clip = self._privacy, None
+        if privacy.at_sum:
+            clip = before.clip_norm or privacy.clip_norm
+            first = min(first, clip or first)
+        else:
+            first += 4 * privacy.deviation
+        first = max(first, 1e-12)
         return say.Cohort(
             **call.model_dump(),
             question=self._question(tensors_sha256(tensors), before.global_step),
-            bits=bits_for(len(there)),
+            # Beside noise rounding to 0 is to take next to nothing.
+            bits=bits_for(len(there)) if clip is None else say.MOST_BITS,
             floor=floor,
             members=[
                 say.Member(name=name, weight=weight, steps=steps, advert=adverts[name])
                 for (name, steps, _), weight in zip(there, weights, strict=True)
             ],
             ranges={name: before.ranges.get(name, first) for name in sorted(tensors)},
+            clip=clip,
+            counted=privacy.clip_quantile is not None,
         )
 
     def _keep(self, kept: Attempt, **changes: Any) -> Attempt:
@@ -336,6 +356,40 @@ class SecureRounds:
         record = _Book(rounds=self._rounds).model_dump(mode="json")
         write_json(self._path, record, "a round's cohort", mode=0o600)
         return kept
+
+
+def noised_mean(
+    found: SecureSum, privacy: PrivacyConfig, key: Callable[..., bytes]
+) -> Iterator[tuple[str, Tensor]]:
+    """The mean of updates clipped to C, weights w and W in all, with N(0, (z C max w / W)^2) on
+    each coordinate: what it was without one of them is off by C max w / W at most. Where updates
+    are counted, too, the count has a part of the budget: 1 / z^2 is both costs together.
+
+    Args:
+        key: of noise, by words; the same give the same noise.
+    """
+    z, weights = privacy.noise_multiplier or 0.0, found.weights
+    if privacy.clip_quantile is not None:
+        z /= math.sqrt(1 - _COUNTED)
+    deviation = z * (found.cohort.clip or 0.0) * max(weights) / sum(weights)
+    for name, tensor in found.mean():
+        noise = gaussian(key(name), tensor.shape, deviation) if deviation else 0.0
+        yield name, tensor + noise
+
+
+def next_clip(found: SecureSum, privacy: PrivacyConfig, key: Callable[..., bytes]) -> float:
+    """C exp(-rate (within - clip_quantile)), of the part of updates that were within C, as a count
+    with noise tells it (Andrew et al. 2021, arXiv 1905.03871). A member is 1 or -1 of the count.
+    """
+    clip, quantile = found.cohort.clip or 0.0, privacy.clip_quantile
+    if quantile is None:
+        return 0.0
+    deviation = (privacy.noise_multiplier or 0.0) / math.sqrt(_COUNTED)
+    told = found.within() + float(gaussian(key(COUNT), Size([1]), deviation))
+    within = (1 + max(-1.0, min(1.0, told / len(found.survivors)))) / 2
+    first = privacy.clip_norm or clip
+    moved = clip * math.exp(-_CLIP_RATE * (within - quantile))
+    return min(max(moved, first / CLIP_MOVES), first * CLIP_MOVES)
 
 
 def _moved(ranges: Mapping[str, float], mean: Iterable[tuple[str, Tensor]]) -> dict[str, float]:

@@ -12,8 +12,9 @@ Feedback comes after it: it then keeps and sends on what was left out of noised 
 no more than these do. Before the noise it would carry what was cut off, or never noised, into later
 rounds. A mask goes over what is on the wire, as it has to cancel in the aggregator's sum.
 
-Each node adds its noise itself (McMahan et al. 2018, arXiv 1710.06963, add it at the server), so
-nobody has to trust the aggregator for it.
+Each node adds its noise itself, so nobody has to trust the aggregator for it. With noise_at = "sum"
+the aggregator does (McMahan et al. 2018, arXiv 1710.06963; secure_rounds.py), and what codecs leave
+out is not fed back: it would pass the clip.
 """
 
 from __future__ import annotations
@@ -60,22 +61,29 @@ def leaving(
         PolicyError: this would be another answer to a question, and no epsilon is left for it.
         ProtocolError, PolicyError: see photon.secure.member.Seal.
     """
+    seal = Seal(folder, task.silo, task.sealing) if task.sealing else None
+    count = None
     if spending.privacy.mechanism == "client":
-        delta = _noised(spending, task, delta)
+        delta, share = _noised(spending, delta, seal and seal.clip)
+        count = seal and seal.count(within=share == 1)
     elif spending.privacy.promises:
         spending.answered(stream_sha256(delta()))
-    seal = Seal(folder, task.silo, task.sealing) if task.sealing else None
+    if spending.privacy.at_sum:  # what is fed back would pass the clip
+        link = link.model_copy(update={"error_feedback": False})
     update, header = pack(link, folder, task, delta, seal), update_header(task, shapes)
     if update.packed is None:
         size = plain_bytes(header, shapes, link.chunk_bytes)
     else:
         size = entries_bytes(header, update.packed, link.chunk_bytes)
-    receipt = replace(update.receipt, bytes_up=size, epsilon=spending.epsilon())
+    told = {"epsilon": spending.epsilon(), "count": count}
+    receipt = replace(update.receipt, bytes_up=size, **told)
     return replace(update, receipt=receipt)
 
 
-def _noised(spending: Spending, task: FitTask, delta: Tensors) -> Tensors:
-    clip, deviation = spending.privacy.clip_norm, spending.privacy.deviation
+def _noised(spending: Spending, delta: Tensors, clip: float | None) -> tuple[Tensors, float]:
+    """The update clipped, with the node's noise; and what the clip has left of it."""
+    privacy = spending.privacy
+    clip, deviation = clip or privacy.clip_norm, 0.0 if privacy.at_sum else privacy.deviation
     assert clip is not None
     squares: list[float] = []
 
@@ -101,4 +109,4 @@ def _noised(spending: Spending, task: FitTask, delta: Tensors) -> Tensors:
                 clipped = clipped + gaussian(key, tensor.shape, deviation)
             yield name, clipped
 
-    return noised
+    return noised, share

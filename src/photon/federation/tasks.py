@@ -122,6 +122,7 @@ class Measures:
         energy: since the answer before it, waiting and failed attempts included; None where the
             participant says nothing of it.
         epsilon: None where nothing is promised.
+        count: under masks, whether the update was within the clip; see photon.secure.member.Seal.
     """
 
     tokens: Whole = 0
@@ -144,6 +145,7 @@ class Measures:
     state_lost: Annotated[bool, Strict()] = False
     energy: Spent | None = None
     epsilon: Epsilon | None = None
+    count: Count | None = None
 
 
 @dataclass(frozen=True)

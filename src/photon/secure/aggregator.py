@@ -14,7 +14,7 @@ from photon.errors import ProtocolError, QuorumLostError, some
 from photon.secure.documents import Advert, Call, Cohort, Dealt, Revealed
 from photon.secure.fixed_point import FixedPoint
 from photon.secure.masks import Masks, Words, agreed, derived, public_of, unboxed
-from photon.secure.member import pair_keys
+from photon.secure.member import COUNT, pair_keys
 from photon.secure.shares import SHARE_BYTES, joined
 
 #: Values of an update that tell it from any other.
@@ -58,8 +58,14 @@ class SecureSum:
     _words: dict[str, Words] = field(default_factory=dict)
     _told_by: dict[bytes, str] = field(default_factory=dict)
 
-    def add(self, name: str, tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-        """Take a member's update, its words as fp32; or nothing of it, and say why."""
+    def add(
+        self, name: str, tensors: Iterable[tuple[str, Tensor]], count: int | None = None
+    ) -> str | None:
+        """Take a member's update, its words as fp32; or nothing of it, and say why.
+
+        Args:
+            count: see Seal.count.
+        """
         if name in self.survivors:
             return "its update is in the sum already"
         words, most = dict[str, Words](), 1 << self.cohort.bits
@@ -71,6 +77,10 @@ class SecureSum:
             words[one] = tensor.flatten().int().numpy().astype(np.uint16)
         if missing := self.shapes.keys() - words:
             return f"its update lacks {some(sorted(missing))}"
+        if (count is not None) != self.cohort.counted or not 0 <= (count or 0) < most:
+            return "it does not say, under masks, whether it kept within the clip"
+        if count is not None:
+            words[COUNT] = np.array([count], np.uint16)
         first = b"".join(words[one][:_TOLD_BY].tobytes() for one in sorted(words))
         if (other := self._told_by.setdefault(first, name)) != name:
             return f"it sent the masked update of {other} once more"
@@ -124,10 +134,20 @@ class SecureSum:
     def mean(self) -> Iterator[tuple[str, Tensor]]:
         """Of the survivors' updates, by their weights, once it is open."""
         cohort = self.cohort
-        weight = sum(cohort.by_name[one].weight for one in self.survivors)
-        for name, words in self._words.items():
-            mean = FixedPoint.of(cohort).mean(words, weight, cohort.ranges[name])
-            yield name, mean.view(self.shapes[name])
+        for name, shape in self.shapes.items():
+            words, largest = self._words[name], cohort.ranges[name]
+            mean = FixedPoint.of(cohort).mean(words, sum(self.weights), largest)
+            yield name, mean.view(shape)
+
+    @property
+    def weights(self) -> list[int]:
+        """Of the survivors."""
+        return [self.cohort.by_name[one].weight for one in self.survivors]
+
+    def within(self) -> int:
+        """How many survivors said that they kept within the clip, less those who did not."""
+        most, told = len(self.survivors), FixedPoint.of(self.cohort).signed(self._words[COUNT])
+        return max(-most, min(most, int(told[0])))
 
     def _secret(
         self,

@@ -25,6 +25,7 @@ _Names = Annotated[list[_Name], Field(max_length=MOST_MEMBERS)]
 _Box = Annotated[str, Field(max_length=100)]
 _Number = Annotated[int, Field(ge=1, lt=2**31)]
 _Run = Annotated[str, Field(max_length=100)]
+_Positive = Annotated[float, Field(gt=0, lt=1e30)]
 
 
 class Document(BaseModel):
@@ -75,6 +76,9 @@ class Cohort(Document):
         bits: of a word of the ring.
         floor: fewest updates of the sum.
         ranges: by tensor, the largest magnitude that a member's values may have.
+        clip: the norm that members scale their updates down to, for noise on the sum; None where
+            there is none.
+        counted: whether members also say, under masks, if theirs were within it.
     """
 
     run: _Run
@@ -84,7 +88,9 @@ class Cohort(Document):
     bits: Annotated[int, Field(ge=8, le=MOST_BITS)]
     floor: Annotated[int, Field(ge=LEAST_SUMMED, le=MOST_MEMBERS)]
     members: Annotated[list[Member], Field(max_length=MOST_MEMBERS)]
-    ranges: dict[Annotated[str, Field(max_length=300)], Annotated[float, Field(gt=0, lt=1e30)]]
+    ranges: dict[Annotated[str, Field(max_length=300)], _Positive]
+    clip: _Positive | None = None
+    counted: bool = False
 
     @model_validator(mode="after")
     def _of_one_attempt(self) -> Cohort:

@@ -7,6 +7,7 @@ value x of a tensor whose range is R
 
 so sums over any members lie within M, and sum(q) W R / M over the weights of those in it is their
 weighted mean. What rounding and the bound left out, x - q W R / (M w_u), is fed back next round.
+Before noise on the sum q is rounded to 0, so that no update is longer than its clip let it be.
 """
 
 from __future__ import annotations
@@ -72,8 +73,13 @@ class FixedPoint:
         """W R / M: what 1 of a sum stands for, times the weight of those in it."""
         return largest * self.total / self._most
 
-    def whole(self, tensor: Tensor, weight: int, largest: float) -> tuple[Tensor, Tensor]:
+    def whole(
+        self, tensor: Tensor, weight: int, largest: float, *, to_zero: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """q, int16 [n], of a tensor's values in row-major order; and what it says of them, fp32.
+
+        Args:
+            to_zero: round to 0, and not to the nearest.
 
         Raises:
             NonFiniteError: it holds NaN or infinity.
@@ -85,7 +91,8 @@ class FixedPoint:
             piece = values[at]
             require_finite(torch.stack([piece.amax(), piece.amin()]), "ring")
             torch.mul(piece, 1 / unit, out=said[at])
-            whole[at] = said[at].round_().clamp_(-bound, bound)
+            rounded = said[at].trunc_() if to_zero else said[at].round_()
+            whole[at] = rounded.clamp_(-bound, bound)
             said[at] *= unit
         return whole, said
 

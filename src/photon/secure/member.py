@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from photon.compression.ring import Ring
@@ -33,6 +34,8 @@ from photon.store.disk import write_json
 ROUNDS_KEPT = MOST_INNER_ROUNDS + 1
 #: What shares are dealt of: the key of masks, and the secret of the own mask.
 SHARED = ("mask", "own")
+#: The stream of masks over what members say of their clip; no tensor is called so.
+COUNT = "count"
 _AGGREGATOR = "the aggregator"
 
 
@@ -218,6 +221,9 @@ class Seal:
         folder, name: see Party.
         text: the Cohort that it is masked for.
 
+    Attributes:
+        clip: of the Cohort.
+
     Raises:
         ProtocolError, PolicyError: see Party.bound.
     """
@@ -229,7 +235,8 @@ class Seal:
         mine = self._found.derived("mask")
         self._masks = Masks(keys | pair_keys(mine, name, cohort.masks[name], cohort))
         self._weight, self._numbers = cohort.by_name[name].weight, FixedPoint.of(cohort)
-        self._ring = Ring(bits=cohort.bits)
+        self._ring, self._counted = Ring(bits=cohort.bits), b""
+        self.clip = cohort.clip
         self.codec = f"ring(bits={cohort.bits})"
 
     def encode(self, name: str, tensor: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -241,10 +248,21 @@ class Seal:
         """
         if (largest := self._cohort.ranges.get(name)) is None:
             raise ProtocolError(f"the aggregator gave no range for tensor {name!r}")
-        whole, said = self._numbers.whole(tensor, self._weight, largest)
+        clipped = self.clip is not None
+        whole, said = self._numbers.whole(tensor, self._weight, largest, to_zero=clipped)
         words = whole.numpy().view("<u2")
         self._masks.add(words, name)
         return self._ring.packed(words), said.view(tensor.shape)
+
+    def count(self, *, within: bool) -> int | None:
+        """1 or -1 under masks: whether the update was within the clip; None where nobody asks."""
+        if not self._cohort.counted:
+            return None
+        word = np.array([1 if within else -1], np.int16).view(np.uint16)
+        self._masks.add(word, COUNT)
+        word &= (1 << self._cohort.bits) - 1
+        self._counted = word.tobytes()
+        return int(word[0])
 
     def leave(self, parts: Iterable[Mapping[str, Tensor]]) -> None:
         """The update as a whole leaves; this very one, or none under these masks.
@@ -253,7 +271,7 @@ class Seal:
             PolicyError: another left before: the difference of the two would have no mask.
             DiskFullError: it can't be noted.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self._counted)
         for part in (part for tensors in parts for part in tensors.values()):
             digest.update(part.numpy().data)
         if self._found.update not in ("", found := digest.hexdigest()):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from photon.config import RunConfig
 from photon.config.node import PolicyConfig
+from photon.config.privacy import CLIP_MOVES
 from photon.errors import MembershipError, PolicyError, ProtocolError, some
 from photon.federation.envelopes import Ask, parse_reply
 from photon.federation.secure_rounds import question_of
@@ -74,6 +75,14 @@ def require_sealing(ask: Ask, config: RunConfig, policy: PolicyConfig) -> None:
     steps = {one.name: one.steps for one in cohort.members}
     alike = len({*steps.values()}) == 1 or config.federation.unequal_steps
     asked = (ask.round, question, ask.fit.steps)
+    privacy, clip = config.privacy, cohort.clip or 0.0
+    first = privacy.clip_norm or 0.0 if privacy.at_sum else 0.0
+    moves = CLIP_MOVES if privacy.clip_quantile else 1.0
+    if not first / moves <= clip <= first * moves or (cohort.counted and moves == 1):
+        raise ProtocolError(
+            f"the cohort of round {cohort.round} has updates clipped to {cohort.clip}; the run's "
+            f"privacy.clip_norm is {privacy.clip_norm}, noise_at {privacy.noise_at!r}"
+        )
     if (cohort.round, cohort.question, steps.get(ask.silo)) != asked or not alike:
         raise ProtocolError(
             f"the cohort of round {cohort.round} is asked another question than {ask.silo} is",

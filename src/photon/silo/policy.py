@@ -201,11 +201,13 @@ def check(ask: Ask, config: RunConfig, policy: PolicyConfig, privacy: PrivacyCon
     )
     most, target, z = policy.max_epsilon, privacy.target_epsilon, privacy.noise_multiplier
     promised = f"an epsilon of {target:g}" if target else "differential privacy"
+    promised += " by noise that the aggregator is trusted with" if privacy.at_sum else ""
+    enough = not privacy.at_sum and bool(target <= (most or 0) if target else z)
     _hold(
         "max_epsilon",
-        most is None or bool(target and target <= most) or (target is None and bool(z)),
-        f"the run promises {promised if target else 'no ' + promised}",
-        f"an epsilon of at most {most or 0:g}",
+        most is None or enough,
+        f"the run promises {promised if target or privacy.at_sum else 'no ' + promised}",
+        f"an epsilon of at most {most or 0:g}, by noise of this site's own",
     )
     _hold_most("max_rounds", rounds, policy.max_rounds, f"it has {rounds} rounds")
     scores = ask.evaluate is None or policy.evaluate != "never"
