@@ -24,9 +24,9 @@ class PrivacyConfig(Section):
     mechanism: Literal["none", "client", "dp_sgd"] = Field(
         default="none",
         description="client: each node scales its update down to clip_norm and adds Gaussian noise "
-        "of its own (or see noise_at), which protects a silo's text as a whole. dp_sgd: each sequence's gradient is "
-        "scaled down, and each optimizer step gets noise, which protects a sequence of "
-        "data.sequence_length tokens; the choice for few silos.",
+        "of its own (or see noise_at), which protects a silo's text as a whole. dp_sgd: each "
+        "sequence's gradient is scaled down, and each optimizer step gets noise, which protects a "
+        "sequence of data.sequence_length tokens; the choice for few silos.",
     )
     clip_norm: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
