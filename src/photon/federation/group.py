@@ -236,7 +236,9 @@ class Group:
                 drop_node_state(self._folder, name, number)
 
     def _spending(self, task: FitTask) -> Spending:
-        return of_group(self._child.update_privacy, self.purse, task, self._path, self._asked)
+        # One that is served has its node's account for itself, and goes on with it renamed, too.
+        path = "" if self._served else self._path
+        return of_group(self._child.update_privacy, self.purse, task, path, self._asked)
 
     def _update(self, task: FitTask, old: GlobalState, new: GlobalState) -> Update:
         """What leaves the group: how far it came from the version it was given, by its stages."""

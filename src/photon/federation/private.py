@@ -1,6 +1,6 @@
 """Differential privacy of a task: which noise it takes, and what its text may still spend.
 
-A group's update has a ledger as a silo's has; its "text" is its name.
+A group's update has a ledger as a silo's has; its "text" is its path, or all that its node serves.
 """
 
 from __future__ import annotations
