@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from photon.bench.bench import Bench, read_results
-from photon.bench.case import loss_at, time_of, tokens_to
+from photon.bench.case import Case, loss_at, time_of, tokens_to
 from photon.bench.page import write_page
 from photon.bench.search import as_point
 from photon.cli.main import app
@@ -145,10 +146,36 @@ def test_a_page_of_results_alone(out: Path, tmp_path: Path) -> None:
     gap = ours["loss"] / pooled["loss"] - 1
     assert f"| here | {ours['parameters'] / 1e6:g} M: {gap:+.1%} | - |" in text
     assert (tmp_path / "results-small-small.svg").read_text().startswith("<?xml")
+    # Of a folder that was prepared without it, nobody knows which text it is.
+    assert f"\nText: sha256 once prepared: {bench(out).data[''].sha256}.\n" in text
     again = tmp_path / "again"
     again.mkdir()
     write_page([out / "out/results/small-small.json"], again / "results.md")
     assert (again / "results.md").read_text() == text
+
+
+def test_results_say_of_which_text_they_are(
+    out: Path, tmp_path: Path, write_corpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By names, bytes and sha256: what others need to have the same, and no folder's path."""
+    text = write_corpus(tmp_path / "books" / "de", {"a": 12, "b": 12})
+    (tmp_path / "books" / "metadata.csv").unlink()
+    (tmp_path / "small.toml").write_text(SUITE.replace("steps = 4\n", "steps = 4\nsilos = 2\n"))
+    told = ran(tmp_path, "--text", str(text.parent), "--report")
+    assert told.exit_code == 0, told.output
+    files = sorted(text.iterdir())
+    whole = b"".join(one.read_bytes() for one in files)
+    names = ", ".join(f"de/{one.name}" for one in files[:20])
+    digest = hashlib.sha256(whole).hexdigest()
+    words = f"{names} and 4 more: {len(whole):,} bytes, sha256 {digest}"
+    work = bench(tmp_path)
+    record = bench(out).results.records[0]
+    monkeypatch.setattr(Case, "record", lambda case, folder: dict(record))
+    work.take(work.wave()[0])
+    assert read_results(work.file)["text"] == words
+    write_page([work.file], tmp_path / "results.md")
+    assert f"\nText: {words}, sha256 once prepared: " in (tmp_path / "results.md").read_text()
+    assert str(tmp_path) not in work.file.read_text() + (tmp_path / "results.md").read_text()
 
 
 def test_a_killed_bench_goes_on(out: Path, tmp_path: Path) -> None:

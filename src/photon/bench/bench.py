@@ -21,6 +21,8 @@ from photon.errors import ConfigError
 from photon.store.disk import write_json
 from photon.training.hardware import inspect_machine
 
+#: In a folder that was prepared for a bench: which text it is, in words.
+TEXT_FILE = "text.txt"
 #: Final tokens of a method's runs may differ by so much: rounds are whole.
 _SAME_TOKENS = 0.01
 
@@ -106,12 +108,14 @@ class Bench:
         order = sorted(
             self._records.values(), key=lambda one: (one["method"], one["seed"], one["key"])
         )
+        text = next(iter(self.data.values())).path / TEXT_FILE
         told = {
             "suite": self.name,
             "scale": self.scale,
             "seeds": self.seeds,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "hardware": ", ".join(one.name for one in inspect_machine().devices),
+            "text": text.read_text("utf-8") if text.exists() else None,
             "data_sha256": {cut: data.sha256 for cut, data in self.data.items()},
             "runs": order,
         }

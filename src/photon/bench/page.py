@@ -49,6 +49,8 @@ def _section(results: Results, told: dict[str, Any], name: str, plot: str) -> It
     yield f"## {suite.title}: {results.scale}\n"
     yield suite.about.strip()
     yield f"\n{scale.note} {told['date']}, {told['hardware']}. Results: `{name}`."
+    hashes = ", ".join(f"{cut} {sha256}".strip() for cut, sha256 in told["data_sha256"].items())
+    yield f"Text: {', '.join(filter(None, (told.get('text'), f'sha256 once prepared: {hashes}')))}."
     tries = max((len(results.losses(method)) for method in suite.methods), default=0)
     yield (
         f"Each method that has something to search tried at most {tries} points with the first "

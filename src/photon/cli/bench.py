@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import typer
 
 from photon.cli.options import AsJson, Quiet
 from photon.cli.screen import console, say, show, show_json, show_table
-from photon.errors import ConfigError
+from photon.errors import ConfigError, some
 from photon.fork_server import start_fork_server
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ def _prepare(
     first: Path,
 ) -> None:
     """Cut the text; all cuts of a suite have the tokenizer of the first."""
+    from photon.bench.bench import TEXT_FILE
     from photon.cli.data import progress_bar
     from photon.cli.demo import demo_text
     from photon.data import PrepareOptions, prepare
@@ -180,4 +182,15 @@ def _prepare(
     )
     with progress_bar(console()) as progress:
         prepare(options, progress=progress)
+    (data / TEXT_FILE).write_text(_in_words(text) if text else "the demo's", "utf-8")
     shutil.rmtree(out / "work", ignore_errors=True)
+
+
+def _in_words(text: Path) -> str:
+    """Names of its files; bytes and sha256 of all of them, one after another."""
+    files = {one.relative_to(text).as_posix(): one for one in text.rglob("*") if one.is_file()}
+    files, whole = files or {text.name: text}, hashlib.sha256()
+    for _, path in sorted(files.items()):
+        whole.update(path.read_bytes())
+    size = sum(path.stat().st_size for path in files.values())
+    return f"{some(sorted(files), 20)}: {size:,} bytes, sha256 {whole.hexdigest()}"
