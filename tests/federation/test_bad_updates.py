@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from photon.engines.local import LocalEngine
-from photon.errors import NonFiniteError
+from photon.errors import NonFiniteError, QuorumLostError
 from photon.federation import Node, Update
 from photon.federation.tasks import update_header
 from photon.link import Entry, Expected, Parcel, plain_entries, write_parcel
@@ -232,3 +232,19 @@ def test_figures_that_no_task_has_cost_their_silo(three_silos, make_config, tmp_
     assert all("its receipt says" in event.reason for event in dropped)
     assert summary["tokens"] == rounds * 2 * 4 * 4 * 32
     assert math.isfinite(json.loads((tmp_path / "run/summary.json").read_text())["local_train_s"])
+
+
+def test_each_reason_has_its_silo_s_name(five_silos, make_config, tmp_path, monkeypatch):
+    """Once: also where a name is as the reason's first letters are."""
+    why = {"e": "epsilon spent", "c": "c is gone"}
+
+    def lost(task, update):
+        return Update.none(replace(update.receipt, failure=why.get(task.silo, "it failed")))
+
+    answering(monkeypatch, lost)
+    run = make_config(five_silos, "local.steps=1", "eval.every=0", "eval.max_tokens=300")
+    with pytest.raises(QuorumLostError) as caught:
+        simulate(run, run_dir=tmp_path / "run")
+    told = caught.value.message.partition("dropped: ")[2]
+    named = ["a: it failed", "b: it failed", "c is gone", "d: it failed", "e: epsilon spent"]
+    assert told.split("; ") == named

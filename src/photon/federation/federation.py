@@ -285,7 +285,7 @@ class Federation:
     ) -> None:
         """Note that an update is not merged, and tell why."""
         costs.dropped.append(receipt.silo)
-        named = reason.startswith(receipt.silo)
+        named = reason.startswith(f"{receipt.silo} ")
         costs.reasons.append(reason if named else f"{receipt.silo}: {reason}")
         costs.diverged += receipt.failure_code == NonFiniteError.exit_code
         self._tell(UpdateDropped(round=number, silo=receipt.silo, reason=reason, cause=cause))

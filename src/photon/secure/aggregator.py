@@ -35,7 +35,7 @@ def require_advert(call: Call, name: str, advert: Advert) -> None:
 def require_dealt(cohort: Cohort, name: str, dealt: Dealt) -> None:
     """Raise ProtocolError for shares of another cohort, or for others than who is to hold them."""
     if dealt.cohort != cohort.id or dealt.boxes.keys() != cohort.holders[name]:
-        raise ProtocolError(f"{name} dealt no shares to those who hold them in {cohort.round}")
+        raise ProtocolError(f"{name} dealt no shares for its holders in round {cohort.round}")
 
 
 @dataclass
