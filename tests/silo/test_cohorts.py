@@ -143,6 +143,41 @@ def test_others_steps_may_differ_where_the_run_says_so_and_its_own_may_not():
         sealed(*unequal, steps={"red": 1})
 
 
+AT_SUM = (
+    "privacy.mechanism=client",
+    "privacy.noise_at=sum",
+    "privacy.clip_norm=2",
+    "privacy.noise_multiplier=1",
+)
+ADAPTS = (*AT_SUM, "privacy.clip_quantile=0.5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "good", "bad"),
+    [
+        ((), [{}], [{"clip": 2.0}, {"counted": True}]),
+        (
+            AT_SUM,
+            [{"clip": 2.0}],
+            [{}, {"clip": 2.1}, {"clip": 1.9}, {"clip": 2.0, "counted": True}],
+        ),
+        (
+            ADAPTS,
+            [{"clip": 200.0, "counted": True}, {"clip": 0.02}],
+            [{"clip": 201.0}, {"clip": 0.01}],
+        ),
+    ],
+    ids=["no noise on the sum", "noise on the sum", "a clip that adapts"],
+)
+def test_updates_are_clipped_as_the_run_file_says(overrides, good, bad):
+    """A larger clip is more than the noise of a sum is sized for; a tiny one leaves one update."""
+    for fields in good:
+        sealed(*overrides, **fields)
+    for fields in bad:
+        with pytest.raises(ProtocolError, match=r"updates clipped to .*privacy.clip_norm is"):
+            sealed(*overrides, **fields)
+
+
 @pytest.mark.parametrize("promised", [True, False])
 def test_a_task_has_a_cohort_where_the_run_promises_one_and_nowhere_else(promised):
     said = f"secure_aggregation = {str(promised).lower()}"
