@@ -198,3 +198,18 @@ def test_groups_are_no_members_of_a_noised_sum():
     tree = BASE | {"federation": {"children": {"east": group, "west": group | {"silos": ["d"]}}}}
     with pytest.raises(IncompatibleConfigError, match="silos, which clip by themselves"):
         parse_run_config(tree, PRIVATE)
+
+
+def test_a_group_noises_the_sum_of_its_silos(make_config, five_silos, tmp_path):
+    own = [one for one in NOISED if not one.startswith("privacy.")]
+    tree = make_config(five_silos, *own, "local.steps=4").model_dump(exclude_none=True)
+    noised = parse_run_config(BASE, PRIVATE).privacy.model_dump(exclude_none=True)
+    east = {"silos": ["a", "b", "c"], "rounds": 2, "privacy": noised}
+    tree["federation"]["children"] = {"east": east}
+    result = simulate(parse_run_config(tree), run_dir=tmp_path / "run")
+    rounds = result.summary["rounds"]
+    told = state_of(tmp_path / "run").epsilon
+    assert told["east"]["value"] == epsilon(2 * rounds / 0.5**2, 1e-4)
+    assert told["d"] is None  # and so the run as a whole promises nothing
+    assert "epsilon" not in result.summary
+    assert (tmp_path / "run" / "nodes" / "east" / "noise.key").is_file()
