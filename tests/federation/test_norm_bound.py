@@ -53,6 +53,7 @@ def bound(*overrides, before=START, state=STATE):
         ["local.optimizer=adamw", "local.beta1=0.97", "local.beta2=0.9"],
         ["local.optimizer=adamw", "local.weight_decay=3.0"],
         ["local.optimizer=muon", "local.weight_decay=0.1"],
+        ["local.optimizer=muon", "local.adamw_lr_ratio=40.0"],
         ["local.optimizer=adopt"],
         ["local.optimizer=amsgrad", "federation.optimizer_state=average", "local.epsilon=1e-8"],
         ["local.optimizer=sgd"],
@@ -182,3 +183,14 @@ def test_averaged_state_is_bounded_by_clipped_gradients():
     averaged = "federation.optimizer_state=average"
     assert bound(averaged, state=state).state == pytest.approx(SLACK * (held + 1 + 1))
     assert bound(averaged, "local.clip_norm=0", state=state).state == math.inf
+
+
+def test_a_noised_sum_is_not_held_against_earlier_ones():
+    """Its noise goes by how many are in it."""
+    noised = ["privacy.mechanism=client", "privacy.clip_norm=1.0", "privacy.noise_multiplier=1.0"]
+    before = replace(START, round=3, global_step=60, merged_norm=1e-3, merged_lr_sum=0.2)
+    assert bound(*noised, before=before).norm == pytest.approx(FACTOR * 1e-3)
+    summed = [*noised, "privacy.secure_aggregation=true", "privacy.noise_at=sum"]
+    found = bound(*summed, before=before)
+    assert found.norm > math.sqrt(PARAMETERS)
+    assert math.isinf(found.counted)

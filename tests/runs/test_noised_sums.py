@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from served_in_process import SMALL, Served
 
-from photon.config import PrivacyConfig, parse_run_config
-from photon.errors import ConfigError, IncompatibleConfigError
+from photon.config import LinkConfig, PrivacyConfig, parse_run_config
+from photon.errors import ConfigError, IncompatibleConfigError, PolicyError
 from photon.federation import FitTask, secure_rounds
 from photon.federation.checkpoint import CheckpointStore
 from photon.federation.norm_bound import norm_of
 from photon.federation.private import Purse, Spending
 from photon.federation.secure_rounds import COHORTS_FILE
 from photon.federation.server import Server
-from photon.federation.stages import _noised
-from photon.link import tensors_sha256
+from photon.federation.stages import _noised, leaving
 from photon.privacy.epsilon import epsilon
 from photon.runs import resume, simulate
+from photon.secure.member import COUNT
 from photon.telemetry import read_history
 from photon.telemetry.events import LocalFinished
 
@@ -125,28 +127,30 @@ def test_a_node_clips_to_what_the_round_says_and_adds_nothing(tmp_path):
 
 def test_a_killed_aggregator_draws_the_same_noise(config, tmp_path, monkeypatch):
     """Else the difference of what two processes published would tell of the sum."""
-    step, noised, drawn, killed = Server.step, secure_rounds.noised_mean, {}, []
+    step, noise_of, drawn, killed = Server.step, secure_rounds.noise_of, {}, []
 
-    def seen(found, privacy, key):
-        told = dict(noised(found, privacy, key))
-        drawn.setdefault(found.cohort.round, []).append(tensors_sha256(told))
-        return iter(told.items())
+    def seen(found, privacy, key, name, size):
+        words = noise_of(found, privacy, key, name, size)
+        assert words.any()
+        drawn.setdefault((found.cohort.round, name), []).append(words.tobytes())
+        return words
 
     def dying(self, **options):
         if self.version.number == 1 and not killed:
-            killed.append(drawn[2][0])
+            killed.append(dict(drawn))
             raise KeyboardInterrupt  # the sum is open, and nothing of it is kept
         return step(self, **options)
 
-    monkeypatch.setattr(secure_rounds, "noised_mean", seen)
+    monkeypatch.setattr(secure_rounds, "noise_of", seen)
     monkeypatch.setattr(Server, "step", dying)
     with pytest.raises(KeyboardInterrupt):
         simulate(config, run_dir=tmp_path / "run")
-    before = len(drawn[2])
     summary = resume(tmp_path / "run").summary
     assert killed
-    assert len(drawn[2]) > before
-    assert set(drawn[2]) == set(killed)
+    second = [times for (number, _), times in drawn.items() if number == 2]
+    assert COUNT in {name for number, name in drawn if number == 2}
+    assert all(len(times) == 2 and times[0] == times[1] for times in second)
+    assert len({times[0] for times in drawn.values()}) == len(drawn)
     assert summary["epsilon"]["value"] == epsilon(3 / 0.5**2, 1e-4)
 
 
@@ -191,6 +195,24 @@ def test_what_does_not_go_with_it_is_told(overrides, words):
     with pytest.raises((IncompatibleConfigError, ConfigError)) as caught:
         parse_run_config(BASE, [*PRIVATE, *overrides])
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize(("at_sum", "sealing"), [(True, ""), (False, "clipped")])
+def test_nothing_leaves_that_nobody_noises(at_sum, sealing, tmp_path, monkeypatch):
+    """A silo of several nodes has no masks; a federation among members has no clip of its own."""
+    monkeypatch.setattr("photon.federation.stages.Seal", lambda *a: SimpleNamespace(clip=1.0))
+    task = replace(FitTask("run", 1, "a", 0, 1, None), sealing=sealing)
+    privacy = parse_run_config(BASE, PRIVATE).privacy if at_sum else PrivacyConfig()
+    spending = Spending(privacy, Purse(tmp_path, "run"), task, "text")
+    with pytest.raises(PolicyError, match="nobody would noise what a sends"):
+        leaving(spending, LinkConfig(), tmp_path, task, lambda: iter(()), {})
+
+
+def test_a_silo_of_several_nodes_is_told_when_the_run_is_loaded():
+    own = parse_run_config(BASE, PRIVATE).privacy.model_dump(exclude_none=True)
+    tree = BASE | {"federation": {"children": {"a": {"nodes": 2, "privacy": own}}}}
+    with pytest.raises(IncompatibleConfigError, match="has nodes, whose sum nobody masks"):
+        parse_run_config(tree)
 
 
 def test_groups_are_no_members_of_a_noised_sum():

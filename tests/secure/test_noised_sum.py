@@ -6,18 +6,20 @@ import math
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from secure_cohort import SHAPES, Round, names_of, same, update_of
+from secure_cohort import SHAPES, Round, names_of, update_of
 
 from photon.config.privacy import CLIP_MOVES, PrivacyConfig
 from photon.errors import PolicyError
-from photon.federation.secure_rounds import next_clip, noised_mean
+from photon.federation.secure_rounds import next_clip, noise_of
 from photon.privacy import release_key
+from photon.secure.fixed_point import FixedPoint
 from photon.secure.masks import Masks, derived
 from photon.secure.member import COUNT, Seal, pair_keys
 
-CLIP = 20.0
+CLIP = 0.02
 
 
 def privacy(**changes):
@@ -30,47 +32,81 @@ def key(*words, secret=b"s" * 32, round_=1):
     return release_key(secret, round_, *words)
 
 
-def opened(round_, outside=()):
+def opened(round_, outside=(), noise=None):
+    """The sum; noise is of a run's [privacy]."""
     round_.advertise()
     round_.share()
     for name in round_.names:
-        update = round_.sealed(name, within=name not in outside)
+        update = round_.sealed(name, update_of(name, 0.03), within=name not in outside)
         assert round_.sum.add(name, update.items(), round_.count) is None
+    if noise is not None:
+        round_.noise = partial(noise_of, round_.sum, noise, key)
     round_.unmask()
     return round_.sum
 
 
+WEIGHTS = dict(zip(names_of(5), (1, 1, 1, 1, 4), strict=True))
+
+
 @pytest.fixture(scope="module")
 def summed(tmp_path_factory):
-    weights = dict(zip(names_of(5), (1, 1, 1, 1, 4), strict=True))
     folder = tmp_path_factory.mktemp("summed")
-    return opened(Round(folder, names_of(5), weights=weights, clip=CLIP), outside=names_of(2))
+    return opened(Round(folder, names_of(5), weights=WEIGHTS, clip=CLIP), outside=names_of(2))
 
 
 def flat(tensors):
     return torch.cat([tensors[name].flatten().double() for name in sorted(SHAPES)])
 
 
-def test_noise_is_as_large_as_the_largest_part_of_one_member(summed):
+@pytest.mark.parametrize(("quantile", "more"), [(None, 1.0), (0.5, 1 / math.sqrt(0.99))])
+def test_noise_is_as_large_as_the_largest_part_of_one_member(quantile, more, summed, tmp_path):
     """Weights of 1, 1, 1, 1 and 4 in 8: one of them moves the mean by C / 2 at most."""
-    plain = flat(dict(summed.mean()))
-    for quantile, more in ((None, 1.0), (0.5, 1 / math.sqrt(0.99))):
-        run = privacy(clip_quantile=quantile, noise_multiplier=0.7)
-        noise = flat(dict(noised_mean(summed, run, key))) - plain
-        expected = 0.7 * more * CLIP * 4 / 8
-        assert float(noise.std()) == pytest.approx(expected, rel=0.02)
-        assert abs(float(noise.mean())) < 5 * expected / math.sqrt(len(noise))
+    run = privacy(clip_quantile=quantile, noise_multiplier=0.7)
+    round_ = Round(tmp_path, names_of(5), weights=WEIGHTS, clip=CLIP)
+    noised = opened(round_, outside=names_of(2), noise=run)
+    noise = flat(dict(noised.mean())) - flat(dict(summed.mean()))
+    expected = 0.7 * more * CLIP * 4 / 8
+    assert float(noise.std()) == pytest.approx(expected, rel=0.02)
+    assert abs(float(noise.mean())) < 5 * expected / math.sqrt(len(noise))
 
 
 def test_noise_is_the_same_for_the_same_sum_and_no_other(summed):
-    run = privacy()
-    once, again = (dict(noised_mean(summed, run, key)) for _ in range(2))
-    assert same(once, again)
-    other = dict(noised_mean(summed, run, partial(key, round_=2)))
-    assert not torch.equal(flat(once), flat(other))
-    plain = flat(dict(summed.mean()))
-    both = torch.stack([flat(once) - plain, flat(other) - plain])
-    assert abs(float(torch.corrcoef(both)[0, 1])) < 0.03
+    draw = partial(noise_of, summed, privacy())
+    once, again, other = (
+        draw(one, "weights/vector", 20000) for one in (key, key, partial(key, round_=2))
+    )
+    assert np.array_equal(once, again)
+    both = np.stack([once.view(np.int16), other.view(np.int16)])
+    assert abs(np.corrcoef(both)[0, 1]) < 0.03
+
+
+def test_a_member_at_the_edge_of_the_ring_takes_no_noise_away(tmp_path):
+    """It adds what brings the sum to the last number before the ring goes round, where a few words
+    of another's turn it from all that there is to minus that."""
+    zero = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+
+    def share_that_went_round(folder, moved, noise):
+        round_ = Round(folder, names_of(5), clip=CLIP)
+        round_.advertise()
+        round_.share()
+        unit = FixedPoint.of(round_.cohort).unit(0.25)
+        for name in round_.names:
+            update = dict(zero)
+            if name == "silo-01" and moved:
+                update["weights/matrix"] = torch.full(SHAPES["weights/matrix"], 3.5 * unit)
+            sealed = round_.sealed(name, update)
+            if name == "silo-04":  # the liar
+                sealed = {one: (tensor + 32766) % 65536 for one, tensor in sealed.items()}
+            assert round_.sum.add(name, sealed.items(), round_.count) is None
+        round_.noise = partial(noise_of, round_.sum, privacy(noise_multiplier=noise), key)
+        mean = round_.unmask()["weights/matrix"]
+        return float((mean < 0).double().mean())
+
+    shares = [share_that_went_round(tmp_path / f"{on}", on, 1.0) for on in (False, True)]
+    assert shares == pytest.approx([0.5, 0.5], abs=0.03)
+    # So it was without: the first would be 0, the second 1.
+    plain = [share_that_went_round(tmp_path / f"plain{on}", on, 0.0) for on in (False, True)]
+    assert plain == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("clip", [CLIP, None])
@@ -134,22 +170,21 @@ def test_a_count_that_nobody_asked_for_is_refused(tmp_path):
 
 def test_the_clip_comes_to_the_quantile(summed):
     """Of 5 members with norms of 1 to 5 and hardly any noise, a quantile of 0.6 is from 3 to 4."""
-    run = privacy(clip_quantile=0.6, noise_multiplier=1e-6, clip_norm=30.0)
-    clip = 30.0
-    for number in range(300):
+    run, clip = privacy(clip_quantile=0.6, clip_norm=30.0), 30.0
+    for _ in range(300):
         within = sum(norm <= clip for norm in (1, 2, 3, 4, 5))
         found = replace(summed, cohort=summed.cohort.model_copy(update={"clip": clip}))
         found.within = lambda within=within: 2 * within - 5
-        clip = next_clip(found, run, partial(key, round_=number))
+        clip = next_clip(found, run)
     assert 2.99 < clip < 4.01
 
 
 def test_the_clip_stays_where_a_lie_can_not_take_it(summed):
-    run, clip = privacy(clip_quantile=0.5, noise_multiplier=1e-6), CLIP
-    for number in range(80):
+    run, clip = privacy(clip_quantile=0.5), CLIP
+    for _ in range(80):
         found = replace(summed, cohort=summed.cohort.model_copy(update={"clip": clip}))
         found.within = lambda: -5
-        clip = next_clip(found, run, partial(key, round_=number))
+        clip = next_clip(found, run)
     assert clip == CLIP * CLIP_MOVES
 
 
@@ -160,14 +195,17 @@ def test_a_count_beyond_all_members_counts_as_all(tmp_path):
     assert found.within() == 3
 
 
-def test_the_count_has_noise(summed):
+def test_the_count_has_noise(summed, tmp_path):
     """z / sqrt(0.01) on a sum of which each member is 1: ten times z."""
-    run = privacy(clip_quantile=0.5, noise_multiplier=0.05)
-    moved = [
-        math.log(next_clip(summed, run, partial(key, round_=number)) / CLIP)
+    run = privacy(clip_quantile=0.5, noise_multiplier=7.0)
+    drawn = [
+        int(noise_of(summed, run, partial(key, round_=number), COUNT, 1).view(np.int16)[0])
         for number in range(2000)
     ]
+    assert np.std(drawn) == pytest.approx(70, rel=0.1)
+    assert abs(np.mean(drawn)) < 8
     assert summed.within() == 1
-    told = -5 * (torch.tensor(moved) / 0.2)  # 5 (within - 0.5), within = (1 + told / 5) / 2
-    assert float(told.mean()) == pytest.approx(0.5, abs=0.05)
-    assert float(told.std()) == pytest.approx(0.25, rel=0.1)
+    round_ = Round(tmp_path, names_of(5), weights=WEIGHTS, clip=CLIP)
+    noised = opened(round_, outside=names_of(2), noise=run)
+    told = int(noised._words[COUNT].view(np.int16)[0])
+    assert told == 1 + int(noise_of(noised, run, key, COUNT, 1).view(np.int16)[0])

@@ -32,6 +32,7 @@ class Round:
     def __init__(
         self, folder: Path, names, *, number=1, attempt=1, weights=None, floor=3, clip=None
     ) -> None:
+        self.noise = None
         self.noised = {"clip": clip, "counted": True, "bits": 16} if clip else {}
         self.folder, self.number, self.attempt = folder, number, attempt
         self.names, self.floor = list(names), floor
@@ -95,7 +96,7 @@ class Round:
         return self.opened()
 
     def opened(self) -> dict[str, torch.Tensor]:
-        self.sum.open(self.dealt, self.revealed, self.told.append)
+        self.sum.open(self.dealt, self.revealed, self.told.append, self.noise)
         return dict(self.sum.mean())
 
     def plain(self, names) -> dict[str, torch.Tensor]:

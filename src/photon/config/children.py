@@ -311,6 +311,10 @@ def _check_policies(
     for name, child in {**federation.children, **like}.items():
         within, where = inside(config, child), f"{place}.children.{name}"
         _check_policies(within, where, policy)
+        if child.nodes and within.privacy.at_sum:
+            raise IncompatibleConfigError(
+                f'{where} has nodes, whose sum nobody masks: use privacy.noise_at = "node"'
+            )
         if child.nodes and within.privacy.mechanism == "client" and within.privacy.target_epsilon:
             raise IncompatibleConfigError(
                 f"{where} has nodes, each of which answers for its text; target_epsilon is of one "

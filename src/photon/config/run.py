@@ -389,8 +389,9 @@ class RunConfig(Section):
     @property
     def feeds_back(self) -> bool:
         """Whether nodes keep what did not leave with an update."""
-        sealed = self.privacy.secure_aggregation and self.link.error_feedback is not False
-        return sealed or self.link.feeds_back
+        if self.privacy.secure_aggregation:
+            return self.link.error_feedback is not False and not self.privacy.at_sum
+        return self.link.feeds_back
 
     @property
     def silos_needed(self) -> int:

@@ -64,7 +64,8 @@ def _noise(privacy: PrivacyConfig) -> str | None:
     if privacy.mechanism == "none":
         return None
     target, z = privacy.target_epsilon, privacy.noise_multiplier
-    return f"clip {privacy.clip_norm:g}, " + (f"epsilon {target:g}" if target else f"noise {z:g}")
+    told = f"clip {privacy.clip_norm:g}, " + (f"epsilon {target:g}" if target else f"noise {z:g}")
+    return told + (" on the sum" if privacy.at_sum else "")
 
 
 def read_tree(folder: Path, silos: Sequence[str]) -> dict[str, Any] | None:

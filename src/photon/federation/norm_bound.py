@@ -108,7 +108,8 @@ def norm_bound(config: RunConfig, before: RunState, state: GlobalState) -> NormB
     counted, deviation = math.inf, _deviation(config)
     noise = " and its noise" if deviation else ""
     words = f"{reach:.4g}, {SLACK:g} times what {local.steps} steps of this recipe{noise} can move"
-    if before.merged_norm > 0 and before.merged_lr_sum > 0:
+    # What a sum is noised with goes by who is in it, and is nobody's to choose.
+    if before.merged_norm > 0 and before.merged_lr_sum > 0 and not config.privacy.at_sum:
         risen = max(1.0, lr_sum(config, before.global_step) / before.merged_lr_sum)
         usual = FACTOR * before.merged_norm * risen
         counted = COUNTED * before.merged_norm * risen
@@ -204,7 +205,9 @@ def step_over_lr(config: RunConfig, before: RunState, parameters: int) -> float:
         series = float(taken) if ratio == 1 else math.inf
     else:
         series = (1 - ratio**taken) / (1 - ratio)
-    return max(1.0, (1 - beta1) / math.sqrt(1 - beta2) * math.sqrt(series)) * math.sqrt(parameters)
+    most = max(1.0, local.adamw_lr_ratio) if local.optimizer == "muon" else 1.0
+    most *= max(1.0, (1 - beta1) / math.sqrt(1 - beta2) * math.sqrt(series))
+    return most * math.sqrt(parameters)
 
 
 def _state_bound(config: RunConfig, before: RunState, state: GlobalState) -> float:

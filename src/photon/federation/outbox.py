@@ -55,7 +55,9 @@ def pack(
     if spec == "fp32" and seal is None:
         return Update(receipt, tensors)
     codec = build_codec(link.update_codec if seal is None else "fp32")
-    feeds_back = link.feeds_back if seal is None else link.error_feedback is not False
+    feeds_back = link.feeds_back
+    if seal is not None:  # before noise on the sum it would pass the clip
+        feeds_back = link.error_feedback is not False and seal.clip is None
     keeps, state_lost = feeds_back or codec.learns, False
     old, new = dict[str, Tensor](), dict[str, Tensor]()
     if task.node_round is not None and keeps:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import Size, Tensor
 
 from photon.config import PrivacyConfig, RunConfig
@@ -39,7 +40,8 @@ from photon.privacy import gaussian, node_secret, release_key
 from photon.privacy.epsilon import settled
 from photon.secure import documents as say
 from photon.secure.aggregator import SecureSum, require_advert, require_dealt
-from photon.secure.fixed_point import MOST_SUMMED, bits_for, whole_weights
+from photon.secure.fixed_point import MOST_SUMMED, FixedPoint, bits_for, whole_weights
+from photon.secure.masks import Words
 from photon.secure.member import COUNT, ROUNDS_KEPT, Party
 from photon.store.disk import write_json
 
@@ -52,6 +54,8 @@ _HEADROOM = 3.0
 _MOVES = 4.0
 #: Of an adaptive clip: its step, and the part of the budget that the count of updates has.
 _CLIP_RATE, _COUNTED = 0.2, 0.01
+#: Deviations of noise that a range has room for: beyond it the sum goes round the ring.
+_ROOM = 6.0
 
 _D = TypeVar("_D", bound=say.Document)
 
@@ -232,15 +236,16 @@ class SecureRounds:
         revealed = self._ask(survivors, "unmask", closing, say.Revealed, silent)
         for name, why in silent.items():
             self._notice(f"{name} unmasks nothing: {why}")
-        found.open(kept.dealt, revealed, self._notice)
-        receipt = Receipt(self._number, "the sum")
-        if found.cohort.clip is None:
+        noise = None
+        if (clip := found.cohort.clip) is not None:
+            key = partial(release_key, node_secret(self._folder), found.cohort.id, survivors)
+            noise = partial(noise_of, found, self._privacy, key)
+        found.open(kept.dealt, revealed, self._notice, noise)
+        if clip is None:
             self.changes = {"ranges": _moved(found.cohort.ranges, found.mean())}
-            return Update(receipt, found.mean)
-        secret = node_secret(self._folder)
-        noise = partial(release_key, secret, "sum", found.cohort.id, survivors)
-        self.changes = {"clip_norm": next_clip(found, self._privacy, noise)}
-        return Update(receipt, partial(noised_mean, found, self._privacy, noise))
+        elif self._privacy.clip_quantile is not None:
+            self.changes = {"clip_norm": next_clip(found, self._privacy)}
+        return Update(Receipt(self._number, "the sum"), found.mean)
 
     def suspect_all(self) -> None:
         """One of those in the sum made it what it is."""
@@ -328,8 +333,8 @@ class SecureRounds:
         first = lr_sum(config, before.global_step) * min(1e6, step_over_lr(config, before, 1))
         privacy, clip = self._privacy, None
         if privacy.at_sum:
-            clip = before.clip_norm or privacy.clip_norm
-            first = min(first, clip or first)
+            clip = before.clip_norm or privacy.clip_norm or 0.0
+            first = min(first, clip) + _ROOM * _deviation(privacy, clip, weights)
         else:
             first += 4 * privacy.deviation
         first = max(first, 1e-12)
@@ -358,37 +363,40 @@ class SecureRounds:
         return kept
 
 
-def noised_mean(
-    found: SecureSum, privacy: PrivacyConfig, key: Callable[..., bytes]
-) -> Iterator[tuple[str, Tensor]]:
-    """The mean of updates clipped to C, weights w and W in all, with N(0, (z C max w / W)^2) on
-    each coordinate: what it was without one of them is off by C max w / W at most. Where updates
-    are counted, too, the count has a part of the budget: 1 / z^2 is both costs together.
+def noise_of(
+    found: SecureSum, privacy: PrivacyConfig, key: Callable[..., bytes], name: str, size: int
+) -> Words:
+    """Of a sum, in its own words: of the count N(0, (z / sqrt(_COUNTED))^2), of all tensors
+    together what leaves the rest of the budget: 1 / z^2 is both costs.
 
     Args:
         key: of noise, by words; the same give the same noise.
     """
-    z, weights = privacy.noise_multiplier or 0.0, found.weights
-    if privacy.clip_quantile is not None:
-        z /= math.sqrt(1 - _COUNTED)
-    deviation = z * (found.cohort.clip or 0.0) * max(weights) / sum(weights)
-    for name, tensor in found.mean():
-        noise = gaussian(key(name), tensor.shape, deviation) if deviation else 0.0
-        yield name, tensor + noise
+    if name == COUNT:
+        deviation = (privacy.noise_multiplier or 0.0) / math.sqrt(_COUNTED)
+    else:
+        unit = FixedPoint.of(found.cohort).unit(found.cohort.ranges[name]) / sum(found.weights)
+        deviation = _deviation(privacy, found.cohort.clip or 0.0, found.weights) / unit
+    if not deviation:
+        return np.zeros(size, np.uint16)
+    return gaussian(key(name), Size([size]), deviation).round_().long().numpy().astype(np.uint16)
 
 
-def next_clip(found: SecureSum, privacy: PrivacyConfig, key: Callable[..., bytes]) -> float:
+def _deviation(privacy: PrivacyConfig, clip: float, weights: Sequence[int]) -> float:
+    """Of the noise on a mean of updates clipped to C: z C max w / W, where none of them moves it by
+    more than C max w / W; and more where updates are counted, too."""
+    z = privacy.noise_multiplier or 0.0
+    share = 1 - _COUNTED if privacy.clip_quantile is not None else 1.0
+    return z / math.sqrt(share) * clip * max(weights) / sum(weights)
+
+
+def next_clip(found: SecureSum, privacy: PrivacyConfig) -> float:
     """C exp(-rate (within - clip_quantile)), of the part of updates that were within C, as a count
     with noise tells it (Andrew et al. 2021, arXiv 1905.03871). A member is 1 or -1 of the count.
     """
-    clip, quantile = found.cohort.clip or 0.0, privacy.clip_quantile
-    if quantile is None:
-        return 0.0
-    deviation = (privacy.noise_multiplier or 0.0) / math.sqrt(_COUNTED)
-    told = found.within() + float(gaussian(key(COUNT), Size([1]), deviation))
-    within = (1 + max(-1.0, min(1.0, told / len(found.survivors)))) / 2
-    first = privacy.clip_norm or clip
-    moved = clip * math.exp(-_CLIP_RATE * (within - quantile))
+    clip, first = found.cohort.clip or 0.0, privacy.clip_norm or 0.0
+    within = (1 + found.within() / len(found.survivors)) / 2
+    moved = clip * math.exp(-_CLIP_RATE * (within - (privacy.clip_quantile or 0.0)))
     return min(max(moved, first / CLIP_MOVES), first * CLIP_MOVES)
 
 

@@ -28,6 +28,7 @@ from torch import Size, Tensor
 
 from photon.aggregation import square_sum
 from photon.config import LinkConfig
+from photon.errors import PolicyError
 from photon.federation.outbox import Tensors, pack
 from photon.federation.private import Spending
 from photon.federation.tasks import FitTask, Update, update_header
@@ -58,18 +59,23 @@ def leaving(
         NonFiniteError: it holds NaN or infinity, and is clipped or encoded.
         CheckpointCorruptError: the node's secret, or its ledger, is not what was written.
         DiskFullError: no room for either, or for what a codec left out.
-        PolicyError: this would be another answer to a question, and no epsilon is left for it.
+        PolicyError: this would be another answer to a question, and no epsilon is left for it; or
+            nobody would clip it, or noise it.
         ProtocolError, PolicyError: see photon.secure.member.Seal.
     """
     seal = Seal(folder, task.silo, task.sealing) if task.sealing else None
+    if spending.privacy.at_sum != bool(seal and seal.clip):
+        raise PolicyError(
+            f"nobody would noise what {task.silo} sends: "
+            'privacy.noise_at = "sum" is for silos that clip and mask, each a member of the sum',
+            hint='Groups, and silos of several nodes, take noise_at = "node".',
+        )
     count = None
     if spending.privacy.mechanism == "client":
         delta, share = _noised(spending, delta, seal and seal.clip)
         count = seal and seal.count(within=share == 1)
     elif spending.privacy.promises:
         spending.answered(stream_sha256(delta()))
-    if spending.privacy.at_sum:  # what is fed back would pass the clip
-        link = link.model_copy(update={"error_feedback": False})
     update, header = pack(link, folder, task, delta, seal), update_header(task, shapes)
     if update.packed is None:
         size = plain_bytes(header, shapes, link.chunk_bytes)

@@ -95,11 +95,15 @@ class SecureSum:
         dealt: Mapping[str, Dealt],
         revealed: Mapping[str, Revealed],
         tell: Callable[[str], None],
+        noise: Callable[[str, int], Words] | None = None,
     ) -> None:
         """Take the masks off.
 
         Args:
             tell: told, in words, of shares that are not used, and whose they are.
+            noise: words to add to those of a tensor, or COUNT, of this length. They go in before
+                anything is read: a sum at the edge of the ring, where a member can take it, says
+                much about one word of others.
 
         Raises:
             QuorumLostError: too few shares of some secret, or some that do not give it; or the sum
@@ -124,6 +128,9 @@ class SecureSum:
         most = sum(numbers.bound(cohort.by_name[one].weight) for one in survivors)
         for name, words in self._words.items():
             masks.add(words, name)
+            if noise is not None:
+                words += noise(name, len(words))
+                continue  # any number is as good as another
             signed = numbers.signed(words)
             if signed.size and (signed.max() > most or signed.min() < -most):
                 self.suspects = tuple(sorted(survivors))
@@ -145,7 +152,8 @@ class SecureSum:
         return [self.cohort.by_name[one].weight for one in self.survivors]
 
     def within(self) -> int:
-        """How many survivors said that they kept within the clip, less those who did not."""
+        """How many survivors said that they kept within the clip, less those who did not, as noise
+        leaves it."""
         most, told = len(self.survivors), FixedPoint.of(self.cohort).signed(self._words[COUNT])
         return max(-most, min(most, int(told[0])))
 
