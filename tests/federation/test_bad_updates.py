@@ -236,7 +236,7 @@ def test_figures_that_no_task_has_cost_their_silo(three_silos, make_config, tmp_
 
 def test_each_reason_has_its_silo_s_name(five_silos, make_config, tmp_path, monkeypatch):
     """Once: also where a name is as the reason's first letters are."""
-    why = {"e": "epsilon spent", "c": "c is gone"}
+    why = {"e": "epsilon spent", "c": "c is gone", "d": "d: its policy refuses"}
 
     def lost(task, update):
         return Update.none(replace(update.receipt, failure=why.get(task.silo, "it failed")))
@@ -246,5 +246,7 @@ def test_each_reason_has_its_silo_s_name(five_silos, make_config, tmp_path, monk
     with pytest.raises(QuorumLostError) as caught:
         simulate(run, run_dir=tmp_path / "run")
     told = caught.value.message.partition("dropped: ")[2]
-    named = ["a: it failed", "b: it failed", "c is gone", "d: it failed", "e: epsilon spent"]
-    assert told.split("; ") == named
+    named = ["a: it failed", "b: it failed", "c is gone", "d: its policy refuses"]
+    assert told.split("; ") == [*named, "e: epsilon spent"]
+    dropped = {one.silo: one.reason for one in read_history(tmp_path / "run").of(UpdateDropped)}
+    assert dropped == dict.fromkeys("ab", "it failed") | why | {"d": "its policy refuses"}

@@ -285,6 +285,7 @@ class Federation:
     ) -> None:
         """Note that an update is not merged, and tell why."""
         costs.dropped.append(receipt.silo)
+        reason = reason.removeprefix(f"{receipt.silo}: ")  # events and screens name it themselves
         named = reason.startswith(f"{receipt.silo} ")
         costs.reasons.append(reason if named else f"{receipt.silo}: {reason}")
         costs.diverged += receipt.failure_code == NonFiniteError.exit_code
