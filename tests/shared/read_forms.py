@@ -1,25 +1,30 @@
-"""Forms of cards as others read them: each raises where what reads the form finds a fault."""
+"""Forms of cards as others read them: each raises where what reads the form finds a fault.
+
+Seven seconds of imports, so each reader is imported where it reads: every process of tests collects
+all modules, and one of them reads forms.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import spdx_python_model
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from mlcroissant import Dataset
-from trestle.oscal.assessment_results import Model
 
 from photon.forms.documents import form
+
+if TYPE_CHECKING:
+    from cyclonedx.validation.json import JsonStrictValidator
 
 
 @functools.cache
 def _cyclonedx() -> JsonStrictValidator:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
     return JsonStrictValidator(SchemaVersion.V1_7)
 
 
@@ -32,6 +37,8 @@ def read_form(name: str, text: str) -> Any:
     if name == "spdx":
         return _spdx(json.loads(text))
     if name == "croissant":
+        from mlcroissant import Dataset
+
         found = Dataset(jsonld=json.loads(text)).metadata.ctx
         assert (found.issues.errors, found.is_v1_1()) == (set(), True)
         return json.loads(text)
@@ -59,6 +66,8 @@ def headings(name: str) -> list[str]:
 
 
 def _spdx(tree: dict[str, Any]) -> dict[str, Any]:
+    import spdx_python_model
+
     model, objects = spdx_python_model.load_data(tree)
     assert objects.link() == set()  # nothing refers to what is not there
     again = model.JSONLDSerializer().serialize_data(objects)  # raises where something is missing
@@ -67,6 +76,8 @@ def _spdx(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _oscal(tree: dict[str, Any]) -> dict[str, Any]:
+    from trestle.oscal.assessment_results import Model
+
     Model.model_validate(tree)
     whole = tree["assessment-results"]
     (result,) = whole["results"]
