@@ -16,7 +16,7 @@ LATE = ("federation.rounds=4", 'federation.optimizer_state="keep"', "eval.every=
 
 @pytest.fixture(autouse=True)
 def prompt(monkeypatch):
-    monkeypatch.setattr(messenger, "_IDLE_S", 0.3)  # who lost its task is asked again
+    monkeypatch.setattr(messenger, "_IDLE_S", 0.05)  # who lost its task is asked again
 
 
 def slow(served, silo: str, until):
@@ -57,8 +57,8 @@ def test_a_quorum_closes_a_round_without_the_slow(make_served):
 def test_a_late_update_of_a_served_run_is_merged_and_audited(pace, make_served):
     served = make_served(
         *LATE,
-        "federation.rounds=16",  # time enough for who is asked again every 0.3 s
-        "federation.max_staleness=16",
+        "federation.rounds=8",  # time enough for who is asked again every 0.05 s
+        "federation.max_staleness=8",
         f'federation.pace="{pace}"',
         "federation.quorum=2",
         'federation.late="merge"',
