@@ -92,8 +92,7 @@ class Watched:
         if at in looks and self.asked[at] == 4:
             if self.secure:
                 self.note_secrets(ask.round)
-            for block in memory(self.pid):
-                self.in_memory |= among(block, self.needles)
+            self._look()
         if (silo.name, *at) == (DROPS[0], "fit", DROPS[1]) and self.secure:
             self.fired.append("dropped")
             record = json.loads(answer.text) | {"fit": {"failure": "its machine is gone"}}
@@ -108,17 +107,20 @@ class Watched:
             return silo.sign(Reply.model_validate(lie.model_dump()))
         return answer
 
+    def _look(self) -> None:
+        self.in_memory.update(*map(among(self.needles), memory(self.pid)))
+
     def go_on(self) -> None:
         run = self.run
         with run.here(), aggregating(run.folder, run.wire) as (self.pid, go_on):
             go_on()
-            for block in memory(self.pid):
-                self.in_memory |= among(block, self.needles)
+            self._look()
         assert (self.folder / "home" / LOG).is_file()
+        found = among(self.needles)
         for part in ("run", "home", "store"):
             for path in (self.folder / part).rglob("*"):
                 if path.is_file():
-                    self.in_files |= among(path.read_bytes(), self.needles)
+                    self.in_files |= found(path.read_bytes())
 
 
 def test_nothing_of_one_silo_is_anywhere(make_config, five_silos, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import sys
@@ -16,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from silos_in_process import Wire
 
+from photon.fork_server import fork_context
 from photon.runs.serving import continue_run
 
 LOG = "aggregator.log"
@@ -55,7 +55,7 @@ def _loop(folder: Path, pipe: Connection) -> None:
 @contextmanager
 def aggregating(folder: Path, wire: Wire) -> Iterator[tuple[int, Callable[[], None]]]:
     """Its pid, and what answers its questions until the run is over."""
-    context = multiprocessing.get_context("spawn")
+    context = fork_context()  # of a process that has imported Photon, and knows no silo
     ours, theirs = context.Pipe()
     process = context.Process(target=_loop, args=(folder, theirs))
     process.start()
@@ -95,22 +95,29 @@ def memory(pid: int) -> Iterator[bytes]:
                 yield pages[pages.any(1)].tobytes()
 
 
-def among(block: bytes, needles: Mapping[Key, bytes]) -> set[Key]:
-    """Which of these, of 24 bytes or more, are in a block, wherever they begin."""
+def among(needles: Mapping[Key, bytes]) -> Callable[[bytes], set[Key]]:
+    """Which of these, of 24 bytes or more, are in a block, wherever they begin.
+
+    A word begins at each eighth byte of a block, and in a needle at one of the first eight.
+    """
     parts: dict[int, list[tuple[Key, int]]] = {}
-    for what, needle in needles.items():  # eight bytes of each, that are not in most memory
-        at = max(range(0, 17, 4), key=lambda at: len({*needle[at : at + 8]}))
-        parts.setdefault(int.from_bytes(needle[at : at + 8], "little"), []).append((what, at))
-    block += bytes(8)
-    wanted, table, found = np.array([*parts], np.uint64), np.zeros(1 << 16, bool), set[Key]()
+    for what, needle in needles.items():
+        for first in range(8):  # of its words there, one that is not in most memory
+            at = max((first, first + 8), key=lambda at: len({*needle[at : at + 8]}))
+            parts.setdefault(int.from_bytes(needle[at : at + 8], "little"), []).append((what, at))
+    wanted, table = np.array([*parts], np.uint64), np.zeros(1 << 16, bool)
     table[_hashed(wanted)] = True
-    for shift in range(8):
-        words = np.frombuffer(block[shift:], "<u8", (len(block) - shift) // 8)
+
+    def found(block: bytes) -> set[Key]:
+        words = np.frombuffer(block, "<u8", len(block) // 8)
         maybe = np.flatnonzero(table[_hashed(words)])
-        for place in maybe[np.isin(words[maybe], wanted)].tolist():
-            for what, at in parts[int(words[place])]:
-                if block.startswith(needles[what], max(0, 8 * place + shift - at)):
-                    found.add(what)
+        return {
+            what
+            for place in maybe[np.isin(words[maybe], wanted)].tolist()
+            for what, at in parts[int(words[place])]
+            if 8 * place >= at and block.startswith(needles[what], 8 * place - at)
+        }
+
     return found
 
 
