@@ -63,6 +63,13 @@ def make_tree(three_silos, make_config, served_run, tmp_path):
             region.close()
 
 
+@pytest.fixture(scope="module")
+def simulated(three_silos, make_config, tmp_path_factory):
+    """Of the plain tree: the folder and the summary of the simulated run."""
+    folder = tmp_path_factory.mktemp("simulated") / "run"
+    return folder, simulate(make_config(three_silos, *TREE), run_dir=folder).summary
+
+
 def told(root) -> dict[str, int]:
     """Bytes both ways inside all regions, as each of them tells."""
     regions = [*root.silos.values(), root.silos["us"].silos["north"]]
@@ -77,9 +84,10 @@ def weights(run, of=None) -> dict[str, torch.Tensor]:
     return load_weights(run, of)[0].state_dict()
 
 
-def test_the_weights_and_bytes_of_the_simulated_tree(make_tree, tmp_path):
-    config, root = make_tree()
-    expected = simulate(config, run_dir=tmp_path / "simulated").summary
+@pytest.mark.slow
+def test_the_weights_and_bytes_of_the_simulated_tree(make_tree, simulated):
+    _, root = make_tree()
+    _, expected = simulated
     summary = root.go_on().summary
     assert summary["weights_sha256"] == expected["weights_sha256"]
     levels = ("bytes_up", "bytes_down", "bytes_inside")
@@ -99,11 +107,15 @@ def test_the_weights_and_bytes_of_the_simulated_tree(make_tree, tmp_path):
     assert summary["per_silo"]["us"] == pytest.approx(expected["per_silo"]["red"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), KEY], ids=["backbone", "key layers"])
-def test_a_killed_region_goes_on_to_the_same_weights(make_tree, tmp_path, more):
+def test_a_killed_region_goes_on_to_the_same_weights(make_tree, simulated, tmp_path, more):
     """In the last of three inner rounds, where members have forgotten what they kept before it."""
     config, root = make_tree(*more)
-    expected = simulate(config, run_dir=tmp_path / "simulated").summary
+    folder, expected = simulated
+    if more:
+        folder = tmp_path / "simulated"
+        expected = simulate(config, run_dir=folder).summary
     region, killed, asked = root.silos["eu"], [], []
 
     def kill(silo, ask, times):
@@ -131,7 +143,7 @@ def test_a_killed_region_goes_on_to_the_same_weights(make_tree, tmp_path, more):
     region.audit()
     assert totals_inside(region.run)["rounds"] == 6
     if more:
-        assert_own_models(root, tmp_path / "simulated", tmp_path)
+        assert_own_models(root, folder, tmp_path)
 
 
 def assert_own_models(root, simulated, tmp_path):
