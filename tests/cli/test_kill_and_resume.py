@@ -16,7 +16,7 @@ from photon.link import tensors_sha256
 from photon.telemetry import read_history
 from photon.telemetry.events import RoundFinished, RunStarted
 
-ROUNDS = 8
+ROUNDS = 6
 
 pytestmark = pytest.mark.slow
 
@@ -156,7 +156,7 @@ rounds = 2
     folder = tmp_path / "run"
     draw = random.Random(5)
     words.append(folder)
-    for number in (2, 4, 5, 7):
+    for number in (2, 3, 4, 5):
         delay_s = draw.uniform(0.0, rounds[number - 1].round_s)
         code = kill_after(photon(*words), folder, "round_started", number, delay_s)
         assert code == -signal.SIGKILL
