@@ -42,7 +42,6 @@ from photon.silo.socket import ask_trainer
 
 pytestmark = pytest.mark.slow
 
-PATIENT = Path(__file__).parent / "programs" / "patient_trainer.py"
 FORKED = Path(__file__).parent / "programs" / "forked_trainer.py"
 
 #: A process imports PyTorch and transformers, on a machine that does other things as well.
@@ -125,13 +124,14 @@ def world() -> Iterator[World]:
 class Trainer:
     """A home, and the process that works in it.
 
-    With `forks` it is started anew by forking, after the first time.
+    With `forks` it is started anew by forking, after the first time; with `last_words_s`, then too:
+    it has that long for them, however slow the machine is.
     """
 
     def __init__(
-        self, world: World, name: str, data: str, *, node: str = "", launcher=(), forks=None
+        self, world, name, data: str, *, node="", launcher=(), forks=None, last_words_s=None
     ) -> None:
-        self.world, self.name, self.forks = world, name, forks
+        self.world, self.name, self.forks, self.last_words_s = world, name, forks, last_words_s
         self.home = world.folder / f"{name}-{time.monotonic_ns()}"
         world.join(name, self.home)
         text = f'[data]\npath = "{data}"\nsilo = "red"\n[disk]\nmin_free_gib = 0.1\n{node}'
@@ -154,8 +154,9 @@ class Trainer:
         words = ["--home", str(self.home), "--site", str(self.home / "node.toml")]
         path = self.home / f"log-{self.starts}"
         with path.open("wb") as log:
-            if self.forks and self.starts > 1:
+            if self.forks and (self.starts > 1 or self.last_words_s):
                 given = {"words": words, "out": str(path), "error": str(path)}
+                given["last_words_s"] = self.last_words_s
                 self.process = ForkedProcess(self.forks, FORKED, given)
             else:
                 command = [*self.launcher, "photon.silo", *words]
@@ -321,12 +322,12 @@ def test_killed_at_any_moment_it_comes_to_the_same_update(
     assert again.text == Asking(trainer, ask).result().text
 
 
-def test_it_ends_soon_when_told_to_and_says_so(world, make_trainer, remote, three_silos):
+def test_it_ends_soon_when_told_to_and_says_so(world, make_trainer, remote, three_silos, forks):
     steps = ("local.steps=300", "federation.optimizer_state=keep", "federation.rounds=5")
     aggregator = remote("green", *steps, run_id="b" * 32)
-    launcher = (sys.executable, str(PATIENT))
     node = "[compute]\nthreads = 1\n"
-    trainer = make_trainer("green", str(three_silos), node=node, launcher=launcher)
+    data = str(three_silos)
+    trainer = make_trainer("green", data, node=node, forks=forks, last_words_s=20.0)
     trainer.start()
     # A task that the aggregator has not opened: the desk gives no grants, and the words arrive.
     stray = aggregator.fit("green", number=5)

@@ -6,7 +6,10 @@ import os
 import runpy
 import sys
 
-# Given by the one who forked: argv after the module, a file for stdout and stderr.
+from photon.silo import service
+
+# Given by the one who forked: argv after the module, a file for stdout and stderr, and how long it
+# may take over its last words (None: as ever).
 _given = globals()
 
 
@@ -16,6 +19,8 @@ def main() -> None:
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     os.close(file)
+    if _given["last_words_s"] is not None:
+        service._LAST_WORDS_S = _given["last_words_s"]
     sys.argv = ["photon.silo", *_given["words"]]
     runpy.run_module("photon.silo", run_name="__main__", alter_sys=True)
 
