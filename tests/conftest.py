@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
@@ -23,6 +24,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 settings.register_profile("photon", deadline=None, derandomize=True)
 settings.load_profile("photon")
 
+# What modules define is no garbage, and there is a lot of it to look through.
+gc.disable()
+
 # only_fails says what differs, as it did in a test file.
 pytest.register_assert_rewrite("remote_bench")
 
@@ -36,6 +40,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Collections look from now on at what tests make, and not at all that was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def _write_corpus(
@@ -91,7 +102,10 @@ def prepare_silos(root: Path, parties: dict[str, int]) -> Path:
 def forks() -> ForkServerContext:
     """Forks processes that have imported torch and Photon: each would take five seconds to."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["photon.cli.main", "photon.runs"])
+    # The last four are what a run imports late, each.
+    late = ["photon.data.quiet_grain", "transformers.models.llama.modeling_llama"]
+    late += ["tensorboard.compat.proto.event_pb2", "tensorboard.summary.writer.record_writer"]
+    context.set_forkserver_preload(["photon.cli.main", "photon.runs", *late])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # read once, when torch is imported
         forkserver.ensure_running()
