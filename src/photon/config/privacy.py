@@ -68,19 +68,15 @@ class PrivacyConfig(Section):
     )
 
     @property
-    def noised(self) -> bool:
-        """Whether there is noise; without, nothing is promised."""
-        return self.mechanism != "none" and bool(self.noise_multiplier or self.target_epsilon)
-
-    @property
     def at_sum(self) -> bool:
         """Whether the noise is the aggregator's to add, and nodes only clip."""
         return self.noise_at == "sum"
 
     @property
     def promises(self) -> bool:
-        """Whether what leaves a node has noise."""
-        return self.noised and not self.at_sum
+        """Whether what leaves a node has noise; without, its site promises nothing."""
+        acts = self.mechanism != "none" and not self.at_sum
+        return acts and bool(self.noise_multiplier or self.target_epsilon)
 
     @property
     def unit(self) -> Literal["sequence", "client"]:

@@ -325,7 +325,9 @@ class Federation:
         if receipt.failure is None:
             if (reason := misstated(config, task, receipt.epsilon)) is not None:
                 return reason
-            receipt = replace(receipt, epsilon=receipt.epsilon or of_sums(config, number))
+            if self._secure is not None:
+                sums = of_sums(self._secure.privacy, number)
+                receipt = replace(receipt, epsilon=receipt.epsilon or sums)
             costs.epsilon[task.silo] = receipt.epsilon
         costs.local_train_s += receipt.train_s
         costs.bytes_inside += receipt.bytes_inside

@@ -24,7 +24,7 @@ from photon.federation.engine import Version
 from photon.federation.tasks import Epsilon, FitTask
 from photon.link import tensors_sha256
 from photon.privacy import node_secret
-from photon.privacy.epsilon import epsilon, multiplier, settled
+from photon.privacy.epsilon import epsilon, multiplier
 from photon.privacy.ledger import Entry, Ledger, Span, Unit, mu_squared
 from photon.store.disk import write_json
 from photon.training import PrivateSteps
@@ -247,9 +247,12 @@ def of_group(
     return Spending(privacy, purse, task, _digest(["group", path]), asked)
 
 
-def of_sums(config: RunConfig, rounds: int) -> Epsilon | None:
-    """What so many noised sums cost each silo, as if it had been in all of them."""
-    privacy = settled(config).privacy if config.privacy.at_sum else config.privacy
+def of_sums(privacy: PrivacyConfig, rounds: int) -> Epsilon | None:
+    """What so many noised sums cost each silo, as if it had been in all of them.
+
+    Args:
+        privacy: with its noise_multiplier, whatever the run file names.
+    """
     if not (privacy.at_sum and privacy.noise_multiplier):
         return None
     value = epsilon(rounds / privacy.noise_multiplier**2, privacy.at_delta)

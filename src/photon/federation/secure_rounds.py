@@ -130,6 +130,7 @@ class SecureRounds:
 
     Attributes:
         changes: of a run's state, by the round that was opened.
+        privacy: of the level, with its noise_multiplier.
 
     Raises:
         CheckpointCorruptError: COHORTS_FILE can't be read.
@@ -146,7 +147,7 @@ class SecureRounds:
         self._config, self._path, self._mailbox = config, folder / COHORTS_FILE, mailbox
         self._question, self._notice = question, notice
         self._number, self.changes, self._folder = 0, dict[str, Any](), folder
-        self._privacy = settled(config).privacy
+        self.privacy = settled(config).privacy
         try:
             self._rounds = say.read(self._path.read_text("utf-8"), _Book, COHORTS_FILE).rounds
         except FileNotFoundError:
@@ -239,12 +240,12 @@ class SecureRounds:
         noise = None
         if (clip := found.cohort.clip) is not None:
             key = partial(release_key, node_secret(self._folder), found.cohort.id, survivors)
-            noise = partial(noise_of, found, self._privacy, key)
+            noise = partial(noise_of, found, self.privacy, key)
         found.open(kept.dealt, revealed, self._notice, noise)
         if clip is None:
             self.changes = {"ranges": _moved(found.cohort.ranges, found.mean())}
-        elif self._privacy.clip_quantile is not None:
-            self.changes = {"clip_norm": next_clip(found, self._privacy)}
+        elif self.privacy.clip_quantile is not None:
+            self.changes = {"clip_norm": next_clip(found, self.privacy)}
         return Update(Receipt(self._number, "the sum"), found.mean)
 
     def suspect_all(self) -> None:
@@ -331,7 +332,7 @@ class SecureRounds:
             )
         weights = whole_weights([share for _, _, share in there])
         first = lr_sum(config, before.global_step) * min(1e6, step_over_lr(config, before, 1))
-        privacy, clip = self._privacy, None
+        privacy, clip = self.privacy, None
         if privacy.at_sum:
             clip = before.clip_norm or privacy.clip_norm or 0.0
             first = min(first, clip) + _ROOM * _deviation(privacy, clip, weights)

@@ -140,10 +140,9 @@ class SecureSum:
 
     def mean(self) -> Iterator[tuple[str, Tensor]]:
         """Of the survivors' updates, by their weights, once it is open."""
-        cohort = self.cohort
+        numbers, weight = FixedPoint.of(self.cohort), sum(self.weights)
         for name, shape in self.shapes.items():
-            words, largest = self._words[name], cohort.ranges[name]
-            mean = FixedPoint.of(cohort).mean(words, sum(self.weights), largest)
+            mean = numbers.mean(self._words[name], weight, self.cohort.ranges[name])
             yield name, mean.view(shape)
 
     @property
